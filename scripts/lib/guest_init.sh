@@ -1,0 +1,74 @@
+#!/bin/busybox sh
+# /init of the guest that lib/guest.py boots. Its arguments come on the kernel's command line as environment variables:
+# terrace_port, terrace_export, terrace_connections. Speaks to the host in lines that start with "guest: "; the last one is
+# "guest: PASS" or "guest: FAIL". Data is random and the checksum is taken before anything reaches the device.
+
+/bin/busybox mkdir -p /proc /sys /dev /tmp /mnt /etc
+/bin/busybox --install -s /bin
+export PATH=/sbin:/bin
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+ln -sf /proc/mounts /etc/mtab
+
+say() { echo "guest: $(cut -d' ' -f1 /proc/uptime) $*"; }
+
+finish() {
+  echo "guest: $1"
+  sync
+  poweroff -f
+}
+
+# Runs one step; its output is shown only when it fails.
+step() {
+  title=$1
+  shift
+  if "$@" >/tmp/step.log 2>&1; then
+    say "$title"
+  else
+    code=$?
+    say "$title: exit status $code from: $*"
+    sed 's/^/guest: | /' /tmp/step.log
+    dmesg | tail -n 25 | sed 's/^/guest: | /'
+    finish FAIL
+  fi
+}
+
+modules() { while read -r module; do insmod "/modules/$module" || return; done </modules/order; }
+
+network() {
+  ip link set lo up && ip link set eth0 up &&
+    ip addr add 10.0.2.15/24 dev eth0 && ip route add default via 10.0.2.2
+}
+
+write_files() {
+  dd if=/dev/urandom of=/tmp/data bs=1M count=64 && (cd /tmp && md5sum data >/tmp/sum) || return
+  cp /tmp/data /mnt/data && dd if=/tmp/data of=/mnt/scratch bs=1M count=32 && rm /tmp/data
+}
+
+trim_scratch() { rm /mnt/scratch && sync && fstrim -v /mnt; }
+
+verify() { echo 3 >/proc/sys/vm/drop_caches && (cd /mnt && md5sum -c /tmp/sum); }
+
+no_io_errors() { ! dmesg | grep -E 'I/O error|EXT4-fs (error|warning)|nbd0: .*(error|timed out)'; }
+
+step "modules loaded" modules
+step "network up" network
+# shellcheck disable=SC2154  # the three variables come from the kernel's command line
+step "nbd-client attached $terrace_export" \
+  /sbin/nbd-client -N "$terrace_export" 10.0.2.2 "$terrace_port" /dev/nbd0 -timeout 60 -connections "$terrace_connections"
+say "size $(blockdev --getsize64 /dev/nbd0), discard_max $(cat /sys/block/nbd0/queue/discard_max_bytes), fua $(cat /sys/block/nbd0/queue/fua), cache '$(cat /sys/block/nbd0/queue/write_cache)'"
+step "mkfs.ext4" /sbin/mke2fs -q -F -t ext4 /dev/nbd0
+step "mounted" mount -t ext4 /dev/nbd0 /mnt
+step "wrote 64 MiB to keep and 32 MiB to throw away" write_files
+step "sync" sync
+step "deleted the 32 MiB and trimmed" trim_scratch
+say "$(cat /tmp/step.log)"
+step "unmounted" umount /mnt
+step "mounted again" mount -t ext4 /dev/nbd0 /mnt
+step "read 64 MiB back, checksum right" verify
+step "unmounted" umount /mnt
+step "e2fsck -fn finds nothing" /sbin/e2fsck -fn /dev/nbd0
+step "kernel log has no I/O error" no_io_errors
+step "nbd-client detached" /sbin/nbd-client -d /dev/nbd0
+finish PASS
