@@ -1,0 +1,169 @@
+"""A real `terraced` process for the system tests, the bench and the guest: start it, kill it, ask it.
+
+Shares no code with the daemon, and fixes no port: it listens on a free one and says which on the line that it prints when it is
+ready. Its stderr goes to `HOME.log`, which an error of this module quotes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+READY_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 30.0
+
+
+class DaemonError(AssertionError):
+    """The daemon or its command line did not do what the caller relies on."""
+
+
+class ApiError(DaemonError):
+    def __init__(self, status: int, body: dict[str, Any]) -> None:
+        super().__init__(f"{status}: {body}")
+        self.status = status
+        self.errno = body.get("errno")
+        self.message = str(body.get("error"))
+
+
+def program(name: str, module: str) -> list[str]:
+    """The command installed beside this interpreter, else its module."""
+    script = Path(sys.executable).with_name(name)
+    return [str(script)] if script.exists() else [sys.executable, "-m", module]
+
+
+class Daemon:
+    """One home directory and at most one `terraced` on it. `with Daemon(home) as d:` starts it, and stops or kills what is left of it.
+
+    `config` is TOML put after the listening address; `wrap` is a command line to run the daemon under.
+    """
+
+    def __init__(self, home: Path, config: str = "", *, wrap: Sequence[str] = ()) -> None:
+        self.home = home
+        self.config = config
+        self.log = home.with_name(home.name + ".log")
+        self.port = 0
+        self.ready_line = ""
+        self.process: subprocess.Popen[str] | None = None
+        self._wrap = list(wrap)
+
+    def __enter__(self) -> Daemon:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.kill()
+
+    @property
+    def socket(self) -> Path:
+        return self.home / "nbd.sock"
+
+    def uri(self, export: str, *, tcp: bool = False) -> str:
+        return f"nbd://127.0.0.1:{self.port}/{export}" if tcp else f"nbd+unix:///{export}?socket={self.socket}"
+
+    def spawn(self) -> subprocess.Popen[str]:
+        """Starts the process and does not wait for it to be ready."""
+        assert self.process is None, "already started"
+        self.home.mkdir(parents=True, exist_ok=True)
+        config = self.home.with_name(self.home.name + ".toml")
+        config.write_text('[nbd]\nlisten = ["127.0.0.1:0"]\n' + self.config)
+        command = [*self._wrap, *program("terraced", "terrace.daemon"), "--home", str(self.home), "--config", str(config)]
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment())
+        return self.process
+
+    def start(self, timeout_s: float = READY_TIMEOUT_S) -> float:
+        """Starts it and waits for its ready line; returns the seconds that took."""
+        start_s = time.monotonic()
+        process = self.spawn()
+        assert process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            ready = selector.select(timeout_s)
+        self.ready_line = process.stdout.readline() if ready else ""
+        match = re.search(r"nbd://127\.0\.0\.1:(\d+)", self.ready_line)
+        if match is None:
+            self.kill()
+            what = f"exit status {process.returncode}" if ready else f"nothing in {timeout_s:.0f} s"
+            raise DaemonError(f"terraced is not ready: {what}, stdout {self.ready_line!r}, log:\n{self.tail()}")
+        self.port = int(match[1])
+        return time.monotonic() - start_s
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone. Does nothing when it isn't running."""
+        if self.process is not None:
+            self.process.kill()
+            self._reap()
+
+    def stop(self) -> int:
+        """SIGTERM; returns the exit status."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        return self._reap()
+
+    def _reap(self) -> int:
+        process, self.process = self.process, None
+        assert process is not None and process.stdout is not None
+        try:
+            return process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise DaemonError(f"terraced did not stop in {STOP_TIMEOUT_S:.0f} s; log:\n{self.tail()}") from None
+        finally:
+            process.stdout.close()
+
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def tail(self, lines: int = 40) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) if self.log.exists() else ""
+
+    def cli(self, *arguments: str, status: int | None = 0, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
+        """`terrace ARGUMENTS` on this home. Anything but exit status `status` is a DaemonError (None: any will do)."""
+        command = [*program("terrace", "terrace.cli"), *arguments]
+        result = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env=environment() | {"TERRACE_HOME": str(self.home)},
+            timeout=timeout_s,
+            check=False,
+        )
+        if status is not None and result.returncode != status:
+            raise DaemonError(
+                f"terrace {' '.join(arguments)}: exit status {result.returncode}, expected {status}\n"
+                f"{result.stdout}{result.stderr}daemon's log:\n{self.tail()}"
+            )
+        return result
+
+    def cli_json(self, *arguments: str) -> Any:
+        return json.loads(self.cli(*arguments, "-o", "json").stdout)
+
+    def api(self, method: str, path: str, body: Any = None, *, timeout_s: float = 60.0) -> Any:
+        """One request to the control API. An answer of 400 or above is an ApiError."""
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(self.home / "api.sock")), timeout=timeout_s) as client:
+            response = client.request(method, f"http://terrace{path}", json=body)
+        if response.status_code >= 400:
+            raise ApiError(response.status_code, response.json())
+        return response.json() if response.content else None
+
+    def pool(self, name: str) -> Any:
+        return self.api("GET", f"/v1/pools/{name}")
+
+
+def environment() -> dict[str, str]:
+    """This process's, without its TERRACE_* settings, and with the checkout importable where terrace isn't installed."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("TERRACE_")}
+    return kept | {"PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), kept.get("PYTHONPATH", "")])), "COLUMNS": "200"}
