@@ -1,11 +1,13 @@
-"""The Linux kernel's NBD client against a server: boots a guest and lets it use a volume the way a user's machine would.
+"""The Linux kernel's NBD client against a server: boots a guest and lets it use a volume as a user's machine would.
 
-Linux on the host needs no nbd module, no root and no KVM for this: Debian's kernel package is downloaded through apt as the machine is configured,
-unpacked into `.cache/guest` (never installed), put with busybox, nbd-client and e2fsprogs into an initramfs, and booted by
-qemu-system-x86_64 in user-mode networking, where the host is 10.0.2.2. `guest_init.sh` is what runs inside.
+The host needs no nbd module, no root and no KVM for this: Debian's kernel package is downloaded through apt as the
+machine is configured, unpacked into `.cache/guest` (never installed), put with busybox, nbd-client and e2fsprogs into
+an initramfs, and booted by qemu-system-x86_64 in user-mode networking, where the host is 10.0.2.2. `guest_init.sh` is
+what runs inside.
 
-By default it starts a `terraced` of its own on a free port, with a sparse pool in a temporary home, and afterwards looks at what
-the volume holds: trimmed space must be gone. With --host-port and --export it uses a server that is already there.
+By default it starts a `terraced` of its own on a free port, with a sparse pool in a temporary home, and afterwards
+looks at what the volume holds: trimmed space must be gone. With --host-port and --export it uses a server that is
+already there.
 Exit status 0: everything passed; 1: something did not, and the last lines say what.
 """
 
@@ -46,12 +48,12 @@ class GuestError(Exception):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="The Linux kernel's NBD client in a guest, against terraced or another server.")
-    parser.add_argument("--host-port", type=int, metavar="PORT", help="a server on this host's 127.0.0.1 (default: start terraced)")
-    parser.add_argument("--export", default="", metavar="NAME", help="the export to use, for --host-port; its contents are overwritten")
+    parser = argparse.ArgumentParser(description="The Linux kernel's NBD client in a guest, against an NBD server.")
+    parser.add_argument("--host-port", type=int, metavar="PORT", help="of 127.0.0.1 here (default: start terraced)")
+    parser.add_argument("--export", default="", metavar="NAME", help="for --host-port; what it holds is overwritten")
     parser.add_argument("--connections", type=int, default=2, help="connections of the kernel's client (default 2)")
     parser.add_argument("--accel", default="tcg", help="QEMU accelerator (default tcg; kvm where it works)")
-    parser.add_argument("--timeout", type=float, default=TIMEOUT_S, metavar="S", help=f"for the guest, default {TIMEOUT_S:.0f}")
+    parser.add_argument("--timeout", type=float, default=TIMEOUT_S, metavar="S", help="default %(default)s")
     parser.add_argument("--verbose", action="store_true", help="show the whole serial console")
     options = parser.parse_args()
     start_s = time.monotonic()
@@ -87,7 +89,7 @@ def server(host_port: int | None, export: str) -> Iterator[tuple[int, str, Calla
             mapped_bytes = daemon.api("GET", "/v1/pools/guest/volumes/disk")["mapped_bytes"]
             print(f"the volume holds {mapped_bytes >> 20} MiB: {KEPT_BYTES >> 20} MiB of files and ext4's own blocks")
             if not KEPT_BYTES <= mapped_bytes < KEPT_BYTES + TRIMMED_BYTES:
-                raise GuestError(f"the volume maps {mapped_bytes} bytes after the trim; look at TRIM in the NBD server and the engine")
+                raise GuestError(f"the volume maps {mapped_bytes} bytes after the trim; see TRIM in nbd and tiers")
 
         yield daemon.port, "guest/disk", space_was_given_back
 
@@ -96,8 +98,9 @@ def server(host_port: int | None, export: str) -> Iterator[tuple[int, str, Calla
 
 
 def prepare() -> tuple[Path, Path]:
-    """(vmlinuz, initramfs), downloaded and built where the cache has none. The initramfs is built anew each time: it holds
-    this machine's programs and takes well under a second."""
+    """(vmlinuz, initramfs). The kernel comes from the cache, downloaded where it has none; the initramfs is built anew
+    each time, for it holds this machine's programs and takes well under a second.
+    """
     missing = [tool for tool in ("busybox", "qemu-system-x86_64", "dpkg", "apt-get", *PROGRAMS) if find(tool) is None]
     if missing:
         raise GuestError(f"not installed: {', '.join(missing)}; run scripts/install-tools")
@@ -110,11 +113,11 @@ def find(program: str) -> str | None:
 
 
 def kernel_directory() -> Path:
-    """The cache directory with `vmlinuz`, the modules, and `order`: their file names, each after those it depends on."""
+    """The cache directory with `vmlinuz`, the modules, and `order`: their names, each after those it depends on."""
     depends = subprocess.run(["apt-cache", "depends", METAPACKAGE], capture_output=True, text=True, check=False).stdout
     match = re.search(r"Depends: (linux-image-\S+)", depends)
     if match is None:
-        raise GuestError(f"apt knows no {METAPACKAGE}; run apt-get update, and note that this test needs Debian on amd64")
+        raise GuestError(f"apt knows no {METAPACKAGE}; run apt-get update (this test needs Debian on amd64)")
     package = match[1]
     directory = CACHE / package
     if (directory / "order").exists():
@@ -147,12 +150,13 @@ def download(package: str, into: Path) -> Path:
         result = subprocess.run(command, cwd=into, capture_output=True, text=True, check=False)
     debs = list(into.glob("*.deb"))
     if result.returncode != 0 or not debs:
-        raise GuestError(f"apt-get download {package} failed; run apt-get update as root. It said:\n{result.stderr.strip()}")
+        said = result.stderr.strip()
+        raise GuestError(f"apt-get download {package} failed; run apt-get update as root. It said:\n{said}")
     return debs[0]
 
 
 def in_dependency_order(modules: Path) -> list[Path]:
-    """MODULES and all that they need, each after its needs. Modules name them in `.modinfo`, which saves running depmod."""
+    """MODULES and all that they need, each after its needs, which a module names in `.modinfo` (so: no depmod)."""
     files = {path.name.split(".")[0].replace("-", "_"): path for path in modules.rglob("*.ko*")}
     ordered: dict[str, Path] = {}
 
@@ -182,9 +186,9 @@ def build_initramfs(kernel: Path) -> Path:
         archive.directory(directory)
     archive.device("dev/console", 5, 1)
     archive.file("init", INIT.read_bytes(), 0o755)
-    busybox = Path(find("busybox") or "")
-    for source, target in {busybox: "bin/busybox", **{path: f"sbin/{path.name}" for path in map(program_path, PROGRAMS)}}.items():
-        archive.file(target, source.read_bytes(), 0o755)
+    archive.file("bin/busybox", program_path("busybox").read_bytes(), 0o755)
+    for name in PROGRAMS:
+        archive.file(f"sbin/{name}", program_path(name).read_bytes(), 0o755)
     libraries = sorted({library for name in PROGRAMS for library in libraries_of(program_path(name))})
     for library in libraries:
         archive.file(library.lstrip("/"), Path(library).read_bytes(), 0o755)
@@ -239,7 +243,7 @@ class Cpio:
 
     def _entry(self, name: str, mode: int, content: bytes = b"", *, major: int = 0, minor: int = 0) -> None:
         self._inode += 1
-        # inode, mode, uid, gid, links, mtime, size, device major and minor, rdev major and minor, name size, check: 8 hex digits each
+        # inode, mode, uid, gid, links, mtime, size, device major, minor, rdev major, minor, name size, check
         fields = (self._inode, mode, 0, 0, 1, 0, len(content), 0, 0, major, minor, len(name) + 1, 0)
         self._data += b"070701" + b"".join(b"%08X" % field for field in fields) + name.encode() + b"\0"
         self._pad()
@@ -266,7 +270,14 @@ def boot(kernel: Path, initramfs: Path, port: int, export: str, options: argpars
         *("-append", f"console=ttyS0 quiet panic=-1 net.ifnames=0 random.trust_cpu=on {settings}"),
     ]
     console: list[str] = []
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as qemu:
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as qemu:
         assert qemu.stdout is not None
         deadline = threading.Timer(options.timeout, qemu.kill)
         deadline.start()
@@ -285,7 +296,7 @@ def boot(kernel: Path, initramfs: Path, port: int, export: str, options: argpars
         raise GuestError("a step failed in the guest; the lines before show it")
     if not options.verbose:
         print("\n".join(f"  | {line}" for line in console[-30:]))
-    how = f"did not finish in {options.timeout:.0f} s" if timed_out else f"ended early, qemu's exit status {qemu.returncode}"
+    how = f"did not finish in {options.timeout:.0f} s" if timed_out else f"ended early (qemu: {qemu.returncode})"
     raise GuestError(f"the guest {how}; its console's last lines are above")
 
 

@@ -1,7 +1,7 @@
 """A real `terraced` process for the system tests, the bench and the guest: start it, kill it, ask it.
 
-Shares no code with the daemon, and fixes no port: it listens on a free one and says which on the line that it prints when it is
-ready. Its stderr goes to `HOME.log`, which an error of this module quotes.
+Shares no code with the daemon, and fixes no port: it listens on a free one and says which on the line that it prints
+when it is ready. Its stderr goes to `HOME.log`, which an error of this module quotes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def program(name: str, module: str) -> list[str]:
 
 
 class Daemon:
-    """One home directory and at most one `terraced` on it. `with Daemon(home) as d:` starts it, and stops or kills what is left of it.
+    """One home directory and at most one `terraced` on it. `with Daemon(home) as daemon:` starts it and kills it.
 
     `config` is TOML put after the listening address; `wrap` is a command line to run the daemon under.
     """
@@ -78,7 +78,8 @@ class Daemon:
         self.home.mkdir(parents=True, exist_ok=True)
         config = self.home.with_name(self.home.name + ".toml")
         config.write_text('[nbd]\nlisten = ["127.0.0.1:0"]\n' + self.config)
-        command = [*self._wrap, *program("terraced", "terrace.daemon"), "--home", str(self.home), "--config", str(config)]
+        options = ["--home", str(self.home), "--config", str(config)]
+        command = [*self._wrap, *program("terraced", "terrace.daemon"), *options]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment())
         return self.process
@@ -164,6 +165,7 @@ class Daemon:
 
 
 def environment() -> dict[str, str]:
-    """This process's, without its TERRACE_* settings, and with the checkout importable where terrace isn't installed."""
+    """This process's, without its TERRACE_* settings, and with the checkout importable where it isn't installed."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("TERRACE_")}
-    return kept | {"PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), kept.get("PYTHONPATH", "")])), "COLUMNS": "200"}
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), kept.get("PYTHONPATH", "")]))
+    return kept | {"PYTHONPATH": path, "COLUMNS": "200"}

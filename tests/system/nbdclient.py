@@ -1,7 +1,7 @@
-"""A small blocking NBD client over plain sockets, for tests only: it shares no code with `nbd/`, so that both can't be wrong alike.
+"""A small blocking NBD client over plain sockets, for tests: shares no code with `nbd/`, so both can't be wrong alike.
 
-Fixed newstyle, NBD_OPT_GO, simple replies. Requests and replies are separate calls, so that a test can keep many requests in flight,
-send half of one, or never read a reply.
+Fixed newstyle, NBD_OPT_GO, simple replies. Requests and replies are separate calls, so that a test can keep many
+requests in flight, send half of one, or never read a reply.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ class Connection:
         try:
             greet(self.socket)
             name = export.encode()
-            for kind, payload in option(self.socket, OPT_GO, struct.pack(">I", len(name)) + name + struct.pack(">H", 0)):
+            request = struct.pack(">I", len(name)) + name + struct.pack(">H", 0)
+            for kind, payload in option(self.socket, OPT_GO, request):
                 if kind == REP_INFO and payload[:2] == struct.pack(">H", INFO_EXPORT):
                     self.size_bytes, self.flags = struct.unpack(">QH", payload[2:12])
         except BaseException:
@@ -130,7 +131,9 @@ class Connection:
         length = self._lengths.pop(cookie)
         return Reply(cookie, error, receive(self.socket, length) if length and not error else b"")
 
-    def call(self, command: int, offset: int = 0, length: int = 0, data: bytes | memoryview = b"", flags: int = 0) -> bytes:
+    def call(
+        self, command: int, offset: int = 0, length: int = 0, data: bytes | memoryview = b"", flags: int = 0
+    ) -> bytes:
         """One request and its reply; OSError with the server's errno."""
         cookie = self.send(command, offset, length, data, flags)
         reply = self.reply()
