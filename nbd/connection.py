@@ -1,0 +1,864 @@
+"""One client: its handshake, then the data path.
+
+Threads of control
+    ``run`` is the connection's main task. It receives, judges and carries out whatever does not
+    wait, in synchronous passes (``_work``): all complete requests in the inbox are handled
+    together, all writes of a pass are one ``write_now``, all replies leave in one ``send``. What
+    waits becomes a task in the connection's nursery, bounded in number and bytes; at a bound the
+    socket is not read.
+
+One writer
+    Replies of such tasks go into ``_replies``; whoever finds nobody sending becomes the sender and
+    empties the queue (``_pump``). The main task sends its arena under the same flag, and does not
+    touch the arena again before it has left.
+
+Memory
+    The inbox and the arena (a ``Bench``) belong to the connection only while it has work; waiting
+    for a client it holds nothing, or a copy of half a header. A WRITE longer than the inbox is
+    written in pieces as it arrives, so no length a client names makes us allocate it; a client
+    that vanishes in the middle leaves a part of a write that was never acknowledged.
+
+Leaving
+    After DISC, end of file, or a drain's grace the socket is no longer read, what is in flight is
+    finished and answered if the client still takes answers, and the export is released. Being
+    cancelled abandons what is in flight.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import logging
+import math
+import os
+import socket
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Final
+
+import trio
+
+from nbd import wire
+from nbd.export import Export, Exports
+from nbd.handshake import NEED_DATA, Handshake, Hangup, Send, WantExport, WantList
+from nbd.transmission import (
+    EXTENT_LIMIT,
+    Session,
+    block_status,
+    error_value,
+    failure,
+    judge,
+    payload_limit,
+    read_header,
+    success,
+)
+
+log = logging.getLogger("nbd.server")
+
+INBOX_BYTES: Final = (1 << 20) + (128 << 10)
+"""The receive buffer. A WRITE that doesn't fit is taken in pieces."""
+INLINE_READ_BYTES: Final = 1 << 20
+"""A longer READ gets a buffer and a task of its own."""
+BATCH_BYTES: Final = 512 << 10
+"""A pass ends when its replies reach this, so that they are still in the CPU's cache when sent."""
+BATCH_WRITES: Final = 1000
+"""Most writes in one pass: a pwritev takes 1,023 buffers."""
+ARENA_BYTES: Final = INLINE_READ_BYTES + (64 << 10)
+"""The reply buffer: one inline READ, or a batch; and behind it the short replies of a pass."""
+PIECE_BYTES: Final = 512 << 10
+"""A WRITE taken in pieces is written about so much at a time."""
+PIECE_ALIGNMENT: Final = 64 << 10
+"""Pieces end on multiples of this, so that splitting a WRITE costs no read-modify-write."""
+SMALL_LEFTOVER_BYTES: Final = 4096
+
+SLICE_S: Final = 0.0015
+"""So long one connection may work before the others get their turn."""
+SPIN_TRIES: Final = 40
+"""Empty recv() calls (about 0.7 us each) before waiting: a client that waits for our reply usually
+has its next request here sooner than epoll could tell."""
+SPIN_GIVE_UP: Final = 8
+"""After so many fruitless spins in a row the connection waits at once."""
+QUICK_WAKE_S: Final = 0.000_15
+
+_WRITE_FUA_HEAD: Final = wire.WRITE_HEAD | wire.CMD_FLAG_FUA << 16
+_REQUEST_SIZE: Final = wire.REQUEST.size
+_NEVER: Final = -1  # a size that no range is inside of
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What clients may make the server hold."""
+
+    connections: int = 1024
+    handshake_timeout_s: float = 10.0
+    inflight_requests: int = 128  # per connection: requests that wait for the storage
+    inflight_bytes: int = 64 << 20  # per connection: their payload and replies
+    drain_grace_s: float = 1.0  # requests are answered ESHUTDOWN for so long before the close
+    linger_s: float = 10.0  # how long a leaving client may take to receive its last replies
+
+
+@dataclass(slots=True)
+class Counters:
+    """Requests by kind, and payload bytes, of one connection or of all that have ended."""
+
+    requests: int = 0
+    reads: int = 0
+    writes: int = 0
+    flushes: int = 0
+    trims: int = 0
+    zeroes: int = 0
+    other: int = 0
+    errors: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
+
+    def add(self, other: Counters) -> None:
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+class Bench:
+    """A connection's two buffers, lent while it has work."""
+
+    __slots__ = ("arena", "inbox")
+
+    def __init__(self) -> None:
+        self.inbox = memoryview(bytearray(INBOX_BYTES))
+        self.arena = memoryview(bytearray(ARENA_BYTES))
+
+
+class Workshop:
+    """What the connections of one server share.
+
+    The free benches: the one returned last, still in the CPU's cache, goes out first. And whose
+    turn was last, by which a connection knows whether others are busy too.
+    """
+
+    _KEPT: Final = 4
+
+    def __init__(self) -> None:
+        self._free: list[Bench] = []
+        self.last_active: Connection | None = None
+
+    def take(self) -> Bench:
+        return self._free.pop() if self._free else Bench()
+
+    def give(self, bench: Bench) -> None:
+        if len(self._free) < self._KEPT:
+            self._free.append(bench)
+
+
+class _After(enum.Enum):
+    """Why a pass ended."""
+
+    HUNGRY = enum.auto()  # only a part of a request is left
+    FULL = enum.auto()  # the arena must leave first
+    NO_ROOM = enum.auto()  # too much in flight
+    LONG_WRITE = enum.auto()  # a WRITE whose payload is taken in pieces, or thrown away
+    DISCONNECT = enum.auto()
+    GARBAGE = enum.auto()
+
+
+@dataclass(slots=True)
+class _LongWrite:
+    cookie: int
+    flags: int
+    offset: int
+    left: int
+    error: int
+
+
+class Connection:
+    """Serves one accepted socket, which it owns and closes."""
+
+    def __init__(self, sock: socket.socket, peer: str, exports: Exports, limits: Limits, workshop: Workshop) -> None:
+        self.peer = peer
+        self.counters = Counters()
+        self.export_name: str | None = None
+        self._sock = sock
+        self._exports = exports
+        self._limits = limits
+        self._workshop = workshop
+        self._handshake = Handshake()
+        self._session = Session()
+        self._export: Export
+        self._nursery: trio.Nursery
+        self._draining = False
+        self._leave_by = math.inf  # deadline for reading the socket
+        self._scope = trio.CancelScope()
+
+        self._bench: Bench | None = None
+        self._start = 0  # the inbox holds unhandled bytes from here
+        self._end = 0  # to here
+        self._arena_used = 0
+        self._parked: list[tuple[int, int, memoryview, bool]] = []  # cookie, offset, data, fua
+        self._long: _LongWrite | None = None
+
+        self._inflight = 0
+        self._inflight_bytes = 0
+        self._room = trio.Event()
+
+        self._replies: deque[tuple[bytes | memoryview, int, int]] = deque()  # data, requests, bytes
+        self._sending = False
+        self._sender_left = trio.lowlevel.ParkingLot()
+        self._send_scope: trio.CancelScope | None = None
+        self._send_by = math.inf
+        self._broken = False
+
+        self._alone = True
+        self._fruitless = 0
+        self._slice_end = 0.0
+
+    # --- life ---
+
+    async def run(self) -> None:
+        """Serve until the client leaves, breaks the protocol, or ``drain`` ends it."""
+        export: Export | None = None
+        try:
+            export = await self._shake_hands()
+            if export is None:
+                return
+            self._export = export
+            self.export_name = export.name
+            log.info("%s: attached to %s", self.peer, export.name)
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                with trio.CancelScope(deadline=self._leave_by) as self._scope:
+                    await self._transmit()
+                # What is in flight may finish, but a client that doesn't read can't hold us.
+                self._send_by = trio.current_time() + self._limits.linger_s
+                if self._send_scope is not None:
+                    self._send_scope.deadline = self._send_by
+            log.info("%s: left %s", self.peer, export.name)
+        finally:
+            if self._bench is not None:
+                self._workshop.give(self._bench)
+            if self._workshop.last_active is self:
+                self._workshop.last_active = None
+            self._sock.close()
+            if export is not None:
+                self._exports.release(export)
+
+    def drain(self, grace_s: float) -> None:
+        """Answer new requests with ESHUTDOWN, and stop reading after ``grace_s``."""
+        self._draining = True
+        self._handshake.shutting_down = True
+        self._leave_by = trio.current_time() + grace_s
+        self._scope.deadline = min(self._scope.deadline, self._leave_by)
+
+    # --- handshake ---
+
+    async def _shake_hands(self) -> Export | None:
+        deadline = min(trio.current_time() + self._limits.handshake_timeout_s, self._leave_by)
+        with trio.CancelScope(deadline=deadline) as self._scope:
+            return await self._negotiate()
+        if not self._draining:
+            log.warning("%s: dropped: no handshake in %g s", self.peer, self._limits.handshake_timeout_s)
+        return None
+
+    async def _negotiate(self) -> Export | None:
+        machine = self._handshake
+        while True:
+            event = machine.next_event()
+            if event is NEED_DATA:
+                data = await self._receive_some()
+                if not data:
+                    log.debug("%s: left during the handshake", self.peer)
+                    return None
+                machine.feed(data)
+            elif isinstance(event, Send):
+                await self._send_all(event.data)
+            elif isinstance(event, WantList):
+                await self._send_all(machine.listed(self._exports.list()))
+            elif isinstance(event, WantExport):
+                export = await self._open(event)
+                if export is not None:
+                    return export
+            elif isinstance(event, Hangup):
+                await self._send_all(event.farewell)
+                if event.rude:
+                    log.warning("%s: dropped: %s", self.peer, event.reason)
+                return None
+            if self._broken:
+                return None
+
+    async def _open(self, event: WantExport) -> Export | None:
+        """Answer a question about an export; returns it, still open, if transmission begins."""
+        machine = self._handshake
+        try:
+            export = await self._exports.acquire(event.name)
+        except OSError as error:
+            reply = machine.refused(error)
+            if reply:
+                await self._send_all(reply)
+            else:
+                log.warning("%s: dropped: no export %r: %s", self.peer, event.name, error)
+                self._broken = True
+            return None
+        keep = False
+        try:
+            await self._send_all(machine.described(export))
+            keep = event.enters and not self._broken
+        finally:
+            if not keep:
+                self._exports.release(export)
+        if not keep:
+            return None
+        self._session = machine.session
+        return export
+
+    async def _receive_some(self) -> bytes:
+        while True:
+            await trio.lowlevel.wait_readable(self._sock)
+            try:
+                return self._sock.recv(16384)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return b""
+
+    # --- the main task ---
+
+    async def _transmit(self) -> None:
+        rest = self._handshake.leftover()
+        bench = self._bench = self._workshop.take()
+        bench.inbox[: len(rest)] = rest
+        self._end = len(rest)
+        self._slice_end = perf_counter() + SLICE_S
+        while True:
+            after = self._work()
+            if self._arena_used:
+                await self._send_arena()
+            if self._parked:
+                await self._release_parked()
+            if self._broken:
+                return
+            if perf_counter() > self._slice_end:
+                await self._yield()
+            if after is _After.HUNGRY:
+                if not await self._receive():
+                    if self._end > self._start:
+                        log.info("%s: closed in the middle of a request", self.peer)
+                    return
+            elif after is _After.NO_ROOM:
+                await self._wait_for_room()
+            elif after is _After.LONG_WRITE:
+                if not await self._take_long_write():
+                    return
+            elif after is not _After.FULL:
+                return
+
+    async def _yield(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self._woke()
+
+    def _woke(self) -> None:
+        self._alone = self._workshop.last_active is self
+        self._workshop.last_active = self
+        self._slice_end = perf_counter() + SLICE_S
+
+    async def _receive(self) -> bool:
+        """Append what the socket has to the inbox; False at its end. Waits, giving the bench back."""
+        bench = self._bench
+        assert bench is not None
+        held = self._end - self._start
+        if self._start and (held <= SMALL_LEFTOVER_BYTES or INBOX_BYTES - self._end < INBOX_BYTES // 8):
+            bench.inbox[:held] = bench.inbox[self._start : self._end]
+            self._start, self._end = 0, held
+        tries = SPIN_TRIES if self._alone and not self._inflight and self._fruitless < SPIN_GIVE_UP else 1
+        view = bench.inbox[self._end :]
+        receive = self._sock.recv_into
+        while True:
+            for _ in range(tries):
+                try:
+                    count = receive(view)
+                except BlockingIOError:
+                    continue
+                except OSError as error:
+                    log.debug("%s: %s", self.peer, error)
+                    return False
+                self._end += count
+                self._fruitless = 0
+                return count > 0
+            if tries > 1:
+                self._fruitless += 1
+            tries = 1
+            slept = perf_counter()
+            if held <= SMALL_LEFTOVER_BYTES:
+                kept = bytes(bench.inbox[self._start : self._end])
+                self._bench = None
+                self._workshop.give(bench)
+                await trio.lowlevel.wait_readable(self._sock)
+                bench = self._bench = self._workshop.take()
+                bench.inbox[:held] = kept
+                self._start, self._end = 0, held
+                view = bench.inbox[held:]
+            else:
+                await trio.lowlevel.wait_readable(self._sock)
+            fruitless = self._fruitless
+            if fruitless and perf_counter() - slept < QUICK_WAKE_S:
+                fruitless -= 1
+            try:
+                count = receive(view)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                log.debug("%s: %s", self.peer, error)
+                return False
+            finally:
+                self._woke()
+            self._fruitless = fruitless
+            self._end += count
+            return count > 0
+
+    def _work(self) -> _After:
+        """Handle every complete request in the inbox, without a checkpoint.
+
+        Fills the arena (``_arena_used``), starts tasks for what waits, and leaves in ``_parked``
+        the writes that would block: their views into the inbox are valid until the next receive.
+        """
+        bench = self._bench
+        assert bench is not None
+        inbox, arena = bench.inbox, bench.arena
+        export = self._export
+        session = self._session
+        structured = session.structured
+        header = wire.DATA_CHUNK.size if structured else wire.SIMPLE_REPLY.size
+        read_now = export.read_now
+        unpack, iter_unpack = wire.REQUEST.unpack_from, wire.REQUEST.iter_unpack
+        pack_simple, pack_data = wire.SIMPLE_REPLY.pack_into, wire.DATA_CHUNK.pack_into
+        # The quick paths are for what needs no further thought; `judge` decides about all else.
+        plain = not self._draining and export.minimum_block_size == 1
+        size = export.size_bytes if plain else _NEVER
+        writable_size = _NEVER if export.read_only else size
+        write_limit = payload_limit(export)
+        read_limit = min(write_limit, INLINE_READ_BYTES)
+
+        writes: list[tuple[int, memoryview]] = []
+        cookies: list[int] = []
+        fua: list[int] = []  # indices into writes
+        syncs: list[int] = []  # cookies to be answered after one flush
+        position, end, used = self._start, self._end, 0
+        reads = read_bytes = 0
+        after = _After.HUNGRY
+
+        while end - position >= _REQUEST_SIZE:
+            head, cookie, offset, length = unpack(inbox, position)
+
+            if head == wire.READ_HEAD and 0 < length <= read_limit and offset + length <= size:
+                if used and used + length > BATCH_BYTES:
+                    after = _After.FULL
+                    break
+                whole = (end - position) // _REQUEST_SIZE * _REQUEST_SIZE
+                for head, cookie, offset, length in iter_unpack(inbox[position : position + whole]):
+                    if (
+                        head != wire.READ_HEAD
+                        or not 0 < length <= read_limit
+                        or offset + length > size
+                        or (used and used + length > BATCH_BYTES)
+                    ):
+                        break
+                    data = used + header
+                    try:
+                        done = read_now(offset, length, arena[data : data + length])
+                    except OSError as error:
+                        reply = self._failed(cookie, error)
+                        arena[used : used + len(reply)] = reply
+                        used += len(reply)
+                        position += _REQUEST_SIZE
+                        continue
+                    if not done:
+                        if not self._has_room(length):
+                            after = _After.NO_ROOM
+                            break
+                        self._start_task(length)
+                        self._nursery.start_soon(self._slow_read, cookie, offset, length)
+                        position += _REQUEST_SIZE
+                        continue
+                    if structured:
+                        pack_data(arena, used, wire.DATA_HEAD, cookie, length + 8, offset)
+                    else:
+                        pack_simple(arena, used, wire.SIMPLE_HEAD, cookie)
+                    used = data + length
+                    position += _REQUEST_SIZE
+                    reads += 1
+                    read_bytes += length
+                if after is _After.NO_ROOM:
+                    break
+                continue
+
+            if (head == wire.WRITE_HEAD or head == _WRITE_FUA_HEAD) and 0 < length <= write_limit:
+                payload = position + _REQUEST_SIZE
+                if offset + length <= writable_size and payload + length <= end:
+                    if len(writes) == BATCH_WRITES or used > BATCH_BYTES:
+                        after = _After.FULL
+                        break
+                    if head == _WRITE_FUA_HEAD:
+                        if self._inflight + len(fua) + len(syncs) >= self._limits.inflight_requests:
+                            after = _After.NO_ROOM
+                            break
+                        fua.append(len(writes))
+                    position = payload + length
+                    writes.append((offset, inbox[payload:position]))
+                    cookies.append(cookie)
+                    continue
+
+            if used > BATCH_BYTES:
+                after = _After.FULL
+                break
+            command, flags = head & 0xFFFF, head >> 16 & 0xFFFF
+            if head >> 32 != wire.REQUEST_MAGIC:
+                log.warning("%s: dropped: not an NBD request (magic %#010x)", self.peer, head >> 32)
+                after = _After.GARBAGE
+                break
+            if command == wire.CMD_DISC:
+                after = _After.DISCONNECT
+                break
+            verdict = judge(session, export, command, flags, offset, length, draining=self._draining)
+            if command == wire.CMD_WRITE and length:
+                if position + _REQUEST_SIZE + length > end:
+                    if verdict or _REQUEST_SIZE + length > INBOX_BYTES:
+                        self._long = _LongWrite(cookie, flags, offset, length, verdict)
+                        position += _REQUEST_SIZE
+                        after = _After.LONG_WRITE
+                    break
+                if not verdict:
+                    # Only where a minimum block size keeps writes off the quick path.
+                    self._long = _LongWrite(cookie, flags, offset, length, 0)
+                    position += _REQUEST_SIZE
+                    after = _After.LONG_WRITE
+                    break
+                position += length
+            if verdict:
+                reply = failure(session, cookie, verdict)
+                self.counters.requests += 1
+                self.counters.errors += 1
+            elif command == wire.CMD_READ and length == 0:
+                reply = read_header(session, cookie, offset, 0)
+                reads += 1
+            elif length == 0 and command != wire.CMD_FLUSH and not flags & wire.CMD_FLAG_FUA:
+                reply = success(cookie)
+                self._count(command)
+            else:
+                room = length if command == wire.CMD_READ else 0
+                if self._inflight + len(fua) + len(syncs) >= self._limits.inflight_requests or not self._has_room(room):
+                    after = _After.NO_ROOM
+                    break
+                if command == wire.CMD_FLUSH or length == 0:
+                    self._count(command)
+                    syncs.append(cookie)
+                else:
+                    self._start_task(room)
+                    if command == wire.CMD_READ:
+                        self._nursery.start_soon(self._slow_read, cookie, offset, length)
+                    else:
+                        self._nursery.start_soon(self._slow_command, cookie, command, flags, offset, length)
+                reply = b""
+            position += _REQUEST_SIZE
+            arena[used : used + len(reply)] = reply
+            used += len(reply)
+
+        if writes:
+            used = self._write_batch(writes, cookies, fua, syncs, used)
+        if syncs:
+            self._start_task(0, len(syncs))
+            self._nursery.start_soon(self._slow_flush, syncs)
+        counters = self.counters
+        counters.requests += reads
+        counters.reads += reads
+        counters.read_bytes += read_bytes
+        self._start = position
+        self._arena_used = used
+        return after
+
+    def _write_batch(
+        self,
+        writes: list[tuple[int, memoryview]],
+        cookies: list[int],
+        fua: list[int],
+        syncs: list[int],
+        used: int,
+    ) -> int:
+        """Write a pass's writes; returns how much of the arena is used when their replies are in it."""
+        bench = self._bench
+        assert bench is not None
+        arena = bench.arena
+        try:
+            done = self._export.write_now(writes)
+        except OSError as error:
+            # One of them is bad. Alone, each of the others may still succeed.
+            if len(writes) == 1:
+                reply = self._failed(cookies[0], error)
+                arena[used : used + len(reply)] = reply
+                return used + len(reply)
+            done = False
+        marked = frozenset(fua)
+        if not done:
+            self._parked = [
+                (cookie, offset, data, index in marked)
+                for index, (cookie, (offset, data)) in enumerate(zip(cookies, writes, strict=True))
+            ]
+            return used
+        pack = wire.SIMPLE_REPLY.pack_into
+        for index, cookie in enumerate(cookies):
+            if index in marked:
+                syncs.append(cookie)
+            else:
+                pack(arena, used, wire.SIMPLE_HEAD, cookie)
+                used += 16
+        self._count_writes(len(writes), sum(len(data) for _, data in writes))
+        return used
+
+    def _count_writes(self, requests: int, length: int) -> None:
+        counters = self.counters
+        counters.requests += requests
+        counters.writes += requests
+        counters.written_bytes += length
+
+    def _count(self, command: int) -> None:
+        counters = self.counters
+        counters.requests += 1
+        if command == wire.CMD_FLUSH:
+            counters.flushes += 1
+        elif command == wire.CMD_TRIM:
+            counters.trims += 1
+        elif command == wire.CMD_WRITE_ZEROES:
+            counters.zeroes += 1
+        elif command == wire.CMD_WRITE:
+            counters.writes += 1
+        else:
+            counters.other += 1
+
+    def _failed(self, cookie: int, error: OSError, *, fast_zero: bool = False) -> bytes:
+        self.counters.requests += 1
+        self.counters.errors += 1
+        value = error_value(error, fast_zero=fast_zero)
+        if value in (wire.EIO, wire.ENOMEM):
+            log.error("%s: %s: %s", self.peer, self.export_name, error)
+        # Batched replies have a bounded place in the arena, so the message stays short.
+        return failure(self._session, cookie, value, (error.strerror or "")[:200])
+
+    async def _release_parked(self) -> None:
+        """Give each write that would have blocked a task and a copy of its payload."""
+        parked, self._parked = self._parked, []
+        for cookie, offset, data, fua in parked:
+            while not self._has_room(len(data)):
+                await self._wait_for_room()
+            self._start_task(len(data))
+            self._nursery.start_soon(self._slow_write, cookie, offset, bytes(data), fua)
+
+    async def _take_long_write(self) -> bool:
+        """Write a payload piece by piece as it arrives, or throw it away; False at end of file."""
+        long, self._long = self._long, None
+        assert long is not None
+        length = long.left
+        while long.left:
+            have = min(self._end - self._start, long.left)
+            if have < long.left and (have == 0 if long.error else have < PIECE_BYTES):
+                if not await self._receive():
+                    log.info("%s: closed in the middle of a WRITE", self.peer)
+                    return False
+                continue
+            if not long.error:
+                if have < long.left:
+                    have = (long.offset + have) // PIECE_ALIGNMENT * PIECE_ALIGNMENT - long.offset
+                long.error = await self._write_piece(long.offset, have)
+            self._start += have
+            long.offset += have
+            long.left -= have
+            if perf_counter() > self._slice_end:
+                await self._yield()
+        if not long.error and long.flags & wire.CMD_FLAG_FUA:
+            try:
+                await self._export.flush()
+            except OSError as error:
+                long.error = error_value(error)
+        if long.error:
+            self.counters.requests += 1
+            self.counters.errors += 1
+            reply = failure(self._session, long.cookie, long.error)
+        else:
+            self._count_writes(1, length)
+            reply = success(long.cookie)
+        await self._deliver(reply, 0, 0)
+        return True
+
+    async def _write_piece(self, offset: int, length: int) -> int:
+        # The volume may have shrunk since the last piece.
+        error = judge(self._session, self._export, wire.CMD_WRITE, 0, offset, length)
+        if error:
+            return error
+        assert self._bench is not None
+        data = self._bench.inbox[self._start : self._start + length]
+        try:
+            if not self._export.write_now([(offset, data)]):
+                await self._export.write(offset, data)
+        except OSError as failed:
+            return error_value(failed)
+        return 0
+
+    # --- what is in flight ---
+
+    def _has_room(self, length: int) -> bool:
+        if self._inflight >= self._limits.inflight_requests:
+            return False
+        return not self._inflight or self._inflight_bytes + length <= self._limits.inflight_bytes
+
+    def _start_task(self, length: int, requests: int = 1) -> None:
+        self._inflight += requests
+        self._inflight_bytes += length
+
+    def _finish_task(self, requests: int, length: int) -> None:
+        self._inflight -= requests
+        self._inflight_bytes -= length
+        self._room.set()
+
+    async def _wait_for_room(self) -> None:
+        self._room = trio.Event()
+        if self._inflight:
+            await self._room.wait()
+        self._woke()
+
+    async def _slow_read(self, cookie: int, offset: int, length: int) -> None:
+        header = read_header(self._session, cookie, offset, length)
+        reply = memoryview(bytearray(len(header) + length))
+        reply[: len(header)] = header
+        done = 0
+        try:
+            while done < length:
+                piece = min(length - done, INLINE_READ_BYTES)
+                into = reply[len(header) + done : len(header) + done + piece]
+                if not self._export.read_now(offset + done, piece, into):
+                    await self._export.read(offset + done, piece, into)
+                done += piece
+                if done < length:
+                    await trio.lowlevel.checkpoint()
+        except OSError as error:
+            await self._deliver(self._failed(cookie, error), 1, length)
+            return
+        self.counters.requests += 1
+        self.counters.reads += 1
+        self.counters.read_bytes += length
+        await self._deliver(reply, 1, length)
+
+    async def _slow_write(self, cookie: int, offset: int, data: bytes, fua: bool) -> None:
+        try:
+            await self._export.write(offset, data)
+            if fua:
+                await self._export.flush()
+        except OSError as error:
+            reply = self._failed(cookie, error)
+        else:
+            self._count_writes(1, len(data))
+            reply = success(cookie)
+        await self._deliver(reply, 1, len(data))
+
+    async def _slow_flush(self, cookies: Sequence[int]) -> None:
+        """One flush for a pass's FLUSH requests and for its FUA writes, which are already written."""
+        try:
+            await self._export.flush()
+        except OSError as error:
+            value = error_value(error)
+            self.counters.errors += len(cookies)  # as requests they are counted already
+            log.error("%s: %s: flush: %s", self.peer, self.export_name, error)
+            text = error.strerror or ""
+            reply = b"".join([failure(self._session, cookie, value, text) for cookie in cookies])
+        else:
+            reply = b"".join([success(cookie) for cookie in cookies])
+        await self._deliver(reply, len(cookies), 0)
+
+    async def _slow_command(self, cookie: int, command: int, flags: int, offset: int, length: int) -> None:
+        export = self._export
+        reply = success(cookie)
+        try:
+            if command == wire.CMD_TRIM:
+                await export.trim(offset, length)
+            elif command == wire.CMD_WRITE_ZEROES:
+                await export.write_zeroes(offset, length, no_hole=bool(flags & wire.CMD_FLAG_NO_HOLE))
+            elif command == wire.CMD_CACHE:
+                await export.cache(offset, length)
+            else:
+                only_one = bool(flags & wire.CMD_FLAG_REQ_ONE)
+                extents = await export.extents(offset, length, 1 if only_one else EXTENT_LIMIT)
+                reply = block_status(self._session, cookie, extents, length=length, only_one=only_one)
+            if flags & wire.CMD_FLAG_FUA and command in (wire.CMD_TRIM, wire.CMD_WRITE_ZEROES):
+                await export.flush()
+        except OSError as error:
+            reply = self._failed(cookie, error, fast_zero=bool(flags & wire.CMD_FLAG_FAST_ZERO))
+        else:
+            self._count(command)
+        await self._deliver(reply, 1, 0)
+
+    # --- sending ---
+
+    async def _send_arena(self) -> None:
+        """Send the arena's replies; when this returns the arena may be used again."""
+        used, self._arena_used = self._arena_used, 0
+        while self._sending:
+            await self._sender_left.park()
+        # No checkpoint from here to the send, or to _pump's first line: nobody else sends.
+        if self._broken:
+            return
+        assert self._bench is not None
+        view = self._bench.arena[:used]
+        try:
+            sent = self._sock.send(view)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            self._break(error)
+            return
+        if sent < used:
+            await self._pump(view[sent:])
+            self._woke()
+
+    async def _deliver(self, reply: bytes | memoryview, requests: int, length: int) -> None:
+        """Queue a reply; ``requests`` and ``length`` leave the bounds when it has been sent."""
+        self._replies.append((reply, requests, length))
+        if not self._sending:
+            await self._pump(b"")
+
+    async def _pump(self, first: bytes | memoryview) -> None:
+        """Be the sender: send ``first``, then the queue until it is empty."""
+        self._sending = True
+        try:
+            if first:
+                await self._send_all(first)
+            while self._replies:
+                batch = [self._replies.popleft()]
+                total = len(batch[0][0])
+                while self._replies and total + len(self._replies[0][0]) <= 64 << 10:
+                    batch.append(self._replies.popleft())
+                    total += len(batch[-1][0])
+                await self._send_all(b"".join([reply for reply, _, _ in batch]) if len(batch) > 1 else batch[0][0])
+                self._finish_task(sum(requests for _, requests, _ in batch), sum(length for _, _, length in batch))
+        finally:
+            self._sending = False
+            self._sender_left.unpark_all()
+
+    async def _send_all(self, data: bytes | memoryview) -> None:
+        """Send all, unless the socket is or becomes broken. Cut short, it leaves it broken."""
+        view = memoryview(data)
+        while view and not self._broken:
+            try:
+                view = view[self._sock.send(view) :]
+            except BlockingIOError:
+                try:
+                    with trio.CancelScope(deadline=self._send_by) as self._send_scope:
+                        await trio.lowlevel.wait_writable(self._sock)
+                except BaseException:
+                    self._broken = True
+                    raise
+                finally:
+                    caught = self._send_scope is not None and self._send_scope.cancelled_caught
+                    self._send_scope = None
+                if caught:
+                    self._break(OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
+            except OSError as error:
+                self._break(error)
+
+    def _break(self, error: OSError) -> None:
+        self._broken = True
+        log.debug("%s: can't send: %s", self.peer, error)

@@ -1,0 +1,110 @@
+"""What the server needs of an export, and nothing about how it is stored.
+
+The server judges every request first (``nbd.transmission``), so an implementation may assume
+``0 <= offset`` and ``offset + length <= size_bytes`` at the time of the call. Failures are
+``OSError`` with a true ``errno``; the server turns that into the protocol's error value.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Export(Protocol):
+    """One block device, shared by all connections that have acquired it."""
+
+    @property
+    def name(self) -> str:
+        """The canonical export name, e.g. ``demo/vol``; at most 4,096 bytes of UTF-8."""
+
+    @property
+    def description(self) -> str:
+        """A sentence for a human being; may be empty."""
+
+    @property
+    def size_bytes(self) -> int:
+        """The size now. It may change while clients are connected (a resize)."""
+
+    @property
+    def read_only(self) -> bool: ...
+
+    @property
+    def rotational(self) -> bool: ...
+
+    @property
+    def can_multi_conn(self) -> bool:
+        """True: a flush on one connection covers the answered writes of all connections."""
+
+    @property
+    def minimum_block_size(self) -> int:
+        """A power of two from 1 to 65,536; other alignments are refused by the server."""
+
+    @property
+    def preferred_block_size(self) -> int:
+        """A power of two, at least 512 and at least the minimum."""
+
+    @property
+    def maximum_payload(self) -> int:
+        """The longest READ or WRITE in bytes; the server never accepts more than 32 MiB."""
+
+    def read_now(self, offset: int, length: int, into: memoryview) -> bool:
+        """Read without blocking, atomically as other tasks see it.
+
+        True: ``into`` holds the verified bytes. False: it would block; ask ``read``.
+        """
+
+    def write_now(self, writes: list[tuple[int, memoryview]]) -> bool:
+        """Write ``(offset, data)`` pairs without blocking: all of them or none.
+
+        True: all are in the kernel and may be acknowledged. False: it would block, and nothing
+        was written; use ``write`` for each. OSError: none may be acknowledged. The views are only
+        valid during the call. Where entries overlap the later one wins. At most 32 MiB in all.
+        """
+
+    async def read(self, offset: int, length: int, into: memoryview) -> None:
+        """Read; may wait."""
+
+    async def write(self, offset: int, data: memoryview | bytes) -> None:
+        """Write; may wait. ``data`` stays unchanged until this returns."""
+
+    async def flush(self) -> None:
+        """Make durable every write, trim and zeroing that had returned before the call.
+
+        On every connection. FUA is the write and then this.
+        """
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Forget the range; may round inwards."""
+
+    async def write_zeroes(self, offset: int, length: int, *, no_hole: bool) -> None:
+        """Make the whole range read as zeroes; never slower than writing it, so FAST_ZERO is honest.
+
+        ``no_hole``: keep space for the range, so that writing to it later can't run out of space.
+        """
+
+    async def cache(self, offset: int, length: int) -> None:
+        """A hint that the range will be read soon."""
+
+    async def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+        """``(length_bytes, flags)`` of consecutive extents from ``offset``, at least one.
+
+        Flags are ``STATE_HOLE`` and ``STATE_ZERO``. At most ``limit`` extents, each longer than
+        nothing, equal neighbours merged, never past ``offset + length``.
+        """
+
+
+class Exports(Protocol):
+    """The directory of exports."""
+
+    def list(self) -> list[tuple[str, str]]:
+        """``(name, description)`` of each."""
+
+    async def acquire(self, name: str) -> Export:
+        """Open an export for one connection; ``""`` is the default export, if there is one.
+
+        Raises FileNotFoundError when there is no such export, another OSError when it can't be
+        opened now.
+        """
+
+    def release(self, export: Export) -> None:
+        """Give back what one ``acquire`` returned. Synchronous, so that it works while cancelled."""

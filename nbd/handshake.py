@@ -1,0 +1,415 @@
+"""The server's side of the handshake as a machine without IO.
+
+Bytes go in with ``feed``; ``next_event`` says what is to be done next:
+
+=============  ==========================================================================
+event          the caller's part
+=============  ==========================================================================
+``NEED_DATA``  feed more
+``Send``       send these bytes
+``WantList``   call ``listed`` with the directory (or ``refused``), send what it returns
+``WantExport`` open the export; call ``described`` with it or ``refused``; send what is
+               returned; keep the export open if ``enters``, as transmission has begun
+``Hangup``     send ``farewell`` if there is any, then close; ``reason`` is for the log
+=============  ==========================================================================
+
+It speaks fixed newstyle only. What a client may make it hold is bounded: a name by 4,096 bytes, an
+option by ``MAX_OPTION_BYTES``; longer data is skipped as it arrives and answered with an error,
+and an option that announces more than ``MAX_SKIPPED_BYTES`` ends the connection.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from nbd import wire
+from nbd.export import Export
+from nbd.transmission import Session, clip_utf8, payload_limit, transmission_flags
+
+MAX_OPTION_BYTES: Final = 64 << 10
+MAX_SKIPPED_BYTES: Final = 1 << 20
+
+ALLOCATION_CONTEXT_ID: Final = 1
+
+OPTION_NAMES: Final = {
+    wire.OPT_EXPORT_NAME: "EXPORT_NAME",
+    wire.OPT_ABORT: "ABORT",
+    wire.OPT_LIST: "LIST",
+    wire.OPT_STARTTLS: "STARTTLS",
+    wire.OPT_INFO: "INFO",
+    wire.OPT_GO: "GO",
+    wire.OPT_STRUCTURED_REPLY: "STRUCTURED_REPLY",
+    wire.OPT_LIST_META_CONTEXT: "LIST_META_CONTEXT",
+    wire.OPT_SET_META_CONTEXT: "SET_META_CONTEXT",
+    wire.OPT_EXTENDED_HEADERS: "EXTENDED_HEADERS",
+}
+
+
+class _NeedData(enum.Enum):
+    NEED_DATA = enum.auto()
+
+
+NEED_DATA: Final = _NeedData.NEED_DATA
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class WantList:
+    """The client asks for the directory."""
+
+
+@dataclass(frozen=True, slots=True)
+class WantExport:
+    """The client names an export. ``enters``: if it exists, transmission begins with it."""
+
+    name: str
+    enters: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Hangup:
+    """Close the connection. ``rude``: the client broke the protocol, which deserves a log line."""
+
+    reason: str
+    farewell: bytes = b""
+    rude: bool = True
+
+
+Event = _NeedData | Send | WantList | WantExport | Hangup
+
+
+class _Invalid(Exception):
+    """An option's data is not what the protocol says; the message is for the client."""
+
+
+class _TooBig(_Invalid):
+    """An option's data is well-formed but beyond a bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """An option that waits for ``listed``, ``described`` or ``refused``."""
+
+    option: int
+    answer: Callable[[Export], bytes]
+
+
+class Handshake:
+    """One connection's handshake. ``begun`` tells that transmission follows, with ``session``."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._next: Callable[[], Event] = self._greet
+        self._no_zeroes = False
+        self._fixed = False
+        self._structured = False
+        self._context_for: str | None = None  # the export for which base:allocation was selected
+        self._question: _Question | None = None
+        self._skip = 0
+        self._after_skip: Callable[[], Event] = self._read_option
+        self.shutting_down = False
+        """Set by the caller when the server drains: every option but ABORT is then refused."""
+        self.begun = False
+        self.session = Session()
+
+    def feed(self, data: bytes | bytearray | memoryview) -> None:
+        """Add bytes from the client."""
+        self._buffer += data
+
+    def leftover(self) -> bytes:
+        """After ``begun``: bytes that arrived behind the handshake; they are the first requests."""
+        rest = bytes(self._buffer)
+        self._buffer.clear()
+        return rest
+
+    def next_event(self) -> Event:
+        """What to do now. After ``WantList`` or ``WantExport`` answer before asking again."""
+        assert not self.begun and self._question is None
+        return self._next()
+
+    # --- states ---
+
+    def _greet(self) -> Event:
+        self._next = self._read_client_flags
+        flags = wire.FLAG_FIXED_NEWSTYLE | wire.FLAG_NO_ZEROES
+        return Send(wire.GREETING.pack(wire.INIT_PASSWD, wire.IHAVEOPT, flags))
+
+    def _read_client_flags(self) -> Event:
+        if len(self._buffer) < wire.CLIENT_FLAGS.size:
+            return NEED_DATA
+        (flags,) = wire.CLIENT_FLAGS.unpack(self._take(wire.CLIENT_FLAGS.size))
+        if flags & ~(wire.FLAG_C_FIXED_NEWSTYLE | wire.FLAG_C_NO_ZEROES):
+            return Hangup(f"unknown client flags {flags:#x}")
+        self._fixed = bool(flags & wire.FLAG_C_FIXED_NEWSTYLE)
+        self._no_zeroes = bool(flags & wire.FLAG_C_NO_ZEROES)
+        self._next = self._read_option
+        return self._read_option()
+
+    def _read_option(self) -> Event:
+        if len(self._buffer) < wire.OPTION.size:
+            # Garbage is garbage from its first bytes; don't wait for sixteen of them.
+            if not wire.U64.pack(wire.IHAVEOPT).startswith(self._buffer[:8]):
+                return Hangup("not an NBD option (bad magic)")
+            return NEED_DATA
+        magic, option, length = wire.OPTION.unpack_from(self._buffer)
+        if magic != wire.IHAVEOPT:
+            return Hangup("not an NBD option (bad magic)")
+        if not self._fixed and option != wire.OPT_EXPORT_NAME:
+            return Hangup(f"option {_named(option)} without fixed newstyle")
+        if length > MAX_SKIPPED_BYTES:
+            return Hangup(f"option {_named(option)} announces {length} bytes")
+        if option == wire.OPT_ABORT:
+            return self._skipping(length, lambda: self._abort(option))
+        if self.shutting_down:
+            return self._skipping(length, lambda: self._refuse_shutdown(option))
+        handler = self._handlers().get(option)
+        if handler is None:
+            text = f"option {_named(option)} is not supported"
+            return self._skipping(length, lambda: Send(_error(option, wire.REP_ERR_UNSUP, text)))
+        if length > MAX_OPTION_BYTES:
+            if option == wire.OPT_EXPORT_NAME:
+                return Hangup(f"an export name of {length} bytes")
+            return self._skipping(
+                length,
+                lambda: self._rejected(option, wire.REP_ERR_TOO_BIG, f"more than {MAX_OPTION_BYTES} bytes of data"),
+            )
+        if len(self._buffer) < wire.OPTION.size + length:
+            return NEED_DATA
+        self._take(wire.OPTION.size)
+        data = self._take(length)
+        try:
+            return handler(option, data)
+        except _Invalid as error:
+            if option == wire.OPT_EXPORT_NAME:
+                return Hangup(f"a bad export name: {error}")
+            reply = wire.REP_ERR_TOO_BIG if isinstance(error, _TooBig) else wire.REP_ERR_INVALID
+            return self._rejected(option, reply, str(error))
+
+    def _skipping(self, length: int, then: Callable[[], Event]) -> Event:
+        self._take(wire.OPTION.size)
+        self._skip, self._after_skip = length, then
+        self._next = self._drain
+        return self._drain()
+
+    def _drain(self) -> Event:
+        gone = min(self._skip, len(self._buffer))
+        self._take(gone)
+        self._skip -= gone
+        if self._skip:
+            return NEED_DATA
+        self._next = self._read_option
+        return self._after_skip()
+
+    def _take(self, length: int) -> bytes:
+        data = bytes(self._buffer[:length])
+        del self._buffer[:length]
+        return data
+
+    # --- options ---
+
+    def _handlers(self) -> dict[int, Callable[[int, bytes], Event]]:
+        return {
+            wire.OPT_EXPORT_NAME: self._export_name,
+            wire.OPT_LIST: self._list,
+            wire.OPT_INFO: self._info_or_go,
+            wire.OPT_GO: self._info_or_go,
+            wire.OPT_STRUCTURED_REPLY: self._structured_reply,
+            wire.OPT_LIST_META_CONTEXT: self._meta_context,
+            wire.OPT_SET_META_CONTEXT: self._meta_context,
+        }
+
+    def _abort(self, option: int) -> Event:
+        return Hangup("the client aborted", _reply(option, wire.REP_ACK), rude=False)
+
+    def _refuse_shutdown(self, option: int) -> Event:
+        if option == wire.OPT_EXPORT_NAME:
+            return Hangup("the server is shutting down", rude=False)
+        return self._rejected(option, wire.REP_ERR_SHUTDOWN, "the server is shutting down")
+
+    def _rejected(self, option: int, reply: int, text: str) -> Event:
+        if option == wire.OPT_SET_META_CONTEXT:
+            self._context_for = None  # it replaces the selection even when it fails
+        return Send(_error(option, reply, text))
+
+    def _export_name(self, option: int, data: bytes) -> Event:
+        name = _text(data, "the export name")
+        self._question = _Question(option, lambda export: self._begin_export_name(name, export))
+        return WantExport(name, enters=True)
+
+    def _begin_export_name(self, name: str, export: Export) -> bytes:
+        self._begin(name)
+        flags = transmission_flags(export, structured=self._structured)
+        reply = wire.EXPORT_NAME_REPLY.pack(export.size_bytes, flags)
+        return reply if self._no_zeroes else reply + wire.EXPORT_NAME_PADDING
+
+    def _list(self, option: int, data: bytes) -> Event:
+        if data:
+            raise _Invalid("LIST takes no data")
+        self._question = _Question(option, lambda export: b"")
+        return WantList()
+
+    def _structured_reply(self, option: int, data: bytes) -> Event:
+        if data:
+            raise _Invalid("STRUCTURED_REPLY takes no data")
+        self._structured = True
+        return Send(_reply(option, wire.REP_ACK))
+
+    def _info_or_go(self, option: int, data: bytes) -> Event:
+        reader = _Reader(data)
+        name = reader.string("the export name")
+        wanted = [reader.u16() for _ in range(reader.u16())]
+        reader.end()
+        enters = option == wire.OPT_GO
+
+        def answer(export: Export) -> bytes:
+            if enters:
+                self._begin(name)
+            infos = self._infos(export, wanted)
+            return b"".join(_reply(option, wire.REP_INFO, info) for info in infos) + _reply(option, wire.REP_ACK)
+
+        self._question = _Question(option, answer)
+        return WantExport(name, enters)
+
+    def _infos(self, export: Export, wanted: Iterable[int]) -> list[bytes]:
+        wanted = set(wanted)
+        flags = transmission_flags(export, structured=self._structured)
+        infos = [wire.INFO_EXPORT_PAYLOAD.pack(wire.INFO_EXPORT, export.size_bytes, flags)]
+        if wire.INFO_NAME in wanted:
+            infos.append(wire.U16.pack(wire.INFO_NAME) + clip_utf8(export.name, wire.MAX_STRING_BYTES))
+        if wire.INFO_DESCRIPTION in wanted:
+            infos.append(wire.U16.pack(wire.INFO_DESCRIPTION) + clip_utf8(export.description, wire.MAX_STRING_BYTES))
+        limit = payload_limit(export)
+        if wire.INFO_BLOCK_SIZE in wanted or export.minimum_block_size > 1 or limit < wire.MAX_PAYLOAD_BYTES:
+            sizes = (export.minimum_block_size, export.preferred_block_size, limit)
+            infos.append(wire.INFO_BLOCK_SIZE_PAYLOAD.pack(wire.INFO_BLOCK_SIZE, *sizes))
+        return infos
+
+    def _meta_context(self, option: int, data: bytes) -> Event:
+        selecting = option == wire.OPT_SET_META_CONTEXT
+        if selecting:
+            self._context_for = None  # whatever follows, the old selection is gone
+        if not self._structured:
+            raise _Invalid("negotiate structured replies first")
+        reader = _Reader(data)
+        name = reader.string("the export name")
+        queries = [reader.string("a query") for _ in range(reader.u32())]
+        reader.end()
+        # Unknown namespaces and leaf names are ignored; "base:" is a wildcard only in LIST.
+        found = wire.META_ALLOCATION in queries
+        if not selecting:
+            found = found or not queries or wire.META_NAMESPACE in queries
+
+        def answer(export: Export) -> bytes:
+            if selecting and found:
+                self._context_for = name
+            context_id = ALLOCATION_CONTEXT_ID if selecting else 0
+            reply = wire.U32.pack(context_id) + wire.META_ALLOCATION.encode()
+            contexts = _reply(option, wire.REP_META_CONTEXT, reply) if found else b""
+            return contexts + _reply(option, wire.REP_ACK)
+
+        self._question = _Question(option, answer)
+        return WantExport(name, enters=False)
+
+    def _begin(self, name: str) -> None:
+        selected = self._structured and self._context_for == name
+        self.session = Session(self._structured, ALLOCATION_CONTEXT_ID if selected else None)
+        self.begun = True
+
+    # --- answers ---
+
+    def listed(self, exports: Iterable[tuple[str, str]]) -> bytes:
+        """Answer ``WantList`` with ``(name, description)`` pairs; returns the bytes to send."""
+        option = self._answered().option
+        replies = []
+        for name, description in exports:
+            raw = clip_utf8(name, wire.MAX_STRING_BYTES)
+            details = clip_utf8(description, wire.MAX_STRING_BYTES)
+            replies.append(_reply(option, wire.REP_SERVER, wire.U32.pack(len(raw)) + raw + details))
+        return b"".join(replies) + _reply(option, wire.REP_ACK)
+
+    def described(self, export: Export) -> bytes:
+        """Answer ``WantExport`` with the opened export; returns the bytes to send."""
+        return self._answered().answer(export)
+
+    def refused(self, error: OSError) -> bytes:
+        """Answer that there is no such export, or that it can't be opened now.
+
+        Returns the bytes to send. None at all means that the protocol has no way to say so
+        (EXPORT_NAME): close the connection.
+        """
+        option = self._answered().option
+        if option == wire.OPT_EXPORT_NAME:
+            return b""
+        if error.errno == errno.ESHUTDOWN:
+            reply = wire.REP_ERR_SHUTDOWN
+        elif error.errno in (errno.EACCES, errno.EPERM):
+            reply = wire.REP_ERR_POLICY
+        else:
+            reply = wire.REP_ERR_UNKNOWN
+        return _error(option, reply, error.strerror or str(error))
+
+    def _answered(self) -> _Question:
+        question = self._question
+        assert question is not None
+        self._question = None
+        return question
+
+
+class _Reader:
+    """Takes an option's data apart; anything that doesn't fit exactly is ``_Invalid``."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._position = 0
+
+    def _bytes(self, length: int) -> bytes:
+        if length > len(self._data) - self._position:
+            raise _Invalid("the data ends too early")
+        start = self._position
+        self._position += length
+        return self._data[start : self._position]
+
+    def u16(self) -> int:
+        return int.from_bytes(self._bytes(2))
+
+    def u32(self) -> int:
+        return int.from_bytes(self._bytes(4))
+
+    def string(self, what: str) -> str:
+        return _text(self._bytes(self.u32()), what)
+
+    def end(self) -> None:
+        if self._position != len(self._data):
+            raise _Invalid("there is data behind the end")
+
+
+def _text(raw: bytes, what: str) -> str:
+    if len(raw) > wire.MAX_STRING_BYTES:
+        raise _TooBig(f"{what} is longer than {wire.MAX_STRING_BYTES} bytes")
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        raise _Invalid(f"{what} is not UTF-8") from None
+    if "\0" in text:
+        raise _Invalid(f"{what} contains NUL")
+    return text
+
+
+def _reply(option: int, reply: int, data: bytes = b"") -> bytes:
+    return wire.OPTION_REPLY.pack(wire.REP_MAGIC, option, reply, len(data)) + data
+
+
+def _error(option: int, reply: int, text: str) -> bytes:
+    return _reply(option, reply, clip_utf8(text, wire.MAX_STRING_BYTES))
+
+
+def _named(option: int) -> str:
+    return OPTION_NAMES.get(option, str(option))

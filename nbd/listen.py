@@ -1,0 +1,133 @@
+"""Listening sockets: TCP, and Unix sockets that are never readable by others, not for a moment.
+
+A ``Listener`` holds a plain non-blocking ``socket.socket``, as the server's data path talks to the
+kernel itself. A Unix socket's file is removed when its listener closes. A file left by a dead
+server is replaced, one of a live server is not.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from pathlib import Path
+from typing import Final
+
+import trio
+
+BACKLOG: Final = 256
+_MAX_UNIX_PATH_BYTES: Final = 107
+
+
+class Listener:
+    """A bound, listening, non-blocking stream socket."""
+
+    def __init__(self, sock: socket.socket, address: str, *, path: Path | None = None) -> None:
+        self.sock = sock
+        self.address = address
+        """For people: ``127.0.0.1:10809`` or the path of the Unix socket."""
+        self._path = path
+        self._inode = _inode(path) if path else None
+
+    @property
+    def port(self) -> int:
+        """The TCP port, which matters if 0 was asked for; 0 for a Unix socket."""
+        return 0 if self._path else int(self.sock.getsockname()[1])
+
+    def uri(self, export: str = "") -> str:
+        """The NBD URI of an export behind this listener."""
+        if self._path:
+            return f"nbd+unix:///{export}?socket={self._path}"
+        return f"nbd://{self.address}/{export}"
+
+    def close(self) -> None:
+        """Stop listening and remove the Unix socket's file, if it is still ours. Synchronous."""
+        if self.sock.fileno() < 0:
+            return
+        if self._path and self._inode is not None and _inode(self._path) == self._inode:
+            self._path.unlink(missing_ok=True)
+        self.sock.close()
+
+
+async def open_tcp(host: str, port: int) -> list[Listener]:
+    """Listen on every address ``host`` has (a name or an address); ``port`` 0 picks a free one.
+
+    Raises OSError naming the address: taken, not ours, or not known.
+    """
+    try:
+        found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        raise OSError(errno.EADDRNOTAVAIL, f"can't listen on {host}:{port}: {error.strerror}") from None
+    listeners: list[Listener] = []
+    try:
+        for family, kind, protocol, _, address in found:
+            shown = f"[{address[0]}]" if family == socket.AF_INET6 else str(address[0])
+            sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                sock.bind(address)
+                sock.listen(BACKLOG)
+            except OSError as error:
+                sock.close()
+                raise OSError(error.errno, f"can't listen on {shown}:{port}: {os.strerror(error.errno or 0)}") from None
+            listeners.append(Listener(sock, f"{shown}:{sock.getsockname()[1]}"))
+    except BaseException:
+        for listener in listeners:
+            listener.close()
+        raise
+    return listeners
+
+
+async def open_unix(path: str | os.PathLike[str], mode: int = 0o600) -> Listener:
+    """Listen on a Unix socket with file mode ``mode`` from its first moment.
+
+    Raises OSError: EADDRINUSE if a live server listens there, EEXIST if the file is not a socket,
+    ENAMETOOLONG beyond the kernel's 107 bytes.
+    """
+    await trio.lowlevel.checkpoint()
+    target = Path(path).absolute()  # noqa: ASYNC240 - no file is touched
+    if len(os.fsencode(target)) > _MAX_UNIX_PATH_BYTES:
+        message = f"the socket path {target} is longer than {_MAX_UNIX_PATH_BYTES} bytes: choose a shorter one"
+        raise OSError(errno.ENAMETOOLONG, message)
+    _remove_stale(target)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        # bind() gives the file the mode that the socket itself has, less the umask; so there is no
+        # moment in which others could connect.
+        os.fchmod(sock.fileno(), mode)
+        sock.bind(str(target))
+        target.chmod(mode)  # the umask may have taken bits away that were asked for
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise OSError(error.errno, f"can't listen on {target}: {os.strerror(error.errno or 0)}") from None
+    return Listener(sock, str(target), path=target)
+
+
+def _remove_stale(path: Path) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise OSError(errno.EEXIST, f"can't listen on {path}: the file exists and is not a socket; remove it")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except BlockingIOError:
+            pass  # its backlog is full, so somebody lives there
+        raise OSError(errno.EADDRINUSE, f"can't listen on {path}: another server is listening there; stop it first")
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

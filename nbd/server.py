@@ -1,0 +1,194 @@
+"""The NBD server: accepts clients and keeps them apart.
+
+Each connection is a task of ``serve``'s nursery (``nbd.connection``). What one client does, be it
+garbage, silence, or a bug it uncovers here, ends at most that client's connection, with a line in
+the log. Cancelling ``serve`` is the hard stop; ``Server.drain`` the polite one.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import trio
+
+from nbd.connection import Connection, Counters, Limits, Workshop
+from nbd.export import Exports
+from nbd.listen import Listener
+
+__all__ = ["ConnectionStatus", "Counters", "Limits", "Server", "ServerStatus", "serve"]
+
+log = logging.getLogger("nbd.server")
+
+_ACCEPT_PAUSE_S = 0.1
+_SEND_BUFFER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionStatus:
+    """A client as it is now. ``export`` is None during the handshake."""
+
+    peer: str
+    export: str | None
+    counters: Counters
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStatus:
+    """A snapshot for the daemon's status; ``total`` counts ended connections too."""
+
+    listening: list[str]
+    connections: list[ConnectionStatus]
+    accepted: int
+    refused: int
+    draining: bool
+    total: Counters
+
+
+class Server:
+    """A running server; ``serve`` makes it."""
+
+    def __init__(self, exports: Exports, listeners: Sequence[Listener], limits: Limits) -> None:
+        self._exports = exports
+        self._listeners = list(listeners)
+        self._limits = limits
+        self._workshop = Workshop()
+        self._connections: dict[Connection, trio.CancelScope] = {}
+        self._past = Counters()
+        self._accepted = 0
+        self._refused = 0
+        self._serial = 0
+        self._draining = False
+        self._accepting = trio.CancelScope()
+        self._over = trio.Event()
+
+    def status(self) -> ServerStatus:
+        """Who is connected, and what was asked so far."""
+        total = Counters()
+        total.add(self._past)
+        connections = []
+        for connection in self._connections:
+            total.add(connection.counters)
+            counters = Counters()
+            counters.add(connection.counters)
+            connections.append(ConnectionStatus(connection.peer, connection.export_name, counters))
+        return ServerStatus(
+            [listener.address for listener in self._listeners],
+            connections,
+            self._accepted,
+            self._refused,
+            self._draining,
+            total,
+        )
+
+    def start_drain(self, grace_s: float | None = None) -> None:
+        """Begin what ``drain`` waits for. Synchronous; a second call changes nothing."""
+        if self._draining:
+            return
+        self._draining = True
+        self._accepting.cancel()
+        for connection in self._connections:
+            connection.drain(self._limits.drain_grace_s if grace_s is None else grace_s)
+
+    async def drain(self, grace_s: float | None = None) -> None:
+        """Stop accepting, finish what is in flight, and end; returns when ``serve`` is done.
+
+        Requests that arrive meanwhile get ESHUTDOWN; after ``grace_s`` (``Limits.drain_grace_s``)
+        clients that are still there are disconnected, once what they have in flight is done.
+        """
+        self.start_drain(grace_s)
+        await self._over.wait()
+
+    def disconnect(self, export_name: str) -> int:
+        """Drop the clients of one export at once; returns how many there were."""
+        victims = [scope for client, scope in self._connections.items() if client.export_name == export_name]
+        for scope in victims:
+            scope.cancel()
+        return len(victims)
+
+    async def _run(self, task_status: trio.TaskStatus[Server]) -> None:
+        try:
+            async with trio.open_nursery() as nursery:
+                task_status.started(self)
+                with self._accepting:
+                    async with trio.open_nursery() as acceptors:
+                        for listener in self._listeners:
+                            acceptors.start_soon(self._accept, listener, nursery)
+                for listener in self._listeners:
+                    listener.close()
+        finally:
+            for listener in self._listeners:
+                listener.close()
+            self._over.set()
+
+    async def _accept(self, listener: Listener, nursery: trio.Nursery) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(listener.sock)
+            try:
+                sock, address = listener.sock.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                continue
+            except OSError as error:
+                log.error("can't accept a client on %s: %s", listener.address, error.strerror)
+                await trio.sleep(_ACCEPT_PAUSE_S)
+                continue
+            self._serial += 1
+            if isinstance(address, tuple):
+                peer = f"{address[0]}:{address[1]}"
+            else:
+                peer = f"unix client {self._serial}"
+            if len(self._connections) >= self._limits.connections:
+                self._refused += 1
+                sock.close()
+                log.warning("%s: refused: %d clients are connected already", peer, self._limits.connections)
+                continue
+            self._accepted += 1
+            try:
+                self._prepare(sock)
+            except OSError as error:
+                sock.close()
+                log.info("%s: gone at once: %s", peer, error)
+                continue
+            connection = Connection(sock, peer, self._exports, self._limits, self._workshop)
+            # Known before its task runs, so that a drain in between reaches it.
+            self._connections[connection] = trio.CancelScope()
+            nursery.start_soon(self._serve_one, connection)
+
+    def _prepare(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        if sock.family == socket.AF_UNIX:
+            # A reply of 1 MiB should leave in one send.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+        else:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    async def _serve_one(self, connection: Connection) -> None:
+        try:
+            with self._connections[connection]:
+                await connection.run()
+        except* Exception:
+            log.exception("%s: a bug ended this connection", connection.peer)
+        finally:
+            del self._connections[connection]
+            self._past.add(connection.counters)
+
+
+async def serve(
+    exports: Exports,
+    listeners: Sequence[Listener],
+    *,
+    limits: Limits | None = None,
+    task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve ``exports`` on ``listeners``, which it owns and closes.
+
+    ``server = await nursery.start(serve, exports, listeners)`` gives the ``Server``. Returns after
+    a drain; cancelling it drops all clients at once.
+    """
+    if not listeners:
+        raise OSError(errno.EINVAL, "the NBD server has no address to listen on")
+    await Server(exports, listeners, limits or Limits())._run(task_status)

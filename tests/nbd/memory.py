@@ -1,0 +1,162 @@
+"""An export in memory whose behaviour a test chooses: at once, slow, or failing."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from nbd import wire
+
+GRAIN = 4096
+
+
+@dataclass
+class MemoryExport:
+    """A bytearray. ``slow``: the ``_now`` calls decline. ``fail``: asked before every operation."""
+
+    name: str = "mem"
+    size_bytes: int = 1 << 20
+    description: str = "bytes in memory"
+    read_only: bool = False
+    rotational: bool = False
+    can_multi_conn: bool = True
+    minimum_block_size: int = 1
+    preferred_block_size: int = 4096
+    maximum_payload: int = wire.MAX_PAYLOAD_BYTES
+    slow: bool = False
+    delay_s: float = 0.0
+    fail: Callable[[str, int, int], int] = lambda operation, offset, length: 0
+    hold: trio.Event | None = None  # slow operations wait for it
+    calls: list[tuple[str, int, int]] = field(default_factory=list)
+    recording: bool = True
+    acquired: int = 0
+
+    def __post_init__(self) -> None:
+        self.data = bytearray(self.size_bytes)
+        self.allocated = bytearray(-(-self.size_bytes // GRAIN))
+        self.view = memoryview(self.data)
+        self.running = 0
+        self.peak_running = 0
+
+    def _begin(self, operation: str, offset: int, length: int) -> None:
+        if self.recording:
+            self.calls.append((operation, offset, length))
+        assert offset >= 0 and length >= 0 and offset + length <= self.size_bytes, (operation, offset, length)
+        error = self.fail(operation, offset, length)
+        if error:
+            raise OSError(error, os.strerror(error))
+
+    def _touch(self, offset: int, length: int, value: int) -> None:
+        if length:
+            for grain in range(offset // GRAIN, (offset + length - 1) // GRAIN + 1):
+                self.allocated[grain] = value
+
+    def read_now(self, offset: int, length: int, into: memoryview) -> bool:
+        assert len(into) == length
+        if self.slow:
+            return False
+        self._begin("read_now", offset, length)
+        into[:] = self.view[offset : offset + length]
+        return True
+
+    def write_now(self, writes: list[tuple[int, memoryview]]) -> bool:
+        if self.slow:
+            return False
+        for offset, data in writes:
+            self._begin("write_now", offset, len(data))
+        for offset, data in writes:
+            self.view[offset : offset + len(data)] = data
+            if self.recording:
+                self._touch(offset, len(data), 1)
+        return True
+
+    async def _pause(self) -> None:
+        self.running += 1
+        self.peak_running = max(self.peak_running, self.running)
+        try:
+            await trio.sleep(self.delay_s)
+            if self.hold is not None:
+                await self.hold.wait()
+        finally:
+            self.running -= 1
+
+    async def read(self, offset: int, length: int, into: memoryview) -> None:
+        await self._pause()
+        self._begin("read", offset, length)
+        into[:] = self.view[offset : offset + length]
+
+    async def write(self, offset: int, data: memoryview | bytes) -> None:
+        await self._pause()
+        self._begin("write", offset, len(data))
+        self.view[offset : offset + len(data)] = data
+        self._touch(offset, len(data), 1)
+
+    async def flush(self) -> None:
+        await self._pause()
+        self._begin("flush", 0, 0)
+
+    async def trim(self, offset: int, length: int) -> None:
+        await self._pause()
+        self._begin("trim", offset, length)
+        first, last = -(-offset // GRAIN), (offset + length) // GRAIN
+        if first < last:
+            self.data[first * GRAIN : last * GRAIN] = bytes((last - first) * GRAIN)
+            self._touch(first * GRAIN, (last - first) * GRAIN, 0)
+
+    async def write_zeroes(self, offset: int, length: int, *, no_hole: bool) -> None:
+        await self._pause()
+        self._begin("zero_no_hole" if no_hole else "zero", offset, length)
+        self.data[offset : offset + length] = bytes(length)
+
+    async def cache(self, offset: int, length: int) -> None:
+        await self._pause()
+        self._begin("cache", offset, length)
+
+    async def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+        await self._pause()
+        self._begin("extents", offset, length)
+        extents: list[tuple[int, int]] = []
+        position = offset
+        while position < offset + length:
+            grain = position // GRAIN
+            until = min((grain + 1) * GRAIN, offset + length)
+            flags = 0 if self.allocated[grain] else wire.STATE_HOLE | wire.STATE_ZERO
+            if extents and extents[-1][1] == flags:
+                extents[-1] = (extents[-1][0] + until - position, flags)
+            elif len(extents) == limit:
+                break
+            else:
+                extents.append((until - position, flags))
+            position = until
+        return extents
+
+
+class MemoryExports:
+    """A directory of memory exports that counts what is open."""
+
+    def __init__(self, *exports: MemoryExport) -> None:
+        self.exports = {export.name: export for export in exports}
+        self.open = 0
+        self.error = 0
+
+    def list(self) -> list[tuple[str, str]]:
+        return [(export.name, export.description) for export in self.exports.values()]
+
+    async def acquire(self, name: str) -> MemoryExport:
+        await trio.lowlevel.checkpoint()
+        if self.error:
+            raise OSError(self.error, os.strerror(self.error))
+        if name == "" and len(self.exports) == 1:
+            name = next(iter(self.exports))
+        if name not in self.exports:
+            raise FileNotFoundError(errno.ENOENT, f"no export {name!r}")
+        self.open += 1
+        return self.exports[name]
+
+    def release(self, export: object) -> None:
+        self.open -= 1
+        assert self.open >= 0
