@@ -276,5 +276,3 @@ def read_all(address: Path | tuple[str, int], name: str) -> Bytes:
 def payload(rng: random.Random, size_bytes: int = 8 << 20) -> Bytes:
     """Bytes that requests cut their data from, at any offset: no two cuts are alike."""
     return np.frombuffer(rng.randbytes(size_bytes), dtype=np.uint8)
-
-
