@@ -27,9 +27,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.system.daemon import REPOSITORY, Daemon, DaemonError
+
 CACHE = REPOSITORY / ".cache" / "guest"
-sys.path.insert(0, str(REPOSITORY))
 INIT = Path(__file__).with_name("guest_init.sh")
 
 METAPACKAGE = "linux-image-amd64"
@@ -63,7 +63,7 @@ def main() -> int:
         with server(options.host_port, options.export) as (port, export, check_after):
             boot(kernel, initramfs, port, export, options)
             check_after()
-    except GuestError as error:
+    except (GuestError, DaemonError) as error:
         print(f"FAIL: {error}", file=sys.stderr)
         return 1
     print(f"PASS: the Linux kernel's client did all of it in {time.monotonic() - start_s:.0f} s")
@@ -79,8 +79,6 @@ def server(host_port: int | None, export: str) -> Iterator[tuple[int, str, Calla
     if host_port is not None:
         yield host_port, export, lambda: None
         return
-    from tests.system.daemon import Daemon
-
     with tempfile.TemporaryDirectory(prefix="terrace-guest-") as temporary, Daemon(Path(temporary) / "home") as daemon:
         daemon.cli("pool", "create", "guest", "--fast", f"{temporary}/fast={POOL_BYTES}")
         daemon.cli("volume", "create", "guest/disk", str(VOLUME_BYTES))
