@@ -223,7 +223,7 @@ def measure(row: Row, server: Server, options: argparse.Namespace) -> None:
         server.stall_ms()
     process = server.process()
     before = process.cpu_times()
-    measurement = fio(server.uri(), *row.workload.options, "--time_based", f"--runtime={options.seconds}")
+    measurement = fio(server.uri(), *row.workload.options, "--time_based", f"--runtime={options.seconds * 1000:.0f}ms")
     after = process.cpu_times()
     cpu_s = after.user + after.system - before.user - before.system
     row.rounds.setdefault(server.label, []).append(measurement)

@@ -75,7 +75,7 @@ def big(directory: Path, seconds: float, pool_bytes: int) -> list[Result]:
     with running(Terrace(directory / "big", 0, pool_bytes)) as server:
         daemon = server.daemon
         volumes = "/v1/pools/bench/volumes"
-        body = {"name": "volume", "size_bytes": size_bytes}
+        body = {"name": "volume", "size": size_bytes}
         report("create, control API", timed(lambda: daemon.api("POST", volumes, body)), most=ANSWER_TARGET_S)
         report("create, `terrace volume create`", timed(lambda: daemon.cli("volume", "create", "bench/second", "10T")))
         report("trim all of it, empty", trim_all(server), most=ANSWER_TARGET_S)
@@ -84,7 +84,7 @@ def big(directory: Path, seconds: float, pool_bytes: int) -> list[Result]:
         server.stall_ms()
         written = fio(
             *(server.uri(), "--rw=randwrite", "--bs=4k", "--iodepth=32", "--norandommap", f"--size={size_bytes}"),
-            *("--time_based", f"--runtime={seconds}"),
+            *("--time_based", f"--runtime={seconds * 1000:.0f}ms"),
         )
         report("4k random writes all over it", written.iops, "IOPS")
         results.append(stall("10 TiB", "4k random writes all over it", server))
@@ -189,7 +189,7 @@ def pressure(directory: Path, seconds: float, size_bytes: int) -> list[Result]:
         server.stall_ms()
         load = fio(
             *(server.uri(), "--rw=randwrite", "--bs=4k", "--iodepth=32", "--norandommap"),
-            *("--time_based", f"--runtime={4 * seconds}"),
+            *("--time_based", f"--runtime={4000 * seconds:.0f}ms"),
         )
         results = [stall(section, "4k random writes, cleaner and checkpoints at work", server)]
         after = daemon.pool("bench")

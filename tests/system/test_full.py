@@ -86,7 +86,7 @@ def test_a_full_pool_says_enospc_serves_reads_and_gets_its_space_back(own: Daemo
             a.write(offset, PATTERN * 16)
             refilled += MIB
         assert refilled >= filled // 2
-    own.cli("volume", "delete", "p/a", "--yes", status=None)
+    own.cli("volume", "delete", "p/a", "--yes")
     assert len(own.api("GET", "/v1/pools/p/volumes")) == 1
     own.kill()
     own.start()
