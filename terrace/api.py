@@ -1,0 +1,415 @@
+"""The control API: JSON over HTTP on a Unix socket that only the daemon's own user may open.
+
+    GET    /v1/status[?reset=1]               the daemon; reset=1 forgets the longest loop stall after telling it
+    GET    /v1/pools                          every pool, failed ones with their error
+    POST   /v1/pools                          {name, devices: [{path, tier, size?}], force?}
+    GET    /v1/pools/P                        one pool
+    DELETE /v1/pools/P
+    POST   /v1/pools/P/open                   try again to open a pool that failed
+    POST   /v1/pools/P/grow                   {devices, force?}
+    POST   /v1/pools/P/checkpoint
+    POST   /v1/pools/P/check                  {full?}; streams {done_bytes, total_bytes} ..., then {report} or {error}
+    GET    /v1/pools/P/volumes
+    POST   /v1/pools/P/volumes                {name, size}
+    GET    /v1/pools/P/volumes/V
+    PATCH  /v1/pools/P/volumes/V              {size, shrink?}; a smaller size needs shrink, for it discards data
+    DELETE /v1/pools/P/volumes/V
+
+Sizes are bytes, or strings such as "10G". An error is {error, errno} with a 4xx or 5xx status; `error` is a sentence
+for the operator. What a client sends is judged by the pydantic models here and by the engine, and by nobody else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from functools import partial
+from http import HTTPStatus
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol, TypeVar, cast
+
+import hypercorn.config
+import hypercorn.trio
+import pydantic
+import trio
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from terrace.config import Size
+from terrace.pools import Pools, Slot
+from terrace.sizes import format_size
+from tiers import DeviceSpec, TierError
+
+log = logging.getLogger(__name__)
+
+BODY_LIMIT_BYTES = 1 << 20
+_PROGRESS_INTERVAL_S = 0.1
+_GRACE_S = 3.0
+_RESTART_PAUSE_S = 1.0
+
+
+class DaemonStatus(Protocol):
+    """What the API tells of the daemon itself."""
+
+    def status(self, *, reset: bool) -> dict[str, Any]:
+        """A JSON-able description; `reset` starts the stall measurement anew after reading it."""
+
+
+# What clients send
+
+
+def _absolute(path: Path) -> Path:
+    if not path.is_absolute():
+        raise ValueError(f"{str(path)!r} is not an absolute path; the daemon doesn't know the client's directory")
+    return path
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DeviceBody(_Body):
+    path: Annotated[Path, AfterValidator(_absolute)]
+    tier: Literal["fast", "base"]
+    size: Size | None = None
+
+    def spec(self) -> DeviceSpec:
+        return DeviceSpec(self.path, self.tier, self.size)
+
+
+class GrowBody(_Body):
+    devices: list[DeviceBody] = Field(min_length=1, max_length=256)
+    force: bool = False
+
+    def specs(self) -> list[DeviceSpec]:
+        return [device.spec() for device in self.devices]
+
+
+class CreatePoolBody(GrowBody):
+    name: str
+
+
+class CheckBody(_Body):
+    full: bool = False
+
+
+class CreateVolumeBody(_Body):
+    name: str
+    size: Size
+
+
+class ResizeBody(_Body):
+    size: Size
+    shrink: bool = False
+
+
+BodyT = TypeVar("BodyT", bound=BaseModel)
+
+
+async def _body(request: Request, model: type[BodyT]) -> BodyT:
+    """The request's body as a `model`; EINVAL naming the field that is wrong."""
+    data = await request.body()
+    try:
+        return model.model_validate_json(data or b"{}")
+    except pydantic.ValidationError as error:
+        details = error.errors(include_url=False)
+        sentences = []
+        for detail in details:
+            where = ".".join(map(str, detail["loc"]))
+            reason = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"]
+            sentences.append(f"{where}: {reason}" if where else reason)
+        raise TierError(errno.EINVAL, "; ".join(sentences)) from None
+
+
+# What they get
+
+
+_STATUS_OF_ERRNO = {
+    errno.ENOENT: HTTPStatus.NOT_FOUND,
+    errno.EEXIST: HTTPStatus.CONFLICT,
+    errno.EBUSY: HTTPStatus.CONFLICT,
+    errno.ENOTEMPTY: HTTPStatus.CONFLICT,
+    errno.EINVAL: HTTPStatus.BAD_REQUEST,
+    errno.EFBIG: HTTPStatus.BAD_REQUEST,
+    errno.ENAMETOOLONG: HTTPStatus.BAD_REQUEST,
+    errno.EACCES: HTTPStatus.FORBIDDEN,
+    errno.EPERM: HTTPStatus.FORBIDDEN,
+    errno.EROFS: HTTPStatus.FORBIDDEN,
+    errno.ENOSPC: HTTPStatus.INSUFFICIENT_STORAGE,
+    errno.ESHUTDOWN: HTTPStatus.SERVICE_UNAVAILABLE,
+}
+_ERRNO_OF_STATUS = {404: errno.ENOENT, 405: errno.EOPNOTSUPP, 413: errno.EFBIG}
+
+
+def _error_body(error: OSError) -> dict[str, str]:
+    text = str(error) if isinstance(error, TierError) else (error.strerror or str(error))
+    return {"error": text, "errno": errno.errorcode.get(error.errno or errno.EIO, "EIO")}
+
+
+def _error_response(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        number = _ERRNO_OF_STATUS.get(error.status_code, errno.EINVAL)
+        sentence = f"{request.method} {request.url.path}: {error.detail}"
+        return JSONResponse({"error": sentence, "errno": errno.errorcode[number]}, error.status_code)
+    if not isinstance(error, OSError):
+        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    refusal = error if isinstance(error, OSError) else _internal(error)
+    status = _STATUS_OF_ERRNO.get(refusal.errno or errno.EIO, HTTPStatus.INTERNAL_SERVER_ERROR)
+    return JSONResponse(_error_body(refusal), status)
+
+
+def _internal(error: Exception) -> OSError:
+    return TierError(errno.EIO, f"internal error: {type(error).__name__}; please report it with the daemon's log")
+
+
+def pool_summary(slot: Slot) -> dict[str, Any]:
+    """One pool as the API shows it; one that isn't open has only its name, state and error."""
+    if slot.pool is None:
+        state = "failed" if slot.error else "busy"
+        return {"name": slot.name, "state": state, "error": str(slot.error) if slot.error else None}
+    return {**_plain(slot.pool.status()), "error": None}
+
+
+def _plain(status: Any) -> Any:
+    """A dataclass as JSON's types."""
+    return json.loads(json.dumps(dataclasses.asdict(status), default=str))
+
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class Api:
+    """The handlers. Every one leaves the daemon as it was when it raises."""
+
+    def __init__(self, pools: Pools, daemon: DaemonStatus) -> None:
+        self._pools = pools
+        self._daemon = daemon
+
+    def app(self) -> ASGIApp:
+        """The ASGI application."""
+        pool, volume = "/v1/pools/{pool}", "/v1/pools/{pool}/volumes/{volume}"
+        routes = [
+            self._route("GET", "/v1/status", self.status),
+            self._route("GET", "/v1/pools", self.list_pools),
+            self._route("POST", "/v1/pools", self.create_pool),
+            self._route("GET", pool, self.show_pool),
+            self._route("DELETE", pool, self.delete_pool),
+            self._route("POST", f"{pool}/open", self.open_pool),
+            self._route("POST", f"{pool}/grow", self.grow_pool),
+            self._route("POST", f"{pool}/checkpoint", self.checkpoint_pool),
+            self._route("POST", f"{pool}/check", self.check_pool),
+            self._route("GET", f"{pool}/volumes", self.list_volumes),
+            self._route("POST", f"{pool}/volumes", self.create_volume),
+            self._route("GET", volume, self.show_volume),
+            self._route("PATCH", volume, self.resize_volume),
+            self._route("DELETE", volume, self.delete_volume),
+        ]
+        return _BoundedBody(Starlette(routes=routes, exception_handlers={HTTPException: _error_response}))
+
+    def _route(self, method: str, path: str, handler: Handler) -> Route:
+        async def endpoint(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except HTTPException:
+                raise
+            except Exception as error:
+                return _error_response(request, error)
+
+        return Route(path, endpoint, methods=[method])
+
+    async def status(self, request: Request) -> Response:
+        reset = request.query_params.get("reset") in ("1", "true")
+        return JSONResponse(self._daemon.status(reset=reset) | {"pools": list(map(pool_summary, self._pools.slots()))})
+
+    async def list_pools(self, request: Request) -> Response:
+        return JSONResponse(list(map(pool_summary, self._pools.slots())))
+
+    async def create_pool(self, request: Request) -> Response:
+        body = await _body(request, CreatePoolBody)
+        pool = await self._pools.create(body.name, body.specs(), force=body.force)
+        return JSONResponse(pool_summary(self._pools.slot(pool.name)), HTTPStatus.CREATED)
+
+    async def show_pool(self, request: Request) -> Response:
+        return JSONResponse(pool_summary(self._pools.slot(request.path_params["pool"])))
+
+    async def delete_pool(self, request: Request) -> Response:
+        await self._pools.delete(request.path_params["pool"])
+        return Response(status_code=HTTPStatus.NO_CONTENT)
+
+    async def open_pool(self, request: Request) -> Response:
+        pool = await self._pools.reopen(request.path_params["pool"])
+        return JSONResponse(pool_summary(self._pools.slot(pool.name)))
+
+    async def grow_pool(self, request: Request) -> Response:
+        body = await _body(request, GrowBody)
+        with self._pools.using(request.path_params["pool"]) as pool:
+            await pool.grow(body.specs(), force=body.force)
+        return JSONResponse(pool_summary(self._pools.slot(pool.name)))
+
+    async def checkpoint_pool(self, request: Request) -> Response:
+        with self._pools.using(request.path_params["pool"]) as pool:
+            await pool.checkpoint()
+            return JSONResponse(_plain(pool.status()))
+
+    async def check_pool(self, request: Request) -> Response:
+        body = await _body(request, CheckBody)
+        name = request.path_params["pool"]
+        self._pools.pool(name)  # what can be refused is refused with a status, before the stream begins
+        return _CheckStream(self._pools, name, full=body.full)
+
+    async def list_volumes(self, request: Request) -> Response:
+        pool = self._pools.pool(request.path_params["pool"])
+        return JSONResponse(_plain(pool.status())["volumes"])
+
+    async def create_volume(self, request: Request) -> Response:
+        body = await _body(request, CreateVolumeBody)
+        with self._pools.using(request.path_params["pool"]) as pool:
+            await pool.create_volume(body.name, body.size)
+            return JSONResponse(self._volume(pool.name, body.name), HTTPStatus.CREATED)
+
+    async def show_volume(self, request: Request) -> Response:
+        return JSONResponse(self._volume(request.path_params["pool"], request.path_params["volume"]))
+
+    async def resize_volume(self, request: Request) -> Response:
+        body = await _body(request, ResizeBody)
+        name = request.path_params["volume"]
+        with self._pools.using(request.path_params["pool"]) as pool:
+            now_bytes = pool.volume(name).size_bytes
+            if body.size < now_bytes and not body.shrink:
+                raise TierError(
+                    errno.EINVAL,
+                    f"{pool.name}/{name} has {format_size(now_bytes)}, and shrinking it to {format_size(body.size)} "
+                    "discards everything behind that for good; say --shrink if that is meant",
+                )
+            await pool.resize_volume(name, body.size)
+            return JSONResponse(self._volume(pool.name, name))
+
+    async def delete_volume(self, request: Request) -> Response:
+        with self._pools.using(request.path_params["pool"]) as pool:
+            await pool.delete_volume(request.path_params["volume"])
+        return Response(status_code=HTTPStatus.NO_CONTENT)
+
+    def _volume(self, pool_name: str, volume_name: str) -> Any:
+        """One volume's status. Raises ENOENT."""
+        pool = self._pools.pool(pool_name)
+        name = pool.volume(volume_name).name
+        return next(status for status in _plain(pool.status())["volumes"] if status["name"] == name)
+
+
+class _CheckStream(Response):
+    """Runs a check and streams its progress as lines of JSON. A client that goes away cancels the check."""
+
+    media_type = "application/x-ndjson"
+
+    def __init__(self, pools: Pools, name: str, *, full: bool) -> None:
+        super().__init__()
+        del self.headers["content-length"]
+        self._pools = pools
+        self._name = name
+        self._full = full
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        done: tuple[int, int] | None = None
+
+        def progress(done_bytes: int, total_bytes: int) -> None:
+            nonlocal done
+            done = (done_bytes, total_bytes)
+
+        async def line(content: dict[str, Any], *, more: bool = True) -> None:
+            body = json.dumps(content).encode() + b"\n"
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+
+        async def report_progress() -> None:
+            nonlocal done
+            while True:
+                await trio.sleep(_PROGRESS_INTERVAL_S)
+                if done is not None:
+                    latest, done = done, None
+                    await line({"done_bytes": latest[0], "total_bytes": latest[1]})
+
+        async def watch_client(scope: trio.CancelScope) -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            scope.cancel()
+
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        result: dict[str, Any] | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(report_progress)
+            nursery.start_soon(watch_client, nursery.cancel_scope)
+            try:
+                with self._pools.using(self._name) as pool:
+                    result = {"report": _plain(await pool.check(self._full, progress))}
+            except OSError as error:
+                result = _error_body(error)
+            except Exception as error:
+                log.error("the check of pool %s failed", self._name, exc_info=error)
+                result = _error_body(_internal(error))
+            nursery.cancel_scope.cancel()
+        if result is not None:
+            await line(result, more=False)
+
+
+class _BoundedBody:
+    """Refuses request bodies above BODY_LIMIT_BYTES, whether announced or not, before they are in memory."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        received_bytes = 0
+
+        async def bounded() -> Message:
+            nonlocal received_bytes
+            message = await receive()
+            received_bytes += len(message.get("body", b""))
+            if received_bytes > BODY_LIMIT_BYTES:
+                raise HTTPException(413, f"the body is larger than {format_size(BODY_LIMIT_BYTES)}")
+            return message
+
+        await self._app(scope, bounded, send)
+
+
+async def serve_api(
+    app: ASGIApp,
+    listening: socket.socket,
+    shutdown: trio.Event,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve `app` on the listening Unix socket, which stays the caller's, until `shutdown`.
+
+    Requests under way then get a moment to finish. Should the HTTP server itself fail over something that a client
+    sent, it is started again on the same socket.
+    """
+    config = hypercorn.config.Config()
+    config.accesslog = None
+    config.errorlog = logging.getLogger("terrace.http")
+    config.include_server_header = False
+    config.graceful_timeout = _GRACE_S
+    started = False
+    while not shutdown.is_set():
+        # hypercorn closes what it listens on, so it gets a duplicate.
+        config.bind = [f"fd://{os.dup(listening.fileno())}"]
+        try:
+            async with trio.open_nursery() as nursery:
+                # Two projects' types for one interface.
+                serve = partial(hypercorn.trio.serve, cast(Any, app), config, mode="asgi")
+                await nursery.start(partial(serve, shutdown_trigger=shutdown.wait))
+                if not started:
+                    started = True
+                    task_status.started()
+        except Exception as error:
+            log.error("the control API failed and is started again", exc_info=error)
+            with trio.move_on_after(_RESTART_PAUSE_S):
+                await shutdown.wait()

@@ -1,0 +1,5 @@
+"""`python -m terrace.cli`."""
+
+from terrace.cli import main
+
+main()

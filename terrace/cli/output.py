@@ -1,0 +1,164 @@
+"""How answers look: tables for people, JSON for programs, and a bar for what takes its time.
+
+rich is imported when something is drawn, since it takes as long to import as most commands take to run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_PATIENCE_S = 1.0
+
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+
+
+def output_option(command: CommandT) -> CommandT:
+    """Adds `-o table|json` as the parameter `output`."""
+    return click.option(
+        "-o",
+        "--output",
+        type=click.Choice(["table", "json"]),
+        default="table",
+        show_default=True,
+        help="For people, or for programs.",
+    )(command)
+
+
+def show_json(value: object) -> None:
+    """The answer as the API gave it."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def console() -> Console:
+    """Standard output. Not a terminal: as wide as it needs to be, so that nothing is cut for grep."""
+    from rich.console import Console
+
+    made = Console(highlight=False, soft_wrap=True)
+    if not made.is_terminal:
+        made = Console(highlight=False, soft_wrap=True, width=1000, color_system=None)
+    return made
+
+
+STATE_STYLES = {"online": "green", "ok": "green", "read-only": "yellow", "failed": "bold red", "offline": "bold red"}
+
+
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "", empty: str = "") -> None:
+    """Columns whose heading begins with `>` are right-aligned. Without rows, `empty` is said instead."""
+    from rich.box import Box
+    from rich.table import Table
+    from rich.text import Text
+
+    out = console()
+    if title:
+        out.print(Text(title, "bold"))
+    if not rows:
+        out.print(Text(empty, "dim"))
+        return
+    ruled = Box("    \n    \n ── \n    \n    \n    \n    \n    \n", ascii=False)
+    table = Table(box=ruled, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(column.removeprefix(">"), justify="right" if right else "left", no_wrap=True, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell), STATE_STYLES.get(str(cell), "")) for cell in row))
+    out.print(table)
+
+
+def show_facts(facts: Sequence[tuple[str, object]]) -> None:
+    """Names and values below each other."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 3, 0, 0))
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(no_wrap=True, overflow="fold")
+    for name, value in facts:
+        table.add_row(name, Text(str(value), STATE_STYLES.get(str(value), "")))
+    console().print(table)
+
+
+def percent(part: float, whole: float) -> str:
+    """`25 %`; a little is never 0 and nearly all is never 100."""
+    if whole <= 0:
+        return "0 %"
+    share = 100 * part / whole
+    if 0 < share < 1:
+        return "<1 %"
+    return f"{min(share, 99) if part < whole else share:.0f} %"
+
+
+def duration(seconds: float) -> str:
+    """`4 d 3 h`, `2 h 5 min`, `3 min 7 s`, `12 s`."""
+    days, rest = divmod(int(seconds), 86400)
+    hours, rest = divmod(rest, 3600)
+    minutes, rest = divmod(rest, 60)
+    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
+    while len(parts) > 1 and parts[0][0] == 0:
+        parts.pop(0)
+    return " ".join(f"{count} {unit}" for count, unit in parts[:2])
+
+
+@contextlib.contextmanager
+def patience(what: str) -> Iterator[Callable[[int, int], None]]:
+    """While the block takes more than a second and somebody watches: what it does, how far it is, how long it will be.
+
+    Yields `advance(done_bytes, total_bytes)`; where it is never called only the time that has passed is shown.
+    """
+    from rich.console import Console
+
+    err = Console(stderr=True)
+    if not err.is_terminal:
+        yield lambda done_bytes, total_bytes: None
+        return
+
+    from rich import progress
+
+    unknown = progress.Progress(
+        progress.SpinnerColumn(), progress.TextColumn(what), progress.TimeElapsedColumn(), console=err, transient=True
+    )
+    known = progress.Progress(
+        progress.TextColumn(what),
+        progress.BarColumn(),
+        progress.TaskProgressColumn(),
+        progress.DownloadColumn(binary_units=True),
+        progress.TransferSpeedColumn(),
+        progress.TextColumn("ETA"),
+        progress.TimeRemainingColumn(),
+        console=err,
+        transient=True,
+    )
+    started_s = time.monotonic()
+    unknown.add_task(what, total=None)
+    spin = threading.Timer(_PATIENCE_S, unknown.start)
+    spin.daemon = True
+    bar: progress.TaskID | None = None
+
+    def advance(done_bytes: int, total_bytes: int) -> None:
+        nonlocal bar
+        spin.cancel()
+        if bar is None and time.monotonic() - started_s >= _PATIENCE_S:
+            unknown.stop()
+            known.start()
+            bar = known.add_task(what, total=total_bytes)
+        if bar is not None:
+            known.update(bar, completed=done_bytes, total=total_bytes)
+
+    spin.start()
+    try:
+        yield advance
+    finally:
+        spin.cancel()
+        # Had it fired already, it is either drawing or about to; join tells which.
+        spin.join()
+        unknown.stop()
+        known.stop()

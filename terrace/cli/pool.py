@@ -1,0 +1,296 @@
+"""`terrace pool`: create, list, show, grow, check, open and delete pools."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from terrace.cli.context import DEVICE, POOL, Context, confirm, pass_context
+from terrace.cli.output import output_option, patience, percent, show_facts, show_json, show_table
+from terrace.sizes import format_size
+
+
+class DevicesCommand(click.Command):
+    """Lets --fast and --base take several devices each: `NAME --fast A B --base C`.
+
+    Only behind the name, so that a name that comes last is not taken for a device.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and not args[0].startswith("-"):
+            args = _one_option_each(args)
+        return super().parse_args(ctx, args)
+
+
+def _one_option_each(args: Sequence[str]) -> list[str]:
+    """`--fast A B` as `--fast A --fast B`."""
+    spread: list[str] = []
+    option, given = "", 0
+    for arg in args:
+        if arg.startswith("-"):
+            option, given = (arg, 0) if arg in ("--fast", "--base") else ("", 0)
+        elif option:
+            if given:
+                spread.append(option)
+            given += 1
+        spread.append(arg)
+    return spread
+
+
+def device_options(command: Any) -> Any:
+    for tier, about in (("base", "Devices for cold data."), ("fast", "Devices for the log and hot data.")):
+        command = click.option(f"--{tier}", type=DEVICE, multiple=True, metavar="DEV...", help=about)(command)
+    force = "Use devices that carry a filesystem, a partition table or another pool: THEIR DATA IS LOST."
+    return click.option("--force", is_flag=True, help=force)(command)
+
+
+def _devices(fast: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    if not fast and not base:
+        raise click.UsageError("name at least one device with --fast or --base")
+    return [{**device, "tier": tier} for tier, given in (("fast", fast), ("base", base)) for device in given]
+
+
+@click.group()
+def pool() -> None:
+    """Pools: sets of devices that volumes live on."""
+
+
+@pool.command(cls=DevicesCommand)
+@click.argument("name")
+@device_options
+@output_option
+@pass_context
+def create(
+    context: Context, name: str, fast: list[dict[str, Any]], base: list[dict[str, Any]], force: bool, output: str
+) -> None:
+    """Create a pool.
+
+    DEV is a block device, a file, or PATH=SIZE, which makes a sparse file.
+    """
+    body = {"name": name, "devices": _devices(fast, base), "force": force}
+    with context.connect() as client, patience(f"Creating pool {name}"):
+        made = client.request("POST", "pools", body=body)
+    if output == "json":
+        show_json(made)
+    else:
+        space = format_size(made["available_bytes"])
+        click.echo(f"Pool {name} has {space} for data on {len(made['devices'])} device(s).")
+
+
+@pool.command("list")
+@output_option
+@pass_context
+def list_pools(context: Context, output: str) -> None:
+    """List all pools, those that can't be opened too."""
+    with context.connect() as client:
+        pools = client.get("pools")
+    if output == "json":
+        show_json(pools)
+    else:
+        show_pools(pools)
+
+
+def show_pools(pools: Sequence[dict[str, Any]], title: str = "") -> None:
+    """The table of pools, and below it why some are not open."""
+    rows: list[tuple[object, ...]] = []
+    for found in pools:
+        if "capacity_bytes" not in found:
+            rows.append((found["name"], found["state"], *6 * ("-",)))
+            continue
+        rows.append(
+            (
+                found["name"],
+                found["state"],
+                len(found["volumes"]),
+                format_size(found["nominal_bytes"]),
+                format_size(found["used_bytes"]),
+                format_size(found["available_bytes"]),
+                format_size(found["capacity_bytes"]),
+                percent(found["used_bytes"], found["capacity_bytes"]),
+            )
+        )
+    columns = ("Pool", "State", ">Volumes", ">Nominal", ">Used", ">Available", ">Capacity", ">Use")
+    show_table(columns, rows, title=title, empty="There are no pools; terrace pool create makes one.")
+    for found in pools:
+        if found.get("error"):
+            click.echo(f"{found['name']}: {found['error']}")
+
+
+@pool.command()
+@click.argument("name", type=POOL)
+@output_option
+@pass_context
+def show(context: Context, name: str, output: str) -> None:
+    """Show one pool: its space, its log, its devices and its volumes."""
+    with context.connect() as client:
+        found = client.get("pools", name)
+    if output == "json":
+        show_json(found)
+    else:
+        show_pool(found)
+
+
+def show_pool(found: dict[str, Any]) -> None:
+    """Everything about one pool."""
+    if "capacity_bytes" not in found:
+        facts = [("Pool", found["name"]), ("State", found["state"]), ("Error", found["error"] or "")]
+        show_facts([*facts, ("Next step", f"mend what the error names, then: terrace pool open {found['name']}")])
+        return
+    size = {key: format_size(value) for key, value in found.items() if key.endswith("_bytes")}
+    client, device = found["client_written_bytes"], found["device_written_bytes"]
+    count = len(found["volumes"])
+    show_facts(
+        [
+            ("Pool", found["name"]),
+            ("State", found["state"]),
+            ("UUID", found["uuid"]),
+            ("Block size", format_size(found["block_size"])),
+            (
+                "Data space",
+                f"{size['used_bytes']} used of {size['capacity_bytes']} "
+                f"({percent(found['used_bytes'], found['capacity_bytes'])}), {size['available_bytes']} available",
+            ),
+            ("Metadata space", f"{size['metadata_bytes']} used"),
+            ("Reserve", f"{size['reserve_bytes']} kept for deletes, trims and cleaning"),
+            ("Deferred frees", f"{size['pending_free_bytes']} free after the next checkpoint"),
+            (
+                "Volumes",
+                f"{count}, {size['nominal_bytes']} nominal "
+                f"({percent(found['nominal_bytes'], found['capacity_bytes'])} of the capacity)",
+            ),
+            (
+                "Log",
+                f"sequence {found['log_seq']}, durable to {found['durable_seq']}, "
+                f"checkpoint at {found['checkpoint_seq']} ({found['checkpoints']} since start)",
+            ),
+            (
+                "Written",
+                f"{size['client_written_bytes']} by clients, {size['device_written_bytes']} to devices"
+                + (f" ({device / client:.2f} x)" if client else ""),
+            ),
+            ("Cleaning", f"{found['blocks_moved']} blocks moved"),
+        ]
+    )
+    click.echo()
+    devices = [
+        (
+            device["tier"],
+            device["path"],
+            device["state"],
+            format_size(device["size_bytes"]),
+            format_size(device["live_bytes"]),
+            format_size(device["segment_size"]),
+            f"{device['free_segments']} of {device['segments']}",
+            device["errors"],
+        )
+        for device in found["devices"]
+    ]
+    columns = ("Tier", "Device", "State", ">Size", ">Live", ">Segment", ">Free segments", ">Errors")
+    show_table(columns, devices)
+    click.echo()
+    show_volumes(found["volumes"], empty=f"No volumes yet; terrace volume create {found['name']}/VOL SIZE makes one.")
+
+
+def show_volumes(volumes: Sequence[dict[str, Any]], empty: str) -> None:
+    """The table of volumes."""
+    rows = [
+        (
+            volume["name"],
+            format_size(volume["size_bytes"]),
+            format_size(volume["mapped_bytes"]),
+            percent(volume["mapped_bytes"], volume["size_bytes"]),
+            volume["open_count"] or "-",
+        )
+        for volume in volumes
+    ]
+    show_table(("Volume", ">Size", ">Mapped", ">Use", ">Clients"), rows, empty=empty)
+
+
+@pool.command(cls=DevicesCommand)
+@click.argument("name", type=POOL)
+@device_options
+@output_option
+@pass_context
+def grow(
+    context: Context, name: str, fast: list[dict[str, Any]], base: list[dict[str, Any]], force: bool, output: str
+) -> None:
+    """Add devices to a pool."""
+    body = {"devices": _devices(fast, base), "force": force}
+    with context.connect() as client, patience(f"Growing pool {name}"):
+        grown = client.request("POST", "pools", name, "grow", body=body)
+    if output == "json":
+        show_json(grown)
+    else:
+        click.echo(f"Pool {name} now has {format_size(grown['capacity_bytes'])} on {len(grown['devices'])} device(s).")
+
+
+@pool.command("open")
+@click.argument("name", type=POOL)
+@output_option
+@pass_context
+def open_pool(context: Context, name: str, output: str) -> None:
+    """Try again to open a pool that failed."""
+    with context.connect() as client, patience(f"Opening pool {name}"):
+        found = client.request("POST", "pools", name, "open")
+    if output == "json":
+        show_json(found)
+    else:
+        click.echo(f"Pool {name} is {found['state']}.")
+
+
+@pool.command()
+@click.argument("name", type=POOL)
+@click.option("--full", is_flag=True, help="Read and verify all data, not a sample.")
+@output_option
+@pass_context
+def check(context: Context, name: str, full: bool, output: str) -> int:
+    """Verify a pool: the map against the segments, live counts, checksums.
+
+    Goes through the daemon where one runs; otherwise opens the pool itself for as long as it takes.
+    """
+    from terrace.apiclient import NotRunningError
+
+    report: dict[str, Any] = {}
+    with patience(f"Checking pool {name}") as advance:
+        try:
+            with context.connect() as client:
+                for line in client.stream("POST", "pools", name, "check", body={"full": full}):
+                    if "report" in line:
+                        report = line["report"]
+                    else:
+                        advance(line["done_bytes"], line["total_bytes"])
+        except NotRunningError:
+            from terrace.cli.offline import check_offline
+
+            report = check_offline(context.home, name, full, advance)
+    if output == "json":
+        show_json(report)
+    else:
+        found = f"{report['volumes']} volume(s), {report['blocks_checked']} blocks"
+        found += f", {format_size(report['bytes_checked'])} of data read"
+        for problem in report["problems"]:
+            click.echo(problem)
+        verdict = "is sound" if report["ok"] else f"has {len(report['problems'])} problem(s)"
+        click.echo(f"Pool {name} {verdict}: {found}.")
+    return 0 if report["ok"] else 1
+
+
+@pool.command()
+@click.argument("name", type=POOL)
+@click.option("-y", "--yes", is_flag=True, help="Don't ask.")
+@output_option
+@pass_context
+def delete(context: Context, name: str, yes: bool, output: str) -> None:
+    """Delete a pool and all its volumes. Its device files stay, without their labels."""
+    with context.connect() as client:
+        volumes = client.get("pools", name).get("volumes", [])
+        losses = f" and its {len(volumes)} volume(s)" if volumes else ""
+        confirm(f"Delete pool {name}{losses} for good?", yes=yes)
+        with patience(f"Deleting pool {name}"):
+            client.request("DELETE", "pools", name)
+    if output == "json":
+        show_json({"deleted": name})
+    else:
+        click.echo(f"Pool {name} is deleted.")

@@ -1,0 +1,53 @@
+"""`terrace status`: the daemon, its clients and its pools at a glance."""
+
+from __future__ import annotations
+
+import click
+
+from terrace.cli.context import Context, pass_context
+from terrace.cli.output import duration, output_option, show_facts, show_json, show_table
+from terrace.cli.pool import show_pools
+from terrace.sizes import format_size
+
+
+@click.command()
+@output_option
+@pass_context
+def status(context: Context, output: str) -> None:
+    """Show the daemon, its NBD clients and its pools."""
+    with context.connect() as client:
+        found = client.get("status")
+    if output == "json":
+        show_json(found)
+        return
+    nbd = found["nbd"]
+    total = nbd["total"]
+    show_facts(
+        [
+            ("Daemon", f"terraced {found['version']}, process {found['pid']}, up {duration(found['uptime_s'])}"),
+            ("Home", found["home"]),
+            ("Memory", format_size(found["resident_bytes"])),
+            ("Longest loop stall", f"{found['loop_stall_max_ms']:.1f} ms"),
+            *(("NBD", uri) for uri in nbd["uris"]),
+            ("Requests", f"{total['requests']}, {total['errors']} of them answered with an error"),
+            ("Transferred", f"{format_size(total['read_bytes'])} read, {format_size(total['written_bytes'])} written"),
+        ]
+    )
+    click.echo()
+    show_pools(found["pools"])
+    if nbd["connections"]:
+        click.echo()
+        rows = [
+            (
+                connection["export"] or "(handshake)",
+                connection["peer"],
+                connection["counters"]["reads"],
+                connection["counters"]["writes"],
+                connection["counters"]["flushes"],
+                connection["counters"]["errors"],
+                format_size(connection["counters"]["read_bytes"]),
+                format_size(connection["counters"]["written_bytes"]),
+            )
+            for connection in nbd["connections"]
+        ]
+        show_table(("Volume", "Client", ">Reads", ">Writes", ">Flushes", ">Errors", ">Read", ">Written"), rows)

@@ -1,0 +1,231 @@
+"""terraced: the one place where configuration, engine, NBD server and control API are put together.
+
+The order is the argument. Up: lock the home, bind every address (so that a taken one is found before anything has
+changed, and clients that connect early wait instead of being refused), open the pools, serve, tell the supervisor.
+Down, on SIGTERM or SIGINT: stop accepting, answer what is in flight, then flush, checkpoint and close each pool. A
+second signal cuts the waiting for clients short, a third ends the process at once; even that loses nothing that was
+acknowledged, since acknowledged writes are in the kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import gc
+import importlib.metadata
+import ipaddress
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import trio
+
+import nbd.server
+from nbd.listen import Listener, open_tcp, open_unix
+from terrace import sdnotify
+from terrace.api import Api, serve_api
+from terrace.config import Config, ConfigError, load_config, split_address
+from terrace.exports import PoolExports
+from terrace.home import Home, HomeError, find_home
+from terrace.pools import open_pools
+from terrace.stall import StallMeter
+from tiers import Pool
+
+log = logging.getLogger("terraced")
+
+# Objects that come and go between two youngest collections. The default of 700 would run the collector thousands of
+# times a second under load; the engine makes no cycles, so there is little to find.
+_GC_THRESHOLDS = (50_000, 20, 50)
+
+
+def main(arguments: Sequence[str] | None = None, *, engine: type[Pool] = Pool) -> int:
+    """The entry point; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        config = load_config(options.config)
+    except ConfigError as error:
+        print("\n".join(error.problems), file=sys.stderr)
+        return 1
+    if options.check_config:
+        print(f"{options.config or 'the default configuration'}: good")
+        return 0
+    _start_logging(config.log.level)
+    home = find_home(options.home)
+    stalls = StallMeter()
+    try:
+        with home.locked():
+            return trio.run(partial(run, home, config, stalls, engine), instruments=[stalls])
+    except HomeError as error:
+        print(f"terraced: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="terraced", description="Serve the volumes of all pools below the home over NBD, until SIGTERM."
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML configuration (default: none)")
+    parser.add_argument(
+        "--home",
+        metavar="DIR",
+        help="where pools and sockets lie (default: $TERRACE_HOME, else /var/lib/terrace as root, "
+        "else $XDG_DATA_HOME/terrace)",
+    )
+    parser.add_argument("--check-config", action="store_true", help="only say whether the configuration is good")
+    parser.add_argument("--version", action="version", version=f"terraced {version()}")
+    return parser
+
+
+def version() -> str:
+    """The installed version of Terrace."""
+    try:
+        return importlib.metadata.version("terrace")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _start_logging(level: str) -> None:
+    # Under systemd the journal has the time already.
+    stamp = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s "
+    logging.basicConfig(stream=sys.stderr, level=level.upper(), format=stamp + "%(levelname)-7s %(name)s: %(message)s")
+    # Their debug lines are about every request and say nothing about Terrace.
+    for chatty in ("asyncio", "hypercorn", "terrace.http"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+async def run(home: Home, config: Config, stalls: StallMeter, engine: type[Pool]) -> int:
+    """Serve until told to stop; returns the exit status. The home is locked by the caller."""
+    async with trio.open_nursery() as watchers:
+        with ExitStack() as sockets, trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            try:
+                listeners = await _bind_nbd(home, config, sockets)
+                api_listener = await open_unix(home.api_socket, 0o600)
+            except OSError as error:
+                print(f"terraced: {error.strerror}{_next_step(error)}", file=sys.stderr)
+                return 1
+            sockets.callback(api_listener.close)
+            async with open_pools(home.pools, config.pool.settings(), engine) as pools, trio.open_nursery() as services:
+                limits = config.nbd.limits()
+                server = await services.start(partial(nbd.server.serve, PoolExports(pools), listeners, limits=limits))
+                daemon = Daemon(home, listeners, server, stalls)
+                api_shutdown = trio.Event()
+                await services.start(serve_api, Api(pools, daemon).app(), api_listener.sock, api_shutdown)
+                _settle_collector()
+                stalls.reset()
+                print("terraced is ready:", *daemon.uris(), flush=True)
+                sdnotify.notify("READY=1")
+
+                number = await anext(signals)
+                log.info("%s: finishing what clients have in flight", signal.Signals(number).name)
+                sdnotify.notify("STOPPING=1")
+                watchers.start_soon(_hurry, signals, services.cancel_scope)
+                api_shutdown.set()
+                server.start_drain()
+                # Both services end by themselves now; the pools are closed after them.
+            log.info("stopped")
+            watchers.cancel_scope.cancel()
+    return 0
+
+
+async def _bind_nbd(home: Home, config: Config, sockets: ExitStack) -> list[Listener]:
+    """All addresses that volumes are served on. Raises OSError naming the one that can't be had."""
+    listeners: list[Listener] = []
+    for address in config.nbd.listen:
+        host, port = split_address(address)
+        bound = await open_tcp(host, port)
+        for listener in bound:
+            sockets.callback(listener.close)
+            if not ipaddress.ip_address(listener.sock.getsockname()[0]).is_loopback:
+                log.warning("NBD on %s is open: whoever reaches it can read and write every volume", listener.address)
+        listeners += bound
+    if config.nbd.socket:
+        listener = await open_unix(home.path / config.nbd.socket, 0o600)
+        sockets.callback(listener.close)
+        listeners.append(listener)
+    if not listeners:
+        raise OSError(errno.EINVAL, "there is nothing to serve NBD on; set listen or socket under [nbd]")
+    return listeners
+
+
+def _next_step(error: OSError) -> str:
+    if error.errno in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL):
+        return "; `ss -ltnxp` shows who listens where; other addresses can be set under [nbd] in a --config file"
+    return ""
+
+
+async def _hurry(signals: AsyncIterator[int], services: trio.CancelScope) -> None:
+    """The second and third signal."""
+    await anext(signals)
+    log.warning("second signal: dropping clients and closing the pools at once; a third ends terraced on the spot")
+    services.cancel()
+    await anext(signals)
+    log.warning("third signal: ending; the next start replays the log")
+    logging.shutdown()
+    os._exit(1)
+
+
+def _settle_collector() -> None:
+    """Take what start-up made out of the garbage collector's sight, and let it look less often.
+
+    A full collection of the modules alone takes tens of milliseconds, in which no client is served.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_GC_THRESHOLDS)
+
+
+class Daemon:
+    """What the daemon says of itself; implements `terrace.api.DaemonStatus`."""
+
+    def __init__(
+        self, home: Home, listeners: Sequence[Listener], server: nbd.server.Server, stalls: StallMeter
+    ) -> None:
+        self._home = home
+        self._listeners = listeners
+        self._server = server
+        self._stalls = stalls
+        self._started_s = time.monotonic()
+
+    def uris(self) -> list[str]:
+        """The NBD URI of each address, without an export name."""
+        return [listener.uri() for listener in self._listeners]
+
+    def status(self, *, reset: bool) -> dict[str, Any]:
+        served = self._server.status()
+        answer = {
+            "version": version(),
+            "pid": os.getpid(),
+            "home": str(self._home.path),
+            "uptime_s": round(time.monotonic() - self._started_s, 3),
+            "resident_bytes": _resident_bytes(),
+            "nbd": {
+                "uris": self.uris(),
+                "accepted": served.accepted,
+                "refused": served.refused,
+                "draining": served.draining,
+                "total": dataclasses.asdict(served.total),
+                "connections": [dataclasses.asdict(connection) for connection in served.connections],
+            },
+            "loop_stall_max_ms": round(self._stalls.max_ms, 3),
+            "loop_stall_task": self._stalls.task_name,
+        }
+        if reset:
+            self._stalls.reset()
+        return answer
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

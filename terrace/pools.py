@@ -1,0 +1,224 @@
+"""The pools of one home: which there are, which are open, and why one isn't.
+
+Each pool lives in a task of its own, from `Pool.open` to its close. A pool that can't be opened, or that fails later,
+stays listed with its error and takes nobody with it. All state is on the trio thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from tiers import DeviceSpec, Pool, PoolSettings, TierError, Volume
+from tiers.names import validate_name
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Slot:
+    """One pool's place: its directory, and either the open pool or the reason why there is none."""
+
+    name: str
+    directory: Path
+    pool: Pool | None = None
+    error: OSError | None = None
+    users: int = 0
+    """Operations that are under way on it; while there are any it is neither closed nor deleted by request."""
+    close: trio.Event = field(default_factory=trio.Event)
+    closed: trio.Event = field(default_factory=trio.Event)
+
+
+class Pools:
+    """Made by `open_pools`. Every refusal is an OSError whose text is a sentence."""
+
+    def __init__(self, directory: Path, settings: PoolSettings, nursery: trio.Nursery, engine: type[Pool]) -> None:
+        self._directory = directory
+        self._settings = settings
+        self._nursery = nursery
+        self._engine = engine
+        self._slots: dict[str, Slot] = {}
+
+    def slots(self) -> list[Slot]:
+        """All of them, failed ones too, by name."""
+        return [self._slots[name] for name in sorted(self._slots)]
+
+    def slot(self, name: str) -> Slot:
+        """Raises ENOENT."""
+        if name not in self._slots:
+            raise TierError(errno.ENOENT, f"there is no pool {name!r}; `terrace pool list` shows those that exist")
+        return self._slots[name]
+
+    def pool(self, name: str) -> Pool:
+        """The open pool. Raises ENOENT, or EIO saying why it isn't open."""
+        slot = self.slot(name)
+        if slot.pool is None:
+            raise TierError(
+                errno.EIO if slot.error else errno.EBUSY,
+                f"pool {name!r} is not open: {slot.error or 'it is being opened or closed'}",
+            )
+        return slot.pool
+
+    def open_volumes(self) -> Iterator[Volume]:
+        """Every volume of every open pool."""
+        for slot in self.slots():
+            if slot.pool is not None:
+                yield from slot.pool.volumes()
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[Pool]:
+        """The open pool, which nobody closes by request in the meantime."""
+        pool = self.pool(name)
+        slot = self._slots[name]
+        slot.users += 1
+        try:
+            yield pool
+        finally:
+            slot.users -= 1
+
+    async def create(self, name: str, devices: Sequence[DeviceSpec], *, force: bool) -> Pool:
+        """Label the devices and open the new pool. Nothing is left behind when it fails."""
+        validate_name("pool", name)
+        if name in self._slots:
+            raise TierError(errno.EEXIST, f"pool {name!r} exists already; choose another name or delete it first")
+        slot = self._slots[name] = Slot(name, self._directory / name, users=1)
+        try:
+            _make_directory(slot.directory)
+            try:
+                await self._engine.create(slot.directory, name, devices, force=force)
+            except BaseException:
+                _remove_directory(slot.directory)
+                raise
+        except BaseException:
+            del self._slots[name]
+            raise
+        finally:
+            slot.users -= 1
+        await self._open(slot)
+        return self.pool(name)
+
+    async def reopen(self, name: str) -> Pool:
+        """Try again to open a pool that failed; returns at once where it is open."""
+        slot = self.slot(name)
+        if slot.pool is None:
+            if slot.error is None or slot.users:
+                raise TierError(errno.EBUSY, f"pool {name!r} is being opened or closed; try again in a moment")
+            await self._open(slot)
+        return self.pool(name)
+
+    async def delete(self, name: str) -> None:
+        """Close the pool and destroy it with all its volumes. The device files stay. EBUSY while anybody uses it."""
+        slot = self.slot(name)
+        if slot.pool is not None:
+            in_use = [volume.name for volume in slot.pool.volumes() if volume.open_count]
+            if in_use:
+                raise TierError(errno.EBUSY, f"pool {name!r} is in use: clients have {', '.join(in_use)}; detach first")
+        if slot.users or (slot.pool is None and slot.error is None):
+            raise TierError(errno.EBUSY, f"pool {name!r} is in use: an operation on it is running; try again later")
+        slot.users += 1
+        try:
+            await self._close(slot)
+            await self._engine.destroy(slot.directory)
+            _remove_directory(slot.directory)
+        except OSError as error:
+            slot.error = error
+            raise
+        finally:
+            slot.users -= 1
+        del self._slots[name]
+
+    async def open_all(self) -> None:
+        """Open every pool there is a directory of, at once. Never raises because of a pool."""
+        async with trio.open_nursery() as nursery:
+            for directory in sorted(self._directory.iterdir()):
+                if directory.name.startswith(".") or not directory.is_dir():
+                    continue
+                slot = self._slots[directory.name] = Slot(directory.name, directory)
+                nursery.start_soon(self._open, slot)
+
+    async def close_all(self) -> None:
+        """Flush, checkpoint and close every pool, at once."""
+        async with trio.open_nursery() as nursery:
+            for slot in self.slots():
+                nursery.start_soon(self._close, slot)
+
+    async def _open(self, slot: Slot) -> None:
+        slot.error = None
+        slot.close, slot.closed = trio.Event(), trio.Event()
+        await self._nursery.start(partial(self._run, slot))
+
+    async def _close(self, slot: Slot) -> None:
+        if slot.pool is not None:
+            slot.close.set()
+            await slot.closed.wait()
+
+    async def _run(self, slot: Slot, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """A pool's life. What it raises ends here, as the slot's error."""
+        opened = False
+        try:
+            validate_name("pool", slot.name)
+            async with self._engine.open(slot.directory, settings=self._settings) as pool:
+                if pool.name != slot.name:
+                    raise TierError(
+                        errno.EINVAL,
+                        f"{slot.directory} holds the pool {pool.name!r}; rename the directory to that and start again",
+                    )
+                slot.pool, opened = pool, True
+                log.info("pool %s is open", slot.name)
+                task_status.started()
+                await slot.close.wait()
+                # From here on no export and no request finds it; those that did have been waited for.
+                slot.pool = None
+            log.info("pool %s is closed", slot.name)
+        except Exception as error:
+            slot.error = _as_oserror(error)
+            what = "failed" if opened else "can't be opened"
+            # A refusal speaks for itself; anything else is a bug, whose traceback belongs into the report.
+            log.error("pool %s %s: %s", slot.name, what, slot.error, exc_info=None if error is slot.error else error)
+        finally:
+            slot.pool = None
+            slot.closed.set()
+        if not opened:
+            task_status.started()
+
+
+@asynccontextmanager
+async def open_pools(directory: Path, settings: PoolSettings, engine: type[Pool] = Pool) -> AsyncIterator[Pools]:
+    """The pools below `directory`, opened; closed in order, with flush and checkpoint, when the block ends."""
+    async with trio.open_nursery() as nursery:
+        pools = Pools(directory, settings, nursery, engine)
+        await pools.open_all()
+        yield pools
+        await pools.close_all()
+
+
+def _as_oserror(error: BaseException) -> OSError:
+    """The OSError in `error`, however many groups it is wrapped in; else EIO that names what it was."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, OSError):
+        return error
+    return TierError(errno.EIO, f"internal error: {type(error).__name__}: {error}; please report it with the log")
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o700)
+    except OSError as error:
+        raise TierError(error.errno or errno.EIO, f"can't make the directory {directory}: {error.strerror}") from None
+
+
+def _remove_directory(directory: Path) -> None:
+    try:
+        directory.rmdir()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        log.warning("could not remove %s: %s", directory, error.strerror)
