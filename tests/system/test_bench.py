@@ -1,4 +1,4 @@
-"""The bench itself: that it measures, compares and reports. What it measures in such a blink says nothing about speed."""
+"""The bench itself: that it measures, compares and reports. What it measures in a blink says nothing about speed."""
 
 from __future__ import annotations
 
