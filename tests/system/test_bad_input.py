@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import random
-import re
 import socket
 import struct
 import subprocess
@@ -266,7 +265,7 @@ def test_a_volume_in_use_is_not_deleted(daemon: Daemon, witness: Connection) -> 
 def test_a_size_that_no_volume_can_have_is_refused(daemon: Daemon, witness: Connection, size: str) -> None:
     result = daemon.cli("volume", "create", "p/odd", "--", size, status=None)
     assert result.returncode in (1, 2)
-    assert_usage_or_one_line(result, "size" if not re.fullmatch(r"-?\d{1,20}", size) else "")
+    assert_one_line(result, "bytes")
     assert volume_names(daemon) == ["witness"]
 
 
@@ -288,7 +287,7 @@ BAD_NAMES = ["a/b", "a\nb", "a" * 300, "", ".", "..", "-x", "a b", "é", "a@b", 
 def test_a_name_that_no_volume_can_have_is_refused(daemon: Daemon, witness: Connection, name: str) -> None:
     result = daemon.cli("volume", "create", "--", f"p/{name}", "1M", status=None)
     assert result.returncode in (1, 2)
-    assert_usage_or_one_line(result)
+    assert_one_line(result)
     assert "\x1b" not in result.stderr
     with pytest.raises(ApiError) as refusal:
         daemon.api("POST", "/v1/pools/p/volumes", {"name": name, "size": MIB})
@@ -302,17 +301,9 @@ def test_a_name_that_no_pool_can_have_is_refused_and_makes_no_file(
 ) -> None:
     result = daemon.cli("pool", "create", f"--fast={tmp_path}/device=64M", "--", name, status=None)
     assert result.returncode in (1, 2)
-    assert_usage_or_one_line(result)
+    assert_one_line(result)
     assert list(tmp_path.iterdir()) == []
     assert [pool["name"] for pool in daemon.api("GET", "/v1/pools")] == ["p"]
-
-
-def assert_usage_or_one_line(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    if result.returncode == 2:  # click's usage text comes first
-        assert "Error: " in result.stderr
-        assert "Traceback" not in result.stderr
-    else:
-        assert_one_line(result, *words)
 
 
 def volume_names(daemon: Daemon) -> list[str]:
@@ -370,7 +361,7 @@ def test_a_device_that_can_not_be_one_is_refused_by_name(daemon: Daemon, tmp_pat
     make_sparse(tmp_path / "tiny", 4096)
     result = daemon.cli("pool", "create", "q", "--fast", device.format(tmp_path), status=None)
     assert result.returncode in (1, 2)
-    assert_usage_or_one_line(result, device.format(tmp_path).partition("=")[0])
+    assert_one_line(result, device.format(tmp_path).partition("=")[0])
     assert not (tmp_path / "new").exists()
     assert [pool["name"] for pool in daemon.api("GET", "/v1/pools")] == ["p"]
 
