@@ -127,13 +127,6 @@ def read_header(session: Session, cookie: int, offset: int, length: int) -> byte
     return wire.DATA_CHUNK.pack(wire.DATA_HEAD, cookie, length + 8, offset)
 
 
-def read_header_size(session: Session, length: int) -> int:
-    """How long ``read_header`` will be, in bytes."""
-    if not session.structured:
-        return wire.SIMPLE_REPLY.size
-    return wire.DATA_CHUNK.size if length else wire.CHUNK.size
-
-
 def success(cookie: int) -> bytes:
     """The reply to any other command that succeeded and carries no payload; not for READ."""
     return wire.SIMPLE_REPLY.pack(wire.SIMPLE_HEAD, cookie)

@@ -1,0 +1,255 @@
+"""A small raw client for tests: it says exactly what a test wants, right or wrong.
+
+It knows no more of the protocol than the test needs and shares only the constants with the server.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import trio
+
+from nbd import wire
+from nbd.listen import Listener, open_unix
+from nbd.server import Limits, Server, serve
+from tests.nbd.memory import MemoryExport, MemoryExports
+
+
+class Closed(Exception):
+    """The server closed the connection."""
+
+
+@dataclass
+class Reply:
+    """A simple reply, or all chunks of a structured one."""
+
+    cookie: int
+    error: int = 0
+    data: bytes = b""
+    structured: bool = False
+    message: str = ""
+    chunks: tuple[tuple[int, int, bytes], ...] = ()  # flags, type, payload
+
+    @property
+    def extents(self) -> list[tuple[int, int]]:
+        ((_, kind, payload),) = self.chunks
+        assert kind == wire.REPLY_TYPE_BLOCK_STATUS
+        assert struct.unpack_from(">I", payload)[0] == 1
+        return [struct.unpack_from(">II", payload, at) for at in range(4, len(payload), 8)]
+
+
+class RawClient:
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.stream = stream
+        self.structured = False
+        self._buffer = bytearray()
+        self._read_lengths: dict[int, int] = {}
+        self._cookie = 0
+
+    async def send(self, data: bytes) -> None:
+        try:
+            await self.stream.send_all(data)
+        except trio.BrokenResourceError:
+            raise Closed from None
+
+    async def receive(self, length: int) -> bytes:
+        while len(self._buffer) < length:
+            try:
+                data = await self.stream.receive_some(1 << 16)
+            except trio.BrokenResourceError:
+                raise Closed from None
+            if not data:
+                raise Closed
+            self._buffer += data
+        data = bytes(self._buffer[:length])
+        del self._buffer[:length]
+        return data
+
+    async def expect_end(self) -> None:
+        """The server closes, without another byte."""
+        try:
+            extra = await self.receive(1)
+        except Closed:
+            return
+        raise AssertionError(f"got {extra!r} where the connection should end")
+
+    # --- handshake ---
+
+    async def hello(self, flags: int = 3) -> None:
+        magic, haveopt, server_flags = struct.unpack(">QQH", await self.receive(18))
+        assert (magic, haveopt, server_flags) == (wire.INIT_PASSWD, wire.IHAVEOPT, 3)
+        await self.send(struct.pack(">I", flags))
+
+    async def option(self, option: int, data: bytes = b"") -> list[tuple[int, bytes]]:
+        """Send an option; returns (reply type, data) up to the final reply."""
+        await self.send(option_bytes(option, data))
+        replies = []
+        while True:
+            magic, echoed, kind, length = struct.unpack(">QIII", await self.receive(20))
+            assert magic == wire.REP_MAGIC and echoed == option
+            replies.append((kind, await self.receive(length)))
+            if kind == wire.REP_ACK or kind & 1 << 31:
+                return replies
+
+    async def go(self, name: str = "mem", *, structured: bool = False, status: bool = False) -> int:
+        """Negotiate; returns the transmission flags."""
+        await self.hello()
+        if structured or status:
+            assert (await self.option(wire.OPT_STRUCTURED_REPLY))[-1][0] == wire.REP_ACK
+            self.structured = True
+        if status:
+            await self.option(wire.OPT_SET_META_CONTEXT, meta_bytes(name, wire.META_ALLOCATION))
+        replies = await self.option(wire.OPT_GO, info_bytes(name))
+        assert replies[-1][0] == wire.REP_ACK, replies
+        kind, payload = replies[0]
+        assert kind == wire.REP_INFO
+        _, _, flags = struct.unpack(">HQH", payload)
+        return int(flags)
+
+    # --- transmission ---
+
+    def note(self, command: int, cookie: int, length: int) -> None:
+        if command == wire.CMD_READ:
+            self._read_lengths[cookie] = length
+
+    async def request(
+        self, command: int, offset: int = 0, length: int = 0, *, flags: int = 0, data: bytes = b"", cookie: int = 0
+    ) -> int:
+        """Send a request; returns its cookie."""
+        if not cookie:
+            self._cookie += 1
+            cookie = self._cookie
+        self.note(command, cookie, length)
+        await self.send(request_bytes(command, cookie, offset, length or len(data), flags, data))
+        return cookie
+
+    async def reply(self) -> Reply:
+        """The next complete reply, in either form."""
+        chunks: list[tuple[int, int, bytes]] = []
+        result: Reply | None = None
+        while True:
+            (magic,) = struct.unpack(">I", await self.receive(4))
+            if magic == wire.SIMPLE_REPLY_MAGIC:
+                assert result is None, "a simple reply within a structured one"
+                error, cookie = struct.unpack(">IQ", await self.receive(12))
+                length = self._read_lengths.pop(cookie, None)
+                if length is not None:
+                    assert not self.structured, "a simple reply to READ after structured replies were negotiated"
+                return Reply(cookie, error, await self.receive(length) if length and not error else b"")
+            assert magic == wire.STRUCTURED_REPLY_MAGIC and self.structured, hex(magic)
+            flags, kind, cookie, length = struct.unpack(">HHQI", await self.receive(16))
+            payload = await self.receive(length)
+            chunks.append((flags, kind, payload))
+            if result is None:
+                result = Reply(cookie, structured=True)
+            assert cookie == result.cookie
+            if kind == wire.REPLY_TYPE_OFFSET_DATA:
+                result.data += payload[8:]
+                assert length > 8
+            elif kind == wire.REPLY_TYPE_ERROR:
+                result.error, size = struct.unpack_from(">IH", payload)
+                assert result.error and size == length - 6
+                result.message = payload[6:].decode()
+            if flags & wire.REPLY_FLAG_DONE:
+                self._read_lengths.pop(cookie, None)
+                result.chunks = tuple(chunks)
+                return result
+
+    async def ask(self, command: int, offset: int = 0, length: int = 0, *, flags: int = 0, data: bytes = b"") -> Reply:
+        """A request and its reply, with nothing else in flight."""
+        cookie = await self.request(command, offset, length, flags=flags, data=data)
+        reply = await self.reply()
+        assert reply.cookie == cookie
+        return reply
+
+    async def disconnect(self) -> None:
+        await self.request(wire.CMD_DISC)
+        await self.expect_end()
+
+
+def option_bytes(option: int, data: bytes = b"") -> bytes:
+    return struct.pack(">QII", wire.IHAVEOPT, option, len(data)) + data
+
+
+def info_bytes(name: str, *wanted: int) -> bytes:
+    raw = name.encode()
+    return struct.pack(f">I{len(raw)}sH{len(wanted)}H", len(raw), raw, len(wanted), *wanted)
+
+
+def meta_bytes(name: str, *queries: str) -> bytes:
+    strings = [text.encode() for text in (name, *queries)]
+    packed = [struct.pack(">I", len(raw)) + raw for raw in strings]
+    return packed[0] + struct.pack(">I", len(queries)) + b"".join(packed[1:])
+
+
+def request_bytes(
+    command: int, cookie: int, offset: int = 0, length: int = 0, flags: int = 0, data: bytes = b""
+) -> bytes:
+    return struct.pack(">IHHQQI", wire.REQUEST_MAGIC, flags, command, cookie, offset, length or len(data)) + data
+
+
+class Served:
+    """A running server and the clients a test has connected to it."""
+
+    def __init__(self, exports: MemoryExports, listener: Listener, directory: Path) -> None:
+        self.exports = exports
+        self.listener = listener
+        self.directory = directory
+        self.scope = trio.CancelScope()
+        self.clients: list[RawClient] = []
+        self.server: Server
+
+    async def start(self, limits: Limits | None, task_status: trio.TaskStatus[None]) -> None:
+        with self.scope:
+            async with trio.open_nursery() as nursery:
+                self.server = await nursery.start(
+                    lambda task_status: serve(self.exports, [self.listener], limits=limits, task_status=task_status)
+                )
+                task_status.started()
+
+    async def connect(self) -> RawClient:
+        sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+        try:
+            await sock.connect(self.listener.address)
+        except OSError:
+            sock.close()
+            raise
+        client = RawClient(trio.SocketStream(sock))
+        self.clients.append(client)
+        return client
+
+    def uri(self, name: str = "mem") -> str:
+        return self.listener.uri(name)
+
+
+@asynccontextmanager
+async def serving(*exports: MemoryExport, limits: Limits | None = None) -> AsyncIterator[Served]:
+    """A real server on a Unix socket; every export must have been released when it ends."""
+    with TemporaryDirectory(prefix="nbd-test-") as name:
+        directory = Path(name)
+        listener = await open_unix(directory / "nbd.sock")
+        served = Served(MemoryExports(*(exports or (MemoryExport(),))), listener, directory)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(served.start, limits)
+            try:
+                yield served
+            finally:
+                for client in served.clients:
+                    client.stream.socket.close()
+                served.scope.cancel()
+        assert served.exports.open == 0, "an export was not released"
+
+
+def run(test: Callable[[], object], *, timeout_s: float = 10.0) -> None:
+    """Run an async test; a hang is a failure."""
+
+    async def main() -> None:
+        with trio.fail_after(timeout_s):
+            await test()  # type: ignore[misc]
+
+    trio.run(main)
