@@ -81,6 +81,8 @@ has its next request here sooner than epoll could tell."""
 SPIN_GIVE_UP: Final = 8
 """After so many fruitless spins in a row the connection waits at once."""
 QUICK_WAKE_S: Final = 0.000_15
+"""Data that came so soon after the connection went to sleep speaks for spinning again."""
+COMPLAINT_PAUSE_S: Final = 1.0
 
 _WRITE_FUA_HEAD: Final = wire.WRITE_HEAD | wire.CMD_FLAG_FUA << 16
 _REQUEST_SIZE: Final = wire.REQUEST.size
@@ -136,7 +138,7 @@ class Workshop:
     turn was last, by which a connection knows whether others are busy too.
     """
 
-    _KEPT: Final = 4
+    _KEPT: Final = 8
 
     def __init__(self) -> None:
         self._free: list[Bench] = []
@@ -210,6 +212,7 @@ class Connection:
         self._alone = True
         self._fruitless = 0
         self._slice_end = 0.0
+        self._quiet_until = 0.0
 
     # --- life ---
 
@@ -369,6 +372,7 @@ class Connection:
             self._start, self._end = 0, held
         tries = SPIN_TRIES if self._alone and not self._inflight and self._fruitless < SPIN_GIVE_UP else 1
         view = bench.inbox[self._end :]
+        assert view, "a part of a request always leaves room for the rest"
         receive = self._sock.recv_into
         while True:
             for _ in range(tries):
@@ -601,14 +605,17 @@ class Connection:
                 for index, (cookie, (offset, data)) in enumerate(zip(cookies, writes, strict=True))
             ]
             return used
-        pack = wire.SIMPLE_REPLY.pack_into
-        for index, cookie in enumerate(cookies):
-            if index in marked:
-                syncs.append(cookie)
-            else:
-                pack(arena, used, wire.SIMPLE_HEAD, cookie)
-                used += 16
-        self._count_writes(len(writes), sum(len(data) for _, data in writes))
+        length = 0
+        for _, data in writes:
+            length += len(data)
+        self._count_writes(len(writes), length)
+        if marked:
+            syncs += [cookie for index, cookie in enumerate(cookies) if index in marked]
+            cookies = [cookie for index, cookie in enumerate(cookies) if index not in marked]
+        pack, head, size = wire.SIMPLE_REPLY.pack_into, wire.SIMPLE_HEAD, wire.SIMPLE_REPLY.size
+        for cookie in cookies:
+            pack(arena, used, head, cookie)
+            used += size
         return used
 
     def _count_writes(self, requests: int, length: int) -> None:
@@ -631,12 +638,18 @@ class Connection:
         else:
             counters.other += 1
 
+    def _complain(self, error: OSError) -> None:
+        """Log a failure of the storage, but not a hundred thousand a second."""
+        if perf_counter() >= self._quiet_until:
+            self._quiet_until = perf_counter() + COMPLAINT_PAUSE_S
+            log.error("%s: %s: %s (%d errors so far)", self.peer, self.export_name, error, self.counters.errors)
+
     def _failed(self, cookie: int, error: OSError, *, fast_zero: bool = False) -> bytes:
         self.counters.requests += 1
         self.counters.errors += 1
         value = error_value(error, fast_zero=fast_zero)
         if value in (wire.EIO, wire.ENOMEM):
-            log.error("%s: %s: %s", self.peer, self.export_name, error)
+            self._complain(error)
         # Batched replies have a bounded place in the arena, so the message stays short.
         return failure(self._session, cookie, value, (error.strerror or "")[:200])
 
@@ -696,7 +709,10 @@ class Connection:
             if not self._export.write_now([(offset, data)]):
                 await self._export.write(offset, data)
         except OSError as failed:
-            return error_value(failed)
+            value = error_value(failed)
+            if value in (wire.EIO, wire.ENOMEM):
+                self._complain(failed)
+            return value
         return 0
 
     # --- what is in flight ---
@@ -762,7 +778,7 @@ class Connection:
         except OSError as error:
             value = error_value(error)
             self.counters.errors += len(cookies)  # as requests they are counted already
-            log.error("%s: %s: flush: %s", self.peer, self.export_name, error)
+            self._complain(error)
             text = error.strerror or ""
             reply = b"".join([failure(self._session, cookie, value, text) for cookie in cookies])
         else:

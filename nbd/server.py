@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import trio
 
@@ -23,8 +25,11 @@ __all__ = ["ConnectionStatus", "Counters", "Limits", "Server", "ServerStatus", "
 
 log = logging.getLogger("nbd.server")
 
-_ACCEPT_PAUSE_S = 0.1
-_SEND_BUFFER_BYTES = 1 << 20
+_ACCEPT_PAUSE_S: Final = 0.1
+_REFUSAL_LOG_PAUSE_S: Final = 1.0
+_SEND_BUFFER_BYTES: Final = 1 << 20
+"""For Unix sockets. 1 MiB reads at queue depth 4: 1.9 GB/s with 104 KiB, 2.2-2.6 from 256 KiB up
+(fio --ioengine=nbd --rw=read --bs=1m --iodepth=4)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,7 @@ class Server:
         self._accepted = 0
         self._refused = 0
         self._serial = 0
+        self._quiet_until = -math.inf
         self._draining = False
         self._accepting = trio.CancelScope()
         self._over = trio.Event()
@@ -135,6 +141,9 @@ class Server:
                 log.error("can't accept a client on %s: %s", listener.address, error.strerror)
                 await trio.sleep(_ACCEPT_PAUSE_S)
                 continue
+            if self._draining:  # it was let in by a wake-up that the drain came too late to stop
+                sock.close()
+                return
             self._serial += 1
             if isinstance(address, tuple):
                 peer = f"{address[0]}:{address[1]}"
@@ -143,7 +152,7 @@ class Server:
             if len(self._connections) >= self._limits.connections:
                 self._refused += 1
                 sock.close()
-                log.warning("%s: refused: %d clients are connected already", peer, self._limits.connections)
+                self._tell_refusal(peer)
                 continue
             self._accepted += 1
             try:
@@ -156,6 +165,13 @@ class Server:
             # Known before its task runs, so that a drain in between reaches it.
             self._connections[connection] = trio.CancelScope()
             nursery.start_soon(self._serve_one, connection)
+
+    def _tell_refusal(self, peer: str) -> None:
+        if trio.current_time() < self._quiet_until:
+            return
+        self._quiet_until = trio.current_time() + _REFUSAL_LOG_PAUSE_S
+        message = "%s: refused: %d clients are connected already (%d refused so far)"
+        log.warning(message, peer, self._limits.connections, self._refused)
 
     def _prepare(self, sock: socket.socket) -> None:
         sock.setblocking(False)
