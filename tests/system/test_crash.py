@@ -65,6 +65,9 @@ def one_round(daemon: Daemon, images: list[Image], rng: random.Random) -> str:
         worker.start()
     load_s = rng.uniform(0.020, 0.300)
     time.sleep(load_s)
+    for worker in workers:
+        if worker.failure is not None:
+            worker.failure.add_note(f"the pool then: {daemon.pool('crash')}")
     daemon.kill()
     for worker in workers:
         worker.join()
