@@ -33,7 +33,6 @@ class MemoryExport:
     hold: trio.Event | None = None  # slow operations wait for it
     calls: list[tuple[str, int, int]] = field(default_factory=list)
     recording: bool = True
-    acquired: int = 0
 
     def __post_init__(self) -> None:
         self.data = bytearray(self.size_bytes)

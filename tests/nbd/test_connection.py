@@ -562,7 +562,7 @@ def test_idle_connections_hold_no_buffers() -> None:
 
 def test_silent_clients_are_dropped_in_the_handshake_but_not_after_it() -> None:
     async def test() -> None:
-        async with serving(limits=Limits(handshake_timeout_s=0.1)) as served:
+        async with serving(limits=Limits(handshake_timeout_s=0.4)) as served:
             attached = await served.connect()
             await attached.go()
             silent = await served.connect()
@@ -603,7 +603,7 @@ def test_drain_finishes_what_is_in_flight_and_answers_eshutdown_to_the_rest() ->
     async def test() -> None:
         hold = trio.Event()
         export = MemoryExport(size_bytes=SIZE, slow=True, hold=hold)
-        async with serving(export, limits=Limits(drain_grace_s=0.2)) as served, trio.open_nursery() as nursery:
+        async with serving(export, limits=Limits(drain_grace_s=0.7)) as served, trio.open_nursery() as nursery:
             client, idle = await served.connect(), await served.connect()
             await client.go()
             await idle.go()
@@ -622,7 +622,7 @@ def test_drain_finishes_what_is_in_flight_and_answers_eshutdown_to_the_rest() ->
                 assert (reply.cookie, reply.error) == (cookie, wire.ESHUTDOWN)
             replies = await haggling.option(wire.OPT_GO, info_bytes("mem"))
             assert replies[0][0] == wire.REP_ERR_SHUTDOWN
-            await trio.sleep(0.3)  # the grace is over, but what is in flight is waited for
+            await trio.sleep(0.8)  # the grace is over, but what is in flight is waited for
             assert len(served.server.status().connections) == 1
             hold.set()
             reply = await client.reply()
@@ -690,5 +690,48 @@ def test_a_flush_on_one_connection_reaches_the_export_that_all_share() -> None:
             assert (await writer.ask(wire.CMD_WRITE, 0, data=b"x")).error == 0
             assert (await flusher.ask(wire.CMD_FLUSH)).error == 0
             assert [name for name, _, _ in export.calls] == ["write_now", "flush"]
+
+    run(test)
+
+
+@both_speeds
+def test_a_long_write_that_fails_in_the_middle_is_drained_and_answered_once(slow: bool) -> None:
+    async def test() -> None:
+        def fail(operation: str, offset: int, length: int) -> int:
+            return errno.ENOSPC if "write" in operation and offset + length > 4 << 20 else 0
+
+        export = MemoryExport(size_bytes=16 << 20, slow=slow, fail=fail)
+        async with attached(export) as (client, _):
+            poison = request_bytes(wire.CMD_DISC, 9) * 300_000
+            assert (await client.ask(wire.CMD_WRITE, 1000, data=poison[: 8 << 20])).error == wire.ENOSPC
+            assert not any(export.data[5 << 20 :])
+            assert (await client.ask(wire.CMD_READ, 0, 1)).error == 0
+
+    run(test)
+
+
+def test_a_volume_that_shrinks_under_a_long_write_is_never_written_past_its_end() -> None:
+    async def test() -> None:
+        export = MemoryExport(size_bytes=8 << 20)
+        async with attached(export) as (client, _):
+            request = request_bytes(wire.CMD_WRITE, 1, 0, data=b"x" * (8 << 20))
+            await client.send(request[: 4 << 20])
+            await trio.sleep(0.05)
+            export.size_bytes = 1 << 20  # the export itself asserts that no call goes past it
+            await client.send(request[4 << 20 :])
+            assert (await client.reply()).error == wire.ENOSPC
+
+    run(test)
+
+
+def test_a_client_that_leaves_without_reading_its_replies_is_forgotten_in_time() -> None:
+    async def test() -> None:
+        export = MemoryExport(size_bytes=8 << 20, slow=True, delay_s=0.05)
+        async with attached(export, limits=Limits(linger_s=0.2)) as (client, served):
+            await client.send(request_bytes(wire.CMD_READ, 1, 0, 8 << 20) + request_bytes(wire.CMD_DISC, 2))
+            await trio.sleep(0.1)
+            assert len(served.server.status().connections) == 1
+            while served.server.status().connections:
+                await trio.sleep(0.01)
 
     run(test)
