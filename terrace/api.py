@@ -5,7 +5,7 @@
     POST   /v1/pools                          {name, devices: [{path, tier, size?}], force?}
     GET    /v1/pools/P                        one pool
     DELETE /v1/pools/P
-    POST   /v1/pools/P/open                   try again to open a pool that failed
+    POST   /v1/pools/P/open                   {truncate_log?}; try again to open a pool that failed
     POST   /v1/pools/P/grow                   {devices, force?}
     POST   /v1/pools/P/checkpoint
     POST   /v1/pools/P/check                  {full?}; streams {done_bytes, total_bytes} ..., then {report} or {error}
@@ -99,6 +99,10 @@ class CreatePoolBody(GrowBody):
     name: str
 
 
+class OpenBody(_Body):
+    truncate_log: bool = False
+
+
 class CheckBody(_Body):
     full: bool = False
 
@@ -127,7 +131,7 @@ async def _body(request: Request, model: type[BodyT]) -> BodyT:
         for detail in details:
             where = ".".join(map(str, detail["loc"]))
             reason = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"]
-            sentences.append(f"{where}: {reason}" if where else reason)
+            sentences.append(f"{where or 'the body'}: {reason}")
         raise TierError(errno.EINVAL, "; ".join(sentences)) from None
 
 
@@ -148,7 +152,7 @@ _STATUS_OF_ERRNO = {
     errno.ENOSPC: HTTPStatus.INSUFFICIENT_STORAGE,
     errno.ESHUTDOWN: HTTPStatus.SERVICE_UNAVAILABLE,
 }
-_ERRNO_OF_STATUS = {404: errno.ENOENT, 405: errno.EOPNOTSUPP, 413: errno.EFBIG}
+_ERRNO_OF_STATUS = {404: errno.ENOENT, 405: errno.ENOTSUP, 413: errno.EFBIG}
 
 
 def _error_body(error: OSError) -> dict[str, str]:
@@ -177,7 +181,8 @@ def pool_summary(slot: Slot) -> dict[str, Any]:
     if slot.pool is None:
         state = "failed" if slot.error else "busy"
         return {"name": slot.name, "state": state, "error": str(slot.error) if slot.error else None}
-    return {**_plain(slot.pool.status()), "error": None}
+    status = _plain(slot.pool.status())
+    return {**status, "error": status["problem"]}
 
 
 def _plain(status: Any) -> Any:
@@ -247,7 +252,8 @@ class Api:
         return Response(status_code=HTTPStatus.NO_CONTENT)
 
     async def open_pool(self, request: Request) -> Response:
-        pool = await self._pools.reopen(request.path_params["pool"])
+        body = await _body(request, OpenBody)
+        pool = await self._pools.reopen(request.path_params["pool"], truncate_log=body.truncate_log)
         return JSONResponse(pool_summary(self._pools.slot(pool.name)))
 
     async def grow_pool(self, request: Request) -> Response:

@@ -104,13 +104,16 @@ class Pools:
         await self._open(slot)
         return self.pool(name)
 
-    async def reopen(self, name: str) -> Pool:
-        """Try again to open a pool that failed; returns at once where it is open."""
+    async def reopen(self, name: str, *, truncate_log: bool = False) -> Pool:
+        """Try again to open a pool that failed; returns at once where it is open.
+
+        `truncate_log`: the operator gives up what the log holds behind its damage.
+        """
         slot = self.slot(name)
         if slot.pool is None:
             if slot.error is None or slot.users:
                 raise TierError(errno.EBUSY, f"pool {name!r} is being opened or closed; try again in a moment")
-            await self._open(slot)
+            await self._open(slot, truncate_log=truncate_log)
         return self.pool(name)
 
     async def delete(self, name: str) -> None:
@@ -149,22 +152,25 @@ class Pools:
             for slot in self.slots():
                 nursery.start_soon(self._close, slot)
 
-    async def _open(self, slot: Slot) -> None:
+    async def _open(self, slot: Slot, *, truncate_log: bool = False) -> None:
         slot.error = None
         slot.close, slot.closed = trio.Event(), trio.Event()
-        await self._nursery.start(partial(self._run, slot))
+        await self._nursery.start(partial(self._run, slot, truncate_log=truncate_log))
 
     async def _close(self, slot: Slot) -> None:
         if slot.pool is not None:
             slot.close.set()
             await slot.closed.wait()
 
-    async def _run(self, slot: Slot, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def _run(
+        self, slot: Slot, *, truncate_log: bool, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
         """A pool's life. What it raises ends here, as the slot's error."""
         opened = False
         try:
             validate_name("pool", slot.name)
-            async with self._engine.open(slot.directory, settings=self._settings) as pool:
+            opening = self._engine.open(slot.directory, settings=self._settings, truncate_log=truncate_log)
+            async with opening as pool:
                 if pool.name != slot.name:
                     raise TierError(
                         errno.EINVAL,

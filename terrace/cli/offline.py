@@ -13,14 +13,16 @@ from terrace.home import Home
 from tiers import Pool, TierError
 
 
-def check_offline(home: Home, name: str, full: bool, advance: Callable[[int, int], None]) -> dict[str, Any]:
+def check_offline(
+    home: Home, name: str, *, full: bool, truncate_log: bool, advance: Callable[[int, int], None]
+) -> dict[str, Any]:
     """Open the pool, check it and close it; the report as the API would give it. No daemon can start meanwhile."""
     directory = home.pools / name
     if not directory.is_dir():
         raise TierError(errno.ENOENT, f"there is no pool {name!r} in {home.pools}, and no terraced runs on {home.path}")
 
     async def check() -> dict[str, Any]:
-        async with Pool.open(directory) as pool:
+        async with Pool.open(directory, truncate_log=truncate_log) as pool:
             return dataclasses.asdict(await pool.check(full, advance))
 
     with home.locked():

@@ -181,7 +181,7 @@ def show_pool(found: dict[str, Any]) -> None:
             device["state"],
             format_size(device["size_bytes"]),
             format_size(device["live_bytes"]),
-            format_size(device["segment_size"]),
+            format_size(device["segment_bytes"]),
             f"{device['free_segments']} of {device['segments']}",
             device["errors"],
         )
@@ -243,19 +243,25 @@ def open_pool(context: Context, name: str, output: str) -> None:
 @pool.command()
 @click.argument("name", type=POOL)
 @click.option("--full", is_flag=True, help="Read and verify all data, not a sample.")
+@click.option("--truncate-log", is_flag=True, help="Where the log is damaged: what lies behind IS LOST.")
+@click.option("-y", "--yes", is_flag=True, help="Don't ask before truncating the log.")
 @output_option
 @pass_context
-def check(context: Context, name: str, full: bool, output: str) -> int:
+def check(context: Context, name: str, full: bool, truncate_log: bool, yes: bool, output: str) -> int:
     """Verify a pool: the map against the segments, live counts, checksums.
 
     Goes through the daemon where one runs; otherwise opens the pool itself for as long as it takes.
     """
     from terrace.apiclient import NotRunningError
 
+    if truncate_log:
+        confirm(f"Give up what the log of pool {name} holds behind its damage, for good?", yes=yes)
     report: dict[str, Any] = {}
     with patience(f"Checking pool {name}") as advance:
         try:
             with context.connect() as client:
+                if truncate_log:
+                    client.request("POST", "pools", name, "open", body={"truncate_log": True})
                 for line in client.stream("POST", "pools", name, "check", body={"full": full}):
                     if "report" in line:
                         report = line["report"]
@@ -264,12 +270,12 @@ def check(context: Context, name: str, full: bool, output: str) -> int:
         except NotRunningError:
             from terrace.cli.offline import check_offline
 
-            report = check_offline(context.home, name, full, advance)
+            report = check_offline(context.home, name, full=full, truncate_log=truncate_log, advance=advance)
     if output == "json":
         show_json(report)
     else:
-        found = f"{report['volumes']} volume(s), {report['blocks_checked']} blocks"
-        found += f", {format_size(report['bytes_checked'])} of data read"
+        found = f"{report['volumes']} volume(s), {report['blocks_mapped']} blocks mapped"
+        found += f", {format_size(report['bytes_checked'])} of data verified"
         for problem in report["problems"]:
             click.echo(problem)
         verdict = "is sound" if report["ok"] else f"has {len(report['problems'])} problem(s)"

@@ -32,25 +32,27 @@ class Root(click.Group):
             sys.exit(2)
         except click.UsageError as error:
             command = error.ctx.command_path if error.ctx else "terrace"
-            _complain(f"{command}: {error.format_message().rstrip('.')}; see {command} --help")
+            _complain(f"{error.format_message().rstrip('.')}; see {command} --help")
             sys.exit(2)
         except click.ClickException as error:
-            _complain(f"terrace: {error.format_message()}")
+            _complain(error.format_message())
             sys.exit(1)
         except click.Abort:
-            _complain("terrace: stopped")
+            _complain("stopped")
             sys.exit(1)
         except OSError as error:
             if error.errno == errno.EPIPE:
                 # Whoever read our output has enough of it; the interpreter must not try to flush the rest.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             else:
-                _complain(f"terrace: {error}")
+                _complain(str(error))
             sys.exit(1)
 
 
 def _complain(sentence: str) -> None:
-    click.echo(" ".join(sentence.split()), err=True)
+    """On one line, and without what a name from elsewhere could do to a terminal."""
+    line = "".join(char if char.isprintable() else " " for char in sentence)
+    click.echo(f"Error: {' '.join(line.split())}", err=True)
 
 
 @click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -4,6 +4,7 @@
 true there. What the real one does only in bad luck, this one does on demand, by a file in the pool's directory:
 
     fail-open       opening raises its text as EIO
+    bad-log         opening raises EIO unless the log may be truncated
     fail-later      once the file appears, the running pool fails with its text
     slow-check      a check takes as many seconds as its text says, with progress
     stuck-close     closing takes as many seconds as its text says
@@ -17,6 +18,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -27,6 +29,7 @@ from tiers import CheckReport, DeviceSpec, DeviceStatus, PoolSettings, PoolStatu
 from tiers.names import validate_name, validate_volume_size
 
 BLOCK_BYTES = 4096
+MIN_DEVICE_BYTES = 32 << 20
 
 
 class FakeVolume:
@@ -121,8 +124,14 @@ class FakePool:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def open(cls, directory: Path, *, settings: PoolSettings | None = None) -> AsyncIterator[FakePool]:
+    async def open(
+        cls, directory: Path, *, settings: PoolSettings | None = None, truncate_log: bool = False
+    ) -> AsyncIterator[FakePool]:
         await trio.lowlevel.checkpoint()
+        if truncate_log:
+            (directory / "bad-log").unlink(missing_ok=True)
+        if (directory / "bad-log").exists():
+            raise TierError(errno.EIO, "the log is damaged: `terrace pool check --truncate-log` gives up what follows")
         if (directory / "fail-open").exists():
             raise TierError(errno.EIO, (directory / "fail-open").read_text())
         if not (directory / "fake.json").exists():
@@ -148,8 +157,7 @@ class FakePool:
     @classmethod
     async def destroy(cls, directory: Path) -> None:
         await trio.lowlevel.checkpoint()
-        for path in directory.iterdir():
-            path.unlink()
+        shutil.rmtree(directory)
 
     async def _fail_later(self) -> None:
         cause = self._directory / "fail-later"
@@ -185,7 +193,7 @@ class FakePool:
         self._save()
         return self._volumes[name]
 
-    async def resize_volume(self, name: str, size_bytes: int) -> None:
+    async def resize_volume(self, name: str, size_bytes: int) -> FakeVolume:
         volume = self.volume(name)
         validate_volume_size(size_bytes)
         await trio.lowlevel.checkpoint()
@@ -194,6 +202,7 @@ class FakePool:
         os.ftruncate(volume.fd, size_bytes)
         volume.size_bytes = size_bytes
         self._save()
+        return volume
 
     async def delete_volume(self, name: str) -> None:
         volume = self.volume(name)
@@ -205,7 +214,7 @@ class FakePool:
         volume.path.unlink()
         self._save()
 
-    async def grow(self, devices: Sequence[DeviceSpec], force: bool = False) -> None:
+    async def grow(self, devices: Sequence[DeviceSpec], *, force: bool = False) -> None:
         await trio.lowlevel.checkpoint()
         self._devices += _prepare(devices)
         self._save()
@@ -225,7 +234,7 @@ class FakePool:
             ok=True,
             problems=[],
             volumes=len(self._volumes),
-            blocks_checked=used_bytes // BLOCK_BYTES,
+            blocks_mapped=used_bytes // BLOCK_BYTES,
             bytes_checked=used_bytes,
         )
 
@@ -241,7 +250,10 @@ class FakePool:
             "name": self.name,
             "uuid": self.uuid,
             "state": "online",
+            "problem": None,
+            "checkpoint_failure": None,
             "block_size": BLOCK_BYTES,
+            "size_bytes": capacity_bytes,
             "capacity_bytes": capacity_bytes,
             "used_bytes": used_bytes,
             "available_bytes": capacity_bytes - used_bytes,
@@ -258,7 +270,7 @@ class FakePool:
             "tier": str(device["tier"]),
             "uuid": self.uuid,
             "size_bytes": size_bytes,
-            "segment_size": 1 << 20,
+            "segment_bytes": 1 << 20,
             "segments": size_bytes >> 20,
             "free_segments": size_bytes >> 20,
             "live_bytes": 0,
@@ -276,6 +288,8 @@ def _prepare(devices: Sequence[DeviceSpec]) -> list[dict[str, object]]:
         if device.create_size_bytes is not None:
             if device.path.exists():
                 raise TierError(errno.EEXIST, f"{device.path} exists already")
+            if device.create_size_bytes < MIN_DEVICE_BYTES:
+                raise TierError(errno.EINVAL, f"{device.path} would be too small")
             device.path.touch()
             os.truncate(device.path, device.create_size_bytes)
         prepared.append({"path": str(device.path), "tier": device.tier, "size": device.path.stat().st_size})

@@ -1,0 +1,258 @@
+"""The control API: what it answers, what it refuses, and that nothing a client sends ends it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.system.daemon import ApiError
+from tests.system.nbdclient import Connection
+from tests.terrace.fakedaemon import FakeDaemon
+
+MIB = 1 << 20
+
+
+def refusal(daemon: FakeDaemon, method: str, path: str, body: Any = None) -> ApiError:
+    with pytest.raises(ApiError) as error:
+        daemon.api(method, path, body)
+    return error.value
+
+
+def test_a_pool_lives_from_creation_over_growth_to_deletion(daemon: FakeDaemon, tmp_path: Path) -> None:
+    fast = {"path": f"{tmp_path}/fast", "tier": "fast", "size": "64M"}
+    base = {"path": f"{tmp_path}/base", "tier": "base", "size": 128 * MIB}
+    made = daemon.api("POST", "/v1/pools", {"name": "q", "devices": [fast]})
+    assert (made["name"], made["state"], made["capacity_bytes"]) == ("q", "online", 64 * MIB)
+    assert [pool["name"] for pool in daemon.api("GET", "/v1/pools")] == ["p", "q"]
+    grown = daemon.api("POST", "/v1/pools/q/grow", {"devices": [base]})
+    assert [(device["path"], device["tier"]) for device in grown["devices"]] == [
+        (f"{tmp_path}/fast", "fast"),
+        (f"{tmp_path}/base", "base"),
+    ]
+    assert daemon.api("GET", "/v1/pools/q") == grown
+    assert daemon.api("POST", "/v1/pools/q/checkpoint")["name"] == "q"
+    assert daemon.api("POST", "/v1/pools/q/open")["state"] == "online"
+    assert daemon.api("DELETE", "/v1/pools/q") is None
+    assert not daemon.directory("q").exists()
+    assert (tmp_path / "fast").exists()
+    assert refusal(daemon, "GET", "/v1/pools/q").status == 404
+
+
+def test_a_volume_lives_from_creation_over_resizing_to_deletion(daemon: FakeDaemon) -> None:
+    made = daemon.api("POST", "/v1/pools/p/volumes", {"name": "v", "size": "1M"})
+    assert made == {"name": "p/v", "size_bytes": MIB, "mapped_bytes": 0, "open_count": 0} | made
+    assert daemon.api("GET", "/v1/pools/p/volumes") == [made]
+    assert daemon.api("PATCH", "/v1/pools/p/volumes/v", {"size": 2 * MIB})["size_bytes"] == 2 * MIB
+    shrinking = refusal(daemon, "PATCH", "/v1/pools/p/volumes/v", {"size": MIB})
+    assert (shrinking.status, shrinking.errno) == (400, "EINVAL")
+    assert "--shrink" in shrinking.message
+    assert daemon.api("GET", "/v1/pools/p/volumes/v")["size_bytes"] == 2 * MIB
+    assert daemon.api("PATCH", "/v1/pools/p/volumes/v", {"size": MIB, "shrink": True})["size_bytes"] == MIB
+    assert daemon.api("DELETE", "/v1/pools/p/volumes/v") is None
+    assert daemon.api("GET", "/v1/pools/p/volumes") == []
+
+
+def test_what_is_in_use_is_not_deleted_and_its_client_is_not_disturbed(daemon: FakeDaemon) -> None:
+    daemon.api("POST", "/v1/pools/p/volumes", {"name": "busy", "size": MIB})
+    with Connection(daemon.socket, "p/busy") as client:
+        assert daemon.api("GET", "/v1/pools/p/volumes/busy")["open_count"] == 1
+        for path in ("/v1/pools/p/volumes/busy", "/v1/pools/p"):
+            error = refusal(daemon, "DELETE", path)
+            assert (error.status, error.errno) == (409, "EBUSY")
+            assert "p/busy" in error.message
+        (connection,) = daemon.api("GET", "/v1/status")["nbd"]["connections"]
+        assert connection["export"] == "p/busy"
+        client.write(0, b"x" * 4096)
+    while daemon.api("GET", "/v1/pools/p/volumes/busy")["open_count"]:
+        time.sleep(0.01)
+    daemon.api("DELETE", "/v1/pools/p/volumes/busy")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "number"),
+    [
+        ("GET", "/", 404, "ENOENT"),
+        ("GET", "/v2/status", 404, "ENOENT"),
+        ("POST", "/v1/status", 405, "ENOTSUP"),
+        ("GET", "/v1/pools/none", 404, "ENOENT"),
+        ("DELETE", "/v1/pools/none", 404, "ENOENT"),
+        ("POST", "/v1/pools/none/check", 404, "ENOENT"),
+        ("GET", "/v1/pools/p/volumes/none", 404, "ENOENT"),
+        ("DELETE", "/v1/pools/p/volumes/none", 404, "ENOENT"),
+        ("GET", "/v1/pools/p/volumes/a%2Fb", 404, "ENOENT"),
+        ("GET", "/v1/pools/%00", 404, "ENOENT"),
+        ("GET", "/v1/pools/..%2F..", 404, "ENOENT"),
+        ("GET", "/v1/pools/" + "x" * 300, 404, "ENOENT"),
+    ],
+)
+def test_what_is_not_there_is_said_to_be_missing(
+    daemon: FakeDaemon, method: str, path: str, status: int, number: str
+) -> None:
+    error = refusal(daemon, method, path)
+    assert (error.status, error.errno) == (status, number)
+
+
+DEVICE = {"path": "/nonexistent/device", "tier": "fast"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "word"),
+    [
+        ("/v1/pools", {}, "name"),
+        ("/v1/pools", {"name": "q", "devices": []}, "devices"),
+        ("/v1/pools", {"name": "q", "devices": [DEVICE], "forse": True}, "forse"),
+        ("/v1/pools", {"name": 7, "devices": [DEVICE]}, "name"),
+        ("/v1/pools", {"name": "q", "devices": [DEVICE | {"tier": "slow"}]}, "devices.0.tier"),
+        ("/v1/pools", {"name": "q", "devices": [DEVICE | {"path": "relative"}]}, "'relative' is not an absolute path"),
+        ("/v1/pools", {"name": "q", "devices": [DEVICE | {"size": "10GB"}]}, "ambiguous"),
+        ("/v1/pools", {"name": "q" * 300, "devices": [DEVICE]}, "name"),
+        ("/v1/pools", {"name": "../q", "devices": [DEVICE]}, "name"),
+        ("/v1/pools/p/volumes", {"name": "v"}, "size"),
+        ("/v1/pools/p/volumes", {"name": "v", "size": 0}, "4096"),
+        ("/v1/pools/p/volumes", {"name": "v", "size": -1}, "4096"),
+        ("/v1/pools/p/volumes", {"name": "v", "size": 1 << 63}, "1 PiB"),
+        ("/v1/pools/p/volumes", {"name": "v", "size": "-1"}, "negative"),
+        ("/v1/pools/p/volumes", {"name": "v\n", "size": MIB}, "name"),
+        ("/v1/pools/p/volumes", [], "the body: Input should be an object"),
+    ],
+)
+def test_a_wrong_request_is_refused_with_the_field_that_is_wrong(
+    daemon: FakeDaemon, path: str, body: Any, word: str
+) -> None:
+    error = refusal(daemon, "POST", path, body)
+    assert (error.status, error.errno) == (400, "EINVAL")
+    assert word in error.message
+    assert [pool["name"] for pool in daemon.api("GET", "/v1/pools")] == ["p"]
+
+
+def test_a_pool_that_could_not_be_created_leaves_nothing_behind(daemon: FakeDaemon) -> None:
+    error = refusal(daemon, "POST", "/v1/pools", {"name": "q", "devices": [DEVICE]})
+    assert (error.status, error.errno) == (404, "ENOENT")
+    assert DEVICE["path"] in error.message
+    assert not daemon.directory("q").exists()
+    assert refusal(daemon, "GET", "/v1/pools/q").status == 404
+
+
+def test_a_name_that_is_taken_is_refused_before_a_device_is_touched(daemon: FakeDaemon, tmp_path: Path) -> None:
+    device = {"path": f"{tmp_path}/device", "tier": "fast", "size": "64M"}
+    assert refusal(daemon, "POST", "/v1/pools", {"name": "p", "devices": [device]}).status == 409
+    assert not (tmp_path / "device").exists()
+
+
+def test_of_two_that_create_the_same_pool_at_once_one_wins(daemon: FakeDaemon, tmp_path: Path) -> None:
+    outcomes: list[int] = []
+
+    def create(number: int) -> None:
+        device = {"path": f"{tmp_path}/{number}", "tier": "fast", "size": "64M"}
+        try:
+            daemon.api("POST", "/v1/pools", {"name": "race", "devices": [device]})
+            outcomes.append(201)
+        except ApiError as error:
+            outcomes.append(error.status)
+
+    threads = [threading.Thread(target=create, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == [201, 409, 409, 409]
+    daemon.api("DELETE", "/v1/pools/race")
+
+
+def test_a_check_streams_its_progress_and_then_its_report(daemon: FakeDaemon) -> None:
+    (daemon.directory("p") / "slow-check").write_text("0.5")
+    lines = list(check(daemon, "p"))
+    (daemon.directory("p") / "slow-check").unlink()
+    *progress, last = lines
+    assert len(progress) >= 2
+    assert all(set(line) == {"done_bytes", "total_bytes"} for line in progress)
+    assert last["report"]["ok"] is True
+    assert last["report"]["problems"] == []
+
+
+def check(daemon: FakeDaemon, pool: str) -> Any:
+    with (
+        httpx.Client(transport=httpx.HTTPTransport(uds=str(daemon.home / "api.sock"), verify=False), timeout=30) as client,
+        client.stream("POST", f"http://terrace/v1/pools/{pool}/check", json={"full": True}) as response,
+    ):
+        assert response.headers["content-type"] == "application/x-ndjson"
+        for line in response.iter_lines():
+            yield json.loads(line)
+
+
+def test_a_check_whose_client_went_away_ends_and_a_running_one_keeps_the_pool(daemon: FakeDaemon) -> None:
+    (daemon.directory("p") / "slow-check").write_text("600")
+    stream = check(daemon, "p")
+    next(stream)
+    error = refusal(daemon, "DELETE", "/v1/pools/p")
+    assert (error.status, error.errno) == (409, "EBUSY")
+    stream.close()
+    (daemon.directory("p") / "slow-check").unlink()
+    # The pool is free again as soon as the daemon has seen the client go: it can be opened, checked, deleted.
+    daemon.api("POST", "/v1/pools/p/volumes", {"name": "v", "size": MIB})
+    daemon.api("DELETE", "/v1/pools/p/volumes/v")
+    assert list(check(daemon, "p"))[-1]["report"]["ok"]
+
+
+def test_the_stall_measurement_can_be_reset_and_is_told_first(daemon: FakeDaemon) -> None:
+    daemon.api("GET", "/v1/pools")
+    first = daemon.api("GET", "/v1/status?reset=1")
+    assert first["loop_stall_max_ms"] > 0
+    assert first["loop_stall_task"]
+    assert daemon.api("GET", "/v1/status")["loop_stall_max_ms"] < 1000
+
+
+def test_a_body_above_a_mebibyte_is_refused_announced_or_not(daemon: FakeDaemon) -> None:
+    big = b"[" + b" " * MIB + b"]"
+
+    def unannounced() -> Any:
+        for at in range(0, len(big), 65536):
+            yield big[at : at + 65536]
+
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(daemon.home / "api.sock"), verify=False), timeout=30) as client:
+        for content in (big, unannounced()):
+            response = client.post("http://terrace/v1/pools", content=content)
+            assert response.status_code == 413
+            assert response.json()["errno"] == "EFBIG"
+
+
+def test_garbage_on_the_socket_ends_at_most_its_own_connection(daemon: FakeDaemon) -> None:
+    seed = int(os.environ.get("TERRACE_SEED", random.randrange(1 << 32)))
+    noise = random.Random(seed)
+    beginnings = [
+        b"",
+        b"GET / HTTP/1.1\r\n",
+        b"POST /v1/pools HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n",
+        b"POST /v1/pools HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+        b"POST /v1/pools HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        b"GET /v1/status HTTP/9.9\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"GET /v1/status HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n",
+        b"GET /v1/status HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+        b"HTTP2-Settings: !!!!\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc",
+        b"GET /" + b"x" * 100_000,
+        b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 20_000,
+        b"GET /v1/pools/\xff\xfe%ff HTTP/1.1\r\nHost: x\r\n\r\n",
+    ]
+    for beginning in beginnings * 2:
+        with socket.socket(socket.AF_UNIX) as raw:
+            raw.settimeout(0.05)
+            raw.connect(str(daemon.home / "api.sock"))
+            try:
+                raw.sendall(beginning + noise.randbytes(noise.randrange(200)))
+                raw.recv(65536)
+            except OSError:
+                pass
+        assert daemon.api("GET", "/v1/pools")[0]["name"] == "p", f"TERRACE_SEED={seed}"
+    assert daemon.alive()

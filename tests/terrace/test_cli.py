@@ -1,0 +1,293 @@
+"""The command line: what people and scripts see, on a daemon over fake pools."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from terrace.cli.pool import _one_option_each
+from terrace.cli.root import root
+from tests.system.daemon import environment
+from tests.terrace.fakedaemon import FakeDaemon
+
+
+class Cli:
+    """`terrace` in this process, on one home."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+
+    def run(self, *arguments: str, stdin: str = "") -> Result:
+        result = CliRunner().invoke(root, ["--home", str(self.home), *arguments], input=stdin)
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        return result
+
+    def ok(self, *arguments: str) -> str:
+        result = self.run(*arguments)
+        assert (result.exit_code, result.stderr) == (0, ""), result.output
+        return result.stdout
+
+    def json(self, *arguments: str) -> object:
+        return json.loads(self.ok(*arguments, "-o", "json"))
+
+    def error(self, *arguments: str, status: int = 1) -> str:
+        """The one line that it says on standard error."""
+        result = self.run(*arguments)
+        assert result.exit_code == status, result.output
+        assert result.stdout == ""
+        assert result.stderr.startswith("Error: ")
+        assert result.stderr.count("\n") == 1
+        return result.stderr
+
+
+@pytest.fixture
+def cli(daemon: FakeDaemon) -> Cli:
+    return Cli(daemon.home)
+
+
+@pytest.fixture
+def volume(cli: Cli) -> Iterator[str]:
+    cli.ok("volume", "create", "p/v", "1M")
+    yield "p/v"
+    cli.ok("volume", "delete", "p/v", "--yes")
+
+
+def test_a_pool_is_created_shown_grown_checked_and_deleted(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").touch()
+    os.truncate("there", 64 << 20)
+    assert "3 device(s)" in cli.ok("pool", "create", "q", "--fast", "a=64M", "there", "--base", "sub=dir=1G")
+    shown = cli.ok("pool", "show", "q")
+    for expected in ("online", f"{tmp_path}/a", f"{tmp_path}/there", f"{tmp_path}/sub=dir", "1 GiB", "4 KiB"):
+        assert expected in shown
+    assert "4 device(s)" in cli.ok("pool", "grow", "q", "--base", "b=64M")
+    assert "q" in cli.ok("pool", "list")
+    assert "is sound" in cli.ok("pool", "check", "q", "--full")
+    assert cli.json("pool", "check", "q")["ok"] is True  # type: ignore[index]
+    assert cli.ok("pool", "open", "q") == "Pool q is online.\n"
+    assert cli.json("pool", "delete", "q", "--yes") == {"deleted": "q"}
+    assert "q" not in cli.ok("pool", "list")
+
+
+def test_a_volume_is_created_shown_resized_and_deleted(cli: Cli, daemon: FakeDaemon) -> None:
+    assert f"nbd://127.0.0.1:{daemon.port}/p/v" in cli.ok("volume", "create", "p/v", "1M")
+    assert "p/v" in cli.ok("volume", "list")
+    assert "p/v" in cli.ok("volume", "list", "p")
+    shown = cli.ok("volume", "show", "p/v")
+    assert "1 MiB (1048576 bytes)" in shown
+    assert f"nbd+unix:///p/v?socket={daemon.home}/nbd.sock" in shown
+    assert cli.ok("volume", "resize", "p/v", "2M") == "Volume p/v has 2 MiB.\n"
+    assert "--shrink" in cli.error("volume", "resize", "p/v", "1M")
+    assert cli.ok("volume", "resize", "p/v", "1M", "--shrink") == "Volume p/v has 1 MiB.\n"
+    assert cli.ok("volume", "delete", "p/v", "--yes") == "Volume p/v is deleted.\n"
+    assert "p/v" not in cli.ok("volume", "list")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("status",),
+        ("pool", "list"),
+        ("pool", "show", "p"),
+        ("pool", "check", "p"),
+        ("volume", "list"),
+        ("volume", "show", "p/v"),
+    ],
+    ids=" ".join,
+)
+def test_every_noun_speaks_json(cli: Cli, volume: str, arguments: tuple[str, ...]) -> None:
+    assert cli.json(*arguments)
+
+
+def test_the_status_names_the_daemon_its_addresses_and_its_pools(cli: Cli, daemon: FakeDaemon) -> None:
+    assert daemon.process is not None
+    shown = cli.ok("status")
+    for expected in (f"process {daemon.process.pid}", str(daemon.home), f"nbd://127.0.0.1:{daemon.port}/", "online"):
+        assert expected in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "word"),
+    [
+        (("pool", "show", "none"), 1, "there is no pool 'none'"),
+        (("volume", "show", "p/none"), 1, "none"),
+        (("volume", "show", "p"), 2, "write POOL/VOL"),
+        (("volume", "show", "p/a/b"), 2, "write POOL/VOL"),
+        (("volume", "create", "p/x", "0"), 1, "4096"),
+        (("volume", "create", "p/x", "7"), 1, "4096"),
+        (("volume", "create", "p/x", str(1 << 63)), 1, "1 PiB"),
+        (("volume", "create", "p/x", "-1"), 2, "'-1' is negative"),
+        (("volume", "create", "p/x", "-10G"), 2, "'-10G' is negative"),
+        (("volume", "create", "p/x", "--", "-1"), 2, "'-1' is negative"),
+        (("volume", "create", "p/x", "much"), 2, "'much' is not a size"),
+        (("volume", "create", "p/x", "10GB"), 2, "write 10G"),
+        (("volume", "create", "p/x"), 2, "SIZE"),
+        (("volume", "create", "p/x\ny", "1M"), 1, "name"),
+        (("volume", "create", "p/" + "x" * 300, "1M"), 1, "name"),
+        (("volume", "create", "none/x", "1M"), 1, "none"),
+        (("pool", "create", "q"), 2, "--fast or --base"),
+        (("pool", "create", "q", "--fast", "d=10GB"), 2, "write 10G"),
+        (("pool", "create", "q", "--fast", "/nonexistent/d"), 1, "/nonexistent/d"),
+        (("pool", "create", "a/b", "--fast", "/nonexistent/d"), 1, "name"),
+        (("pool", "create", "p", "--fast", "/nonexistent/d"), 1, "exists already"),
+        (("pool", "delete", "p"), 2, "--yes"),
+        (("pool", "show", "p", "-o", "xml"), 2, "xml"),
+        (("poll",), 2, "poll"),
+        (("pool", "show", "p", "--colour"), 2, "--colour"),
+        (("pool", "show", "\x1b[31mred"), 1, "red"),
+    ],
+)
+def test_an_error_is_one_line_that_names_the_thing(
+    cli: Cli, arguments: tuple[str, ...], status: int, word: str
+) -> None:
+    line = cli.error(*arguments, status=status)
+    assert word in line
+    assert "\x1b" not in line
+
+
+@pytest.mark.parametrize("arguments", [("status",), ("pool", "list"), ("volume", "create", "p/v", "1M")], ids=" ".join)
+def test_without_a_daemon_one_line_says_so_and_how_to_start_it(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    line = Cli(tmp_path / "home").error(*arguments)
+    assert f"terraced --home {tmp_path}/home" in line
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_socket_that_a_killed_daemon_left_is_no_daemon(own_daemon: FakeDaemon) -> None:
+    own_daemon.start()
+    own_daemon.kill()
+    assert "terraced --home" in Cli(own_daemon.home).error("status")
+
+
+def test_a_failed_pool_is_listed_with_its_reason_and_the_next_step(own_daemon: FakeDaemon) -> None:
+    own_daemon.start()
+    device = {"path": f"{own_daemon.home}/d", "tier": "fast", "size": "64M"}
+    own_daemon.api("POST", "/v1/pools", {"name": "bad", "devices": [device]})
+    own_daemon.kill()
+    (own_daemon.directory("bad") / "fail-open").write_text("the device /x is gone")
+    own_daemon.start()
+    cli = Cli(own_daemon.home)
+    assert "the device /x is gone" in cli.ok("pool", "list")
+    shown = cli.ok("pool", "show", "bad")
+    assert "the device /x is gone" in shown
+    assert "terrace pool open bad" in shown
+    assert "the device /x is gone" in cli.error("pool", "open", "bad")
+    assert "the device /x is gone" in cli.error("volume", "create", "bad/v", "1M")
+    assert cli.ok("volume", "list").startswith("There are no volumes")
+    assert cli.ok("pool", "delete", "bad", "--yes") == "Pool bad is deleted.\n"
+    assert cli.ok("pool", "list").startswith("There are no pools")
+
+
+def test_a_damaged_log_is_given_up_only_when_that_is_said(own_daemon: FakeDaemon) -> None:
+    own_daemon.start()
+    device = {"path": f"{own_daemon.home}/d", "tier": "fast", "size": "64M"}
+    own_daemon.api("POST", "/v1/pools", {"name": "bad", "devices": [device]})
+    own_daemon.kill()
+    (own_daemon.directory("bad") / "bad-log").touch()
+    own_daemon.start()
+    cli = Cli(own_daemon.home)
+    assert "--truncate-log" in cli.error("pool", "check", "bad")
+    assert "--truncate-log" in cli.error("pool", "open", "bad")
+    assert "--yes" in cli.error("pool", "check", "bad", "--truncate-log", status=2)
+    assert "is sound" in cli.ok("pool", "check", "bad", "--truncate-log", "--yes")
+    assert cli.ok("pool", "open", "bad") == "Pool bad is online.\n"
+
+
+def test_a_device_may_be_given_once_each_or_several_after_one_option() -> None:
+    assert _one_option_each(["q", "--fast", "a", "b", "--base", "c", "--force"]) == [
+        *("q", "--fast", "a", "--fast", "b", "--base", "c", "--force")
+    ]
+    assert _one_option_each(["q", "--fast=a", "-o", "json"]) == ["q", "--fast=a", "-o", "json"]
+
+
+def test_the_name_may_come_last_where_each_device_has_its_option(cli: Cli, tmp_path: Path) -> None:
+    cli.ok("pool", "create", f"--fast={tmp_path}/a=64M", f"--base={tmp_path}/b=64M", "q")
+    cli.ok("pool", "delete", "q", "--yes")
+
+
+def on_a_terminal(home: Path, *arguments: str, answer: str = "") -> tuple[int, str]:
+    """Exit status and everything that `terrace` writes to a terminal of 100 columns."""
+    outside, inside = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "terrace.cli", "--home", str(home), *arguments],
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        env=environment() | {"COLUMNS": "100", "TERM": "xterm"},
+    )
+    os.close(inside)
+    os.write(outside, answer.encode())
+    written = b""
+    try:
+        while chunk := os.read(outside, 65536):
+            written += chunk
+    except OSError:  # a pty's end of file
+        pass
+    os.close(outside)
+    return process.wait(30), written.decode()
+
+
+def test_deleting_asks_on_a_terminal_and_takes_no_for_an_answer(daemon: FakeDaemon, cli: Cli) -> None:
+    cli.ok("volume", "create", "p/v", "1M")
+    status, written = on_a_terminal(daemon.home, "volume", "delete", "p/v", answer="n\n")
+    assert status == 1
+    assert "p/v" in written
+    assert "[y/N]" in written
+    assert "p/v" in cli.ok("volume", "list")
+    status, _ = on_a_terminal(daemon.home, "volume", "delete", "p/v", answer="y\n")
+    assert status == 0
+    assert "p/v" not in cli.ok("volume", "list")
+
+
+def test_a_check_of_over_a_second_shows_a_bar_with_the_time_left(daemon: FakeDaemon) -> None:
+    (daemon.directory("p") / "slow-check").write_text("2")
+    status, written = on_a_terminal(daemon.home, "pool", "check", "p")
+    (daemon.directory("p") / "slow-check").unlink()
+    assert status == 0
+    assert "ETA" in written
+    assert "Checking pool p" in written
+    quick = on_a_terminal(daemon.home, "pool", "check", "p")[1]
+    assert "ETA" not in quick
+
+
+def test_output_into_a_pipe_that_closes_early_is_no_error(daemon: FakeDaemon) -> None:
+    script = f"{sys.executable} -m terrace.cli --home {daemon.home} status -o json | true"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment(), check=False)
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts_are_for_terrace(shell: str) -> None:
+    result = CliRunner().invoke(root, ["completion", shell])
+    assert result.exit_code == 0
+    assert "_TERRACE_COMPLETE" in result.stdout
+
+
+def test_names_are_completed_from_those_that_exist_and_silently_without_a_daemon(
+    daemon: FakeDaemon, volume: str, tmp_path: Path
+) -> None:
+    def completions(home: Path, line: str) -> list[str]:
+        variables = {"_TERRACE_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+        result = subprocess.run(
+            [sys.executable, "-m", "terrace.cli"],
+            capture_output=True,
+            text=True,
+            env=environment() | variables | {"TERRACE_HOME": str(home)},
+            check=False,
+        )
+        assert result.stderr == ""
+        return [entry.partition(",")[2] for entry in result.stdout.split()]
+
+    assert completions(daemon.home, "terrace volume show p/") == ["p/v"]
+    assert completions(daemon.home, "terrace pool show ") == ["p"]
+    assert "create" in completions(daemon.home, "terrace pool ")
+    assert completions(tmp_path, "terrace pool show ") == []

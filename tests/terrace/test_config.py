@@ -1,0 +1,119 @@
+"""The configuration: defaults without a file, and errors that say where, what and what instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nbd.server import Limits
+from terrace.config import Config, ConfigError, line_of, load_config, parse_config, split_address
+from tiers import PoolSettings
+
+
+def problems(text: str) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        parse_config(text, "t.toml")
+    return error.value.problems
+
+
+def test_no_file_is_a_valid_configuration_with_the_defaults_of_those_who_obey_it() -> None:
+    config = load_config(None)
+    assert config == Config() == parse_config("", "t.toml")
+    assert config.nbd.listen == ["127.0.0.1:10809"]
+    assert config.nbd.limits() == Limits()
+    assert config.pool.settings() == PoolSettings()
+
+
+def test_every_key_reaches_what_it_configures() -> None:
+    config = parse_config(
+        """
+        [nbd]
+        listen = ["[::1]:1234", "localhost:0"]
+        socket = "other.sock"
+        max_connections = 7
+        handshake_timeout_s = 2
+        drain_grace_s = 0.5
+        [pool]
+        checkpoint_interval_s = 5
+        checkpoint_log = "64M"
+        map_cache = 33554432
+        unsynced_cap = "8MiB"
+        [log]
+        level = "debug"
+        """,
+        "t.toml",
+    )
+    limits, settings = config.nbd.limits(), config.pool.settings()
+    assert (limits.connections, limits.handshake_timeout_s, limits.drain_grace_s) == (7, 2.0, 0.5)
+    assert (settings.checkpoint_interval_s, settings.checkpoint_log_bytes) == (5.0, 64 << 20)
+    assert (settings.map_cache_bytes, settings.unsynced_cap_bytes) == (32 << 20, 8 << 20)
+    assert [split_address(address) for address in config.nbd.listen] == [("::1", 1234), ("localhost", 0)]
+    assert config.log.level == "debug"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[nbd]\n\nlisen = []", 't.toml:3: nbd.lisen: unknown key; did you mean "listen"?'),
+        ("# no\n[pol]", 't.toml:2: pol: unknown key; did you mean "pool"?'),
+        ("[x]", "t.toml:1: x: unknown key; valid here: nbd, pool, log"),
+        ("nbd.listen = 1", 't.toml:1: nbd.listen: 1 is not a list such as ["127.0.0.1:10809"]'),
+        ("[nbd]\nlisten = [\n  1,\n]", "t.toml:2: nbd.listen: 1 is not a string in quotes"),
+        ("nbd = 1", "t.toml:1: nbd: 1 is not a section; write [nbd] on a line of its own"),
+        ("[nbd]\nmax_connections = 0", "t.toml:2: nbd.max_connections: 0 is not possible; it must be at least 1"),
+        ("[nbd]\nmax_connections = 1.5", "t.toml:2: nbd.max_connections: 1.5 is not a whole number"),
+        ("[nbd]\nmax_connections = true", "t.toml:2: nbd.max_connections: true is not a whole number"),
+        (
+            "[nbd]\nhandshake_timeout_s = 0",
+            "t.toml:2: nbd.handshake_timeout_s: 0 is not possible; it must be more than 0",
+        ),
+        ("[nbd]\nhandshake_timeout_s = nan", "t.toml:2: nbd.handshake_timeout_s: nan is not a finite number"),
+        ("[pool]\nmap_cache = true", "t.toml:2: pool.map_cache: true is not a size such as 64M"),
+        ("[pool]\nmap_cache = 5", "t.toml:2: pool.map_cache: 5 is not possible; it must be at least 1 MiB"),
+        (
+            '[pool]\nmap_cache = "8EB"',
+            "t.toml:2: pool.map_cache: '8EB' is ambiguous; sizes are powers of 1024: write 8E",
+        ),
+        ('[log]\nlevel = "all"', 't.toml:2: log.level: "all" is not possible; valid: debug, info, warning, error'),
+    ],
+)
+def test_an_error_names_file_line_key_and_what_would_be_right(text: str, expected: str) -> None:
+    assert problems(text) == [expected]
+
+
+@pytest.mark.parametrize("address", ["10809", "localhost", ":10809", "h:", "h:-1", "h:65536", "h:x", "::1:1", "h:٣"])
+def test_what_is_no_address_is_refused_with_its_text(address: str) -> None:
+    (problem,) = problems(f'[nbd]\nlisten = ["127.0.0.1:1", "{address}"]')
+    assert problem.startswith("t.toml:2: nbd.listen: ")
+    assert address in problem
+
+
+def test_all_errors_are_told_at_once_in_the_order_of_lines() -> None:
+    told = problems('[log]\nlevel = "x"\n[pool]\na = 1\n[nbd]\nb = 2\n')
+    assert [problem.split(": ")[:2] for problem in told] == [
+        ["t.toml:2", "log.level"],
+        ["t.toml:4", "pool.a"],
+        ["t.toml:6", "nbd.b"],
+    ]
+
+
+@pytest.mark.parametrize("text", ["[nbd", "nbd", "a = 1\na = 2", 'x = "', "\x00"])
+def test_what_is_no_toml_is_refused_with_its_line(text: str) -> None:
+    (problem,) = problems("\n" + text)
+    assert problem.startswith(("t.toml:2: is not TOML: ", "t.toml:3: is not TOML: "))
+
+
+def test_the_line_of_a_key_is_found_past_strings_and_lists_that_look_like_it() -> None:
+    text = 'a = """\n[nbd]\nlisen = 1\n"""\nb = [\n  "lisen = 2",\n]\n\n[nbd]\n# lisen\nlisen = 3\n'
+    assert line_of(text, ["nbd", "lisen"]) == 11
+    assert line_of(text, ["b"]) == 5
+    assert line_of(text, ["nbd"]) == 9
+
+
+def test_a_file_that_can_not_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml: can't be read: No such file"):
+        load_config(tmp_path / "none.toml")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="is not UTF-8"):
+        load_config(tmp_path / "binary")

@@ -1,0 +1,204 @@
+"""What the application relies on in a pool: one suite over the engine and over the fake that other tests use for it."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from tests.terrace.fakepool import FakePool
+from tiers import DeviceSpec, Pool, TierError
+
+MIB = 1 << 20
+PATTERN = bytes(range(256)) * 16
+
+Scenario = Callable[[Any, Path], Awaitable[None]]
+SCENARIOS: list[Scenario] = []
+
+
+def scenario(function: Scenario) -> Scenario:
+    SCENARIOS.append(function)
+    return function
+
+
+@pytest.mark.parametrize("engine", [Pool, FakePool])
+@pytest.mark.parametrize("promise", SCENARIOS, ids=lambda promise: promise.__name__)
+def test_a_pool_keeps_what_the_application_relies_on(engine: Any, promise: Scenario, tmp_path: Path) -> None:
+    trio.run(promise, engine, tmp_path)
+
+
+async def make(engine: Any, directory: Path, *, devices: int = 1) -> Path:
+    specs = [DeviceSpec(directory / f"device{number}", "fast", 64 * MIB) for number in range(devices)]
+    # As the application does it: the directory is there and empty.
+    (directory / "pool").mkdir()
+    await engine.create(directory / "pool", "p", specs, force=False)
+    return directory / "pool"
+
+
+def refusal(error: pytest.ExceptionInfo[TierError]) -> int | None:
+    """The errno of an error that is one sentence without the number in it."""
+    text = str(error.value)
+    assert text
+    assert "\n" not in text
+    assert "[Errno" not in text
+    return error.value.errno
+
+
+@scenario
+async def data_and_volumes_survive_closing(engine: Any, tmp_path: Path) -> None:
+    directory = await make(engine, tmp_path)
+    async with engine.open(directory) as pool:
+        volume = await pool.create_volume("v", MIB)
+        assert volume.write_now([(0, memoryview(PATTERN))])
+        await volume.flush()
+        uuid = pool.uuid
+    async with engine.open(directory) as pool:
+        assert (pool.name, pool.uuid) == ("p", uuid)
+        (volume,) = pool.volumes()
+        assert (volume.name, volume.size_bytes, volume.open_count) == ("p/v", MIB, 0)
+        into = bytearray(len(PATTERN))
+        await volume.read(0, len(into), memoryview(into))
+        assert into == PATTERN
+
+
+@scenario
+async def the_status_adds_up(engine: Any, tmp_path: Path) -> None:
+    directory = await make(engine, tmp_path, devices=2)
+    async with engine.open(directory) as pool:
+        volume = await pool.create_volume("v", MIB)
+        await volume.write(0, PATTERN)
+        status = pool.status()
+        assert (status.name, status.uuid, status.state, status.problem) == ("p", pool.uuid, "online", None)
+        assert status.nominal_bytes == MIB
+        assert 0 < status.used_bytes <= status.capacity_bytes
+        assert status.available_bytes <= status.capacity_bytes
+        assert [(d.tier, d.size_bytes, d.state, d.errors) for d in status.devices] == 2 * [
+            ("fast", 64 * MIB, "online", 0)
+        ]
+        assert [(v.name, v.size_bytes, v.mapped_bytes) for v in status.volumes] == [("p/v", MIB, len(PATTERN))]
+
+
+@scenario
+async def volumes_grow_shrink_and_go(engine: Any, tmp_path: Path) -> None:
+    directory = await make(engine, tmp_path)
+    async with engine.open(directory) as pool:
+        volume = await pool.create_volume("v", MIB)
+        await volume.write(MIB - 4096, PATTERN)
+        assert (await pool.resize_volume("v", 4096)).size_bytes == 4096
+        await pool.resize_volume("v", MIB)
+        into = bytearray(b"x" * 4096)
+        await pool.volume("v").read(MIB - 4096, 4096, memoryview(into))
+        assert into == bytes(4096)
+        await pool.delete_volume("v")
+        assert pool.volumes() == []
+
+
+@scenario
+async def a_volume_in_use_is_neither_deleted_nor_shrunk(engine: Any, tmp_path: Path) -> None:
+    directory = await make(engine, tmp_path)
+    async with engine.open(directory) as pool:
+        volume = await pool.create_volume("v", MIB)
+        volume.acquire()
+        assert volume.open_count == 1
+        for attempt in (pool.delete_volume("v"), pool.resize_volume("v", 4096)):
+            with pytest.raises(TierError) as error:
+                await attempt
+            assert refusal(error) == errno.EBUSY
+            assert "p/v" in str(error.value)
+        await pool.resize_volume("v", 2 * MIB)
+        volume.release()
+        await pool.delete_volume("v")
+
+
+@scenario
+async def what_is_not_there_or_not_possible_is_refused_with_its_errno(engine: Any, tmp_path: Path) -> None:
+    directory = await make(engine, tmp_path)
+    async with engine.open(directory) as pool:
+        await pool.create_volume("v", MIB)
+        for number, attempt in (
+            (errno.EEXIST, pool.create_volume("v", MIB)),
+            (errno.EINVAL, pool.create_volume("a/b", MIB)),
+            (errno.EINVAL, pool.create_volume("w", 0)),
+            (errno.EINVAL, pool.create_volume("w", 1 << 63)),
+            (errno.EINVAL, pool.resize_volume("v", 7)),
+            (errno.ENOENT, pool.resize_volume("none", MIB)),
+            (errno.ENOENT, pool.delete_volume("none")),
+            (errno.ENOENT, pool.grow([DeviceSpec(tmp_path / "none", "fast")])),
+        ):
+            with pytest.raises(TierError) as error:
+                await attempt
+            assert refusal(error) == number
+        with pytest.raises(TierError) as error:
+            pool.volume("none")
+        assert refusal(error) == errno.ENOENT
+
+
+@scenario
+async def a_pool_grows_while_it_is_open(engine: Any, tmp_path: Path) -> None:
+    directory = await make(engine, tmp_path)
+    async with engine.open(directory) as pool:
+        before_bytes = pool.status().capacity_bytes
+        await pool.grow([DeviceSpec(tmp_path / "more", "base", 64 * MIB)], force=False)
+        assert pool.status().capacity_bytes > before_bytes
+    async with engine.open(directory) as pool:
+        assert [device.tier for device in pool.status().devices] == ["fast", "base"]
+
+
+@scenario
+async def a_check_tells_its_progress_and_finds_nothing_wrong(engine: Any, tmp_path: Path) -> None:
+    directory = await make(engine, tmp_path)
+    told: list[tuple[int, int]] = []
+    async with engine.open(directory) as pool:
+        volume = await pool.create_volume("v", MIB)
+        await volume.write(0, PATTERN)
+        report = await pool.check(True, lambda done, total: told.append((done, total)))
+        assert (report.ok, report.problems, report.volumes) == (True, [], 1)
+        assert report.blocks_mapped == 1
+        assert report.bytes_checked == len(PATTERN)
+        await pool.checkpoint()
+    assert told
+    assert all(0 <= done <= total for done, total in told)
+
+
+@scenario
+async def an_open_pool_is_not_opened_twice(engine: Any, tmp_path: Path) -> None:
+    directory = await make(engine, tmp_path)
+    async with engine.open(directory):
+        with pytest.raises(TierError) as error:
+            async with engine.open(directory):
+                pass
+        assert refusal(error) == errno.EBUSY
+
+
+@scenario
+async def a_destroyed_pool_is_gone_but_its_device_files_stay(engine: Any, tmp_path: Path) -> None:
+    directory = await make(engine, tmp_path)
+    async with engine.open(directory) as pool:
+        await pool.create_volume("v", MIB)
+    await engine.destroy(directory)
+    assert not directory.exists()
+    assert (tmp_path / "device0").stat().st_size == 64 * MIB
+    directory.mkdir()
+    await engine.create(directory, "p", [DeviceSpec(tmp_path / "device0", "fast")])
+    async with engine.open(directory) as pool:
+        assert pool.volumes() == []
+
+
+@scenario
+async def a_pool_that_could_not_be_made_leaves_no_files(engine: Any, tmp_path: Path) -> None:
+    directory = tmp_path / "pool"
+    directory.mkdir()
+    for devices in ([], [DeviceSpec(tmp_path / "none", "fast")], [DeviceSpec(tmp_path / "tiny", "fast", 4096)]):
+        with pytest.raises(TierError) as error:
+            await engine.create(directory, "p", devices)
+        assert refusal(error) in (errno.EINVAL, errno.ENOENT)
+        assert list(directory.iterdir()) == []
+        assert list(tmp_path.iterdir()) == [directory]
+        with pytest.raises(TierError) as error:
+            async with engine.open(directory):
+                pass
+        assert refusal(error) == errno.ENOENT
