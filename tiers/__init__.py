@@ -1,0 +1,22 @@
+"""The storage engine: pools of devices, the log, the map, and the volumes on them. It knows nothing of NBD."""
+
+from tiers.check import CheckReport
+from tiers.errors import TierError
+from tiers.names import validate_name, validate_volume_size
+from tiers.pool import DeviceSpec, DeviceStatus, Pool, PoolStatus, VolumeStatus
+from tiers.settings import PoolSettings
+from tiers.volume import Volume
+
+__all__ = [
+    "CheckReport",
+    "DeviceSpec",
+    "DeviceStatus",
+    "Pool",
+    "PoolSettings",
+    "PoolStatus",
+    "TierError",
+    "Volume",
+    "VolumeStatus",
+    "validate_name",
+    "validate_volume_size",
+]

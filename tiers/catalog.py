@@ -1,0 +1,358 @@
+"""The catalog: a SQLite file that is the newest checkpoint of a pool's log.
+
+One transaction is one consistent state at one log sequence: devices, volumes with the roots of their map trees,
+segments with their live counts, subtrees still to be given back, and where the log goes on. Opening a pool is this
+plus the replay of the log after it. The file is in WAL mode with synchronous=FULL, so a committed checkpoint survives
+a power cut; it is written only after the data that it names was made durable.
+
+    meta      key, value          format_version, pool_name, pool_uuid, incarnation, checkpoint_seq, log_segment,
+                                  log_slot, log_prev_check, next_segment_id, next_volume_id
+    devices   idx, uuid, path, tier, size_bytes, segment_bytes, poisoned
+    volumes   id, name, size_bytes, root_address, root_check, mapped_blocks, created_at
+    segments  id, device, idx, kind, open, used, live, last_seq
+    dead      address, check_value, level, volume   subtrees that no volume has any more, to be walked in slices
+
+64-bit values are stored as SQLite's signed integers. A ballast file lies beside the catalog, because it may share a
+file system with sparse devices that fill up: when a commit finds the disk full the ballast goes, and the commit is
+tried again.
+"""
+
+import errno
+import os
+import sqlite3
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tiers.errors import TierError
+
+FORMAT_VERSION = 1
+CATALOG_NAME = "catalog.sqlite"
+BALLAST_NAME = "ballast"
+BALLAST_BYTES = 4 << 20
+
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE devices (idx INTEGER PRIMARY KEY, uuid BLOB NOT NULL, path TEXT NOT NULL, tier TEXT NOT NULL,
+    size_bytes INTEGER NOT NULL, segment_bytes INTEGER NOT NULL, poisoned TEXT);
+CREATE TABLE volumes (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, size_bytes INTEGER NOT NULL,
+    root_address INTEGER NOT NULL, root_check INTEGER NOT NULL, mapped_blocks INTEGER NOT NULL, created_at REAL NOT NULL);
+CREATE TABLE segments (id INTEGER PRIMARY KEY, device INTEGER NOT NULL, idx INTEGER NOT NULL, kind INTEGER NOT NULL,
+    open INTEGER NOT NULL, used INTEGER NOT NULL, live INTEGER NOT NULL, last_seq INTEGER NOT NULL);
+CREATE TABLE dead (address INTEGER PRIMARY KEY, check_value INTEGER NOT NULL, level INTEGER NOT NULL,
+    volume INTEGER NOT NULL) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRow:
+    """A device as the catalog knows it."""
+
+    index: int
+    uuid: bytes
+    path: str
+    tier: str
+    size_bytes: int
+    segment_bytes: int
+    poisoned: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeRow:
+    """A volume and the root of its map."""
+
+    id: int
+    name: str
+    size_bytes: int
+    root_address: int
+    root_check: int
+    mapped_blocks: int
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentRow:
+    """A segment in use."""
+
+    id: int
+    device: int
+    index: int
+    kind: int
+    open: bool
+    used: int
+    live: int
+    last_seq: int
+
+
+DeadRow = tuple[int, int, int, int]
+"""(address, check, level, volume) of the root page of a detached subtree."""
+
+
+@dataclass(slots=True)
+class Position:
+    """Where the log goes on: everything before is in the checkpoint."""
+
+    incarnation: int
+    checkpoint_seq: int
+    log_segment: int
+    log_slot: int
+    log_prev_check: int
+    next_segment_id: int
+    next_volume_id: int
+
+
+@dataclass(slots=True)
+class Change:
+    """What one checkpoint changes, to be committed as one transaction."""
+
+    position: Position
+    volumes: list[VolumeRow]
+    segments: list[SegmentRow] = field(default_factory=list)
+    freed_segments: list[int] = field(default_factory=list)
+    dead_added: list[DeadRow] = field(default_factory=list)
+    dead_removed: list[int] = field(default_factory=list)
+    devices: list[DeviceRow] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """The whole catalog."""
+
+    pool_name: str
+    pool_uuid: bytes
+    position: Position
+    devices: list[DeviceRow]
+    volumes: list[VolumeRow]
+    segments: list[SegmentRow]
+    dead: list[DeadRow]
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _unsigned(value: int) -> int:
+    return value & 0xFFFFFFFFFFFFFFFF
+
+
+class Catalog:
+    """An open catalog. Its methods block: call them in a worker thread while clients are served."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / CATALOG_NAME
+        self._ballast = directory / BALLAST_NAME
+        if not self._path.exists():
+            raise TierError(errno.ENOENT, f"there is no catalog at {self._path}: restore it from a backup")
+        self._db = self._connect()
+
+    def _connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=5.0)
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=FULL")
+            db.execute("PRAGMA cache_size=-2048")
+        except sqlite3.Error as error:
+            db.close()
+            raise self._damaged(error) from error
+        return db
+
+    def _damaged(self, error: sqlite3.Error) -> TierError:
+        return TierError(errno.EIO, f"the catalog {self._path} can't be used ({error}): restore it from a backup")
+
+    @staticmethod
+    def create(directory: Path, name: str, uuid: bytes, devices: Sequence[DeviceRow], position: Position) -> None:
+        """Write the catalog of a new pool. The file appears under its name only when it is complete."""
+        directory.mkdir(parents=True, exist_ok=True)
+        final = directory / CATALOG_NAME
+        if final.exists():
+            raise TierError(
+                errno.EEXIST, f"there is a pool in {directory} already: choose another name, or delete that pool first"
+            )
+        temporary = directory / (CATALOG_NAME + ".new")
+        temporary.unlink(missing_ok=True)
+        db = sqlite3.connect(temporary, isolation_level=None)
+        try:
+            db.execute("PRAGMA synchronous=FULL")
+            db.executescript(_SCHEMA)
+            db.execute("BEGIN IMMEDIATE")
+            db.executemany(
+                "INSERT INTO meta VALUES (?, ?)",
+                [("format_version", FORMAT_VERSION), ("pool_name", name), ("pool_uuid", uuid)],
+            )
+            _write_position(db, position)
+            _write_devices(db, devices)
+            db.execute("COMMIT")
+        finally:
+            db.close()
+        temporary.rename(final)
+        sync_directory(directory)
+
+    def load(self) -> State:
+        """Read everything. Raises TierError for a catalog that is damaged or of another version."""
+        db = self._db
+        try:
+            meta = dict(db.execute("SELECT key, value FROM meta"))
+            version = meta.get("format_version")
+            if version != FORMAT_VERSION:
+                raise TierError(
+                    errno.EPROTO,
+                    f"the catalog {self._path} has format version {version} and this release reads {FORMAT_VERSION}: use the release that wrote it",
+                )
+            position = Position(
+                meta["incarnation"],
+                meta["checkpoint_seq"],
+                meta["log_segment"],
+                meta["log_slot"],
+                _unsigned(meta["log_prev_check"]),
+                meta["next_segment_id"],
+                meta["next_volume_id"],
+            )
+            return State(
+                meta["pool_name"],
+                meta["pool_uuid"],
+                position,
+                [DeviceRow(*row) for row in db.execute("SELECT * FROM devices ORDER BY idx")],
+                [
+                    VolumeRow(i, name, size, _unsigned(address), _unsigned(check), mapped, created)
+                    for i, name, size, address, check, mapped, created in db.execute(
+                        "SELECT * FROM volumes ORDER BY id"
+                    )
+                ],
+                [
+                    SegmentRow(i, device, index, kind, bool(is_open), used, live, last)
+                    for i, device, index, kind, is_open, used, live, last in db.execute("SELECT * FROM segments")
+                ],
+                [
+                    (_unsigned(address), _unsigned(check), level, volume)
+                    for address, check, level, volume in db.execute("SELECT * FROM dead")
+                ],
+            )
+        except (sqlite3.Error, KeyError, TypeError) as error:
+            raise self._damaged(
+                error if isinstance(error, sqlite3.Error) else sqlite3.DatabaseError(str(error))
+            ) from error
+
+    def commit(self, change: Change) -> None:
+        """Make a checkpoint true. Raises TierError; then nothing of it is."""
+        try:
+            self._commit(change)
+        except sqlite3.OperationalError as error:
+            if (
+                error.sqlite_errorcode not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE)
+                or not self._drop_ballast()
+            ):
+                raise TierError(
+                    errno.ENOSPC if error.sqlite_errorcode == sqlite3.SQLITE_FULL else errno.EIO,
+                    f"the catalog {self._path}: {error}",
+                ) from error
+            try:
+                self._commit(change)
+            except sqlite3.Error as again:
+                raise TierError(
+                    errno.ENOSPC, f"the catalog {self._path}: {again}: free space on its file system"
+                ) from again
+        except sqlite3.Error as error:
+            raise TierError(errno.EIO, f"the catalog {self._path}: {error}") from error
+
+    def _commit(self, change: Change) -> None:
+        db = self._db
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            _write_position(db, change.position)
+            db.execute("DELETE FROM volumes")
+            db.executemany(
+                "INSERT INTO volumes VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [
+                    (
+                        v.id,
+                        v.name,
+                        v.size_bytes,
+                        _signed(v.root_address),
+                        _signed(v.root_check),
+                        v.mapped_blocks,
+                        v.created_at,
+                    )
+                    for v in change.volumes
+                ],
+            )
+            db.executemany("DELETE FROM segments WHERE id = ?", [(i,) for i in change.freed_segments])
+            db.executemany(
+                "INSERT OR REPLACE INTO segments VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                [(s.id, s.device, s.index, s.kind, int(s.open), s.used, s.live, s.last_seq) for s in change.segments],
+            )
+            db.executemany(
+                "DELETE FROM dead WHERE address = ?", [(_signed(address),) for address in change.dead_removed]
+            )
+            db.executemany(
+                "INSERT OR REPLACE INTO dead VALUES (?, ?, ?, ?)",
+                [
+                    (_signed(address), _signed(check), level, volume)
+                    for address, check, level, volume in change.dead_added
+                ],
+            )
+            _write_devices(db, change.devices)
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+
+    def mark_poisoned(self, index: int, why: str) -> None:
+        """Record at once that a device is poisoned. Best effort: the labels of the other devices say it too."""
+        try:
+            self._db.execute("UPDATE devices SET poisoned = ? WHERE idx = ?", (why, index))
+        except sqlite3.Error as error:
+            raise TierError(errno.EIO, f"the catalog {self._path}: {error}") from error
+
+    def _drop_ballast(self) -> bool:
+        if not self._ballast.exists():
+            return False
+        self._ballast.unlink()
+        return True
+
+    def lay_ballast(self) -> None:
+        """Reserve the ballast, if the file system has the room for it."""
+        if self._ballast.exists():
+            return
+        fd = os.open(self._ballast, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, BALLAST_BYTES)
+        except OSError:
+            self._ballast.unlink()
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+
+def _write_position(db: sqlite3.Connection, position: Position) -> None:
+    db.executemany(
+        "INSERT OR REPLACE INTO meta VALUES (?, ?)",
+        [
+            ("incarnation", position.incarnation),
+            ("checkpoint_seq", position.checkpoint_seq),
+            ("log_segment", position.log_segment),
+            ("log_slot", position.log_slot),
+            ("log_prev_check", _signed(position.log_prev_check)),
+            ("next_segment_id", position.next_segment_id),
+            ("next_volume_id", position.next_volume_id),
+        ],
+    )
+
+
+def _write_devices(db: sqlite3.Connection, devices: Iterable[DeviceRow]) -> None:
+    db.executemany(
+        "INSERT OR REPLACE INTO devices VALUES (?, ?, ?, ?, ?, ?, ?)",
+        [(d.index, d.uuid, d.path, d.tier, d.size_bytes, d.segment_bytes, d.poisoned) for d in devices],
+    )
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory durable."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

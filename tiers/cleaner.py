@@ -1,0 +1,435 @@
+"""The cleaner: empties segments by moving what is live in them, so that they can be reused.
+
+Moving is the only relocation there is, and it goes in this order:
+
+1. Read the victim; its batch headers say which blocks it holds. Those whose map entry still names their place are live.
+2. Check each against the map's check, and write them to an output segment, with headers of its own.
+3. Flush: the copies are durable.
+4. Log a MOVE record that names the copies and which of them take effect (those whose entry is still the one copied
+   from), and change the overlay in the same breath.
+
+A crash before 4 leaves copies that nothing names; the victim's place is reused only after a checkpoint has passed the
+record. A block that fails its check on the device too is logged as BAD: its readers get EIO, and it pins nothing.
+
+Map segments are emptied by having the next checkpoint write their live pages elsewhere.
+"""
+
+import errno
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import trio
+
+from tiers.errors import TierError
+from tiers.layout import BAD, BLOCK_BYTES, BLOCK_SHIFT, SLOT_BITS, check_of
+from tiers.maptree import FANOUT_BITS, LEVEL_SHIFT, ROOT_LEVEL
+from tiers.overlay import Entry
+from tiers.placement import Move
+from tiers.record import (
+    BadRecordError,
+    Batch,
+    Kind,
+    Op,
+    decode_batch,
+    encode_batch,
+    header_slots_for,
+    peek_header_slots,
+)
+from tiers.segments import Segment
+from tiers.volume import Volume
+
+if TYPE_CHECKING:
+    from tiers.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+UNIT_BLOCKS = 512
+"""Blocks looked at, or moved, without a checkpoint of trio in between: about a millisecond."""
+MIN_GAIN_SHARE = 1 / 64
+"""A victim that would give back less than this is not worth its move."""
+FUTILE_ROUNDS = 3
+
+
+@dataclass(slots=True)
+class Candidate:
+    """A block as a batch header describes it."""
+
+    volume: Volume
+    block: int
+    slot: int
+    check: int
+
+
+@dataclass(slots=True)
+class Copies:
+    """A batch of copies in an output segment, waiting for its MOVE record."""
+
+    segment: Segment
+    slot: int
+    header_check: int
+    first_address: int
+    blocks: list[tuple[Volume, int, int, int]] = field(default_factory=list)
+    """(volume, block, old address, check)"""
+
+
+class Cleaner:
+    """The cleaning task of one pool."""
+
+    def __init__(self, engine: "Engine") -> None:
+        self._engine = engine
+        self._outputs: dict[str, Segment] = {}
+        self._staged: list[Copies] = []
+        self._futile_rounds = 0
+
+    async def run(self) -> None:
+        """The task: rounds while there is something to do, then wait to be called."""
+        space = self._engine.space
+        while True:
+            await space.kick_cleaner.wait()
+            space.kick_cleaner = trio.Event()
+            try:
+                while await self._round():
+                    pass
+            except OSError as error:
+                logger.error("cleaning pool %s: %s", self._engine.pool_name, error)
+                self._drop_staged()
+                space.changed()
+                await trio.sleep(0.5)
+
+    async def _round(self) -> bool:
+        """Empty some victims and let a checkpoint free them. False when there is nothing (more) to do."""
+        engine = self._engine
+        space = engine.space
+        if space.read_only is not None:
+            space.changed()
+            return False
+        await self._clean_map()
+        before = engine.segments.free_slots
+        move = space.cleaning_needed()
+        moved = False
+        if move is not None:
+            victims = self._victims(move)
+            if not victims and move.source is not None:
+                move = Move(None, move.destination)
+                victims = self._victims(move)
+            try:
+                for victim in victims:
+                    await self._move_segment(victim, move.destination)
+                    moved = True
+            except TierError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                # Output space ran out on the way (its tail is lost at segment ends): what was copied still counts.
+            moved = moved or bool(self._staged)
+            await self._apply_staged()
+        pressed = space.waiters > 0
+        if moved or pressed:
+            await engine.checkpoint()
+        # A round may be futile because what could be cleaned was written after the last checkpoint. Several in a row,
+        # with writers still waiting, mean that nobody can be helped.
+        futile = not moved and engine.segments.free_slots <= before and not engine.dead
+        self._futile_rounds = self._futile_rounds + 1 if futile and pressed else 0
+        space.stuck = self._futile_rounds >= FUTILE_ROUNDS
+        space.changed()
+        return (moved or (pressed and not space.stuck)) and space.cleaning_needed() is not None
+
+    def _victims(self, move: Move) -> list[Segment]:
+        """The emptiest segments, as many as make a good round and as the free output space allows."""
+        engine = self._engine
+        space = engine.space
+        checkpointed = engine.log.checkpoint_seq
+        demote = move.source == "fast" and move.destination == "base"
+        found = [
+            segment
+            for segment in engine.segments.by_id.values()
+            if not segment.open
+            and not segment.damaged
+            and segment.kind is not Kind.MAP
+            and segment.last_seq <= checkpointed
+            and segment.live + segment.pending > 0
+            and (move.source is None or segment.device.tier == move.source)
+            and (demote or (segment.slots - segment.live - segment.pending) > max(2, segment.slots * MIN_GAIN_SHARE))
+        ]
+        found.sort(key=lambda segment: ((segment.live + segment.pending) / segment.slots, segment.id))
+        output = engine.segments.free_slots
+        entries = 0
+        goal = max(engine.segments.total_slots // 64, 2 * space.largest_segment_slots)
+        victims: list[Segment] = []
+        for segment in found:
+            blocks = segment.live + segment.pending
+            entries += blocks
+            output -= blocks + 8
+            if output < space.map_reserve(entries) + 3 * space.largest_segment_slots or goal <= 0:
+                break
+            goal -= segment.slots if demote else segment.slots - segment.live - segment.pending
+            victims.append(segment)
+        return victims
+
+    # -- moving --------------------------------------------------------------------------------------------------
+
+    async def _move_segment(self, victim: Segment, destination: str) -> None:
+        """Stage copies of everything live in `victim`."""
+        victim.pins += 1
+        try:
+            data = memoryview(await victim.device.read(victim.base, victim.used * BLOCK_BYTES))
+            candidates: list[Candidate] = []
+            async for batch in self._batches(victim, data):
+                slot = batch.slot + batch.header_slots
+                at = 0
+                for op, volume_id, block, count in batch.operations():
+                    if op is not Op.WRITE:
+                        continue
+                    volume = self._engine.volumes.get(volume_id)
+                    if volume is not None:
+                        candidates += [
+                            Candidate(volume, block + i, slot + at + i, batch.checks[at + i]) for i in range(count)
+                        ]
+                    at += count
+                while len(candidates) >= UNIT_BLOCKS:
+                    await self._copy(victim, data, candidates[:UNIT_BLOCKS], destination)
+                    del candidates[:UNIT_BLOCKS]
+            if candidates:
+                await self._copy(victim, data, candidates, destination)
+        finally:
+            victim.pins -= 1
+
+    async def _batches(self, segment: Segment, data: memoryview):  # type: ignore[no-untyped-def]
+        """Yield the batches of a segment. A damaged header ends it: the segment is set aside, not lost."""
+        slot = 1
+        seen = 0
+        while slot < segment.used:
+            header = data[slot << BLOCK_SHIFT :]
+            try:
+                count = peek_header_slots(header[:BLOCK_BYTES])
+                batch: Batch = decode_batch(
+                    header[: max(1, count) << BLOCK_SHIFT], self._engine.pool_uuid, segment.id, slot
+                )
+            except BadRecordError as error:
+                segment.damaged = True
+                logger.error(
+                    "%s at %d: %s; the segment is left as it is: run `terrace pool check`",
+                    segment.device.path,
+                    segment.offset(slot),
+                    error,
+                )
+                return
+            yield batch
+            slot += batch.slots
+            seen += 1
+            if seen % 32 == 0:
+                await trio.lowlevel.checkpoint()
+
+    async def _copy(self, victim: Segment, data: memoryview, candidates: list[Candidate], destination: str) -> None:
+        """Copy those of the candidates that are live."""
+        await self._load_leaves([(c.volume, c.block) for c in candidates])
+        base = victim.id << SLOT_BITS
+        live: list[tuple[Volume, int, int, int]] = []
+        views: list[memoryview] = []
+        damaged: list[Candidate] = []
+        for c in candidates:
+            if c.volume.deleted or c.volume.entry_now(c.block) != (base | c.slot, c.check):
+                continue
+            view = data[c.slot << BLOCK_SHIFT : c.slot + 1 << BLOCK_SHIFT]
+            if check_of(view) == c.check:
+                live.append((c.volume, c.block, base | c.slot, c.check))
+                views.append(view)
+            else:
+                damaged.append(c)
+        for c in damaged:
+            again = await victim.device.read_direct(victim.offset(c.slot), BLOCK_BYTES)
+            if check_of(again) == c.check:
+                live.append((c.volume, c.block, base | c.slot, c.check))
+                views.append(memoryview(again))
+            else:
+                self._log_bad(c, (base | c.slot, c.check), victim)
+        at = 0
+        while at < len(live):
+            at += await self._write_copies(live[at:], views[at:], destination)
+
+    async def _write_copies(
+        self, blocks: list[tuple[Volume, int, int, int]], views: list[memoryview], destination: str
+    ) -> int:
+        """Write as many copies as fit the output segment; return how many."""
+        engine = self._engine
+        segment = self._output(destination)
+        room = segment.slots - segment.used
+        count = min(len(blocks), room - header_slots_for(min(room, len(blocks)), min(room, len(blocks))))
+        ops: list[int] = []
+        for volume, block, _, _ in blocks[:count]:
+            word = Op.WRITE << 56 | volume.id
+            if ops and ops[-3] == word and ops[-2] + ops[-1] == block:
+                ops[-1] += 1
+            else:
+                ops += (word, block, 1)
+        checks = [check for _, _, _, check in blocks[:count]]
+        slot = segment.used
+        log = engine.log
+        header, header_check = encode_batch(
+            Kind.MOVED,
+            engine.pool_uuid,
+            segment.id,
+            slot,
+            log.incarnation,
+            log.seq,
+            0,
+            engine.flusher.durable_seq,
+            ops,
+            checks,
+            [],
+        )
+        first = slot + (len(header) >> BLOCK_SHIFT)
+        segment.used = first + count
+        segment.pins += 1
+        copies = Copies(segment, slot, header_check, segment.id << SLOT_BITS | first, blocks[:count])
+        self._staged.append(copies)
+        try:
+            await segment.device.write_behind(segment.offset(slot), [header, *views[:count]])
+        except OSError:
+            self._seal(destination)
+            raise
+        return count
+
+    def _output(self, destination: str) -> Segment:
+        segment = self._outputs.get(destination)
+        if segment is not None and segment.slots - segment.used >= 3:
+            return segment
+        self._seal(destination)
+        device = self._engine.space.pick_device(Kind.MOVED, destination)
+        if device is None:
+            raise TierError(
+                errno.ENOSPC, f"the pool {self._engine.pool_name} has no free segment to clean into: grow it"
+            )
+        segment = self._outputs[destination] = self._engine.log.open_segment(device, Kind.MOVED)
+        return segment
+
+    def _seal(self, destination: str) -> None:
+        segment = self._outputs.pop(destination, None)
+        if segment is not None:
+            segment.open = False
+            self._engine.segments.changed.add(segment.id)
+
+    def seal_all(self) -> None:
+        """Leave the output segments: the pool is closing."""
+        for destination in list(self._outputs):
+            self._seal(destination)
+
+    async def _load_leaves(self, places: list[tuple[Volume, int]]) -> None:
+        wanted: dict[Volume, set[int]] = {}
+        for volume, block in places:
+            wanted.setdefault(volume, set()).add(block >> FANOUT_BITS)
+        for volume, leaves in wanted.items():
+            missing = [leaf for leaf in leaves if volume.tree.leaf_now(leaf) is None]
+            if missing:
+                await volume.tree.load(0, missing)
+
+    # -- making moves true ---------------------------------------------------------------------------------------
+
+    async def _apply_staged(self) -> None:
+        """Flush the copies, then log and apply their MOVE records."""
+        engine = self._engine
+        if self._staged:
+            await engine.flusher.flush()
+        try:
+            while self._staged:
+                copies = self._staged[-1]
+                weight = engine.space.active_weight + engine.space.frozen_weight
+                if weight + len(copies.blocks) > engine.settings.overlay_entries and engine.space.active_weight:
+                    await engine.checkpoint()
+                await self._load_leaves([(volume, block) for volume, block, _, _ in copies.blocks])
+                self._apply(copies)
+                self._staged.pop()
+                copies.segment.pins -= 1
+                await trio.lowlevel.checkpoint()
+        except BaseException:
+            self._drop_staged()
+            raise
+
+    def _drop_staged(self) -> None:
+        """Forget copies that were not made true: they are dead slots."""
+        for copies in self._staged:
+            copies.segment.pins -= 1
+        self._staged.clear()
+
+    def _apply(self, copies: Copies) -> None:
+        """Log which copies take effect and let the overlay name them. No checkpoint of trio in here."""
+        engine = self._engine
+        effective = [
+            i
+            for i, (volume, block, old, check) in enumerate(copies.blocks)
+            if not volume.deleted and volume.entry_now(block) == (old, check)
+        ]
+        if not effective:
+            return
+        words = [0] * -(-len(copies.blocks) // 64)
+        for i in effective:
+            words[i // 64] |= 1 << i % 64
+        segment = copies.segment
+        extra = [segment.device.index << 32 | segment.index, *words]
+        engine.append_record(Op.MOVE, segment.id, copies.slot << 32 | len(copies.blocks), copies.header_check, extra)
+        segment.last_seq = engine.log.seq
+        for i in effective:
+            volume, block, _, check = copies.blocks[i]
+            put_moved(engine, volume, block, (copies.first_address + i, check))
+        engine.moved_blocks += len(effective)
+
+    def _log_bad(self, c: Candidate, entry: Entry, victim: Segment) -> None:
+        if c.volume.deleted or c.volume.entry_now(c.block) != entry:
+            return
+        logger.error(
+            "%s at byte %d: the block on %s at %d fails its checksum and is lost",
+            c.volume.name,
+            c.block << BLOCK_SHIFT,
+            victim.device.path,
+            victim.offset(c.slot),
+        )
+        victim.device.error_count += 1
+        self._engine.append_record(Op.BAD, c.volume.id, c.block, 1)
+        put_moved(self._engine, c.volume, c.block, (BAD, 0))
+
+    # -- map segments --------------------------------------------------------------------------------------------
+
+    async def _clean_map(self) -> None:
+        """When map segments hold much more dead than live, have the next checkpoint empty the emptiest."""
+        engine = self._engine
+        sealed = [s for s in engine.segments.by_id.values() if s.kind is Kind.MAP and not s.open and not s.damaged]
+        slots = sum(segment.slots for segment in sealed)
+        live = sum(segment.live for segment in sealed)
+        if slots - live <= max(live, 4 * engine.space.largest_segment_slots):
+            return
+        for victim in sorted(sealed, key=lambda segment: segment.live / segment.slots)[:2]:
+            if 0 < victim.live < victim.slots // 2:
+                await self._force_pages(victim)
+
+    async def _force_pages(self, victim: Segment) -> None:
+        engine = self._engine
+        victim.pins += 1
+        try:
+            data = memoryview(await victim.device.read(victim.base, victim.used * BLOCK_BYTES))
+            async for batch in self._batches(victim, data):
+                first = victim.id << SLOT_BITS | batch.slot + batch.header_slots
+                for i, (op, volume_id, key, _) in enumerate(batch.operations()):
+                    volume = engine.volumes.get(volume_id)
+                    if op is not Op.PAGE or volume is None:
+                        continue
+                    level, index = key >> LEVEL_SHIFT, key & ((1 << LEVEL_SHIFT) - 1)
+                    if level < ROOT_LEVEL:
+                        await volume.tree.load(level + 1, [index >> FANOUT_BITS])
+                    entry = volume.tree.entry_of_page_now(level, index)
+                    if entry is not None and entry[0] == first + i:
+                        engine.forced.setdefault(volume_id, set()).add(key)
+        finally:
+            victim.pins -= 1
+
+
+def put_moved(engine: "Engine", volume: Volume, block: int, entry: Entry) -> None:
+    """Let the active overlay name a block's new place. Also the replay's way in."""
+    points = volume.active.points
+    old = points.get(block)
+    if old is not None:
+        engine.segments.drop_pending([old[0]])
+    else:
+        engine.space.active_weight += 1
+    points[block] = entry
+    if entry[0] != BAD:
+        engine.segments.add_pending(entry[0], 1)

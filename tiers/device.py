@@ -1,0 +1,256 @@
+"""A device: bytes at offsets, on a file or a block device, and what is known about their safety.
+
+Three ways in and out. `write` and `read_now` are synchronous calls for the trio thread: a buffered write, and a read
+that succeeds only if the page cache has the bytes. `read`, `read_direct` and `sync` are awaited; their work happens in
+worker threads, in few large calls. The simulation brings another class with the same methods and no threads.
+
+`unsynced_bytes` counts what a power cut could still take. A device whose fdatasync failed once is *poisoned* for good:
+the page cache may go on showing bytes that never reached the medium (DESIGN: a failed fsync is final), so nothing is
+written to it any more, whatever a later fdatasync says.
+"""
+
+import errno
+import fcntl
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import trio
+
+from tiers.errors import TierError
+from tiers.label import LABEL_BYTES, LABEL_OFFSETS, Label, Tier, encode_label, newest_label
+from tiers.layout import LABEL_AREA_BYTES
+from tiers.probe import size_of
+
+Buffer = bytes | bytearray | memoryview
+
+_WORKERS = 16
+_DIRECT_CHUNK = 8 << 20
+
+
+class Device(Protocol):
+    """What the engine needs of a device."""
+
+    path: str
+    label: Label
+    fd: int
+    segment_count: int
+    free: list[int]
+    unsynced_bytes: int
+    written_bytes: int
+    poisoned: str | None
+    error_count: int
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def tier(self) -> Tier: ...
+    @property
+    def segment_bytes(self) -> int: ...
+    def segment_offset(self, physical_index: int) -> int: ...
+    def write(self, offset: int, buffers: Sequence[Buffer]) -> None: ...
+    def read_now(self, offset: int, into: memoryview) -> bool: ...
+    async def write_behind(self, offset: int, buffers: Sequence[Buffer]) -> None: ...
+    async def read(self, offset: int, length: int) -> bytearray: ...
+    async def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytearray]: ...
+    async def read_direct(self, offset: int, length: int) -> bytearray: ...
+    async def sync(self) -> None: ...
+    def write_label(self, label: Label) -> None: ...
+    def close(self) -> None: ...
+
+
+class FileDevice:
+    """A device on a file or block device of this host. Open it with `open_device`."""
+
+    def __init__(self, path: str, fd: int, direct_fd: int | None, label: Label, limiter: trio.CapacityLimiter) -> None:
+        self.path = path
+        self.fd = fd
+        self.label = label
+        self.segment_count = (label.size_bytes - LABEL_AREA_BYTES) // label.segment_bytes
+        self.free: list[int] = []
+        self.unsynced_bytes = 0
+        self.written_bytes = 0
+        self.poisoned: str | None = None
+        self.error_count = 0
+        self._direct_fd = direct_fd
+        self._limiter = limiter
+
+    @property
+    def index(self) -> int:
+        """Position among the pool's devices; never reused."""
+        return self.label.device_index
+
+    @property
+    def tier(self) -> Tier:
+        """`fast` or `base`."""
+        return self.label.tier
+
+    @property
+    def segment_bytes(self) -> int:
+        """Size of every segment of this device."""
+        return self.label.segment_bytes
+
+    def segment_offset(self, physical_index: int) -> int:
+        """Byte offset of a segment."""
+        return LABEL_AREA_BYTES + physical_index * self.label.segment_bytes
+
+    def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Write `buffers` (at most 1,023) one after the other at `offset`, into the page cache.
+
+        Raises OSError; a short write counts as EIO. After an error any part of the range may have changed.
+        """
+        expected = self._check_writable(buffers)
+        self.unsynced_bytes += expected
+        self.written_bytes += expected
+        self._pwritev(offset, buffers, expected)
+
+    def _check_writable(self, buffers: Sequence[Buffer]) -> int:
+        if self.poisoned:
+            raise TierError(errno.EIO, f"{self.path} takes no writes: {self.poisoned}")
+        return sum(map(len, buffers))
+
+    def _pwritev(self, offset: int, buffers: Sequence[Buffer], expected: int) -> None:
+        try:
+            written = os.pwritev(self.fd, buffers, offset)
+        except OSError as error:
+            self.error_count += 1
+            raise TierError(error.errno or errno.EIO, f"writing {self.path} at {offset}: {error.strerror}") from error
+        if written != expected:
+            self.error_count += 1
+            raise TierError(
+                errno.EIO, f"writing {self.path} at {offset}: only {written} of {expected} bytes were taken"
+            )
+
+    async def write_behind(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """`write`, in a worker thread: for large writes that nobody waits for in the loop.
+
+        The bytes count as unsynced from when they are all written: a sync that began earlier may have missed some.
+        """
+        expected = self._check_writable(buffers)
+        try:
+            await trio.to_thread.run_sync(self._pwritev, offset, buffers, expected, limiter=self._limiter)
+        finally:
+            self.unsynced_bytes += expected
+            self.written_bytes += expected
+
+    def read_now(self, offset: int, into: memoryview) -> bool:
+        """Fill `into` from the page cache; False if that would have to wait for the device."""
+        try:
+            return os.preadv(self.fd, [into], offset, os.RWF_NOWAIT) == len(into)
+        except OSError:
+            return False
+
+    async def read(self, offset: int, length: int) -> bytearray:
+        """Read `length` bytes. Raises OSError; the end of the device counts as EIO."""
+        return (await self.read_many([(offset, length)]))[0]
+
+    async def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytearray]:
+        """Read several (offset, length) ranges in one worker."""
+        return await trio.to_thread.run_sync(self._read_blocking, ranges, limiter=self._limiter)
+
+    def _read_blocking(self, ranges: Sequence[tuple[int, int]]) -> list[bytearray]:
+        buffers = []
+        for offset, length in ranges:
+            buffer = bytearray(length)
+            self._fill(self.fd, memoryview(buffer), offset)
+            buffers.append(buffer)
+        return buffers
+
+    def _fill(self, fd: int, into: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(into):
+            try:
+                count = os.preadv(fd, [into[done:]], offset + done)
+            except OSError as error:
+                self.error_count += 1
+                raise TierError(
+                    error.errno or errno.EIO, f"reading {self.path} at {offset + done}: {error.strerror}"
+                ) from error
+            if count == 0:
+                raise TierError(errno.EIO, f"{self.path} ends at {offset + done}, inside a segment: it was truncated")
+            done += count
+
+    async def read_direct(self, offset: int, length: int) -> bytearray:
+        """Read past the page cache: what the medium holds, not what the kernel remembers. Block-aligned."""
+        return await trio.to_thread.run_sync(self._read_direct_blocking, offset, length, limiter=self._limiter)
+
+    def _read_direct_blocking(self, offset: int, length: int) -> bytearray:
+        fd = self._direct_fd
+        if fd is None:
+            os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_DONTNEED)
+            fd = self.fd
+        result = bytearray(length)
+        with mmap.mmap(-1, min(length, _DIRECT_CHUNK)) as bounce, memoryview(bounce) as view:
+            for start in range(0, length, len(view)):
+                part = view[: min(len(view), length - start)]
+                self._fill(fd, part, offset + start)
+                result[start : start + len(part)] = part
+                part.release()
+        return result
+
+    async def sync(self) -> None:
+        """Make everything written before the call durable. Raises OSError; the caller must then poison the device."""
+        try:
+            await trio.to_thread.run_sync(os.fdatasync, self.fd, limiter=self._limiter)
+        except OSError as error:
+            self.error_count += 1
+            raise TierError(error.errno or errno.EIO, f"fdatasync of {self.path}: {error.strerror}") from error
+
+    def write_label(self, label: Label) -> None:
+        """Write a newer label over the older copy; durable at the next `sync`."""
+        self.write(LABEL_OFFSETS[label.generation % 2], [encode_label(label).ljust(4096, b"\0")])
+        self.label = label
+
+    def close(self) -> None:
+        """Close the descriptors and give up the lock."""
+        os.close(self.fd)
+        if self._direct_fd is not None:
+            os.close(self._direct_fd)
+
+
+def lock_or_refuse(fd: int, path: str) -> None:
+    """Take the exclusive lock of an open device, pool or home; EBUSY if somebody else has it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno != errno.EWOULDBLOCK:
+            raise
+        raise TierError(
+            errno.EBUSY, f"{path} is open in another process: stop that terraced or command first"
+        ) from None
+
+
+def open_device(path: Path, limiter: trio.CapacityLimiter) -> FileDevice:
+    """Open and lock a labelled device. Raises BadLabelError if its label can't be used, TierError for the rest."""
+    flags = os.O_RDWR | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags)
+    except FileNotFoundError:
+        raise TierError(
+            errno.ENOENT, f"the device {path} is missing: attach it again, or restore it, then open the pool"
+        ) from None
+    except OSError as error:
+        raise TierError(error.errno or errno.EIO, f"opening {path}: {error.strerror}") from error
+    try:
+        lock_or_refuse(fd, str(path))
+        label = newest_label([os.pread(fd, LABEL_BYTES, offset) for offset in LABEL_OFFSETS])
+        if size_of(fd) < label.size_bytes:
+            raise TierError(
+                errno.EIO,
+                f"{path} was truncated: {size_of(fd)} bytes are left of {label.size_bytes}; restore it from where it was copied",
+            )
+        try:
+            direct_fd = os.open(path, flags | os.O_DIRECT)
+        except OSError:
+            direct_fd = None  # tmpfs before Linux 6.6, some FUSE filesystems
+        return FileDevice(str(path), fd, direct_fd, label, limiter)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def new_limiter() -> trio.CapacityLimiter:
+    """The bound on a pool's worker threads."""
+    return trio.CapacityLimiter(_WORKERS)

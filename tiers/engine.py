@@ -1,0 +1,171 @@
+"""The parts of an open pool, wired together: what volumes, the checkpoint, the cleaner and recovery share.
+
+The engine owns no policy. It knows the devices, the segment table, the log, the flusher, the volumes and the space
+accounting, and offers the few operations that need several of them at once. `pool.py` builds one and runs its tasks.
+"""
+
+import errno
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+from tiers.catalog import Catalog
+from tiers.device import Device
+from tiers.errors import TierError
+from tiers.flush import Flusher
+from tiers.log import Log
+from tiers.maptree import MapTree, PageCache
+from tiers.record import Kind, Op
+from tiers.segments import SegmentTable
+from tiers.settings import PoolSettings
+from tiers.space import Space
+from tiers.volume import Volume
+
+
+class Offload(Protocol):
+    """Runs a CPU-heavy function that releases the GIL: in a worker thread, or inline in the simulation."""
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Awaitable[Any]: ...
+
+
+Dead = tuple[int, int, int]
+"""(check, level, volume) of the root page of a detached subtree."""
+
+
+class Engine:
+    """See the module. All of it belongs to the trio thread."""
+
+    def __init__(
+        self,
+        pool_name: str,
+        pool_uuid: bytes,
+        devices: list[Device],
+        catalog: Catalog,
+        settings: PoolSettings,
+        offload: Offload,
+        *,
+        incarnation: int,
+        seq: int,
+        prev_check: int,
+    ) -> None:
+        self.pool_name = pool_name
+        self.pool_uuid = pool_uuid
+        self.devices = devices
+        self.catalog = catalog
+        self.settings = settings
+        self.offload = offload
+        self.segments = SegmentTable(devices)
+        self.log = Log(self.segments, pool_uuid, incarnation, seq, prev_check)
+        self.flusher = Flusher(
+            self.devices, lambda: self.log.seq, cap_bytes=settings.unsynced_cap_bytes, on_poison=self._poisoned
+        )
+        self.space = Space(self.segments, self.log, self.flusher, settings)
+        self.log.durable_seq = lambda: self.flusher.durable_seq
+        self.log.pick_device = lambda: self.space.pick_device(Kind.LOG)
+        self.log.pick_first_device = lambda: self.space.pick_device(Kind.LOG, keep_slots=self.space.map_reserve())
+        self.cache = PageCache(settings.map_cache_bytes)
+        self.volumes: dict[int, Volume] = {}
+        self.graveyard: list[Volume] = []
+        self.next_volume_id = 1
+        self.dead: dict[int, Dead] = {}
+        """Detached subtrees by the address of their root page."""
+        self.forced: dict[int, set[int]] = {}
+        """Map pages that the next checkpoint must write elsewhere: volume -> page keys."""
+        self.checkpoint: Callable[[], Awaitable[None]]
+        self.client_written_bytes = 0
+        self.moved_blocks = 0
+        self.checkpoint_log_mark = 0
+
+    # -- volumes -------------------------------------------------------------------------------------------------
+
+    def volume_named(self, name: str) -> Volume | None:
+        """The volume of that short name."""
+        return next((volume for volume in self.volumes.values() if volume.short_name == name), None)
+
+    def add_volume(
+        self, volume_id: int, name: str, size_bytes: int, root: tuple[int, int], created_at: float
+    ) -> Volume:
+        """Enter a volume into the tables: created, or told of by the catalog or the log."""
+        tree = MapTree(f"{self.pool_name}/{name}", self.segments, self.cache, root)
+        volume = Volume(self, volume_id, name, size_bytes, tree, created_at)
+        self.volumes[volume_id] = volume
+        self.next_volume_id = max(self.next_volume_id, volume_id + 1)
+        self._count_leaf_pages()
+        return volume
+
+    def remove_volume(self, volume: Volume) -> None:
+        """Take a volume out of the tables; the next checkpoint gives its map to the dead list."""
+        volume.deleted = True
+        del self.volumes[volume.id]
+        self.graveyard.append(volume)
+        self._count_leaf_pages()
+
+    def resized(self, volume: Volume, size_bytes: int) -> None:
+        """A RESIZE record took effect."""
+        volume.size_bytes = size_bytes
+        self._count_leaf_pages()
+
+    def _count_leaf_pages(self) -> None:
+        total = 0
+        for volume in self.volumes.values():
+            leaves = (volume.size_bytes >> 20) + 1
+            total += leaves + leaves // 200 + 5
+        self.space.leaf_pages = total
+
+    # -- the log -------------------------------------------------------------------------------------------------
+
+    def log_room(self) -> int:
+        """Slots for the next batch, after rolling to a fresh segment if only scraps are left. Raises ENOSPC."""
+        if self.log.head_room < 2:
+            self.log.roll()
+            if self.space.cleaning_needed() is not None:
+                self.space.kick_cleaner.set()
+        return self.log.head_room
+
+    def append_record(self, op: Op, subject: int, a: int = 0, b: int = 0, extra: list[int] | None = None) -> None:
+        """Append a batch of one operation without data."""
+        self.log_room()
+        self.log.append([op << 56 | subject, a, b], [], [], extra)
+        self.appended()
+
+    def appended(self) -> None:
+        """After each append: ask for a checkpoint when enough has gathered for one."""
+        space = self.space
+        if (
+            space.active_weight * 2 > self.settings.overlay_entries
+            or self.log.appended_bytes - self.checkpoint_log_mark > self.settings.checkpoint_log_bytes
+        ):
+            space.kick_checkpoint.set()
+
+    async def admit_release(self) -> None:
+        """Wait until a trim, delete or the like may be logged. Raises EROFS, or ENOSPC if a full pool is stuck."""
+        space = self.space
+        while True:
+            space.require_writable()
+            if space.active_weight + space.frozen_weight < self.settings.overlay_entries and space.admit_release():
+                return
+            await space.wait()
+
+    # -- failures ------------------------------------------------------------------------------------------------
+
+    def _poisoned(self, device: Device) -> None:
+        """A device failed a flush: no more writes to the pool, and the other devices and the catalog remember why."""
+        self.space.read_only = f"the pool {self.pool_name} takes no writes: {self.flusher.failure}"
+        bits = frozenset(d.index for d in self.devices if d.poisoned)
+        for other in self.devices:
+            if not other.poisoned:
+                try:
+                    other.write_label(other.label.next(poisoned=bits))
+                except OSError:
+                    other.error_count += 1
+        try:
+            self.catalog.mark_poisoned(device.index, str(device.poisoned))
+        except TierError:
+            device.error_count += 1
+        self.space.changed()
+
+    def device_by_index(self, index: int) -> Device:
+        """The device of that index. Raises TierError EIO if the pool has none such."""
+        for device in self.devices:
+            if device.index == index:
+                return device
+        raise TierError(errno.EIO, f"the pool {self.pool_name} has no device {index}: run `terrace pool check`")

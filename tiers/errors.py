@@ -1,0 +1,15 @@
+"""The one error that leaves the engine: an `OSError` whose text is a sentence for the operator.
+
+Each names the thing that is wrong, what was expected or found, and the next step. The errno is true, so that an
+NBD server can turn any failure into the right protocol error without knowing this package.
+"""
+
+
+class TierError(OSError):
+    """An `OSError` that prints as its sentence alone, without the bracketed errno."""
+
+    def __init__(self, errno: int, message: str) -> None:
+        super().__init__(errno, message)
+
+    def __str__(self) -> str:
+        return str(self.args[1])

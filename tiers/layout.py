@@ -1,0 +1,45 @@
+"""The geometry that everything on a device shares: blocks, slots, segments, and the 64-bit address of a block.
+
+A device is a label area and then segments of one size. A segment is slots of one block (4 KiB) each; slot 0 is its
+header. Segment ids are never reused, so a stale address can't be mistaken for a new one.
+
+Address of a block (64 bits):
+
+    bits 24-63   segment id (1 ...; 0 is no segment)
+    bits  0-23   slot within the segment
+
+Two addresses lie in no segment: UNMAPPED (0, reads as zeros) and BAD (1, reads as EIO: the data was found damaged
+when it had to be moved).
+"""
+
+from collections.abc import Callable
+
+import xxhash
+
+BLOCK_BYTES = 4096
+BLOCK_SHIFT = 12
+BLOCK_MASK = BLOCK_BYTES - 1
+
+SLOT_BITS = 24
+SLOT_MASK = (1 << SLOT_BITS) - 1
+UNMAPPED = 0
+BAD = 1
+FIRST_ADDRESS = 1 << SLOT_BITS
+
+MIB = 1 << 20
+LABEL_AREA_BYTES = MIB
+MIN_SEGMENT_BYTES = MIB
+MAX_SEGMENT_BYTES = 64 * MIB
+MIN_DEVICE_BYTES = 32 * MIB
+
+check_of: Callable[..., int] = xxhash.xxh3_64_intdigest
+"""The 64-bit checksum of a block, page or header: XXH3-64 with seed 0."""
+
+ZERO_BLOCK = bytes(BLOCK_BYTES)
+ZERO_CHECK = check_of(ZERO_BLOCK)
+
+
+def segment_bytes_for(device_bytes: int) -> int:
+    """The segment size of a device: about a thousandth of it, so that there are always enough to choose from."""
+    size = max(MIN_SEGMENT_BYTES, min(MAX_SEGMENT_BYTES, device_bytes // 1024))
+    return size // MIB * MIB

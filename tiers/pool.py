@@ -1,0 +1,631 @@
+"""A pool: devices, a catalog, volumes, and the tasks that keep them going. The engine's public face.
+
+A pool lives in a directory that holds its catalog and a lock; its devices are wherever they are. `Pool.open` recovers
+it, runs its tasks while the context lasts, and leaves it with a checkpoint, so that the next open has nothing to
+replay. A `kill -9` at any moment is as good as that, only slower to open.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+import time
+import uuid as uuids
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import trio
+
+from tiers.catalog import CATALOG_NAME, Catalog, DeviceRow, Position, State
+from tiers.check import CheckReport, check_pool
+from tiers.checkpoint import Checkpointer
+from tiers.cleaner import Cleaner
+from tiers.device import Device, FileDevice, lock_or_refuse, new_limiter, open_device
+from tiers.engine import Engine
+from tiers.errors import TierError
+from tiers.label import LABEL_OFFSETS, MAX_DEVICES, BadLabelError, Label, Tier, encode_label
+from tiers.layout import BLOCK_BYTES, BLOCK_MASK, BLOCK_SHIFT, LABEL_AREA_BYTES, MIN_DEVICE_BYTES, segment_bytes_for
+from tiers.names import validate_name, validate_volume_size
+from tiers.probe import check_usable, size_of
+from tiers.record import Op
+from tiers.recovery import replay, restore
+from tiers.settings import PoolSettings
+from tiers.volume import Volume
+
+logger = logging.getLogger(__name__)
+
+LOCK_NAME = "lock"
+
+
+@dataclass(frozen=True)
+class DeviceSpec:
+    """A device for a new or growing pool. `create_size_bytes`: make a sparse file of that size."""
+
+    path: Path
+    tier: Tier
+    create_size_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class DeviceStatus:
+    """A device as `terrace pool show` tells it."""
+
+    path: str
+    tier: str
+    uuid: str
+    size_bytes: int
+    segment_bytes: int
+    segments: int
+    free_segments: int
+    live_bytes: int
+    state: str
+    errors: int
+
+
+@dataclass(frozen=True)
+class VolumeStatus:
+    """A volume as `terrace volume list` tells it."""
+
+    name: str
+    size_bytes: int
+    mapped_bytes: int
+    open_count: int
+
+
+@dataclass(frozen=True)
+class PoolStatus:
+    """A pool as `terrace pool show` tells it. Bytes; counts since the pool was opened."""
+
+    name: str
+    uuid: str
+    state: Literal["online", "read-only"]
+    problem: str | None
+    block_size: int
+    size_bytes: int
+    capacity_bytes: int
+    used_bytes: int
+    available_bytes: int
+    metadata_bytes: int
+    reserve_bytes: int
+    nominal_bytes: int
+    pending_free_bytes: int
+    log_seq: int
+    durable_seq: int
+    checkpoint_seq: int
+    checkpoints: int
+    checkpoint_failure: str | None
+    blocks_moved: int
+    client_written_bytes: int
+    device_written_bytes: int
+    replayed_batches: int
+    devices: list[DeviceStatus] = field(default_factory=list)
+    volumes: list[VolumeStatus] = field(default_factory=list)
+
+
+class Pool:
+    """An open pool. Get one from `Pool.open`."""
+
+    def __init__(
+        self, engine: Engine, checkpointer: Checkpointer, cleaner: Cleaner, limiter: trio.CapacityLimiter
+    ) -> None:
+        self.name = engine.pool_name
+        self.uuid = str(uuids.UUID(bytes=engine.pool_uuid))
+        self._engine = engine
+        self._checkpointer = checkpointer
+        self._cleaner = cleaner
+        self._limiter = limiter
+        self._ddl = trio.Lock()
+        self.replayed_batches = 0
+
+    # -- making and ending -----------------------------------------------------------------------------------------
+
+    @staticmethod
+    async def create(directory: Path, name: str, devices: Sequence[DeviceSpec], *, force: bool = False) -> None:
+        """Label the devices and write the catalog. Raises TierError; then no device was changed unless it says so."""
+        validate_name("pool", name)
+        if not devices:
+            raise TierError(errno.EINVAL, f"the pool {name} needs at least one device: give --fast or --base")
+        await trio.to_thread.run_sync(_create_blocking, directory, name, list(devices), force)
+
+    @staticmethod
+    async def destroy(directory: Path) -> None:
+        """Wipe the labels of a pool that nobody has open, and remove its directory. Device files stay."""
+        await trio.to_thread.run_sync(_destroy_blocking, directory)
+
+    @staticmethod
+    @contextlib.asynccontextmanager
+    async def open(
+        directory: Path, *, settings: PoolSettings | None = None, truncate_log: bool = False
+    ) -> AsyncIterator["Pool"]:
+        """Recover the pool and serve it while the context lasts. Raises TierError naming what stands in the way."""
+        settings = settings or PoolSettings()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_locked(directory))
+            catalog = await trio.to_thread.run_sync(Catalog, directory)
+            stack.callback(catalog.close)
+            state = await trio.to_thread.run_sync(catalog.load)
+            limiter = new_limiter()
+            devices = await trio.to_thread.run_sync(_open_devices, state, limiter)
+            for device in devices:
+                stack.callback(device.close)
+            pool = await _recover(state, devices, catalog, settings, limiter, truncate_log=truncate_log)
+            await trio.to_thread.run_sync(catalog.lay_ballast)
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(pool._engine.flusher.run)
+                    if pool._engine.space.read_only is None:
+                        nursery.start_soon(pool._checkpointer.run)
+                        nursery.start_soon(pool._cleaner.run)
+                    yield pool
+                    nursery.cancel_scope.cancel()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await pool._close()
+
+    async def _close(self) -> None:
+        """Leave nothing to replay."""
+        if self._engine.space.read_only is not None:
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._engine.flusher.run)
+            try:
+                self._checkpointer.writer.seal()
+                self._cleaner.seal_all()
+                await self._checkpointer.checkpoint()
+            except OSError as error:
+                logger.error("closing pool %s: %s; the next open replays its log", self.name, error)
+            nursery.cancel_scope.cancel()
+
+    # -- volumes -----------------------------------------------------------------------------------------------------
+
+    def volumes(self) -> list[Volume]:
+        """All volumes, by name."""
+        return sorted(self._engine.volumes.values(), key=lambda volume: volume.short_name)
+
+    def volume(self, name: str) -> Volume:
+        """The volume of that name (without the pool's). Raises TierError ENOENT."""
+        volume = self._engine.volume_named(name)
+        if volume is None:
+            raise TierError(
+                errno.ENOENT, f"the pool {self.name} has no volume {name!r}: see `terrace volume list {self.name}`"
+            )
+        return volume
+
+    async def create_volume(self, name: str, size_bytes: int) -> Volume:
+        """Create a thin volume; it is durable when this returns. Costs the same at any size."""
+        validate_name("volume", name)
+        validate_volume_size(size_bytes)
+        async with self._ddl:
+            await self._engine.admit_release()
+            if self._engine.volume_named(name) is not None:
+                raise TierError(
+                    errno.EEXIST,
+                    f"there is a volume {self.name}/{name} already: choose another name, or delete it first",
+                )
+            encoded = name.encode()
+            words = [int.from_bytes(encoded[i : i + 8], "little") for i in range(0, len(encoded), 8)]
+            volume_id = self._engine.next_volume_id
+            created_at = int(time.time())
+            self._engine.append_record(Op.CREATE, volume_id, size_bytes, created_at << 8 | len(encoded), words)
+            volume = self._engine.add_volume(volume_id, name, size_bytes, (0, 0), created_at)
+            await self._engine.flusher.flush()
+            return volume
+
+    async def resize_volume(self, name: str, size_bytes: int) -> Volume:
+        """Grow or shrink a volume; durable when this returns. Shrinking discards the tail, and needs it unused."""
+        validate_volume_size(size_bytes)
+        async with self._ddl:
+            volume = self.volume(name)
+            old = volume.size_bytes
+            if size_bytes < old:
+                self._require_unused(volume, "shrunk")
+                # Zero the tail of a partial last block first: it would come back when the volume grows again.
+                partial = -size_bytes & BLOCK_MASK
+                if partial:
+                    await volume.write(size_bytes, bytes(min(partial, old - size_bytes)))
+            await self._engine.admit_release()
+            if size_bytes < old:
+                self._require_unused(volume, "shrunk")
+                first = size_bytes + BLOCK_MASK >> BLOCK_SHIFT
+                count = (old + BLOCK_MASK >> BLOCK_SHIFT) - first
+                if count:
+                    volume.unmap_logged(first, count)
+            self._engine.append_record(Op.RESIZE, volume.id, size_bytes)
+            self._engine.resized(volume, size_bytes)
+            await self._engine.flusher.flush()
+            return volume
+
+    async def delete_volume(self, name: str) -> None:
+        """Delete a volume that nobody uses; durable when this returns, its space comes back afterwards in slices."""
+        async with self._ddl:
+            volume = self.volume(name)
+            self._require_unused(volume, "deleted")
+            await self._engine.admit_release()
+            self._require_unused(volume, "deleted")
+            self._engine.append_record(Op.DELETE, volume.id)
+            self._engine.remove_volume(volume)
+            self._engine.space.kick_checkpoint.set()
+            await self._engine.flusher.flush()
+
+    @staticmethod
+    def _require_unused(volume: Volume, done: str) -> None:
+        if volume.open_count:
+            raise TierError(
+                errno.EBUSY,
+                f"{volume.name} is in use by {volume.open_count} connection{'s' * (volume.open_count > 1)} and can't be {done}: disconnect its clients first",
+            )
+
+    # -- the pool itself -----------------------------------------------------------------------------------------------
+
+    async def grow(self, devices: Sequence[DeviceSpec], *, force: bool = False) -> None:
+        """Add devices to the open pool; they are part of it, durably, when this returns."""
+        engine = self._engine
+        async with self._ddl:
+            engine.space.require_writable()
+            taken = len(engine.devices)
+            added = await trio.to_thread.run_sync(
+                _label_devices,
+                engine.pool_name,
+                engine.pool_uuid,
+                list(devices),
+                taken,
+                [Path(d.path) for d in engine.devices],
+                force,
+            )
+            opened: list[FileDevice] = []
+            try:
+                for row in added:
+                    opened.append(await trio.to_thread.run_sync(open_device, Path(row.path), self._limiter))
+            except BaseException:
+                for device in opened:
+                    device.close()
+                raise
+            for device in opened:
+                engine.segments.add_device(device)
+            engine.space.measure_devices()
+            engine.space.stuck = False
+            await self._checkpointer.checkpoint()
+            engine.space.changed()
+
+    async def checkpoint(self) -> None:
+        """Commit a checkpoint now."""
+        await self._checkpointer.checkpoint()
+
+    async def check(self, full: bool, progress: Callable[[int, int], None] = lambda done, total: None) -> CheckReport:
+        """Verify every invariant of the pool, and the data of a sample or (`full`) of all. Clients go on meanwhile."""
+        return await check_pool(self._engine, self._checkpointer, full=full, progress=progress)
+
+    def status(self) -> PoolStatus:
+        """The numbers of the moment."""
+        engine = self._engine
+        space = engine.space
+        segments = engine.segments
+        live_by_device: dict[int, int] = {}
+        pending_free = 0
+        for segment in segments.by_id.values():
+            live_by_device[segment.device.index] = live_by_device.get(segment.device.index, 0) + segment.live
+            if not segment.open and segment.live == 0 and segment.pending == 0:
+                pending_free += segment.slots
+        return PoolStatus(
+            name=self.name,
+            uuid=self.uuid,
+            state="online" if space.read_only is None else "read-only",
+            problem=space.read_only,
+            block_size=BLOCK_BYTES,
+            size_bytes=segments.total_slots * BLOCK_BYTES,
+            capacity_bytes=space.capacity * BLOCK_BYTES,
+            used_bytes=min(space.charged, segments.live + segments.pending) * BLOCK_BYTES,
+            available_bytes=space.available * BLOCK_BYTES,
+            metadata_bytes=segments.map_live * BLOCK_BYTES,
+            reserve_bytes=space.reserve * BLOCK_BYTES,
+            nominal_bytes=sum(volume.size_bytes for volume in engine.volumes.values()),
+            pending_free_bytes=pending_free * BLOCK_BYTES,
+            log_seq=engine.log.seq,
+            durable_seq=engine.flusher.durable_seq,
+            checkpoint_seq=engine.log.checkpoint_seq,
+            checkpoints=self._checkpointer.count,
+            checkpoint_failure=self._checkpointer.failure,
+            blocks_moved=engine.moved_blocks,
+            client_written_bytes=engine.client_written_bytes,
+            device_written_bytes=sum(device.written_bytes for device in engine.devices),
+            replayed_batches=self.replayed_batches,
+            devices=[_device_status(device, live_by_device.get(device.index, 0)) for device in engine.devices],
+            volumes=[
+                VolumeStatus(
+                    v.name, v.size_bytes, (v.tree.mapped_blocks + len(v.active.points)) * BLOCK_BYTES, v.open_count
+                )
+                for v in self.volumes()
+            ],
+        )
+
+
+def _device_status(device: Device, live: int) -> DeviceStatus:
+    return DeviceStatus(
+        device.path,
+        device.tier,
+        str(uuids.UUID(bytes=device.label.device_uuid)),
+        device.label.size_bytes,
+        device.segment_bytes,
+        device.segment_count,
+        len(device.free),
+        live * BLOCK_BYTES,
+        "poisoned" if device.poisoned else "online",
+        device.error_count,
+    )
+
+
+# -- opening ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Any:
+    """Hold the pool's lock."""
+    if not (directory / CATALOG_NAME).exists():
+        raise TierError(errno.ENOENT, f"there is no pool in {directory}: create one with `terrace pool create`")
+    fd = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        lock_or_refuse(fd, f"the pool in {directory}")
+        yield
+    finally:
+        os.close(fd)
+
+
+def _open_devices(state: State, limiter: trio.CapacityLimiter) -> list[FileDevice]:
+    """Open every device of the catalog, or none."""
+    opened: list[FileDevice] = []
+    try:
+        for row in state.devices:
+            try:
+                device = open_device(Path(row.path), limiter)
+            except BadLabelError as error:
+                raise TierError(
+                    errno.EIO, f"{row.path} can't be opened as device {row.index} of pool {state.pool_name}: {error}"
+                ) from None
+            opened.append(device)
+            _judge_label(device.label, row, state)
+            poisoned_by = next((d for d in opened if row.index in d.label.poisoned), None)
+            if row.poisoned or poisoned_by:
+                device.poisoned = row.poisoned or "it failed a flush in an earlier run"
+    except BaseException:
+        for device in opened:
+            device.close()
+        raise
+    for device in opened:
+        if any(device.index in other.label.poisoned for other in opened):
+            device.poisoned = device.poisoned or "it failed a flush in an earlier run"
+    return opened
+
+
+def _judge_label(label: Label, row: DeviceRow, state: State) -> None:
+    if label.pool_uuid != state.pool_uuid:
+        raise TierError(
+            errno.EIO,
+            f"{row.path} belongs to another pool ({label.pool_name!r}), not to {state.pool_name}: attach the right device there",
+        )
+    if label.device_index != row.index or label.device_uuid != row.uuid:
+        raise TierError(
+            errno.EIO,
+            f"{row.path} is device {label.device_index} of pool {state.pool_name}, not device {row.index}: it is attached twice or under another's path",
+        )
+    if label.checkpoint_seq > state.position.checkpoint_seq:
+        raise TierError(
+            errno.ESTALE,
+            f"the catalog of pool {state.pool_name} is older than its devices (checkpoint {state.position.checkpoint_seq}, {row.path} knows "
+            f"{label.checkpoint_seq}): it was restored from a backup; put the newest catalog back",
+        )
+
+
+async def _recover(
+    state: State,
+    devices: Sequence[FileDevice],
+    catalog: Catalog,
+    settings: PoolSettings,
+    limiter: trio.CapacityLimiter,
+    *,
+    truncate_log: bool,
+) -> Pool:
+    async def offload(function: Callable[..., Any], *args: Any) -> Any:
+        return await trio.to_thread.run_sync(function, *args, limiter=limiter)
+
+    position = state.position
+    engine = Engine(
+        state.pool_name,
+        state.pool_uuid,
+        list(devices),
+        catalog,
+        settings,
+        offload,
+        incarnation=position.incarnation + 1,
+        seq=position.checkpoint_seq,
+        prev_check=0,
+    )
+    checkpointer = Checkpointer(engine)
+    engine.checkpoint = checkpointer.checkpoint
+    pool = Pool(engine, checkpointer, Cleaner(engine), limiter)
+    restore(engine, state)
+    poisoned = [device for device in devices if device.poisoned]
+    for device in devices:
+        if not device.poisoned:
+            await device.sync()
+    begun = time.monotonic()
+    result = await replay(engine, state, truncate_log=truncate_log)
+    pool.replayed_batches = result.batches
+    for problem in result.problems:
+        logger.warning("%s", problem)
+    engine.segments.rebuild_free()
+    # Ids that were given out after the checkpoint and are not in the log must not be used again either.
+    engine.segments.next_id += sum(device.segment_count for device in devices) + 1
+    if poisoned:
+        engine.space.read_only = f"the pool {state.pool_name} takes no writes: {poisoned[0].path} is poisoned, {poisoned[0].poisoned}; copy what you need and replace it"
+        return pool
+    engine.log.checkpoint_seq = position.checkpoint_seq
+    engine.log.start()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine.flusher.run)
+        await checkpointer.checkpoint()
+        nursery.cancel_scope.cancel()
+    if result.batches:
+        logger.info(
+            "pool %s: replayed %d batches (%d blocks) in %.2f s; the log ended: %s",
+            state.pool_name,
+            result.batches,
+            result.blocks,
+            time.monotonic() - begun,
+            result.dropped,
+        )
+    return pool
+
+
+# -- making devices -------------------------------------------------------------------------------------------------------
+
+
+def _create_blocking(directory: Path, name: str, specs: list[DeviceSpec], force: bool) -> None:
+    if (directory / CATALOG_NAME).exists():
+        raise TierError(errno.EEXIST, f"there is a pool {name} already: choose another name, or delete that pool first")
+    pool_uuid = uuids.uuid4().bytes
+    rows = _label_devices(name, pool_uuid, specs, 0, [], force)
+    existed = directory.exists()
+    try:
+        Catalog.create(directory, name, pool_uuid, rows, Position(0, 0, 0, 0, 0, 1, 1))
+    except BaseException:
+        if not existed:
+            shutil.rmtree(directory, ignore_errors=True)
+        _wipe_labels([Path(row.path) for row in rows])
+        raise
+
+
+def _label_devices(
+    name: str, pool_uuid: bytes, specs: list[DeviceSpec], first_index: int, present: list[Path], force: bool
+) -> list[DeviceRow]:
+    """Check all devices, then label all. Files that this made are removed again if it fails."""
+    if first_index + len(specs) > MAX_DEVICES:
+        raise TierError(errno.EINVAL, f"a pool has at most {MAX_DEVICES} devices")
+    made: list[Path] = []
+    locked: list[int] = []
+    labelled: list[Path] = []
+    try:
+        seen = {path.resolve(): path for path in present}
+        for spec in specs:
+            real = spec.path.resolve()
+            if real in seen:
+                raise TierError(errno.EINVAL, f"{spec.path} is listed twice: give each device once")
+            seen[real] = spec.path
+            _make_or_check(spec, made, force)
+        rows = []
+        for i, spec in enumerate(specs):
+            fd = os.open(spec.path, os.O_RDWR | os.O_CLOEXEC)
+            locked.append(fd)
+            lock_or_refuse(fd, str(spec.path))
+            size = size_of(fd)
+            if size < MIN_DEVICE_BYTES:
+                raise TierError(
+                    errno.EINVAL, f"{spec.path} has {size} bytes: a device needs at least {MIN_DEVICE_BYTES} (32 MiB)"
+                )
+            label = Label(
+                spec.tier,
+                first_index + i,
+                pool_uuid,
+                uuids.uuid4().bytes,
+                size,
+                segment_bytes_for(size),
+                1,
+                0,
+                frozenset(),
+                name,
+            )
+            labelled.append(spec.path)
+            _write_first_label(fd, label)
+            rows.append(
+                DeviceRow(
+                    label.device_index,
+                    label.device_uuid,
+                    str(spec.path.resolve()),
+                    spec.tier,
+                    size,
+                    label.segment_bytes,
+                    None,
+                )
+            )
+        return rows
+    except OSError as error:
+        _wipe_labels([path for path in labelled if path not in made])
+        for path in made:
+            path.unlink(missing_ok=True)
+        if isinstance(error, TierError):
+            raise
+        raise TierError(error.errno or errno.EIO, f"{error.filename or name}: {error.strerror}") from error
+    finally:
+        for fd in locked:
+            os.close(fd)
+
+
+def _make_or_check(spec: DeviceSpec, made: list[Path], force: bool) -> None:
+    if spec.create_size_bytes is not None:
+        if spec.create_size_bytes < MIN_DEVICE_BYTES:
+            raise TierError(errno.EINVAL, f"{spec.path}: a device needs at least {MIN_DEVICE_BYTES} bytes (32 MiB)")
+        try:
+            fd = os.open(spec.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except FileExistsError:
+            raise TierError(
+                errno.EEXIST, f"{spec.path} exists: give it without =SIZE to use it as it is, or choose another path"
+            ) from None
+        except OSError as error:
+            raise TierError(error.errno or errno.EIO, f"creating {spec.path}: {error.strerror}") from error
+        made.append(spec.path)
+        try:
+            os.ftruncate(fd, spec.create_size_bytes)
+        except OSError as error:
+            raise TierError(
+                error.errno or errno.EIO, f"making {spec.path} {spec.create_size_bytes} bytes large: {error.strerror}"
+            ) from error
+        finally:
+            os.close(fd)
+        return
+    if not spec.path.exists():
+        raise TierError(errno.ENOENT, f"{spec.path} does not exist: to make a sparse file give {spec.path}=SIZE")
+    check_usable(spec.path, force=force)
+
+
+def _write_first_label(fd: int, label: Label) -> None:
+    """Clear the label area (stale labels, old superblocks), write both copies, and make them durable."""
+    os.pwrite(fd, bytes(LABEL_AREA_BYTES), 0)
+    for offset in LABEL_OFFSETS:
+        os.pwrite(fd, encode_label(label), offset)
+    os.fsync(fd)
+
+
+def _wipe_labels(paths: Sequence[Path]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.pwrite(fd, bytes(8192), 0)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+
+def _destroy_blocking(directory: Path) -> None:
+    with _locked(directory):
+        paths: list[Path] = []
+        try:
+            catalog = Catalog(directory)
+            try:
+                state = catalog.load()
+                for row in state.devices:
+                    with contextlib.suppress(OSError, BadLabelError):
+                        fd = os.open(row.path, os.O_RDONLY | os.O_CLOEXEC)
+                        try:
+                            lock_or_refuse(fd, row.path)
+                        finally:
+                            os.close(fd)
+                        paths.append(Path(row.path))
+            finally:
+                catalog.close()
+        except TierError as error:
+            logger.warning("%s; its devices keep their labels", error)
+        _wipe_labels(paths)
+        shutil.rmtree(directory)

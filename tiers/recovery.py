@@ -1,0 +1,343 @@
+"""Recovery: the state of a pool = the catalog's checkpoint + the log after it.
+
+Before anything is read, every device is synced, and the part of the log that may not have been durable is read past
+the page cache: after a failed fsync the kernel may show bytes that the medium never got.
+
+The log is followed batch by batch; each must name the place where it stands, this incarnation, a higher sequence, and
+the hash of the header before it. Where the chain breaks the log ends, unless something later proves by its durable_seq
+that the missing batch had been durable: then it was not a crash but corruption, and the pool is refused rather than
+rolled back silently. Batches above the highest durable_seq seen must also have their data intact; the first that
+hasn't is the end of the log. Below it, a damaged block is a damaged block: its readers get EIO.
+
+Recovery ends with a new incarnation, a fresh log segment and a checkpoint. Nothing is ever appended to a segment of an
+earlier life, so a batch that survived where its predecessor was lost can't come back.
+"""
+
+import errno
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import trio
+
+from tiers.catalog import State
+from tiers.cleaner import put_moved
+from tiers.device import Device
+from tiers.errors import TierError
+from tiers.layout import BAD, BLOCK_BYTES, BLOCK_SHIFT, SLOT_BITS
+from tiers.record import (
+    BadRecordError,
+    Batch,
+    Kind,
+    Op,
+    SegmentHeader,
+    decode_batch,
+    decode_segment_header,
+    peek_header_slots,
+)
+from tiers.volume import Volume, checks_of
+
+if TYPE_CHECKING:
+    from tiers.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Found:
+    """A batch that is part of the log, and the segment it stands in."""
+
+    batch: Batch
+    device: Device
+    physical_index: int
+
+
+@dataclass(slots=True)
+class Replayed:
+    """What recovery did, for the log and for tests."""
+
+    batches: int = 0
+    blocks: int = 0
+    first_seq: int = 0
+    last_seq: int = 0
+    dropped: str = ""
+    problems: list[str] = field(default_factory=list)
+
+
+def restore(engine: "Engine", state: State) -> None:
+    """Enter the catalog's checkpoint into the engine's tables."""
+    for row in state.segments:
+        segment = engine.segments.adopt(row.id, engine.device_by_index(row.device), row.index, Kind(row.kind))
+        segment.open = False
+        segment.used = row.used
+        segment.live = row.live
+        segment.last_seq = row.last_seq
+    for volume_row in state.volumes:
+        volume = engine.add_volume(
+            volume_row.id,
+            volume_row.name,
+            volume_row.size_bytes,
+            (volume_row.root_address, volume_row.root_check),
+            volume_row.created_at,
+        )
+        volume.tree.mapped_blocks = volume_row.mapped_blocks
+    engine.dead = {address: (check, level, volume_id) for address, check, level, volume_id in state.dead}
+    engine.next_volume_id = max(engine.next_volume_id, state.position.next_volume_id)
+    engine.segments.next_id = max(engine.segments.next_id, state.position.next_segment_id)
+
+
+async def replay(engine: "Engine", state: State, *, truncate_log: bool = False) -> Replayed:
+    """Apply the log after the checkpoint. Raises TierError for a log that was damaged, not just cut.
+
+    `truncate_log`: the operator accepts the loss of what follows the damage.
+    """
+    position = state.position
+    result = Replayed(first_seq=position.checkpoint_seq, last_seq=position.checkpoint_seq)
+    if position.log_segment == 0:
+        return result
+    reader = _LogReader(engine, position.incarnation)
+    chain = await reader.follow(
+        position.log_segment, position.log_slot, position.checkpoint_seq, position.log_prev_check
+    )
+    durable = max((found.batch.durable_seq for found in chain), default=0)
+    result.dropped = reader.end_reason
+    end_seq = chain[-1].batch.seq if chain else position.checkpoint_seq
+    proof = await reader.proof_beyond(end_seq)
+    if proof > end_seq:
+        message = (
+            f"the log of pool {engine.pool_name} is damaged after sequence {end_seq} ({reader.end_reason}), although it was durable up to "
+            f"{proof}: restore the device from a copy, or give up what follows with `terrace pool check --truncate-log {engine.pool_name}`"
+        )
+        if not truncate_log:
+            raise TierError(errno.EIO, message)
+        result.problems.append(message)
+    for found in chain:
+        batch = found.batch
+        if batch.seq > durable and batch.checks and not await reader.data_is_intact(found):
+            result.dropped = f"batch {batch.seq} was torn"
+            break
+        await _apply(engine, found, result)
+        result.batches += 1
+        result.blocks += len(batch.checks)
+        result.last_seq = batch.seq
+        if result.batches % 64 == 0:
+            await trio.lowlevel.checkpoint()
+    engine.log.seq = max(engine.log.seq, end_seq, proof)
+    return result
+
+
+class _LogReader:
+    """Reads segments of the log, whole, each once."""
+
+    def __init__(self, engine: "Engine", incarnation: int) -> None:
+        self.end_reason = ""
+        self._engine = engine
+        self._incarnation = incarnation
+        self._segment_id = 0
+        self._data = bytearray()
+        self._visited: set[tuple[int, int]] = set()
+
+    async def follow(self, segment_id: int, slot: int, seq: int, prev_check: int) -> list[Found]:
+        """Collect the batches from (segment, slot) on, as far as the chain holds."""
+        segments = self._engine.segments
+        segment = segments.by_id.get(segment_id)
+        if segment is None:
+            raise TierError(
+                errno.EIO,
+                f"the catalog of pool {self._engine.pool_name} names log segment {segment_id} but doesn't know it: restore it from a backup",
+            )
+        device, index = segment.device, segment.index
+        chain: list[Found] = []
+        steps = 0
+        while True:
+            data = await self._load(device, index, segment_id, fresh=bool(chain))
+            if data is None:
+                return chain
+            batch = self._batch_at(data, segment_id, slot)
+            if batch is None:
+                return chain
+            if batch.incarnation != self._incarnation or batch.seq <= seq or batch.prev_check != prev_check:
+                self.end_reason = "a batch of an earlier life follows"
+                return chain
+            if batch.slot + batch.slots > device.segment_bytes // BLOCK_BYTES:
+                self.end_reason = f"batch {batch.seq} overruns its segment"
+                return chain
+            chain.append(Found(batch, device, index))
+            seq, prev_check = batch.seq, batch.check
+            slot += batch.slots
+            steps += 1
+            if steps % 64 == 0:
+                await trio.lowlevel.checkpoint()
+            for op, subject, a, _ in batch.operations():
+                if op is Op.LINK:
+                    device, index = self._engine.device_by_index(a >> 32), a & 0xFFFFFFFF
+                    segment_id, slot = subject, 1
+
+    async def _load(self, device: Device, index: int, segment_id: int, *, fresh: bool) -> bytearray | None:
+        """The bytes of a segment, from the medium; None (and the reason) if it isn't the one that it should be."""
+        if self._segment_id != segment_id:
+            self._data = await device.read_direct(device.segment_offset(index), device.segment_bytes)
+            self._segment_id = segment_id
+            self._visited.add((device.index, index))
+            if fresh:
+                try:
+                    header = decode_segment_header(memoryview(self._data)[:BLOCK_BYTES], self._engine.pool_uuid)
+                except BadRecordError as error:
+                    self.end_reason = f"segment {segment_id} was never begun: {error}"
+                    return None
+                if header.segment_id != segment_id:
+                    self.end_reason = f"segment {segment_id} was never begun"
+                    return None
+        return self._data
+
+    def _batch_at(self, data: bytearray, segment_id: int, slot: int) -> Batch | None:
+        start = slot << BLOCK_SHIFT
+        if start >= len(data):
+            self.end_reason = "the segment is full and names no next one"
+            return None
+        try:
+            slots = peek_header_slots(memoryview(data)[start : start + BLOCK_BYTES])
+            header = memoryview(data)[start : start + (max(1, slots) << BLOCK_SHIFT)]
+            return decode_batch(header, self._engine.pool_uuid, segment_id, slot)
+        except BadRecordError as error:
+            self.end_reason = str(error)
+            return None
+
+    async def proof_beyond(self, end_seq: int) -> int:
+        """The highest durable_seq that any batch after the end of the chain claims, if it claims more than the chain."""
+        proof = 0
+        if self._segment_id:
+            proof = self._scan(self._data, self._segment_id, end_seq)
+        for device in self._engine.devices:
+            headers = await device.read_many(
+                [(device.segment_offset(i), BLOCK_BYTES) for i in range(device.segment_count)]
+            )
+            for index, block in enumerate(headers):
+                header = self._log_segment_header(block)
+                if header is None or (device.index, index) in self._visited:
+                    continue
+                if header.first_seq >= end_seq and header.segment_id not in self._engine.segments.by_id:
+                    data = await device.read_direct(device.segment_offset(index), device.segment_bytes)
+                    proof = max(proof, self._scan(data, header.segment_id, end_seq))
+        return proof
+
+    def _log_segment_header(self, block: bytearray) -> SegmentHeader | None:
+        try:
+            header = decode_segment_header(block, self._engine.pool_uuid)
+        except BadRecordError:
+            return None
+        return header if header.kind is Kind.LOG and header.incarnation == self._incarnation else None
+
+    def _scan(self, data: bytearray, segment_id: int, end_seq: int) -> int:
+        """Look at every slot for a sound batch beyond `end_seq`; return the highest durable_seq among them."""
+        proof = 0
+        for slot in range(1, len(data) >> BLOCK_SHIFT):
+            start = slot << BLOCK_SHIFT
+            slots = peek_header_slots(memoryview(data)[start : start + BLOCK_BYTES])
+            if not slots:
+                continue
+            try:
+                batch = decode_batch(
+                    memoryview(data)[start : start + (slots << BLOCK_SHIFT)], self._engine.pool_uuid, segment_id, slot
+                )
+            except BadRecordError:
+                continue
+            if batch.incarnation == self._incarnation and batch.seq > end_seq:
+                proof = max(proof, batch.durable_seq)
+        return proof
+
+    async def data_is_intact(self, found: Found) -> bool:
+        """Whether every data block of a batch is what its header says."""
+        batch = found.batch
+        data = await self._load(found.device, found.physical_index, batch.segment_id, fresh=False)
+        assert data is not None
+        start = batch.slot + batch.header_slots << BLOCK_SHIFT
+        return checks_of(memoryview(data)[start : start + (len(batch.checks) << BLOCK_SHIFT)]) == batch.checks
+
+
+async def _apply(engine: "Engine", found: Found, result: Replayed) -> None:
+    """Let one batch of the log take effect, just as it did when it was written."""
+    batch = found.batch
+    segments = engine.segments
+    segment = segments.by_id.get(batch.segment_id)
+    if segment is None:
+        segment = segments.adopt(batch.segment_id, found.device, found.physical_index, Kind.LOG)
+        segment.open = False
+    segment.used = max(segment.used, batch.slot + batch.slots)
+    segment.last_seq = max(segment.last_seq, batch.seq)
+    address = segment.id << SLOT_BITS | batch.slot + batch.header_slots
+    group: list[int] = []
+    group_volume: Volume | None = None
+    group_start = at = extra_at = 0
+
+    def flush_group() -> None:
+        nonlocal group
+        if group_volume is not None and group:
+            group_volume.apply_batch(group, batch.checks[group_start:at], address + group_start)
+        group = []
+
+    for op, subject, a, b in batch.operations():
+        if op in (Op.WRITE, Op.UNMAP):
+            volume = engine.volumes.get(subject)
+            if volume is not group_volume:
+                flush_group()
+                group_volume, group_start = volume, at
+            if volume is not None:
+                group += (op << 56 | subject, a, b)
+            if op is Op.WRITE:
+                at += b
+            continue
+        flush_group()
+        group_start = at
+        if op is Op.CREATE:
+            length = b & 0xFF
+            words = batch.extra[extra_at : extra_at + -(-length // 8)]
+            extra_at += len(words)
+            name = b"".join(word.to_bytes(8, "little") for word in words)[:length].decode()
+            engine.add_volume(subject, name, a, (0, 0), b >> 8)
+        elif op is Op.RESIZE and subject in engine.volumes:
+            engine.resized(engine.volumes[subject], a)
+        elif op is Op.DELETE and subject in engine.volumes:
+            engine.remove_volume(engine.volumes[subject])
+        elif op is Op.BAD and subject in engine.volumes:
+            for block in range(a, a + b):
+                put_moved(engine, engine.volumes[subject], block, (BAD, 0))
+        elif op is Op.MOVE:
+            count = a & 0xFFFFFFFF
+            words = batch.extra[extra_at : extra_at + 1 + -(-count // 64)]
+            extra_at += len(words)
+            try:
+                await _apply_move(engine, subject, a >> 32, count, b, words, batch.seq)
+            except (OSError, BadRecordError) as error:
+                # The victim is still there: no checkpoint has passed this record. So the old places stand.
+                result.problems.append(f"a move into segment {subject} can't be followed: {error}")
+    flush_group()
+
+
+async def _apply_move(
+    engine: "Engine", segment_id: int, slot: int, count: int, header_check: int, words: list[int], seq: int
+) -> None:
+    device = engine.device_by_index(words[0] >> 32)
+    index = words[0] & 0xFFFFFFFF
+    offset = device.segment_offset(index) + (slot << BLOCK_SHIFT)
+    room = device.segment_bytes - (slot << BLOCK_SHIFT)
+    block = await device.read(offset, BLOCK_BYTES)
+    slots = max(1, peek_header_slots(block))
+    header = await device.read(offset, min(slots << BLOCK_SHIFT, room))
+    batch = decode_batch(header, engine.pool_uuid, segment_id, slot)
+    if batch.check != header_check or len(batch.checks) != count:
+        raise BadRecordError("the copies are not the ones that were logged")
+    segment = engine.segments.by_id.get(segment_id)
+    if segment is None:
+        segment = engine.segments.adopt(segment_id, device, index, Kind.MOVED)
+        segment.open = False
+    segment.used = max(segment.used, slot + batch.slots)
+    segment.last_seq = max(segment.last_seq, seq)
+    first = segment_id << SLOT_BITS | slot + batch.header_slots
+    at = 0
+    for _, volume_id, start, run in batch.operations():
+        volume = engine.volumes.get(volume_id)
+        for i in range(run):
+            if words[1 + at // 64] >> at % 64 & 1 and volume is not None:
+                put_moved(engine, volume, start + i, (first + at, batch.checks[at]))
+            at += 1

@@ -1,0 +1,154 @@
+"""Segments: who holds which part of which device, and how many of its blocks are still wanted.
+
+For each segment two counts: `live`, the blocks that map pages as of the last committed checkpoint point to, and
+`pending`, the blocks that overlays (newer than those pages) point to. A segment may be reused when both are zero, it
+is sealed, no reader pins it, and a checkpoint has passed the last record that it holds. Freed means: its physical
+place becomes available; its id never comes back.
+"""
+
+from collections.abc import Iterable
+
+from tiers.device import Device
+from tiers.layout import BLOCK_BYTES
+from tiers.record import Kind
+
+
+class Segment:
+    """One segment in use. `used` is the first slot not written yet; `last_seq` the newest log record that it serves."""
+
+    __slots__ = (
+        "base",
+        "damaged",
+        "device",
+        "fd",
+        "id",
+        "index",
+        "kind",
+        "last_seq",
+        "live",
+        "open",
+        "pending",
+        "pins",
+        "slots",
+        "used",
+    )
+
+    def __init__(self, segment_id: int, device: Device, index: int, kind: Kind) -> None:
+        self.id = segment_id
+        self.device = device
+        self.fd = device.fd
+        self.index = index
+        self.base = device.segment_offset(index)
+        self.slots = device.segment_bytes // BLOCK_BYTES
+        self.kind = kind
+        self.open = True
+        self.used = 1
+        self.live = 0
+        self.pending = 0
+        self.last_seq = 0
+        self.pins = 0
+        self.damaged = False
+
+    def offset(self, slot: int) -> int:
+        """Byte offset of a slot on the device."""
+        return self.base + slot * BLOCK_BYTES
+
+
+class SegmentTable:
+    """All segments in use, by id, and the free places of each device."""
+
+    def __init__(self, devices: list[Device]) -> None:
+        self.devices = devices
+        self.by_id: dict[int, Segment] = {}
+        self.next_id = 1
+        self.changed: set[int] = set()
+        self.free_slots = 0
+        self.total_slots = 0
+        self.live = 0
+        self.pending = 0
+        self.map_live = 0
+        self.map_slots = 0
+
+    def add_device(self, device: Device) -> None:
+        """Bring in a new, empty device."""
+        self.devices.append(device)
+        device.free = list(range(device.segment_count - 1, -1, -1))
+        slots = device.segment_bytes // BLOCK_BYTES
+        self.total_slots += device.segment_count * slots
+        self.free_slots += device.segment_count * (slots - 1)
+
+    def rebuild_free(self) -> None:
+        """Recompute the free places: all that no segment in use holds. Low places come first."""
+        taken: dict[int, set[int]] = {device.index: set() for device in self.devices}
+        self.live = self.pending = self.map_live = self.map_slots = 0
+        for segment in self.by_id.values():
+            taken[segment.device.index].add(segment.index)
+            self._count(segment, segment.live, segment.pending)
+            if segment.kind is Kind.MAP:
+                self.map_slots += segment.slots
+        self.free_slots = self.total_slots = 0
+        for device in self.devices:
+            held = taken[device.index]
+            device.free = [i for i in range(device.segment_count - 1, -1, -1) if i not in held]
+            slots = device.segment_bytes // BLOCK_BYTES
+            self.total_slots += device.segment_count * slots
+            self.free_slots += len(device.free) * (slots - 1)
+
+    def _count(self, segment: Segment, live: int, pending: int) -> None:
+        if segment.kind is Kind.MAP:
+            self.map_live += live
+        else:
+            self.live += live
+            self.pending += pending
+
+    def take(self, device: Device, kind: Kind) -> Segment:
+        """Open a new segment in the most recently freed place of `device` (whose pages the kernel may still have)."""
+        index = device.free.pop()
+        segment = Segment(self.next_id, device, index, kind)
+        self.next_id += 1
+        self.by_id[segment.id] = segment
+        self.free_slots -= segment.slots - 1
+        if kind is Kind.MAP:
+            self.map_slots += segment.slots
+        self.changed.add(segment.id)
+        return segment
+
+    def adopt(self, segment_id: int, device: Device, index: int, kind: Kind) -> Segment:
+        """Enter a segment that a log record tells of. The free lists are rebuilt after the replay."""
+        segment = Segment(segment_id, device, index, kind)
+        self.by_id[segment_id] = segment
+        self.next_id = max(self.next_id, segment_id + 1)
+        self.changed.add(segment_id)
+        return segment
+
+    def release(self, segment: Segment) -> None:
+        """Give a segment's place back."""
+        del self.by_id[segment.id]
+        segment.device.free.append(segment.index)
+        self.free_slots += segment.slots - 1
+        if segment.kind is Kind.MAP:
+            self.map_slots -= segment.slots
+        self.changed.discard(segment.id)
+
+    def add_pending(self, address: int, count: int) -> None:
+        """`count` consecutive addresses from `address` came into (or, negative, left) an overlay."""
+        self.by_id[address >> 24].pending += count
+        self.pending += count
+
+    def drop_pending(self, addresses: Iterable[int]) -> None:
+        """These overlay entries are gone; addresses that lie in no segment are passed over."""
+        by_id = self.by_id
+        count = 0
+        for address in addresses:
+            if address >> 24:
+                by_id[address >> 24].pending -= 1
+                count += 1
+        self.pending -= count
+
+    def add_live(self, segment_id: int, count: int) -> None:
+        """Map pages point to `count` more (or fewer) blocks of a segment."""
+        segment = self.by_id[segment_id]
+        segment.live += count
+        assert segment.live >= 0, f"segment {segment_id} would have {segment.live} live blocks"
+        self.changed.add(segment_id)
+        self._count(segment, count, 0)

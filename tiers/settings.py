@@ -1,0 +1,19 @@
+"""What an operator may tune about a pool. The defaults suit a machine with a few gigabytes of memory."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    """Bounds and intervals; bytes and seconds."""
+
+    checkpoint_interval_s: float = 30.0
+    """A checkpoint at least this often while there is something to record."""
+    checkpoint_log_bytes: int = 1 << 30
+    """A checkpoint after this much log, which bounds the replay after a crash."""
+    overlay_entries: int = 1 << 18
+    """Map entries not yet in pages, over all volumes; half of it starts a checkpoint, all of it holds writers back."""
+    unsynced_cap_bytes: int = 128 << 20
+    """What a power cut could take from a device at most; writers wait at it."""
+    map_cache_bytes: int = 64 << 20
+    """Clean map pages in memory, over all volumes."""

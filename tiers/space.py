@@ -1,0 +1,211 @@
+"""Space: who may take how much of a pool, and what is kept back so that a full pool still works.
+
+Two questions are asked before a client's write is logged.
+
+Is there *capacity*? Blocks that are live, counted exactly at each checkpoint, plus an upper bound (`charged`) on what
+has come since, must stay under the pool's capacity: its slots less a margin in which the cleaner can always make
+progress. A write over space that the volume already owns charges nothing when the pool is tight, so overwriting goes on
+in a full pool. No capacity means ENOSPC.
+
+Is there *room* now? Free slots must cover the write and a reserve that clients never get: the cleaner's open segments,
+the map pages that the next checkpoint may have to write, and one segment for trims and deletes. No room means waiting:
+the cleaner and the checkpoint are making some.
+"""
+
+import errno
+from collections.abc import Sequence
+
+import trio
+
+from tiers.device import Device
+from tiers.errors import TierError
+from tiers.flush import Flusher
+from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT
+from tiers.log import Log
+from tiers.placement import Move, TierUse, decide
+from tiers.record import Kind
+from tiers.segments import SegmentTable
+from tiers.settings import PoolSettings
+
+CAPACITY_SHARE = 0.93
+"""Live blocks over slots: the headers of full segments take 1.2 %, and cleaning needs victims that aren't full."""
+
+MAP_SLACK_SEGMENTS = 5
+"""Dead slots that map segments may hold beyond as many as live ones, in segments."""
+
+
+class Space:
+    """Admission and placement for one pool. All of it is arithmetic on counters; nothing here waits but `wait`."""
+
+    def __init__(self, segments: SegmentTable, log: Log, flusher: Flusher, settings: PoolSettings) -> None:
+        self.read_only: str | None = None
+        self.stuck = False
+        self.active_weight = 0
+        self.frozen_weight = 0
+        self.active_charge = 0
+        self.frozen_charge = 0
+        self.leaf_pages = 0
+        """Leaf pages that all volumes together could have: a bound on what a checkpoint writes."""
+        self.kick_checkpoint = trio.Event()
+        self.kick_cleaner = trio.Event()
+        self._segments = segments
+        self._log = log
+        self._flusher = flusher
+        self._settings = settings
+        self._changed = trio.lowlevel.ParkingLot()
+        self.waiters = 0
+        self.largest_segment_slots = 0
+        self.measure_devices()
+
+    # -- arithmetic --------------------------------------------------------------------------------------------
+
+    def measure_devices(self) -> None:
+        """Take the devices' sizes in: when the pool is opened, and when it grew."""
+        self.largest_segment_slots = max(device.segment_bytes for device in self._segments.devices) // BLOCK_BYTES
+
+    def map_reserve(self, more_entries: int = 0) -> int:
+        """Slots that map segments may still come to take, once `more_entries` have been added to the overlays.
+
+        An entry may touch a leaf of its own and an inner page; no more pages can be touched than there are. Map
+        segments hold up to as much dead as live (the cleaner sees to that) and some segments more; what they hold
+        already isn't free any more, so it needs no reserve.
+        """
+        pages = min(2 * (self.active_weight + self.frozen_weight + more_entries), self.leaf_pages) + 64
+        segments = self._segments
+        quota = 2 * segments.map_live + pages + pages // 16 + MAP_SLACK_SEGMENTS * self.largest_segment_slots
+        return max(pages + pages // 16, quota - segments.map_slots)
+
+    @property
+    def reserve(self) -> int:
+        """Slots that clients' writes never get, besides the map's: what the smallest round of the cleaner needs.
+
+        An output segment and the rounding to it, the map pages that its moves touch (two segments), one segment for
+        the log, one for the log of a recovery, and one for trims.
+        """
+        return 7 * self.largest_segment_slots
+
+    def keep_slots(self, kind: Kind) -> int:
+        """Free slots that must remain after a segment of this kind was taken.
+
+        Without a checkpoint nothing is ever freed, so its map pages come first. A crash costs the rest of the open
+        segments, and recovery takes one for the log. The cleaner leaves one more, for its own MOVE records and trims.
+        """
+        if kind is Kind.MAP:
+            return 0
+        return self.map_reserve() + (1 if kind is Kind.LOG else 2) * self.largest_segment_slots
+
+    @property
+    def capacity(self) -> int:
+        """How many live data blocks the pool admits."""
+        total = self._segments.total_slots
+        return max(0, int(total * CAPACITY_SHARE) - self.reserve - self._segments.map_live * 2 - MAP_SLACK_SEGMENTS * self.largest_segment_slots)
+
+    @property
+    def charged(self) -> int:
+        """Upper bound of data blocks that are live."""
+        return self._segments.live + self.active_charge + self.frozen_charge
+
+    @property
+    def available(self) -> int:
+        """Blocks that new data may still take."""
+        return max(0, self.capacity - self.charged)
+
+    def low_slots(self) -> int:
+        """Below this many free slots in all, the cleaner works."""
+        return self.reserve + self.map_reserve() + max(self._segments.total_slots // 40, 4 * self.largest_segment_slots)
+
+    # -- admission ----------------------------------------------------------------------------------------------
+
+    def admit(self, blocks: int, new_blocks: int) -> bool:
+        """Whether `blocks` may be logged now, of which `new_blocks` (at most) are not the volume's yet."""
+        if (
+            self.read_only is not None
+            or self.active_weight + blocks > self._settings.overlay_entries - self.frozen_weight
+            or self.charged + new_blocks > self.capacity
+            or not self._flusher.room()
+        ):
+            return False
+        return self._room_for(blocks, self.reserve)
+
+    def admit_release(self) -> bool:
+        """Whether a trim or delete may be logged now: these may use the last segment."""
+        return self.read_only is None and self._flusher.room() and self._room_for(1, 2 * self.largest_segment_slots)
+
+    def _room_for(self, blocks: int, reserve: int) -> bool:
+        headers = 2 + blocks // 128
+        room = self._segments.free_slots + self._log.head_room - reserve - self.map_reserve(blocks)
+        if room < blocks + headers or self._log.broken:
+            self.kick_cleaner.set()
+            self.kick_checkpoint.set()
+            return False
+        return True
+
+    def require_writable(self) -> None:
+        """Raise EROFS if the pool takes no writes any more."""
+        if self.read_only is not None:
+            raise TierError(errno.EROFS, self.read_only)
+
+    async def wait(self) -> None:
+        """Wait until a flush, a checkpoint or the cleaner has changed the answer."""
+        if self.stuck and self._log.broken is False and self._segments.free_slots <= self.reserve + self.map_reserve():
+            raise TierError(
+                errno.ENOSPC,
+                "the pool is full and nothing in it can be cleaned: delete or trim something, or grow the pool",
+            )
+        if self.active_weight * 2 > self._settings.overlay_entries:
+            self.kick_checkpoint.set()
+        self.waiters += 1
+        try:
+            await self._changed.park()
+        finally:
+            self.waiters -= 1
+
+    def changed(self) -> None:
+        """Let everybody who waits look again."""
+        self._changed.unpark_all()
+
+    # -- placement ----------------------------------------------------------------------------------------------
+
+    def pick_device(self, kind: Kind, prefer: str = "fast", *, keep_slots: int | None = None) -> Device | None:
+        """The device for a new segment: of the preferred tier if it has a free one, the emptiest within a tier.
+
+        None if taking one would eat into what must remain (`keep_slots`, by default the kind's).
+        """
+        keep_all = self.keep_slots(kind) if keep_slots is None else keep_slots
+        spare = self._segments.free_slots - keep_all
+        fast_keep = 0 if kind is not Kind.LOG else 1  # the last fast segment is the cleaner's
+
+        def best(devices: Sequence[Device], keep: int) -> Device | None:
+            usable = [
+                d
+                for d in devices
+                if len(d.free) > keep and not d.poisoned and d.segment_bytes >> BLOCK_SHIFT <= spare + 1
+            ]
+            return max(usable, key=lambda device: len(device.free) / device.segment_count, default=None)
+
+        devices = self._segments.devices
+        first = [device for device in devices if device.tier == prefer]
+        other = [device for device in devices if device.tier != prefer]
+        return best(first, fast_keep) or best(other, 0) or best(first, 0)
+
+    def tier_use(self, tier: str) -> TierUse:
+        """How full a tier is."""
+        total = free = live = 0
+        for device in self._segments.devices:
+            if device.tier == tier:
+                slots = device.segment_bytes // BLOCK_BYTES
+                total += device.segment_count * slots
+                free += len(device.free) * slots
+        for segment in self._segments.by_id.values():
+            if segment.device.tier == tier:
+                live += segment.live
+        return TierUse(total, free, live)
+
+    def cleaning_needed(self) -> Move | None:
+        """What the cleaner should do now, if anything."""
+        return decide(
+            self.tier_use("fast"),
+            self.tier_use("base"),
+            total_low=self._segments.free_slots < self.low_slots(),
+            keep_slots=2 * self.largest_segment_slots,
+        )

@@ -1,0 +1,661 @@
+"""A volume: bytes at offsets, read and written through the layers of its map.
+
+The newest layer that says something about a block decides: the active overlay, the frozen one (while a checkpoint
+writes it into pages), the committed map tree. `read_now` and `write_now` are synchronous and atomic on the trio
+thread: between looking an entry up and using it nothing can change. What they can't do without waiting, they refuse,
+and the awaited methods do it: load map pages, read from the device, wait for space.
+
+A write is: checksum each block, one batch to the log, then the active overlay names the new places. All-zero blocks
+are logged as unmapped and take no space. A write that covers a block in part merges it with what is there (or with
+what an earlier write of the same batch put there); where that has to be read first, the merge is applied only if the
+map still has the entry that was read.
+"""
+
+import errno
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import trio
+
+from tiers.errors import TierError
+from tiers.layout import (
+    BAD,
+    BLOCK_BYTES,
+    BLOCK_MASK,
+    BLOCK_SHIFT,
+    FIRST_ADDRESS,
+    SLOT_MASK,
+    UNMAPPED,
+    ZERO_BLOCK,
+    ZERO_CHECK,
+    check_of,
+)
+from tiers.log import MAX_BATCH_BLOCKS, MAX_BATCH_BUFFERS
+from tiers.maptree import FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL, MapTree
+from tiers.overlay import HOLE, Entry, Overlay
+from tiers.record import OP_WORDS, UNMAP_WORD, WRITE_WORD, header_slots_for
+
+if TYPE_CHECKING:
+    from tiers.engine import Engine
+
+Buffer = bytes | bytearray | memoryview
+Edges = dict[int, tuple[Entry, bytes]]
+"""Blocks read beforehand for a merge: block -> (the entry it was read through, its bytes)."""
+
+SYNC_WRITE_BYTES = 4 << 20
+"""More than this in one go would hold the loop up for too long."""
+PIECE_BYTES = 1 << 20
+READ_ATTEMPTS = 8
+
+EXTENT_HOLE = 1
+EXTENT_ZERO = 2
+
+
+class Volume:
+    """One thin volume. Implements nbd's `Export` structurally."""
+
+    description = ""
+    read_only = False
+    rotational = False
+    can_multi_conn = True
+    minimum_block_size = 1
+    preferred_block_size = BLOCK_BYTES
+    maximum_payload = 32 << 20
+
+    def __init__(
+        self, engine: "Engine", volume_id: int, short_name: str, size_bytes: int, tree: MapTree, created_at: float
+    ) -> None:
+        self.id = volume_id
+        self.short_name = short_name
+        self.name = f"{engine.pool_name}/{short_name}"
+        self.size_bytes = size_bytes
+        self.tree = tree
+        self.created_at = created_at
+        self.active = Overlay()
+        self.frozen: Overlay | None = None
+        self.open_count = 0
+        self.deleted = False
+        self._engine = engine
+        self._segments = engine.segments.by_id
+        self._write_word = WRITE_WORD | volume_id
+        self._unmap_word = UNMAP_WORD | volume_id
+
+    # -- the map, layer by layer ---------------------------------------------------------------------------------
+
+    def acquire(self) -> None:
+        """Somebody uses the volume: it can't be deleted or shrunk."""
+        self.open_count += 1
+
+    def release(self) -> None:
+        """The use that `acquire` began has ended."""
+        self.open_count -= 1
+
+    def entry_now(self, block: int) -> Entry | None:
+        """The entry of a block; None if a map page has to be loaded first."""
+        entry = self.active.get(block)
+        if entry is None and self.frozen is not None:
+            entry = self.frozen.get(block)
+        if entry is None:
+            page = self.tree.leaf_now(block >> FANOUT_BITS)
+            if page is None:
+                return None
+            slot = block & FANOUT_MASK
+            return page[slot], page[FANOUT + slot]
+        return entry
+
+    def entries_now(self, block: int, count: int) -> tuple[list[int], list[int]] | None:
+        """Addresses and checks of `count` blocks; None if a map page has to be loaded first."""
+        addresses: list[int] = []
+        checks: list[int] = []
+        end = block + count
+        at = block
+        while at < end:
+            page = self.tree.leaf_now(at >> FANOUT_BITS)
+            if page is None:
+                return None
+            lo = at & FANOUT_MASK
+            hi = min(FANOUT, lo + end - at)
+            addresses += page[lo:hi].tolist()
+            checks += page[FANOUT + lo : FANOUT + hi].tolist()
+            at += hi - lo
+        if self.frozen is not None:
+            self.frozen.patch(block, addresses, checks)
+        if self.active:
+            self.active.patch(block, addresses, checks)
+        return addresses, checks
+
+    async def entries(self, block: int, count: int) -> tuple[list[int], list[int]]:
+        """As `entries_now`, loading what is missing. `count` is at most a few thousand."""
+        while (found := self.entries_now(block, count)) is None:
+            await self.tree.load(0, range(block >> FANOUT_BITS, (block + count - 1 >> FANOUT_BITS) + 1))
+        return found
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def read_now(self, offset: int, length: int, into: memoryview) -> bool:
+        """Fill `into` with verified bytes if no device has to be waited for. False means: ask `read`."""
+        if (offset | length) & BLOCK_MASK:
+            return self._read_unaligned_now(offset, length, into)
+        block = offset >> BLOCK_SHIFT
+        if length != BLOCK_BYTES:
+            if not length:
+                return True
+            found = self.entries_now(block, length >> BLOCK_SHIFT)
+            return found is not None and self._read_entries_now(found[0], found[1], into)
+        entry = self.entry_now(block)
+        if entry is None:
+            return False
+        address, check = entry
+        if address < FIRST_ADDRESS:
+            if address == BAD:
+                raise self._bad(block)
+            into[:] = ZERO_BLOCK
+            return True
+        segment = self._segments[address >> 24]
+        try:
+            count = os.preadv(segment.fd, [into], segment.base + ((address & SLOT_MASK) << BLOCK_SHIFT), os.RWF_NOWAIT)
+        except OSError:
+            return False
+        # A mismatch is not judged here: `read` looks again, on the device.
+        return count == BLOCK_BYTES and check_of(into) == check
+
+    def _read_entries_now(self, addresses: list[int], checks: list[int], into: memoryview) -> bool:
+        for first, count in runs_of(addresses):
+            address = addresses[first]
+            lo, hi = first << BLOCK_SHIFT, first + count << BLOCK_SHIFT
+            part = into[lo:hi]
+            if address < FIRST_ADDRESS:
+                if address == BAD:
+                    return False
+                part[:] = bytes(hi - lo)
+                continue
+            segment = self._segments[address >> 24]
+            if not segment.device.read_now(segment.base + ((address & SLOT_MASK) << BLOCK_SHIFT), part):
+                return False
+            if checks_of(part) != checks[first : first + count]:
+                return False
+        return True
+
+    def _read_unaligned_now(self, offset: int, length: int, into: memoryview) -> bool:
+        if not length:
+            return True
+        start = offset & ~BLOCK_MASK
+        end = offset + length + BLOCK_MASK & ~BLOCK_MASK
+        whole = memoryview(bytearray(end - start))
+        if not self.read_now(start, end - start, whole):
+            return False
+        into[:] = whole[offset - start : offset - start + length]
+        return True
+
+    async def read(self, offset: int, length: int, into: memoryview) -> None:
+        """Fill `into` with verified bytes. Raises TierError EIO for a block that can't be read or fails its check."""
+        start = offset & ~BLOCK_MASK
+        end = offset + length + BLOCK_MASK & ~BLOCK_MASK
+        for at in range(start, end, PIECE_BYTES):
+            piece_end = min(at + PIECE_BYTES, end)
+            lo, hi = max(at, offset), min(piece_end, offset + length)
+            target = into[lo - offset : hi - offset]
+            if (lo, hi) == (at, piece_end):
+                await self._read_blocks(at >> BLOCK_SHIFT, piece_end - at >> BLOCK_SHIFT, target)
+            else:
+                whole = memoryview(bytearray(piece_end - at))
+                await self._read_blocks(at >> BLOCK_SHIFT, piece_end - at >> BLOCK_SHIFT, whole)
+                target[:] = whole[lo - at : hi - at]
+
+    async def _read_blocks(self, block: int, count: int, into: memoryview) -> None:
+        """Read whole blocks: those whose entry changed under the read are read again, those that fail twice are EIO."""
+        addresses, checks = await self.entries(block, count)
+        suspects = await self._read_runs(addresses, checks, into)
+        for i in suspects:
+            await self._read_suspect(block + i, into[i << BLOCK_SHIFT : i + 1 << BLOCK_SHIFT])
+
+    async def _read_runs(self, addresses: list[int], checks: list[int], into: memoryview) -> list[int]:
+        """Read every run, in one worker a device; return the positions whose bytes did not match."""
+        suspects: list[int] = []
+        by_device: dict[int, list[tuple[int, int]]] = {}
+        for first, count in runs_of(addresses):
+            address = addresses[first]
+            if address == BAD:
+                suspects += range(first, first + count)
+            elif address == UNMAPPED:
+                into[first << BLOCK_SHIFT : first + count << BLOCK_SHIFT] = bytes(count << BLOCK_SHIFT)
+            else:
+                by_device.setdefault(self._segments[address >> 24].device.index, []).append((first, count))
+        for runs in by_device.values():
+            segments = [self._segments[addresses[first] >> 24] for first, _ in runs]
+            for segment in segments:
+                segment.pins += 1
+            try:
+                ranges = [
+                    (segment.offset(addresses[first] & SLOT_MASK), count << BLOCK_SHIFT)
+                    for segment, (first, count) in zip(segments, runs, strict=True)
+                ]
+                blocks = await segments[0].device.read_many(ranges)
+            except OSError:
+                for first, count in runs:
+                    suspects += range(first, first + count)
+                continue
+            finally:
+                for segment in segments:
+                    segment.pins -= 1
+            for (first, count), data in zip(runs, blocks, strict=True):
+                into[first << BLOCK_SHIFT : first + count << BLOCK_SHIFT] = data
+                found = checks_of(memoryview(data))
+                suspects += [first + i for i in range(count) if found[i] != checks[first + i]]
+        return suspects
+
+    async def _read_suspect(self, block: int, into: memoryview) -> None:
+        """Read one block past the page cache; EIO if its entry stays the same and its bytes stay wrong."""
+        for _ in range(READ_ATTEMPTS):
+            (address,), (check,) = await self.entries(block, 1)
+            if address == UNMAPPED:
+                into[:] = ZERO_BLOCK
+                return
+            if address == BAD:
+                raise self._bad(block)
+            segment = self._segments[address >> 24]
+            offset = segment.offset(address & SLOT_MASK)
+            segment.pins += 1
+            try:
+                data = await segment.device.read_direct(offset, BLOCK_BYTES)
+            finally:
+                segment.pins -= 1
+            if check_of(data) == check:
+                into[:] = data
+                return
+            if self.entry_now(block) == (address, check):
+                segment.device.error_count += 1
+                raise TierError(
+                    errno.EIO,
+                    f"{self.name} at byte {block << BLOCK_SHIFT}: the block on {segment.device.path} at {offset} fails its checksum",
+                )
+        raise TierError(
+            errno.EIO, f"{self.name} at byte {block << BLOCK_SHIFT}: the block kept changing while it was read"
+        )
+
+    def _bad(self, block: int) -> TierError:
+        return TierError(errno.EIO, f"{self.name} at byte {block << BLOCK_SHIFT}: the block was lost to a device error")
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    def write_now(self, writes: Sequence[tuple[int, Buffer]]) -> bool:
+        """Log these writes if nothing has to be waited for; False means that nothing happened. Later ones win.
+
+        Raises TierError if the device refuses: then none may be acknowledged.
+        """
+        total = 0
+        for _, data in writes:
+            total += len(data)
+        blocks = (total >> BLOCK_SHIFT) + 2 * len(writes)
+        if total > SYNC_WRITE_BYTES or not self._engine.space.admit(blocks, blocks):
+            return False
+        return self._write_admitted(writes, None, blocks)
+
+    def _write_admitted(
+        self, writes: Sequence[tuple[int, Buffer]], edges: Edges | None, charge: int, *, keep_zeroes: bool = False
+    ) -> bool:
+        aligned: Sequence[tuple[int, Buffer]] | None = writes
+        for offset, data in writes:
+            if (offset | len(data)) & BLOCK_MASK:
+                aligned = self._align(writes, edges or {})
+                if aligned is None:
+                    return False
+                break
+        self._log_blocks(aligned, keep_zeroes=keep_zeroes)
+        self._engine.space.active_charge += charge
+        return True
+
+    def _align(self, writes: Sequence[tuple[int, Buffer]], edges: Edges) -> list[tuple[int, Buffer]] | None:
+        """Turn writes of any alignment into whole blocks, merging with the staged bytes of this very batch."""
+        staged: dict[int, Buffer] = {}
+        result: list[tuple[int, Buffer]] = []
+
+        def merge(block: int, lo: int, part: Buffer) -> bool:
+            old = staged.get(block)
+            if old is None:
+                old = self._edge_now(block, edges)
+                if old is None:
+                    return False
+            merged = bytearray(old)
+            merged[lo : lo + len(part)] = part
+            staged[block] = merged
+            result.append((block << BLOCK_SHIFT, merged))
+            return True
+
+        for offset, data in writes:
+            view = memoryview(data)
+            at, end = offset, offset + len(view)
+            if at & BLOCK_MASK or end - at < BLOCK_BYTES:
+                head = min(BLOCK_BYTES - (at & BLOCK_MASK), end - at)
+                if head and not merge(at >> BLOCK_SHIFT, at & BLOCK_MASK, view[:head]):
+                    return None
+                at += head
+            middle_end = end & ~BLOCK_MASK
+            if at < middle_end:
+                middle = view[at - offset : middle_end - offset]
+                result.append((at, middle))
+                for i in range(0, len(middle), BLOCK_BYTES):
+                    staged[at + i >> BLOCK_SHIFT] = middle[i : i + BLOCK_BYTES]
+                at = middle_end
+            if at < end and not merge(at >> BLOCK_SHIFT, 0, view[at - offset :]):
+                return None
+        return result
+
+    def _edge_now(self, block: int, edges: Edges) -> Buffer | None:
+        """The present bytes of a block, if they can be had without waiting (or were, and are still the present ones)."""
+        prepared = edges.get(block)
+        if prepared is not None and self.entry_now(block) == prepared[0]:
+            return prepared[1]
+        into = bytearray(BLOCK_BYTES)
+        return into if self.read_now(block << BLOCK_SHIFT, BLOCK_BYTES, memoryview(into)) else None
+
+    def _log_blocks(self, writes: Sequence[tuple[int, Buffer]], *, keep_zeroes: bool) -> None:
+        """Append whole-block writes, in as many batches as segments and buffer limits ask for, and map them.
+
+        There is no checkpoint in here: what a batch says and what the overlay says change together.
+        """
+        engine = self._engine
+        ops: list[int] = []
+        checks: list[int] = []
+        buffers: list[Buffer] = []
+        room = engine.log_room()
+        for offset, data in writes:
+            block = offset >> BLOCK_SHIFT
+            if len(data) == BLOCK_BYTES:
+                block_checks = [check_of(data)]
+            else:
+                data = memoryview(data)
+                block_checks = checks_of(data)
+            at = 0
+            count = len(block_checks)
+            while at < count:
+                free = room - len(checks) - header_slots_for(len(ops) // OP_WORDS + 2, min(room, MAX_BATCH_BLOCKS))
+                if free <= 0 or len(buffers) >= MAX_BATCH_BUFFERS or len(checks) >= MAX_BATCH_BLOCKS:
+                    self._append(ops, checks, buffers)
+                    ops, checks, buffers = [], [], []
+                    room = engine.log_room()
+                    continue
+                if not keep_zeroes and block_checks[at] == ZERO_CHECK and is_zero(data, at):
+                    run = 1
+                    while at + run < count and block_checks[at + run] == ZERO_CHECK and is_zero(data, at + run):
+                        run += 1
+                    ops += (self._unmap_word, block + at, run)
+                else:
+                    run = min(free, count - at, MAX_BATCH_BLOCKS - len(checks))
+                    if not keep_zeroes and ZERO_CHECK in block_checks[at : at + run]:
+                        run = next(
+                            (i for i in range(run) if block_checks[at + i] == ZERO_CHECK and is_zero(data, at + i)),
+                            run,
+                        )
+                    ops += (self._write_word, block + at, run)
+                    if run == count:
+                        checks += block_checks
+                        buffers.append(data)
+                    else:
+                        checks += block_checks[at : at + run]
+                        buffers.append(memoryview(data)[at << BLOCK_SHIFT : at + run << BLOCK_SHIFT])
+                at += run
+        if ops:
+            self._append(ops, checks, buffers)
+
+    def _append(self, ops: list[int], checks: list[int], buffers: list[Buffer]) -> None:
+        if not ops:
+            return
+        engine = self._engine
+        address = engine.log.append(ops, checks, buffers)
+        engine.client_written_bytes += len(checks) << BLOCK_SHIFT
+        self.apply_batch(ops, checks, address)
+        engine.appended()
+
+    def apply_batch(self, ops: list[int], checks: list[int], address: int) -> None:
+        """Let the active overlay name what a logged batch brought. Also the replay's way in."""
+        points = self.active.points
+        space = self._engine.space
+        segments = self._engine.segments
+        before = self.active.weight
+        dropped: list[int] = []
+        if checks:
+            segments.add_pending(address, len(checks))
+        at = 0
+        for i in range(0, len(ops), OP_WORDS):
+            word, block, count = ops[i : i + OP_WORDS]
+            if word == self._write_word:
+                if count == 1:
+                    old = points.get(block)
+                    if old is not None:
+                        dropped.append(old[0])
+                    points[block] = (address + at, checks[at])
+                else:
+                    blocks = range(block, block + count)
+                    dropped += [old[0] for old in map(points.get, blocks) if old is not None]
+                    points.update(
+                        zip(
+                            blocks,
+                            zip(range(address + at, address + at + count), checks[at : at + count], strict=True),
+                            strict=True,
+                        )
+                    )
+                at += count
+            else:
+                dropped += self.active.unmap(block, count)
+        if dropped:
+            segments.drop_pending(dropped)
+        space.active_weight += self.active.weight - before
+
+    async def write(self, offset: int, data: Buffer, *, keep_zeroes: bool = False) -> None:
+        """Write, waiting for space, map pages and the blocks to merge with. `data` must not change meanwhile."""
+        view = memoryview(data)
+        at = 0
+        while at < len(view):
+            # Pieces end at block boundaries, so that only the first and last can need a merge.
+            end = min(len(view), (offset + at + PIECE_BYTES & ~BLOCK_MASK) - offset)
+            await self._write_piece(offset + at, view[at:end], keep_zeroes=keep_zeroes)
+            at = end
+
+    async def _write_piece(self, offset: int, data: memoryview, *, keep_zeroes: bool) -> None:
+        first = offset >> BLOCK_SHIFT
+        count = (offset + len(data) - 1 >> BLOCK_SHIFT) - first + 1
+        partial = sorted(
+            {block for block, at in ((first, offset), (first + count - 1, offset + len(data))) if at & BLOCK_MASK}
+        )
+        edges: Edges = {}
+        while True:
+            charge = await self._admission(first, count)
+            self._require_alive()
+            if self._write_admitted([(offset, data)], edges, charge, keep_zeroes=keep_zeroes):
+                return
+            for block in partial:
+                (address,), (check,) = await self.entries(block, 1)
+                into = bytearray(BLOCK_BYTES)
+                await self.read(block << BLOCK_SHIFT, BLOCK_BYTES, memoryview(into))
+                edges[block] = ((address, check), bytes(into))
+
+    async def _admission(self, first: int, count: int) -> int:
+        """Wait until `count` blocks from `first` may be logged; return how many of them to charge. Raises ENOSPC, EROFS.
+
+        When it returns, nothing has happened since the answer was found: the caller must log without a checkpoint.
+        """
+        space = self._engine.space
+        checkpoints = 0
+        while True:
+            space.require_writable()
+            if space.admit(count, count):
+                return count
+            if space.charged + count <= space.capacity:
+                await space.wait()
+                continue
+            found = self.entries_now(first, count)
+            if found is None:
+                await self.entries(first, count)
+                continue
+            new = found[0].count(UNMAPPED)
+            if space.charged + new > space.capacity and new:
+                if checkpoints == 2 or not (space.active_weight or space.frozen_weight):
+                    raise TierError(
+                        errno.ENOSPC,
+                        f"the pool {self._engine.pool_name} is full: delete or trim something, or grow it (`terrace pool grow`)",
+                    )
+                checkpoints += 1
+                await self._engine.checkpoint()
+            elif space.admit(count, 0):
+                return new
+            else:
+                await space.wait()
+
+    def _require_alive(self) -> None:
+        if self.deleted:
+            raise TierError(errno.ESTALE, f"{self.name} was deleted")
+
+    async def flush(self) -> None:
+        """Return when every write, trim and zero whose call had returned is durable. Raises TierError if it can't be."""
+        await self._engine.flusher.flush()
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Give the whole blocks inside the range back; they read as zeros. The rest of the range is left as it is."""
+        start = offset + BLOCK_MASK & ~BLOCK_MASK
+        end = offset + length
+        end = end + BLOCK_MASK & ~BLOCK_MASK if end == self.size_bytes else end & ~BLOCK_MASK
+        if start < end:
+            await self._unmap(start >> BLOCK_SHIFT, end - start >> BLOCK_SHIFT)
+        else:
+            await trio.lowlevel.checkpoint()
+
+    async def write_zeroes(self, offset: int, length: int, *, no_hole: bool) -> None:
+        """Make the range read as zeros: by unmapping, or with `no_hole` by real zero blocks that stay allocated."""
+        end = offset + length
+        if no_hole:
+            zeroes = memoryview(bytes(min(length, PIECE_BYTES)))
+            at = offset
+            while at < end:
+                piece = min(end - at, PIECE_BYTES - (at & BLOCK_MASK))
+                await self.write(at, zeroes[:piece], keep_zeroes=True)
+                at += piece
+            return
+        start_whole = offset + BLOCK_MASK & ~BLOCK_MASK
+        end_whole = end & ~BLOCK_MASK
+        if start_whole > end_whole:
+            await self.write(offset, bytes(length))
+            return
+        if offset < start_whole:
+            await self.write(offset, bytes(start_whole - offset))
+        if start_whole < end_whole:
+            await self._unmap(start_whole >> BLOCK_SHIFT, end_whole - start_whole >> BLOCK_SHIFT)
+        if end_whole < end:
+            await self.write(end_whole, bytes(end - end_whole))
+
+    async def _unmap(self, block: int, count: int) -> None:
+        await self._engine.admit_release()
+        self._require_alive()
+        self.unmap_logged(block, count)
+
+    def unmap_logged(self, block: int, count: int) -> None:
+        """Log that these blocks read as zeros, and let it be so. Admission is the caller's."""
+        self._engine.log_room()
+        self._append([self._unmap_word, block, count], [], [])
+
+    async def cache(self, offset: int, length: int) -> None:
+        """Bring the range into the page cache: read it, a piece at a time."""
+        into = memoryview(bytearray(min(length, PIECE_BYTES)))
+        for at in range(offset, offset + length, PIECE_BYTES):
+            piece = min(PIECE_BYTES, offset + length - at)
+            await self.read(at, piece, into[:piece])
+
+    async def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+        """Describe a prefix of the range as (bytes, flags): HOLE|ZERO where nothing is mapped, 0 where data is.
+
+        At most `limit` of them, neighbours differ, and terabytes of nothing cost a few page look-ups.
+        """
+        result: list[tuple[int, int]] = []
+        at, end = offset, offset + length
+        while at < end:
+            block = at >> BLOCK_SHIFT
+            covered, mapped = await self._extent_step(block, (end - 1 >> BLOCK_SHIFT) + 1 - block)
+            for count, is_mapped in _run_lengths(mapped) if mapped is not None else [(covered, False)]:
+                stop = min(end, block + count << BLOCK_SHIFT)
+                flags = 0 if is_mapped else EXTENT_HOLE | EXTENT_ZERO
+                if result and result[-1][1] == flags:
+                    result[-1] = (result[-1][0] + stop - at, flags)
+                elif len(result) == limit:
+                    return result
+                else:
+                    result.append((stop - at, flags))
+                at = stop
+                block += count
+                if at >= end:
+                    break
+        return result
+
+    async def _extent_step(self, block: int, most: int) -> tuple[int, list[bool] | None]:
+        """(blocks, whether each is mapped), or (blocks, None) for a stretch in which no block is."""
+        overlays = [layer for layer in (self.frozen, self.active) if layer]
+        if not overlays or most > FANOUT:
+            hole = await self.tree_hole(block)
+            hole = min(hole, most)
+            for layer in overlays:
+                if hole > FANOUT and layer.points:
+                    nearest = min((b for b in layer.points if b >= block), default=block + hole)
+                    hole = min(hole, nearest - block)
+            if hole > FANOUT:
+                return hole, None
+        count = min(most, FANOUT - (block & FANOUT_MASK))
+        addresses, _ = await self.entries(block, count)
+        return count, [address != UNMAPPED for address in addresses]
+
+    async def tree_hole(self, block: int) -> int:
+        """How many blocks from `block` on the committed tree certainly has no page for; 0 if there is a leaf."""
+        tree = self.tree
+        if not tree.root[0]:
+            return 1 << FANOUT_BITS * (ROOT_LEVEL + 1)
+        for level in range(ROOT_LEVEL, 0, -1):
+            index = block >> FANOUT_BITS * (level + 1)
+            page = (await tree.load(level, [index]))[index]
+            shift = FANOUT_BITS * level
+            slot = block >> shift & FANOUT_MASK
+            if not page[slot]:
+                last = slot
+                while last + 1 < FANOUT and not page[last + 1]:
+                    last += 1
+                return (((block >> shift) + last - slot + 1) << shift) - block
+        return 0
+
+
+def runs_of(addresses: list[int]) -> list[tuple[int, int]]:
+    """Group positions into runs (first, count) that one read serves: consecutive addresses, or all unmapped."""
+    count = len(addresses)
+    first = addresses[0]
+    if first > BAD and addresses[-1] == first + count - 1 and addresses == list(range(first, first + count)):
+        return [(0, count)]
+    runs = []
+    start = 0
+    for i in range(1, count):
+        step = 1 if addresses[start] > BAD else 0
+        if addresses[i] != addresses[i - 1] + step:
+            runs.append((start, i - start))
+            start = i
+    runs.append((start, count - start))
+    return runs
+
+
+def checks_of(data: Buffer) -> list[int]:
+    """The check of each block of `data`."""
+    view = memoryview(data)
+    return [check_of(view[i : i + BLOCK_BYTES]) for i in range(0, len(view), BLOCK_BYTES)]
+
+
+def is_zero(data: Buffer, block: int) -> bool:
+    """Whether a block of `data` is all zeros: the check is asked first, but only the bytes decide."""
+    return memoryview(data)[block << BLOCK_SHIFT : block + 1 << BLOCK_SHIFT] == ZERO_BLOCK
+
+
+def _run_lengths(values: list[bool]) -> list[tuple[int, bool]]:
+    runs: list[tuple[int, bool]] = []
+    for value in values:
+        if runs and runs[-1][1] == value:
+            runs[-1] = (runs[-1][0] + 1, value)
+        else:
+            runs.append((1, value))
+    return runs
+
+
+__all__ = ["EXTENT_HOLE", "EXTENT_ZERO", "HOLE", "Volume"]
