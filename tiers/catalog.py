@@ -36,7 +36,8 @@ CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE devices (idx INTEGER PRIMARY KEY, uuid BLOB NOT NULL, path TEXT NOT NULL, tier TEXT NOT NULL,
     size_bytes INTEGER NOT NULL, segment_bytes INTEGER NOT NULL, poisoned TEXT);
 CREATE TABLE volumes (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, size_bytes INTEGER NOT NULL,
-    root_address INTEGER NOT NULL, root_check INTEGER NOT NULL, mapped_blocks INTEGER NOT NULL, created_at REAL NOT NULL);
+    root_address INTEGER NOT NULL, root_check INTEGER NOT NULL, mapped_blocks INTEGER NOT NULL,
+    created_at REAL NOT NULL);
 CREATE TABLE segments (id INTEGER PRIMARY KEY, device INTEGER NOT NULL, idx INTEGER NOT NULL, kind INTEGER NOT NULL,
     open INTEGER NOT NULL, used INTEGER NOT NULL, live INTEGER NOT NULL, last_seq INTEGER NOT NULL);
 CREATE TABLE dead (address INTEGER PRIMARY KEY, check_value INTEGER NOT NULL, level INTEGER NOT NULL,
@@ -196,7 +197,8 @@ class Catalog:
             if version != FORMAT_VERSION:
                 raise TierError(
                     errno.EPROTO,
-                    f"the catalog {self._path} has format version {version} and this release reads {FORMAT_VERSION}: use the release that wrote it",
+                    f"the catalog {self._path} has format version {version} and this release reads "
+                    f"{FORMAT_VERSION}: use the release that wrote it",
                 )
             position = Position(
                 meta["incarnation"],

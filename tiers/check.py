@@ -92,7 +92,8 @@ class _Walk:
         for segment_id, live in self._expected.items():
             if live != self._live.get(segment_id, 0):
                 self._report.problem(
-                    f"segment {segment_id}: {live} blocks are counted as live, {self._live.get(segment_id, 0)} are mapped"
+                    f"segment {segment_id}: {live} blocks are counted as live, "
+                    f"{self._live.get(segment_id, 0)} are mapped"
                 )
         return self._leaves
 
@@ -106,7 +107,8 @@ class _Walk:
             places.add(place)
             if segment.damaged:
                 self._report.problem(
-                    f"{segment.device.path} at {segment.base}: segment {segment.id} has a damaged header and can't be cleaned"
+                    f"{segment.device.path} at {segment.base}: segment {segment.id} has a damaged header and "
+                    f"can't be cleaned"
                 )
         for device in self._engine.devices:
             for index in device.free:
@@ -163,7 +165,7 @@ class _Walk:
         return pages
 
     def _place(self, addresses: Any, kind: Kind | None, name: str) -> None:
-        """Count addresses by segment; each must lie in the written part of a segment of the right kind, and be unique."""
+        """Count addresses by segment; each must lie in the written part of one of the right kind, and be unique."""
         in_segments = addresses[addresses >= FIRST_ADDRESS]
         for segment_id in np.unique(in_segments >> np.uint64(24)).tolist():
             slots = (in_segments[in_segments >> np.uint64(24) == segment_id] & np.uint64(0xFFFFFF)).astype(np.int64)

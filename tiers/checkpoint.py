@@ -213,11 +213,10 @@ class Checkpointer:
         engine = self._engine
         log = engine.log
         was_broken = log.broken
-        if was_broken:
+        if was_broken and log.head.used > 1:
             # What follows the failed write can't be found from the log: the new head must be in the catalog.
-            if log.head.used > 1:
-                log.head.open = False
-                log.start()
+            log.head.open = False
+            log.start()
         volumes = []
         for volume in engine.volumes.values():
             overlay = None
@@ -318,7 +317,7 @@ class Checkpointer:
         return np.array(up_keys, np.uint64), flat[:, 0], flat[:, 1]
 
     async def _base_pages(self, tree: MapTree, level: int, indices: list[int], detached: dict[int, set[int]]) -> U64:
-        """The present contents of the pages as a matrix of 512 columns; zeros for holes and for what a trim detached."""
+        """The present pages as a matrix of 512 columns; zeros for holes and for what a trim detached."""
         wanted = indices
         if detached:
             wanted = [i for i in indices if not _is_detached(level, i, detached)]
@@ -399,7 +398,10 @@ class Checkpointer:
             await trio.lowlevel.checkpoint()
 
     async def _read_dead(self, items: list[tuple[int, tuple[int, int, int]]]) -> list[Page | None]:
-        """Read dead pages. One that can't be read is dropped with what lies below it: that space is lost until repair."""
+        """Read dead pages.
+
+        One that can't be read is dropped with what lies below it: that space is lost until repair.
+        """
         try:
             return await read_pages(
                 self._engine.segments, [(address, check) for address, (check, _, _) in items], "of a deleted range"
@@ -482,7 +484,10 @@ class Checkpointer:
         )
 
     async def _apply(self, frozen: Frozen, merge: Merge, change: Change) -> None:
-        """The commit succeeded: make memory say what the catalog says. No checkpoint of trio before the slow disposal."""
+        """The commit succeeded: make memory say what the catalog says.
+
+        No checkpoint of trio before the slow disposal.
+        """
         engine = self._engine
         segments = engine.segments
         self._frozen = None
@@ -581,7 +586,10 @@ def decompose_ranges(overlay: Overlay) -> tuple[U64, dict[int, set[int]]]:
 
 
 def _is_detached(level: int, index: int, detached: dict[int, set[int]]) -> bool:
-    """Whether a page lies in a subtree that is being detached. Entries of level j are children, pages of level j - 1."""
+    """Whether a page lies in a subtree that is being detached.
+
+    Entries of level j are children, pages of level j - 1.
+    """
     return any(
         (index >> FANOUT_BITS * (upper - 1 - level)) in keys for upper, keys in detached.items() if upper > level
     )

@@ -239,7 +239,8 @@ def open_device(path: Path, limiter: trio.CapacityLimiter) -> FileDevice:
         if size_of(fd) < label.size_bytes:
             raise TierError(
                 errno.EIO,
-                f"{path} was truncated: {size_of(fd)} bytes are left of {label.size_bytes}; restore it from where it was copied",
+                f"{path} was truncated: {size_of(fd)} bytes are left of {label.size_bytes}; restore it from "
+                f"where it was copied",
             )
         try:
             direct_fd = os.open(path, flags | os.O_DIRECT)

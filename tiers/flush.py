@@ -41,7 +41,10 @@ class Flusher:
         self._ended = 0
 
     def room(self) -> bool:
-        """Whether writers may go on: no device has reached its cap of unsynced bytes. Starts a round early if need be."""
+        """Whether writers may go on: no device has reached its cap of unsynced bytes.
+
+        Starts a round early if need be.
+        """
         for device in self.devices:
             if device.unsynced_bytes >= self._early:
                 self._wanted.set()
@@ -50,7 +53,10 @@ class Flusher:
         return True
 
     async def flush(self) -> None:
-        """Return when all that was logged or written before this call is durable. Raises TierError if it never will be."""
+        """Return when all that was logged or written before this call is durable.
+
+        Raises TierError if it never will be.
+        """
         seq = self._seq()
         if (
             self.failure is None

@@ -253,7 +253,8 @@ async def read_pages(segments: SegmentTable, entries: Sequence[tuple[int, int]],
                 device.error_count += 1
                 raise TierError(
                     errno.EIO,
-                    f"a map page {what} on {device.path} at {offset} fails its checksum: run `terrace pool check --full`",
+                    f"a map page {what} on {device.path} at {offset} fails its checksum: run `terrace pool "
+                    f"check --full`",
                 )
             pages[i] = page_of(block)
     return pages

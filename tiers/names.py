@@ -19,7 +19,8 @@ def validate_name(kind: str, name: str) -> str:
         shown = repr(name if len(name) <= NAME_LIMIT else name[:NAME_LIMIT] + "...")
         raise TierError(
             errno.EINVAL,
-            f"{shown} can't name a {kind}: use 1 to {NAME_LIMIT} of the characters A-Z a-z 0-9 . _ - and begin with a letter or digit",
+            f"{shown} can't name a {kind}: use 1 to {NAME_LIMIT} of the characters A-Z a-z 0-9 . _ - and "
+            f"begin with a letter or digit",
         )
     return name
 

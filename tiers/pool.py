@@ -255,7 +255,8 @@ class Pool:
         if volume.open_count:
             raise TierError(
                 errno.EBUSY,
-                f"{volume.name} is in use by {volume.open_count} connection{'s' * (volume.open_count > 1)} and can't be {done}: disconnect its clients first",
+                f"{volume.name} is in use by {volume.open_count} connection{'s' * (volume.open_count > 1)} "
+                f"and can't be {done}: disconnect its clients first",
             )
 
     # -- the pool itself -----------------------------------------------------------------------------------------------
@@ -278,7 +279,8 @@ class Pool:
             opened: list[FileDevice] = []
             try:
                 for row in added:
-                    opened.append(await trio.to_thread.run_sync(open_device, Path(row.path), self._limiter))
+                    device = await trio.to_thread.run_sync(open_device, Path(row.path), self._limiter)
+                    opened.append(device)
             except BaseException:
                 for device in opened:
                     device.close()
@@ -357,7 +359,7 @@ def _device_status(device: Device, live: int) -> DeviceStatus:
     )
 
 
-# -- opening ------------------------------------------------------------------------------------------------------------
+# -- opening -------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -403,17 +405,20 @@ def _judge_label(label: Label, row: DeviceRow, state: State) -> None:
     if label.pool_uuid != state.pool_uuid:
         raise TierError(
             errno.EIO,
-            f"{row.path} belongs to another pool ({label.pool_name!r}), not to {state.pool_name}: attach the right device there",
+            f"{row.path} belongs to another pool ({label.pool_name!r}), not to {state.pool_name}: attach the "
+            f"right device there",
         )
     if label.device_index != row.index or label.device_uuid != row.uuid:
         raise TierError(
             errno.EIO,
-            f"{row.path} is device {label.device_index} of pool {state.pool_name}, not device {row.index}: it is attached twice or under another's path",
+            f"{row.path} is device {label.device_index} of pool {state.pool_name}, not device {row.index}: "
+            f"it is attached twice or under another's path",
         )
     if label.checkpoint_seq > state.position.checkpoint_seq:
         raise TierError(
             errno.ESTALE,
-            f"the catalog of pool {state.pool_name} is older than its devices (checkpoint {state.position.checkpoint_seq}, {row.path} knows "
+            f"the catalog of pool {state.pool_name} is older than its devices (checkpoint "
+            f"{state.position.checkpoint_seq}, {row.path} knows "
             f"{label.checkpoint_seq}): it was restored from a backup; put the newest catalog back",
         )
 
@@ -459,7 +464,10 @@ async def _recover(
     # Ids that were given out after the checkpoint and are not in the log must not be used again either.
     engine.segments.next_id += sum(device.segment_count for device in devices) + 1
     if poisoned:
-        engine.space.read_only = f"the pool {state.pool_name} takes no writes: {poisoned[0].path} is poisoned, {poisoned[0].poisoned}; copy what you need and replace it"
+        engine.space.read_only = (
+            f"the pool {state.pool_name} takes no writes: {poisoned[0].path} is poisoned, {poisoned[0].poisoned}; "
+            "copy what you need and replace it"
+        )
         return pool
     engine.log.checkpoint_seq = position.checkpoint_seq
     engine.log.start()
@@ -479,7 +487,7 @@ async def _recover(
     return pool
 
 
-# -- making devices -------------------------------------------------------------------------------------------------------
+# -- making devices --------------------------------------------------------------------------------------
 
 
 def _create_blocking(directory: Path, name: str, specs: list[DeviceSpec], force: bool) -> None:

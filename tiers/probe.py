@@ -36,7 +36,7 @@ def mounted_at(path: Path) -> str | None:
     for partition in psutil.disk_partitions(all=True):
         device = partition.device
         if device.startswith("/") and (Path(device).resolve() == real or _is_partition_of(Path(device), real)):
-            return partition.mountpoint
+            return str(partition.mountpoint)
     swaps = Path("/proc/swaps")
     if swaps.exists():
         for line in swaps.read_text().splitlines()[1:]:
@@ -94,13 +94,15 @@ def check_usable(path: Path, *, force: bool) -> None:
         if not error.foreign and not force:
             raise TierError(
                 errno.EEXIST,
-                f"{path} looks like a device of a Terrace pool, but {error}: choose another device, or --force to wipe it",
+                f"{path} looks like a device of a Terrace pool, but {error}: choose another device, or "
+                f"--force to wipe it",
             ) from None
     else:
         if not force:
             raise TierError(
                 errno.EEXIST,
-                f"{path} belongs to the Terrace pool {label.pool_name!r}: delete that pool, choose another device, or --force to wipe it",
+                f"{path} belongs to the Terrace pool {label.pool_name!r}: delete that pool, choose another "
+                f"device, or --force to wipe it",
             )
     signature = signature_of(path)
     if signature and not force:

@@ -184,7 +184,7 @@ def encode_segment_header(
     return (body[:72] + _U64.pack(check_of(body[:72]))).ljust(BLOCK_BYTES, b"\0")
 
 
-def decode_segment_header(block: bytes | memoryview, pool: bytes) -> SegmentHeader:
+def decode_segment_header(block: bytes | bytearray | memoryview, pool: bytes) -> SegmentHeader:
     """Judge slot 0 of a segment. Raises BadRecordError."""
     magic, version, kind, device, uuid, segment, index, incarnation, checkpoint, first, check = _SEGMENT.unpack_from(
         block
@@ -252,7 +252,7 @@ def encode_batch(
     return header, check
 
 
-def peek_header_slots(block: bytes | memoryview) -> int:
+def peek_header_slots(block: bytes | bytearray | memoryview) -> int:
     """How many slots the header that begins in `block` claims to have; 0 if it isn't the beginning of one."""
     if bytes(block[:8]) != BATCH_MAGIC:
         return 0

@@ -105,8 +105,10 @@ async def replay(engine: "Engine", state: State, *, truncate_log: bool = False) 
     proof = await reader.proof_beyond(end_seq)
     if proof > end_seq:
         message = (
-            f"the log of pool {engine.pool_name} is damaged after sequence {end_seq} ({reader.end_reason}), although it was durable up to "
-            f"{proof}: restore the device from a copy, or give up what follows with `terrace pool check --truncate-log {engine.pool_name}`"
+            f"the log of pool {engine.pool_name} is damaged after sequence {end_seq} ({reader.end_reason}), "
+            f"although it was durable up to "
+            f"{proof}: restore the device from a copy, or give up what follows with `terrace pool check "
+            f"--truncate-log {engine.pool_name}`"
         )
         if not truncate_log:
             raise TierError(errno.EIO, message)
@@ -144,7 +146,8 @@ class _LogReader:
         if segment is None:
             raise TierError(
                 errno.EIO,
-                f"the catalog of pool {self._engine.pool_name} names log segment {segment_id} but doesn't know it: restore it from a backup",
+                f"the catalog of pool {self._engine.pool_name} names log segment {segment_id} but doesn't "
+                f"know it: restore it from a backup",
             )
         device, index = segment.device, segment.index
         chain: list[Found] = []
@@ -204,7 +207,7 @@ class _LogReader:
             return None
 
     async def proof_beyond(self, end_seq: int) -> int:
-        """The highest durable_seq that any batch after the end of the chain claims, if it claims more than the chain."""
+        """The highest durable_seq that any batch after the end of the chain claims."""
         proof = 0
         if self._segment_id:
             proof = self._scan(self._data, self._segment_id, end_seq)

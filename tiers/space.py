@@ -98,7 +98,13 @@ class Space:
     def capacity(self) -> int:
         """How many live data blocks the pool admits."""
         total = self._segments.total_slots
-        return max(0, int(total * CAPACITY_SHARE) - self.reserve - self._segments.map_live * 2 - MAP_SLACK_SEGMENTS * self.largest_segment_slots)
+        return max(
+            0,
+            int(total * CAPACITY_SHARE)
+            - self.reserve
+            - self._segments.map_live * 2
+            - MAP_SLACK_SEGMENTS * self.largest_segment_slots,
+        )
 
     @property
     def charged(self) -> int:

@@ -268,7 +268,8 @@ class Volume:
                 segment.device.error_count += 1
                 raise TierError(
                     errno.EIO,
-                    f"{self.name} at byte {block << BLOCK_SHIFT}: the block on {segment.device.path} at {offset} fails its checksum",
+                    f"{self.name} at byte {block << BLOCK_SHIFT}: the block on {segment.device.path} at "
+                    f"{offset} fails its checksum",
                 )
         raise TierError(
             errno.EIO, f"{self.name} at byte {block << BLOCK_SHIFT}: the block kept changing while it was read"
@@ -295,14 +296,14 @@ class Volume:
     def _write_admitted(
         self, writes: Sequence[tuple[int, Buffer]], edges: Edges | None, charge: int, *, keep_zeroes: bool = False
     ) -> bool:
-        aligned: Sequence[tuple[int, Buffer]] | None = writes
         for offset, data in writes:
             if (offset | len(data)) & BLOCK_MASK:
                 aligned = self._align(writes, edges or {})
                 if aligned is None:
                     return False
+                writes = aligned
                 break
-        self._log_blocks(aligned, keep_zeroes=keep_zeroes)
+        self._log_blocks(writes, keep_zeroes=keep_zeroes)
         self._engine.space.active_charge += charge
         return True
 
@@ -343,7 +344,7 @@ class Volume:
         return result
 
     def _edge_now(self, block: int, edges: Edges) -> Buffer | None:
-        """The present bytes of a block, if they can be had without waiting (or were, and are still the present ones)."""
+        """The present bytes of a block, if they can be had without waiting or were prepared and are still present."""
         prepared = edges.get(block)
         if prepared is not None and self.entry_now(block) == prepared[0]:
             return prepared[1]
@@ -472,7 +473,9 @@ class Volume:
                 edges[block] = ((address, check), bytes(into))
 
     async def _admission(self, first: int, count: int) -> int:
-        """Wait until `count` blocks from `first` may be logged; return how many of them to charge. Raises ENOSPC, EROFS.
+        """Wait until `count` blocks from `first` may be logged; return how many of them to charge.
+
+        Raises ENOSPC, EROFS.
 
         When it returns, nothing has happened since the answer was found: the caller must log without a checkpoint.
         """
@@ -494,7 +497,8 @@ class Volume:
                 if checkpoints == 2 or not (space.active_weight or space.frozen_weight):
                     raise TierError(
                         errno.ENOSPC,
-                        f"the pool {self._engine.pool_name} is full: delete or trim something, or grow it (`terrace pool grow`)",
+                        f"the pool {self._engine.pool_name} is full: delete or trim something, or grow it "
+                        f"(`terrace pool grow`)",
                     )
                 checkpoints += 1
                 await self._engine.checkpoint()
@@ -508,7 +512,10 @@ class Volume:
             raise TierError(errno.ESTALE, f"{self.name} was deleted")
 
     async def flush(self) -> None:
-        """Return when every write, trim and zero whose call had returned is durable. Raises TierError if it can't be."""
+        """Return when every write, trim and zero whose call had returned is durable.
+
+        Raises TierError if it can't be.
+        """
         await self._engine.flusher.flush()
 
     async def trim(self, offset: int, length: int) -> None:
