@@ -34,7 +34,7 @@ ensure_venv() {
       ! "$root/.venv/bin/python" -m pip --version >/dev/null 2>&1; then
       "$python" -m venv --clear "$root/.venv" || return 1
     fi
-    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    "$root/.venv/bin/python" -m pip install -qq --disable-pip-version-check \
       --editable "$root${extra:+[$extra]}" || {
       echo "error: pip could not install Terrace into $root/.venv; its message is above" >&2
       return 1

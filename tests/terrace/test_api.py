@@ -179,9 +179,13 @@ def test_a_check_streams_its_progress_and_then_its_report(daemon: FakeDaemon) ->
     assert last["report"]["problems"] == []
 
 
+def http(daemon: FakeDaemon) -> httpx.Client:
+    return httpx.Client(transport=httpx.HTTPTransport(uds=str(daemon.home / "api.sock"), verify=False), timeout=30)
+
+
 def check(daemon: FakeDaemon, pool: str) -> Any:
     with (
-        httpx.Client(transport=httpx.HTTPTransport(uds=str(daemon.home / "api.sock"), verify=False), timeout=30) as client,
+        http(daemon) as client,
         client.stream("POST", f"http://terrace/v1/pools/{pool}/check", json={"full": True}) as response,
     ):
         assert response.headers["content-type"] == "application/x-ndjson"
@@ -218,7 +222,7 @@ def test_a_body_above_a_mebibyte_is_refused_announced_or_not(daemon: FakeDaemon)
         for at in range(0, len(big), 65536):
             yield big[at : at + 65536]
 
-    with httpx.Client(transport=httpx.HTTPTransport(uds=str(daemon.home / "api.sock"), verify=False), timeout=30) as client:
+    with http(daemon) as client:
         for content in (big, unannounced()):
             response = client.post("http://terrace/v1/pools", content=content)
             assert response.status_code == 413
