@@ -1,0 +1,296 @@
+"""The codecs of what is appended to segments: what goes in comes out, and nothing else is ever believed."""
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiers.layout import BLOCK_BYTES, check_of
+from tiers.maptree import page_key
+from tiers.record import (
+    MAX_HEADER_SLOTS,
+    BadRecordError,
+    Batch,
+    Kind,
+    Op,
+    decode_batch,
+    decode_segment_header,
+    encode_batch,
+    encode_segment_header,
+    header_slots_for,
+    peek_header_slots,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+POOL = bytes(range(16))
+U64 = st.integers(0, 2**64 - 1)
+U32 = st.integers(0, 2**32 - 1)
+VOLUME = st.integers(0, 2**56 - 1)
+
+
+@st.composite
+def operation(draw: st.DrawFn) -> tuple[list[int], int, int]:
+    """(three words, data blocks, extra words) of a sound operation."""
+    op = draw(st.sampled_from(list(Op)))
+    a, b = draw(U64), draw(U64)
+    blocks = extra = 0
+    if op is Op.WRITE:
+        b = blocks = draw(st.integers(0, 40))
+    elif op is Op.PAGE:
+        blocks = 1
+    elif op is Op.CREATE:
+        length = draw(st.integers(0, 64))
+        b = draw(st.integers(0, 2**40)) << 8 | length
+        extra = -(-length // 8)
+    elif op is Op.MOVE:
+        count = draw(st.integers(0, 300))
+        a = draw(st.integers(0, 2**24 - 1)) << 32 | count
+        extra = 1 + -(-count // 64)
+    return [op << 56 | draw(VOLUME), a, b], blocks, extra
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[list[int], list[int], list[int]]:
+    parts = draw(st.lists(operation(), max_size=12))
+    ops = [word for words, _, _ in parts for word in words]
+    block_count = sum(blocks for _, blocks, _ in parts)
+    extra_count = sum(extra for _, _, extra in parts)
+    checks = draw(st.lists(U64, min_size=block_count, max_size=block_count))
+    extra = draw(st.lists(U64, min_size=extra_count, max_size=extra_count))
+    return ops, checks, extra
+
+
+def sealed(header: bytearray) -> bytearray:
+    """Put the right check on a batch header that was tampered with."""
+    header[96:104] = bytes(8)
+    header[96:104] = struct.pack("<Q", check_of(header))
+    return header
+
+
+def sealed_segment(header: bytes) -> bytes:
+    """The same for a segment header."""
+    return header[:72] + struct.pack("<Q", check_of(header[:72])) + header[80:]
+
+
+# -- segment headers -------------------------------------------------------------------------------------------------
+
+
+@given(st.sampled_from(list(Kind)), U32, st.binary(min_size=16, max_size=16), st.tuples(U64, U64, U64, U64, U64))
+def test_a_segment_header_comes_back_as_it_was(
+    kind: Kind, device: int, pool: bytes, numbers: tuple[int, int, int, int, int]
+) -> None:
+    encoded = encode_segment_header(kind, device, pool, *numbers)
+    assert len(encoded) == BLOCK_BYTES
+    found = decode_segment_header(encoded, pool)
+    assert (found.kind, found.device_index) == (kind, device)
+    assert (
+        found.segment_id,
+        found.physical_index,
+        found.incarnation,
+        found.checkpoint_seq,
+        found.first_seq,
+    ) == numbers
+
+
+def sample_segment_header() -> bytes:
+    return encode_segment_header(Kind.LOG, 3, POOL, 0x1122334455, 77, 5, 1000, 1007)
+
+
+def test_every_flipped_bit_of_a_segment_header_is_refused() -> None:
+    encoded = bytearray(sample_segment_header())
+    for bit in range(80 * 8):
+        encoded[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(BadRecordError):
+            decode_segment_header(encoded, POOL)
+        encoded[bit // 8] ^= 1 << bit % 8
+    decode_segment_header(encoded, POOL)
+
+
+def test_a_segment_header_of_another_version_pool_or_kind_is_refused() -> None:
+    good = sample_segment_header()
+    with pytest.raises(BadRecordError, match="segment format 2, this release reads 1"):
+        decode_segment_header(sealed_segment(good[:8] + b"\x02\x00" + good[10:]), POOL)
+    with pytest.raises(BadRecordError, match="another pool"):
+        decode_segment_header(good, bytes(16))
+    with pytest.raises(BadRecordError, match="kind 9"):
+        decode_segment_header(sealed_segment(good[:10] + b"\x09\x00" + good[12:]), POOL)
+
+
+@given(st.binary(max_size=200))
+def test_garbage_after_the_magic_is_refused_too(garbage: bytes) -> None:
+    with pytest.raises(BadRecordError):
+        decode_segment_header((b"TRCSEGM1" + garbage).ljust(BLOCK_BYTES, b"\0"), POOL)
+    block = (b"TRCBATC1" + garbage).ljust(BLOCK_BYTES, b"\0")
+    assert 0 <= peek_header_slots(block) <= MAX_HEADER_SLOTS
+    with pytest.raises(BadRecordError):
+        decode_batch(block, POOL, 1, 1)
+
+
+# -- batches ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.sampled_from(list(Kind)), batches(), st.tuples(U64, U64, U64, U64, U64, U64))
+def test_a_batch_comes_back_as_it_was(
+    kind: Kind, content: tuple[list[int], list[int], list[int]], numbers: tuple[int, int, int, int, int, int]
+) -> None:
+    ops, checks, extra = content
+    segment, slot, incarnation, seq, prev_check, durable_seq = numbers
+    encoded, check = encode_batch(
+        kind, POOL, segment, slot, incarnation, seq, prev_check, durable_seq, ops, checks, extra
+    )
+    slots = header_slots_for(len(ops) // 3, len(checks), len(extra))
+    assert len(encoded) == slots * BLOCK_BYTES
+    assert peek_header_slots(encoded[:BLOCK_BYTES]) == slots
+    found = decode_batch(encoded + b"what follows on the device", POOL, segment, slot)
+    assert found == Batch(
+        kind, slots, segment, slot, incarnation, seq, prev_check, durable_seq, ops, checks, extra, check
+    )
+    assert found.slots == slots + len(checks)
+    assert [word for op, subject, a, b in found.operations() for word in (op << 56 | subject, a, b)] == ops
+
+
+def sample_batch() -> bytearray:
+    encoded, _ = encode_batch(
+        Kind.LOG, POOL, 9, 4, 2, 30, 111, 25, [Op.WRITE << 56 | 1, 10, 2, Op.UNMAP << 56 | 1, 50, 9], [7, 8], []
+    )
+    return encoded
+
+
+def test_every_flipped_bit_of_a_batch_header_is_refused() -> None:
+    encoded = sample_batch()
+    for bit in range(len(encoded) * 8):
+        encoded[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(BadRecordError):
+            decode_batch(encoded, POOL, 9, 4)
+        encoded[bit // 8] ^= 1 << bit % 8
+    decode_batch(encoded, POOL, 9, 4)
+
+
+def test_a_batch_of_many_slots_is_refused_if_one_is_missing_or_torn() -> None:
+    encoded, _ = encode_batch(Kind.LOG, POOL, 9, 4, 2, 30, 0, 0, [Op.WRITE << 56 | 1, 0, 1500], list(range(1500)), [])
+    assert len(encoded) == 3 * BLOCK_BYTES
+    for cut in (BLOCK_BYTES, 2 * BLOCK_BYTES):
+        with pytest.raises(BadRecordError, match="cut short"):
+            decode_batch(encoded[:cut], POOL, 9, 4)
+        with pytest.raises(BadRecordError, match="fails its check"):
+            decode_batch(encoded[:cut] + bytes(3 * BLOCK_BYTES - cut), POOL, 9, 4)
+
+
+def test_a_batch_that_stands_where_it_should_not_is_refused() -> None:
+    for pool, segment, slot in ((bytes(16), 9, 4), (POOL, 8, 4), (POOL, 9, 5)):
+        with pytest.raises(BadRecordError, match="belongs elsewhere"):
+            decode_batch(sample_batch(), pool, segment, slot)
+
+
+def rewritten(offset: int, layout: str, value: int) -> Callable[[bytearray], None]:
+    def change(header: bytearray) -> None:
+        struct.pack_into(layout, header, offset, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (rewritten(8, "<H", 2), "batch format 2, this release reads 1"),
+        (rewritten(10, "<H", 0), "impossible counts"),
+        (rewritten(12, "<H", 0), "cut short"),
+        (rewritten(12, "<H", 65), "cut short"),
+        (rewritten(80, "<I", 0), "do not match"),
+        (rewritten(80, "<I", 2**32 - 1), "impossible counts"),
+        (rewritten(84, "<I", 3), "do not match"),
+        (rewritten(84, "<I", 2**31), "impossible counts"),
+        (rewritten(88, "<I", 1), "do not match"),
+        (rewritten(104, "<Q", 10 << 56 | 1), "unknown operation 10"),
+        (rewritten(104, "<Q", 1), "unknown operation 0"),
+        (rewritten(104 + 16, "<Q", 3), "do not match"),
+        (rewritten(104 + 16, "<Q", 2**64 - 1), "do not match"),
+    ],
+)
+def test_a_batch_with_a_sound_check_but_senseless_fields_is_refused(
+    change: Callable[[bytearray], None], reason: str
+) -> None:
+    header = sample_batch()
+    change(header)
+    with pytest.raises(BadRecordError, match=reason):
+        decode_batch(sealed(header), POOL, 9, 4)
+
+
+# -- golden images ---------------------------------------------------------------------------------------------------
+
+
+def golden(name: str, size: int) -> bytes:
+    """A golden image: hex text without the zeros at its end."""
+    return bytes.fromhex((GOLDEN / name).read_text()).ljust(size, b"\0")
+
+
+NAME = int.from_bytes(b"vol-1\0\0\0", "little")
+LOG_OPS = [
+    (Op.WRITE << 56 | 5, 0x0102030405, 2),
+    (Op.UNMAP << 56 | 5, 4096, 1 << 40),
+    (Op.RESIZE << 56 | 5, 10 << 40, 0),
+    (Op.CREATE << 56 | 6, 2 << 30, 1_700_000_000 << 8 | 5),
+    (Op.DELETE << 56 | 4, 0, 0),
+    (Op.LINK << 56 | 0x0A0B0C0D, 3 << 32 | 17, 0),
+    (Op.MOVE << 56 | 99, 33 << 32 | 70, 0xFFEEDDCCBBAA9988),
+    (Op.BAD << 56 | 5, 12, 1),
+]
+LOG_BATCH = (
+    [word for operation in LOG_OPS for word in operation],
+    [0x1111111111111111, 0x8222222222222222],
+    [NAME, 1 << 32 | 8, 0xF0F0F0F0F0F0F0F0, 0x3F],
+)
+BATCHES = {
+    "v1-batch-log.hex": (Kind.LOG, 7, 3, 2, 1001, 0xDEADBEEFCAFEF00D, 990, *LOG_BATCH),
+    "v1-batch-moved.hex": (Kind.MOVED, 99, 33, 2, 1002, 0, 1001, [Op.WRITE << 56 | 5, 100, 3], [1, 2, 3], []),
+    "v1-batch-map.hex": (
+        Kind.MAP,
+        12,
+        1,
+        2,
+        1003,
+        0,
+        1001,
+        [Op.PAGE << 56 | 5, page_key(0, 900), 0, Op.PAGE << 56 | 5, page_key(4, 0), 0],
+        [0xA, 0xB],
+        [],
+    ),
+}
+
+
+def test_the_segment_header_of_version_1_is_these_bytes() -> None:
+    image = golden("v1-segment-header.hex", BLOCK_BYTES)
+    assert sample_segment_header() == image
+    assert struct.unpack_from("<8sHHI16sQQQQQ", image) == (
+        b"TRCSEGM1", 1, 1, 3, POOL, 0x1122334455, 77, 5, 1000, 1007,
+    )  # fmt: skip
+    assert struct.unpack_from("<Q", image, 72) == (check_of(image[:72]),)
+    assert image[80:] == bytes(4016)
+
+
+@pytest.mark.parametrize("name", sorted(BATCHES))
+def test_the_batches_of_version_1_are_these_bytes(name: str) -> None:
+    kind, segment, slot, incarnation, seq, prev_check, durable_seq, ops, checks, extra = BATCHES[name]
+    image = golden(name, BLOCK_BYTES)
+    encoded, check = encode_batch(
+        kind, POOL, segment, slot, incarnation, seq, prev_check, durable_seq, ops, checks, extra
+    )
+    assert bytes(encoded) == image
+    found = decode_batch(image, POOL, segment, slot)
+    assert (found.ops, found.checks, found.extra, found.check) == (ops, checks, extra, check)
+    # The table of the format, read independently of the codec.
+    assert struct.unpack_from("<8sHHHH16sQQQQQQIIII", image) == (
+        b"TRCBATC1", 1, int(kind), 1, 0, POOL, segment, slot, incarnation, seq, prev_check, durable_seq,
+        len(ops) // 3, len(checks), len(extra), 0,
+    )  # fmt: skip
+    assert struct.unpack_from("<Q", image, 96) == (check_of(image[:96] + bytes(8) + image[104:]),)
+    words = ops + checks + extra
+    assert list(struct.unpack_from(f"<{len(words)}Q", image, 104)) == words
+    assert image[104 + 8 * len(words) :] == bytes(BLOCK_BYTES - 104 - 8 * len(words))
+
+
+def test_the_golden_log_batch_has_every_operation_of_the_log() -> None:
+    assert {Op(first >> 56) for first, _, _ in LOG_OPS} == set(Op) - {Op.PAGE}
