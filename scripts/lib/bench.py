@@ -18,12 +18,13 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,34 +114,41 @@ def main() -> int:
     if missing:
         sys.exit(f"error: not installed: {', '.join(missing)}; run scripts/install-tools")
     options.dir.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that servers and files are cleared away
     start_s = time.monotonic()
     rows: list[Row] = []
     results: list[Result] = []
+    failures: list[str] = []
     with tempfile.TemporaryDirectory(prefix="bench-", dir=options.dir) as temporary:
         directory = Path(temporary)
-        try:
-            if "throughput" in options.only:
-                rows = throughput(directory, options)
-                console.print(throughput_table(rows))
-            for name, run in (
-                ("big", lambda: big(directory, options.seconds, options.pool_bytes)),
-                ("reopen", lambda: reopen(directory, options.reopen_bytes)),
-                ("pressure", lambda: pressure(directory, options.seconds, options.size // 2)),
-            ):
-                if name in options.only:
-                    say(f"{name} ...")
-                    results += run()
-        except (DaemonError, FioError, RuntimeError) as failure:
-            sys.exit(f"error: {failure}")
+        parts: dict[str, Callable[[], None]] = {
+            "throughput": lambda: throughput(directory, options, rows),
+            "big": lambda: results.extend(big(directory, options.seconds, options.pool_bytes)),
+            "reopen": lambda: results.extend(reopen(directory, options.reopen_bytes)),
+            "pressure": lambda: results.extend(pressure(directory, options.seconds, options.size // 2)),
+        }
+        for name in options.only:
+            say(f"{name} ...")
+            try:
+                parts[name]()
+            except (DaemonError, FioError, RuntimeError) as failure:
+                failures.append(f"{name}: {failure}")
+                console.print(f"[red]FAILED[/red] {name}", highlight=False)
+                console.print(str(failure), markup=False, highlight=False)
+    if any(row.rounds for row in rows):
+        console.print(throughput_table(rows))
     if results:
         console.print(results_table(results))
     verdicts = [row.passed for row in rows] + [stall < STALL_TARGET_MS for row in rows for stall in row.stalls_ms]
     verdicts += [result.passed for result in results]
     missed = verdicts.count(False)
-    console.print(f"{verdicts.count(True)} targets reached, {missed} missed, in {time.monotonic() - start_s:.0f} s")
+    console.print(
+        f"{verdicts.count(True)} targets reached, {missed} missed, {len(failures)} parts failed, "
+        f"in {time.monotonic() - start_s:.0f} s"
+    )
     if options.json:
-        options.json.write_text(json.dumps(document(options, rows, results), indent=2) + "\n")
-    return 1 if missed and options.strict else 0
+        options.json.write_text(json.dumps(document(options, rows, results) | {"failures": failures}, indent=2) + "\n")
+    return 1 if failures or (missed and options.strict) else 0
 
 
 def arguments() -> argparse.Namespace:
@@ -154,7 +162,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="default: all")
     parser.add_argument("--servers", nargs="+", metavar="LABEL", help="only these columns, as 'terrace' 'qemu-nbd raw'")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
-    parser.add_argument("--strict", action="store_true", help="exit status 1 when a target is missed")
+    parser.add_argument(
+        "--strict", action="store_true", help="exit status 1 when a target is missed, not only when a part fails"
+    )
     parser.add_argument("--dir", type=Path, default=REPOSITORY / ".cache", help="where the data goes (default .cache)")
     options = parser.parse_args()
     quick = options.quick
@@ -177,7 +187,8 @@ def say(what: str) -> None:
 # Throughput
 
 
-def throughput(directory: Path, options: argparse.Namespace) -> list[Row]:
+def throughput(directory: Path, options: argparse.Namespace, rows: list[Row]) -> None:
+    """Measures all workloads on all servers into `rows`."""
     servers = [
         server
         for server in all_servers(directory, options.size)
@@ -188,7 +199,7 @@ def throughput(directory: Path, options: argparse.Namespace) -> list[Row]:
     needed_bytes = (len(servers) + 1) * options.size
     if psutil.virtual_memory().available < needed_bytes:
         say(f"less than {needed_bytes >> 30} GiB of memory are available: not everything will stay in the page cache")
-    rows = [Row(workload) for workload in WORKLOADS]
+    rows += [Row(workload) for workload in WORKLOADS]
     try:
         for server in servers:
             server.start()
@@ -202,7 +213,6 @@ def throughput(directory: Path, options: argparse.Namespace) -> list[Row]:
     finally:
         for server in servers:
             server.stop()
-    return rows
 
 
 def warm(server: Server) -> Iterable[str]:

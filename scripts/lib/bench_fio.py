@@ -24,10 +24,13 @@ class Measurement:
     operations: int
 
 
-def fio(uri: str, *options: str, timeout_s: float = 900.0) -> Measurement:
-    """Runs one job with these options. A request that fails fails the run."""
+def fio(uri: str, *options: str, timeout_s: float = 180.0) -> Measurement:
+    """Runs one job with these options. A request that fails, or is never answered, fails the run."""
     command = ["fio", "--name=bench", "--ioengine=nbd", f"--uri={uri}", "--output-format=json", *options]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired:
+        raise FioError(f"{' '.join(command)}\nnot finished in {timeout_s:.0f} s: requests are not answered") from None
     if result.returncode != 0:
         raise FioError(f"{' '.join(command)}\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
     (job,) = json.loads(result.stdout[result.stdout.index("{") :])["jobs"]

@@ -18,6 +18,7 @@ import gzip
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -56,6 +57,7 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=TIMEOUT_S, metavar="S", help="default %(default)s")
     parser.add_argument("--verbose", action="store_true", help="show the whole serial console")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that guest, daemon and files are cleared away
     start_s = time.monotonic()
     try:
         kernel, initramfs = prepare()
