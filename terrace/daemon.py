@@ -36,6 +36,7 @@ from terrace.config import Config, ConfigError, load_config, split_address
 from terrace.exports import PoolExports
 from terrace.home import Home, HomeError, find_home
 from terrace.pools import open_pools
+from terrace.reclaim import stand_apart
 from terrace.stall import StallMeter
 from tiers import Pool
 
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str] | None = None, *, engine: type[Pool] = Pool) -
     stalls = StallMeter()
     try:
         with home.locked():
+            stand_apart()
             return trio.run(partial(run, home, config, stalls, engine), instruments=[stalls])
     except HomeError as error:
         print(f"terraced: {error}", file=sys.stderr)

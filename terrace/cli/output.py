@@ -49,7 +49,7 @@ def console() -> Console:
     return made
 
 
-STATE_STYLES = {"online": "green", "ok": "green", "read-only": "yellow", "failed": "bold red", "offline": "bold red"}
+STATE_STYLES = {"online": "green", "read-only": "yellow", "failed": "bold red", "poisoned": "bold red"}
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "", empty: str = "") -> None:
@@ -76,15 +76,10 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, titl
 
 def show_facts(facts: Sequence[tuple[str, object]]) -> None:
     """Names and values below each other."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table.grid(padding=(0, 3, 0, 0))
-    table.add_column(no_wrap=True, style="dim")
-    table.add_column(no_wrap=True, overflow="fold")
+    width = max(len(name) for name, _ in facts) + 3
     for name, value in facts:
-        table.add_row(name, Text(str(value), STATE_STYLES.get(str(value), "")))
-    console().print(table)
+        colour = STATE_STYLES.get(str(value), "").split(" ")[-1] or None
+        click.echo(click.style(name.ljust(width), dim=True) + click.style(str(value), fg=colour))
 
 
 def percent(part: float, whole: float) -> str:

@@ -145,6 +145,7 @@ def show_pool(found: dict[str, Any]) -> None:
         [
             ("Pool", found["name"]),
             ("State", found["state"]),
+            *(("Problem", found[key]) for key in ("problem", "checkpoint_failure") if found[key]),
             ("UUID", found["uuid"]),
             ("Block size", format_size(found["block_size"])),
             (
@@ -157,8 +158,8 @@ def show_pool(found: dict[str, Any]) -> None:
             ("Deferred frees", f"{size['pending_free_bytes']} free after the next checkpoint"),
             (
                 "Volumes",
-                f"{count}, {size['nominal_bytes']} nominal "
-                f"({percent(found['nominal_bytes'], found['capacity_bytes'])} of the capacity)",
+                f"{count}, {size['nominal_bytes']} nominal, "
+                f"{found['nominal_bytes'] / max(found['capacity_bytes'], 1):.2f} x the capacity",
             ),
             (
                 "Log",
