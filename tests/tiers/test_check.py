@@ -1,0 +1,259 @@
+"""The check: each kind of planted damage is seen and named, and costs nobody more than it must."""
+
+import contextlib
+import errno
+import sqlite3
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.tiers.helpers import QUIET, assert_sound, block, flip, fresh_pool, make_pool, read, refusal, run
+from tiers import Pool, Volume
+from tiers.layout import BLOCK_BYTES, MIB, SLOT_MASK
+
+BLOCKS = 300
+
+
+async def filled(pool: Pool, name: str = "v") -> Volume:
+    """A volume of 300 blocks in a row, in pages."""
+    volume = await pool.create_volume(name, 4 * MIB)
+    await volume.write(0, b"".join(block(i) for i in range(BLOCKS)))
+    await pool.checkpoint()
+    return volume
+
+
+async def place_of(volume: Volume, index: int) -> tuple[Path, int]:
+    """Where a block of a volume lies: device and offset."""
+    (address,), _ = await volume.entries(index, 1)
+    segment = volume._engine.segments.by_id[address >> 24]
+    return Path(segment.device.path), segment.offset(address & SLOT_MASK)
+
+
+async def place_of_page(volume: Volume, level: int, index: int) -> tuple[Path, int]:
+    """Where a map page lies."""
+    if level < 4:
+        await volume.tree.load(level + 1, [index >> 8])
+    entry = volume.tree.entry_of_page_now(level, index)
+    assert entry is not None
+    segment = volume._engine.segments.by_id[entry[0] >> 24]
+    return Path(segment.device.path), segment.offset(entry[0] & SLOT_MASK)
+
+
+def sqlite(home: Path, statement: str) -> None:
+    with contextlib.closing(sqlite3.connect(home / "catalog.sqlite")) as db, db:
+        assert db.execute(statement).rowcount > 0
+
+
+def test_a_sound_pool_has_no_problems_and_the_report_counts_what_was_looked_at(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path, base_mib=64) as pool:
+            empty = await pool.check(True)
+            assert (empty.ok, empty.problems, empty.volumes, empty.blocks_mapped) == (True, [], 0, 0)
+            await filled(pool)
+            await filled(pool, "w")
+            seen: list[tuple[int, int]] = []
+            report = await pool.check(True, lambda done, total: seen.append((done, total)))
+            assert (report.ok, report.problems, report.volumes) == (True, [], 2)
+            assert report.blocks_mapped == 2 * BLOCKS
+            assert report.bytes_checked == 2 * BLOCKS * BLOCK_BYTES
+            assert report.pages_checked == 2 * (2 + 4)
+            assert seen == sorted(seen)
+            assert seen[-1][0] == seen[-1][1] > 0
+            sample = await pool.check(False)
+            assert sample.ok
+            assert 0 < sample.bytes_checked < report.bytes_checked
+
+    run(body)
+
+
+@pytest.mark.parametrize("reopened", [False, True], ids=["in the page cache", "after reopening"])
+def test_a_flipped_bit_of_data_costs_exactly_its_block_and_is_named_by_volume_and_offset(
+    tmp_path: Path, reopened: bool
+) -> None:
+    async def body() -> None:
+        home = await make_pool(tmp_path)
+        async with Pool.open(home, settings=QUIET) as pool:
+            volume = await filled(pool)
+            await filled(pool, "other")
+            device, offset = await place_of(volume, 123)
+            if not reopened:
+                flip(device, offset + 1000)
+                await damaged(pool, device, offset)
+        if reopened:
+            flip(device, offset + 1000)
+            async with Pool.open(home, settings=QUIET) as pool:
+                await damaged(pool, device, offset)
+
+    async def damaged(pool: Pool, device: Path, offset: int) -> None:
+        volume = pool.volume("v")
+        for length, start in ((BLOCK_BYTES, 123 * BLOCK_BYTES), (1, 123 * BLOCK_BYTES + 7), (BLOCKS * BLOCK_BYTES, 0)):
+            error = await refusal(lambda start=start, length=length: read(volume, start, length))
+            assert error.errno == errno.EIO
+            assert f"p/v at byte {123 * BLOCK_BYTES}" in str(error)
+        for index in range(BLOCKS):
+            if index != 123:
+                assert await read(volume, index * BLOCK_BYTES, BLOCK_BYTES) == block(index)
+        assert not volume.read_now(123 * BLOCK_BYTES, BLOCK_BYTES, memoryview(bytearray(BLOCK_BYTES)))
+        report = await pool.check(True)
+        assert not report.ok
+        assert report.problems == [
+            f"p/v at byte {123 * BLOCK_BYTES}: the block on {device} at {offset} fails its checksum"
+        ]
+        assert pool.status().devices[0].errors > 0
+        await volume.write(123 * BLOCK_BYTES, block(999))
+        assert await read(volume, 123 * BLOCK_BYTES, BLOCK_BYTES) == block(999)
+        await assert_sound(pool)
+
+    run(body)
+
+
+def test_a_partial_write_into_a_damaged_block_is_refused_and_does_not_launder_it(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path) as pool:
+            volume = await filled(pool)
+            device, offset = await place_of(volume, 5)
+            flip(device, offset)
+            error = await refusal(lambda: volume.write(5 * BLOCK_BYTES + 10, b"part"))
+            assert error.errno == errno.EIO
+            assert (await refusal(lambda: read(volume, 5 * BLOCK_BYTES, 1))).errno == errno.EIO
+            assert await read(volume, 6 * BLOCK_BYTES, BLOCK_BYTES) == block(6)
+
+    run(body)
+
+
+def test_blocks_that_were_swapped_on_the_device_are_seen(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path) as pool:
+            volume = await filled(pool)
+            places = [await place_of(volume, index) for index in (10, 200)]
+            with places[0][0].open("r+b") as file:
+                for (_, offset), index in zip(places, (200, 10), strict=True):
+                    file.seek(offset)
+                    file.write(block(index))
+            report = await pool.check(True)
+            assert [problem.split(":")[0] for problem in report.problems] == [
+                f"p/v at byte {10 * BLOCK_BYTES}",
+                f"p/v at byte {200 * BLOCK_BYTES}",
+            ]
+
+    run(body)
+
+
+@pytest.mark.parametrize("level", [0, 1, 2, 3, 4])
+def test_a_flipped_bit_of_a_map_page_is_named_and_stays_within_its_volume(tmp_path: Path, level: int) -> None:
+    async def body() -> None:
+        home = await make_pool(tmp_path)
+        async with Pool.open(home, settings=QUIET) as pool:
+            volume = await filled(pool)
+            await filled(pool, "other")
+            device, offset = await place_of_page(volume, level, 0)
+        flip(device, offset + 9)
+        async with Pool.open(home, settings=QUIET) as pool:
+            error = await refusal(lambda: read(pool.volume("v"), 0, BLOCK_BYTES))
+            assert error.errno == errno.EIO
+            assert f"{device} at {offset}" in str(error)
+            assert await read(pool.volume("other"), 0, BLOCK_BYTES) == block(0)
+            if level == 0:
+                assert await read(pool.volume("v"), 256 * BLOCK_BYTES, BLOCK_BYTES) == block(256)
+            report = await pool.check(True)
+            assert not report.ok
+            assert any(
+                f"p/v, level {level}" in problem and f"{device} at {offset}" in problem for problem in report.problems
+            )
+            assert not any("p/other" in problem for problem in report.problems)
+
+    run(body)
+
+
+def test_a_wrong_live_count_is_reported(tmp_path: Path) -> None:
+    async def body() -> None:
+        home = await make_pool(tmp_path)
+        async with Pool.open(home, settings=QUIET) as pool:
+            await filled(pool)
+        sqlite(home, f"UPDATE segments SET live = live + 3 WHERE live >= {BLOCKS - 50} AND kind = 1")
+        async with Pool.open(home, settings=QUIET) as pool:
+            report = await pool.check(False)
+            assert len(report.problems) == 1
+            assert "are counted as live" in report.problems[0]
+
+    run(body)
+
+
+def test_a_wrong_count_of_mapped_blocks_is_reported(tmp_path: Path) -> None:
+    async def body() -> None:
+        home = await make_pool(tmp_path)
+        async with Pool.open(home, settings=QUIET) as pool:
+            await filled(pool)
+        sqlite(home, "UPDATE volumes SET mapped_blocks = mapped_blocks - 1")
+        async with Pool.open(home, settings=QUIET) as pool:
+            report = await pool.check(False)
+            assert report.problems == [f"p/v: the catalog counts {BLOCKS - 1} mapped blocks, its map has {BLOCKS}"]
+
+    run(body)
+
+
+def test_two_segments_in_one_place_are_reported(tmp_path: Path) -> None:
+    async def body() -> None:
+        home = await make_pool(tmp_path)
+        async with Pool.open(home, settings=QUIET) as pool:
+            await filled(pool)
+        sqlite(
+            home, "INSERT INTO segments SELECT id + 100000, device, idx, kind, 0, used, live, last_seq FROM segments"
+        )
+        async with Pool.open(home, settings=QUIET) as pool:
+            report = await pool.check(False)
+            assert any("two segments claim place" in problem for problem in report.problems)
+
+    run(body)
+
+
+def test_two_entries_that_share_a_place_are_reported(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path) as pool:
+            volume = await filled(pool)
+            (address,), (check,) = await volume.entries(0, 1)
+            volume.active.points[700] = (address, check)
+            volume._engine.segments.add_pending(address, 1)
+            volume._engine.space.active_weight += 1
+            await volume.write(800 * BLOCK_BYTES, block(1))
+            report = await pool.check(False)
+            assert any("two map entries share a place" in problem for problem in report.problems)
+
+    run(body)
+
+
+def test_an_entry_past_what_was_written_is_reported(tmp_path: Path) -> None:
+    async def body() -> None:
+        home = await make_pool(tmp_path)
+        async with Pool.open(home, settings=QUIET) as pool:
+            await filled(pool)
+        sqlite(home, "UPDATE segments SET used = 5 WHERE live > 200 AND kind = 1")
+        async with Pool.open(home, settings=QUIET) as pool:
+            report = await pool.check(False)
+            assert any("past what was written" in problem for problem in report.problems)
+
+    run(body)
+
+
+def test_the_check_runs_while_clients_write(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path) as pool:
+            volume = await filled(pool)
+            done = False
+
+            async def client() -> None:
+                index = 0
+                while not done:
+                    await volume.write(index % BLOCKS * BLOCK_BYTES, block(index))
+                    index += 1
+                    await trio.lowlevel.checkpoint()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(client)
+                for _ in range(5):
+                    report = await pool.check(True)
+                    assert report.problems == []
+                done = True
+
+    run(body)
