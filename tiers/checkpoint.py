@@ -41,7 +41,7 @@ from tiers.maptree import (
     read_pages,
 )
 from tiers.mapwriter import MapWriter
-from tiers.overlay import Overlay
+from tiers.overlay import UNSET, Overlay, Patch
 from tiers.segments import Segment
 from tiers.volume import Volume
 
@@ -221,7 +221,7 @@ class Checkpointer:
         for volume in engine.volumes.values():
             overlay = None
             if volume.active:
-                overlay, volume.active = volume.active, Overlay()
+                overlay, volume.active = volume.active, volume.new_overlay()
                 volume.frozen = overlay
             volumes.append(FrozenVolume(volume, volume.size_bytes, overlay, engine.forced.pop(volume.id, set())))
         engine.forced.clear()
@@ -246,9 +246,10 @@ class Checkpointer:
     async def _merge_volume(self, item: FrozenVolume, merge: Merge) -> None:
         """Work out the new tree of one volume, writing its new pages."""
         volume = item.volume
-        overlay = item.overlay or Overlay()
+        overlay = item.overlay or Overlay(small=True)
         keys, addresses, checks = await _arrays_of(overlay)
         merge.count_pending(addresses, -1)
+        self._forget_patches(overlay, merge)
         tombs, detached = decompose_ranges(overlay)
         if detached:
             merge.detached.add(volume.id)
@@ -258,8 +259,9 @@ class Checkpointer:
             forced[key >> LEVEL_SHIFT].add(key & ((1 << LEVEL_SHIFT) - 1))
         merge.inner[volume.id] = {}
         for level in range(ROOT_LEVEL + 1):
+            patches = overlay.patches if level == 0 else {}
             keys, addresses, checks = await self._merge_level(
-                volume, level, keys, addresses, checks, detached, forced[level], merge
+                volume, level, keys, addresses, checks, patches, detached, forced[level], merge
             )
         old_root = volume.tree.root
         if len(keys):
@@ -275,14 +277,15 @@ class Checkpointer:
         keys: U64,
         addresses: U64,
         checks: U64,
+        patches: dict[int, Patch],
         detached: dict[int, set[int]],
         forced: set[int],
         merge: Merge,
     ) -> tuple[U64, U64, U64]:
-        """Apply sorted updates to the pages of one level; return the updates that follow for the level above."""
+        """Apply sorted updates, then patches, to the pages of one level; return the updates for the level above."""
         indices = np.unique(keys >> np.uint64(FANOUT_BITS)) if len(keys) else keys
         cut = detached.get(level, set()) if level else set()
-        more = forced | {key >> FANOUT_BITS for key in cut}
+        more = forced | {key >> FANOUT_BITS for key in cut} | patches.keys()
         if more:
             indices = np.union1d(indices, np.fromiter(more, np.uint64, len(more)))
         up_keys: list[int] = []
@@ -304,6 +307,8 @@ class Checkpointer:
             merge.count_live(addresses[lo:hi], +1)
             if level == 0:
                 merge.mapped[volume.id] += int(np.count_nonzero(addresses[lo:hi])) - int(np.count_nonzero(old))
+            if patches:
+                self._apply_patches(volume, patches, page_indices, matrix, merge)
             kept = [i for i, used in enumerate(matrix[:, :FANOUT].any(axis=1).tolist()) if used]
             pages = [matrix[i].tobytes() for i in kept]
             for i in set(range(len(page_indices))).difference(kept):
@@ -328,6 +333,34 @@ class Checkpointer:
             if page is not EMPTY_PAGE:
                 matrix[row] = page
         return matrix
+
+    @staticmethod
+    def _forget_patches(overlay: Overlay, merge: Merge) -> None:
+        """The entries of a frozen overlay's patches cease to be pending."""
+        patches = list(overlay.patches.values())
+        for start in range(0, len(patches), CHUNK_PAGES):
+            words = np.array(patches[start : start + CHUNK_PAGES], np.uint64)
+            merge.count_pending(words[:, :FANOUT].ravel(), -1)
+
+    @staticmethod
+    def _apply_patches(
+        volume: Volume, patches: dict[int, Patch], indices: list[int], matrix: U64, merge: Merge
+    ) -> None:
+        """Lay patches over leaf pages: every entry that isn't UNSET."""
+        rows = [row for row, index in enumerate(indices) if index in patches]
+        if not rows:
+            return
+        words = np.array([patches[indices[row]] for row in rows], np.uint64)
+        says = words[:, :FANOUT] != UNSET
+        new = words[:, :FANOUT][says]
+        addresses, checks = matrix[rows, :FANOUT], matrix[rows, FANOUT:]
+        old = addresses[says]
+        addresses[says] = new
+        checks[says] = words[:, FANOUT:][says]
+        matrix[rows, :FANOUT], matrix[rows, FANOUT:] = addresses, checks
+        merge.count_live(old, -1)
+        merge.count_live(new, +1)
+        merge.mapped[volume.id] += int(np.count_nonzero(new)) - int(np.count_nonzero(old))
 
     @staticmethod
     def _detach(volume: Volume, level: int, cut: set[int], indices: list[int], matrix: U64, merge: Merge) -> None:
@@ -368,6 +401,7 @@ class Checkpointer:
         """A volume was deleted: its map goes on the dead list, its overlay entries cease to count."""
         _, addresses, _ = await _arrays_of(volume.active)
         merge.count_pending(addresses, -1)
+        self._forget_patches(volume.active, merge)
         address, check = volume.tree.root
         if address:
             merge.dead[address] = (check, ROOT_LEVEL, volume.id)

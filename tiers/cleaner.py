@@ -49,6 +49,8 @@ UNIT_BLOCKS = 512
 MIN_GAIN_SHARE = 1 / 64
 """A victim that would give back less than this is not worth its move."""
 FUTILE_ROUNDS = 3
+STALE_BYTES = 16 << 20
+"""With more log than this since the last checkpoint, the counts of live blocks are too old to choose victims by."""
 
 
 @dataclass(slots=True)
@@ -106,6 +108,9 @@ class Cleaner:
             return False
         await self._clean_map()
         before = engine.segments.free_slots
+        if engine.log.appended_bytes - engine.checkpoint_log_mark > STALE_BYTES:
+            # What was overwritten since the last checkpoint still counts as live: see first what is really left.
+            await engine.checkpoint()
         move = space.cleaning_needed()
         moved = False
         if move is not None:
@@ -424,12 +429,10 @@ class Cleaner:
 
 def put_moved(engine: "Engine", volume: Volume, block: int, entry: Entry) -> None:
     """Let the active overlay name a block's new place. Also the replay's way in."""
-    points = volume.active.points
-    old = points.get(block)
-    if old is not None:
-        engine.segments.drop_pending([old[0]])
-    else:
-        engine.space.active_weight += 1
-    points[block] = entry
+    before = volume.active.weight
+    old = volume.active.put(block, *entry)
+    if old:
+        engine.segments.drop_pending([old])
+    engine.space.active_weight += volume.active.weight - before
     if entry[0] != BAD:
         engine.segments.add_pending(entry[0], 1)

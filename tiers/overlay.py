@@ -1,17 +1,41 @@
 """What the log has done to one volume since its map pages were last written: the newest layer of the map.
 
-Point entries (block -> address and check) for writes, ranges for trims and zeroes. A point is newer than any range it
-lies in, since a range removes the points that it covers when it arrives. Freezing is handing the object over to the
-checkpoint and starting a new one; a frozen overlay never changes.
+Three forms, each for what it is best at. A *patch* is a leaf page of its own, with UNSET where this layer says nothing:
+for streams, and for volumes small enough that random writes fill leaves. A *point* is one block: for random writes over
+a large volume, which would otherwise take a page each. A *range* is unmapped blocks: for trims of any size.
+
+A leaf with a patch has no points; patches and points are newer than the ranges that they lie in, since a range clears
+what it covers when it arrives. Freezing is handing the object over to the checkpoint and starting a new one; a frozen
+overlay never changes.
 """
 
+from array import array
 from bisect import bisect_left, bisect_right
+
+from tiers.layout import FIRST_ADDRESS, UNMAPPED
 
 Entry = tuple[int, int]
 """(address, check) of a block. (0, 0) is unmapped."""
 
+Patch = memoryview
+"""256 addresses, then 256 checks, as in a map page; UNSET addresses where the layers below decide."""
+
 HOLE: Entry = (0, 0)
+UNSET = 2
+"""An address that no map page ever has."""
+
+LEAF_BITS = 8
+LEAF_BLOCKS = 1 << LEAF_BITS
+LEAF_MASK = LEAF_BLOCKS - 1
+_UNSET_PAGE = array("Q", [UNSET] * LEAF_BLOCKS + [0] * LEAF_BLOCKS).tobytes()
+
 SMALL_RANGE_BLOCKS = 16
+RUN_BLOCKS = 16
+"""A write of so many blocks within a leaf is worth a patch."""
+SMALL_VOLUME_LEAVES = 8192
+"""In a volume of up to so many leaf pages (8 GiB) even single blocks go into patches."""
+PATCH_WEIGHT = 8
+RANGE_WEIGHT = 64
 
 
 class RangeSet:
@@ -54,54 +78,179 @@ class RangeSet:
 
 
 class Overlay:
-    """Points and ranges; see the module."""
+    """Patches, points and ranges; see the module. `small`: single blocks go into patches too.
 
-    __slots__ = ("points", "ranges")
+    The methods that change it return the addresses that it named before and doesn't name any more.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("entry_count", "patches", "points", "ranges", "small")
+
+    def __init__(self, *, small: bool) -> None:
+        self.small = small
+        self.patches: dict[int, Patch] = {}
         self.points: dict[int, Entry] = {}
         self.ranges = RangeSet()
+        self.entry_count = 0
+        """Blocks that were entered one way or another; for estimates."""
 
     def __bool__(self) -> bool:
-        return bool(self.points) or bool(self.ranges)
+        return bool(self.patches) or bool(self.points) or bool(self.ranges)
 
     @property
     def weight(self) -> int:
-        """What bounds it: the entries that it holds, a range counting as the map entries it may touch at its edges."""
-        return len(self.points) + 64 * len(self.ranges)
+        """What bounds it, in points: memory, and the map pages that a checkpoint may have to write for it."""
+        return len(self.points) + PATCH_WEIGHT * len(self.patches) + RANGE_WEIGHT * len(self.ranges)
+
+    # -- changing ------------------------------------------------------------------------------------------------
+
+    def put(self, block: int, address: int, check: int) -> int:
+        """Name the new place of one block; return the address that this replaces, 0 if none."""
+        leaf = block >> LEAF_BITS
+        patch = self.patches.get(leaf)
+        if patch is None:
+            if not self.small:
+                old = self.points.get(block)
+                self.points[block] = (address, check)
+                if old is not None:
+                    return old[0]
+                self.entry_count += 1
+                return 0
+            patch = self._new_patch(leaf)
+        slot = block & LEAF_MASK
+        replaced: int = patch[slot]
+        patch[slot] = address
+        patch[LEAF_BLOCKS + slot] = check
+        if replaced == UNSET:
+            self.entry_count += 1
+            return 0
+        return replaced
+
+    def put_run(self, block: int, address: int, checks: list[int]) -> list[int]:
+        """Name consecutive places of consecutive blocks; return the addresses that this replaces."""
+        dropped: list[int] = []
+        at = 0
+        count = len(checks)
+        while at < count:
+            lo = (block + at) & LEAF_MASK
+            part = min(LEAF_BLOCKS - lo, count - at)
+            leaf = (block + at) >> LEAF_BITS
+            patch = self.patches.get(leaf)
+            if patch is None and (self.small or part >= RUN_BLOCKS):
+                patch = self._new_patch(leaf)
+            if patch is None:
+                for i in range(at, at + part):
+                    old = self.put(block + i, address + i, checks[i])
+                    if old:
+                        dropped.append(old)
+            else:
+                dropped += self._set(patch, lo, array("Q", range(address + at, address + at + part)))
+                patch[LEAF_BLOCKS + lo : LEAF_BLOCKS + lo + part] = memoryview(array("Q", checks[at : at + part]))
+            at += part
+        return dropped
+
+    def _set(self, patch: Patch, lo: int, addresses: "array[int]") -> list[int]:
+        hi = lo + len(addresses)
+        old = patch[lo:hi].tolist()
+        patch[lo:hi] = memoryview(addresses)
+        unset = old.count(UNSET)
+        self.entry_count += unset
+        return [] if unset == len(old) else [address for address in old if address >= FIRST_ADDRESS]
+
+    def _new_patch(self, leaf: int) -> Patch:
+        patch = memoryview(bytearray(_UNSET_PAGE)).cast("Q")
+        if self.points:
+            for block in range(leaf << LEAF_BITS, (leaf + 1) << LEAF_BITS):
+                entry = self.points.pop(block, None)
+                if entry is not None:
+                    patch[block & LEAF_MASK], patch[LEAF_BLOCKS + (block & LEAF_MASK)] = entry
+        self.patches[leaf] = patch
+        return patch
 
     def unmap(self, start: int, count: int) -> list[int]:
-        """Record that these blocks read as zeros. Returns the addresses of the points that this dropped."""
-        points = self.points
-        end = start + count
+        """Record that these blocks read as zeros."""
         if count <= SMALL_RANGE_BLOCKS:
-            dropped = [points[b][0] for b in range(start, end) if b in points]
-            for block in range(start, end):
-                points[block] = HOLE
-            return dropped
-        covered = (
-            [b for b in range(start, end) if b in points]
-            if count <= len(points)
-            else [b for b in points if start <= b < end]
-        )
-        dropped = [points.pop(block)[0] for block in covered]
+            replaced = [self.put(block, UNMAPPED, 0) for block in range(start, start + count)]
+            return [address for address in replaced if address]
+        end = start + count
+        dropped = self._clear_patches(start, end)
+        points = self.points
+        if points:
+            if count <= len(points):
+                covered = [block for block in range(start, end) if block in points]
+            else:
+                covered = [block for block in points if start <= block < end]
+            dropped += [points.pop(block)[0] for block in covered]
         self.ranges.add(start, end)
         return dropped
 
+    def _clear_patches(self, start: int, end: int) -> list[int]:
+        dropped: list[int] = []
+        first, last = start >> LEAF_BITS, (end - 1) >> LEAF_BITS
+        if last - first < len(self.patches):
+            leaves = [leaf for leaf in range(first, last + 1) if leaf in self.patches]
+        else:
+            leaves = [leaf for leaf in self.patches if first <= leaf <= last]
+        for leaf in leaves:
+            base = leaf << LEAF_BITS
+            lo, hi = max(start - base, 0), min(end - base, LEAF_BLOCKS)
+            patch = self.patches[leaf]
+            dropped += [address for address in patch[lo:hi].tolist() if address >= FIRST_ADDRESS]
+            if (lo, hi) == (0, LEAF_BLOCKS):
+                del self.patches[leaf]
+            else:
+                patch[lo:hi] = memoryview(array("Q", [UNMAPPED] * (hi - lo)))
+                patch[LEAF_BLOCKS + lo : LEAF_BLOCKS + hi] = memoryview(array("Q", [0] * (hi - lo)))
+        return dropped
+
+    # -- asking --------------------------------------------------------------------------------------------------
+
     def get(self, block: int) -> Entry | None:
         """The entry of a block, HOLE if it was unmapped, None if this layer says nothing."""
-        entry = self.points.get(block)
-        if entry is None and self.ranges and block in self.ranges:
+        patch = self.patches.get(block >> LEAF_BITS)
+        if patch is not None:
+            slot = block & LEAF_MASK
+            address = patch[slot]
+            if address != UNSET:
+                return address, patch[LEAF_BLOCKS + slot]
+        elif (entry := self.points.get(block)) is not None:
+            return entry
+        if self.ranges and block in self.ranges:
             return HOLE
-        return entry
+        return None
 
     def patch(self, start: int, addresses: list[int], checks: list[int]) -> None:
         """Lay this layer over the entries of the blocks from `start` on."""
         count = len(addresses)
+        end = start + count
         if self.ranges:
-            for lo, hi in self.ranges.overlapping(start, start + count):
+            for lo, hi in self.ranges.overlapping(start, end):
                 addresses[lo - start : hi - start] = checks[lo - start : hi - start] = [0] * (hi - lo)
         if self.points:
-            for i, entry in enumerate(map(self.points.get, range(start, start + count))):
+            for i, entry in enumerate(map(self.points.get, range(start, end))):
                 if entry is not None:
                     addresses[i], checks[i] = entry
+        if self.patches:
+            at = start
+            while at < end:
+                lo = at & LEAF_MASK
+                part = min(LEAF_BLOCKS - lo, end - at)
+                patch = self.patches.get(at >> LEAF_BITS)
+                if patch is not None:
+                    new = patch[lo : lo + part].tolist()
+                    new_checks = patch[LEAF_BLOCKS + lo : LEAF_BLOCKS + lo + part].tolist()
+                    i = at - start
+                    if UNSET not in new:
+                        addresses[i : i + part] = new
+                        checks[i : i + part] = new_checks
+                    else:
+                        for j, address in enumerate(new):
+                            if address != UNSET:
+                                addresses[i + j], checks[i + j] = address, new_checks[j]
+                at += part
+
+    def next_named(self, block: int) -> int | None:
+        """The first block from `block` on that a point, or a patch of its leaf, may name; None if there is none."""
+        leaf = block >> LEAF_BITS
+        nearest = [max(block, found << LEAF_BITS) for found in self.patches if found >= leaf]
+        nearest += [found for found in self.points if found >= block]
+        return min(nearest, default=None)

@@ -337,7 +337,10 @@ class Pool:
             devices=[_device_status(device, live_by_device.get(device.index, 0)) for device in engine.devices],
             volumes=[
                 VolumeStatus(
-                    v.name, v.size_bytes, (v.tree.mapped_blocks + len(v.active.points)) * BLOCK_BYTES, v.open_count
+                    v.name,
+                    v.size_bytes,
+                    min(v.tree.mapped_blocks * BLOCK_BYTES + v.active.entry_count * BLOCK_BYTES, v.size_bytes),
+                    v.open_count,
                 )
                 for v in self.volumes()
             ],

@@ -68,6 +68,7 @@ class SegmentTable:
         self.pending = 0
         self.map_live = 0
         self.map_slots = 0
+        self.tier_live: dict[str, int] = {"fast": 0, "base": 0}
 
     def add_device(self, device: Device) -> None:
         """Bring in a new, empty device."""
@@ -81,6 +82,7 @@ class SegmentTable:
         """Recompute the free places: all that no segment in use holds. Low places come first."""
         taken: dict[int, set[int]] = {device.index: set() for device in self.devices}
         self.live = self.pending = self.map_live = self.map_slots = 0
+        self.tier_live = {"fast": 0, "base": 0}
         for segment in self.by_id.values():
             taken[segment.device.index].add(segment.index)
             self._count(segment, segment.live, segment.pending)
@@ -95,6 +97,7 @@ class SegmentTable:
             self.free_slots += len(device.free) * (slots - 1)
 
     def _count(self, segment: Segment, live: int, pending: int) -> None:
+        self.tier_live[segment.device.tier] += live
         if segment.kind is Kind.MAP:
             self.map_live += live
         else:

@@ -196,16 +196,13 @@ class Space:
 
     def tier_use(self, tier: str) -> TierUse:
         """How full a tier is."""
-        total = free = live = 0
+        total = free = 0
         for device in self._segments.devices:
             if device.tier == tier:
                 slots = device.segment_bytes // BLOCK_BYTES
                 total += device.segment_count * slots
                 free += len(device.free) * slots
-        for segment in self._segments.by_id.values():
-            if segment.device.tier == tier:
-                live += segment.live
-        return TierUse(total, free, live)
+        return TierUse(total, free, self._segments.tier_live[tier])
 
     def cleaning_needed(self) -> Move | None:
         """What the cleaner should do now, if anything."""

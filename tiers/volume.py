@@ -33,7 +33,7 @@ from tiers.layout import (
 )
 from tiers.log import MAX_BATCH_BLOCKS, MAX_BATCH_BUFFERS
 from tiers.maptree import FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL, MapTree
-from tiers.overlay import HOLE, Entry, Overlay
+from tiers.overlay import LEAF_BITS, SMALL_VOLUME_LEAVES, Entry, Overlay
 from tiers.record import OP_WORDS, UNMAP_WORD, WRITE_WORD, header_slots_for
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Volume:
         self.size_bytes = size_bytes
         self.tree = tree
         self.created_at = created_at
-        self.active = Overlay()
+        self.active = self.new_overlay()
         self.frozen: Overlay | None = None
         self.open_count = 0
         self.deleted = False
@@ -80,6 +80,10 @@ class Volume:
         self._segments = engine.segments.by_id
         self._write_word = WRITE_WORD | volume_id
         self._unmap_word = UNMAP_WORD | volume_id
+
+    def new_overlay(self) -> Overlay:
+        """An empty overlay of the kind that suits the volume's size."""
+        return Overlay(small=self.size_bytes >> BLOCK_SHIFT <= SMALL_VOLUME_LEAVES << LEAF_BITS)
 
     # -- the map, layer by layer ---------------------------------------------------------------------------------
 
@@ -411,10 +415,10 @@ class Volume:
 
     def apply_batch(self, ops: list[int], checks: list[int], address: int) -> None:
         """Let the active overlay name what a logged batch brought. Also the replay's way in."""
-        points = self.active.points
+        active = self.active
         space = self._engine.space
         segments = self._engine.segments
-        before = self.active.weight
+        before = active.weight
         dropped: list[int] = []
         if checks:
             segments.add_pending(address, len(checks))
@@ -423,26 +427,17 @@ class Volume:
             word, block, count = ops[i : i + OP_WORDS]
             if word == self._write_word:
                 if count == 1:
-                    old = points.get(block)
-                    if old is not None:
-                        dropped.append(old[0])
-                    points[block] = (address + at, checks[at])
+                    old = active.put(block, address + at, checks[at])
+                    if old:
+                        dropped.append(old)
                 else:
-                    blocks = range(block, block + count)
-                    dropped += [old[0] for old in map(points.get, blocks) if old is not None]
-                    points.update(
-                        zip(
-                            blocks,
-                            zip(range(address + at, address + at + count), checks[at : at + count], strict=True),
-                            strict=True,
-                        )
-                    )
+                    dropped += active.put_run(block, address + at, checks[at : at + count])
                 at += count
             else:
-                dropped += self.active.unmap(block, count)
+                dropped += active.unmap(block, count)
         if dropped:
             segments.drop_pending(dropped)
-        space.active_weight += self.active.weight - before
+        space.active_weight += active.weight - before
 
     async def write(self, offset: int, data: Buffer, *, keep_zeroes: bool = False) -> None:
         """Write, waiting for space, map pages and the blocks to merge with. `data` must not change meanwhile."""
@@ -600,8 +595,7 @@ class Volume:
             hole = await self.tree_hole(block)
             hole = min(hole, most)
             for layer in overlays:
-                if hole > FANOUT and layer.points:
-                    nearest = min((b for b in layer.points if b >= block), default=block + hole)
+                if hole > FANOUT and (nearest := layer.next_named(block)) is not None:
                     hole = min(hole, nearest - block)
             if hole > FANOUT:
                 return hole, None
@@ -663,6 +657,3 @@ def _run_lengths(values: list[bool]) -> list[tuple[int, bool]]:
         else:
             runs.append((1, value))
     return runs
-
-
-__all__ = ["EXTENT_HOLE", "EXTENT_ZERO", "HOLE", "Volume"]
