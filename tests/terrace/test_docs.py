@@ -1,0 +1,57 @@
+"""The pages that operators rely on name every key, command and request that there is, and their defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import click
+import pytest
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from terrace.api import Api
+from terrace.cli.root import root
+from terrace.config import Config
+from terrace.sizes import parse_size
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def test_the_configuration_page_has_every_key_with_its_default() -> None:
+    page = (DOCS / "configuration.md").read_text()
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:3]] for line in page.splitlines() if line.startswith("| `")]
+    documented = {row[0]: row[1].strip('"') for row in rows}
+    for section in (Config().nbd, Config().pool, Config().log):
+        for key, default in section.model_dump().items():
+            shown = documented[key]
+            if isinstance(default, list):
+                assert shown == str(default).replace("'", '"')
+            elif isinstance(default, int | float):
+                assert parse_size(shown) == default
+            else:
+                assert shown == default
+
+
+def commands(group: click.Group, path: str) -> list[str]:
+    found = []
+    for name, command in group.commands.items():
+        deeper = f"{path} {name}"
+        found += commands(command, deeper) if isinstance(command, click.Group) else [deeper]
+    return found
+
+
+@pytest.mark.parametrize("command", commands(root, "terrace"))
+def test_the_command_line_page_has_every_command(command: str) -> None:
+    assert command in (DOCS / "cli.md").read_text()
+
+
+def test_the_command_line_page_has_every_request() -> None:
+    page = (DOCS / "cli.md").read_text()
+    app = cast(Any, Api(cast(Any, None), cast(Any, None)).app())._app
+    assert isinstance(app, Starlette)
+    for route in app.routes:
+        assert isinstance(route, Route)
+        path = route.path.replace("{pool}", "P").replace("{volume}", "V")
+        for method in (route.methods or set()) - {"HEAD"}:
+            assert f"`{method} {path}`" in page
