@@ -21,7 +21,7 @@ from tests.system.verifier import UNIT, Image, Request, Violation, Worker, paylo
 SEED = int(os.environ.get("CRASH_SEED") or random.SystemRandom().randrange(1 << 32))
 ROUNDS = int(os.environ.get("CRASH_ROUNDS") or 50)
 MIB = 1 << 20
-VOLUMES = {"crash/large": 96 * MIB, "crash/small": 32 * MIB}
+VOLUMES = {"crash/large": 192 * MIB, "crash/small": 64 * MIB}
 RAW_BYTES = int(sum(VOLUMES.values()) / 0.85)
 CHECK_EVERY = 10
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.daemon import Daemon
-from tests.system.nbdclient import Connection
+from tests.system.nbdclient import WRITE, Connection
 
 pytestmark = pytest.mark.system
 MIB = 1 << 20
@@ -111,6 +111,44 @@ def test_a_full_pool_that_is_killed_opens_again_and_can_be_trimmed(own: Daemon, 
             check_filled(a, filled)
             a.trim(0, a.size_bytes)
             assert not any(a.read(filled - MIB, MIB))
+    own.cli("pool", "check", "p", "--full")
+
+
+@pytest.mark.parametrize("fast_share", [1.0, 0.25], ids=["fast only", "fast and base"])
+def test_a_volume_is_overwritten_at_random_twice_in_a_pool_of_its_size_over_085(
+    own: Daemon, tmp_path: Path, fast_share: float
+) -> None:
+    size_bytes = 256 * MIB
+    raw_bytes = int(size_bytes / 0.85)
+    fast_bytes = int(raw_bytes * fast_share) // 4096 * 4096
+    devices = ["--fast", f"{tmp_path}/fast={fast_bytes}"]
+    if fast_bytes < raw_bytes - MIB:
+        devices += ["--base", f"{tmp_path}/base={raw_bytes - fast_bytes}"]
+    own.cli("pool", "create", "p", *devices)
+    own.cli("volume", "create", "p/v", str(size_bytes))
+    rng = random.Random(4)
+    data = memoryview(rng.randbytes(MIB + 4096))
+    blocks = size_bytes // 4096
+    holds = [0] * blocks  # where in `data` a block's bytes begin
+    waiting: dict[int, int] = {}  # cookie -> block
+    with Connection(own.socket, "p/v", timeout_s=30) as connection:
+
+        def take_reply() -> None:
+            reply = connection.reply()
+            block = waiting.pop(reply.cookie)
+            assert reply.error == 0, f"block {block}: {os.strerror(reply.error)}; {own.pool('p')}"
+
+        for number in range(3 * blocks):
+            block = number if number < blocks else rng.randrange(blocks)
+            while len(waiting) == 32 or block in waiting.values():
+                take_reply()
+            holds[block] = rng.randrange(MIB)
+            waiting[connection.send(WRITE, block * 4096, 4096, data[holds[block] :][:4096])] = block
+        while waiting:
+            take_reply()
+        for start in range(0, blocks, 256):
+            expected = b"".join(data[holds[block] :][:4096] for block in range(start, start + 256))
+            assert connection.read(start * 4096, MIB) == expected, f"at {start * 4096}"
     own.cli("pool", "check", "p", "--full")
 
 

@@ -98,10 +98,10 @@ class Image:
         flags = FUA if rng.random() < 0.04 else 0
         if dice < 0.17:
             # Whole blocks: a trim may round inwards, so at its ragged edges the bytes would be anybody's guess.
-            offset, length = self._block_range(rng, 512 if rng.random() < 0.2 else 16)
+            offset, length = self._block_range(rng, 128 if rng.random() < 0.1 else 16)
             return Request(0, TRIM, offset, length, flags, ZEROES[:length])
         if dice < 0.24:
-            offset, length = self._any_range(rng, 200_000)
+            offset, length = self._any_range(rng, 100_000)
             flags |= NO_HOLE if rng.random() < 0.3 else 0
             return Request(0, WRITE_ZEROES, offset, length, flags, ZEROES[:length])
         if dice < 0.42:
