@@ -20,6 +20,7 @@ tried again.
 import errno
 import os
 import sqlite3
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,6 +145,7 @@ class Catalog:
         self._ballast = directory / BALLAST_NAME
         if not self._path.exists():
             raise TierError(errno.ENOENT, f"there is no catalog at {self._path}: restore it from a backup")
+        self._lock = threading.Lock()
         self._db = self._connect()
 
     def _connect(self) -> sqlite3.Connection:
@@ -257,7 +259,11 @@ class Catalog:
             raise TierError(errno.EIO, f"the catalog {self._path}: {error}") from error
 
     def _commit(self, change: Change) -> None:
-        db = self._db
+        with self._lock:
+            self._transact(self._db, change)
+
+    @staticmethod
+    def _transact(db: sqlite3.Connection, change: Change) -> None:
         db.execute("BEGIN IMMEDIATE")
         try:
             _write_position(db, change.position)
@@ -302,7 +308,8 @@ class Catalog:
     def mark_poisoned(self, index: int, why: str) -> None:
         """Record at once that a device is poisoned. Best effort: the labels of the other devices say it too."""
         try:
-            self._db.execute("UPDATE devices SET poisoned = ? WHERE idx = ?", (why, index))
+            with self._lock:
+                self._db.execute("UPDATE devices SET poisoned = ? WHERE idx = ?", (why, index))
         except sqlite3.Error as error:
             raise TierError(errno.EIO, f"the catalog {self._path}: {error}") from error
 
@@ -346,7 +353,8 @@ def _write_position(db: sqlite3.Connection, position: Position) -> None:
 
 def _write_devices(db: sqlite3.Connection, devices: Iterable[DeviceRow]) -> None:
     db.executemany(
-        "INSERT OR REPLACE INTO devices VALUES (?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO devices VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (idx) DO UPDATE SET"
+        " path = excluded.path, poisoned = coalesce(poisoned, excluded.poisoned)",  # poison is never lifted
         [(d.index, d.uuid, d.path, d.tier, d.size_bytes, d.segment_bytes, d.poisoned) for d in devices],
     )
 

@@ -16,6 +16,7 @@ Trimmed ranges detach whole subtrees: their root pages go on the dead list, whic
 walked afterwards in slices to give back what lies below. So trimming terabytes costs as much as trimming a block.
 """
 
+import errno
 import itertools
 import logging
 from collections import defaultdict
@@ -56,6 +57,8 @@ U64 = Any
 CHUNK_PAGES = 256
 SLICE_ENTRIES = 4096
 DEAD_PAGES_A_CHECKPOINT = 8192
+RETRY_S = 1.0
+MAX_FAILURES = 3
 
 
 @dataclass
@@ -125,6 +128,7 @@ class Checkpointer:
         self._begun = 0
         self._committed = 0
         self._last_seq = -1
+        self._failures = 0
 
     async def run(self) -> None:
         """The task: a checkpoint when one is asked for, and at the interval while there is something to record."""
@@ -140,8 +144,23 @@ class Checkpointer:
                 await self.checkpoint()
             except OSError as error:
                 logger.error("checkpoint of pool %s: %s", engine.pool_name, error)
+                self._judge_failure(error)
                 engine.space.changed()
-                await trio.sleep(1)
+                await trio.sleep(RETRY_S)
+                engine.space.kick_checkpoint.set()
+
+    def _judge_failure(self, error: OSError) -> None:
+        """Decide what writers get: a full disk may be emptied, but what fails again and again ends in read-only."""
+        space = self._engine.space
+        if error.errno == errno.ENOSPC or space.read_only is not None:
+            return
+        self._failures += 1
+        if self._failures >= MAX_FAILURES:
+            space.read_only = (
+                f"the pool {self._engine.pool_name} takes no writes, since its checkpoints fail: {error}; "
+                "mend that and restart"
+            )
+            logger.error("%s", space.read_only)
 
     def needed(self) -> bool:
         """Whether a checkpoint would record anything or free any segment."""
@@ -204,6 +223,7 @@ class Checkpointer:
                 item.volume.tree.forget()
             if isinstance(error, OSError):
                 self.failure = str(error)
+                self._engine.space.checkpoint_failure = error
             raise
         self._committed = self._begun
         await self._apply(frozen, merge, change)
@@ -217,6 +237,8 @@ class Checkpointer:
             # What follows the failed write can't be found from the log: the new head must be in the catalog.
             log.head.open = False
             log.start()
+        # A sequence of its own: no two checkpoints have the same, so an older catalog is always told from a newer one.
+        log.seq += 1
         volumes = []
         for volume in engine.volumes.values():
             overlay = None
@@ -528,6 +550,8 @@ class Checkpointer:
         self._last_seq = frozen.seq
         self.count += 1
         self.failure = None
+        self._failures = 0
+        engine.space.checkpoint_failure = None
         overlays = []
         for item in frozen.volumes:
             volume = item.volume

@@ -14,6 +14,7 @@ record. A block that fails its check on the device too is logged as BAD: its rea
 Map segments are emptied by having the next checkpoint write their live pages elsewhere.
 """
 
+import contextlib
 import errno
 import logging
 from dataclasses import dataclass, field
@@ -51,6 +52,14 @@ MIN_GAIN_SHARE = 1 / 64
 FUTILE_ROUNDS = 3
 STALE_BYTES = 16 << 20
 """With more log than this since the last checkpoint, the counts of live blocks are too old to choose victims by."""
+
+
+class DamagedMapError(Exception):
+    """A map page that tells whether blocks are live can't be read."""
+
+
+class OutputFullError(TierError):
+    """No segment may be taken for copies now: a checkpoint has to free some first."""
 
 
 @dataclass(slots=True)
@@ -122,10 +131,9 @@ class Cleaner:
                 for victim in victims:
                     await self._move_segment(victim, move.destination)
                     moved = True
-            except TierError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
+            except OutputFullError:
                 # Output space ran out on the way (its tail is lost at segment ends): what was copied still counts.
+                pass
             moved = moved or bool(self._staged)
             await self._apply_staged()
         pressed = space.waiters > 0
@@ -177,7 +185,7 @@ class Cleaner:
         """Stage copies of everything live in `victim`."""
         victim.pins += 1
         try:
-            data = memoryview(await victim.device.read(victim.base, victim.used * BLOCK_BYTES))
+            data = await self._read_segment(victim)
             candidates: list[Candidate] = []
             async for batch in self._batches(victim, data):
                 slot = batch.slot + batch.header_slots
@@ -196,8 +204,27 @@ class Cleaner:
                     del candidates[:UNIT_BLOCKS]
             if candidates:
                 await self._copy(victim, data, candidates, destination)
+        except DamagedMapError as error:
+            victim.damaged = True
+            logger.error("segment %d can't be emptied and is set aside: %s", victim.id, error)
         finally:
             victim.pins -= 1
+
+    async def _read_segment(self, segment: Segment) -> memoryview:
+        """The written part of a segment. Blocks that can't be read are zeros, so they fail their checks."""
+        device = segment.device
+        try:
+            return memoryview(await device.read(segment.base, segment.used * BLOCK_BYTES))
+        except OSError as error:
+            logger.error("%s; reading segment %d block by block", error, segment.id)
+        data = bytearray(segment.used * BLOCK_BYTES)
+        for slot in range(segment.used):
+            try:
+                block = await device.read(segment.offset(slot), BLOCK_BYTES)
+            except OSError:
+                continue
+            data[slot << BLOCK_SHIFT : slot + 1 << BLOCK_SHIFT] = block
+        return memoryview(data)
 
     async def _batches(self, segment: Segment, data: memoryview):  # type: ignore[no-untyped-def]
         """Yield the batches of a segment. A damaged header ends it: the segment is set aside, not lost."""
@@ -242,7 +269,10 @@ class Cleaner:
             else:
                 damaged.append(c)
         for c in damaged:
-            again = await victim.device.read_direct(victim.offset(c.slot), BLOCK_BYTES)
+            try:
+                again = await victim.device.read_direct(victim.offset(c.slot), BLOCK_BYTES)
+            except OSError:
+                again = bytearray()
             if check_of(again) == c.check:
                 live.append((c.volume, c.block, base | c.slot, c.check))
                 views.append(memoryview(again))
@@ -284,15 +314,16 @@ class Cleaner:
             [],
         )
         first = slot + (len(header) >> BLOCK_SHIFT)
-        segment.used = first + count
         segment.pins += 1
-        copies = Copies(segment, slot, header_check, segment.id << SLOT_BITS | first, blocks[:count])
-        self._staged.append(copies)
         try:
             await segment.device.write_behind(segment.offset(slot), [header, *views[:count]])
-        except OSError:
+        except BaseException:
+            # Only copies that were written may be made true. `used` stays before them: the headers stay a chain.
+            segment.pins -= 1
             self._seal(destination)
             raise
+        segment.used = first + count
+        self._staged.append(Copies(segment, slot, header_check, segment.id << SLOT_BITS | first, blocks[:count]))
         return count
 
     def _output(self, destination: str) -> Segment:
@@ -302,7 +333,7 @@ class Cleaner:
         self._seal(destination)
         device = self._engine.space.pick_device(Kind.MOVED, destination)
         if device is None:
-            raise TierError(
+            raise OutputFullError(
                 errno.ENOSPC, f"the pool {self._engine.pool_name} has no free segment to clean into: grow it"
             )
         segment = self._outputs[destination] = self._engine.log.open_segment(device, Kind.MOVED)
@@ -326,7 +357,10 @@ class Cleaner:
         for volume, leaves in wanted.items():
             missing = [leaf for leaf in leaves if volume.tree.leaf_now(leaf) is None]
             if missing:
-                await volume.tree.load(0, missing)
+                try:
+                    await volume.tree.load(0, missing)
+                except OSError as error:
+                    raise DamagedMapError(str(error)) from error
 
     # -- making moves true ---------------------------------------------------------------------------------------
 
@@ -341,7 +375,8 @@ class Cleaner:
                 weight = engine.space.active_weight + engine.space.frozen_weight
                 if weight + len(copies.blocks) > engine.settings.overlay_entries and engine.space.active_weight:
                     await engine.checkpoint()
-                await self._load_leaves([(volume, block) for volume, block, _, _ in copies.blocks])
+                with contextlib.suppress(DamagedMapError):  # then those copies don't take effect
+                    await self._load_leaves([(volume, block) for volume, block, _, _ in copies.blocks])
                 self._apply(copies)
                 self._staged.pop()
                 copies.segment.pins -= 1
@@ -410,7 +445,7 @@ class Cleaner:
         engine = self._engine
         victim.pins += 1
         try:
-            data = memoryview(await victim.device.read(victim.base, victim.used * BLOCK_BYTES))
+            data = await self._read_segment(victim)
             async for batch in self._batches(victim, data):
                 first = victim.id << SLOT_BITS | batch.slot + batch.header_slots
                 for i, (op, volume_id, key, _) in enumerate(batch.operations()):
@@ -419,7 +454,12 @@ class Cleaner:
                         continue
                     level, index = key >> LEVEL_SHIFT, key & ((1 << LEVEL_SHIFT) - 1)
                     if level < ROOT_LEVEL:
-                        await volume.tree.load(level + 1, [index >> FANOUT_BITS])
+                        try:
+                            await volume.tree.load(level + 1, [index >> FANOUT_BITS])
+                        except OSError as error:
+                            victim.damaged = True
+                            logger.error("map segment %d is set aside: %s", victim.id, error)
+                            return
                     entry = volume.tree.entry_of_page_now(level, index)
                     if entry is not None and entry[0] == first + i:
                         engine.forced.setdefault(volume_id, set()).add(key)

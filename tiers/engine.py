@@ -5,6 +5,7 @@ accounting, and offers the few operations that need several of them at once. `po
 """
 
 import errno
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
@@ -19,6 +20,8 @@ from tiers.segments import SegmentTable
 from tiers.settings import PoolSettings
 from tiers.space import Space
 from tiers.volume import Volume
+
+logger = logging.getLogger(__name__)
 
 
 class Offload(Protocol):
@@ -56,7 +59,11 @@ class Engine:
         self.segments = SegmentTable(devices)
         self.log = Log(self.segments, pool_uuid, incarnation, seq, prev_check)
         self.flusher = Flusher(
-            self.devices, lambda: self.log.seq, cap_bytes=settings.unsynced_cap_bytes, on_poison=self._poisoned
+            self.devices,
+            lambda: self.log.seq,
+            cap_bytes=settings.unsynced_cap_bytes,
+            on_poison=self.poisoned,
+            on_round=lambda: self.space.changed(),
         )
         self.space = Space(self.segments, self.log, self.flusher, settings)
         self.log.durable_seq = lambda: self.flusher.durable_seq
@@ -147,20 +154,24 @@ class Engine:
 
     # -- failures ------------------------------------------------------------------------------------------------
 
-    def _poisoned(self, device: Device) -> None:
+    async def poisoned(self, device: Device) -> None:
         """A device failed a flush: no more writes to the pool, and the other devices and the catalog remember why."""
-        self.space.read_only = f"the pool {self.pool_name} takes no writes: {self.flusher.failure}"
+        self.space.read_only = (
+            f"the pool {self.pool_name} takes no writes: {device.path} is poisoned, {device.poisoned}; "
+            "copy what you need and replace it"
+        )
         bits = frozenset(d.index for d in self.devices if d.poisoned)
+        try:
+            await self.offload(self.catalog.mark_poisoned, device.index, str(device.poisoned))
+        except TierError as error:
+            logger.error("%s", error)
         for other in self.devices:
             if not other.poisoned:
                 try:
                     other.write_label(other.label.next(poisoned=bits))
-                except OSError:
-                    other.error_count += 1
-        try:
-            self.catalog.mark_poisoned(device.index, str(device.poisoned))
-        except TierError:
-            device.error_count += 1
+                    await other.sync()
+                except OSError as error:
+                    logger.error("%s", error)
         self.space.changed()
 
     def device_by_index(self, index: int) -> Device:

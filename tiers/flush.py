@@ -11,7 +11,7 @@ back (`room`). A device whose sync fails is poisoned, and every flush from then 
 
 import errno
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
@@ -25,7 +25,13 @@ class Flusher:
     """Owns `durable_seq`, and alone calls `sync` on a pool's devices while clients are served."""
 
     def __init__(
-        self, devices: Sequence[Device], seq: Callable[[], int], *, cap_bytes: int, on_poison: Callable[[Device], None]
+        self,
+        devices: Sequence[Device],
+        seq: Callable[[], int],
+        *,
+        cap_bytes: int,
+        on_poison: Callable[[Device], Awaitable[None]],
+        on_round: Callable[[], None],
     ) -> None:
         self.devices = devices
         self.durable_seq = 0
@@ -35,6 +41,7 @@ class Flusher:
         self._cap = cap_bytes
         self._early = cap_bytes // 4
         self._on_poison = on_poison
+        self._on_round = on_round
         self._round_done = trio.lowlevel.ParkingLot()
         self._wanted = trio.Event()
         self._begun = 0
@@ -75,11 +82,6 @@ class Flusher:
         if self.failure is not None:
             raise TierError(errno.EIO, str(self.failure))
 
-    async def wait_room(self) -> None:
-        """Wait for the end of a round."""
-        self._wanted.set()
-        await self._round_done.park()
-
     async def run(self) -> None:
         """The task: one round after another, as long as they are wanted."""
         while True:
@@ -92,7 +94,6 @@ class Flusher:
         seq = self._seq()
         self._begun += 1
         dirty = [device for device in self.devices if device.unsynced_bytes and not device.poisoned]
-        taken = [device.unsynced_bytes for device in dirty]
         for device in dirty:
             device.unsynced_bytes = 0
         errors: list[tuple[Device, OSError]] = []
@@ -103,26 +104,25 @@ class Flusher:
             except OSError as error:
                 errors.append((device, error))
 
-        try:
+        # Shielded: the kernel tells of a failed sync once, so its answer must be heard even while the pool closes.
+        with trio.CancelScope(shield=True):
             if len(dirty) == 1:
                 await sync(dirty[0])
             else:
                 async with trio.open_nursery() as nursery:
                     for device in dirty:
                         nursery.start_soon(sync, device)
-        except trio.Cancelled:
-            for device, count in zip(dirty, taken, strict=True):
-                device.unsynced_bytes += count
-            raise
         for device, error in errors:
             device.poisoned = f"a flush failed ({error}), so what it holds can't be trusted to be durable"
             self.failure = TierError(
                 errno.EIO, f"{device.path} failed a flush and is poisoned: copy what you need, and replace it ({error})"
             )
             logger.error("%s", self.failure)
-            self._on_poison(device)
+            with trio.CancelScope(shield=True):
+                await self._on_poison(device)
         if self.failure is None:
             self.durable_seq = max(self.durable_seq, seq)
         self.rounds += 1
         self._ended = self._begun
         self._round_done.unpark_all()
+        self._on_round()

@@ -41,11 +41,15 @@ _TIERS: tuple[Tier, Tier] = ("fast", "base")
 
 
 class BadLabelError(Exception):
-    """The sector holds no label that this release can use; the text says why. `foreign`: it was never one."""
+    """The sector holds no label that this release can use; the text says why.
 
-    def __init__(self, why: str, *, foreign: bool = False) -> None:
+    `foreign`: it was never one. `newer`: it is sound, of another version.
+    """
+
+    def __init__(self, why: str, *, foreign: bool = False, newer: bool = False) -> None:
         super().__init__(why)
         self.foreign = foreign
+        self.newer = newer
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +130,18 @@ def decode_label(sector: bytes) -> Label:
 
 
 def newest_label(sectors: list[bytes]) -> Label:
-    """Return the valid label with the highest generation. Raises BadLabelError with the most telling reason."""
+    """Return the valid label with the highest generation. Raises BadLabelError with the most telling reason.
+
+    A sound copy of another version is a refusal, even if the other copy could be read: that one is stale.
+    """
     labels: list[Label] = []
     reasons: list[BadLabelError] = []
     for sector in sectors:
         try:
             labels.append(decode_label(sector))
         except BadLabelError as error:
+            if error.newer:
+                raise
             reasons.append(error)
     if labels:
         return max(labels, key=lambda label: label.generation)

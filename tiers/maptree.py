@@ -14,7 +14,7 @@ import errno
 from collections.abc import Iterable, Sequence
 
 from tiers.errors import TierError
-from tiers.layout import BLOCK_BYTES, check_of
+from tiers.layout import BLOCK_BYTES, SLOT_MASK, check_of
 from tiers.segments import SegmentTable
 
 FANOUT_BITS = 8
@@ -234,27 +234,25 @@ async def read_pages(segments: SegmentTable, entries: Sequence[tuple[int, int]],
                     f"a map page {what} lies in segment {address >> 24}, which is not in use: run `terrace pool check`",
                 )
             by_device.setdefault(segment.device.index, []).append(i)
-    for positions in by_device.values():
-        places = [segments.by_id[entries[i][0] >> 24] for i in positions]
-        for place in places:
-            place.pins += 1
-        try:
-            device = places[0].device
-            ranges = [
-                (place.offset(entries[i][0] & 0xFFFFFF), BLOCK_BYTES)
-                for i, place in zip(positions, places, strict=True)
-            ]
+    # All segments are pinned before the first wait: a checkpoint may free what is not.
+    places = {i: segments.by_id[entries[i][0] >> 24] for positions in by_device.values() for i in positions}
+    for place in places.values():
+        place.pins += 1
+    try:
+        for positions in by_device.values():
+            device = places[positions[0]].device
+            ranges = [(places[i].offset(entries[i][0] & SLOT_MASK), BLOCK_BYTES) for i in positions]
             blocks = await device.read_many(ranges)
-        finally:
-            for place in places:
-                place.pins -= 1
-        for i, (offset, _), block in zip(positions, ranges, blocks, strict=True):
-            if check_of(block) != entries[i][1]:
-                device.error_count += 1
-                raise TierError(
-                    errno.EIO,
-                    f"a map page {what} on {device.path} at {offset} fails its checksum: run `terrace pool "
-                    f"check --full`",
-                )
-            pages[i] = page_of(block)
+            for i, (offset, _), block in zip(positions, ranges, blocks, strict=True):
+                if check_of(block) != entries[i][1]:
+                    device.error_count += 1
+                    raise TierError(
+                        errno.EIO,
+                        f"a map page {what} on {device.path} at {offset} fails its checksum: "
+                        "run `terrace pool check --full`",
+                    )
+                pages[i] = page_of(block)
+    finally:
+        for place in places.values():
+            place.pins -= 1
     return pages

@@ -55,12 +55,12 @@ class MapWriter:
                 [],
             )
             first = slot + (len(header) >> 12)
-            segment.used = first + count
             try:
                 await segment.device.write_behind(segment.offset(slot), [header, *part])
-            except OSError:
-                self.seal()
+            except BaseException:
+                self.seal()  # with `used` before what may be garbage, so that its headers stay a chain
                 raise
+            segment.used = first + count
             entries += [(segment.id << SLOT_BITS | first + i, check) for i, check in enumerate(checks)]
             self.written_pages += count
             at += count

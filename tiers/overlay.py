@@ -248,9 +248,6 @@ class Overlay:
                                 addresses[i + j], checks[i + j] = address, new_checks[j]
                 at += part
 
-    def next_named(self, block: int) -> int | None:
-        """The first block from `block` on that a point, or a patch of its leaf, may name; None if there is none."""
-        leaf = block >> LEAF_BITS
-        nearest = [max(block, found << LEAF_BITS) for found in self.patches if found >= leaf]
-        nearest += [found for found in self.points if found >= block]
-        return min(nearest, default=None)
+    def named_leaves(self) -> set[int]:
+        """The leaves in which a point or patch may name a block."""
+        return {block >> LEAF_BITS for block in self.points} | self.patches.keys()

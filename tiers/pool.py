@@ -29,7 +29,8 @@ from tiers.errors import TierError
 from tiers.label import LABEL_OFFSETS, MAX_DEVICES, BadLabelError, Label, Tier, encode_label
 from tiers.layout import BLOCK_BYTES, BLOCK_MASK, BLOCK_SHIFT, LABEL_AREA_BYTES, MIN_DEVICE_BYTES, segment_bytes_for
 from tiers.names import validate_name, validate_volume_size
-from tiers.probe import check_usable, size_of
+from tiers.overlay import HOLE
+from tiers.probe import check_usable, read_label, size_of
 from tiers.record import Op
 from tiers.recovery import replay, restore
 from tiers.settings import PoolSettings
@@ -148,36 +149,54 @@ class Pool:
             stack.callback(catalog.close)
             state = await trio.to_thread.run_sync(catalog.load)
             limiter = new_limiter()
-            devices = await trio.to_thread.run_sync(_open_devices, state, limiter)
-            for device in devices:
-                stack.callback(device.close)
+            devices: list[Device] = list(await trio.to_thread.run_sync(_open_devices, state, limiter))
+            stack.callback(_close_devices, devices)
             pool = await _recover(state, devices, catalog, settings, limiter, truncate_log=truncate_log)
             await trio.to_thread.run_sync(catalog.lay_ballast)
+            failure: Exception | None = None
             try:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(pool._engine.flusher.run)
-                    if pool._engine.space.read_only is None:
-                        nursery.start_soon(pool._checkpointer.run)
-                        nursery.start_soon(pool._cleaner.run)
-                    yield pool
+                    pool._start_tasks(nursery)
+                    try:
+                        yield pool
+                    except Exception as error:
+                        failure = error  # raised outside the nursery, which would wrap it in a group
                     nursery.cancel_scope.cancel()
             finally:
                 with trio.CancelScope(shield=True):
                     await pool._close()
+            if failure is not None:
+                raise failure
+
+    def _start_tasks(self, nursery: trio.Nursery) -> None:
+        nursery.start_soon(self._engine.flusher.run)
+        if self._engine.space.read_only is None:
+            nursery.start_soon(self._checkpointer.run)
+            nursery.start_soon(self._cleaner.run)
 
     async def _close(self) -> None:
         """Leave nothing to replay."""
         if self._engine.space.read_only is not None:
             return
+        try:
+            self._checkpointer.writer.seal()
+            self._cleaner.seal_all()
+            await self._checkpoint_alone()
+        except OSError as error:
+            logger.error("closing pool %s: %s; the next open replays its log", self.name, error)
+
+    async def _checkpoint_alone(self) -> None:
+        """A checkpoint while the pool's tasks don't run."""
+        failure: OSError | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._engine.flusher.run)
             try:
-                self._checkpointer.writer.seal()
-                self._cleaner.seal_all()
                 await self._checkpointer.checkpoint()
             except OSError as error:
-                logger.error("closing pool %s: %s; the next open replays its log", self.name, error)
+                failure = error
             nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
 
     # -- volumes -----------------------------------------------------------------------------------------------------
 
@@ -219,24 +238,29 @@ class Pool:
         validate_volume_size(size_bytes)
         async with self._ddl:
             volume = self.volume(name)
-            old = volume.size_bytes
-            if size_bytes < old:
-                self._require_unused(volume, "shrunk")
-                # Zero the tail of a partial last block first: it would come back when the volume grows again.
-                partial = -size_bytes & BLOCK_MASK
-                if partial:
-                    await volume.write(size_bytes, bytes(min(partial, old - size_bytes)))
-            await self._engine.admit_release()
-            if size_bytes < old:
-                self._require_unused(volume, "shrunk")
-                first = size_bytes + BLOCK_MASK >> BLOCK_SHIFT
-                count = (old + BLOCK_MASK >> BLOCK_SHIFT) - first
-                if count:
-                    volume.unmap_logged(first, count)
-            self._engine.append_record(Op.RESIZE, volume.id, size_bytes)
-            self._engine.resized(volume, size_bytes)
+            if size_bytes < volume.size_bytes:
+                await self._shrink(volume, size_bytes)
+            else:
+                await self._engine.admit_release()
+                self._engine.append_record(Op.RESIZE, volume.id, size_bytes)
+                self._engine.resized(volume, size_bytes)
             await self._engine.flusher.flush()
             return volume
+
+    async def _shrink(self, volume: Volume, size_bytes: int) -> None:
+        """Discard the tail. One batch does it, so that no crash leaves the old size without the old bytes."""
+        block = size_bytes >> BLOCK_SHIFT
+        partial = size_bytes & BLOCK_MASK
+        while True:
+            self._require_unused(volume, "shrunk")
+            entry, data = await volume.edge(block) if partial else (HOLE, b"")
+            await self._engine.admit_release()
+            self._require_unused(volume, "shrunk")
+            # No checkpoint of trio from here on.
+            if not partial or volume.entry_now(block) == entry:
+                last = data[:partial].ljust(BLOCK_BYTES, b"\0") if partial and entry != HOLE else None
+                volume.shrink_logged(size_bytes, last)
+                return
 
     async def delete_volume(self, name: str) -> None:
         """Delete a volume that nobody uses; durable when this returns, its space comes back afterwards in slices."""
@@ -284,12 +308,15 @@ class Pool:
             except BaseException:
                 for device in opened:
                     device.close()
+                _wipe_labels([Path(row.path) for row in added])
                 raise
+            # Nothing may lie on a device that the catalog doesn't know: its places open after the commit.
+            engine.devices.extend(opened)
+            await self._checkpointer.checkpoint()
             for device in opened:
-                engine.segments.add_device(device)
+                engine.segments.open_places(device)
             engine.space.measure_devices()
             engine.space.stuck = False
-            await self._checkpointer.checkpoint()
             engine.space.changed()
 
     async def checkpoint(self) -> None:
@@ -378,6 +405,12 @@ def _locked(directory: Path) -> Any:
         os.close(fd)
 
 
+def _close_devices(devices: list[Device]) -> None:
+    """Close what the pool has by now: it may have grown."""
+    for device in devices:
+        device.close()
+
+
 def _open_devices(state: State, limiter: trio.CapacityLimiter) -> list[FileDevice]:
     """Open every device of the catalog, or none."""
     opened: list[FileDevice] = []
@@ -428,7 +461,7 @@ def _judge_label(label: Label, row: DeviceRow, state: State) -> None:
 
 async def _recover(
     state: State,
-    devices: Sequence[FileDevice],
+    devices: list[Device],
     catalog: Catalog,
     settings: PoolSettings,
     limiter: trio.CapacityLimiter,
@@ -442,7 +475,7 @@ async def _recover(
     engine = Engine(
         state.pool_name,
         state.pool_uuid,
-        list(devices),
+        devices,
         catalog,
         settings,
         offload,
@@ -454,10 +487,14 @@ async def _recover(
     engine.checkpoint = checkpointer.checkpoint
     pool = Pool(engine, checkpointer, Cleaner(engine), limiter)
     restore(engine, state)
-    poisoned = [device for device in devices if device.poisoned]
     for device in devices:
         if not device.poisoned:
-            await device.sync()
+            try:
+                await device.sync()
+            except OSError as error:
+                device.poisoned = f"it failed a flush when the pool was opened ({error})"
+                await engine.poisoned(device)
+    poisoned = [device for device in devices if device.poisoned]
     begun = time.monotonic()
     result = await replay(engine, state, truncate_log=truncate_log)
     pool.replayed_batches = result.batches
@@ -473,11 +510,15 @@ async def _recover(
         )
         return pool
     engine.log.checkpoint_seq = position.checkpoint_seq
-    engine.log.start()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine.flusher.run)
-        await checkpointer.checkpoint()
-        nursery.cancel_scope.cancel()
+    try:
+        engine.log.start()
+        await pool._checkpoint_alone()
+    except OSError as error:
+        engine.space.read_only = (
+            f"the pool {state.pool_name} takes no writes, since the checkpoint after its recovery failed: {error}; "
+            "mend that and restart"
+        )
+        logger.error("%s", engine.space.read_only)
     if result.batches:
         logger.info(
             "pool %s: replayed %d batches (%d blocks) in %.2f s; the log ended: %s",
@@ -525,41 +566,25 @@ def _label_devices(
                 raise TierError(errno.EINVAL, f"{spec.path} is listed twice: give each device once")
             seen[real] = spec.path
             _make_or_check(spec, made, force)
-        rows = []
-        for i, spec in enumerate(specs):
+        sizes = []
+        for spec in specs:
             fd = os.open(spec.path, os.O_RDWR | os.O_CLOEXEC)
             locked.append(fd)
             lock_or_refuse(fd, str(spec.path))
-            size = size_of(fd)
-            if size < MIN_DEVICE_BYTES:
+            sizes.append(size_of(fd))
+            if sizes[-1] < MIN_DEVICE_BYTES:
                 raise TierError(
-                    errno.EINVAL, f"{spec.path} has {size} bytes: a device needs at least {MIN_DEVICE_BYTES} (32 MiB)"
+                    errno.EINVAL,
+                    f"{spec.path} has {sizes[-1]} bytes: a device needs at least {MIN_DEVICE_BYTES} (32 MiB)",
                 )
-            label = Label(
-                spec.tier,
-                first_index + i,
-                pool_uuid,
-                uuids.uuid4().bytes,
-                size,
-                segment_bytes_for(size),
-                1,
-                0,
-                frozenset(),
-                name,
-            )
+        rows = []
+        for i, (spec, fd, size) in enumerate(zip(specs, locked, sizes, strict=True), first_index):
+            segment_bytes = segment_bytes_for(size)
+            label = Label(spec.tier, i, pool_uuid, uuids.uuid4().bytes, size, segment_bytes, 1, 0, frozenset(), name)
             labelled.append(spec.path)
             _write_first_label(fd, label)
-            rows.append(
-                DeviceRow(
-                    label.device_index,
-                    label.device_uuid,
-                    str(spec.path.resolve()),
-                    spec.tier,
-                    size,
-                    label.segment_bytes,
-                    None,
-                )
-            )
+            real_path = str(spec.path.resolve())
+            rows.append(DeviceRow(i, label.device_uuid, real_path, spec.tier, size, segment_bytes, None))
         return rows
     except OSError as error:
         _wipe_labels([path for path in labelled if path not in made])
@@ -628,12 +653,9 @@ def _destroy_blocking(directory: Path) -> None:
                 state = catalog.load()
                 for row in state.devices:
                     with contextlib.suppress(OSError, BadLabelError):
-                        fd = os.open(row.path, os.O_RDONLY | os.O_CLOEXEC)
-                        try:
-                            lock_or_refuse(fd, row.path)
-                        finally:
-                            os.close(fd)
-                        paths.append(Path(row.path))
+                        label = read_label(Path(row.path))
+                        if (label.pool_uuid, label.device_uuid) == (state.pool_uuid, row.uuid):
+                            paths.append(Path(row.path))
             finally:
                 catalog.close()
         except TierError as error:

@@ -112,7 +112,14 @@ UNMAP_WORD = Op.UNMAP << 56
 
 
 class BadRecordError(Exception):
-    """The bytes are not the record that should be there; the text says in what way."""
+    """The bytes are not the record that should be there; the text says in what way.
+
+    `newer`: a sound record of a format version that this release doesn't read.
+    """
+
+    def __init__(self, why: str, *, newer: bool = False) -> None:
+        super().__init__(why)
+        self.newer = newer
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +193,8 @@ def encode_segment_header(
 
 def decode_segment_header(block: bytes | bytearray | memoryview, pool: bytes) -> SegmentHeader:
     """Judge slot 0 of a segment. Raises BadRecordError."""
+    if len(block) < _SEGMENT.size:
+        raise BadRecordError("no segment header")
     magic, version, kind, device, uuid, segment, index, incarnation, checkpoint, first, check = _SEGMENT.unpack_from(
         block
     )
@@ -194,7 +203,7 @@ def decode_segment_header(block: bytes | bytearray | memoryview, pool: bytes) ->
     if check != check_of(bytes(block[:72])):
         raise BadRecordError("the segment header fails its check")
     if version != FORMAT_VERSION:
-        raise BadRecordError(f"segment format {version}, this release reads {FORMAT_VERSION}")
+        raise BadRecordError(f"segment format {version}, this release reads {FORMAT_VERSION}", newer=True)
     if uuid != pool:
         raise BadRecordError("a segment of another pool")
     if kind not in (1, 2, 3):
@@ -254,7 +263,7 @@ def encode_batch(
 
 def peek_header_slots(block: bytes | bytearray | memoryview) -> int:
     """How many slots the header that begins in `block` claims to have; 0 if it isn't the beginning of one."""
-    if bytes(block[:8]) != BATCH_MAGIC:
+    if len(block) < _BATCH.size or bytes(block[:8]) != BATCH_MAGIC:
         return 0
     slots: int = _BATCH.unpack_from(block)[3]
     return slots if 1 <= slots <= MAX_HEADER_SLOTS else 0
@@ -262,6 +271,8 @@ def peek_header_slots(block: bytes | bytearray | memoryview) -> int:
 
 def decode_batch(header: bytes | bytearray | memoryview, pool: bytes, segment_id: int, slot: int) -> Batch:
     """Judge the header slots of a batch that should be at `slot` of `segment_id`. Raises BadRecordError."""
+    if len(header) < _BATCH.size:
+        raise BadRecordError("a batch header cut short")
     (
         magic,
         version,
@@ -290,7 +301,7 @@ def decode_batch(header: bytes | bytearray | memoryview, pool: bytes, segment_id
     if check != check_of(raw):
         raise BadRecordError("the batch header fails its check")
     if version != FORMAT_VERSION:
-        raise BadRecordError(f"batch format {version}, this release reads {FORMAT_VERSION}")
+        raise BadRecordError(f"batch format {version}, this release reads {FORMAT_VERSION}", newer=True)
     if uuid != pool or segment != segment_id or own_slot != slot:
         raise BadRecordError("a batch that belongs elsewhere")
     word_count = OP_WORDS * op_count + block_count + extra_count

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+HEADERS_A_READ = 1024
+
 
 @dataclass(slots=True)
 class Found:
@@ -113,6 +115,7 @@ async def replay(engine: "Engine", state: State, *, truncate_log: bool = False) 
         if not truncate_log:
             raise TierError(errno.EIO, message)
         result.problems.append(message)
+    durable = max(durable, min(proof, end_seq))
     for found in chain:
         batch = found.batch
         if batch.seq > durable and batch.checks and not await reader.data_is_intact(found):
@@ -203,6 +206,8 @@ class _LogReader:
             header = memoryview(data)[start : start + (max(1, slots) << BLOCK_SHIFT)]
             return decode_batch(header, self._engine.pool_uuid, segment_id, slot)
         except BadRecordError as error:
+            if error.newer:
+                raise TierError(errno.EPROTO, f"the log of pool {self._engine.pool_name}: {error}; use it") from None
             self.end_reason = str(error)
             return None
 
@@ -219,7 +224,7 @@ class _LogReader:
                 header = self._log_segment_header(block)
                 if header is None or (device.index, index) in self._visited:
                     continue
-                if header.first_seq >= end_seq and header.segment_id not in self._engine.segments.by_id:
+                if header.first_seq >= end_seq:
                     data = await device.read_direct(device.segment_offset(index), device.segment_bytes)
                     proof = max(proof, self._scan(data, header.segment_id, end_seq))
         return proof

@@ -70,9 +70,8 @@ class SegmentTable:
         self.map_slots = 0
         self.tier_live: dict[str, int] = {"fast": 0, "base": 0}
 
-    def add_device(self, device: Device) -> None:
-        """Bring in a new, empty device."""
-        self.devices.append(device)
+    def open_places(self, device: Device) -> None:
+        """Let segments be taken from a new, empty device, which the catalog must know by now."""
         device.free = list(range(device.segment_count - 1, -1, -1))
         slots = device.segment_bytes // BLOCK_BYTES
         self.total_slots += device.segment_count * slots

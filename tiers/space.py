@@ -40,6 +40,7 @@ class Space:
     def __init__(self, segments: SegmentTable, log: Log, flusher: Flusher, settings: PoolSettings) -> None:
         self.read_only: str | None = None
         self.stuck = False
+        self.checkpoint_failure: OSError | None = None
         self.active_weight = 0
         self.frozen_weight = 0
         self.active_charge = 0
@@ -153,6 +154,9 @@ class Space:
 
     async def wait(self) -> None:
         """Wait until a flush, a checkpoint or the cleaner has changed the answer."""
+        failure = self.checkpoint_failure
+        if failure is not None and failure.errno == errno.ENOSPC:
+            raise TierError(errno.ENOSPC, f"nothing can be freed, since checkpoints fail: {failure}")
         if self.stuck and self._log.broken is False and self._segments.free_slots <= self.reserve + self.map_reserve():
             raise TierError(
                 errno.ENOSPC,

@@ -13,6 +13,7 @@ map still has the entry that was read.
 
 import errno
 import os
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ from tiers.layout import (
 from tiers.log import MAX_BATCH_BLOCKS, MAX_BATCH_BUFFERS
 from tiers.maptree import FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL, MapTree
 from tiers.overlay import LEAF_BITS, SMALL_VOLUME_LEAVES, Entry, Overlay
-from tiers.record import OP_WORDS, UNMAP_WORD, WRITE_WORD, header_slots_for
+from tiers.record import OP_WORDS, UNMAP_WORD, WRITE_WORD, Op, header_slots_for
 
 if TYPE_CHECKING:
     from tiers.engine import Engine
@@ -47,6 +48,7 @@ SYNC_WRITE_BYTES = 4 << 20
 """More than this in one go would hold the loop up for too long."""
 PIECE_BYTES = 1 << 20
 READ_ATTEMPTS = 8
+MERGE_ATTEMPTS = 4
 
 EXTENT_HOLE = 1
 EXTENT_ZERO = 2
@@ -76,6 +78,8 @@ class Volume:
         self.frozen: Overlay | None = None
         self.open_count = 0
         self.deleted = False
+        self._merge_lock = trio.Lock()
+        self._merging = False
         self._engine = engine
         self._segments = engine.segments.by_id
         self._write_word = WRITE_WORD | volume_id
@@ -226,27 +230,29 @@ class Volume:
                 into[first << BLOCK_SHIFT : first + count << BLOCK_SHIFT] = bytes(count << BLOCK_SHIFT)
             else:
                 by_device.setdefault(self._segments[address >> 24].device.index, []).append((first, count))
-        for runs in by_device.values():
-            segments = [self._segments[addresses[first] >> 24] for first, _ in runs]
-            for segment in segments:
-                segment.pins += 1
-            try:
+        # All segments are pinned before the first wait: a checkpoint may free what is not.
+        segments = {first: self._segments[addresses[first] >> 24] for runs in by_device.values() for first, _ in runs}
+        for segment in segments.values():
+            segment.pins += 1
+        try:
+            for runs in by_device.values():
                 ranges = [
-                    (segment.offset(addresses[first] & SLOT_MASK), count << BLOCK_SHIFT)
-                    for segment, (first, count) in zip(segments, runs, strict=True)
+                    (segments[first].offset(addresses[first] & SLOT_MASK), count << BLOCK_SHIFT)
+                    for first, count in runs
                 ]
-                blocks = await segments[0].device.read_many(ranges)
-            except OSError:
-                for first, count in runs:
-                    suspects += range(first, first + count)
-                continue
-            finally:
-                for segment in segments:
-                    segment.pins -= 1
-            for (first, count), data in zip(runs, blocks, strict=True):
-                into[first << BLOCK_SHIFT : first + count << BLOCK_SHIFT] = data
-                found = checks_of(memoryview(data))
-                suspects += [first + i for i in range(count) if found[i] != checks[first + i]]
+                try:
+                    blocks = await segments[runs[0][0]].device.read_many(ranges)
+                except OSError:
+                    for first, count in runs:
+                        suspects += range(first, first + count)
+                    continue
+                for (first, count), data in zip(runs, blocks, strict=True):
+                    into[first << BLOCK_SHIFT : first + count << BLOCK_SHIFT] = data
+                    found = checks_of(memoryview(data))
+                    suspects += [first + i for i in range(count) if found[i] != checks[first + i]]
+        finally:
+            for segment in segments.values():
+                segment.pins -= 1
         return suspects
 
     async def _read_suspect(self, block: int, into: memoryview) -> None:
@@ -289,6 +295,9 @@ class Volume:
 
         Raises TierError if the device refuses: then none may be acknowledged.
         """
+        self._require_alive()
+        if self._merging:
+            return False
         total = 0
         for _, data in writes:
             total += len(data)
@@ -455,17 +464,29 @@ class Volume:
         partial = sorted(
             {block for block, at in ((first, offset), (first + count - 1, offset + len(data))) if at & BLOCK_MASK}
         )
-        edges: Edges = {}
-        while True:
-            charge = await self._admission(first, count)
-            self._require_alive()
-            if self._write_admitted([(offset, data)], edges, charge, keep_zeroes=keep_zeroes):
+        for _ in range(MERGE_ATTEMPTS):
+            if self._merging:
+                async with self._merge_lock:
+                    pass
+            if await self._merge_piece(offset, data, first, count, partial, keep_zeroes=keep_zeroes):
                 return
-            for block in partial:
-                (address,), (check,) = await self.entries(block, 1)
-                into = bytearray(BLOCK_BYTES)
-                await self.read(block << BLOCK_SHIFT, BLOCK_BYTES, memoryview(into))
-                edges[block] = ((address, check), bytes(into))
+        # Others keep changing the block: hold them off. Fast writers turn into slow ones, and these wait for the lock.
+        async with self._merge_lock:
+            self._merging = True
+            try:
+                while not await self._merge_piece(offset, data, first, count, partial, keep_zeroes=keep_zeroes):
+                    pass
+            finally:
+                self._merging = False
+
+    async def _merge_piece(
+        self, offset: int, data: memoryview, first: int, count: int, partial: list[int], *, keep_zeroes: bool
+    ) -> bool:
+        """Prepare the blocks to merge with, then write if they are still what was prepared."""
+        edges = {block: await self.edge(block) for block in partial}
+        charge = await self._admission(first, count)
+        self._require_alive()
+        return self._write_admitted([(offset, data)], edges, charge, keep_zeroes=keep_zeroes)
 
     async def _admission(self, first: int, count: int) -> int:
         """Wait until `count` blocks from `first` may be logged; return how many of them to charge.
@@ -549,12 +570,36 @@ class Volume:
     async def _unmap(self, block: int, count: int) -> None:
         await self._engine.admit_release()
         self._require_alive()
-        self.unmap_logged(block, count)
-
-    def unmap_logged(self, block: int, count: int) -> None:
-        """Log that these blocks read as zeros, and let it be so. Admission is the caller's."""
         self._engine.log_room()
         self._append([self._unmap_word, block, count], [], [])
+
+    async def edge(self, block: int) -> tuple[Entry, bytes]:
+        """A block's entry and the bytes that were read through it, to prepare a merge with."""
+        (address,), (check,) = await self.entries(block, 1)
+        into = bytearray(BLOCK_BYTES)
+        await self.read(block << BLOCK_SHIFT, BLOCK_BYTES, memoryview(into))
+        return (address, check), bytes(into)
+
+    def shrink_logged(self, size_bytes: int, last_block: Buffer | None) -> None:
+        """Log in one batch that the volume ends earlier: the new last block, the tail unmapped, the size.
+
+        `last_block`: its bytes with the tail zeroed, None if nothing is mapped there or the size ends with a block.
+        Admission is the caller's. No checkpoint of trio in here.
+        """
+        first = size_bytes + BLOCK_MASK >> BLOCK_SHIFT
+        count = (self.size_bytes + BLOCK_MASK >> BLOCK_SHIFT) - first
+        ops = [self._unmap_word, first, count] if count else []
+        checks: list[int] = []
+        if last_block is not None:
+            ops = [self._write_word, size_bytes >> BLOCK_SHIFT, 1, *ops]
+            checks.append(check_of(last_block))
+        engine = self._engine
+        engine.log_room()
+        resize = [Op.RESIZE << 56 | self.id, size_bytes, 0]
+        address = engine.log.append(ops + resize, checks, [] if last_block is None else [last_block])
+        self.apply_batch(ops, checks, address)
+        engine.resized(self, size_bytes)
+        engine.appended()
 
     async def cache(self, offset: int, length: int) -> None:
         """Bring the range into the page cache: read it, a piece at a time."""
@@ -570,11 +615,27 @@ class Volume:
         """
         result: list[tuple[int, int]] = []
         at, end = offset, offset + length
+        named: list[int] | None = None
         while at < end:
             block = at >> BLOCK_SHIFT
-            covered, mapped = await self._extent_step(block, (end - 1 >> BLOCK_SHIFT) + 1 - block)
-            for count, is_mapped in _run_lengths(mapped) if mapped is not None else [(covered, False)]:
-                stop = min(end, block + count << BLOCK_SHIFT)
+            most = (end - 1 >> BLOCK_SHIFT) + 1 - block
+            hole = min(await self.tree_hole(block), most) if most > FANOUT else 0
+            if hole > FANOUT:
+                if named is None:
+                    # Later writes are concurrent with this request; what it must know is in the layers by now.
+                    layers = (self.active, self.frozen) if self.frozen is not None else (self.active,)
+                    named = sorted(set().union(*(layer.named_leaves() for layer in layers)))
+                next_leaf = bisect_left(named, block >> FANOUT_BITS)
+                if next_leaf < len(named):
+                    hole = min(hole, (named[next_leaf] << FANOUT_BITS) - block)
+            if hole > FANOUT:
+                runs = [(hole, False)]
+            else:
+                addresses, _ = await self.entries(block, min(most, FANOUT - (block & FANOUT_MASK)))
+                runs = _run_lengths([address != UNMAPPED for address in addresses])
+            for count, is_mapped in runs:
+                block += count
+                stop = min(end, block << BLOCK_SHIFT)
                 flags = 0 if is_mapped else EXTENT_HOLE | EXTENT_ZERO
                 if result and result[-1][1] == flags:
                     result[-1] = (result[-1][0] + stop - at, flags)
@@ -583,25 +644,8 @@ class Volume:
                 else:
                     result.append((stop - at, flags))
                 at = stop
-                block += count
-                if at >= end:
-                    break
+            await trio.lowlevel.checkpoint()
         return result
-
-    async def _extent_step(self, block: int, most: int) -> tuple[int, list[bool] | None]:
-        """(blocks, whether each is mapped), or (blocks, None) for a stretch in which no block is."""
-        overlays = [layer for layer in (self.frozen, self.active) if layer]
-        if not overlays or most > FANOUT:
-            hole = await self.tree_hole(block)
-            hole = min(hole, most)
-            for layer in overlays:
-                if hole > FANOUT and (nearest := layer.next_named(block)) is not None:
-                    hole = min(hole, nearest - block)
-            if hole > FANOUT:
-                return hole, None
-        count = min(most, FANOUT - (block & FANOUT_MASK))
-        addresses, _ = await self.entries(block, count)
-        return count, [address != UNMAPPED for address in addresses]
 
     async def tree_hole(self, block: int) -> int:
         """How many blocks from `block` on the committed tree certainly has no page for; 0 if there is a leaf."""
