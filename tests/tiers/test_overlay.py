@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiers.overlay import HOLE, SMALL_RANGE_BLOCKS, Entry, Overlay, RangeSet
+from tiers.overlay import HOLE, LEAF_BITS, RUN_BLOCKS, SMALL_RANGE_BLOCKS, Entry, Overlay, RangeSet
 
 SPACE = 120
 SPANS = st.tuples(st.integers(0, SPACE - 1), st.integers(1, 60)).map(lambda span: (span[0], min(SPACE, sum(span))))
@@ -27,71 +27,102 @@ def test_a_range_set_is_a_set_of_blocks(spans: list[tuple[int, int]], window: tu
     assert [b for lo, hi in inside for b in range(lo, hi)] == sorted(model & set(range(*window)))
 
 
-@st.composite
-def steps(draw: st.DrawFn) -> list[tuple[int, int, bool]]:
-    """(first block, count, is a write)."""
-    return [
-        (start, end - start, write)
-        for (start, end), write in draw(st.lists(st.tuples(SPANS, st.booleans()), max_size=25))
-    ]
+WIDE = 900  # blocks: three leaves and a half
+LONG = st.tuples(st.integers(0, WIDE - 1), st.integers(1, 600)).map(lambda span: (span[0], min(WIDE, sum(span))))
+STEPS = st.lists(st.tuples(LONG, st.sampled_from(["put", "run", "unmap"])), max_size=12)
+SMALL = st.booleans()
 
 
-def play(script: list[tuple[int, int, bool]]) -> tuple[Overlay, dict[int, Entry]]:
-    """Apply the script to an overlay and to a dictionary, and compare what the overlay says it dropped."""
-    overlay, model = Overlay(), {}
-    points: dict[int, Entry] = {}
-    for number, (start, count, write) in enumerate(script, 1):
-        blocks = range(start, start + count)
-        if write:
-            for block in blocks:
-                overlay.points[block] = points[block] = model[block] = (number << 24 | block, number)
-        else:
-            dropped = overlay.unmap(start, count)
-            expected = [points.pop(block)[0] for block in blocks if block in points]
-            assert sorted(a for a in dropped if a) == sorted(expected)
+def play(script: list[tuple[tuple[int, int], str]], *, small: bool) -> tuple[Overlay, dict[int, Entry]]:
+    """Apply the script to an overlay and to a dictionary, and compare what the overlay says that it dropped."""
+    overlay, model = Overlay(small=small), {}
+    for number, ((start, end), what) in enumerate(script, 1):
+        if what == "put":
+            end = min(end, start + 30)
+        blocks = range(start, end)
+        before = sorted(model[block][0] for block in blocks if model.get(block, HOLE) != HOLE)
+        first = number << 24 | 1
+        if what == "unmap":
+            dropped = overlay.unmap(start, len(blocks))
             model.update(dict.fromkeys(blocks, HOLE))
+        else:
+            checks = [number * 1000 + i for i in range(len(blocks))]
+            if what == "run":
+                dropped = overlay.put_run(start, first, checks)
+            else:
+                dropped = [overlay.put(block, first + i, checks[i]) for i, block in enumerate(blocks)]
+            model.update({block: (first + i, checks[i]) for i, block in enumerate(blocks)})
+        assert sorted(address for address in dropped if address) == before
     return overlay, model
 
 
-@given(steps())
-def test_the_last_word_on_each_block_counts(script: list[tuple[int, int, bool]]) -> None:
-    overlay, model = play(script)
-    assert {block: overlay.get(block) for block in range(SPACE)} == {block: model.get(block) for block in range(SPACE)}
+@given(STEPS, SMALL)
+def test_the_last_word_on_each_block_counts(script: list[tuple[tuple[int, int], str]], small: bool) -> None:
+    overlay, model = play(script, small=small)
+    assert {block: overlay.get(block) for block in range(WIDE + 5)} == {
+        block: model.get(block) for block in range(WIDE + 5)
+    }
     assert bool(overlay) == bool(model)
 
 
-@given(steps(), SPANS)
+@given(STEPS, SMALL, LONG)
 def test_patching_lays_the_layer_over_what_is_below(
-    script: list[tuple[int, int, bool]], window: tuple[int, int]
+    script: list[tuple[tuple[int, int], str]], small: bool, window: tuple[int, int]
 ) -> None:
-    overlay, model = play(script)
+    overlay, model = play(script, small=small)
     start, end = window
-    addresses, checks = [block + 7000 for block in range(start, end)], [block + 9000 for block in range(start, end)]
+    below = {block: (block + (7 << 30), block + 9000) for block in range(start, end)}
+    addresses, checks = [entry[0] for entry in below.values()], [entry[1] for entry in below.values()]
     overlay.patch(start, addresses, checks)
-    assert list(zip(addresses, checks, strict=True)) == [
-        model.get(block, (block + 7000, block + 9000)) for block in range(start, end)
-    ]
+    assert list(zip(addresses, checks, strict=True)) == [model.get(block, below[block]) for block in range(start, end)]
 
 
-@given(steps())
-def test_the_weight_bounds_the_memory_that_an_overlay_takes(script: list[tuple[int, int, bool]]) -> None:
-    overlay, _ = play(script)
-    assert overlay.weight >= len(overlay.points) + len(overlay.ranges)
+@given(STEPS, SMALL)
+def test_a_leaf_has_points_or_a_patch_and_the_weight_counts_both(
+    script: list[tuple[tuple[int, int], str]], small: bool
+) -> None:
+    overlay, _ = play(script, small=small)
+    assert not {block >> LEAF_BITS for block in overlay.points} & overlay.patches.keys()
+    assert not (small and overlay.points)
+    assert overlay.weight >= len(overlay.points) + len(overlay.patches) + len(overlay.ranges)
     assert (overlay.weight == 0) == (not overlay)
 
 
+@given(STEPS, SMALL, st.integers(0, WIDE))
+def test_the_next_named_block_never_skips_one(
+    script: list[tuple[tuple[int, int], str]], small: bool, block: int
+) -> None:
+    overlay, model = play(script, small=small)
+    named = min((b for b, entry in model.items() if b >= block and entry != HOLE), default=None)
+    found = overlay.next_named(block)
+    if named is not None:
+        assert found is not None
+        assert block <= found <= named
+
+
 def test_unmapping_terabytes_is_one_range_whatever_it_covers() -> None:
-    overlay = Overlay()
-    overlay.points.update({block << 20: (1 << 24, 1) for block in range(100)})
-    assert overlay.unmap(0, 1 << 38) == [1 << 24] * 100
-    assert (overlay.points, len(overlay.ranges)) == ({}, 1)
-    assert overlay.get(1 << 37) == HOLE
-    assert overlay.get(1 << 38) is None
+    for small in (False, True):
+        overlay = Overlay(small=small)
+        for number in range(100):
+            overlay.put(number << 20, 1 << 24 | number, 1)
+        assert sorted(overlay.unmap(0, 1 << 38)) == [1 << 24 | number for number in range(100)]
+        assert (overlay.points, overlay.patches, len(overlay.ranges)) == ({}, {}, 1)
+        assert overlay.get(1 << 37) == HOLE
+        assert overlay.get(1 << 38) is None
 
 
-def test_small_unmaps_are_points_so_that_many_of_them_stay_cheap() -> None:
-    overlay = Overlay()
+def test_small_unmaps_are_no_ranges_so_that_many_of_them_stay_cheap() -> None:
+    overlay = Overlay(small=False)
     overlay.unmap(5, SMALL_RANGE_BLOCKS)
     assert not overlay.ranges
     overlay.unmap(100, SMALL_RANGE_BLOCKS + 1)
     assert len(overlay.ranges) == 1
+
+
+def test_random_blocks_of_a_large_volume_are_points_and_runs_are_patches() -> None:
+    overlay = Overlay(small=False)
+    overlay.put(10, 1 << 24, 1)
+    assert not overlay.patches
+    assert overlay.put_run(0, 2 << 24, list(range(RUN_BLOCKS))) == [1 << 24]
+    assert not overlay.points
+    assert overlay.get(10) == ((2 << 24) + 10, 10)
