@@ -46,6 +46,9 @@ log = logging.getLogger("terraced")
 # times a second under load; the engine makes no cycles, so there is little to find.
 _GC_THRESHOLDS = (50_000, 20, 50)
 
+# What clients get to receive their last replies, and API requests to finish, before they are cut off.
+_LEAVING_S = 3.0
+
 
 def main(arguments: Sequence[str] | None = None, *, engine: type[Pool] = Pool) -> int:
     """The entry point; returns the exit status."""
@@ -131,7 +134,9 @@ async def run(home: Home, config: Config, stalls: StallMeter, engine: type[Pool]
                 watchers.start_soon(_hurry, signals, services.cancel_scope)
                 api_shutdown.set()
                 server.start_drain()
-                # Both services end by themselves now; the pools are closed after them.
+                # Both services end by themselves now, and the pools are closed after them; a client that doesn't take
+                # its last replies holds nobody up.
+                services.cancel_scope.deadline = trio.current_time() + config.nbd.drain_grace_s + _LEAVING_S
             log.info("stopped")
             watchers.cancel_scope.cancel()
     return 0
