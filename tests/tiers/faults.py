@@ -1,4 +1,4 @@
-"""A simulated machine for the engine: devices that lie only where real ones do, a catalog whose commit is atomic, no threads.
+"""A simulated machine for the engine: devices that lie only where real ones do, an atomic catalog, no threads.
 
 What a device holds is kept in two layers. `cache` is what the kernel shows; `durable` is what a power cut can't take.
 A write changes the cache and is remembered as unsynced; `sync` makes durable what had been written before it was
@@ -31,7 +31,7 @@ import trio.testing
 
 import tiers.pool
 import tiers.volume
-from tiers.catalog import Change, DeviceRow, Position, State
+from tiers.catalog import CATALOG_NAME, Catalog, Change, DeviceRow, Position, State
 from tiers.errors import TierError
 from tiers.label import LABEL_BYTES, LABEL_OFFSETS, Label, Tier, encode_label, newest_label
 from tiers.layout import LABEL_AREA_BYTES
@@ -276,7 +276,7 @@ class SimDevice:
 
 
 class MemoryCatalog:
-    """The catalog of a simulated machine: a commit is one atomic, durable event. Stands in for `tiers.catalog.Catalog`."""
+    """Stands in for `tiers.catalog.Catalog`: a commit is one atomic, durable event."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
@@ -313,7 +313,9 @@ def _changed(state: State, change: Change) -> State:
     dead = {row[0]: row for row in state.dead if row[0] not in removed}
     dead.update((row[0], row) for row in change.dead_added)
     devices = {row.index: row for row in state.devices}
-    devices.update((row.index, row) for row in change.devices)
+    for row in change.devices:
+        old = devices.get(row.index)
+        devices[row.index] = replace(row, poisoned=(old and old.poisoned) or row.poisoned)
     return State(
         state.pool_name,
         state.pool_uuid,
@@ -351,6 +353,8 @@ class Machine:
         self.on_step: Callable[[str], None] = lambda kind: None
         self.steps = 0
         self.commits = 0
+        self.catalog_directory: Path | None = None
+        """Where to keep a real catalog in place of the simulated one."""
         self.small_volume_leaves = tiers.volume.SMALL_VOLUME_LEAVES
         self.cold_share = 0.0
         """How often a read that could be served from the cache is not."""
@@ -483,6 +487,15 @@ def run(machine: Machine, body: Callable[[], Awaitable[Any]]) -> Any:
             raise BlockingIOError(errno.EAGAIN, "not in the cache")
         return len(into)
 
+    def catalog(directory: Path) -> Catalog | MemoryCatalog:
+        real = machine.catalog_directory
+        if real is None:
+            return MemoryCatalog(machine)
+        if not (real / CATALOG_NAME).exists():
+            state = machine.state
+            Catalog.create(real, state.pool_name, state.pool_uuid, state.devices, state.position)
+        return Catalog(real)
+
     @contextlib.contextmanager
     def unlocked(directory: Path) -> Iterator[None]:
         yield
@@ -496,7 +509,7 @@ def run(machine: Machine, body: Callable[[], Awaitable[Any]]) -> Any:
     with (
         mock.patch.object(tiers.pool, "_open_devices", open_devices),
         mock.patch.object(tiers.pool, "_locked", unlocked),
-        mock.patch.object(tiers.pool, "Catalog", lambda directory: MemoryCatalog(machine)),
+        mock.patch.object(tiers.pool, "Catalog", catalog),
         mock.patch.object(tiers.volume, "os", fake_os),
         mock.patch.object(tiers.volume, "SMALL_VOLUME_LEAVES", machine.small_volume_leaves),
         mock.patch.object(trio.to_thread, "run_sync", _inline),

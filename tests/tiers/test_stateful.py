@@ -1,4 +1,4 @@
-"""The engine against its promise: random programs and random crashes, judged by the oracle; and proof that it can judge."""
+"""The engine against its promise: random programs and crashes, judged by the oracle; and proof that it can judge."""
 
 from __future__ import annotations
 
