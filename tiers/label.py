@@ -110,7 +110,8 @@ def decode_label(sector: bytes) -> Label:
     if version != LABEL_VERSION:
         raise BadLabelError(
             f"its label has format version {version} and this release reads version {LABEL_VERSION}; use the "
-            f"newer release"
+            "release that wrote it",
+            newer=True,
         )
     if tier not in (1, 2) or index >= MAX_DEVICES or not segment:
         raise BadLabelError("its label has impossible values")

@@ -217,14 +217,13 @@ class _LogReader:
         if self._segment_id:
             proof = self._scan(self._data, self._segment_id, end_seq)
         for device in self._engine.devices:
-            headers = await device.read_many(
-                [(device.segment_offset(i), BLOCK_BYTES) for i in range(device.segment_count)]
-            )
-            for index, block in enumerate(headers):
-                header = self._log_segment_header(block)
-                if header is None or (device.index, index) in self._visited:
-                    continue
-                if header.first_seq >= end_seq:
+            for start in range(0, device.segment_count, HEADERS_A_READ):
+                places = range(start, min(start + HEADERS_A_READ, device.segment_count))
+                headers = await device.read_many([(device.segment_offset(i), BLOCK_BYTES) for i in places])
+                for index, block in zip(places, headers, strict=True):
+                    header = self._log_segment_header(block)
+                    if header is None or (device.index, index) in self._visited or header.first_seq < end_seq:
+                        continue
                     data = await device.read_direct(device.segment_offset(index), device.segment_bytes)
                     proof = max(proof, self._scan(data, header.segment_id, end_seq))
         return proof

@@ -142,14 +142,16 @@ class SegmentTable:
         by_id = self.by_id
         count = 0
         for address in addresses:
-            if address >> 24:
+            if address >> 24 in by_id:
                 by_id[address >> 24].pending -= 1
                 count += 1
         self.pending -= count
 
     def add_live(self, segment_id: int, count: int) -> None:
         """Map pages point to `count` more (or fewer) blocks of a segment."""
-        segment = self.by_id[segment_id]
+        segment = self.by_id.get(segment_id)
+        if segment is None:
+            return  # the map named a segment that isn't in use: a damaged catalog, which `check` tells of
         segment.live += count
         assert segment.live >= 0, f"segment {segment_id} would have {segment.live} live blocks"
         self.changed.add(segment_id)

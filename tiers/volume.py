@@ -160,10 +160,10 @@ class Volume:
                 raise self._bad(block)
             into[:] = ZERO_BLOCK
             return True
-        segment = self._segments[address >> 24]
         try:
+            segment = self._segments[address >> 24]
             count = os.preadv(segment.fd, [into], segment.base + ((address & SLOT_MASK) << BLOCK_SHIFT), os.RWF_NOWAIT)
-        except OSError:
+        except (OSError, KeyError):
             return False
         # A mismatch is not judged here: `read` looks again, on the device.
         return count == BLOCK_BYTES and check_of(into) == check
@@ -178,8 +178,10 @@ class Volume:
                     return False
                 part[:] = bytes(hi - lo)
                 continue
-            segment = self._segments[address >> 24]
-            if not segment.device.read_now(segment.base + ((address & SLOT_MASK) << BLOCK_SHIFT), part):
+            segment = self._segments.get(address >> 24)
+            if segment is None or not segment.device.read_now(
+                segment.base + ((address & SLOT_MASK) << BLOCK_SHIFT), part
+            ):
                 return False
             if checks_of(part) != checks[first : first + count]:
                 return False
@@ -224,7 +226,7 @@ class Volume:
         by_device: dict[int, list[tuple[int, int]]] = {}
         for first, count in runs_of(addresses):
             address = addresses[first]
-            if address == BAD:
+            if address == BAD or (address != UNMAPPED and address >> 24 not in self._segments):
                 suspects += range(first, first + count)
             elif address == UNMAPPED:
                 into[first << BLOCK_SHIFT : first + count << BLOCK_SHIFT] = bytes(count << BLOCK_SHIFT)
@@ -264,7 +266,13 @@ class Volume:
                 return
             if address == BAD:
                 raise self._bad(block)
-            segment = self._segments[address >> 24]
+            segment = self._segments.get(address >> 24)
+            if segment is None:
+                raise TierError(
+                    errno.EIO,
+                    f"{self.name} at byte {block << BLOCK_SHIFT}: its map names segment {address >> 24}, which is not "
+                    "in use: run `terrace pool check`",
+                )
             offset = segment.offset(address & SLOT_MASK)
             segment.pins += 1
             try:
