@@ -3,8 +3,9 @@
 # Does nothing when neither pyproject.toml nor Python has changed since the last time; safe to run twice at once.
 
 find_python() {
-  local candidate
-  for candidate in "${PYTHON:-python3}" python3.14 python3.13 python3.12 python3.11; do
+  local candidate candidates=(python3 python3.14 python3.13 python3.12 python3.11)
+  [ -n "${PYTHON-}" ] && candidates=("$PYTHON")
+  for candidate in "${candidates[@]}"; do
     if command -v "$candidate" >/dev/null &&
       "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
       command -v "$candidate"
