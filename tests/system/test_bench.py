@@ -14,8 +14,8 @@ from tests.system.daemon import REPOSITORY
 @pytest.mark.system
 def test_the_bench_measures_terrace_and_a_peer_in_one_run(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    command = [REPOSITORY / "scripts" / "bench", "--only", "throughput", "--servers", "terrace", "qemu-nbd raw"]
-    options = ["--seconds", "0.2", "--rounds", "1", "--size", "64M", "--dir", tmp_path, "--json", report]
+    command: list[str | Path] = [REPOSITORY / "scripts" / "bench", "--only", "throughput", "--servers", "terrace", "qemu-nbd raw"]
+    options: list[str | Path] = ["--seconds", "0.2", "--rounds", "1", "--size", "64M", "--dir", tmp_path, "--json", report]
     result = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = json.loads(report.read_text())["throughput"]

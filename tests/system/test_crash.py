@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.system.daemon import Daemon
-from tests.system.verifier import UNIT, Image, Request, Violation, Worker, payload, read_all
+from tests.system.verifier import UNIT, Image, Request, Violation, Worker, payload, verify
 
 SEED = int(os.environ.get("CRASH_SEED") or random.SystemRandom().randrange(1 << 32))
 ROUNDS = int(os.environ.get("CRASH_ROUNDS") or 50)
@@ -82,7 +82,7 @@ def one_round(daemon: Daemon, images: list[Image], rng: random.Random) -> str:
         daemon.kill()
     ready_s = daemon.start()
     for image in images:
-        image.settle(read_all(daemon.socket, image.name))
+        verify(daemon.socket, image)
     twice = ", killed again during recovery" if again else ""
     return (
         f"{acknowledged} acknowledged and {in_flight} in flight after {load_s * 1e3:.0f} ms{twice}; "
@@ -98,7 +98,7 @@ def test_the_oracle_accepts_exactly_old_or_new_under_a_request_in_flight() -> No
     def judge(found: np.ndarray) -> None:
         image.expected = old.copy()
         image.in_flight = {unaligned}
-        image.settle(found)
+        image.judge(0, found)
         assert np.array_equal(image.expected, found)
 
     after = old.copy()
@@ -124,5 +124,8 @@ def test_the_oracle_names_the_write_that_came_back_from_the_past() -> None:
     image.expected[:4096] = 2
     found = image.expected.copy()
     found[:4096] = 1
-    with pytest.raises(Violation, match=r"8 units of 512 bytes wrong.*found what #1 write 0\+4096 acknowledged wrote"):
-        image.settle(found)
+    with pytest.raises(
+        Violation,
+        match=r"8 units of 512 bytes wrong from 0 to 65536, first.*found what #1 write 0\+4096 acknowledged wrote",
+    ):
+        image.judge(0, found)

@@ -52,8 +52,12 @@ class Request:
     data: Bytes | None = None
     acknowledged: bool = False
 
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
     def overlaps(self, other: Request) -> bool:
-        return self.offset < other.offset + other.length and other.offset < self.offset + self.length
+        return self.offset < other.end and other.offset < self.end
 
     def __str__(self) -> str:
         fua = "+fua" if self.flags & FUA else ""
@@ -129,7 +133,7 @@ class Image:
         """Takes the reply for `request`: from now on its effect must be there."""
         if reply.error:
             raise Violation(f"{self.name}: {request} failed: {os.strerror(reply.error)}")
-        here = slice(request.offset, request.offset + request.length)
+        here = slice(request.offset, request.end)
         with self.lock:
             if request.command == READ:
                 got = np.frombuffer(reply.data, dtype=np.uint8)
@@ -142,34 +146,36 @@ class Image:
             request.acknowledged = True
             self.acknowledged += 1
 
-    def settle(self, found: Bytes) -> None:
-        """Judges `found`, the whole volume as read after a crash, and takes it as the truth for the next round."""
-        assert len(found) == self.size_bytes
-        allowed = self.expected.copy()
+    def judge(self, start: int, found: Bytes) -> None:
+        """Judges what a read of whole units from `start` gave after a crash, and takes it as the truth from now on."""
+        expected = self.expected[start : start + len(found)]
+        if np.array_equal(found, expected):
+            return
         for request in self.in_flight:
-            if request.data is None:
+            low = max(start, request.offset // UNIT * UNIT)
+            high = min(start + len(found), -(-request.end // UNIT) * UNIT)
+            if request.data is None or low >= high:
                 continue
-            here = slice(request.offset, request.offset + request.length)
-            # Whole units around the request; the last one may be cut short by the end of the volume.
-            for start in range(request.offset // UNIT * UNIT, request.offset + request.length, UNIT):
-                unit = slice(start, min(start + UNIT, self.size_bytes))
-                after = allowed[unit].copy()
-                low, high = max(start, here.start), min(unit.stop, here.stop)
-                after[low - start : high - start] = request.data[low - here.start : high - here.start]
-                if np.array_equal(found[unit], after):
-                    allowed[unit] = after
-        if not np.array_equal(found, allowed):
-            wrong = np.flatnonzero(found != allowed)
-            units = len(np.unique(wrong // UNIT))
-            first = int(wrong[0])
-            raise Violation(f"{self.name}: {units} units of {UNIT} bytes wrong, {self.explain(first, found[first:])}")
-        self.expected = allowed
+            before = self.expected[low:high].reshape(-1, UNIT)
+            after = before.copy()
+            first, last = max(low, request.offset), min(high, request.end)
+            after.reshape(-1)[first - low : last - low] = request.data[first - request.offset : last - request.offset]
+            is_new = (found[low - start : high - start].reshape(-1, UNIT) == after).all(axis=1)
+            before[is_new] = after[is_new]
+        wrong = np.flatnonzero(found != expected)
+        if len(wrong):
+            units, first = len(np.unique(wrong // UNIT)), int(wrong[0])
+            where = f"{units} units of {UNIT} bytes wrong from {start} to {start + len(found)}"
+            raise Violation(f"{self.name}: {where}, {self.explain(start + first, found[first:])}")
+
+    def settled(self) -> None:
+        """All of the volume has been judged: nothing is in flight any more."""
         self.in_flight.clear()
 
     def explain(self, offset: int, found: Bytes) -> str:
         """Where the bytes at `offset` come from: they are zeroes, an earlier write's, or nobody's."""
         sample = found[: UNIT - offset % UNIT]
-        touching = [r for r in self._history if r.offset <= offset < r.offset + r.length]
+        touching = [r for r in self._history if r.offset <= offset < r.end]
         source = "nothing that was ever written there"
         for request in reversed(touching):
             assert request.data is not None
@@ -254,23 +260,23 @@ class Worker:
         self.image.complete(waiting.pop(reply.cookie), reply)
 
 
-def read_all(address: Path | tuple[str, int], name: str) -> Bytes:
-    """The whole volume, over one connection with a few reads in flight."""
-    with nbdclient.Connection(address, name) as connection:
-        found: Bytes = np.empty(connection.size_bytes, dtype=np.uint8)
-        starts = iter(range(0, connection.size_bytes, VERIFY_BYTES))
+def verify(address: Path | tuple[str, int], image: Image) -> None:
+    """Reads the whole volume after a crash, over one connection with a few reads in flight, and judges every byte."""
+    with nbdclient.Connection(address, image.name) as connection:
+        assert connection.size_bytes == image.size_bytes
+        starts = iter(range(0, image.size_bytes, VERIFY_BYTES))
         waiting: dict[int, int] = {}
         while True:
             while len(waiting) < 4 and (start := next(starts, None)) is not None:
-                length = min(VERIFY_BYTES, connection.size_bytes - start)
-                waiting[connection.send(READ, start, length)] = start
+                waiting[connection.send(READ, start, min(VERIFY_BYTES, image.size_bytes - start))] = start
             if not waiting:
-                return found
+                break
             reply = connection.reply()
             start = waiting.pop(reply.cookie)
             if reply.error:
-                raise Violation(f"{name}: read at {start} failed: {os.strerror(reply.error)}")
-            found[start : start + len(reply.data)] = np.frombuffer(reply.data, dtype=np.uint8)
+                raise Violation(f"{image.name}: read at {start} failed: {os.strerror(reply.error)}")
+            image.judge(start, np.frombuffer(reply.data, dtype=np.uint8))
+    image.settled()
 
 
 def payload(rng: random.Random, size_bytes: int = 8 << 20) -> Bytes:
