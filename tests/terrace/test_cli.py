@@ -11,12 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trio
 from click.testing import CliRunner, Result
 
 from terrace.cli.pool import _one_option_each
 from terrace.cli.root import root
+from terrace.home import Home
 from tests.system.daemon import environment
 from tests.terrace.fakedaemon import FakeDaemon
+from tiers import DeviceSpec, Pool
 
 
 class Cli:
@@ -166,6 +169,26 @@ def test_a_socket_that_a_killed_daemon_left_is_no_daemon(own_daemon: FakeDaemon)
     own_daemon.start()
     own_daemon.kill()
     assert "terraced --home" in Cli(own_daemon.home).error("status")
+
+
+def test_without_a_daemon_a_check_opens_the_pool_itself(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+
+    async def make() -> None:
+        await Pool.create(home.pools / "p", "p", [DeviceSpec(tmp_path / "device", "fast", 64 << 20)])
+        async with Pool.open(home.pools / "p") as pool:
+            await (await pool.create_volume("v", 1 << 20)).write(0, b"x" * 4096)
+
+    home.pools.mkdir(parents=True)
+    trio.run(make)
+    cli = Cli(home.path)
+    assert cli.ok("pool", "check", "p", "--full").startswith("Pool p is sound: 1 volume(s), 1 blocks mapped, 4 KiB")
+    assert cli.json("pool", "check", "p")["ok"] is True  # type: ignore[index]
+    line = cli.error("pool", "check", "none")
+    assert "no pool 'none'" in line
+    assert "no terraced runs" in line
+    with home.locked():
+        assert "in use" in cli.error("pool", "check", "p")
 
 
 def test_a_failed_pool_is_listed_with_its_reason_and_the_next_step(own_daemon: FakeDaemon) -> None:
