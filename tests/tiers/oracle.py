@@ -9,8 +9,9 @@ returned). A resize is there or not.
 from __future__ import annotations
 
 import contextlib
+import errno
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import trio
@@ -159,6 +160,8 @@ class Driver:
         self.everything = True
         self.counter = 0
         self.full_errors = 0
+        self.write_faults = 0.0
+        """The share of the devices' writes that fail."""
 
     # -- checking ------------------------------------------------------------------------------------------------------
 
@@ -236,7 +239,6 @@ class Driver:
                 op.changes = [(offset, data)]
         if op.size is None:
             op.what = f"{kind} {[(o, len(d)) for o, d in op.changes]}"
-        before = bytes(model.content)
         model.in_flight = op
         try:
             if kind in ("now", "batch"):
@@ -268,30 +270,32 @@ class Driver:
             failed = model.in_flight
             assert failed is not None
             model.in_flight = None
-            await self._after_failure(volume, model, failed, before)
+            await self._after_failure(volume, model, failed)
             return
         model.in_flight = None
         model.returned(op)
 
-    async def _after_failure(self, volume: Volume, model: Model, op: Op, before: bytes) -> None:
+    async def _after_failure(self, volume: Volume, model: Model, op: Op) -> None:
         """An operation was refused: it may have happened in part, by blocks, and what is there now counts."""
-        after = bytearray(model.content)
         if op.size is not None:
             if volume.size_bytes != len(model.content):
                 raise OracleError(f"a refused resize changed the size to {volume.size_bytes}")
             if await read_all(volume) != bytes(model.content):
                 raise OracleError(f"a refused {op.what} changed the content")
             return
-        op.apply(after)
+        states = [bytes(model.content)]
+        for change in op.changes:
+            state = bytearray(states[-1])
+            Op("", [change]).apply(state)
+            states.append(bytes(state))
         seen: Changes = []
         for offset, data in op.changes:
-            lo, hi = offset // BLOCK * BLOCK, min(-(-(offset + len(data)) // BLOCK) * BLOCK, len(after))
+            lo, hi = offset // BLOCK * BLOCK, min(-(-(offset + len(data)) // BLOCK) * BLOCK, len(states[0]))
             into = bytearray(hi - lo)
             await volume.read(lo, hi - lo, memoryview(into))
-            for at in range(0, hi - lo, BLOCK):
-                part = bytes(into[at : at + BLOCK])
-                if part not in (bytes(model.content[lo + at : hi][:BLOCK]), bytes(after[lo + at : hi][:BLOCK])):
-                    raise OracleError(f"a refused {op.what} left neither old nor new bytes at {lo + at}")
+            for at in range(lo, hi, BLOCK):
+                if all(into[at - lo : at - lo + BLOCK] != state[at : at + BLOCK] for state in states):
+                    raise OracleError(f"a refused {op.what} left neither old nor new bytes at {at}")
             seen.append((lo, bytes(into)))
         model.returned(Op(f"refused {op.what}", seen))
 
@@ -329,7 +333,28 @@ class Driver:
             elif choice < 0.8:
                 space.kick_cleaner.set()
             else:
-                await pool.checkpoint()
+                with self._refusals():
+                    await pool.checkpoint()
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """A device that refuses a write may fail what needs it; a machine that is off fails everything."""
+        try:
+            yield
+        except TierError:
+            if self.machine.is_off or not self.write_faults:
+                raise
+            self.full_errors += 1
+
+    def _inject(self, on: bool) -> None:
+        """Let writes fail now and then, before any byte is taken."""
+        share = self.write_faults if on else 0.0
+
+        def fail(offset: int, length: int) -> tuple[int, int] | None:
+            return (self.rng.choice((errno.EIO, errno.ENOSPC)), 0) if self.rng.random() < share else None
+
+        for medium in self.machine.media:
+            medium.on_write = fail
 
     async def _creator(self, pool: Pool) -> None:
         """Volumes come, are written to, and go."""
@@ -384,6 +409,7 @@ class Driver:
     async def life(self, *, count: int, crash_after: int | None) -> None:
         """Open, check, load, and end: cleanly, or where the countdown says (which may be in the recovery)."""
         self.machine.countdown = crash_after
+        self._inject(False)
         with contextlib.suppress(PowerCutError):
             async with self.machine.open() as pool:
                 countdown, self.machine.countdown = self.machine.countdown, None
@@ -394,7 +420,9 @@ class Driver:
                         self.models[f"v{i}"] = Model(self.volume_bytes)
                         await pool.create_volume(f"v{i}", self.volume_bytes)
                 self.machine.countdown = countdown
+                self._inject(True)
                 await self.load(pool, count)
+                self._inject(False)
         if not self.machine.is_off:
             for model in self.models.values():  # a clean end makes all durable
                 model.flushed(model.mark)
@@ -438,10 +466,11 @@ def random_machine(seed: int) -> Machine:
     return machine
 
 
-def search(seed: int, *, lives: int = 6, count: int = 40) -> Driver:
+def search(seed: int, *, lives: int = 6, count: int = 40, write_faults: float = 0.0) -> Driver:
     """One seeded run of several lives. Raises OracleError where the promise is broken."""
     machine = random_machine(seed)
     driver = Driver(machine, volume_bytes=random.Random(seed + 1).choice((512 << 10, 1 << 20, 3 << 19)))
+    driver.write_faults = write_faults
 
     async def main() -> None:
         for _ in range(lives):
@@ -449,6 +478,7 @@ def search(seed: int, *, lives: int = 6, count: int = 40) -> Driver:
             with trio.fail_after(3600):
                 await driver.life(count=count, crash_after=crash)
             driver.after()
+        driver._inject(False)
         with trio.fail_after(3600):
             async with machine.open() as pool:
                 await driver.judge(pool)

@@ -28,6 +28,11 @@ def test_after_any_crash_volumes_hold_a_prefix_and_the_pool_is_sound(seed: int) 
     search(seed)
 
 
+@pytest.mark.parametrize("seed", range(100, 108))
+def test_devices_that_refuse_writes_now_and_then_break_no_promise(seed: int) -> None:
+    assert search(seed, write_faults=0.01).full_errors
+
+
 def test_the_same_seed_gives_the_same_run() -> None:
     def digest() -> tuple[Any, ...]:
         driver = search(11)
