@@ -189,6 +189,7 @@ class Catalog:
             db.close()
         temporary.rename(final)
         sync_directory(directory)
+        sync_directory(directory.parent)
 
     def load(self) -> State:
         """Read everything. Raises TierError for a catalog that is damaged or of another version."""

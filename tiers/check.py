@@ -124,8 +124,9 @@ class _Walk:
         mapped = 0
         for start in range(0, len(entries), CHUNK_PAGES):
             part = entries[start : start + CHUNK_PAGES]
-            self._place(np.array([address for address, _, _ in part], np.uint64), Kind.MAP, name)
+            await self._place(np.array([address for address, _, _ in part], np.uint64), Kind.MAP, name)
             below: list[tuple[int, int, int]] = []
+            data: list[Any] = []
             for (_, _, index), page in zip(part, await self._read(name, level, part), strict=True):
                 if page is None:
                     continue
@@ -134,7 +135,7 @@ class _Walk:
                 addresses = words[:FANOUT]
                 used = np.flatnonzero(addresses)
                 if level == 0:
-                    self._place(addresses[used], None, name)
+                    data.append(addresses[used])
                     mapped += len(used)
                     leaves.append(index)
                 else:
@@ -142,6 +143,8 @@ class _Walk:
                         (int(words[slot]), int(words[FANOUT + slot]), index << FANOUT_BITS | slot)
                         for slot in used.tolist()
                     ]
+            if data:
+                await self._place(np.concatenate(data), None, name)
             await trio.lowlevel.checkpoint()
             if below:
                 mapped += await self._subtree(name, below, level - 1, leaves)
@@ -164,11 +167,15 @@ class _Walk:
                     pages.append(None)
         return pages
 
-    def _place(self, addresses: Any, kind: Kind | None, name: str) -> None:
+    async def _place(self, addresses: Any, kind: Kind | None, name: str) -> None:
         """Count addresses by segment; each must lie in the written part of one of the right kind, and be unique."""
-        in_segments = addresses[addresses >= FIRST_ADDRESS]
-        for segment_id in np.unique(in_segments >> np.uint64(24)).tolist():
-            slots = (in_segments[in_segments >> np.uint64(24) == segment_id] & np.uint64(0xFFFFFF)).astype(np.int64)
+        in_order = np.sort(addresses[addresses >= FIRST_ADDRESS])
+        ids, starts = np.unique(in_order >> np.uint64(24), return_index=True)
+        ends = np.append(starts[1:], len(in_order))
+        for n, (segment_id, start, end) in enumerate(zip(ids.tolist(), starts.tolist(), ends.tolist(), strict=True)):
+            if n % 64 == 63:
+                await trio.lowlevel.checkpoint()
+            slots = (in_order[start:end] & np.uint64(0xFFFFFF)).astype(np.int64)
             self._live[segment_id] += len(slots)
             segment = self._engine.segments.by_id.get(segment_id)
             if segment is None:
@@ -178,11 +185,11 @@ class _Walk:
                 continue
             if (segment.kind is Kind.MAP) != (kind is Kind.MAP):
                 self._report.problem(f"{name}: entries point into segment {segment_id}, which holds something else")
-            if int(slots.min()) < 1 or int(slots.max()) >= segment.used:
+            if int(slots[0]) < 1 or int(slots[-1]) >= segment.used:
                 self._report.problem(f"{name}: entries point past what was written of segment {segment_id}")
                 continue
             seen = self._seen.setdefault(segment_id, np.zeros(segment.slots, bool))
-            if seen[slots].any() or len(np.unique(slots)) != len(slots):
+            if seen[slots].any() or (slots[1:] == slots[:-1]).any():
                 self._report.problem(f"{name}: two map entries share a place in segment {segment_id}")
             seen[slots] = True
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from tiers.errors import TierError
-from tiers.layout import BAD, BLOCK_BYTES, BLOCK_SHIFT, SLOT_BITS, check_of
+from tiers.layout import BAD, BLOCK_BYTES, BLOCK_SHIFT, SLOT_BITS, SLOT_MASK, check_of
 from tiers.maptree import FANOUT_BITS, LEVEL_SHIFT, ROOT_LEVEL
 from tiers.overlay import Entry
 from tiers.placement import Move
@@ -62,14 +62,8 @@ class OutputFullError(TierError):
     """No segment may be taken for copies now: a checkpoint has to free some first."""
 
 
-@dataclass(slots=True)
-class Candidate:
-    """A block as a batch header describes it."""
-
-    volume: Volume
-    block: int
-    slot: int
-    check: int
+Candidate = tuple[Volume, int, int, int]
+"""(volume, block, slot, check): a block as a batch header describes it."""
 
 
 @dataclass(slots=True)
@@ -173,7 +167,7 @@ class Cleaner:
             blocks = segment.live + segment.pending
             entries += blocks
             output -= blocks + 8
-            if output < space.map_reserve(entries) + 3 * space.largest_segment_slots or goal <= 0:
+            if output < space.next_pages(entries) + 3 * space.largest_segment_slots or goal <= 0:
                 break
             goal -= segment.slots if demote else segment.slots - segment.live - segment.pending
             victims.append(segment)
@@ -195,9 +189,7 @@ class Cleaner:
                         continue
                     volume = self._engine.volumes.get(volume_id)
                     if volume is not None:
-                        candidates += [
-                            Candidate(volume, block + i, slot + at + i, batch.checks[at + i]) for i in range(count)
-                        ]
+                        candidates += [(volume, block + i, slot + at + i, batch.checks[at + i]) for i in range(count)]
                     at += count
                 while len(candidates) >= UNIT_BLOCKS:
                     await self._copy(victim, data, candidates[:UNIT_BLOCKS], destination)
@@ -254,30 +246,31 @@ class Cleaner:
 
     async def _copy(self, victim: Segment, data: memoryview, candidates: list[Candidate], destination: str) -> None:
         """Copy those of the candidates that are live."""
-        await self._load_leaves([(c.volume, c.block) for c in candidates])
+        await self._load_leaves([(volume, block) for volume, block, _, _ in candidates])
         base = victim.id << SLOT_BITS
         live: list[tuple[Volume, int, int, int]] = []
         views: list[memoryview] = []
         damaged: list[Candidate] = []
-        for c in candidates:
-            if c.volume.deleted or c.volume.entry_now(c.block) != (base | c.slot, c.check):
+        for candidate in candidates:
+            volume, block, slot, check = candidate
+            if volume.entry_now(block) != (base | slot, check) or volume.deleted:
                 continue
-            view = data[c.slot << BLOCK_SHIFT : c.slot + 1 << BLOCK_SHIFT]
-            if check_of(view) == c.check:
-                live.append((c.volume, c.block, base | c.slot, c.check))
+            view = data[slot << BLOCK_SHIFT : slot + 1 << BLOCK_SHIFT]
+            if check_of(view) == check:
+                live.append((volume, block, base | slot, check))
                 views.append(view)
             else:
-                damaged.append(c)
-        for c in damaged:
+                damaged.append(candidate)
+        for volume, block, slot, check in damaged:
             try:
-                again = await victim.device.read_direct(victim.offset(c.slot), BLOCK_BYTES)
+                again = await victim.device.read_direct(victim.offset(slot), BLOCK_BYTES)
             except OSError:
                 again = bytearray()
-            if check_of(again) == c.check:
-                live.append((c.volume, c.block, base | c.slot, c.check))
+            if check_of(again) == check:
+                live.append((volume, block, base | slot, check))
                 views.append(memoryview(again))
             else:
-                self._log_bad(c, (base | c.slot, c.check), victim)
+                self._log_bad(volume, block, (base | slot, check), victim)
         at = 0
         while at < len(live):
             at += await self._write_copies(live[at:], views[at:], destination)
@@ -352,15 +345,14 @@ class Cleaner:
 
     async def _load_leaves(self, places: list[tuple[Volume, int]]) -> None:
         wanted: dict[Volume, set[int]] = {}
-        for volume, block in places:
-            wanted.setdefault(volume, set()).add(block >> FANOUT_BITS)
-        for volume, leaves in wanted.items():
-            missing = [leaf for leaf in leaves if volume.tree.leaf_now(leaf) is None]
-            if missing:
-                try:
-                    await volume.tree.load(0, missing)
-                except OSError as error:
-                    raise DamagedMapError(str(error)) from error
+        for volume, leaf in {(volume, block >> FANOUT_BITS) for volume, block in places}:
+            if volume.tree.leaf_now(leaf) is None:
+                wanted.setdefault(volume, set()).add(leaf)
+        for volume, missing in wanted.items():
+            try:
+                await volume.tree.load(0, missing)
+            except OSError as error:
+                raise DamagedMapError(str(error)) from error
 
     # -- making moves true ---------------------------------------------------------------------------------------
 
@@ -408,24 +400,25 @@ class Cleaner:
         extra = [segment.device.index << 32 | segment.index, *words]
         engine.append_record(Op.MOVE, segment.id, copies.slot << 32 | len(copies.blocks), copies.header_check, extra)
         segment.last_seq = engine.log.seq
-        for i in effective:
-            volume, block, _, check = copies.blocks[i]
-            put_moved(engine, volume, block, (copies.first_address + i, check))
+        first = copies.first_address
+        put_moved(
+            engine, [(copies.blocks[i][0], copies.blocks[i][1], first + i, copies.blocks[i][3]) for i in effective]
+        )
         engine.moved_blocks += len(effective)
 
-    def _log_bad(self, c: Candidate, entry: Entry, victim: Segment) -> None:
-        if c.volume.deleted or c.volume.entry_now(c.block) != entry:
+    def _log_bad(self, volume: Volume, block: int, entry: Entry, victim: Segment) -> None:
+        if volume.deleted or volume.entry_now(block) != entry:
             return
         logger.error(
             "%s at byte %d: the block on %s at %d fails its checksum and is lost",
-            c.volume.name,
-            c.block << BLOCK_SHIFT,
+            volume.name,
+            block << BLOCK_SHIFT,
             victim.device.path,
-            victim.offset(c.slot),
+            victim.offset(entry[0] & SLOT_MASK),
         )
         victim.device.error_count += 1
-        self._engine.append_record(Op.BAD, c.volume.id, c.block, 1)
-        put_moved(self._engine, c.volume, c.block, (BAD, 0))
+        self._engine.append_record(Op.BAD, volume.id, block, 1)
+        put_moved(self._engine, [(volume, block, BAD, 0)])
 
     # -- map segments --------------------------------------------------------------------------------------------
 
@@ -467,12 +460,16 @@ class Cleaner:
             victim.pins -= 1
 
 
-def put_moved(engine: "Engine", volume: Volume, block: int, entry: Entry) -> None:
-    """Let the active overlay name a block's new place. Also the replay's way in."""
-    before = volume.active.weight
-    old = volume.active.put(block, *entry)
-    if old:
-        engine.segments.drop_pending([old])
-    engine.space.active_weight += volume.active.weight - before
-    if entry[0] != BAD:
-        engine.segments.add_pending(entry[0], 1)
+def put_moved(engine: "Engine", moves: list[tuple[Volume, int, int, int]]) -> None:
+    """Let the active overlays name new places: (volume, block, address, check). Also the replay's way in."""
+    volumes = {volume for volume, _, _, _ in moves}
+    before = sum(volume.active.weight for volume in volumes)
+    dropped: list[int] = []
+    for volume, block, address, check in moves:
+        old = volume.active.put(block, address, check)
+        if old:
+            dropped.append(old)
+        if address != BAD:
+            engine.segments.add_pending(address, 1)
+    engine.segments.drop_pending(dropped)
+    engine.space.active_weight += sum(volume.active.weight for volume in volumes) - before

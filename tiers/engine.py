@@ -68,7 +68,7 @@ class Engine:
         self.space = Space(self.segments, self.log, self.flusher, settings)
         self.log.durable_seq = lambda: self.flusher.durable_seq
         self.log.pick_device = lambda: self.space.pick_device(Kind.LOG)
-        self.log.pick_first_device = lambda: self.space.pick_device(Kind.LOG, keep_slots=self.space.map_reserve())
+        self.log.pick_first_device = lambda: self.space.pick_device(Kind.LOG, keep_slots=self.space.next_pages())
         self.cache = PageCache(settings.map_cache_bytes)
         self.volumes: dict[int, Volume] = {}
         self.graveyard: list[Volume] = []
@@ -172,6 +172,7 @@ class Engine:
                     await other.sync()
                 except OSError as error:
                     logger.error("%s", error)
+                    other.poisoned = f"a flush failed ({error})"
         self.space.changed()
 
     def device_by_index(self, index: int) -> Device:

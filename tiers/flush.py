@@ -44,6 +44,7 @@ class Flusher:
         self._on_round = on_round
         self._round_done = trio.lowlevel.ParkingLot()
         self._wanted = trio.Event()
+        self._in_flight: dict[int, int] = {}
         self._begun = 0
         self._ended = 0
 
@@ -55,7 +56,7 @@ class Flusher:
         for device in self.devices:
             if device.unsynced_bytes >= self._early:
                 self._wanted.set()
-                if device.unsynced_bytes >= self._cap:
+                if device.unsynced_bytes + self._in_flight.get(device.index, 0) >= self._cap:
                     return False
         return True
 
@@ -94,6 +95,8 @@ class Flusher:
         seq = self._seq()
         self._begun += 1
         dirty = [device for device in self.devices if device.unsynced_bytes and not device.poisoned]
+        # What is being synced isn't safe yet: it counts against the cap until the round is over.
+        self._in_flight = {device.index: device.unsynced_bytes for device in dirty}
         for device in dirty:
             device.unsynced_bytes = 0
         errors: list[tuple[Device, OSError]] = []
@@ -122,6 +125,7 @@ class Flusher:
                 await self._on_poison(device)
         if self.failure is None:
             self.durable_seq = max(self.durable_seq, seq)
+        self._in_flight = {}
         self.rounds += 1
         self._ended = self._begun
         self._round_done.unpark_all()

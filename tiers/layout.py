@@ -28,7 +28,7 @@ FIRST_ADDRESS = 1 << SLOT_BITS
 
 MIB = 1 << 20
 LABEL_AREA_BYTES = MIB
-MIN_SEGMENT_BYTES = MIB
+MIN_SEGMENT_BYTES = MIB // 2
 MAX_SEGMENT_BYTES = 64 * MIB
 MIN_DEVICE_BYTES = 32 * MIB
 
@@ -42,4 +42,4 @@ ZERO_CHECK = check_of(ZERO_BLOCK)
 def segment_bytes_for(device_bytes: int) -> int:
     """The segment size of a device: about a thousandth of it, so that there are always enough to choose from."""
     size = max(MIN_SEGMENT_BYTES, min(MAX_SEGMENT_BYTES, device_bytes // 1024))
-    return size // MIB * MIB
+    return size // MIN_SEGMENT_BYTES * MIN_SEGMENT_BYTES

@@ -21,9 +21,8 @@ from tiers.segments import Segment, SegmentTable
 
 logger = logging.getLogger(__name__)
 
-MAX_BATCH_BLOCKS = 2048
-MAX_BATCH_BUFFERS = 1000
-"""IOV_MAX is 1,024 and the header takes one."""
+MAX_BATCH_BLOCKS = 1000
+"""IOV_MAX is 1,024, each block may be a buffer of its own, and the header takes one."""
 
 
 class Log:

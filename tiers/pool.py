@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import trio
 
-from tiers.catalog import CATALOG_NAME, Catalog, DeviceRow, Position, State
+from tiers.catalog import CATALOG_NAME, Catalog, DeviceRow, Position, State, sync_directory
 from tiers.check import CheckReport, check_pool
 from tiers.checkpoint import Checkpointer
 from tiers.cleaner import Cleaner
@@ -312,7 +312,13 @@ class Pool:
                 raise
             # Nothing may lie on a device that the catalog doesn't know: its places open after the commit.
             engine.devices.extend(opened)
-            await self._checkpointer.checkpoint()
+            try:
+                await self._checkpointer.checkpoint()
+            except BaseException:
+                del engine.devices[taken:]
+                _close_devices(list(opened))
+                _wipe_labels([Path(row.path) for row in added])
+                raise
             for device in opened:
                 engine.segments.open_places(device)
             engine.space.measure_devices()
@@ -583,13 +589,15 @@ def _label_devices(
             label = Label(spec.tier, i, pool_uuid, uuids.uuid4().bytes, size, segment_bytes, 1, 0, frozenset(), name)
             labelled.append(spec.path)
             _write_first_label(fd, label)
-            real_path = str(spec.path.resolve())
-            rows.append(DeviceRow(i, label.device_uuid, real_path, spec.tier, size, segment_bytes, None))
+            # Not resolved: /dev/disk/by-id/... stays the device's name when the kernel numbers disks anew.
+            rows.append(
+                DeviceRow(i, label.device_uuid, str(spec.path.absolute()), spec.tier, size, segment_bytes, None)
+            )
         return rows
     except OSError as error:
-        _wipe_labels([path for path in labelled if path not in made])
-        for path in made:
-            path.unlink(missing_ok=True)
+        _wipe_labels([labelled_path for labelled_path in labelled if labelled_path not in made])
+        for made_path in made:
+            made_path.unlink(missing_ok=True)
         if isinstance(error, TierError):
             raise
         raise TierError(error.errno or errno.EIO, f"{error.filename or name}: {error.strerror}") from error
@@ -613,6 +621,11 @@ def _make_or_check(spec: DeviceSpec, made: list[Path], force: bool) -> None:
         made.append(spec.path)
         try:
             os.ftruncate(fd, spec.create_size_bytes)
+            sync_directory(spec.path.resolve().parent)
+        except OverflowError:
+            raise TierError(
+                errno.EFBIG, f"{spec.path} can't have {spec.create_size_bytes} bytes: files end before 8 EiB"
+            ) from None
         except OSError as error:
             raise TierError(
                 error.errno or errno.EIO, f"making {spec.path} {spec.create_size_bytes} bytes large: {error.strerror}"

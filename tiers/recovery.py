@@ -189,6 +189,8 @@ class _LogReader:
                 try:
                     header = decode_segment_header(memoryview(self._data)[:BLOCK_BYTES], self._engine.pool_uuid)
                 except BadRecordError as error:
+                    if error.newer:
+                        raise TierError(errno.EPROTO, f"the log of pool {self._engine.pool_name}: {error}") from None
                     self.end_reason = f"segment {segment_id} was never begun: {error}"
                     return None
                 if header.segment_id != segment_id:
@@ -207,7 +209,7 @@ class _LogReader:
             return decode_batch(header, self._engine.pool_uuid, segment_id, slot)
         except BadRecordError as error:
             if error.newer:
-                raise TierError(errno.EPROTO, f"the log of pool {self._engine.pool_name}: {error}; use it") from None
+                raise TierError(errno.EPROTO, f"the log of pool {self._engine.pool_name}: {error}") from None
             self.end_reason = str(error)
             return None
 
@@ -307,8 +309,7 @@ async def _apply(engine: "Engine", found: Found, result: Replayed) -> None:
         elif op is Op.DELETE and subject in engine.volumes:
             engine.remove_volume(engine.volumes[subject])
         elif op is Op.BAD and subject in engine.volumes:
-            for block in range(a, a + b):
-                put_moved(engine, engine.volumes[subject], block, (BAD, 0))
+            put_moved(engine, [(engine.volumes[subject], block, BAD, 0) for block in range(a, a + b)])
         elif op is Op.MOVE:
             count = a & 0xFFFFFFFF
             words = batch.extra[extra_at : extra_at + 1 + -(-count // 64)]
@@ -341,10 +342,12 @@ async def _apply_move(
     segment.used = max(segment.used, slot + batch.slots)
     segment.last_seq = max(segment.last_seq, seq)
     first = segment_id << SLOT_BITS | slot + batch.header_slots
+    moves: list[tuple[Volume, int, int, int]] = []
     at = 0
     for _, volume_id, start, run in batch.operations():
         volume = engine.volumes.get(volume_id)
         for i in range(run):
             if words[1 + at // 64] >> at % 64 & 1 and volume is not None:
-                put_moved(engine, volume, start + i, (first + at, batch.checks[at]))
+                moves.append((volume, start + i, first + at, batch.checks[at]))
             at += 1
+    put_moved(engine, moves)

@@ -32,6 +32,8 @@ CAPACITY_SHARE = 0.93
 
 MAP_SLACK_SEGMENTS = 5
 """Dead slots that map segments may hold beyond as many as live ones, in segments."""
+OPEN_SEGMENTS = 3
+"""The log's head and the cleaner's outputs: neither free nor full."""
 
 
 class Space:
@@ -40,6 +42,8 @@ class Space:
     def __init__(self, segments: SegmentTable, log: Log, flusher: Flusher, settings: PoolSettings) -> None:
         self.read_only: str | None = None
         self.stuck = False
+        """The cleaner can't help: set by it, in force while the last admission failed for want of room."""
+        self.short = False
         self.checkpoint_failure: OSError | None = None
         self.active_weight = 0
         self.frozen_weight = 0
@@ -64,17 +68,24 @@ class Space:
         """Take the devices' sizes in: when the pool is opened, and when it grew."""
         self.largest_segment_slots = max(device.segment_bytes for device in self._segments.devices) // BLOCK_BYTES
 
-    def map_reserve(self, more_entries: int = 0) -> int:
-        """Slots that map segments may still come to take, once `more_entries` have been added to the overlays.
+    def next_pages(self, more_entries: int = 0) -> int:
+        """Slots that the next checkpoints take for map pages at the worst, once `more_entries` have been added.
 
-        An entry may touch a leaf of its own and an inner page; no more pages can be touched than there are. Map
-        segments hold up to as much dead as live (the cleaner sees to that) and some segments more; what they hold
-        already isn't free any more, so it needs no reserve.
+        An entry may touch a leaf of its own and an inner page; no more pages can be touched than there are.
         """
         pages = min(2 * (self.active_weight + self.frozen_weight + more_entries), self.leaf_pages) + 64
+        return pages + pages // 16
+
+    def map_reserve(self, more_entries: int = 0) -> int:
+        """Slots that map segments may still come to take in the long run.
+
+        They hold up to as much dead as live (the cleaner sees to that) and some segments more; what they hold already
+        isn't free any more, so it needs no reserve.
+        """
+        pages = self.next_pages(more_entries)
         segments = self._segments
-        quota = 2 * segments.map_live + pages + pages // 16 + MAP_SLACK_SEGMENTS * self.largest_segment_slots
-        return max(pages + pages // 16, quota - segments.map_slots)
+        quota = 2 * segments.map_live + pages + MAP_SLACK_SEGMENTS * self.largest_segment_slots
+        return max(pages, quota - segments.map_slots)
 
     @property
     def reserve(self) -> int:
@@ -93,19 +104,14 @@ class Space:
         """
         if kind is Kind.MAP:
             return 0
-        return self.map_reserve() + (1 if kind is Kind.LOG else 2) * self.largest_segment_slots
+        return self.next_pages() + (1 if kind is Kind.LOG else 2) * self.largest_segment_slots
 
     @property
     def capacity(self) -> int:
         """How many live data blocks the pool admits."""
-        total = self._segments.total_slots
-        return max(
-            0,
-            int(total * CAPACITY_SHARE)
-            - self.reserve
-            - self._segments.map_live * 2
-            - MAP_SLACK_SEGMENTS * self.largest_segment_slots,
-        )
+        segments = self._segments
+        kept = self.reserve + (MAP_SLACK_SEGMENTS + OPEN_SEGMENTS) * self.largest_segment_slots
+        return max(0, int(segments.total_slots * CAPACITY_SHARE) - kept - 2 * segments.map_live)
 
     @property
     def charged(self) -> int:
@@ -141,7 +147,8 @@ class Space:
     def _room_for(self, blocks: int, reserve: int) -> bool:
         headers = 2 + blocks // 128
         room = self._segments.free_slots + self._log.head_room - reserve - self.map_reserve(blocks)
-        if room < blocks + headers or self._log.broken:
+        self.short = room < blocks + headers
+        if self.short or self._log.broken:
             self.kick_cleaner.set()
             self.kick_checkpoint.set()
             return False
@@ -157,7 +164,7 @@ class Space:
         failure = self.checkpoint_failure
         if failure is not None and failure.errno == errno.ENOSPC:
             raise TierError(errno.ENOSPC, f"nothing can be freed, since checkpoints fail: {failure}")
-        if self.stuck and self._log.broken is False and self._segments.free_slots <= self.reserve + self.map_reserve():
+        if self.stuck and self.short:
             raise TierError(
                 errno.ENOSPC,
                 "the pool is full and nothing in it can be cleaned: delete or trim something, or grow the pool",

@@ -15,6 +15,7 @@ import errno
 import os
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import trio
@@ -32,9 +33,9 @@ from tiers.layout import (
     ZERO_CHECK,
     check_of,
 )
-from tiers.log import MAX_BATCH_BLOCKS, MAX_BATCH_BUFFERS
+from tiers.log import MAX_BATCH_BLOCKS
 from tiers.maptree import FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL, MapTree
-from tiers.overlay import LEAF_BITS, SMALL_VOLUME_LEAVES, Entry, Overlay
+from tiers.overlay import LEAF_BITS, SMALL_VOLUME_LEAVES, UNSET, Entry, Overlay
 from tiers.record import OP_WORDS, UNMAP_WORD, WRITE_WORD, Op, header_slots_for
 
 if TYPE_CHECKING:
@@ -377,49 +378,49 @@ class Volume:
 
         There is no checkpoint in here: what a batch says and what the overlay says change together.
         """
-        engine = self._engine
         ops: list[int] = []
         checks: list[int] = []
         buffers: list[Buffer] = []
-        room = engine.log_room()
+        left = self._batch_room()
+        word = self._write_word
         for offset, data in writes:
             block = offset >> BLOCK_SHIFT
-            if len(data) == BLOCK_BYTES:
-                block_checks = [check_of(data)]
+            if len(data) == BLOCK_BYTES and left:
+                check = check_of(data)
+                if check != ZERO_CHECK:
+                    ops += (word, block, 1)
+                    checks.append(check)
+                    buffers.append(data)
+                    left -= 1
+                    continue
+                block_checks = [check]
             else:
                 data = memoryview(data)
                 block_checks = checks_of(data)
-            at = 0
-            count = len(block_checks)
-            while at < count:
-                free = room - len(checks) - header_slots_for(len(ops) // OP_WORDS + 2, min(room, MAX_BATCH_BLOCKS))
-                if free <= 0 or len(buffers) >= MAX_BATCH_BUFFERS or len(checks) >= MAX_BATCH_BLOCKS:
-                    self._append(ops, checks, buffers)
-                    ops, checks, buffers = [], [], []
-                    room = engine.log_room()
-                    continue
-                if not keep_zeroes and block_checks[at] == ZERO_CHECK and is_zero(data, at):
-                    run = 1
-                    while at + run < count and block_checks[at + run] == ZERO_CHECK and is_zero(data, at + run):
-                        run += 1
-                    ops += (self._unmap_word, block + at, run)
-                else:
-                    run = min(free, count - at, MAX_BATCH_BLOCKS - len(checks))
-                    if not keep_zeroes and ZERO_CHECK in block_checks[at : at + run]:
-                        run = next(
-                            (i for i in range(run) if block_checks[at + i] == ZERO_CHECK and is_zero(data, at + i)),
-                            run,
-                        )
-                    ops += (self._write_word, block + at, run)
-                    if run == count:
-                        checks += block_checks
-                        buffers.append(data)
-                    else:
-                        checks += block_checks[at : at + run]
-                        buffers.append(memoryview(data)[at << BLOCK_SHIFT : at + run << BLOCK_SHIFT])
-                at += run
-        if ops:
-            self._append(ops, checks, buffers)
+            for first, count, is_hole in _data_runs(data, block_checks, keep_zeroes=keep_zeroes):
+                at, end = first, first + count
+                while at < end:
+                    if not left:
+                        self._append(ops, checks, buffers)
+                        ops, checks, buffers = [], [], []
+                        left = self._batch_room()
+                    if is_hole:
+                        ops += (self._unmap_word, block + at, end - at)
+                        left -= 1
+                        break
+                    run = min(left, end - at)
+                    ops += (word, block + at, run)
+                    checks += block_checks[at : at + run]
+                    buffers.append(memoryview(data)[at << BLOCK_SHIFT : at + run << BLOCK_SHIFT])
+                    left -= run
+                    at += run
+        self._append(ops, checks, buffers)
+
+    def _batch_room(self) -> int:
+        """How many blocks, each with an operation and a buffer of its own, the next batch may have; at least one."""
+        room = self._engine.log_room()
+        most = min(room, MAX_BATCH_BLOCKS)
+        return min(most, room - header_slots_for(most, most))
 
     def _append(self, ops: list[int], checks: list[int], buffers: list[Buffer]) -> None:
         if not ops:
@@ -433,6 +434,7 @@ class Volume:
     def apply_batch(self, ops: list[int], checks: list[int], address: int) -> None:
         """Let the active overlay name what a logged batch brought. Also the replay's way in."""
         active = self.active
+        patches = active.patches
         space = self._engine.space
         segments = self._engine.segments
         before = active.weight
@@ -444,8 +446,18 @@ class Volume:
             word, block, count = ops[i : i + OP_WORDS]
             if word == self._write_word:
                 if count == 1:
-                    old = active.put(block, address + at, checks[at])
-                    if old:
+                    # `Overlay.put` for the commonest case, without the call.
+                    patch = patches.get(block >> LEAF_BITS)
+                    if patch is not None:
+                        slot = block & FANOUT_MASK
+                        old = patch[slot]
+                        patch[slot] = address + at
+                        patch[FANOUT + slot] = checks[at]
+                        if old >= FIRST_ADDRESS:
+                            dropped.append(old)
+                        elif old == UNSET:
+                            active.entry_count += 1
+                    elif old := active.put(block, address + at, checks[at]):
                         dropped.append(old)
                 else:
                     dropped += active.put_run(block, address + at, checks[at : at + count])
@@ -696,16 +708,23 @@ def checks_of(data: Buffer) -> list[int]:
     return [check_of(view[i : i + BLOCK_BYTES]) for i in range(0, len(view), BLOCK_BYTES)]
 
 
+def _data_runs(data: Buffer, checks: list[int], *, keep_zeroes: bool) -> list[tuple[int, int, bool]]:
+    """Split blocks into runs (first, count, whether it is all zeros and may become a hole)."""
+    if keep_zeroes or ZERO_CHECK not in checks:
+        return [(0, len(checks), False)]
+    runs: list[tuple[int, int, bool]] = []
+    at = 0
+    for is_hole, run in groupby(check == ZERO_CHECK and is_zero(data, i) for i, check in enumerate(checks)):
+        count = sum(1 for _ in run)
+        runs.append((at, count, is_hole))
+        at += count
+    return runs
+
+
 def is_zero(data: Buffer, block: int) -> bool:
     """Whether a block of `data` is all zeros: the check is asked first, but only the bytes decide."""
     return memoryview(data)[block << BLOCK_SHIFT : block + 1 << BLOCK_SHIFT] == ZERO_BLOCK
 
 
 def _run_lengths(values: list[bool]) -> list[tuple[int, bool]]:
-    runs: list[tuple[int, bool]] = []
-    for value in values:
-        if runs and runs[-1][1] == value:
-            runs[-1] = (runs[-1][0] + 1, value)
-        else:
-            runs.append((1, value))
-    return runs
+    return [(sum(1 for _ in run), value) for value, run in groupby(values)]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import random
 from typing import Any
 
 import pytest
 import trio
 
-from tests.tiers.faults import SEGMENT_BYTES, Disk, Machine
+from tests.tiers.faults import SEGMENT_BYTES, Disk, Machine, PowerCutError
 from tests.tiers.oracle import BLOCK, Model, Op, read_all, require_sound
 from tests.tiers.test_rules_log import QUIET, block, crash, get, machine_of, opened, put
 from tiers import Pool, PoolSettings, TierError, Volume
@@ -332,6 +333,57 @@ def test_a_block_that_rots_moves_as_bad_and_pins_nothing() -> None:
             assert await get(volume, 11) == 3
 
     machine.run(main)
+
+
+# -- rule 7, the map's own segments ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_map_segments_are_emptied_and_no_crash_takes_a_page_with_them(seed: int) -> None:
+    machine = Machine((Disk("fast", 90),), seed=seed, settings=QUIET)
+    machine.cold_share = 0.3
+    rng = random.Random(seed)
+    count = 250
+    forced = 0
+
+    async def main() -> None:
+        nonlocal forced
+        durable = [0] * count
+        unsure: list[tuple[int, int]] = []
+        async with machine.open() as pool:
+            await pool.create_volume("v", GIB)
+        for _ in range(14):
+            with contextlib.suppress(PowerCutError):
+                async with machine.open() as pool:
+                    volume = pool.volume("v")
+                    found = [await get(volume, i * 512) for i in range(count)]
+                    prefixes = [list(durable)]
+                    for at, value in unsure:
+                        prefixes.append([*prefixes[-1][:at], value, *prefixes[-1][at + 1 :]])
+                    assert found in prefixes
+                    durable, unsure = found, []
+                    await require_sound(pool)
+                    machine.countdown = rng.choice((20, 60, 150, 400))
+                    for _ in range(12):
+                        for _ in range(rng.randrange(1, 40)):
+                            at, value = rng.randrange(count), rng.randrange(1, 250)
+                            unsure.append((at, value))
+                            await volume.write(at * 512 * BLOCK, block(value))
+                        await pool._cleaner._clean_map()
+                        forced += sum(map(len, pool._engine.forced.values()))
+                        await pool.checkpoint()
+                        for at, value in unsure:
+                            durable[at] = value
+                        unsure = []
+                    machine.countdown = None
+                    await crash(machine)
+            machine.countdown = None
+            machine.power_cut()
+        async with machine.open() as pool:
+            await require_sound(pool)
+
+    machine.run(main)
+    assert forced
 
 
 # -- rule 9 ------------------------------------------------------------------------------------------------------------
