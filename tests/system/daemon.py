@@ -165,7 +165,8 @@ class Daemon:
 
 
 def environment() -> dict[str, str]:
-    """This process's, without its TERRACE_* settings, and with the checkout importable where it isn't installed."""
+    """This process's, without its TERRACE_* settings; this interpreter comes first, and finds the checkout."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("TERRACE_")}
-    path = os.pathsep.join(filter(None, [str(REPOSITORY), kept.get("PYTHONPATH", "")]))
-    return kept | {"PYTHONPATH": path, "COLUMNS": "200"}
+    first = {"PATH": str(Path(sys.executable).parent), "PYTHONPATH": str(REPOSITORY)}
+    kept |= {key: os.pathsep.join(filter(None, [value, kept.get(key, "")])) for key, value in first.items()}
+    return kept | {"COLUMNS": "200"}

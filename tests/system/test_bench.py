@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.daemon import REPOSITORY
+from tests.system.daemon import REPOSITORY, environment
 
 
 @pytest.mark.system
 def test_the_bench_measures_terrace_and_a_peer_in_one_run(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    command: list[str | Path] = [REPOSITORY / "scripts" / "bench", "--only", "throughput", "--servers", "terrace", "qemu-nbd raw"]
-    options: list[str | Path] = ["--seconds", "0.2", "--rounds", "1", "--size", "64M", "--dir", tmp_path, "--json", report]
-    result = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=False)
+    command = ["scripts/bench", "--only", "throughput", "--servers", "terrace", "qemu-nbd raw"]
+    command += ["--seconds", "0.2", "--rounds", "1", "--size", "64M", "--dir", str(tmp_path), "--json", str(report)]
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=120, check=False
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     rows = json.loads(report.read_text())["throughput"]
     assert len(rows) == 7

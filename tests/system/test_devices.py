@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,21 +21,39 @@ MIB = 1 << 20
 PATTERN = random.Random(1).randbytes(64 << 10)
 
 
-@pytest.fixture
-def two_pools(tmp_path: Path) -> Iterator[Daemon]:
-    """Stopped cleanly: pools `hurt` (fast and base device) and `fine`, each with a volume `v` that holds PATTERN."""
-    daemon = Daemon(tmp_path / "home")
-    daemon.start()
-    try:
-        devices = ["--fast", f"{tmp_path}/hurt-fast=64M", "--base", f"{tmp_path}/hurt-base=64M"]
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of a site: a home with two pools and their devices, stopped cleanly. It is only right under `site`'s name."""
+    site = tmp_path_factory.mktemp("devices") / "site"
+    with Daemon(site / "home") as daemon:
+        devices = ["--fast", f"{site}/hurt-fast=64M", "--base", f"{site}/hurt-base=64M"]
         daemon.cli("pool", "create", "hurt", *devices)
-        daemon.cli("pool", "create", "fine", "--fast", f"{tmp_path}/fine-fast=64M")
+        daemon.cli("pool", "create", "fine", "--fast", f"{site}/fine-fast=64M")
         for name in ("hurt/v", "fine/v"):
             daemon.cli("volume", "create", name, "64M")
             with Connection(daemon.socket, name) as connection:
                 connection.write(0, PATTERN)
                 connection.flush()
         assert daemon.stop() == 0
+    copy = site.with_name("pristine")
+    subprocess.run(["cp", "-a", "--sparse=always", site, copy], check=True)
+    return copy
+
+
+@pytest.fixture
+def site(pristine: Path) -> Path:
+    """The devices `hurt-fast`, `hurt-base` and `fine-fast`, and `home`, for a test to damage."""
+    site = pristine.with_name("site")
+    shutil.rmtree(site)
+    subprocess.run(["cp", "-a", "--sparse=always", pristine, site], check=True)
+    return site
+
+
+@pytest.fixture
+def two_pools(site: Path) -> Iterator[Daemon]:
+    """Not started: pools `hurt` (a fast and a base device) and `fine`, each with a volume `v` that holds PATTERN."""
+    daemon = Daemon(site / "home")
+    try:
         yield daemon
     finally:
         daemon.kill()
@@ -59,11 +78,11 @@ def assert_hurt_pool_failed(daemon: Daemon, *words: str) -> None:
 
 
 @pytest.mark.parametrize("device", ["hurt-fast", "hurt-base"])
-def test_a_missing_device_fails_its_pool_until_it_is_back(two_pools: Daemon, tmp_path: Path, device: str) -> None:
-    path = tmp_path / device
-    path.rename(tmp_path / "elsewhere")
+def test_a_missing_device_fails_its_pool_until_it_is_back(two_pools: Daemon, site: Path, device: str) -> None:
+    path = site / device
+    path.rename(site / "elsewhere")
     assert_hurt_pool_failed(two_pools, str(path))
-    (tmp_path / "elsewhere").rename(path)
+    (site / "elsewhere").rename(path)
     two_pools.api("POST", "/v1/pools/hurt/open")
     with Connection(two_pools.socket, "hurt/v") as connection:
         assert connection.read(0, len(PATTERN)) == PATTERN
@@ -71,32 +90,32 @@ def test_a_missing_device_fails_its_pool_until_it_is_back(two_pools: Daemon, tmp
 
 @pytest.mark.parametrize("device", ["hurt-fast", "hurt-base"])
 @pytest.mark.parametrize("size_bytes", [0, 100, 4096, 8 * MIB, 64 * MIB - 4096])
-def test_a_truncated_device_fails_its_pool(two_pools: Daemon, tmp_path: Path, device: str, size_bytes: int) -> None:
-    path = tmp_path / device
+def test_a_truncated_device_fails_its_pool(two_pools: Daemon, site: Path, device: str, size_bytes: int) -> None:
+    path = site / device
     os.truncate(path, size_bytes)
     assert_hurt_pool_failed(two_pools, str(path))
 
 
 @pytest.mark.parametrize("device", ["hurt-fast", "hurt-base"])
-def test_a_foreign_device_fails_its_pool(two_pools: Daemon, tmp_path: Path, device: str) -> None:
-    path = tmp_path / device
+def test_a_foreign_device_fails_its_pool(two_pools: Daemon, site: Path, device: str) -> None:
+    path = site / device
     with path.open("r+b") as file:
         file.write(random.Random(2).randbytes(2 * MIB))
     assert_hurt_pool_failed(two_pools, str(path))
 
 
-def test_another_pools_device_in_its_place_fails_the_pool(two_pools: Daemon, tmp_path: Path) -> None:
-    shutil.copy(tmp_path / "fine-fast", tmp_path / "hurt-fast")
-    assert_hurt_pool_failed(two_pools, str(tmp_path / "hurt-fast"))
+def test_another_pools_device_in_its_place_fails_the_pool(two_pools: Daemon, site: Path) -> None:
+    shutil.copy(site / "fine-fast", site / "hurt-fast")
+    assert_hurt_pool_failed(two_pools, str(site / "hurt-fast"))
 
 
-def test_one_device_under_two_names_fails_the_pool(two_pools: Daemon, tmp_path: Path) -> None:
-    shutil.copy(tmp_path / "hurt-fast", tmp_path / "hurt-base")
-    assert_hurt_pool_failed(two_pools, str(tmp_path / "hurt-base"))
+def test_one_device_under_two_names_fails_the_pool(two_pools: Daemon, site: Path) -> None:
+    shutil.copy(site / "hurt-fast", site / "hurt-base")
+    assert_hurt_pool_failed(two_pools, str(site / "hurt-base"))
 
 
-def test_a_label_with_one_flipped_bit_in_both_copies_fails_the_pool(two_pools: Daemon, tmp_path: Path) -> None:
-    path = tmp_path / "hurt-fast"
+def test_a_label_with_one_flipped_bit_in_both_copies_fails_the_pool(two_pools: Daemon, site: Path) -> None:
+    path = site / "hurt-fast"
     with path.open("r+b") as file:
         for copy in (0, 4096):
             file.seek(copy + 20)
@@ -106,9 +125,9 @@ def test_a_label_with_one_flipped_bit_in_both_copies_fails_the_pool(two_pools: D
     assert_hurt_pool_failed(two_pools, str(path), "checksum")
 
 
-def test_a_label_with_one_damaged_copy_is_no_trouble(two_pools: Daemon, tmp_path: Path) -> None:
+def test_a_label_with_one_damaged_copy_is_no_trouble(two_pools: Daemon, site: Path) -> None:
     for copy in (0, 4096):
-        with (tmp_path / "hurt-fast").open("r+b") as file:
+        with (site / "hurt-fast").open("r+b") as file:
             file.seek(copy)
             file.write(bytes(512))
         two_pools.start()
@@ -117,8 +136,8 @@ def test_a_label_with_one_damaged_copy_is_no_trouble(two_pools: Daemon, tmp_path
         assert two_pools.stop() == 0  # a clean stop writes a label again
 
 
-def test_a_flipped_bit_in_data_is_eio_for_that_block_only(two_pools: Daemon, tmp_path: Path) -> None:
-    path = tmp_path / "hurt-fast"
+def test_a_flipped_bit_in_data_is_eio_for_that_block_only(two_pools: Daemon, site: Path) -> None:
+    path = site / "hurt-fast"
     content = path.read_bytes()
     at = content.find(PATTERN[8192 : 8192 + 4096])
     assert at > 0, "the block is stored as it is"

@@ -61,7 +61,8 @@ def test_a_full_pool_says_enospc_serves_reads_and_gets_its_space_back(own: Daemo
         assert filled >= 0.75 * 160 * MIB, f"only {filled >> 20} MiB of 160 fitted"
         assert b.read(0, len(PATTERN)) == PATTERN
         with pytest.raises(OSError, match="No space left"):
-            b.write(512 * MIB, PATTERN)
+            for number in range(64):  # what a MiB was too large for may still take a few of these
+                b.write(512 * MIB + number * len(PATTERN), PATTERN)
         for connection in (a, b):
             connection.flush()
         check_filled(a, filled)
@@ -114,17 +115,9 @@ def test_a_full_pool_that_is_killed_opens_again_and_can_be_trimmed(own: Daemon, 
     own.cli("pool", "check", "p", "--full")
 
 
-@pytest.mark.parametrize("fast_share", [1.0, 0.25], ids=["fast only", "fast and base"])
-def test_a_volume_is_overwritten_at_random_twice_in_a_pool_of_its_size_over_085(
-    own: Daemon, tmp_path: Path, fast_share: float
-) -> None:
+def test_a_full_volume_is_overwritten_at_random_in_a_pool_of_its_size_over_085(own: Daemon, tmp_path: Path) -> None:
     size_bytes = 256 * MIB
-    raw_bytes = int(size_bytes / 0.85)
-    fast_bytes = int(raw_bytes * fast_share) // 4096 * 4096
-    devices = ["--fast", f"{tmp_path}/fast={fast_bytes}"]
-    if fast_bytes < raw_bytes - MIB:
-        devices += ["--base", f"{tmp_path}/base={raw_bytes - fast_bytes}"]
-    own.cli("pool", "create", "p", *devices)
+    own.cli("pool", "create", "p", "--fast", f"{tmp_path}/fast={int(size_bytes / 0.85)}")
     own.cli("volume", "create", "p/v", str(size_bytes))
     rng = random.Random(4)
     data = memoryview(rng.randbytes(MIB + 4096))
@@ -138,7 +131,7 @@ def test_a_volume_is_overwritten_at_random_twice_in_a_pool_of_its_size_over_085(
             block = waiting.pop(reply.cookie)
             assert reply.error == 0, f"block {block}: {os.strerror(reply.error)}; {own.pool('p')}"
 
-        for number in range(3 * blocks):
+        for number in range(2 * blocks):
             block = number if number < blocks else rng.randrange(blocks)
             while len(waiting) == 32 or block in waiting.values():
                 take_reply()
