@@ -792,7 +792,8 @@ class Connection:
             if command == wire.CMD_TRIM:
                 await export.trim(offset, length)
             elif command == wire.CMD_WRITE_ZEROES:
-                await export.write_zeroes(offset, length, no_hole=bool(flags & wire.CMD_FLAG_NO_HOLE))
+                no_hole, fast = bool(flags & wire.CMD_FLAG_NO_HOLE), bool(flags & wire.CMD_FLAG_FAST_ZERO)
+                await export.write_zeroes(offset, length, no_hole=no_hole, fast=fast)
             elif command == wire.CMD_CACHE:
                 await export.cache(offset, length)
             else:

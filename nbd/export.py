@@ -76,10 +76,11 @@ class Export(Protocol):
     async def trim(self, offset: int, length: int) -> None:
         """Forget the range; may round inwards."""
 
-    async def write_zeroes(self, offset: int, length: int, *, no_hole: bool) -> None:
-        """Make the whole range read as zeroes; never slower than writing it, so FAST_ZERO is honest.
+    async def write_zeroes(self, offset: int, length: int, *, no_hole: bool, fast: bool) -> None:
+        """Make the whole range read as zeroes.
 
         ``no_hole``: keep space for the range, so that writing to it later can't run out of space.
+        ``fast``: if that is no faster than a write, raise ENOTSUP at once and change nothing.
         """
 
     async def cache(self, offset: int, length: int) -> None:

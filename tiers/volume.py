@@ -564,8 +564,13 @@ class Volume:
         else:
             await trio.lowlevel.checkpoint()
 
-    async def write_zeroes(self, offset: int, length: int, *, no_hole: bool) -> None:
-        """Make the range read as zeros: by unmapping, or with `no_hole` by real zero blocks that stay allocated."""
+    async def write_zeroes(self, offset: int, length: int, *, no_hole: bool, fast: bool = False) -> None:
+        """Make the range read as zeros: by unmapping, or with `no_hole` by real zero blocks that stay allocated.
+
+        The latter is a write, so with `fast` it raises ENOTSUP and changes nothing.
+        """
+        if no_hole and fast:
+            raise TierError(errno.ENOTSUP, "zeroes that keep their space are no faster than a write")
         end = offset + length
         if no_hole:
             zeroes = memoryview(bytes(min(length, PIECE_BYTES)))

@@ -106,7 +106,7 @@ class MemoryExport:
             self.data[first * GRAIN : last * GRAIN] = bytes((last - first) * GRAIN)
             self._touch(first * GRAIN, (last - first) * GRAIN, 0)
 
-    async def write_zeroes(self, offset: int, length: int, *, no_hole: bool) -> None:
+    async def write_zeroes(self, offset: int, length: int, *, no_hole: bool, fast: bool = False) -> None:
         await self._pause()
         self._begin("zero_no_hole" if no_hole else "zero", offset, length)
         self.data[offset : offset + length] = bytes(length)

@@ -84,7 +84,7 @@ class FakeVolume:
     async def trim(self, offset: int, length: int) -> None:
         await self.write_zeroes(offset, length, no_hole=False)
 
-    async def write_zeroes(self, offset: int, length: int, *, no_hole: bool) -> None:
+    async def write_zeroes(self, offset: int, length: int, *, no_hole: bool, fast: bool = False) -> None:
         await trio.lowlevel.checkpoint()
         os.pwrite(self.fd, bytes(length), offset)
 

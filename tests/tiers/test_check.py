@@ -257,3 +257,20 @@ def test_the_check_runs_while_clients_write(tmp_path: Path) -> None:
                 done = True
 
     run(body)
+
+
+def test_a_segment_that_the_catalog_forgot_is_reported_and_its_readers_get_eio(tmp_path: Path) -> None:
+    async def body() -> None:
+        home = await make_pool(tmp_path)
+        async with Pool.open(home, settings=QUIET) as pool:
+            volume = await filled(pool)
+            (address,), _ = await volume.entries(0, 1)
+        sqlite(home, f"DELETE FROM segments WHERE id = {address >> 24}")
+        async with Pool.open(home, settings=QUIET) as pool:
+            report = await pool.check(False)
+            assert not report.ok
+            assert any(f"segment {address >> 24}, which is not in use" in problem for problem in report.problems)
+            error = await refusal(lambda: read(pool.volume("v"), 0, BLOCK_BYTES))
+            assert error.errno == errno.EIO
+
+    run(body)

@@ -121,3 +121,12 @@ def test_the_label_of_version_1_is_these_bytes() -> None:
     )  # fmt: skip
     assert image[176:504] == bytes(328)
     assert struct.unpack_from("<Q", image, 504) == (check_of(image[:504]),)
+
+
+def test_a_copy_that_a_newer_release_wrote_is_not_passed_over_for_an_older_one() -> None:
+    old = encode_label(SAMPLE)
+    upgraded = encode_label(SAMPLE.next())
+    upgraded = sealed(upgraded[:8] + b"\x02\x00" + upgraded[10:])
+    for pair in ([old, upgraded], [upgraded, old]):
+        with pytest.raises(BadLabelError, match="format version 2"):
+            newest_label(pair)

@@ -683,3 +683,65 @@ def test_labels_follow_the_checkpoints(tmp_path: Path) -> None:
             assert max(copy.checkpoint_seq for copy in copies) == pool.status().checkpoint_seq
 
     run(body)
+
+
+def test_a_refused_pool_leaves_every_device_as_it_was(tmp_path: Path) -> None:
+    async def body() -> None:
+        good = plain(tmp_path / "good.img")
+        flip(good.path, 123_456)
+        before = good.path.read_bytes()
+        small = plain(tmp_path / "small.img", MIB)
+        await refusal(lambda: Pool.create(tmp_path / "h", "p", [good, small]))
+        assert good.path.read_bytes() == before
+
+    run(body)
+
+
+def test_a_pool_that_grew_can_be_opened_again_at_once(tmp_path: Path) -> None:
+    async def body() -> None:
+        home = await make_pool(tmp_path)
+        async with Pool.open(home, settings=QUIET) as pool:
+            await pool.grow(specs(tmp_path, base_mib=48))
+        async with Pool.open(home, settings=QUIET) as pool:
+            assert [d.tier for d in pool.status().devices] == ["fast", "base"]
+
+    run(body)
+
+
+def test_destroying_leaves_a_device_alone_that_another_pool_took_over(tmp_path: Path) -> None:
+    async def body() -> None:
+        home = await make_pool(tmp_path, name="first")
+        other = tmp_path / "other"
+        await Pool.create(other, "second", [DeviceSpec(tmp_path / "fast.img", "fast")], force=True)
+        await Pool.destroy(home)
+        async with Pool.open(other) as pool:
+            assert pool.name == "second"
+
+    run(body)
+
+
+def test_an_older_catalog_is_refused_even_if_no_record_lies_between(tmp_path: Path) -> None:
+    """A life that wrote nothing before its first checkpoint still supersedes the catalog of the life before."""
+
+    async def body() -> None:
+        home = await make_pool(tmp_path)
+        async with Pool.open(home, settings=QUIET) as pool:
+            await pool.create_volume("v", MIB)
+        shutil.copy(home / "catalog.sqlite", tmp_path / "backup")
+        async with Pool.open(home, settings=QUIET):
+            pass
+        shutil.copy(tmp_path / "backup", home / "catalog.sqlite")
+        error = await open_refusal(home)
+        assert error.errno == errno.ESTALE
+
+    run(body)
+
+
+def test_an_error_of_the_body_leaves_the_context_as_itself(tmp_path: Path) -> None:
+    async def body() -> None:
+        home = await make_pool(tmp_path)
+        with pytest.raises(TierError):
+            async with Pool.open(home) as pool:
+                pool.volume("none")
+
+    run(body)

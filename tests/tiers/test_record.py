@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tiers.layout import BLOCK_BYTES, check_of
@@ -294,3 +294,25 @@ def test_the_batches_of_version_1_are_these_bytes(name: str) -> None:
 
 def test_the_golden_log_batch_has_every_operation_of_the_log() -> None:
     assert {Op(first >> 56) for first, _, _ in LOG_OPS} == set(Op) - {Op.PAGE}
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 72, 79])
+def test_a_segment_header_cut_short_is_refused(length: int) -> None:
+    with pytest.raises(BadRecordError):
+        decode_segment_header(sample_segment_header()[:length], POOL)
+
+
+@given(st.binary(max_size=2 * BLOCK_BYTES))
+@example(bytes(BLOCK_BYTES))
+def test_garbage_is_never_a_record(garbage: bytes) -> None:
+    with pytest.raises(BadRecordError):
+        decode_segment_header(garbage, POOL)
+    with pytest.raises(BadRecordError):
+        decode_batch(garbage, POOL, 1, 1)
+
+
+@pytest.mark.parametrize("length", [0, 1, 8, 14, 100, 103, 104, 4095])
+def test_a_batch_header_cut_short_is_refused(length: int) -> None:
+    with pytest.raises(BadRecordError):
+        decode_batch(sample_batch()[:length], POOL, 9, 4)
+    peek_header_slots(sample_batch()[:length])

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.tiers.helpers import QUIET, assert_sound, fresh_pool, make_pool, read, refusal, run, settle, specs
-from tiers import Pool, TierError, Volume
+from tests.tiers.test_cleaner import Overwriter
+from tiers import Pool, PoolSettings, TierError, Volume
 from tiers.layout import BLOCK_BYTES, MIB
 
 PIECE = MIB // 4
@@ -146,6 +147,20 @@ def test_a_pool_of_one_tier_only_works(tmp_path: Path, tier: str) -> None:
             taken = await fill(volume, until=4096)
             await assert_pieces(volume, range(taken))
             assert [device.tier for device in pool.status().devices] == [tier]
+            await assert_sound(pool)
+
+    run(body)
+
+
+def test_a_pool_full_of_dead_blocks_whose_map_is_large_can_be_cleaned(tmp_path: Path) -> None:
+    async def body() -> None:
+        settings = PoolSettings(checkpoint_interval_s=3600)
+        async with fresh_pool(tmp_path, fast_mib=64, settings=settings) as pool:
+            volume = await pool.create_volume("v", 1 << 40)
+            writer = Overwriter(volume, sorted(random.Random(4).sample(range(1 << 28), 1200)), 3)
+            await writer.fill()
+            await writer.overwrite(8)
+            await writer.verify()
             await assert_sound(pool)
 
     run(body)
