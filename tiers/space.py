@@ -134,7 +134,7 @@ class Space:
         if (
             self.read_only is not None
             or self.active_weight + blocks > self._settings.overlay_entries - self.frozen_weight
-            or self.charged + new_blocks > self.capacity
+            or (new_blocks and self.charged + new_blocks > self.capacity)
             or not self._flusher.room()
         ):
             return False

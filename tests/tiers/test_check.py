@@ -13,6 +13,7 @@ from tiers import Pool, Volume
 from tiers.layout import BLOCK_BYTES, MIB, SLOT_MASK
 
 BLOCKS = 300
+ONE = "id = (SELECT id FROM segments WHERE kind = 1 AND live > 10 LIMIT 1)"
 
 
 async def filled(pool: Pool, name: str = "v") -> Volume:
@@ -171,7 +172,7 @@ def test_a_wrong_live_count_is_reported(tmp_path: Path) -> None:
         home = await make_pool(tmp_path)
         async with Pool.open(home, settings=QUIET) as pool:
             await filled(pool)
-        sqlite(home, f"UPDATE segments SET live = live + 3 WHERE live >= {BLOCKS - 50} AND kind = 1")
+        sqlite(home, f"UPDATE segments SET live = live + 3 WHERE {ONE}")
         async with Pool.open(home, settings=QUIET) as pool:
             report = await pool.check(False)
             assert len(report.problems) == 1
@@ -228,7 +229,7 @@ def test_an_entry_past_what_was_written_is_reported(tmp_path: Path) -> None:
         home = await make_pool(tmp_path)
         async with Pool.open(home, settings=QUIET) as pool:
             await filled(pool)
-        sqlite(home, "UPDATE segments SET used = 5 WHERE live > 200 AND kind = 1")
+        sqlite(home, f"UPDATE segments SET used = 5 WHERE {ONE}")
         async with Pool.open(home, settings=QUIET) as pool:
             report = await pool.check(False)
             assert any("past what was written" in problem for problem in report.problems)

@@ -28,6 +28,7 @@ from tests.tiers.helpers import (
     specs,
 )
 from tiers import DeviceSpec, Pool, PoolSettings, TierError
+from tiers.catalog import Catalog
 from tiers.label import LABEL_OFFSETS, decode_label
 from tiers.layout import BLOCK_BYTES, MIB, check_of
 
@@ -743,5 +744,29 @@ def test_an_error_of_the_body_leaves_the_context_as_itself(tmp_path: Path) -> No
         with pytest.raises(TierError):
             async with Pool.open(home) as pool:
                 pool.volume("none")
+
+    run(body)
+
+
+def test_a_recovery_that_can_not_be_recorded_leaves_the_pool_readable_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        home = await make_pool(tmp_path)
+        async with Pool.open(home) as pool:
+            await (await pool.create_volume("v", MIB)).write(0, block(1))
+
+        def full(self: Catalog, change: object) -> None:
+            raise TierError(errno.ENOSPC, "the catalog: no space left")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Catalog, "commit", full)
+            async with Pool.open(home) as pool:
+                assert pool.status().state == "read-only"
+                assert "no space left" in str(pool.status().problem)
+                assert await read(pool.volume("v"), 0, BLOCK_BYTES) == block(1)
+                assert (await refusal(lambda: pool.volume("v").write(0, block(2)))).errno == errno.EROFS
+        async with Pool.open(home) as pool:
+            await pool.volume("v").write(0, block(2))
 
     run(body)
