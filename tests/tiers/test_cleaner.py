@@ -1,0 +1,179 @@
+"""The cleaner: overwriting goes on for ever in a pool hardly larger than its volume, and every byte stays right."""
+
+import errno
+import random
+from array import array
+from pathlib import Path
+
+import pytest
+
+from tests.tiers.helpers import QUIET, assert_sound, flip, fresh_pool, make_pool, read, refusal, run, settle
+from tiers import Pool, Volume
+from tiers.layout import BLOCK_BYTES, MIB, SLOT_MASK
+
+NOISE = random.Random(9).randbytes(BLOCK_BYTES - 16)
+BATCH = 128
+
+
+class Overwriter:
+    """Writes random blocks of a volume, and knows which version of each must be there."""
+
+    def __init__(self, volume: Volume, places: list[int], seed: int) -> None:
+        self.volume = volume
+        self.places = places
+        self.overwritable = list(range(len(places)))
+        self.versions = array("Q", bytes(8 * len(places)))
+        self.rng = random.Random(seed)
+
+    def content(self, i: int) -> bytes:
+        version = self.versions[i]
+        return i.to_bytes(8, "little") + version.to_bytes(8, "little") + NOISE if version else bytes(BLOCK_BYTES)
+
+    async def write(self, chosen: list[int]) -> None:
+        """One batch of blocks; a batch that must wait goes block by block."""
+        writes = []
+        for i in chosen:
+            self.versions[i] += 1
+            writes.append((self.places[i] * BLOCK_BYTES, self.content(i)))
+        if not self.volume.write_now(writes):
+            for offset, data in writes:
+                await self.volume.write(offset, data)
+
+    async def fill(self) -> None:
+        """Every place once, in order."""
+        for start in range(0, len(self.places), BATCH):
+            await self.write(list(range(start, min(start + BATCH, len(self.places)))))
+
+    async def overwrite(self, times: float) -> None:
+        """As many blocks as the volume has, times `times`, at random."""
+        for _ in range(int(len(self.places) * times / BATCH)):
+            await self.write(self.rng.choices(self.overwritable, k=BATCH))
+
+    async def verify(self) -> None:
+        """Every block holds its newest version."""
+        at = 0
+        while at < len(self.places):
+            run_length = 1
+            while (
+                run_length < 256
+                and at + run_length < len(self.places)
+                and self.places[at + run_length] == self.places[at] + run_length
+            ):
+                run_length += 1
+            found = await read(self.volume, self.places[at] * BLOCK_BYTES, run_length * BLOCK_BYTES)
+            assert found == b"".join(self.content(i) for i in range(at, at + run_length))
+            at += run_length
+
+
+@pytest.mark.parametrize(
+    ("pool_mib", "share", "times"), [(224, 0.85, 0.1), (128, 0.6, 0.8)], ids=["nearly full", "many times over"]
+)
+def test_a_volume_is_overwritten_at_random_in_a_pool_hardly_larger(
+    tmp_path: Path, pool_mib: int, share: float, times: float
+) -> None:
+    size = int(pool_mib * MIB * share) // MIB * MIB
+
+    async def body() -> None:
+        home = await make_pool(tmp_path, fast_mib=pool_mib)
+        async with Pool.open(home, settings=QUIET) as pool:
+            volume = await pool.create_volume("v", size)
+            writer = Overwriter(volume, list(range(size // BLOCK_BYTES)), 1)
+            await writer.fill()
+            await writer.overwrite(times)
+            await writer.verify()
+            assert pool.status().blocks_moved > 0
+            await assert_sound(pool)
+            assert pool.status().used_bytes == size
+        async with Pool.open(home, settings=QUIET) as pool:
+            writer.volume = pool.volume("v")
+            await writer.overwrite(0.02)
+            await writer.verify()
+            await assert_sound(pool)
+
+    run(body)
+
+
+def test_it_goes_on_over_two_tiers(tmp_path: Path) -> None:
+    size = 100 * MIB
+
+    async def body() -> None:
+        async with fresh_pool(tmp_path, fast_mib=48, base_mib=112) as pool:
+            volume = await pool.create_volume("v", size)
+            writer = Overwriter(volume, list(range(size // BLOCK_BYTES)), 2)
+            await writer.fill()
+            await writer.overwrite(0.4)
+            await writer.verify()
+            assert min(device.live_bytes for device in pool.status().devices) > 0
+            await assert_sound(pool)
+
+    run(body)
+
+
+def test_trims_and_deletes_between_the_writes_are_not_undone_by_moves(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path, fast_mib=64) as pool:
+            volume = await pool.create_volume("v", 32 * MIB)
+            writer = Overwriter(volume, list(range(8192)), 5)
+            await writer.fill()
+            for number in range(5):
+                start = writer.rng.randrange(8192 - 64)
+                await volume.trim(start * BLOCK_BYTES, 64 * BLOCK_BYTES)
+                for i in range(start, start + 64):
+                    writer.versions[i] = 0
+                passing = await pool.create_volume(f"passing{number}", 4 * MIB)
+                await passing.write(0, NOISE * 256)
+                await writer.overwrite(0.3)
+                await pool.delete_volume(f"passing{number}")
+            await writer.verify()
+            await assert_sound(pool)
+
+    run(body)
+
+
+def test_a_damaged_block_moves_as_bad_and_pins_nothing(tmp_path: Path) -> None:
+    async def body() -> None:
+        home = await make_pool(tmp_path, fast_mib=64)
+        async with Pool.open(home, settings=QUIET) as pool:
+            volume = await pool.create_volume("v", 30 * MIB)
+            writer = Overwriter(volume, list(range(30 * MIB // BLOCK_BYTES)), 6)
+            await writer.fill()
+            await pool.checkpoint()
+            (address,), _ = await volume.entries(100, 1)
+            segment = pool._engine.segments.by_id[address >> 24]
+            flip(tmp_path / "fast.img", segment.offset(address & SLOT_MASK) + 50)
+            kept = range(90, 110)  # the damaged one and its neighbours are not written again
+            writer.overwritable = [i for i in range(len(writer.places)) if i not in kept]
+            for _ in range(20):
+                await writer.overwrite(0.25)
+                if segment.id not in pool._engine.segments.by_id:
+                    break
+            assert segment.id not in pool._engine.segments.by_id, "the damage doesn't pin it"
+            for block in (99, 101):
+                assert await read(volume, block * BLOCK_BYTES, BLOCK_BYTES) == writer.content(block)
+            error = await refusal(lambda: read(volume, 100 * BLOCK_BYTES, 1))
+            assert error.errno == errno.EIO
+            report = await pool.check(True)
+            assert len(report.problems) == 1
+            assert f"p/v at byte {100 * BLOCK_BYTES}" in report.problems[0]
+        async with Pool.open(home, settings=QUIET) as pool:
+            volume = pool.volume("v")
+            assert (await refusal(lambda: read(volume, 100 * BLOCK_BYTES, 1))).errno == errno.EIO
+            await volume.write(100 * BLOCK_BYTES, b"n" * BLOCK_BYTES)
+            assert await read(volume, 100 * BLOCK_BYTES, 3) == b"nnn"
+            await assert_sound(pool)
+
+    run(body)
+
+
+def test_an_idle_pool_with_room_moves_nothing(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path, fast_mib=64) as pool:
+            volume = await pool.create_volume("v", 8 * MIB)
+            writer = Overwriter(volume, list(range(2048)), 7)
+            await writer.fill()
+            await writer.overwrite(0.5)
+            pool._engine.space.kick_cleaner.set()
+            await settle(pool)
+            assert pool.status().blocks_moved == 0
+
+    run(body)
