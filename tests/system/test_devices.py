@@ -23,7 +23,7 @@ PATTERN = random.Random(1).randbytes(64 << 10)
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of a site: a home with two pools and their devices, stopped cleanly. It is only right under `site`'s name."""
+    """A copy of a site, right only under `site`'s name: a home with two pools and their devices, stopped cleanly."""
     site = tmp_path_factory.mktemp("devices") / "site"
     with Daemon(site / "home") as daemon:
         devices = ["--fast", f"{site}/hurt-fast=64M", "--base", f"{site}/hurt-base=64M"]
