@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiers.helpers import assert_sound, fresh_pool, read, run, settle, specs
+from tests.tiers.helpers import QUIET, assert_sound, fresh_pool, make_pool, read, refusal, run, settle, specs
 from tests.tiers.test_cleaner import Overwriter
-from tiers import PoolSettings, TierError, Volume
+from tiers import Pool, PoolSettings, TierError, Volume
 from tiers.layout import BLOCK_BYTES, MIB
 
 PIECE = MIB // 4
@@ -125,6 +125,56 @@ def test_a_pool_full_of_dead_blocks_whose_map_is_large_can_be_cleaned(tmp_path: 
             await writer.fill()
             await writer.overwrite(8)
             await writer.verify()
+            await assert_sound(pool)
+
+    run(body)
+
+
+def test_a_full_pool_overwrites_reads_trims_and_deletes(tmp_path: Path) -> None:
+    async def body() -> None:
+        home = await make_pool(tmp_path, fast_mib=80)
+        async with Pool.open(home, settings=QUIET) as pool:
+            volume = await pool.create_volume("v", 1 << 30)
+            other = await pool.create_volume("other", 1 << 30)
+            await other.write(0, piece(7777))
+            taken = await fill(volume, until=4096)
+            assert (await refusal(lambda: other.write(1 << 28, piece(1)))).errno == errno.ENOSPC
+
+            for version in (1000, 2000):  # overwriting what is there: more than once the free space
+                for number in range(taken):
+                    await volume.write(number * PIECE, piece(number + version))
+            await assert_pieces(volume, range(taken), 2000)
+            assert not other.write_now([(1 << 28, piece(1))]), "no room without waiting"
+
+            await volume.trim(0, 8 * PIECE)  # and what was given back can be written again
+            for number in range(6):
+                await other.write((1 << 28) + number * PIECE, piece(number))
+            assert await read(volume, 0, 8 * PIECE) == bytes(8 * PIECE)
+            await assert_pieces(volume, range(8, taken), 2000)
+
+            await pool.delete_volume("v")
+            third = await pool.create_volume("third", 1 << 30)
+            for number in range(taken - 12):
+                await third.write(number * PIECE, piece(number + 5000))
+            await assert_pieces(third, range(taken - 12), 5000)
+            assert await read(other, 0, PIECE) == piece(7777)
+            await assert_sound(pool)
+        async with Pool.open(home, settings=QUIET) as pool:
+            await assert_pieces(pool.volume("third"), range(taken - 12), 5000)
+            await assert_sound(pool)
+
+    run(body)
+
+
+def test_the_smallest_pool_takes_a_little(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path, fast_mib=32) as pool:
+            volume = await pool.create_volume("v", 1 << 30)
+            taken = await fill(volume, until=4096)
+            assert taken >= 8 * MIB // PIECE
+            for number in range(taken):
+                await volume.write(number * PIECE, piece(number + 50))
+            await assert_pieces(volume, range(taken), 50)
             await assert_sound(pool)
 
     run(body)
