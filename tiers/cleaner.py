@@ -47,9 +47,14 @@ logger = logging.getLogger(__name__)
 
 UNIT_BLOCKS = 512
 """Blocks looked at, or moved, without a checkpoint of trio in between: about a millisecond."""
+SMALL_UNIT_BLOCKS = 32
+"""The same where the map's cache is too small to hold the leaves of more."""
 MIN_GAIN_SHARE = 1 / 64
+BATCHES_SHARE = 64
+"""A well packed segment has about one batch header in so many slots."""
 """A victim that would give back less than this is not worth its move."""
-FUTILE_ROUNDS = 3
+FUTILE_ROUNDS_PRESSED = 8
+FUTILE_ROUNDS_IDLE = 2
 STALE_BYTES = 16 << 20
 """With more log than this since the last checkpoint, the counts of live blocks are too old to choose victims by."""
 
@@ -110,7 +115,7 @@ class Cleaner:
             space.changed()
             return False
         await self._clean_map()
-        before = engine.segments.free_slots
+        before = engine.segments.gained_slots
         if engine.log.appended_bytes - engine.checkpoint_log_mark > STALE_BYTES:
             # What was overwritten since the last checkpoint still counts as live: see first what is really left.
             await engine.checkpoint()
@@ -133,13 +138,14 @@ class Cleaner:
         pressed = space.waiters > 0
         if moved or pressed:
             await engine.checkpoint()
-        # A round may be futile because what could be cleaned was written after the last checkpoint. Several in a row,
-        # with writers still waiting, mean that nobody can be helped.
-        futile = not moved and engine.segments.free_slots <= before and not engine.dead
-        self._futile_rounds = self._futile_rounds + 1 if futile and pressed else 0
-        space.stuck = self._futile_rounds >= FUTILE_ROUNDS
+        # A round may be futile because what could be cleaned was written after the last checkpoint, or because it
+        # gained less than a segment. Several in a row, with writers still waiting, mean that nobody can be helped.
+        gained = engine.segments.gained_slots > before or bool(engine.dead)
+        self._futile_rounds = 0 if gained else self._futile_rounds + 1
+        space.stuck = pressed and self._futile_rounds >= FUTILE_ROUNDS_PRESSED
         space.changed()
-        return (moved or (pressed and not space.stuck)) and space.cleaning_needed() is not None
+        limit = FUTILE_ROUNDS_PRESSED if pressed else FUTILE_ROUNDS_IDLE
+        return (moved or pressed) and self._futile_rounds < limit and space.cleaning_needed() is not None
 
     def _victims(self, move: Move) -> list[Segment]:
         """The emptiest segments, as many as make a good round and as the free output space allows."""
@@ -156,7 +162,7 @@ class Cleaner:
             and segment.last_seq <= checkpointed
             and segment.live + segment.pending > 0
             and (move.source is None or segment.device.tier == move.source)
-            and (demote or (segment.slots - segment.live - segment.pending) > max(2, segment.slots * MIN_GAIN_SHARE))
+            and (demote or segment.live + segment.pending < _worth_moving_below(segment.slots))
         ]
         found.sort(key=lambda segment: ((segment.live + segment.pending) / segment.slots, segment.id))
         output = engine.segments.free_slots
@@ -253,7 +259,11 @@ class Cleaner:
         damaged: list[Candidate] = []
         for candidate in candidates:
             volume, block, slot, check = candidate
-            if volume.entry_now(block) != (base | slot, check) or volume.deleted:
+            entry = volume.entry_now(block)
+            if entry is None:  # its leaf was evicted again: a small cache, or many volumes
+                (address,), (found_check,) = await volume.entries(block, 1)
+                entry = (address, found_check)
+            if entry != (base | slot, check) or volume.deleted:
                 continue
             view = data[slot << BLOCK_SHIFT : slot + 1 << BLOCK_SHIFT]
             if check_of(view) == check:
@@ -367,9 +377,9 @@ class Cleaner:
                 weight = engine.space.active_weight + engine.space.frozen_weight
                 if weight + len(copies.blocks) > engine.settings.overlay_entries and engine.space.active_weight:
                     await engine.checkpoint()
-                with contextlib.suppress(DamagedMapError):  # then those copies don't take effect
-                    await self._load_leaves([(volume, block) for volume, block, _, _ in copies.blocks])
-                self._apply(copies)
+                at = 0
+                while at < len(copies.blocks):
+                    at += await self._apply_part(copies, at)
                 self._staged.pop()
                 copies.segment.pins -= 1
                 await trio.lowlevel.checkpoint()
@@ -383,14 +393,25 @@ class Cleaner:
             copies.segment.pins -= 1
         self._staged.clear()
 
-    def _apply(self, copies: Copies) -> None:
+    async def _apply_part(self, copies: Copies, start: int) -> int:
+        """Make copies from `start` on true, as many at once as the map's cache allows; return how many."""
+        for count in (len(copies.blocks) - start, SMALL_UNIT_BLOCKS):
+            part = range(start, min(start + count, len(copies.blocks)))
+            with contextlib.suppress(DamagedMapError):  # then those copies don't take effect
+                await self._load_leaves([copies.blocks[i][:2] for i in part])
+            if all(copies.blocks[i][0].entry_now(copies.blocks[i][1]) is not None for i in part):
+                break
+        self._apply(copies, part)
+        return len(part)
+
+    def _apply(self, copies: Copies, part: range) -> None:
         """Log which copies take effect and let the overlay name them. No checkpoint of trio in here."""
         engine = self._engine
-        effective = [
-            i
-            for i, (volume, block, old, check) in enumerate(copies.blocks)
-            if not volume.deleted and volume.entry_now(block) == (old, check)
-        ]
+        effective = []
+        for i in part:
+            volume, block, old, check = copies.blocks[i]
+            if not volume.deleted and volume.entry_now(block) == (old, check):
+                effective.append(i)
         if not effective:
             return
         words = [0] * -(-len(copies.blocks) // 64)
@@ -458,6 +479,12 @@ class Cleaner:
                         engine.forced.setdefault(volume_id, set()).add(key)
         finally:
             victim.pins -= 1
+
+
+def _worth_moving_below(slots: int) -> float:
+    """The live blocks from which on moving a segment's gains too little: its copies have headers too."""
+    packed = slots - 1 - header_slots_for(slots, slots) - slots // BATCHES_SHARE
+    return packed - max(2.0, slots * MIN_GAIN_SHARE)
 
 
 def put_moved(engine: "Engine", moves: list[tuple[Volume, int, int, int]]) -> None:

@@ -150,7 +150,7 @@ class Engine:
             space.require_writable()
             if space.active_weight + space.frozen_weight < self.settings.overlay_entries and space.admit_release():
                 return
-            await space.wait()
+            await space.wait(for_release=True)
 
     # -- failures ------------------------------------------------------------------------------------------------
 

@@ -69,6 +69,8 @@ class SegmentTable:
         self.map_live = 0
         self.map_slots = 0
         self.tier_live: dict[str, int] = {"fast": 0, "base": 0}
+        self.gained_slots = 0
+        """Slots ever freed, less those ever taken for copies and map pages: what cleaning has gained."""
 
     def open_places(self, device: Device) -> None:
         """Let segments be taken from a new, empty device, which the catalog must know by now."""
@@ -110,6 +112,8 @@ class SegmentTable:
         self.next_id += 1
         self.by_id[segment.id] = segment
         self.free_slots -= segment.slots - 1
+        if kind is not Kind.LOG:
+            self.gained_slots -= segment.slots
         if kind is Kind.MAP:
             self.map_slots += segment.slots
         self.changed.add(segment.id)
@@ -128,6 +132,7 @@ class SegmentTable:
         del self.by_id[segment.id]
         segment.device.free.append(segment.index)
         self.free_slots += segment.slots - 1
+        self.gained_slots += segment.slots
         if segment.kind is Kind.MAP:
             self.map_slots -= segment.slots
         self.changed.discard(segment.id)

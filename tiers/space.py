@@ -138,15 +138,16 @@ class Space:
             or not self._flusher.room()
         ):
             return False
-        return self._room_for(blocks, self.reserve)
+        return self._room_for(blocks, self.reserve + self.map_reserve(blocks))
 
     def admit_release(self) -> bool:
         """Whether a trim or delete may be logged now: these may use the last segment."""
-        return self.read_only is None and self._flusher.room() and self._room_for(1, 2 * self.largest_segment_slots)
+        kept = self.keep_slots(Kind.LOG) + 64
+        return self.read_only is None and self._flusher.room() and self._room_for(1, kept)
 
     def _room_for(self, blocks: int, reserve: int) -> bool:
         headers = 2 + blocks // 128
-        room = self._segments.free_slots + self._log.head_room - reserve - self.map_reserve(blocks)
+        room = self._segments.free_slots + self._log.head_room - reserve
         self.short = room < blocks + headers
         if self.short or self._log.broken:
             self.kick_cleaner.set()
@@ -159,12 +160,15 @@ class Space:
         if self.read_only is not None:
             raise TierError(errno.EROFS, self.read_only)
 
-    async def wait(self) -> None:
-        """Wait until a flush, a checkpoint or the cleaner has changed the answer."""
+    async def wait(self, *, for_release: bool = False) -> None:
+        """Wait until a flush, a checkpoint or the cleaner has changed the answer. Raises ENOSPC if none will.
+
+        A trim or delete (`for_release`) is never told that it is hopeless: it is what would help.
+        """
         failure = self.checkpoint_failure
-        if failure is not None and failure.errno == errno.ENOSPC:
+        if failure is not None and failure.errno == errno.ENOSPC and not for_release:
             raise TierError(errno.ENOSPC, f"nothing can be freed, since checkpoints fail: {failure}")
-        if self.stuck and self.short:
+        if self.stuck and self.short and not for_release:
             raise TierError(
                 errno.ENOSPC,
                 "the pool is full and nothing in it can be cleaned: delete or trim something, or grow the pool",
