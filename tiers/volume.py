@@ -51,6 +51,9 @@ PIECE_BYTES = 1 << 20
 READ_ATTEMPTS = 8
 MERGE_ATTEMPTS = 4
 
+_BLOCK_SLICES = [slice(i, i + BLOCK_BYTES) for i in range(0, PIECE_BYTES, BLOCK_BYTES)]
+"""Ready-made: a quarter of the cost of checking 1 MiB was making these."""
+
 EXTENT_HOLE = 1
 EXTENT_ZERO = 2
 
@@ -710,6 +713,9 @@ def runs_of(addresses: list[int]) -> list[tuple[int, int]]:
 def checks_of(data: Buffer) -> list[int]:
     """The check of each block of `data`."""
     view = memoryview(data)
+    count = len(view) >> BLOCK_SHIFT
+    if count <= len(_BLOCK_SLICES):
+        return [check_of(view[part]) for part in _BLOCK_SLICES[:count]]
     return [check_of(view[i : i + BLOCK_BYTES]) for i in range(0, len(view), BLOCK_BYTES)]
 
 
