@@ -99,3 +99,30 @@ def test_a_full_pool_opens_again_after_crash_upon_crash() -> None:
             await require_sound(pool)
 
     machine.run(main)
+
+
+@pytest.mark.parametrize("segment_bytes", [MIB // 2, MIB], ids=lambda n: f"{n >> 10} KiB segments")
+def test_the_cleaner_of_a_full_and_idle_pool_comes_to_rest(segment_bytes: int) -> None:
+    machine = Machine((Disk("fast", 36, segment_bytes),), seed=5, settings=PoolSettings(overlay_entries=2048))
+    machine.pauses = 0
+
+    async def main() -> None:
+        async with machine.open() as pool:
+            volume = await pool.create_volume("v", 64 << 20)
+            written = await fill(volume)
+            for i in range(0, written, 3):
+                await volume.write(i * BLOCK, block(251))
+            for i in range(1, written, 5):
+                await volume.trim(i * BLOCK, BLOCK)
+            await pool.checkpoint()
+            moved, limit = pool._engine.moved_blocks, 20 * written
+            for _ in range(30):
+                pool._engine.space.kick_cleaner.set()
+                rounds = 0
+                while rounds < 500 and pool._engine.moved_blocks - moved < limit:
+                    await trio.lowlevel.checkpoint()
+                    rounds += 1
+            assert pool._engine.moved_blocks - moved < limit
+            await require_sound(pool)
+
+    machine.run(main)
