@@ -67,6 +67,8 @@ BATCH_WRITES: Final = 1000
 """Most writes in one pass: a pwritev takes 1,023 buffers."""
 ARENA_BYTES: Final = INLINE_READ_BYTES + (64 << 10)
 """The reply buffer: one inline READ, or a batch; and behind it the short replies of a pass."""
+BATCH_TRIMS: Final = 100
+"""Most trims in one pass: if the storage makes them wait, each becomes a task, and these are bounded."""
 PIECE_BYTES: Final = 512 << 10
 """A WRITE taken in pieces is written about so much at a time."""
 PIECE_ALIGNMENT: Final = 64 << 10
@@ -444,6 +446,8 @@ class Connection:
         cookies: list[int] = []
         fua: list[int] = []  # indices into writes
         syncs: list[int] = []  # cookies to be answered after one flush
+        trims: list[tuple[int, int]] = []
+        trim_cookies: list[int] = []
         position, end, used = self._start, self._end, 0
         reads = read_bytes = 0
         after = _After.HUNGRY
@@ -550,6 +554,15 @@ class Connection:
                 if self._inflight + len(fua) + len(syncs) >= self._limits.inflight_requests or not self._has_room(room):
                     after = _After.NO_ROOM
                     break
+                if command == wire.CMD_TRIM and not flags and length:
+                    # Discarding a large volume is thousands of requests: as a batch they cost the storage one.
+                    trims.append((offset, length))
+                    trim_cookies.append(cookie)
+                    position += _REQUEST_SIZE
+                    if len(trims) == BATCH_TRIMS:
+                        after = _After.FULL
+                        break
+                    continue
                 if command == wire.CMD_FLUSH or length == 0:
                     self._count(command)
                     syncs.append(cookie)
@@ -566,6 +579,8 @@ class Connection:
 
         if writes:
             used = self._write_batch(writes, cookies, fua, syncs, used)
+        if trims:
+            used = self._trim_batch(trims, trim_cookies, used)
         if syncs:
             self._start_task(0, len(syncs))
             self._nursery.start_soon(self._slow_flush, syncs)
@@ -616,6 +631,26 @@ class Connection:
         for cookie in cookies:
             pack(arena, used, head, cookie)
             used += size
+        return used
+
+    def _trim_batch(self, trims: list[tuple[int, int]], cookies: list[int], used: int) -> int:
+        """Trim a pass's ranges at once, or give each a task; returns how much of the arena is used."""
+        bench = self._bench
+        assert bench is not None
+        try:
+            done = self._export.trim_now(trims)
+        except OSError:
+            done = False  # alone, each tells its own error
+        if not done:
+            for cookie, (offset, length) in zip(cookies, trims, strict=True):
+                self._start_task(0)
+                self._nursery.start_soon(self._slow_command, cookie, wire.CMD_TRIM, 0, offset, length)
+            return used
+        self.counters.requests += len(trims)
+        self.counters.trims += len(trims)
+        for cookie in cookies:
+            wire.SIMPLE_REPLY.pack_into(bench.arena, used, wire.SIMPLE_HEAD, cookie)
+            used += wire.SIMPLE_REPLY.size
         return used
 
     def _count_writes(self, requests: int, length: int) -> None:

@@ -73,8 +73,14 @@ class Export(Protocol):
         On every connection. FUA is the write and then this.
         """
 
+    def trim_now(self, ranges: list[tuple[int, int]]) -> bool:
+        """Forget these (offset, length) ranges if that needs no waiting; may round inwards.
+
+        All or nothing: False means that nothing happened; use ``trim`` for each.
+        """
+
     async def trim(self, offset: int, length: int) -> None:
-        """Forget the range; may round inwards."""
+        """Forget the range; may wait, may round inwards."""
 
     async def write_zeroes(self, offset: int, length: int, *, no_hole: bool, fast: bool) -> None:
         """Make the whole range read as zeroes.

@@ -145,12 +145,16 @@ class Engine:
 
     async def admit_release(self) -> None:
         """Wait until a trim, delete or the like may be logged. Raises EROFS, or ENOSPC if a full pool is stuck."""
-        space = self.space
         while True:
-            space.require_writable()
-            if space.active_weight + space.frozen_weight < self.settings.overlay_entries and space.admit_release():
+            self.space.require_writable()
+            if self.may_release():
                 return
-            await space.wait(for_release=True)
+            await self.space.wait(for_release=True)
+
+    def may_release(self) -> bool:
+        """Whether a trim, delete or the like may be logged now."""
+        space = self.space
+        return space.active_weight + space.frozen_weight < self.settings.overlay_entries and space.admit_release()
 
     # -- failures ------------------------------------------------------------------------------------------------
 

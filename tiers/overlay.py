@@ -83,13 +83,14 @@ class Overlay:
     The methods that change it return the addresses that it named before and doesn't name any more.
     """
 
-    __slots__ = ("entry_count", "patches", "points", "ranges", "small")
+    __slots__ = ("_order", "entry_count", "patches", "points", "ranges", "small")
 
     def __init__(self, *, small: bool) -> None:
         self.small = small
         self.patches: dict[int, Patch] = {}
         self.points: dict[int, Entry] = {}
         self.ranges = RangeSet()
+        self._order: tuple[list[int], list[int]] | None = None
         self.entry_count = 0
         """Blocks that were entered one way or another; for estimates."""
 
@@ -113,6 +114,7 @@ class Overlay:
                 self.points[block] = (address, check)
                 if old is not None:
                     return old[0]
+                self._order = None
                 self.entry_count += 1
                 return 0
             patch = self._new_patch(leaf)
@@ -164,6 +166,7 @@ class Overlay:
                 if entry is not None:
                     patch[block & LEAF_MASK], patch[LEAF_BLOCKS + (block & LEAF_MASK)] = entry
         self.patches[leaf] = patch
+        self._order = None
         return patch
 
     def unmap(self, start: int, count: int) -> list[int]:
@@ -178,10 +181,17 @@ class Overlay:
             if count <= len(points):
                 covered = [block for block in range(start, end) if block in points]
             else:
-                covered = [block for block in points if start <= block < end]
-            dropped += [points.pop(block)[0] for block in covered]
+                order = self._in_order()[0]
+                covered = order[bisect_left(order, start) : bisect_left(order, end)]
+            dropped += [points.pop(block)[0] for block in covered if block in points]
         self.ranges.add(start, end)
         return dropped
+
+    def _in_order(self) -> tuple[list[int], list[int]]:
+        """Points and patches in order, some of which may be gone. Discarding a volume asks for it again and again."""
+        if self._order is None:
+            self._order = sorted(self.points), sorted(self.patches)
+        return self._order
 
     def _clear_patches(self, start: int, end: int) -> list[int]:
         dropped: list[int] = []
@@ -189,7 +199,10 @@ class Overlay:
         if last - first < len(self.patches):
             leaves = [leaf for leaf in range(first, last + 1) if leaf in self.patches]
         else:
-            leaves = [leaf for leaf in self.patches if first <= leaf <= last]
+            order = self._in_order()[1]
+            leaves = [
+                leaf for leaf in order[bisect_left(order, first) : bisect_right(order, last)] if leaf in self.patches
+            ]
         for leaf in leaves:
             base = leaf << LEAF_BITS
             lo, hi = max(start - base, 0), min(end - base, LEAF_BLOCKS)

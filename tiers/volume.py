@@ -50,6 +50,8 @@ SYNC_WRITE_BYTES = 4 << 20
 PIECE_BYTES = 1 << 20
 READ_ATTEMPTS = 8
 MERGE_ATTEMPTS = 4
+MAX_TRIMS = 160
+"""So many operations fit a header of one slot."""
 
 _BLOCK_SLICES = [slice(i, i + BLOCK_BYTES) for i in range(0, PIECE_BYTES, BLOCK_BYTES)]
 """Ready-made: a quarter of the cost of checking 1 MiB was making these."""
@@ -557,15 +559,36 @@ class Volume:
         """
         await self._engine.flusher.flush()
 
+    def trim_now(self, ranges: list[tuple[int, int]]) -> bool:
+        """Give the whole blocks inside these (offset, length) ranges back, if nothing has to be waited for."""
+        self._require_alive()
+        if self._merging or len(ranges) > MAX_TRIMS or not self._engine.may_release():
+            return False
+        spans: list[tuple[int, int]] = []
+        for offset, length in ranges:
+            start, end = self._whole_blocks(offset, length)
+            if spans and spans[-1][1] == start:
+                spans[-1] = (spans[-1][0], end)
+            elif start < end:
+                spans.append((start, end))
+        if spans:
+            self._engine.log_room()
+            self._append([word for start, end in spans for word in (self._unmap_word, start, end - start)], [], [])
+        return True
+
     async def trim(self, offset: int, length: int) -> None:
         """Give the whole blocks inside the range back; they read as zeros. The rest of the range is left as it is."""
-        start = offset + BLOCK_MASK & ~BLOCK_MASK
-        end = offset + length
-        end = end + BLOCK_MASK & ~BLOCK_MASK if end == self.size_bytes else end & ~BLOCK_MASK
+        start, end = self._whole_blocks(offset, length)
         if start < end:
-            await self._unmap(start >> BLOCK_SHIFT, end - start >> BLOCK_SHIFT)
+            await self._unmap(start, end - start)
         else:
             await trio.lowlevel.checkpoint()
+
+    def _whole_blocks(self, offset: int, length: int) -> tuple[int, int]:
+        """The blocks [start, end) that lie wholly in a byte range, the volume's last one counting as whole."""
+        end = offset + length
+        end = end + BLOCK_MASK if end == self.size_bytes else end
+        return offset + BLOCK_MASK >> BLOCK_SHIFT, end >> BLOCK_SHIFT
 
     async def write_zeroes(self, offset: int, length: int, *, no_hole: bool, fast: bool = False) -> None:
         """Make the range read as zeros: by unmapping, or with `no_hole` by real zero blocks that stay allocated.

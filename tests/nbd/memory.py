@@ -98,6 +98,9 @@ class MemoryExport:
         await self._pause()
         self._begin("flush", 0, 0)
 
+    def trim_now(self, ranges: list[tuple[int, int]]) -> bool:
+        return False
+
     async def trim(self, offset: int, length: int) -> None:
         await self._pause()
         self._begin("trim", offset, length)

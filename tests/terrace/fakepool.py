@@ -81,6 +81,9 @@ class FakeVolume:
     async def flush(self) -> None:
         await trio.to_thread.run_sync(os.fdatasync, self.fd)
 
+    def trim_now(self, ranges: list[tuple[int, int]]) -> bool:
+        return False
+
     async def trim(self, offset: int, length: int) -> None:
         await self.write_zeroes(offset, length, no_hole=False)
 

@@ -88,16 +88,10 @@ def test_a_leaf_has_points_or_a_patch_and_the_weight_counts_both(
     assert (overlay.weight == 0) == (not overlay)
 
 
-@given(STEPS, SMALL, st.integers(0, WIDE))
-def test_the_next_named_block_never_skips_one(
-    script: list[tuple[tuple[int, int], str]], small: bool, block: int
-) -> None:
+@given(STEPS, SMALL)
+def test_every_named_block_lies_in_a_named_leaf(script: list[tuple[tuple[int, int], str]], small: bool) -> None:
     overlay, model = play(script, small=small)
-    named = min((b for b, entry in model.items() if b >= block and entry != HOLE), default=None)
-    found = overlay.next_named(block)
-    if named is not None:
-        assert found is not None
-        assert block <= found <= named
+    assert {block >> LEAF_BITS for block, entry in model.items() if entry != HOLE} <= overlay.named_leaves()
 
 
 def test_unmapping_terabytes_is_one_range_whatever_it_covers() -> None:
