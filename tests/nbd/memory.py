@@ -99,11 +99,20 @@ class MemoryExport:
         self._begin("flush", 0, 0)
 
     def trim_now(self, ranges: list[tuple[int, int]]) -> bool:
-        return False
+        if self.slow:
+            return False
+        for offset, length in ranges:
+            self._begin("trim", offset, length)
+        for offset, length in ranges:
+            self._forget(offset, length)
+        return True
 
     async def trim(self, offset: int, length: int) -> None:
         await self._pause()
         self._begin("trim", offset, length)
+        self._forget(offset, length)
+
+    def _forget(self, offset: int, length: int) -> None:
         first, last = -(-offset // GRAIN), (offset + length) // GRAIN
         if first < last:
             self.data[first * GRAIN : last * GRAIN] = bytes((last - first) * GRAIN)
