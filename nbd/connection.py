@@ -61,6 +61,9 @@ INBOX_BYTES: Final = (1 << 20) + (128 << 10)
 """The receive buffer. A WRITE that doesn't fit is taken in pieces."""
 INLINE_READ_BYTES: Final = 1 << 20
 """A longer READ gets a buffer and a task of its own."""
+CHUNK_BYTES: Final = 256 << 10
+"""A longer READ is answered in chunks of this, where replies are structured: what was just read is still in the CPU's
+cache when it is sent, and the client receives one chunk while the next is read (a quarter more bytes a second)."""
 BATCH_BYTES: Final = 512 << 10
 """A pass ends when its replies reach this, so that they are still in the CPU's cache when sent."""
 BATCH_WRITES: Final = 1000
@@ -160,6 +163,7 @@ class _After(enum.Enum):
     HUNGRY = enum.auto()  # only a part of a request is left
     FULL = enum.auto()  # the arena must leave first
     NO_ROOM = enum.auto()  # too much in flight
+    LONG_READ = enum.auto()  # a READ that is answered in chunks
     LONG_WRITE = enum.auto()  # a WRITE whose payload is taken in pieces, or thrown away
     DISCONNECT = enum.auto()
     GARBAGE = enum.auto()
@@ -199,6 +203,7 @@ class Connection:
         self._arena_used = 0
         self._parked: list[tuple[int, int, memoryview, bool]] = []  # cookie, offset, data, fua
         self._long: _LongWrite | None = None
+        self._long_read: tuple[int, int, int] | None = None  # cookie, offset, length
 
         self._inflight = 0
         self._inflight_bytes = 0
@@ -349,6 +354,8 @@ class Connection:
                     return
             elif after is _After.NO_ROOM:
                 await self._wait_for_room()
+            elif after is _After.LONG_READ:
+                await self._give_long_read()
             elif after is _After.LONG_WRITE:
                 if not await self._take_long_write():
                     return
@@ -440,7 +447,7 @@ class Connection:
         size = export.size_bytes if plain else _NEVER
         writable_size = _NEVER if export.read_only else size
         write_limit = payload_limit(export)
-        read_limit = min(write_limit, INLINE_READ_BYTES)
+        read_limit = min(write_limit, CHUNK_BYTES if structured else INLINE_READ_BYTES)
 
         writes: list[tuple[int, memoryview]] = []
         cookies: list[int] = []
@@ -549,6 +556,11 @@ class Connection:
             elif length == 0 and command != wire.CMD_FLUSH and not flags & wire.CMD_FLAG_FUA:
                 reply = success(cookie)
                 self._count(command)
+            elif command == wire.CMD_READ and structured and not flags:
+                self._long_read = (cookie, offset, length)
+                position += _REQUEST_SIZE
+                after = _After.LONG_READ
+                break
             else:
                 room = length if command == wire.CMD_READ else 0
                 if self._inflight + len(fua) + len(syncs) >= self._limits.inflight_requests or not self._has_room(room):
@@ -696,6 +708,43 @@ class Connection:
                 await self._wait_for_room()
             self._start_task(len(data))
             self._nursery.start_soon(self._slow_write, cookie, offset, bytes(data), fua)
+
+    async def _give_long_read(self) -> None:
+        """Answer a READ chunk by chunk; what would block, and all after it, is left to a task."""
+        wanted, self._long_read = self._long_read, None
+        assert wanted is not None
+        cookie, offset, length = wanted
+        end = offset + length
+        header = wire.DATA_CHUNK.size
+        while offset < end:
+            part = min(CHUNK_BYTES, end - offset)
+            # The bench may have been another's while the last chunk waited for its client.
+            assert self._bench is not None
+            arena = self._bench.arena
+            try:
+                done = self._export.read_now(offset, part, arena[header : header + part])
+            except OSError as error:
+                await self._deliver(self._failed(cookie, error), 0, 0)
+                return
+            if not done:
+                while not self._has_room(end - offset):
+                    await self._wait_for_room()
+                self._start_task(end - offset)
+                self._nursery.start_soon(self._slow_read, cookie, offset, end - offset)
+                self.counters.read_bytes += offset - (end - length)
+                return
+            head = wire.DATA_HEAD if offset + part == end else wire.PART_HEAD
+            wire.DATA_CHUNK.pack_into(arena, 0, head, cookie, part + 8, offset)
+            offset += part
+            self._arena_used = header + part
+            await self._send_arena()
+            if self._broken:
+                return
+            if perf_counter() > self._slice_end:
+                await self._yield()
+        self.counters.requests += 1
+        self.counters.reads += 1
+        self.counters.read_bytes += length
 
     async def _take_long_write(self) -> bool:
         """Write a payload piece by piece as it arrives, or throw it away; False at end of file."""

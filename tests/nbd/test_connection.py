@@ -201,7 +201,9 @@ def test_after_structured_replies_every_read_reply_is_structured_even_einval(slo
 
 @both_forms
 @both_speeds
-def test_an_error_while_reading_is_reported_with_no_data(slow: bool, structured: bool) -> None:
+def test_an_error_while_reading_is_reported_once_and_claims_no_data_that_was_not_read(
+    slow: bool, structured: bool
+) -> None:
     async def test() -> None:
         def fail(operation: str, offset: int, length: int) -> int:
             return errno.EIO if "read" in operation and offset <= 2 << 20 < offset + length else 0
@@ -210,10 +212,44 @@ def test_an_error_while_reading_is_reported_with_no_data(slow: bool, structured:
         async with attached(export, structured=structured) as (client, _):
             for offset, length in [(2 << 20, 512), (0, 4 << 20)]:  # the second fails after 2 MiB were read
                 reply = await client.ask(wire.CMD_READ, offset, length)
-                assert reply.error == wire.EIO and reply.data == b""
-                if structured:
-                    assert len(reply.chunks) == 1 and reply.message
+                assert reply.error == wire.EIO
+                if not structured:
+                    assert reply.data == b""
+                    continue
+                assert reply.message
+                kinds = [kind for _, kind, _ in reply.chunks]
+                assert kinds[:-1] == [wire.REPLY_TYPE_OFFSET_DATA] * (len(kinds) - 1)
+                flags = [flag for flag, _, _ in reply.chunks]
+                assert flags == [0] * (len(flags) - 1) + [wire.REPLY_FLAG_DONE]
+                end = 0
+                for _, _, payload in reply.chunks[
+                    :-1
+                ]:  # good chunks stand before the bad byte, in order, without a gap
+                    assert struct.unpack_from(">Q", payload)[0] == end
+                    end += len(payload) - 8
+                assert end <= 2 << 20
             assert (await client.ask(wire.CMD_READ, 0, 512)).error == 0
+
+    run(test)
+
+
+@both_speeds
+def test_long_structured_reads_come_in_chunks_that_cover_the_range_once(slow: bool) -> None:
+    async def test() -> None:
+        export = MemoryExport(size_bytes=4 << 20, slow=slow)
+        export.data[:] = bytes(range(256)) * (export.size_bytes // 256)
+        async with attached(export, structured=True) as (client, _):
+            for offset, length in [(0, 4 << 20), (100, (1 << 20) + 1), (4096, 256 << 10), (4096, (256 << 10) + 1)]:
+                reply = await client.ask(wire.CMD_READ, offset, length)
+                assert not reply.error
+                at = offset
+                for flag, kind, payload in reply.chunks:
+                    assert kind == wire.REPLY_TYPE_OFFSET_DATA
+                    assert struct.unpack_from(">Q", payload)[0] == at
+                    assert payload[8:] == export.data[at : at + len(payload) - 8]
+                    at += len(payload) - 8
+                    assert flag == (wire.REPLY_FLAG_DONE if at == offset + length else 0)
+                assert at == offset + length
 
     run(test)
 
