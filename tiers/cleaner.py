@@ -104,6 +104,7 @@ class Cleaner:
             except OSError as error:
                 logger.error("cleaning pool %s: %s", self._engine.pool_name, error)
                 self._drop_staged()
+                space.staged_entries = 0
                 space.changed()
                 await trio.sleep(0.5)
 
@@ -135,6 +136,7 @@ class Cleaner:
                 pass
             moved = moved or bool(self._staged)
             await self._apply_staged()
+            space.staged_entries = 0
         pressed = space.waiters > 0
         if moved or pressed:
             await engine.checkpoint()
@@ -177,6 +179,7 @@ class Cleaner:
                 break
             goal -= segment.slots if demote else segment.slots - segment.live - segment.pending
             victims.append(segment)
+        space.staged_entries = sum(segment.live + segment.pending for segment in victims)
         return victims
 
     # -- moving --------------------------------------------------------------------------------------------------

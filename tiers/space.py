@@ -32,6 +32,7 @@ CAPACITY_SHARE = 0.93
 
 MAP_SLACK_SEGMENTS = 5
 """Dead slots that map segments may hold beyond as many as live ones, in segments."""
+ALWAYS_KEPT_DIVISOR = 64
 OPEN_SEGMENTS = 3
 """The log's head and the cleaner's outputs: neither free nor full."""
 
@@ -49,6 +50,8 @@ class Space:
         self.frozen_weight = 0
         self.active_charge = 0
         self.frozen_charge = 0
+        self.staged_entries = 0
+        """Blocks that the cleaner is about to move: entries to come."""
         self.leaf_pages = 0
         """Leaf pages that all volumes together could have: a bound on what a checkpoint writes."""
         self.kick_checkpoint = trio.Event()
@@ -71,9 +74,12 @@ class Space:
     def next_pages(self, more_entries: int = 0) -> int:
         """Slots that the next checkpoints take for map pages at the worst, once `more_entries` have been added.
 
-        An entry may touch a leaf of its own and an inner page; no more pages can be touched than there are.
+        An entry may touch a leaf of its own and an inner page; no more pages can be touched than there are. Entries
+        come after the space was given out, so as many pages as all volumes have (within reason) are kept always.
         """
-        pages = min(2 * (self.active_weight + self.frozen_weight + more_entries), self.leaf_pages) + 64
+        entries = self.active_weight + self.frozen_weight + self.staged_entries + more_entries
+        always = self._segments.total_slots // ALWAYS_KEPT_DIVISOR
+        pages = min(max(2 * entries, always), self.leaf_pages) + 64
         return pages + pages // 16
 
     def map_reserve(self, more_entries: int = 0) -> int:

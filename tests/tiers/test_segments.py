@@ -24,7 +24,7 @@ def device(index: int, mib: int) -> FileDevice:
 def test_a_device_has_enough_segments_of_a_sensible_size(size: int) -> None:
     segment = segment_bytes_for(size)
     assert MIN_SEGMENT_BYTES <= segment <= MAX_SEGMENT_BYTES
-    assert segment % MIB == 0
+    assert segment % MIN_SEGMENT_BYTES == 0
     assert size // segment >= 32
     assert size // segment <= 2048 or segment == MAX_SEGMENT_BYTES
 
