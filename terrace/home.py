@@ -1,9 +1,9 @@
 """The daemon's home directory: where everything lies, and the lock that lets one daemon at a time have it.
 
-    HOME/terraced.lock   held by the daemon for its life; contains its process id, for people
-    HOME/pools/NAME/     one pool
-    HOME/nbd.sock        NBD
-    HOME/api.sock        the control API, mode 0600
+HOME/terraced.lock   held by the daemon for its life; contains its process id, for people
+HOME/pools/NAME/     one pool
+HOME/nbd.sock        NBD
+HOME/api.sock        the control API, mode 0600
 """
 
 from __future__ import annotations

@@ -159,6 +159,8 @@ class Pools:
 
     async def _close(self, slot: Slot) -> None:
         if slot.pool is not None:
+            # In one step: from here on no export and no request finds the pool.
+            slot.pool = None
             slot.close.set()
             await slot.closed.wait()
 

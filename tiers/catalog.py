@@ -306,6 +306,22 @@ class Catalog:
                 db.execute("ROLLBACK")
             raise
 
+    def add_devices(self, devices: Sequence[DeviceRow]) -> None:
+        """Record new devices, before anything is put on them. Raises TierError; then none of them is recorded."""
+        try:
+            with self._lock:
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    _write_devices(self._db, devices)
+                    self._db.execute("COMMIT")
+                except BaseException:
+                    if self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
+                    raise
+        except sqlite3.Error as error:
+            code = errno.ENOSPC if error.sqlite_errorcode == sqlite3.SQLITE_FULL else errno.EIO
+            raise TierError(code, f"the catalog {self._path}: {error}") from error
+
     def mark_poisoned(self, index: int, why: str) -> None:
         """Record at once that a device is poisoned. Best effort: the labels of the other devices say it too."""
         try:

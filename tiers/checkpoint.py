@@ -129,6 +129,7 @@ class Checkpointer:
         self._committed = 0
         self._last_seq = -1
         self._failures = 0
+        self._taken_changes: set[int] = set()
 
     async def run(self) -> None:
         """The task: a checkpoint when one is asked for, and at the interval while there is something to record."""
@@ -201,9 +202,14 @@ class Checkpointer:
     async def _attempt(self) -> None:
         self._begun += 1
         if self._frozen is None:
-            self._frozen = self._freeze()
+            try:
+                self._frozen = self._freeze()
+            except OSError as error:
+                self._failed(error)
+                raise
         frozen = self._frozen
         merge = Merge(dead=dict(self._engine.dead))
+        self._taken_changes = set()
         for item in frozen.volumes:
             item.volume.tree.loaded = set()
             merge.mapped[item.volume.id] = item.volume.tree.mapped_blocks
@@ -221,12 +227,16 @@ class Checkpointer:
         except BaseException as error:
             for item in frozen.volumes:
                 item.volume.tree.forget()
+            self._engine.segments.changed |= self._taken_changes
             if isinstance(error, OSError):
-                self.failure = str(error)
-                self._engine.space.checkpoint_failure = error
+                self._failed(error)
             raise
         self._committed = self._begun
         await self._apply(frozen, merge, change)
+
+    def _failed(self, error: OSError) -> None:
+        self.failure = str(error)
+        self._engine.space.checkpoint_failure = error
 
     def _freeze(self) -> Frozen:
         """Take the moment. No checkpoint of trio in here."""
@@ -235,8 +245,9 @@ class Checkpointer:
         was_broken = log.broken
         if was_broken and log.head.used > 1:
             # What follows the failed write can't be found from the log: the new head must be in the catalog.
-            log.head.open = False
+            left = log.head
             log.start()
+            left.open = False
         # A sequence of its own: no two checkpoints have the same, so an older catalog is always told from a newer one.
         log.seq += 1
         volumes = []
@@ -500,6 +511,9 @@ class Checkpointer:
             ),
             [self._volume_row(item, merge) for item in frozen.volumes],
         )
+        # What changes while the transaction runs belongs to the next one.
+        changed = self._taken_changes = segments.changed
+        segments.changed = set()
         for segment in segments.by_id.values():
             live = merge.live.get(segment.id, 0)
             pending = merge.pending.get(segment.id, 0)
@@ -512,7 +526,7 @@ class Checkpointer:
                 and segment.last_seq <= frozen.seq
             ):
                 change.freed_segments.append(segment.id)
-            elif live or segment.id in segments.changed or segment.open:
+            elif live or segment.id in changed or segment.open:
                 change.segments.append(
                     SegmentRow(
                         segment.id,
@@ -572,7 +586,6 @@ class Checkpointer:
         for segment_id, count in merge.live.items():
             if count:
                 segments.add_live(segment_id, count)
-        segments.changed.clear()
         for segment_id in change.freed_segments:
             segment = segments.by_id[segment_id]
             if segment.pins:

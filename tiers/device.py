@@ -184,10 +184,9 @@ class FileDevice:
         result = bytearray(length)
         with mmap.mmap(-1, min(length, _DIRECT_CHUNK)) as bounce, memoryview(bounce) as view:
             for start in range(0, length, len(view)):
-                part = view[: min(len(view), length - start)]
-                self._fill(fd, part, offset + start)
-                result[start : start + len(part)] = part
-                part.release()
+                with view[: min(len(view), length - start)] as part:
+                    self._fill(fd, part, offset + start)
+                    result[start : start + len(part)] = part
         return result
 
     async def sync(self) -> None:
@@ -204,10 +203,12 @@ class FileDevice:
         self.label = label
 
     def close(self) -> None:
-        """Close the descriptors and give up the lock."""
-        os.close(self.fd)
-        if self._direct_fd is not None:
-            os.close(self._direct_fd)
+        """Close the descriptors and give up the lock. A later use is EBADF: the numbers may be another's by then."""
+        fd, self.fd = self.fd, -1
+        direct_fd, self._direct_fd = self._direct_fd, -1 if self._direct_fd is not None else None
+        os.close(fd)
+        if direct_fd is not None:
+            os.close(direct_fd)
 
 
 def lock_or_refuse(fd: int, path: str) -> None:

@@ -156,6 +156,17 @@ class Engine:
         space = self.space
         return space.active_weight + space.frozen_weight < self.settings.overlay_entries and space.admit_release()
 
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def retire(self) -> None:
+        """The devices are about to be closed: whoever still has a volume gets errors, never another file's bytes."""
+        closed = f"the pool {self.pool_name} was closed"
+        self.space.read_only = self.space.read_only or closed
+        self.flusher.fail(TierError(errno.EIO, closed))
+        for segment in self.segments.by_id.values():
+            segment.fd = -1
+        self.space.changed()
+
     # -- failures ------------------------------------------------------------------------------------------------
 
     async def poisoned(self, device: Device) -> None:

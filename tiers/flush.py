@@ -83,6 +83,11 @@ class Flusher:
         if self.failure is not None:
             raise TierError(errno.EIO, str(self.failure))
 
+    def fail(self, why: TierError) -> None:
+        """Nothing will be flushed any more: whoever waits, or asks later, is told why."""
+        self.failure = self.failure or why
+        self._round_done.unpark_all()
+
     async def run(self) -> None:
         """The task: one round after another, as long as they are wanted."""
         while True:
@@ -108,13 +113,19 @@ class Flusher:
                 errors.append((device, error))
 
         # Shielded: the kernel tells of a failed sync once, so its answer must be heard even while the pool closes.
-        with trio.CancelScope(shield=True):
-            if len(dirty) == 1:
-                await sync(dirty[0])
-            else:
-                async with trio.open_nursery() as nursery:
-                    for device in dirty:
-                        nursery.start_soon(sync, device)
+        try:
+            with trio.CancelScope(shield=True):
+                if len(dirty) == 1:
+                    await sync(dirty[0])
+                else:
+                    async with trio.open_nursery() as nursery:
+                        for device in dirty:
+                            nursery.start_soon(sync, device)
+        except BaseException:
+            # No thread, no memory: it isn't known what was synced, so all of it still has to be.
+            for device in dirty:
+                device.unsynced_bytes += self._in_flight[device.index]
+            raise
         for device, error in errors:
             device.poisoned = f"a flush failed ({error}), so what it holds can't be trusted to be durable"
             self.failure = TierError(

@@ -62,8 +62,7 @@ class Log:
         try:
             device.write(segment.base, [header])
         except OSError:
-            segment.open = False
-            segment.damaged = True
+            self._segments.release(segment)  # nothing names it
             raise
         return segment
 

@@ -83,7 +83,7 @@ class Overlay:
     The methods that change it return the addresses that it named before and doesn't name any more.
     """
 
-    __slots__ = ("_order", "entry_count", "patches", "points", "ranges", "small")
+    __slots__ = ("_order", "patches", "points", "ranges", "small")
 
     def __init__(self, *, small: bool) -> None:
         self.small = small
@@ -91,8 +91,6 @@ class Overlay:
         self.points: dict[int, Entry] = {}
         self.ranges = RangeSet()
         self._order: tuple[list[int], list[int]] | None = None
-        self.entry_count = 0
-        """Blocks that were entered one way or another; for estimates."""
 
     def __bool__(self) -> bool:
         return bool(self.patches) or bool(self.points) or bool(self.ranges)
@@ -115,17 +113,13 @@ class Overlay:
                 if old is not None:
                     return old[0]
                 self._order = None
-                self.entry_count += 1
                 return 0
             patch = self._new_patch(leaf)
         slot = block & LEAF_MASK
         replaced: int = patch[slot]
         patch[slot] = address
         patch[LEAF_BLOCKS + slot] = check
-        if replaced == UNSET:
-            self.entry_count += 1
-            return 0
-        return replaced
+        return 0 if replaced == UNSET else replaced
 
     def put_run(self, block: int, address: int, checks: list[int]) -> list[int]:
         """Name consecutive places of consecutive blocks; return the addresses that this replaces."""
@@ -154,9 +148,7 @@ class Overlay:
         hi = lo + len(addresses)
         old = patch[lo:hi].tolist()
         patch[lo:hi] = memoryview(addresses)
-        unset = old.count(UNSET)
-        self.entry_count += unset
-        return [] if unset == len(old) else [address for address in old if address >= FIRST_ADDRESS]
+        return [address for address in old if address >= FIRST_ADDRESS]
 
     def _new_patch(self, leaf: int) -> Patch:
         patch = memoryview(bytearray(_UNSET_PAGE)).cast("Q")

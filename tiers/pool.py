@@ -68,7 +68,7 @@ class DeviceStatus:
 
 @dataclass(frozen=True)
 class VolumeStatus:
-    """A volume as `terrace volume list` tells it."""
+    """A volume as `terrace volume list` tells it; `mapped_bytes` as of the last checkpoint."""
 
     name: str
     size_bytes: int
@@ -119,6 +119,7 @@ class Pool:
         self._cleaner = cleaner
         self._limiter = limiter
         self._ddl = trio.Lock()
+        self._growth = trio.Lock()  # of its own: it is what helps where a delete waits for room
         self.replayed_batches = 0
 
     # -- making and ending -----------------------------------------------------------------------------------------
@@ -164,7 +165,10 @@ class Pool:
                     nursery.cancel_scope.cancel()
             finally:
                 with trio.CancelScope(shield=True):
-                    await pool._close()
+                    try:
+                        await pool._close()
+                    finally:
+                        pool._engine.retire()
             if failure is not None:
                 raise failure
 
@@ -288,7 +292,7 @@ class Pool:
     async def grow(self, devices: Sequence[DeviceSpec], *, force: bool = False) -> None:
         """Add devices to the open pool; they are part of it, durably, when this returns."""
         engine = self._engine
-        async with self._ddl:
+        async with self._growth:
             engine.space.require_writable()
             taken = len(engine.devices)
             added = await trio.to_thread.run_sync(
@@ -310,15 +314,16 @@ class Pool:
                     device.close()
                 _wipe_labels([Path(row.path) for row in added])
                 raise
-            # Nothing may lie on a device that the catalog doesn't know: its places open after the commit.
-            engine.devices.extend(opened)
+            # Nothing may lie on a device that the catalog doesn't know. A transaction of its own, not a checkpoint: the
+            # devices that are there may be too full for one.
             try:
-                await self._checkpointer.checkpoint()
-            except BaseException:
-                del engine.devices[taken:]
+                with trio.CancelScope(shield=True):
+                    await engine.offload(engine.catalog.add_devices, added)
+            except OSError:
                 _close_devices(list(opened))
                 _wipe_labels([Path(row.path) for row in added])
                 raise
+            engine.devices.extend(opened)
             for device in opened:
                 engine.segments.open_places(device)
             engine.space.measure_devices()
@@ -372,7 +377,7 @@ class Pool:
                 VolumeStatus(
                     v.name,
                     v.size_bytes,
-                    min(v.tree.mapped_blocks * BLOCK_BYTES + v.active.entry_count * BLOCK_BYTES, v.size_bytes),
+                    min(v.tree.mapped_blocks * BLOCK_BYTES, v.size_bytes),
                     v.open_count,
                 )
                 for v in self.volumes()

@@ -35,7 +35,7 @@ from tiers.layout import (
 )
 from tiers.log import MAX_BATCH_BLOCKS
 from tiers.maptree import FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL, MapTree
-from tiers.overlay import LEAF_BITS, SMALL_VOLUME_LEAVES, UNSET, Entry, Overlay
+from tiers.overlay import LEAF_BITS, SMALL_VOLUME_LEAVES, Entry, Overlay
 from tiers.record import OP_WORDS, UNMAP_WORD, WRITE_WORD, Op, header_slots_for
 
 if TYPE_CHECKING:
@@ -460,8 +460,6 @@ class Volume:
                         patch[FANOUT + slot] = checks[at]
                         if old >= FIRST_ADDRESS:
                             dropped.append(old)
-                        elif old == UNSET:
-                            active.entry_count += 1
                     elif old := active.put(block, address + at, checks[at]):
                         dropped.append(old)
                 else:

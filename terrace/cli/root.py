@@ -20,9 +20,7 @@ from terrace.cli.volume import volume
 class Root(click.Group):
     """Turns every refusal into one line and an exit status; tracebacks are for bugs."""
 
-    def main(
-        self, args: Sequence[str] | None = None, prog_name: str | None = None, *rest: Any, **options: Any
-    ) -> Any:
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *rest: Any, **options: Any) -> Any:
         options["standalone_mode"] = False
         try:
             result = super().main(args, prog_name or "terrace", *rest, **options)

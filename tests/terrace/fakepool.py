@@ -113,9 +113,7 @@ class FakePool:
         }
 
     @classmethod
-    async def create(
-        cls, directory: Path, name: str, devices: Sequence[DeviceSpec], *, force: bool = False
-    ) -> None:
+    async def create(cls, directory: Path, name: str, devices: Sequence[DeviceSpec], *, force: bool = False) -> None:
         validate_name("pool", name)
         await trio.lowlevel.checkpoint()
         if not devices:

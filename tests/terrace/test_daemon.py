@@ -216,9 +216,7 @@ def test_a_pool_whose_directory_was_renamed_is_not_served_under_a_wrong_name(own
     assert "'one'" in pool["error"]
 
 
-def test_the_configuration_can_be_checked_without_starting(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_configuration_can_be_checked_without_starting(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     good, bad = tmp_path / "good.toml", tmp_path / "bad.toml"
     good.write_text('[pool]\nmap_cache = "128M"\n')
     bad.write_text("[pool]\nmap_cash = 1\n")

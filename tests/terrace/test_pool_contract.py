@@ -71,6 +71,7 @@ async def the_status_adds_up(engine: Any, tmp_path: Path) -> None:
     async with engine.open(directory) as pool:
         volume = await pool.create_volume("v", MIB)
         await volume.write(0, PATTERN)
+        await pool.checkpoint()
         status = pool.status()
         assert (status.name, status.uuid, status.state, status.problem) == ("p", pool.uuid, "online", None)
         assert status.nominal_bytes == MIB

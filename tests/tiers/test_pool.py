@@ -770,3 +770,42 @@ def test_a_recovery_that_can_not_be_recorded_leaves_the_pool_readable_and_says_w
             await pool.volume("v").write(0, block(2))
 
     run(body)
+
+
+def test_a_pool_that_was_closed_under_its_users_answers_errors_and_touches_no_file(tmp_path: Path) -> None:
+    """A task of the pool may die of a bug. The descriptors' numbers are soon somebody else's."""
+
+    async def body() -> None:
+        home = await make_pool(tmp_path)
+        async with Pool.open(home) as pool:
+            volume = await pool.create_volume("v", MIB)
+            await volume.write(0, block(1))
+            old_fds = [device.fd for device in pool._engine.devices]
+        bystanders = [os.open(tmp_path / f"bystander{i}", os.O_RDWR | os.O_CREAT) for i in range(8)]
+        try:
+            assert set(old_fds) <= set(bystanders)
+            assert not volume.write_now([(0, block(2))])
+            for action in (lambda: volume.write(0, block(2)), volume.flush, lambda: volume.trim(0, MIB)):
+                with pytest.raises(TierError, match="closed"):
+                    await action()
+            with pytest.raises(OSError):
+                await volume.read(0, 4096, memoryview(bytearray(4096)))
+            assert [os.fstat(fd).st_size for fd in bystanders] == [0] * 8
+        finally:
+            for fd in bystanders:
+                os.close(fd)
+
+    run(body)
+
+
+def test_mapped_bytes_are_exact_after_a_checkpoint_whatever_was_overwritten(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path) as pool:
+            volume = await pool.create_volume("v", 8 * MIB)
+            for _ in range(3):
+                await volume.write(0, b"x" * (2 * MIB))
+            await volume.trim(MIB, MIB)
+            await pool.checkpoint()
+            assert pool.status().volumes[0].mapped_bytes == MIB
+
+    run(body)

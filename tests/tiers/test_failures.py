@@ -1,0 +1,138 @@
+"""What failing devices and unlucky moments may not do to a pool that is open."""
+
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from tests.tiers.helpers import assert_sound, block, make_pool, read, run
+from tiers import DeviceSpec, Pool, TierError, checkpoint
+from tiers.device import FileDevice
+from tiers.layout import BLOCK_BYTES, LABEL_AREA_BYTES, MIB
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Say `full_disk["path"] = name` and every write to segments of that device finds no space."""
+    state = {"path": ""}
+    pwritev = FileDevice._pwritev
+
+    def write(self: FileDevice, offset: int, buffers: Sequence[Any], expected: int) -> None:
+        if Path(self.path).name == state["path"] and offset >= LABEL_AREA_BYTES:
+            raise TierError(errno.ENOSPC, f"writing {self.path} at {offset}: No space left on device")
+        pwritev(self, offset, buffers, expected)
+
+    monkeypatch.setattr(FileDevice, "_pwritev", write)
+    monkeypatch.setattr(checkpoint, "RETRY_S", 0.02)
+    return state
+
+
+def test_a_full_file_system_below_a_device_is_told_and_room_on_it_is_noticed(
+    tmp_path: Path, full_disk: dict[str, str]
+) -> None:
+    async def body() -> None:
+        home = await make_pool(tmp_path, fast_mib=32)
+        async with Pool.open(home) as pool:
+            volume = await pool.create_volume("v", 8 * MIB)
+            await volume.write(0, block(1))
+            await pool.checkpoint()
+            free = pool.status().devices[0].free_segments
+            full_disk["path"] = Path(pool.status().devices[0].path).name
+            for _ in range(3):
+                with trio.fail_after(5), pytest.raises(TierError) as raised:
+                    await volume.write(0, block(2))
+                assert raised.value.errno == errno.ENOSPC
+            assert await read(volume, 0, BLOCK_BYTES) == block(1)
+            await trio.sleep(0.5)  # two dozen failed tries
+            assert pool.status().devices[0].free_segments >= free - 3
+            full_disk["path"] = ""
+            with trio.fail_after(10):
+                while True:
+                    try:
+                        await volume.write(0, block(3))
+                        break
+                    except TierError:
+                        await trio.sleep(0.02)
+            await assert_sound(pool)
+        async with Pool.open(home) as pool:
+            assert await read(pool.volume("v"), 0, BLOCK_BYTES) == block(3)
+
+    run(body)
+
+
+def test_growing_helps_a_pool_whose_devices_take_no_more(tmp_path: Path, full_disk: dict[str, str]) -> None:
+    async def body() -> None:
+        home = await make_pool(tmp_path, fast_mib=32)
+        async with Pool.open(home) as pool:
+            volume = await pool.create_volume("v", 8 * MIB)
+            await volume.write(0, block(1))
+            full_disk["path"] = Path(pool.status().devices[0].path).name
+            with pytest.raises(TierError):
+                await volume.write(0, block(2))
+            with trio.fail_after(5):
+                await pool.grow([DeviceSpec(tmp_path / "more", "base", 64 * MIB)])
+            assert len(pool.status().devices) == 2
+            full_disk["path"] = ""
+        async with Pool.open(home) as pool:
+            assert len(pool.status().devices) == 2
+            assert await read(pool.volume("v"), 0, BLOCK_BYTES) == block(1)
+
+    run(body)
+
+
+def test_a_grow_that_fails_leaves_the_pool_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        home = await make_pool(tmp_path, fast_mib=32)
+        async with Pool.open(home) as pool:
+
+            def refuse(devices: object) -> None:
+                raise TierError(errno.ENOSPC, "the catalog: disk full")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(pool._engine.catalog, "add_devices", refuse)
+                with pytest.raises(TierError, match="disk full"):
+                    await pool.grow([DeviceSpec(tmp_path / "more", "base", 64 * MIB)])
+            assert len(pool.status().devices) == 1
+            await pool.checkpoint()
+            await pool.grow([DeviceSpec(tmp_path / "more", "base")])
+        async with Pool.open(home) as pool:
+            assert len(pool.status().devices) == 2
+
+    run(body)
+
+
+def test_what_changes_while_the_catalog_commits_is_in_the_next_checkpoint(tmp_path: Path) -> None:
+    """A log segment is overwritten and left while a commit runs: its row must be written by the next one."""
+
+    async def body() -> None:
+        home = await make_pool(tmp_path, fast_mib=64)
+        async with Pool.open(home) as pool:
+            engine: Any = pool._engine
+            volume = await pool.create_volume("v", 16 * MIB)
+            await volume.write(0, os.urandom(40 * BLOCK_BYTES))
+            await pool.checkpoint()
+            head = engine.log.head
+            offload = engine.offload
+
+            async def meanwhile(function: Any, *arguments: Any) -> Any:
+                result = await offload(function, *arguments)
+                if function == engine.catalog.commit and engine.log.head is head:
+                    assert volume.write_now([(0, os.urandom(40 * BLOCK_BYTES))])
+                    while engine.log.head is head:
+                        assert volume.write_now([(MIB, os.urandom(20 * BLOCK_BYTES))])
+                return result
+
+            engine.offload = meanwhile
+            await volume.write(8 * MIB, block(1))
+            await pool.checkpoint()
+            engine.offload = offload
+            await volume.write(MIB, os.urandom(60 * BLOCK_BYTES))
+            await pool.checkpoint()
+        async with Pool.open(home) as pool:
+            await assert_sound(pool)
+
+    run(body)
