@@ -17,6 +17,7 @@ file system with sparse devices that fill up: when a commit finds the disk full 
 tried again.
 """
 
+import contextlib
 import errno
 import os
 import sqlite3
@@ -340,13 +341,14 @@ class Catalog:
         """Reserve the ballast, if the file system has the room for it."""
         if self._ballast.exists():
             return
-        fd = os.open(self._ballast, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            os.posix_fallocate(fd, 0, BALLAST_BYTES)
-        except OSError:
-            self._ballast.unlink()
-        finally:
-            os.close(fd)
+        with contextlib.suppress(OSError):
+            fd = os.open(self._ballast, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, BALLAST_BYTES)
+            except OSError:
+                self._ballast.unlink()
+            finally:
+                os.close(fd)
 
     def close(self) -> None:
         """Close the file."""

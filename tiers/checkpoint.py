@@ -200,8 +200,9 @@ class Checkpointer:
         self._lock.release()
 
     async def _attempt(self) -> None:
-        self._begun += 1
+        self.writer.begin()
         if self._frozen is None:
+            self._begun += 1
             try:
                 self._frozen = self._freeze()
             except OSError as error:
@@ -213,6 +214,7 @@ class Checkpointer:
         for item in frozen.volumes:
             item.volume.tree.loaded = set()
             merge.mapped[item.volume.id] = item.volume.tree.mapped_blocks
+        committing = False
         try:
             for item in frozen.volumes:
                 if item.overlay is not None or item.forced:
@@ -222,12 +224,17 @@ class Checkpointer:
             await self._walk_dead(merge)
             await self._engine.flusher.flush()
             change = self._change(frozen, merge)
+            committing = True
             with trio.CancelScope(shield=True):
                 await self._engine.offload(self._engine.catalog.commit, change)
         except BaseException as error:
             for item in frozen.volumes:
                 item.volume.tree.forget()
             self._engine.segments.changed |= self._taken_changes
+            self._engine.space.kick_checkpoint.set()
+            if not committing or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+                # Surely not committed. After another failure of a commit it isn't certain: its pages stay.
+                self.writer.give_up()
             if isinstance(error, OSError):
                 self._failed(error)
             raise
@@ -283,7 +290,7 @@ class Checkpointer:
         keys, addresses, checks = await _arrays_of(overlay)
         merge.count_pending(addresses, -1)
         self._forget_patches(overlay, merge)
-        tombs, detached = decompose_ranges(overlay)
+        tombs, detached = await self._engine.offload(decompose_ranges, overlay)
         if detached:
             merge.detached.add(volume.id)
         keys, addresses, checks = await self._engine.offload(_combine, tombs, keys, addresses, checks)

@@ -129,6 +129,8 @@ class Cleaner:
                 victims = self._victims(move)
             try:
                 for victim in victims:
+                    if engine.segments.by_id.get(victim.id) is not victim:
+                        continue  # a checkpoint freed it meanwhile
                     await self._move_segment(victim, move.destination)
                     moved = True
             except OutputFullError:

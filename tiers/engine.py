@@ -60,7 +60,7 @@ class Engine:
         self.log = Log(self.segments, pool_uuid, incarnation, seq, prev_check)
         self.flusher = Flusher(
             self.devices,
-            lambda: self.log.seq,
+            lambda: self.log.appended_seq,
             cap_bytes=settings.unsynced_cap_bytes,
             on_poison=self.poisoned,
             on_round=lambda: self.space.changed(),

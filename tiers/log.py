@@ -30,6 +30,8 @@ class Log:
 
     def __init__(self, segments: SegmentTable, pool_uuid: bytes, incarnation: int, seq: int, prev_check: int) -> None:
         self.seq = seq
+        self.appended_seq = seq
+        """The newest batch that is in the log. Behind `seq` where numbers were burned: no flush may claim those."""
         self.prev_check = prev_check
         self.incarnation = incarnation
         self.durable_seq: Callable[[], int] = lambda: 0
@@ -128,6 +130,7 @@ class Log:
             extra,
         )
         segment.device.write(segment.offset(slot), [header, *buffers])
+        self.appended_seq = seq
         slots = len(header) >> 12
         segment.used = slot + slots + len(checks)
         self.prev_check = check

@@ -26,6 +26,20 @@ class MapWriter:
         self._engine = engine
         self.segment: Segment | None = None
         self.written_pages = 0
+        self._opened: list[Segment] = []
+
+    def begin(self) -> None:
+        """An attempt at a checkpoint begins."""
+        self._opened = []
+
+    def give_up(self) -> None:
+        """The attempt failed: nothing will ever name the segments that it opened."""
+        opened, self._opened = self._opened, []
+        if self.segment in opened:
+            self.seal()
+        for segment in opened:
+            if not segment.live and not segment.pins:
+                self._engine.segments.release(segment)
 
     async def write(self, volume_id: int, level: int, indices: list[int], pages: list[bytes]) -> list[tuple[int, int]]:
         """Append pages; return their (address, check). They are durable after the next flush."""
@@ -79,6 +93,7 @@ class MapWriter:
         if device is None:
             raise TierError(errno.ENOSPC, f"the pool {self._engine.pool_name} has no free segment for its map: grow it")
         self.segment = segment = self._engine.log.open_segment(device, Kind.MAP)
+        self._opened.append(segment)
         room = segment.slots - segment.used
         return segment, room - header_slots_for(min(wanted, room), min(wanted, room))
 

@@ -36,6 +36,7 @@ SMALL_VOLUME_LEAVES = 8192
 """In a volume of up to so many leaf pages (8 GiB) even single blocks go into patches."""
 PATCH_WEIGHT = 8
 RANGE_WEIGHT = 64
+MAX_PROBES = 4096
 
 
 class RangeSet:
@@ -170,7 +171,7 @@ class Overlay:
         dropped = self._clear_patches(start, end)
         points = self.points
         if points:
-            if count <= len(points):
+            if count <= min(len(points), MAX_PROBES):
                 covered = [block for block in range(start, end) if block in points]
             else:
                 order = self._in_order()[0]

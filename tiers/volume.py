@@ -602,6 +602,7 @@ class Volume:
             while at < end:
                 piece = min(end - at, PIECE_BYTES - (at & BLOCK_MASK))
                 await self.write(at, zeroes[:piece], keep_zeroes=True)
+                await trio.lowlevel.checkpoint()
                 at += piece
             return
         start_whole = offset + BLOCK_MASK & ~BLOCK_MASK
@@ -651,11 +652,19 @@ class Volume:
         engine.appended()
 
     async def cache(self, offset: int, length: int) -> None:
-        """Bring the range into the page cache: read it, a piece at a time."""
+        """Bring the range into the page cache: read what is mapped of it, a piece at a time."""
         into = memoryview(bytearray(min(length, PIECE_BYTES)))
-        for at in range(offset, offset + length, PIECE_BYTES):
-            piece = min(PIECE_BYTES, offset + length - at)
-            await self.read(at, piece, into[:piece])
+        at, end = offset, offset + length
+        while at < end:
+            (span, flags), *_ = await self.extents(at, end - at, 1)
+            stop = at + span
+            if flags & EXTENT_HOLE:
+                at = stop
+            while at < stop:
+                piece = min(PIECE_BYTES, stop - at)
+                await self.read(at, piece, into[:piece])
+                await trio.lowlevel.checkpoint()
+                at += piece
 
     async def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
         """Describe a prefix of the range as (bytes, flags): HOLE|ZERO where nothing is mapped, 0 where data is.

@@ -136,3 +136,47 @@ def test_what_changes_while_the_catalog_commits_is_in_the_next_checkpoint(tmp_pa
             await assert_sound(pool)
 
     run(body)
+
+
+def test_no_flush_claims_a_sequence_that_no_batch_has(tmp_path: Path) -> None:
+    """A checkpoint burns a sequence. A later header that called it durable would turn a power cut into corruption."""
+
+    async def body() -> None:
+        home = await make_pool(tmp_path, fast_mib=32)
+        async with Pool.open(home) as pool:
+            volume = await pool.create_volume("v", 8 * MIB)
+            await volume.write(0, block(1))
+            await pool.checkpoint()
+            await volume.flush()
+            log = pool._engine.log
+            assert log.appended_seq < log.seq
+            assert pool.status().durable_seq <= log.appended_seq
+            await volume.write(0, block(2))
+            await volume.flush()
+            assert pool.status().durable_seq == log.appended_seq == log.seq
+
+    run(body)
+
+
+def test_commits_that_fail_again_and_again_eat_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        home = await make_pool(tmp_path, fast_mib=64)
+        async with Pool.open(home) as pool:
+            volume = await pool.create_volume("v", 1 << 30)
+            for i in range(300):
+                await volume.write(i * 3 * MIB % volume.size_bytes, block(i))
+
+            def refuse(change: object) -> None:
+                raise TierError(errno.ENOSPC, "the catalog: disk full")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(pool._engine.catalog, "commit", refuse)
+                free = pool.status().devices[0].free_segments
+                for _ in range(20):
+                    with pytest.raises(TierError, match="disk full"):
+                        await pool.checkpoint()
+                assert pool.status().devices[0].free_segments >= free - 1
+            await pool.checkpoint()
+            await assert_sound(pool)
+
+    run(body)
