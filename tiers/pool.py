@@ -573,6 +573,8 @@ def _label_devices(
         seen = {path.resolve(): path for path in present}
         for spec in specs:
             real = spec.path.resolve()
+            if seen.get(real) in present:
+                raise TierError(errno.EEXIST, f"{spec.path} belongs to the pool {name} already")
             if real in seen:
                 raise TierError(errno.EINVAL, f"{spec.path} is listed twice: give each device once")
             seen[real] = spec.path
