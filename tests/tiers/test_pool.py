@@ -629,7 +629,7 @@ def test_growing_refuses_what_creating_refuses_and_changes_nothing(tmp_path: Pat
         async with fresh_pool(tmp_path) as pool:
             good = plain(tmp_path / "good.img")
             for bad, code in (
-                (DeviceSpec(tmp_path / "fast.img", "base"), errno.EINVAL),
+                (DeviceSpec(tmp_path / "fast.img", "base"), errno.EEXIST),
                 (DeviceSpec(tmp_path / "no.img", "base"), errno.ENOENT),
                 (plain(tmp_path / "small.img", MIB), errno.EINVAL),
                 (good, errno.EINVAL),
