@@ -27,7 +27,7 @@ from tiers.probe import size_of
 Buffer = bytes | bytearray | memoryview
 
 _WORKERS = 16
-_DIRECT_CHUNK = 8 << 20
+_DIRECT_CHUNK = 4 << 20
 
 
 class Device(Protocol):
@@ -76,6 +76,7 @@ class FileDevice:
         self.error_count = 0
         self._direct_fd = direct_fd
         self._limiter = limiter
+        self._bounces: list[mmap.mmap] = []
 
     @property
     def index(self) -> int:
@@ -181,12 +182,17 @@ class FileDevice:
         if fd is None:
             os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_DONTNEED)
             fd = self.fd
-        result = bytearray(length)
-        with mmap.mmap(-1, min(length, _DIRECT_CHUNK)) as bounce, memoryview(bounce) as view:
-            for start in range(0, length, len(view)):
-                with view[: min(len(view), length - start)] as part:
-                    self._fill(fd, part, offset + start)
-                    result[start : start + len(part)] = part
+        # O_DIRECT wants aligned memory. One such buffer is kept: fresh memory costs more than the read.
+        bounce = self._bounces.pop() if self._bounces else mmap.mmap(-1, _DIRECT_CHUNK)
+        result = bytearray()
+        try:
+            with memoryview(bounce) as view:
+                for start in range(0, length, _DIRECT_CHUNK):
+                    with view[: min(_DIRECT_CHUNK, length - start)] as part:
+                        self._fill(fd, part, offset + start)
+                        result += part
+        finally:
+            self._bounces[:] = [bounce]
         return result
 
     async def sync(self) -> None:

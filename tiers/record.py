@@ -82,7 +82,7 @@ _U64 = struct.Struct("<Q")
 
 MAX_HEADER_SLOTS = 64
 OP_WORDS = 3
-_ID_MASK = (1 << 56) - 1
+ID_MASK = (1 << 56) - 1
 
 
 class Kind(IntEnum):
@@ -161,7 +161,7 @@ class Batch:
         """Yield (op, id, a, b) for each operation."""
         ops = self.ops
         for i in range(0, len(ops), OP_WORDS):
-            yield Op(ops[i] >> 56), ops[i] & _ID_MASK, ops[i + 1], ops[i + 2]
+            yield Op(ops[i] >> 56), ops[i] & ID_MASK, ops[i + 1], ops[i + 2]
 
 
 def encode_segment_header(

@@ -1,13 +1,14 @@
 """Recovery: the state of a pool = the catalog's checkpoint + the log after it.
 
-Before anything is read, every device is synced, and the part of the log that may not have been durable is read past
-the page cache: after a failed fsync the kernel may show bytes that the medium never got.
+Before anything is read, every device is synced. What the log itself proves to have been durable may be read through
+the page cache; every batch above that is read past it: after a failed fsync the kernel may show bytes that the medium
+never got.
 
 The log is followed batch by batch; each must name the place where it stands, this incarnation, a higher sequence, and
 the hash of the header before it. Where the chain breaks the log ends, unless something later proves by its durable_seq
 that the missing batch had been durable: then it was not a crash but corruption, and the pool is refused rather than
-rolled back silently. Batches above the highest durable_seq seen must also have their data intact; the first that
-hasn't is the end of the log. Below it, a damaged block is a damaged block: its readers get EIO.
+rolled back silently. Batches above the highest durable_seq seen must be on the medium with their data intact; the
+first that isn't is the end of the log. Below it, a damaged block is a damaged block: its readers get EIO.
 
 Recovery ends with a new incarnation, a fresh log segment and a checkpoint. Nothing is ever appended to a segment of an
 earlier life, so a batch that survived where its predecessor was lost can't come back.
@@ -26,6 +27,8 @@ from tiers.device import Device
 from tiers.errors import TierError
 from tiers.layout import BAD, BLOCK_BYTES, BLOCK_SHIFT, SLOT_BITS
 from tiers.record import (
+    ID_MASK,
+    OP_WORDS,
     BadRecordError,
     Batch,
     Kind,
@@ -118,7 +121,7 @@ async def replay(engine: "Engine", state: State, *, truncate_log: bool = False) 
     durable = max(durable, min(proof, end_seq))
     for found in chain:
         batch = found.batch
-        if batch.seq > durable and batch.checks and not await reader.data_is_intact(found):
+        if batch.seq > durable and not await reader.is_on_medium(found):
             result.dropped = f"batch {batch.seq} was torn"
             break
         await _apply(engine, found, result)
@@ -132,7 +135,7 @@ async def replay(engine: "Engine", state: State, *, truncate_log: bool = False) 
 
 
 class _LogReader:
-    """Reads segments of the log, whole, each once."""
+    """Reads segments of the log, whole: each once through the page cache, the last ones once past it."""
 
     def __init__(self, engine: "Engine", incarnation: int) -> None:
         self.end_reason = ""
@@ -140,6 +143,8 @@ class _LogReader:
         self._incarnation = incarnation
         self._segment_id = 0
         self._data = bytearray()
+        self._direct_id = 0
+        self._direct = bytearray()
         self._visited: set[tuple[int, int]] = set()
 
     async def follow(self, segment_id: int, slot: int, seq: int, prev_check: int) -> list[Found]:
@@ -174,15 +179,15 @@ class _LogReader:
             steps += 1
             if steps % 64 == 0:
                 await trio.lowlevel.checkpoint()
-            for op, subject, a, _ in batch.operations():
-                if op is Op.LINK:
-                    device, index = self._engine.device_by_index(a >> 32), a & 0xFFFFFFFF
-                    segment_id, slot = subject, 1
+            if batch.ops and batch.ops[0] >> 56 == Op.LINK:
+                _, segment_id, a, _ = next(batch.operations())
+                device, index = self._engine.device_by_index(a >> 32), a & 0xFFFFFFFF
+                slot = 1
 
     async def _load(self, device: Device, index: int, segment_id: int, *, fresh: bool) -> bytearray | None:
         """The bytes of a segment, from the medium; None (and the reason) if it isn't the one that it should be."""
         if self._segment_id != segment_id:
-            self._data = await device.read_direct(device.segment_offset(index), device.segment_bytes)
+            self._data = await device.read(device.segment_offset(index), device.segment_bytes)
             self._segment_id = segment_id
             self._visited.add((device.index, index))
             if fresh:
@@ -255,13 +260,23 @@ class _LogReader:
                 proof = max(proof, batch.durable_seq)
         return proof
 
-    async def data_is_intact(self, found: Found) -> bool:
-        """Whether every data block of a batch is what its header says."""
-        batch = found.batch
-        data = await self._load(found.device, found.physical_index, batch.segment_id, fresh=False)
-        assert data is not None
-        start = batch.slot + batch.header_slots << BLOCK_SHIFT
-        return checks_of(memoryview(data)[start : start + (len(batch.checks) << BLOCK_SHIFT)]) == batch.checks
+    async def is_on_medium(self, found: Found) -> bool:
+        """Whether a batch is there past the page cache: the very header, and data that is what it says."""
+        batch, device = found.batch, found.device
+        if self._direct_id != batch.segment_id:
+            self._direct = await device.read_direct(device.segment_offset(found.physical_index), device.segment_bytes)
+            self._direct_id = batch.segment_id
+        start = batch.slot << BLOCK_SHIFT
+        data = start + (batch.header_slots << BLOCK_SHIFT)
+        view = memoryview(self._direct)
+        try:
+            header = decode_batch(view[start:data], self._engine.pool_uuid, batch.segment_id, batch.slot)
+        except BadRecordError:
+            return False
+        return (
+            header.check == batch.check
+            and checks_of(view[data : data + (len(batch.checks) << BLOCK_SHIFT)]) == batch.checks
+        )
 
 
 async def _apply(engine: "Engine", found: Found, result: Replayed) -> None:
@@ -275,6 +290,12 @@ async def _apply(engine: "Engine", found: Found, result: Replayed) -> None:
     segment.used = max(segment.used, batch.slot + batch.slots)
     segment.last_seq = max(segment.last_seq, batch.seq)
     address = segment.id << SLOT_BITS | batch.slot + batch.header_slots
+    if len(kinds := set(batch.ops[::OP_WORDS])) == 1 and (word := kinds.pop()) >> 56 == Op.WRITE:
+        # The commonest batch by far: writes of one volume.
+        volume = engine.volumes.get(word & ID_MASK)
+        if volume is not None:
+            volume.apply_batch(batch.ops, batch.checks, address)
+        return
     group: list[int] = []
     group_volume: Volume | None = None
     group_start = at = extra_at = 0

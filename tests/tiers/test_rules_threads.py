@@ -88,6 +88,7 @@ def test_the_devices_are_synced_and_slow_reads_made_in_worker_threads_only(
             await pool.checkpoint()
         async with Pool.open(tmp_path / "p") as pool:
             assert await get(pool.volume("v"), 0) == 1
+            await pool._engine.devices[0].read_direct(0, 4096)
 
     trio.run(main)
     assert calls == {"fdatasync": {False}, "_read_blocking": {False}, "_read_direct_blocking": {False}}

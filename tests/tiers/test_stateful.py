@@ -77,7 +77,7 @@ MUTANTS: dict[str, Callable[[], Any]] = {
     "a disk whose sync does nothing": _lying_disks,
     "a checkpoint that commits before the data is durable": lambda: _skipping_flush_in("_attempt"),
     "a volume flush that returns at once": lambda: _skipping_flush_in("flush"),
-    "a replay that takes torn batches": lambda: mock.patch.object(_LogReader, "data_is_intact", _always_intact),
+    "a replay that takes torn batches": lambda: mock.patch.object(_LogReader, "is_on_medium", _always_intact),
 }
 
 
