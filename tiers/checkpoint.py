@@ -175,7 +175,7 @@ class Checkpointer:
             or engine.graveyard
             or engine.dead
             or engine.forced
-            or any(self._is_free(segment, 0, self._last_seq) for segment in engine.segments.by_id.values())
+            or any(_is_free(segment, self._last_seq) for segment in engine.segments.by_id.values())
         )
 
     async def checkpoint(self) -> None:
@@ -492,16 +492,6 @@ class Checkpointer:
 
     # -- committing ----------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _is_free(segment: Segment, live_change: int, seq: int) -> bool:
-        return (
-            not segment.open
-            and not segment.pins
-            and segment.live + live_change == 0
-            and segment.pending == 0
-            and segment.last_seq <= seq
-        )
-
     def _change(self, frozen: Frozen, merge: Merge) -> Change:
         """The transaction. `pending` entries of the frozen overlays are about to become `live` ones."""
         engine = self._engine
@@ -524,14 +514,7 @@ class Checkpointer:
         for segment in segments.by_id.values():
             live = merge.live.get(segment.id, 0)
             pending = merge.pending.get(segment.id, 0)
-            if (
-                segment.id != frozen.log_segment
-                and not segment.open
-                and not segment.pins
-                and segment.live + live == 0
-                and segment.pending + pending == 0
-                and segment.last_seq <= frozen.seq
-            ):
+            if segment.id != frozen.log_segment and _is_free(segment, frozen.seq, live=live, pending=pending):
                 change.freed_segments.append(segment.id)
             elif live or segment.id in changed or segment.open:
                 change.segments.append(
@@ -616,6 +599,17 @@ class Checkpointer:
         if engine.dead:
             space.kick_checkpoint.set()
         await _dispose(overlays)
+
+
+def _is_free(segment: Segment, seq: int, *, live: int = 0, pending: int = 0) -> bool:
+    """Whether a checkpoint at `seq`, which changes its counts by `live` and `pending`, may free a segment."""
+    return (
+        not segment.open
+        and not segment.pins
+        and segment.live + live == 0
+        and segment.pending + pending == 0
+        and segment.last_seq <= seq
+    )
 
 
 def device_row(device: Any) -> DeviceRow:
