@@ -25,17 +25,12 @@ import dataclasses
 import errno
 import json
 import logging
-import os
-import socket
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeVar, cast
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
-import hypercorn.config
-import hypercorn.trio
 import pydantic
 import trio
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -55,8 +50,6 @@ log = logging.getLogger(__name__)
 
 BODY_LIMIT_BYTES = 1 << 20
 _PROGRESS_INTERVAL_S = 0.1
-_GRACE_S = 3.0
-_RESTART_PAUSE_S = 1.0
 
 
 class DaemonStatus(Protocol):
@@ -396,38 +389,3 @@ class _BoundedBody:
             return message
 
         await self._app(scope, bounded, send)
-
-
-async def serve_api(
-    app: ASGIApp,
-    listening: socket.socket,
-    shutdown: trio.Event,
-    *,
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    """Serve `app` on the listening Unix socket, which stays the caller's, until `shutdown`.
-
-    Requests under way then get a moment to finish. Should the HTTP server itself fail over something that a client
-    sent, it is started again on the same socket.
-    """
-    config = hypercorn.config.Config()
-    config.accesslog = None
-    config.errorlog = logging.getLogger("terrace.http")
-    config.include_server_header = False
-    config.graceful_timeout = _GRACE_S
-    started = False
-    while not shutdown.is_set():
-        # hypercorn closes what it listens on, so it gets a duplicate.
-        config.bind = [f"fd://{os.dup(listening.fileno())}"]
-        try:
-            async with trio.open_nursery() as nursery:
-                # Two projects' types for one interface.
-                serve = partial(hypercorn.trio.serve, cast(Any, app), config, mode="asgi")
-                await nursery.start(partial(serve, shutdown_trigger=shutdown.wait))
-                if not started:
-                    started = True
-                    task_status.started()
-        except Exception as error:
-            log.error("the control API failed and is started again", exc_info=error)
-            with trio.move_on_after(_RESTART_PAUSE_S):
-                await shutdown.wait()

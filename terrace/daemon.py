@@ -31,10 +31,11 @@ import trio
 import nbd.server
 from nbd.listen import Listener, open_tcp, open_unix
 from terrace import sdnotify
-from terrace.api import Api, serve_api
+from terrace.api import Api
 from terrace.config import Config, ConfigError, load_config, split_address
 from terrace.exports import PoolExports
 from terrace.home import Home, HomeError, find_home
+from terrace.httpserver import serve_http
 from terrace.pools import open_pools
 from terrace.reclaim import stand_apart
 from terrace.stall import StallMeter
@@ -102,7 +103,7 @@ def _start_logging(level: str) -> None:
     stamp = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s "
     logging.basicConfig(stream=sys.stderr, level=level.upper(), format=stamp + "%(levelname)-7s %(name)s: %(message)s")
     # Their debug lines are about every request and say nothing about Terrace.
-    for chatty in ("asyncio", "hypercorn", "terrace.http"):
+    for chatty in ("asyncio", "hypercorn", "terrace.httpserver"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
@@ -122,7 +123,7 @@ async def run(home: Home, config: Config, stalls: StallMeter, engine: type[Pool]
                 server = await services.start(partial(nbd.server.serve, PoolExports(pools), listeners, limits=limits))
                 daemon = Daemon(home, listeners, server, stalls)
                 api_shutdown = trio.Event()
-                await services.start(serve_api, Api(pools, daemon).app(), api_listener.sock, api_shutdown)
+                await services.start(serve_http, Api(pools, daemon).app(), api_listener.sock, api_shutdown)
                 _settle_collector()
                 stalls.reset()
                 print("terraced is ready:", *daemon.uris(), flush=True)

@@ -260,3 +260,24 @@ def test_garbage_on_the_socket_ends_at_most_its_own_connection(daemon: FakeDaemo
                 pass
         assert daemon.api("GET", "/v1/pools")[0]["name"] == "p", f"TERRACE_SEED={seed}"
     assert daemon.alive()
+
+
+def test_a_connection_that_the_http_server_fails_over_takes_no_request_with_it(own_daemon: FakeDaemon) -> None:
+    own_daemon.start()
+    upgrade = (
+        b"GET /v1/status HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    )
+    with socket.socket(socket.AF_UNIX) as patient, socket.socket(socket.AF_UNIX) as raw:
+        for connection in (patient, raw):
+            connection.settimeout(10)
+            connection.connect(str(own_daemon.home / "api.sock"))
+        patient.sendall(b"GET /v1/status HTTP/1.1\r\nHost: x\r\n")
+        raw.sendall(upgrade + bytes(range(255, 55, -1)))
+        own_daemon.wait_log("a connection to the control API was closed")
+        patient.sendall(b"Connection: close\r\n\r\n")
+        answer = bytearray()
+        while chunk := patient.recv(65536):
+            answer += chunk
+    assert answer.startswith(b"HTTP/1.1 200"), answer
+    assert b"uptime_s" in answer
