@@ -2,7 +2,7 @@
 
 1. Freeze, without a checkpoint of trio in between: the log's sequence and position, and every volume's overlay.
 2. For each volume, merge the frozen overlay into copies of the pages it touches, level by level up to the root, in
-   chunks of 256 pages. Readers go on with the frozen overlay over the old tree.
+   chunks of 512 pages. Readers go on with the frozen overlay over the old tree.
 3. Flush: everything that the new trees point to is durable.
 4. Commit the catalog.
 5. Without a checkpoint in between: switch the roots, drop the frozen overlays, apply the counts, free the segments
@@ -28,6 +28,7 @@ import numpy as np
 import trio
 
 from tiers.catalog import Change, DeadRow, DeviceRow, Position, SegmentRow, VolumeRow
+from tiers.layout import BLOCK_BYTES
 from tiers.maptree import (
     EMPTY_PAGE,
     FANOUT,
@@ -54,7 +55,7 @@ logger = logging.getLogger(__name__)
 U64 = Any
 """A NumPy array of uint64."""
 
-CHUNK_PAGES = 256
+CHUNK_PAGES = 512
 SLICE_ENTRIES = 4096
 DEAD_PAGES_A_CHECKPOINT = 8192
 RETRY_S = 1.0
@@ -108,6 +109,11 @@ class Merge:
         _count(self.pending, addresses, sign)
 
 
+def _copied_page(data: memoryview, row: int) -> Page:
+    """One page out of many, in memory of its own: a cached page must not keep its neighbours."""
+    return page_of(bytes(data[row * BLOCK_BYTES : (row + 1) * BLOCK_BYTES]))
+
+
 def _count(counts: dict[int, int], addresses: U64, sign: int) -> None:
     ids, numbers = np.unique(addresses >> np.uint64(24), return_counts=True)
     for segment_id, number in zip(ids.tolist(), numbers.tolist(), strict=True):
@@ -130,6 +136,7 @@ class Checkpointer:
         self._last_seq = -1
         self._failures = 0
         self._taken_changes: set[int] = set()
+        self._writing: trio.Nursery
 
     async def run(self) -> None:
         """The task: a checkpoint when one is asked for, and at the interval while there is something to record."""
@@ -216,9 +223,7 @@ class Checkpointer:
             merge.mapped[item.volume.id] = item.volume.tree.mapped_blocks
         committing = False
         try:
-            for item in frozen.volumes:
-                if item.overlay is not None or item.forced:
-                    await self._merge_volume(item, merge)
+            await self._merge_volumes(frozen, merge)
             for volume in frozen.graveyard:
                 await self._bury(volume, merge)
             await self._walk_dead(merge)
@@ -283,6 +288,23 @@ class Checkpointer:
 
     # -- merging -------------------------------------------------------------------------------------------------
 
+    async def _merge_volumes(self, frozen: Frozen, merge: Merge) -> None:
+        """Work out the new trees. When this returns their pages are written."""
+        failure: OSError | None = None
+        try:
+            async with trio.open_nursery() as self._writing:
+                try:
+                    for item in frozen.volumes:
+                        if item.overlay is not None or item.forced:
+                            await self._merge_volume(item, merge)
+                    await self.writer.settle()
+                except OSError as error:
+                    failure = error  # raised outside the nursery, which would wrap it in a group
+        finally:
+            self.writer.settled()
+        if failure is not None:
+            raise failure
+
     async def _merge_volume(self, item: FrozenVolume, merge: Merge) -> None:
         """Work out the new tree of one volume, writing its new pages."""
         volume = item.volume
@@ -328,8 +350,8 @@ class Checkpointer:
         more = forced | {key >> FANOUT_BITS for key in cut} | patches.keys()
         if more:
             indices = np.union1d(indices, np.fromiter(more, np.uint64, len(more)))
-        up_keys: list[int] = []
-        up_entries: list[tuple[int, int]] = []
+        up_addresses, up_checks = np.zeros(len(indices), np.uint64), np.zeros(len(indices), np.uint64)
+        cached = volume.tree.holds_leaves(len(indices))
         for start in range(0, len(indices), CHUNK_PAGES):
             chunk = indices[start : start + CHUNK_PAGES]
             lo = int(np.searchsorted(keys, chunk[0] << np.uint64(FANOUT_BITS)))
@@ -349,20 +371,45 @@ class Checkpointer:
                 merge.mapped[volume.id] += int(np.count_nonzero(addresses[lo:hi])) - int(np.count_nonzero(old))
             if patches:
                 self._apply_patches(volume, patches, page_indices, matrix, merge)
-            kept = [i for i, used in enumerate(matrix[:, :FANOUT].any(axis=1).tolist()) if used]
-            pages = [matrix[i].tobytes() for i in kept]
-            for i in set(range(len(page_indices))).difference(kept):
-                self._remember(volume, level, page_indices[i], EMPTY_PAGE, merge)
-            entries = await self._write_pages(volume, level, [page_indices[i] for i in kept], pages, merge)
-            up_keys += page_indices
-            found = dict(zip(kept, entries, strict=True))
-            up_entries += [found.get(i, (0, 0)) for i in range(len(page_indices))]
+            kept = np.flatnonzero(matrix[:, :FANOUT].any(axis=1))
+            indices_kept = page_indices
+            if len(kept) < len(page_indices):
+                matrix = matrix[kept]
+                indices_kept = [page_indices[i] for i in kept.tolist()]
+            data = memoryview(matrix.reshape(-1)).cast("B") if indices_kept else memoryview(b"")
+            new_addresses, new_checks = await self.writer.write(self._writing, volume.id, level, indices_kept, data)
+            up_addresses[start + kept] = np.array(new_addresses, np.uint64)
+            up_checks[start + kept] = np.array(new_checks, np.uint64)
+            if level:
+                for row, index in enumerate(indices_kept):
+                    merge.inner[volume.id][page_key(level, index)] = _copied_page(data, row)
+                for index in set(page_indices).difference(indices_kept):
+                    merge.inner[volume.id][page_key(level, index)] = EMPTY_PAGE
+            else:
+                self._cache_leaves(volume.tree, page_indices, indices_kept, data, all_of_them=cached)
+            if level == ROOT_LEVEL:
+                # Below the root the level above counts its children; nobody is above the root.
+                for address in new_addresses:
+                    merge.live[address >> 24] += 1
             await trio.lowlevel.checkpoint()
-        flat = np.fromiter(itertools.chain.from_iterable(up_entries), np.uint64, 2 * len(up_entries)).reshape(-1, 2)
-        return np.array(up_keys, np.uint64), flat[:, 0], flat[:, 1]
+        return indices, up_addresses, up_checks
+
+    @staticmethod
+    def _cache_leaves(
+        tree: MapTree, indices: list[int], kept: list[int], data: memoryview, *, all_of_them: bool
+    ) -> None:
+        """Cache new leaves at once (the frozen overlay agrees with them), or only those whose old version is cached."""
+        for row, index in enumerate(kept):
+            if all_of_them or tree.has_leaf(index):
+                tree.replace_page(0, index, _copied_page(data, row))
+        if len(kept) < len(indices):
+            for index in set(indices).difference(kept):
+                tree.replace_page(0, index, EMPTY_PAGE)
 
     async def _base_pages(self, tree: MapTree, level: int, indices: list[int], detached: dict[int, set[int]]) -> U64:
         """The present pages as a matrix of 512 columns; zeros for holes and for what a trim detached."""
+        if not tree.root[0]:
+            return np.zeros((len(indices), 2 * FANOUT), np.uint64)
         wanted = indices
         if detached:
             wanted = [i for i in indices if not _is_detached(level, i, detached)]
@@ -414,26 +461,6 @@ class Checkpointer:
                 if address:
                     merge.dead[address] = (int(matrix[row, FANOUT + column]), level - 1, volume.id)
                 matrix[row, column] = matrix[row, FANOUT + column] = 0
-
-    async def _write_pages(
-        self, volume: Volume, level: int, indices: list[int], pages: list[bytes], merge: Merge
-    ) -> list[tuple[int, int]]:
-        entries = await self.writer.write(volume.id, level, indices, pages)
-        for index, page in zip(indices, pages, strict=True):
-            self._remember(volume, level, index, page_of(page), merge)
-        if level == ROOT_LEVEL:
-            # Below the root the level above counts its children; nobody is above the root.
-            for address, _ in entries:
-                merge.live[address >> 24] += 1
-        return entries
-
-    @staticmethod
-    def _remember(volume: Volume, level: int, index: int, page: Page, merge: Merge) -> None:
-        """Cache a new page: a leaf at once (the frozen overlay agrees with it), an inner page at the commit."""
-        if level == 0:
-            volume.tree.replace_page(0, index, page)
-        else:
-            merge.inner[volume.id][page_key(level, index)] = page
 
     # -- giving space back ---------------------------------------------------------------------------------------
 

@@ -56,6 +56,10 @@ class PageCache:
         """Forget a tree whose volume is gone."""
         self._trees.remove(tree)
 
+    def holds(self, pages: int) -> bool:
+        """Whether so many pages fit in a generation: what doesn't would only drive everything else out."""
+        return pages <= self._limit_pages
+
     def added(self) -> None:
         """A page came into a young generation; when these are full they become the old one."""
         self._young_pages += 1
@@ -182,6 +186,14 @@ class MapTree:
         """The young generation becomes the old one; what was old is dropped."""
         self._old = self._young
         self._young = {}
+
+    def holds_leaves(self, count: int) -> bool:
+        """Whether so many leaves are worth caching at once."""
+        return self._cache.holds(count)
+
+    def has_leaf(self, index: int) -> bool:
+        """Whether some version of a leaf is cached."""
+        return index in self._young or index in self._old
 
     def replace_page(self, level: int, index: int, page: Page) -> None:
         """A checkpoint has a newer version of a page; the overlay that made it newer still covers the difference."""

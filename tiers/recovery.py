@@ -28,6 +28,7 @@ from tiers.errors import TierError
 from tiers.layout import BAD, BLOCK_BYTES, BLOCK_SHIFT, SLOT_BITS
 from tiers.record import (
     ID_MASK,
+    MAX_HEADER_SLOTS,
     OP_WORDS,
     BadRecordError,
     Batch,
@@ -135,14 +136,16 @@ async def replay(engine: "Engine", state: State, *, truncate_log: bool = False) 
 
 
 class _LogReader:
-    """Reads segments of the log, whole: each once through the page cache, the last ones once past it."""
+    """Reads the log: its headers, from the page cache where it has them, else whole segments, each once."""
 
     def __init__(self, engine: "Engine", incarnation: int) -> None:
         self.end_reason = ""
         self._engine = engine
         self._incarnation = incarnation
-        self._segment_id = 0
-        self._data = bytearray()
+        self._data_id = 0
+        self._data = memoryview(b"")
+        self._last: tuple[Device, int, int] | None = None
+        self._scratch = memoryview(bytearray(MAX_HEADER_SLOTS * BLOCK_BYTES))
         self._direct_id = 0
         self._direct = bytearray()
         self._visited: set[tuple[int, int]] = set()
@@ -161,10 +164,9 @@ class _LogReader:
         chain: list[Found] = []
         steps = 0
         while True:
-            data = await self._load(device, index, segment_id, fresh=bool(chain))
-            if data is None:
+            if not await self._enter(device, index, segment_id, fresh=bool(chain)):
                 return chain
-            batch = self._batch_at(data, segment_id, slot)
+            batch = await self._batch_at(device, segment_id, slot)
             if batch is None:
                 return chain
             if batch.incarnation != self._incarnation or batch.seq <= seq or batch.prev_check != prev_check:
@@ -184,33 +186,54 @@ class _LogReader:
                 device, index = self._engine.device_by_index(a >> 32), a & 0xFFFFFFFF
                 slot = 1
 
-    async def _load(self, device: Device, index: int, segment_id: int, *, fresh: bool) -> bytearray | None:
-        """The bytes of a segment, from the medium; None (and the reason) if it isn't the one that it should be."""
-        if self._segment_id != segment_id:
-            self._data = await device.read(device.segment_offset(index), device.segment_bytes)
-            self._segment_id = segment_id
-            self._visited.add((device.index, index))
-            if fresh:
-                try:
-                    header = decode_segment_header(memoryview(self._data)[:BLOCK_BYTES], self._engine.pool_uuid)
-                except BadRecordError as error:
-                    if error.newer:
-                        raise TierError(errno.EPROTO, f"the log of pool {self._engine.pool_name}: {error}") from None
-                    self.end_reason = f"segment {segment_id} was never begun: {error}"
-                    return None
-                if header.segment_id != segment_id:
-                    self.end_reason = f"segment {segment_id} was never begun"
-                    return None
-        return self._data
+    async def _enter(self, device: Device, index: int, segment_id: int, *, fresh: bool) -> bool:
+        """Go on in a segment; False (and the reason) if it isn't the one that it should be."""
+        if self._last is not None and self._last[2] == segment_id:
+            return True
+        self._last = (device, index, segment_id)
+        self._visited.add((device.index, index))
+        if not fresh:
+            return True
+        try:
+            header = decode_segment_header(await self._slots(0, 1), self._engine.pool_uuid)
+        except BadRecordError as error:
+            if error.newer:
+                raise TierError(errno.EPROTO, f"the log of pool {self._engine.pool_name}: {error}") from None
+            self.end_reason = f"segment {segment_id} was never begun: {error}"
+            return False
+        if header.segment_id != segment_id:
+            self.end_reason = f"segment {segment_id} was never begun"
+            return False
+        return True
 
-    def _batch_at(self, data: bytearray, segment_id: int, slot: int) -> Batch | None:
-        start = slot << BLOCK_SHIFT
-        if start >= len(data):
+    async def _slots(self, slot: int, count: int) -> memoryview:
+        """Slots of the segment in hand, valid until the next call: from the page cache, else read with all of it."""
+        assert self._last is not None
+        device, index, segment_id = self._last
+        if self._data_id != segment_id:
+            part = self._scratch[: count << BLOCK_SHIFT]
+            if device.read_now(device.segment_offset(index) + (slot << BLOCK_SHIFT), part):
+                return part
+            await self._read_all()
+        return self._data[slot << BLOCK_SHIFT : slot + count << BLOCK_SHIFT]
+
+    async def _read_all(self) -> None:
+        assert self._last is not None
+        device, index, segment_id = self._last
+        if self._data_id != segment_id:
+            self._data = memoryview(await device.read(device.segment_offset(index), device.segment_bytes))
+            self._data_id = segment_id
+
+    async def _batch_at(self, device: Device, segment_id: int, slot: int) -> Batch | None:
+        room = device.segment_bytes // BLOCK_BYTES - slot
+        if room <= 0:
             self.end_reason = "the segment is full and names no next one"
             return None
         try:
-            slots = peek_header_slots(memoryview(data)[start : start + BLOCK_BYTES])
-            header = memoryview(data)[start : start + (max(1, slots) << BLOCK_SHIFT)]
+            header = await self._slots(slot, 1)
+            slots = peek_header_slots(header)
+            if slots > 1:
+                header = await self._slots(slot, min(slots, room))
             return decode_batch(header, self._engine.pool_uuid, segment_id, slot)
         except BadRecordError as error:
             if error.newer:
@@ -221,8 +244,9 @@ class _LogReader:
     async def proof_beyond(self, end_seq: int) -> int:
         """The highest durable_seq that any batch after the end of the chain claims."""
         proof = 0
-        if self._segment_id:
-            proof = self._scan(self._data, self._segment_id, end_seq)
+        if self._last is not None:
+            await self._read_all()
+            proof = self._scan(self._data, self._data_id, end_seq)
         for device in self._engine.devices:
             for start in range(0, device.segment_count, HEADERS_A_READ):
                 places = range(start, min(start + HEADERS_A_READ, device.segment_count))
@@ -242,7 +266,7 @@ class _LogReader:
             return None
         return header if header.kind is Kind.LOG and header.incarnation == self._incarnation else None
 
-    def _scan(self, data: bytearray, segment_id: int, end_seq: int) -> int:
+    def _scan(self, data: bytearray | memoryview, segment_id: int, end_seq: int) -> int:
         """Look at every slot for a sound batch beyond `end_seq`; return the highest durable_seq among them."""
         proof = 0
         for slot in range(1, len(data) >> BLOCK_SHIFT):
