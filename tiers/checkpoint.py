@@ -198,6 +198,32 @@ class Checkpointer:
             if retry:
                 await self._attempt()
 
+    async def reuse(self, emptied: list[Segment]) -> int:
+        """Free the cleaner's emptied victims before the next checkpoint, which would do it otherwise; return how many.
+
+        The records that moved or killed what was in them are made durable first, so every replay of the log finds
+        these; no checkpoint may be half-way, since it works from the trees that name the old places. (Design rule 7.)
+        Raises TierError if the flush fails.
+        """
+        engine = self._engine
+        await engine.flusher.flush()
+        async with self._lock:
+            if self._frozen is not None or engine.space.read_only is not None:
+                return 0
+            count = 0
+            for segment in emptied:
+                if (
+                    engine.segments.by_id.get(segment.id) is segment
+                    and not (segment.open or segment.pins or segment.pending or segment.damaged)
+                    and segment.last_seq <= engine.log.checkpoint_seq
+                ):
+                    # What it held is somewhere else by now, and counts there only from the next checkpoint on.
+                    engine.space.active_charge += segment.live
+                    engine.segments.reuse(segment)
+                    count += 1
+            engine.space.changed()
+            return count
+
     async def hold(self) -> None:
         """Keep checkpoints from happening until `let_go`: the roots, and what they point to, stay."""
         await self._lock.acquire()
@@ -535,6 +561,7 @@ class Checkpointer:
             ),
             [self._volume_row(item, merge) for item in frozen.volumes],
         )
+        change.freed_segments += segments.reused
         # What changes while the transaction runs belongs to the next one.
         changed = self._taken_changes = segments.changed
         segments.changed = set()
@@ -603,8 +630,11 @@ class Checkpointer:
         for segment_id, count in merge.live.items():
             if count:
                 segments.add_live(segment_id, count)
+        segments.reused.difference_update(change.freed_segments)
         for segment_id in change.freed_segments:
-            segment = segments.by_id[segment_id]
+            segment = segments.by_id.get(segment_id)
+            if segment is None:
+                continue  # reused already
             if segment.pins:
                 segments.changed.add(segment_id)  # a reader came; it is freed by the next checkpoint
             else:

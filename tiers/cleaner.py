@@ -8,8 +8,10 @@ Moving is the only relocation there is, and it goes in this order:
 4. Log a MOVE record that names the copies and which of them take effect (those whose entry is still the one copied
    from), and change the overlay in the same breath.
 
-A crash before 4 leaves copies that nothing names; the victim's place is reused only after a checkpoint has passed the
-record. A block that fails its check on the device too is logged as BAD: its readers get EIO, and it pins nothing.
+A crash before 4 leaves copies that nothing names. The victim's place is reused after a checkpoint has passed the
+record, or, where writers wait for room, as soon as the record is durable: a checkpoint a round would rewrite most of
+the map each time. A block that fails its check on the device too is logged as BAD: its readers get EIO, and it pins
+nothing.
 
 Map segments are emptied by having the next checkpoint write their live pages elsewhere.
 """
@@ -91,6 +93,8 @@ class Cleaner:
         self._outputs: dict[str, Segment] = {}
         self._staged: list[Copies] = []
         self._futile_rounds = 0
+        self._unresolved: set[int] = set()
+        """Victims of this round in which blocks may be left that are still live."""
 
     async def run(self) -> None:
         """The task: rounds while there is something to do, then wait to be called."""
@@ -105,6 +109,7 @@ class Cleaner:
                 logger.error("cleaning pool %s: %s", self._engine.pool_name, error)
                 self._drop_staged()
                 space.staged_entries = 0
+                space.kick_checkpoint.set()
                 space.changed()
                 await trio.sleep(0.5)
 
@@ -122,6 +127,8 @@ class Cleaner:
             await engine.checkpoint()
         move = space.cleaning_needed()
         moved = False
+        emptied: list[Segment] = []
+        self._unresolved.clear()
         if move is not None:
             victims = self._victims(move)
             if not victims and move.source is not None:
@@ -133,6 +140,7 @@ class Cleaner:
                         continue  # a checkpoint freed it meanwhile
                     await self._move_segment(victim, move.destination)
                     moved = True
+                    emptied.append(victim)
             except OutputFullError:
                 # Output space ran out on the way (its tail is lost at segment ends): what was copied still counts.
                 pass
@@ -140,7 +148,10 @@ class Cleaner:
             await self._apply_staged()
             space.staged_entries = 0
         pressed = space.waiters > 0
-        if moved or pressed:
+        if pressed and emptied:
+            await engine.reuse([victim for victim in emptied if victim.id not in self._unresolved])
+        # A round that gained nothing chose by counts that are too old, or needs what only a checkpoint frees.
+        if (moved or pressed) and engine.segments.gained_slots <= before:
             await engine.checkpoint()
         # A round may be futile because what could be cleaned was written after the last checkpoint, or because it
         # gained less than a segment. Several in a row, with writers still waiting, mean that nobody can be helped.
@@ -415,8 +426,13 @@ class Cleaner:
         effective = []
         for i in part:
             volume, block, old, check = copies.blocks[i]
-            if not volume.deleted and volume.entry_now(block) == (old, check):
+            if volume.deleted:
+                continue
+            entry = volume.entry_now(block)
+            if entry == (old, check):
                 effective.append(i)
+            elif entry is None:
+                self._unresolved.add(old >> SLOT_BITS)
         if not effective:
             return
         words = [0] * -(-len(copies.blocks) // 64)
@@ -434,6 +450,8 @@ class Cleaner:
 
     def _log_bad(self, volume: Volume, block: int, entry: Entry, victim: Segment) -> None:
         if volume.deleted or volume.entry_now(block) != entry:
+            if volume.entry_now(block) is None:
+                self._unresolved.add(victim.id)
             return
         logger.error(
             "%s at byte %d: the block on %s at %d fails its checksum and is lost",

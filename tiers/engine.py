@@ -16,7 +16,7 @@ from tiers.flush import Flusher
 from tiers.log import Log
 from tiers.maptree import MapTree, PageCache
 from tiers.record import Kind, Op
-from tiers.segments import SegmentTable
+from tiers.segments import Segment, SegmentTable
 from tiers.settings import PoolSettings
 from tiers.space import Space
 from tiers.volume import Volume
@@ -78,6 +78,7 @@ class Engine:
         self.forced: dict[int, set[int]] = {}
         """Map pages that the next checkpoint must write elsewhere: volume -> page keys."""
         self.checkpoint: Callable[[], Awaitable[None]]
+        self.reuse: Callable[[list[Segment]], Awaitable[int]]
         self.client_written_bytes = 0
         self.moved_blocks = 0
         self.checkpoint_log_mark = 0

@@ -496,6 +496,7 @@ async def _recover(
     )
     checkpointer = Checkpointer(engine)
     engine.checkpoint = checkpointer.checkpoint
+    engine.reuse = checkpointer.reuse
     pool = Pool(engine, checkpointer, Cleaner(engine), limiter)
     restore(engine, state)
     for device in devices:

@@ -74,7 +74,6 @@ def restore(engine: "Engine", state: State) -> None:
     """Enter the catalog's checkpoint into the engine's tables."""
     for row in state.segments:
         segment = engine.segments.adopt(row.id, engine.device_by_index(row.device), row.index, Kind(row.kind))
-        segment.open = False
         segment.used = row.used
         segment.live = row.live
         segment.last_seq = row.last_seq
@@ -307,10 +306,7 @@ async def _apply(engine: "Engine", found: Found, result: Replayed) -> None:
     """Let one batch of the log take effect, just as it did when it was written."""
     batch = found.batch
     segments = engine.segments
-    segment = segments.by_id.get(batch.segment_id)
-    if segment is None:
-        segment = segments.adopt(batch.segment_id, found.device, found.physical_index, Kind.LOG)
-        segment.open = False
+    segment = segments.adopt_from_log(batch.segment_id, found.device, found.physical_index, Kind.LOG)
     segment.used = max(segment.used, batch.slot + batch.slots)
     segment.last_seq = max(segment.last_seq, batch.seq)
     address = segment.id << SLOT_BITS | batch.slot + batch.header_slots
@@ -380,10 +376,7 @@ async def _apply_move(
     batch = decode_batch(header, engine.pool_uuid, segment_id, slot)
     if batch.check != header_check or len(batch.checks) != count:
         raise BadRecordError("the copies are not the ones that were logged")
-    segment = engine.segments.by_id.get(segment_id)
-    if segment is None:
-        segment = engine.segments.adopt(segment_id, device, index, Kind.MOVED)
-        segment.open = False
+    segment = engine.segments.adopt_from_log(segment_id, device, index, Kind.MOVED)
     segment.used = max(segment.used, slot + batch.slots)
     segment.last_seq = max(segment.last_seq, seq)
     first = segment_id << SLOT_BITS | slot + batch.header_slots

@@ -4,6 +4,10 @@ For each segment two counts: `live`, the blocks that map pages as of the last co
 `pending`, the blocks that overlays (newer than those pages) point to. A segment may be reused when both are zero, it
 is sealed, no reader pins it, and a checkpoint has passed the last record that it holds. Freed means: its physical
 place becomes available; its id never comes back.
+
+A victim that the cleaner has emptied may be reused before the checkpoint that would show it: once the records that
+moved or killed its blocks are durable, every replay finds them, and nobody looks where the checkpoint's map still
+points (`reuse`). A segment that such a place is given to then replaces the victim wherever the replay meets it.
 """
 
 from collections.abc import Iterable
@@ -62,6 +66,9 @@ class SegmentTable:
         self.by_id: dict[int, Segment] = {}
         self.next_id = 1
         self.changed: set[int] = set()
+        self.reused: set[int] = set()
+        """Segments that the catalog still lists, whose places were given back since its last checkpoint."""
+        self._by_place: dict[tuple[int, int], Segment] = {}
         self.free_slots = 0
         self.total_slots = 0
         self.live = 0
@@ -111,6 +118,7 @@ class SegmentTable:
         segment = Segment(self.next_id, device, index, kind)
         self.next_id += 1
         self.by_id[segment.id] = segment
+        self._by_place[device.index, index] = segment
         self.free_slots -= segment.slots - 1
         if kind is not Kind.LOG:
             self.gained_slots -= segment.slots
@@ -120,22 +128,48 @@ class SegmentTable:
         return segment
 
     def adopt(self, segment_id: int, device: Device, index: int, kind: Kind) -> Segment:
-        """Enter a segment that a log record tells of. The free lists are rebuilt after the replay."""
+        """Enter a segment that the catalog tells of. The free lists and totals are rebuilt after the replay."""
         segment = Segment(segment_id, device, index, kind)
+        segment.open = False
         self.by_id[segment_id] = segment
+        self._by_place[device.index, index] = segment
         self.next_id = max(self.next_id, segment_id + 1)
         self.changed.add(segment_id)
         return segment
 
+    def adopt_from_log(self, segment_id: int, device: Device, index: int, kind: Kind) -> Segment:
+        """Enter a segment that a log record tells of, if it isn't known yet.
+
+        What the checkpoint has at that place was reused before the next one: the new segment replaces it.
+        """
+        known = self.by_id.get(segment_id)
+        if known is not None:
+            return known
+        former = self._by_place.get((device.index, index))
+        if former is not None:
+            assert not former.pending, f"segment {former.id} was reused, but the log after the checkpoint names it"
+            del self.by_id[former.id]
+            self.changed.discard(former.id)
+            self.reused.add(former.id)
+        return self.adopt(segment_id, device, index, kind)
+
     def release(self, segment: Segment) -> None:
         """Give a segment's place back."""
         del self.by_id[segment.id]
+        self._by_place.pop((segment.device.index, segment.index), None)
         segment.device.free.append(segment.index)
         self.free_slots += segment.slots - 1
         self.gained_slots += segment.slots
         if segment.kind is Kind.MAP:
             self.map_slots -= segment.slots
         self.changed.discard(segment.id)
+
+    def reuse(self, segment: Segment) -> None:
+        """Give the place of an emptied segment back although the checkpoint's map names it. See the module."""
+        self._count(segment, -segment.live, 0)
+        segment.live = 0
+        self.release(segment)
+        self.reused.add(segment.id)
 
     def add_pending(self, address: int, count: int) -> None:
         """`count` consecutive addresses from `address` came into (or, negative, left) an overlay."""
@@ -156,7 +190,7 @@ class SegmentTable:
         """Map pages point to `count` more (or fewer) blocks of a segment."""
         segment = self.by_id.get(segment_id)
         if segment is None:
-            return  # the map named a segment that isn't in use: a damaged catalog, which `check` tells of
+            return  # it was reused before this checkpoint (or the catalog is damaged, which `check` tells of)
         segment.live += count
         assert segment.live >= 0, f"segment {segment_id} would have {segment.live} live blocks"
         self.changed.add(segment_id)

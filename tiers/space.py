@@ -155,9 +155,11 @@ class Space:
         headers = 2 + blocks // 128
         room = self._segments.free_slots + self._log.head_room - reserve
         self.short = room < blocks + headers
-        if self.short or self._log.broken:
-            self.kick_cleaner.set()
+        if self._log.broken:
             self.kick_checkpoint.set()
+            return False
+        if self.short:
+            self.kick_cleaner.set()  # which asks for a checkpoint if that is what helps
             return False
         return True
 

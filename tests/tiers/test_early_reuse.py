@@ -1,0 +1,97 @@
+"""Victims of the cleaner that are reused before the checkpoint that shows them empty (design rule 7).
+
+A pool so full that writers wait for the cleaner all the time, crashed at random: whatever the checkpoint's map still
+names in a reused place, the log after it must make good.
+"""
+
+from __future__ import annotations
+
+import random
+from unittest import mock
+
+import pytest
+
+from tests.tiers.faults import Disk, Machine
+from tests.tiers.oracle import BLOCK, Driver, Model, Op
+from tiers.device import Device
+from tiers.record import Kind
+from tiers.segments import Segment, SegmentTable
+from tiers.settings import PoolSettings
+
+LAYOUTS = ((Disk("fast", 96),), (Disk("fast", 48), Disk("base", 64)), (Disk("fast", 40), Disk("fast", 56)))
+FILLED_SHARE = 0.74
+RUN = 16 * BLOCK
+
+
+def crowded(seed: int) -> tuple[Driver, random.Random]:
+    """A machine, and the load for it: one volume that fills its pool, and no checkpoint unless somebody needs one."""
+    rng = random.Random(seed)
+    disks = rng.choice(LAYOUTS)
+    settings = PoolSettings(
+        checkpoint_interval_s=30.0,
+        checkpoint_log_bytes=1 << 30,
+        overlay_entries=4096,
+        unsynced_cap_bytes=4 << 20,
+        map_cache_bytes=rng.choice((0, 1 << 20)),
+    )
+    machine = Machine(disks, seed=seed, settings=settings)
+    machine.small_volume_leaves = rng.choice((0, machine.small_volume_leaves))
+    slots = sum(disk.segments * disk.segment_bytes // BLOCK for disk in disks)
+    return Driver(machine, volumes=1, volume_bytes=int(slots * FILLED_SHARE) * BLOCK // RUN * RUN), rng
+
+
+def lives(driver: Driver, rng: random.Random, count: int) -> int:
+    """Fill the volume, then overwrite it at random, with crashes mostly soon after a victim was reused.
+
+    Returns how many were. Raises OracleError where the promise is broken.
+    """
+    machine = driver.machine
+    reused = 0
+    reuse = SegmentTable.reuse
+
+    def about_to_crash(table: SegmentTable, segment: Segment) -> None:
+        nonlocal reused
+        reused += 1
+        reuse(table, segment)
+        if rng.random() < 0.1 and not machine.is_off:
+            machine.countdown = rng.randrange(1, 60)
+
+    async def main() -> None:
+        async with machine.open() as pool:
+            volume = await pool.create_volume("v0", driver.volume_bytes)
+            model = driver.models["v0"] = Model(driver.volume_bytes)
+            for at in range(0, driver.volume_bytes, RUN):
+                op = Op("fill", [(at, driver._bytes(RUN))])
+                await volume.write(*op.changes[0])
+                model.returned(op)
+        model.flushed(model.mark)
+        with mock.patch.object(SegmentTable, "reuse", about_to_crash):
+            for _ in range(count):
+                await driver.life(count=150, crash_after=rng.choice((None, rng.randrange(1, 200))))
+                driver.after()
+        async with machine.open() as pool:
+            await driver.judge(pool)
+
+    machine.run(main)
+    return reused
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_crash_shows_that_a_victim_was_reused(seed: int) -> None:
+    assert lives(*crowded(seed), count=8)
+
+
+def test_a_replay_meets_segments_in_places_that_were_reused(monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced: list[int] = []
+    adopt = SegmentTable.adopt_from_log
+
+    def counted(table: SegmentTable, segment_id: int, device: Device, index: int, kind: Kind) -> Segment:
+        before = set(table.reused)
+        segment = adopt(table, segment_id, device, index, kind)
+        replaced.extend(table.reused - before)
+        return segment
+
+    monkeypatch.setattr(SegmentTable, "adopt_from_log", counted)
+    for seed in range(100, 103):
+        lives(*crowded(seed), count=8)
+    assert replaced
