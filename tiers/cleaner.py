@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from tiers.device import read_what_can_be_read
 from tiers.errors import TierError
 from tiers.layout import BAD, BLOCK_BYTES, BLOCK_SHIFT, SLOT_BITS, SLOT_MASK, check_of
 from tiers.maptree import FANOUT_BITS, LEVEL_SHIFT, ROOT_LEVEL
@@ -226,19 +227,7 @@ class Cleaner:
 
     async def _read_segment(self, segment: Segment) -> memoryview:
         """The written part of a segment. Blocks that can't be read are zeros, so they fail their checks."""
-        device = segment.device
-        try:
-            return memoryview(await device.read(segment.base, segment.used * BLOCK_BYTES))
-        except OSError as error:
-            logger.error("%s; reading segment %d block by block", error, segment.id)
-        data = bytearray(segment.used * BLOCK_BYTES)
-        for slot in range(segment.used):
-            try:
-                block = await device.read(segment.offset(slot), BLOCK_BYTES)
-            except OSError:
-                continue
-            data[slot << BLOCK_SHIFT : slot + 1 << BLOCK_SHIFT] = block
-        return memoryview(data)
+        return memoryview(await read_what_can_be_read(segment.device, segment.base, segment.used * BLOCK_BYTES))
 
     async def _batches(self, segment: Segment, data: memoryview):  # type: ignore[no-untyped-def]
         """Yield the batches of a segment. A damaged header ends it: the segment is set aside, not lost."""

@@ -9,8 +9,10 @@ the page cache may go on showing bytes that never reached the medium (DESIGN: a 
 written to it any more, whatever a later fdatasync says.
 """
 
+import contextlib
 import errno
 import fcntl
+import logging
 import mmap
 import os
 from collections.abc import Sequence
@@ -21,8 +23,10 @@ import trio
 
 from tiers.errors import TierError
 from tiers.label import LABEL_BYTES, LABEL_OFFSETS, Label, Tier, encode_label, newest_label
-from tiers.layout import LABEL_AREA_BYTES
+from tiers.layout import BLOCK_BYTES, LABEL_AREA_BYTES
 from tiers.probe import size_of
+
+logger = logging.getLogger(__name__)
 
 Buffer = bytes | bytearray | memoryview
 
@@ -59,6 +63,23 @@ class Device(Protocol):
     async def sync(self) -> None: ...
     def write_label(self, label: Label) -> None: ...
     def close(self) -> None: ...
+
+
+async def read_what_can_be_read(device: Device, offset: int, length: int, *, direct: bool = False) -> bytearray:
+    """Read a range of whole blocks, past the page cache if `direct`; blocks that can't be read are zeros.
+
+    For what is judged block by block: zeros fail every check.
+    """
+    read = device.read_direct if direct else device.read
+    try:
+        return await read(offset, length)
+    except OSError as error:
+        logger.error("%s; reading %d KiB from %d on block by block", error, length >> 10, offset)
+    data = bytearray(length)
+    for at in range(0, length, BLOCK_BYTES):
+        with contextlib.suppress(OSError):
+            data[at : at + BLOCK_BYTES] = await read(offset + at, BLOCK_BYTES)
+    return data
 
 
 class FileDevice:

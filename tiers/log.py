@@ -39,6 +39,8 @@ class Log:
         self.pick_device: Callable[[], Device | None] = lambda: None
         self.pick_first_device: Callable[[], Device | None] = lambda: None
         self.broken = False
+        """A write failed and nothing tells a replay to go on elsewhere: no appends until a checkpoint does."""
+        self.on_broken: Callable[[], None] = lambda: None
         self.appended_bytes = 0
         self._segments = segments
         self._uuid = pool_uuid
@@ -87,7 +89,7 @@ class Log:
             self._write(old, link, [], [], [])
         except OSError as error:
             logger.error("the log can't be continued from segment %d: %s; a checkpoint must come first", old.id, error)
-            self.broken = True
+            self._break()
         old.open = False
         old.last_seq = self.seq  # the chain passes through it, even if it holds nothing else
         self._segments.changed.add(old.id)
@@ -142,4 +144,8 @@ class Log:
             self.roll()
         except OSError as error:
             logger.error("no log segment can be opened: %s", error)
-            self.broken = True
+            self._break()
+
+    def _break(self) -> None:
+        self.broken = True
+        self.on_broken()

@@ -23,7 +23,7 @@ import trio
 
 from tiers.catalog import State
 from tiers.cleaner import put_moved
-from tiers.device import Device
+from tiers.device import Device, read_what_can_be_read
 from tiers.errors import TierError
 from tiers.layout import BAD, BLOCK_BYTES, BLOCK_SHIFT, SLOT_BITS
 from tiers.record import (
@@ -220,7 +220,9 @@ class _LogReader:
         assert self._last is not None
         device, index, segment_id = self._last
         if self._data_id != segment_id:
-            self._data = memoryview(await device.read(device.segment_offset(index), device.segment_bytes))
+            self._data = memoryview(
+                await read_what_can_be_read(device, device.segment_offset(index), device.segment_bytes)
+            )
             self._data_id = segment_id
 
     async def _batch_at(self, device: Device, segment_id: int, slot: int) -> Batch | None:
@@ -249,14 +251,24 @@ class _LogReader:
         for device in self._engine.devices:
             for start in range(0, device.segment_count, HEADERS_A_READ):
                 places = range(start, min(start + HEADERS_A_READ, device.segment_count))
-                headers = await device.read_many([(device.segment_offset(i), BLOCK_BYTES) for i in places])
+                headers = await self._headers(device, [device.segment_offset(i) for i in places])
                 for index, block in zip(places, headers, strict=True):
                     header = self._log_segment_header(block)
                     if header is None or (device.index, index) in self._visited or header.first_seq < end_seq:
                         continue
-                    data = await device.read_direct(device.segment_offset(index), device.segment_bytes)
+                    data = await read_what_can_be_read(
+                        device, device.segment_offset(index), device.segment_bytes, direct=True
+                    )
                     proof = max(proof, self._scan(data, header.segment_id, end_seq))
         return proof
+
+    @staticmethod
+    async def _headers(device: Device, offsets: list[int]) -> list[bytearray]:
+        """A block at each offset; one that can't be read is zeros."""
+        try:
+            return await device.read_many([(offset, BLOCK_BYTES) for offset in offsets])
+        except OSError:
+            return [await read_what_can_be_read(device, offset, BLOCK_BYTES) for offset in offsets]
 
     def _log_segment_header(self, block: bytearray) -> SegmentHeader | None:
         try:
@@ -287,7 +299,9 @@ class _LogReader:
         """Whether a batch is there past the page cache: the very header, and data that is what it says."""
         batch, device = found.batch, found.device
         if self._direct_id != batch.segment_id:
-            self._direct = await device.read_direct(device.segment_offset(found.physical_index), device.segment_bytes)
+            self._direct = await read_what_can_be_read(
+                device, device.segment_offset(found.physical_index), device.segment_bytes, direct=True
+            )
             self._direct_id = batch.segment_id
         start = batch.slot << BLOCK_SHIFT
         data = start + (batch.header_slots << BLOCK_SHIFT)

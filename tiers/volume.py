@@ -555,6 +555,10 @@ class Volume:
 
         Raises TierError if it can't be.
         """
+        if self._engine.log.broken:
+            # A write that was refused may stand at the end of the log, whole, where nothing could be put over it: a
+            # replay would take it. Nobody is told "durable" before a checkpoint records where the log really goes on.
+            await self._engine.checkpoint()
         await self._engine.flusher.flush()
 
     def trim_now(self, ranges: list[tuple[int, int]]) -> bool:

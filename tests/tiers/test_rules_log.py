@@ -577,6 +577,82 @@ def test_a_log_that_cannot_be_linked_waits_for_a_checkpoint_and_goes_on() -> Non
     machine.run(main)
 
 
+@pytest.mark.parametrize("power", [False, True])
+def test_a_refused_write_that_nothing_could_be_put_over_never_comes_true_after_a_flush(power: bool) -> None:
+    machine = machine_of()
+
+    async def main() -> None:
+        async with opened(machine) as (pool, volume):
+            (medium,) = machine.media
+            put(volume, 0, block(1))
+            await volume.flush()
+            head = pool._engine.log.head
+            place = head.offset(head.used)
+            failed: list[int] = []
+
+            def fail(offset: int, length: int) -> tuple[int, int] | None:
+                if offset == place and len(failed) < 2:  # the write, which the kernel took, and the LINK over it
+                    failed.append(length)
+                    return errno.EIO, length if len(failed) == 1 else 0
+                return None
+
+            medium.on_write = fail
+            with pytest.raises(TierError):
+                volume.write_now([(0, block(2))])
+            assert len(failed) == 2
+            assert await get(volume, 0) == 1
+            await volume.flush()
+            put(volume, 1, block(3))
+            await crash(machine)
+        medium.on_write = lambda offset, length: None
+        if power:
+            machine.power_cut()
+        else:
+            machine.kill()
+        async with opened(machine) as (pool, volume):
+            assert await get(volume, 0) == 1
+            assert power or await get(volume, 1) == 3
+            await require_sound(pool)
+
+    machine.run(main)
+
+
+@pytest.mark.parametrize("where", ["data before the checkpoint", "a slot never written", "another segment's header"])
+def test_a_sector_that_cannot_be_read_costs_what_lies_in_it_and_not_the_pool(where: str) -> None:
+    machine = machine_of()
+
+    async def main() -> None:
+        async with opened(machine) as (pool, volume):
+            put(volume, 0, block(1))
+            put(volume, 2, block(4))
+            await pool.checkpoint()
+            put(volume, 1, block(2))
+            await volume.flush()
+            ((address,), _) = await volume.entries(0, 1)
+            segment = pool._engine.segments.by_id[address >> 24]
+            bad = {
+                "data before the checkpoint": segment.offset(address & 0xFFFFFF),
+                "a slot never written": segment.offset(segment.slots - 1),
+                "another segment's header": segment.device.segment_offset(segment.device.segment_count - 1),
+            }[where]
+            await crash(machine)
+        machine.kill()
+        (medium,) = machine.media
+        medium.on_read = lambda offset, length: errno.EIO if offset <= bad < offset + length else None
+        async with opened(machine) as (pool, volume):
+            assert await get(volume, 1) == 2
+            assert await get(volume, 2) == 4
+            if where == "data before the checkpoint":
+                with pytest.raises(TierError) as caught:
+                    await get(volume, 0)
+                assert caught.value.errno == errno.EIO
+                put(volume, 0, block(9))
+            else:
+                assert await get(volume, 0) == 1
+
+    machine.run(main)
+
+
 def test_a_batch_never_has_more_buffers_than_the_kernel_takes() -> None:
     machine = machine_of(Disk("fast", 24, 16 << 20))
 
