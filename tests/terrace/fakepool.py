@@ -5,6 +5,7 @@ true there. What the real one does only in bad luck, this one does on demand, by
 
     fail-open       opening raises its text as EIO
     bad-log         opening raises EIO unless the log may be truncated
+    slow-open       opening takes as many seconds as its text says
     fail-later      once the file appears, the running pool fails with its text
     slow-check      a check takes as many seconds as its text says, with progress
     stuck-close     closing takes as many seconds as its text says
@@ -129,6 +130,8 @@ class FakePool:
         cls, directory: Path, *, settings: PoolSettings | None = None, truncate_log: bool = False
     ) -> AsyncIterator[FakePool]:
         await trio.lowlevel.checkpoint()
+        if (directory / "slow-open").exists():
+            await trio.sleep(float((directory / "slow-open").read_text()))
         if truncate_log:
             (directory / "bad-log").unlink(missing_ok=True)
         if (directory / "bad-log").exists():
