@@ -266,7 +266,7 @@ def check(context: Context, name: str, full: bool, truncate_log: bool, yes: bool
                 for line in client.stream("POST", "pools", name, "check", body={"full": full}):
                     if "report" in line:
                         report = line["report"]
-                    else:
+                    elif line["total_bytes"]:  # as long as it isn't known the map is being walked
                         advance(line["done_bytes"], line["total_bytes"])
         except NotRunningError:
             from terrace.cli.offline import check_offline

@@ -230,10 +230,11 @@ class FakePool:
         used_bytes = sum(volume.mapped_bytes() for volume in self.volumes())
         slow = self._directory / "slow-check"
         steps = 20 if slow.exists() else 1
+        total_bytes = used_bytes + (1 << 20)  # the map, say
         for step in range(steps):
-            progress(used_bytes * step // steps, used_bytes)
+            progress(total_bytes * step // steps, total_bytes)
             await trio.sleep(float(slow.read_text()) / steps if slow.exists() else 0)
-        progress(used_bytes, used_bytes)
+        progress(total_bytes, total_bytes)
         return CheckReport(
             ok=True,
             problems=[],
