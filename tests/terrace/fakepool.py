@@ -108,6 +108,7 @@ class FakePool:
         catalog = json.loads((directory / "fake.json").read_text())
         self.name: str = catalog["name"]
         self.uuid: str = catalog["uuid"]
+        self._given_up: str | None = None
         self._devices: list[dict[str, object]] = catalog["devices"]
         self._volumes = {
             name: FakeVolume(self.name, directory / f"{name}.raw", size) for name, size in catalog["volumes"].items()
@@ -132,8 +133,10 @@ class FakePool:
         await trio.lowlevel.checkpoint()
         if (directory / "slow-open").exists():
             await trio.sleep(float((directory / "slow-open").read_text()))
-        if truncate_log:
-            (directory / "bad-log").unlink(missing_ok=True)
+        given_up = None
+        if truncate_log and (directory / "bad-log").exists():
+            (directory / "bad-log").unlink()
+            given_up = "given up: all after sequence 41"
         if (directory / "bad-log").exists():
             raise TierError(errno.EIO, "the log is damaged: `terrace pool check --truncate-log` gives up what follows")
         if (directory / "fail-open").exists():
@@ -146,6 +149,7 @@ class FakePool:
             except BlockingIOError:
                 raise TierError(errno.EBUSY, f"the pool in {directory} is open in another process") from None
             pool = cls(directory)
+            pool._given_up = given_up
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(pool._fail_later)
@@ -257,6 +261,7 @@ class FakePool:
             "state": "online",
             "problem": None,
             "checkpoint_failure": None,
+            "given_up": self._given_up,
             "block_size": BLOCK_BYTES,
             "size_bytes": capacity_bytes,
             "capacity_bytes": capacity_bytes,
