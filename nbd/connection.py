@@ -16,7 +16,9 @@ Memory
     The inbox and the arena (a ``Bench``) belong to the connection only while it has work; waiting
     for a client it holds nothing, or a copy of half a header. A WRITE longer than the inbox is
     written in pieces as it arrives, so no length a client names makes us allocate it; a client
-    that vanishes in the middle leaves a part of a write that was never acknowledged.
+    that vanishes in the middle leaves a part of a write that was never acknowledged. Where a piece
+    has to wait for long, the rest of its WRITE is taken in, as it arrives and within the bound of
+    what is in flight, and left to a task: behind it may be the TRIM that would make room.
 
 Leaving
     After DISC, end of file, or a drain's grace the socket is no longer read, what is in flight is
@@ -76,6 +78,8 @@ PIECE_BYTES: Final = 512 << 10
 """A WRITE taken in pieces is written about so much at a time."""
 PIECE_ALIGNMENT: Final = 64 << 10
 """Pieces end on multiples of this, so that splitting a WRITE costs no read-modify-write."""
+PIECE_PATIENCE_S: Final = 0.1
+"""So long the connection waits for a piece: for a flush or a page of the map, as opposed to space."""
 SMALL_LEFTOVER_BYTES: Final = 4096
 
 SLICE_S: Final = 0.0015
@@ -761,12 +765,55 @@ class Connection:
             if not long.error:
                 if have < long.left:
                     have = (long.offset + have) // PIECE_ALIGNMENT * PIECE_ALIGNMENT - long.offset
-                long.error = await self._write_piece(long.offset, have)
+                assert self._bench is not None
+                with trio.move_on_after(PIECE_PATIENCE_S) as patience:
+                    data = self._bench.inbox[self._start : self._start + have]
+                    long.error = await self._write_piece(long.offset, data)
+                if patience.cancelled_caught:
+                    # Part of the piece may be written: then it is written again, which nobody can tell.
+                    return await self._park_long_write(long, length)
             self._start += have
             long.offset += have
             long.left -= have
             if perf_counter() > self._slice_end:
                 await self._yield()
+        await self._deliver(await self._long_reply(long, length), 0, 0)
+        return True
+
+    async def _park_long_write(self, long: _LongWrite, length: int) -> bool:
+        """Take in what is left of a WRITE that has to wait, and give it a task; False at end of file."""
+        rest = long.left
+        while not self._has_room(rest):
+            await self._wait_for_room()
+        self._start_task(rest)
+        data = bytearray()
+        while len(data) < rest:
+            if self._start == self._end and not await self._receive():
+                log.info("%s: closed in the middle of a WRITE", self.peer)
+                self._finish_task(1, rest)
+                return False
+            have = min(self._end - self._start, rest - len(data))
+            assert self._bench is not None
+            data += self._bench.inbox[self._start : self._start + have]
+            self._start += have
+            if perf_counter() > self._slice_end:
+                await self._yield()
+        self._nursery.start_soon(self._slow_long_write, long, memoryview(data), length)
+        return True
+
+    async def _slow_long_write(self, long: _LongWrite, data: memoryview, length: int) -> None:
+        """Write what was left of a WRITE of `length` bytes."""
+        at = 0
+        while at < len(data) and not long.error:
+            start = long.offset + at
+            end = min(long.offset + len(data), (start + PIECE_BYTES) // PIECE_ALIGNMENT * PIECE_ALIGNMENT)
+            long.error = await self._write_piece(start, data[at : end - long.offset])
+            at = end - long.offset
+            await trio.lowlevel.checkpoint()
+        await self._deliver(await self._long_reply(long, length), 1, len(data))
+
+    async def _long_reply(self, long: _LongWrite, length: int) -> bytes:
+        """All of a long WRITE is written, or it failed: flush if it wants that, count it, and answer."""
         if not long.error and long.flags & wire.CMD_FLAG_FUA:
             try:
                 await self._export.flush()
@@ -775,20 +822,15 @@ class Connection:
         if long.error:
             self.counters.requests += 1
             self.counters.errors += 1
-            reply = failure(self._session, long.cookie, long.error)
-        else:
-            self._count_writes(1, length)
-            reply = success(long.cookie)
-        await self._deliver(reply, 0, 0)
-        return True
+            return failure(self._session, long.cookie, long.error)
+        self._count_writes(1, length)
+        return success(long.cookie)
 
-    async def _write_piece(self, offset: int, length: int) -> int:
+    async def _write_piece(self, offset: int, data: memoryview) -> int:
         # The volume may have shrunk since the last piece.
-        error = judge(self._session, self._export, wire.CMD_WRITE, 0, offset, length)
+        error = judge(self._session, self._export, wire.CMD_WRITE, 0, offset, len(data))
         if error:
             return error
-        assert self._bench is not None
-        data = self._bench.inbox[self._start : self._start + length]
         try:
             if not self._export.write_now([(offset, data)]):
                 await self._export.write(offset, data)

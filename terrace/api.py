@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 
 BODY_LIMIT_BYTES = 1 << 20
 _PROGRESS_INTERVAL_S = 0.1
+_REPEAT_S = 5.0
 
 
 class DaemonStatus(Protocol):
@@ -330,7 +331,7 @@ class _CheckStream(Response):
         self._full = full
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        done: tuple[int, int] | None = None
+        done = (0, 0)
 
         def progress(done_bytes: int, total_bytes: int) -> None:
             nonlocal done
@@ -341,12 +342,13 @@ class _CheckStream(Response):
             await send({"type": "http.response.body", "body": body, "more_body": more})
 
         async def report_progress() -> None:
-            nonlocal done
+            told, told_at = (0, 0), trio.current_time()
             while True:
                 await trio.sleep(_PROGRESS_INTERVAL_S)
-                if done is not None:
-                    latest, done = done, None
-                    await line({"done_bytes": latest[0], "total_bytes": latest[1]})
+                # Again if there is nothing new: clients take silence for a daemon that is stuck.
+                if done != told or trio.current_time() - told_at >= _REPEAT_S:
+                    told, told_at = done, trio.current_time()
+                    await line({"done_bytes": told[0], "total_bytes": told[1]})
 
         async def watch_client(scope: trio.CancelScope) -> None:
             while (await receive())["type"] != "http.disconnect":

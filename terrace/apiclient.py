@@ -1,11 +1,20 @@
-"""The control API as its clients see it: a request, and an answer or an error that says what to do next."""
+"""The control API as its clients see it: a request, and an answer or an error that says what to do next.
+
+An answer takes as long as the operation does, which may be hours, so time alone says nothing. Silence does: a request
+that is silent for a while asks the daemon on another connection whether it lives, and gives up if that is silent too.
+A stream is never silent for long, for the daemon sends progress or a repetition of it.
+"""
 
 from __future__ import annotations
 
 import errno
 import json
+import queue
 import socket
-from collections.abc import Iterator
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,8 +22,10 @@ from urllib.parse import quote
 
 import httpx
 
-# Connecting is local and immediate. Answers take as long as the operation does.
-_TIMEOUT = httpx.Timeout(None, connect=5.0)
+_SILENCE_S = 20.0
+"""Silence after which a request asks whether the daemon lives."""
+_PROBE_S = 10.0
+"""What it gets to say so, and to take a connection at all."""
 
 
 class ApiError(OSError):
@@ -34,9 +45,13 @@ class ApiClient:
     def __init__(self, api_socket: Path) -> None:
         self._socket = api_socket
         # A look before the first request, for httpx doesn't keep the errno that tells why it could not connect.
+        self._pid = 0
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             try:
-                probe.connect(str(api_socket))
+                _connect(probe, str(api_socket))
+                self._pid = _peer_pid(probe)
+            except TimeoutError:
+                raise self._silent(_PROBE_S) from None
             except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
                 home = api_socket.parent
                 raise NotRunningError(
@@ -48,7 +63,7 @@ class ApiClient:
                 ) from None
         # A Unix socket has no certificates to verify; not loading them saves 50 ms a command.
         transport = httpx.HTTPTransport(uds=str(api_socket), verify=False)
-        self._http = httpx.Client(transport=transport, base_url="http://terraced", timeout=_TIMEOUT)
+        self._http = httpx.Client(transport=transport, base_url="http://terraced", timeout=None)
 
     def __enter__(self) -> ApiClient:
         return self
@@ -64,7 +79,7 @@ class ApiClient:
     def request(self, method: str, *path: str, body: object = None, query: dict[str, str] | None = None) -> Any:
         """The decoded answer to METHOD /v1/PATH; None where there is none. Parts of `path` are quoted."""
         try:
-            response = self._http.request(method, _url(path), json=body, params=query)
+            response = self._patiently(lambda: self._http.request(method, _url(path), json=body, params=query))
         except httpx.HTTPError as error:
             raise self._lost(error) from None
         if response.is_error:
@@ -73,8 +88,9 @@ class ApiClient:
 
     def stream(self, method: str, *path: str, body: object = None) -> Iterator[Any]:
         """Each line of an answer in JSON lines. Raises ApiError also for a line that is an error."""
+        silence_s = _SILENCE_S + _PROBE_S
         try:
-            with self._http.stream(method, _url(path), json=body) as response:
+            with self._http.stream(method, _url(path), json=body, timeout=silence_s) as response:
                 if response.is_error:
                     raise _refusal(response.read())
                 for line in response.iter_lines():
@@ -82,14 +98,78 @@ class ApiClient:
                     if "error" in content:
                         raise _refusal(line.encode())
                     yield content
+        except httpx.TimeoutException:
+            raise self._silent(silence_s) from None
         except httpx.HTTPError as error:
             raise self._lost(error) from None
+
+    def _patiently(self, call: Callable[[], httpx.Response]) -> httpx.Response:
+        """What `call` returns or raises, however long it takes, as long as the daemon lives."""
+        outcome: queue.SimpleQueue[httpx.Response | Exception] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                outcome.put(call())
+            except Exception as error:
+                outcome.put(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        while True:
+            try:
+                result = outcome.get(timeout=_SILENCE_S)
+            except queue.Empty:
+                self._require_alive()
+                continue
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+    def _require_alive(self) -> None:
+        """Any answer will do. One that went away is left to the request itself, which notices at once."""
+        try:
+            self._http.get("/v1/status", timeout=_PROBE_S)
+        except httpx.TimeoutException:
+            raise self._silent(_SILENCE_S + _PROBE_S) from None
+        except httpx.HTTPError:
+            return
+
+    def _silent(self, silence_s: float) -> ApiError:
+        who, step = "terraced", "see its log"
+        if self._pid:
+            who = f"terraced (process {self._pid})"
+            step = (
+                f"see its log; if `ps -o stat= {self._pid}` says T it was stopped, and `kill -CONT {self._pid}` helps"
+            )
+        return ApiError(
+            errno.ETIMEDOUT,
+            f"{who} at {self._socket} has not answered for {silence_s:.0f} s: it is still opening its pools, stopped, "
+            f"or stuck; {step}",
+        )
 
     def _lost(self, error: httpx.HTTPError) -> ApiError:
         reason = str(error) or type(error).__name__
         return ApiError(
             errno.ECONNRESET, f"terraced at {self._socket} went away before it answered ({reason}); see its log"
         )
+
+
+def _connect(probe: socket.socket, path: str) -> None:
+    """Connect; TimeoutError if nobody takes the connection. A backlog that is full says EAGAIN."""
+    deadline_s = time.monotonic() + _PROBE_S
+    probe.setblocking(False)
+    while True:
+        try:
+            return probe.connect(path)
+        except BlockingIOError:
+            if time.monotonic() > deadline_s:
+                raise TimeoutError from None
+            time.sleep(0.05)
+
+
+def _peer_pid(connected: socket.socket) -> int:
+    """The process that listens; unix(7), SO_PEERCRED."""
+    pid: int = struct.unpack("3i", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+    return pid
 
 
 def _url(path: tuple[str, ...]) -> str:

@@ -2,7 +2,8 @@
 
 The order is the argument. Up: lock the home, bind every address (so that a taken one is found before anything has
 changed, and clients that connect early wait instead of being refused), open the pools, serve, tell the supervisor.
-Down, on SIGTERM or SIGINT: stop accepting, answer what is in flight, then flush, checkpoint and close each pool. A
+Down, on SIGTERM or SIGINT: stop accepting, answer what is in flight, then flush, checkpoint and close each pool; what
+is still being opened is left as it is, for recovery can begin anew at any point. A
 second signal cuts the waiting for clients short, a third ends the process at once; even that loses nothing that was
 acknowledged, since acknowledged writes are in the kernel.
 """
@@ -36,7 +37,7 @@ from terrace.config import Config, ConfigError, load_config, split_address
 from terrace.exports import PoolExports
 from terrace.home import Home, HomeError, find_home
 from terrace.httpserver import serve_http
-from terrace.pools import open_pools
+from terrace.pools import Pools, open_pools
 from terrace.reclaim import stand_apart
 from terrace.stall import StallMeter
 from tiers import Pool
@@ -118,29 +119,46 @@ async def run(home: Home, config: Config, stalls: StallMeter, engine: type[Pool]
                 print(f"terraced: {error.strerror}{_next_step(error)}", file=sys.stderr)
                 return 1
             sockets.callback(api_listener.close)
-            async with open_pools(home.pools, config.pool.settings(), engine) as pools, trio.open_nursery() as services:
-                limits = config.nbd.limits()
-                server = await services.start(partial(nbd.server.serve, PoolExports(pools), listeners, limits=limits))
-                daemon = Daemon(home, listeners, server, stalls)
-                api_shutdown = trio.Event()
-                await services.start(serve_http, Api(pools, daemon).app(), api_listener.sock, api_shutdown)
-                _settle_collector()
-                stalls.reset()
-                print("terraced is ready:", *daemon.uris(), flush=True)
-                sdnotify.notify("READY=1")
-
-                number = await anext(signals)
-                log.info("%s: finishing what clients have in flight", signal.Signals(number).name)
-                sdnotify.notify("STOPPING=1")
-                watchers.start_soon(_hurry, signals, services.cancel_scope)
-                api_shutdown.set()
-                server.start_drain()
-                # Both services end by themselves now, and the pools are closed after them; a client that doesn't take
-                # its last replies holds nobody up.
-                services.cancel_scope.deadline = trio.current_time() + config.nbd.drain_grace_s + _LEAVING_S
+            told, opening, serving = trio.Event(), trio.CancelScope(), trio.CancelScope()
+            watchers.start_soon(_obey, signals, told, opening, serving)
+            async with open_pools(home.pools, config.pool.settings(), engine, opening=opening) as pools:
+                if not told.is_set():
+                    with serving:
+                        await _serve(home, config, stalls, pools, listeners, api_listener, told, serving)
             log.info("stopped")
             watchers.cancel_scope.cancel()
     return 0
+
+
+async def _serve(
+    home: Home,
+    config: Config,
+    stalls: StallMeter,
+    pools: Pools,
+    listeners: Sequence[Listener],
+    api_listener: Listener,
+    told: trio.Event,
+    serving: trio.CancelScope,
+) -> None:
+    """Serve clients and the API until `told` to stop and what is in flight has ended. `serving`: the scope around."""
+    async with trio.open_nursery() as services:
+        limits = config.nbd.limits()
+        server = await services.start(partial(nbd.server.serve, PoolExports(pools), listeners, limits=limits))
+        daemon = Daemon(home, listeners, server, stalls)
+        api_shutdown = trio.Event()
+        await services.start(serve_http, Api(pools, daemon).app(), api_listener.sock, api_shutdown)
+        _settle_collector()
+        stalls.reset()
+        print("terraced is ready:", *daemon.uris(), flush=True)
+        sdnotify.notify("READY=1")
+
+        await told.wait()
+        log.info("finishing what clients have in flight")
+        api_shutdown.set()
+        server.start_drain()
+        # Both services end by themselves now, and the pools are closed after them; a client that doesn't take its last
+        # replies holds nobody up.
+        serving.deadline = trio.current_time() + config.nbd.drain_grace_s + _LEAVING_S
 
 
 async def _bind_nbd(home: Home, config: Config, sockets: ExitStack) -> list[Listener]:
@@ -169,11 +187,18 @@ def _next_step(error: OSError) -> str:
     return ""
 
 
-async def _hurry(signals: AsyncIterator[int], services: trio.CancelScope) -> None:
-    """The second and third signal."""
+async def _obey(
+    signals: AsyncIterator[int], told: trio.Event, opening: trio.CancelScope, serving: trio.CancelScope
+) -> None:
+    """The first, second and third signal."""
+    number = await anext(signals)
+    log.info("%s: stopping", signal.Signals(number).name)
+    sdnotify.notify("STOPPING=1")
+    told.set()
+    opening.cancel()
     await anext(signals)
     log.warning("second signal: dropping clients and closing the pools at once; a third ends terraced on the spot")
-    services.cancel()
+    serving.cancel()
     await anext(signals)
     log.warning("third signal: ending; the next start replays the log")
     logging.shutdown()

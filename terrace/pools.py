@@ -198,11 +198,17 @@ class Pools:
 
 
 @asynccontextmanager
-async def open_pools(directory: Path, settings: PoolSettings, engine: type[Pool] = Pool) -> AsyncIterator[Pools]:
-    """The pools below `directory`, opened; closed in order, with flush and checkpoint, when the block ends."""
+async def open_pools(
+    directory: Path, settings: PoolSettings, engine: type[Pool] = Pool, *, opening: trio.CancelScope | None = None
+) -> AsyncIterator[Pools]:
+    """The pools below `directory`, opened; closed in order, with flush and checkpoint, when the block ends.
+
+    Cancelling `opening` leaves those that aren't open yet as they are: recovery begins anew the next time.
+    """
     async with trio.open_nursery() as nursery:
         pools = Pools(directory, settings, nursery, engine)
-        await pools.open_all()
+        with opening or trio.CancelScope():
+            await pools.open_all()
         yield pools
         await pools.close_all()
 

@@ -1,34 +1,66 @@
 """`terrace pool check`: does everything that must be true of a pool hold?
 
-Right after a checkpoint, while the next one waits (clients go on), every map page is walked: each must pass its check,
-each entry must lie within a segment in use, no two entries may share a place, and the counts that the catalog keeps
-must be the counts that are found. Then data is read and checked against the map: a sample, or all of it.
+Four parts: the segment table, the map, the headers in the segments, the data. Clients and checkpoints go on meanwhile.
+
+The map is judged as of one moment. Live counts belong to the roots of one checkpoint, so both are taken together while
+the next checkpoint is held off, for as long as copying the tables takes. After that nothing has to stop: pages are
+never changed in place, so the trees of that moment stay what they were as long as their segments aren't reused, and
+a pin on each map segment sees to that. What the pins keep is dead space that a full pool may need: if a writer waits
+for room while a pinned segment could be freed, the pins are given up and the walk begins again at a new moment; the
+third walk holds checkpoints off, and can't be disturbed.
+
+Every page must pass its check, each entry must lie within the written part of a segment of its kind, no two entries
+may share a place, and the counts that the catalog keeps must be the counts that are found. Places are remembered in a
+bitmap of at most 64 MiB, two tebibytes of segments; a larger pool is walked once more for each such part.
+
+A segment with live blocks must have the header that the table says, from no later checkpoint than the catalog's (else
+the catalog is an old one), and its batch headers must be a chain as far as anything is live; `full` reads those of
+every sealed segment, otherwise of a sample. Where a header is bad through the page cache it is read again past it, and
+a segment that was freed in the meantime is nobody's. Data is read the way clients read it, which looks again by itself.
 """
 
-from collections import defaultdict
-from collections.abc import Callable
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import trio
 
-from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, FIRST_ADDRESS, UNMAPPED
-from tiers.maptree import FANOUT, FANOUT_BITS, ROOT_LEVEL, read_pages
-from tiers.record import Kind
+from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, FIRST_ADDRESS, SLOT_BITS, SLOT_MASK, UNMAPPED
+from tiers.maptree import FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL, read_pages
+from tiers.record import (
+    MAX_HEADER_SLOTS,
+    BadRecordError,
+    Batch,
+    Kind,
+    decode_batch,
+    decode_segment_header,
+    peek_header_slots,
+)
 
 if TYPE_CHECKING:
     from tiers.checkpoint import Checkpointer
+    from tiers.device import Device
     from tiers.engine import Engine
+    from tiers.segments import Segment
     from tiers.volume import Volume
 
-CHUNK_PAGES = 256
+CHUNK_PAGES = 64
+"""Pages looked at without a checkpoint of trio in between."""
+SLICE_ENTRIES = 4096
 SAMPLE_EVERY = 64
-"""Without --full, one leaf page in so many has its data read."""
+"""Without --full, one leaf page in so many has its data read, and one segment its batch headers."""
 READ_BLOCKS = 256
 MAX_PROBLEMS = 1000
+BITMAP_BYTES = 64 << 20
+UNDISTURBED_ATTEMPT = 2
+"""The walk that holds checkpoints off, after two that had to give way."""
 
 Progress = Callable[[int, int], None]
+U64 = Any
+"""A NumPy array of uint64."""
 
 
 @dataclass
@@ -49,168 +81,412 @@ class CheckReport:
             self.problems.append(text)
 
 
+class _GiveWayError(Exception):
+    """A writer waits for space that the walk's pins keep."""
+
+
 async def check_pool(engine: "Engine", checkpointer: "Checkpointer", *, full: bool, progress: Progress) -> CheckReport:
     """Check a pool that is open. A read-only pool is checked as of its last checkpoint."""
-    report = CheckReport(volumes=len(engine.volumes))
-    if engine.space.read_only is None:
-        await checkpointer.checkpoint()
-    await checkpointer.hold()
-    try:
-        leaves = await _Walk(engine, report).run()
-    finally:
-        checkpointer.let_go()
-    await _check_data(engine, leaves, report, full=full, progress=progress)
+    for attempt in itertools.count():
+        if engine.space.read_only is None:
+            await checkpointer.checkpoint()
+        # A walk that gave way has seen a moment that is over: its report goes with it.
+        report = CheckReport()
+        async with _moment(engine, checkpointer, holding=attempt == UNDISTURBED_ATTEMPT) as moment:
+            try:
+                walk = _Walk(engine, moment, report)
+                await walk.run(may_give_way=attempt < UNDISTURBED_ATTEMPT)
+                break
+            except _GiveWayError:
+                continue
+    every = 1 if full else SAMPLE_EVERY
+    named = walk.named()
+    sealed = [(segment, highest) for segment, highest in named if not segment.open and not segment.damaged][::every]
+    leaf_count = sum(-(-count // every) for count in walk.leaf_counts)
+    total = (leaf_count * FANOUT + sum(highest for _, highest in sealed)) * BLOCK_BYTES
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done = min(total, done + count * BLOCK_BYTES)
+        progress(done, total)
+
+    await _check_segment_headers(engine, [segment for segment, _ in named], report)
+    for segment, highest in sealed:
+        await _check_batch_headers(engine, segment, highest, report)
+        advance(highest)
+    for volume, _, _ in walk.moment.roots:
+        await _check_data(volume, every, report, advance)
+    progress(total, total)
     return report
 
 
-class _Walk:
-    """One walk over all map pages of a pool."""
+# -- the moment --------------------------------------------------------------------------------------------
 
-    def __init__(self, engine: "Engine", report: CheckReport) -> None:
+
+@dataclass
+class _Moment:
+    """A checkpoint's state: roots, and what was counted for them. The columns from `ids` on belong together."""
+
+    roots: "list[tuple[Volume, tuple[int, int], int]]"
+    """(volume, root, mapped blocks by the catalog's count)"""
+    segments: "list[Segment]"
+    free: "list[tuple[Device, list[int]]]"
+    ids: U64
+    live: U64
+    used: U64
+    is_map: U64
+    dead: U64
+    """A row (address, check, level, volume) for each detached subtree."""
+
+
+@contextlib.asynccontextmanager
+async def _moment(engine: "Engine", checkpointer: "Checkpointer", *, holding: bool) -> AsyncIterator[_Moment]:
+    """A moment whose map pages stay where they are while the context lasts. `holding`: no checkpoint comes either."""
+    pinned: list[Segment] = []
+    await checkpointer.hold()
+    held = True
+    try:
+        moment = await _take_moment(engine)
+        for segment, is_map in zip(moment.segments, moment.is_map.tolist(), strict=True):
+            if is_map:
+                segment.pins += 1
+                pinned.append(segment)
+        if not holding:
+            held = False
+            checkpointer.let_go()
+        yield moment
+    finally:
+        for segment in pinned:
+            segment.pins -= 1
+            if not segment.live:
+                engine.space.kick_checkpoint.set()
+        if held:
+            checkpointer.let_go()
+
+
+async def _take_moment(engine: "Engine") -> _Moment:
+    """Copy the tables, in slices: while checkpoints are held off roots, live counts and the dead list don't change."""
+    segments = sorted(engine.segments.by_id.values(), key=lambda segment: segment.id)
+    free = [(device, list(device.free)) for device in engine.devices]
+    columns = np.zeros((len(segments), 4), np.uint64)
+    for start in range(0, len(segments), SLICE_ENTRIES):
+        part = segments[start : start + SLICE_ENTRIES]
+        columns[start : start + len(part)] = [(s.id, s.live, s.used, s.kind is Kind.MAP) for s in part]
+        await trio.lowlevel.checkpoint()
+    dead = np.zeros((len(engine.dead), 4), np.uint64)
+    source = iter(engine.dead.items())
+    at = 0
+    while slice_ := list(itertools.islice(source, SLICE_ENTRIES)):
+        dead[at : at + len(slice_)] = [(address, *value) for address, value in slice_]
+        at += len(slice_)
+        await trio.lowlevel.checkpoint()
+    return _Moment(
+        roots=[(volume, volume.tree.root, volume.tree.mapped_blocks) for volume in engine.volumes.values()],
+        segments=segments,
+        free=free,
+        ids=columns[:, 0].copy(),
+        live=columns[:, 1].astype(np.int64),
+        used=columns[:, 2].astype(np.int64),
+        is_map=columns[:, 3].astype(bool),
+        dead=dead,
+    )
+
+
+# -- the map -----------------------------------------------------------------------------------------------
+
+
+class _Walk:
+    """One walk over all map pages of a moment."""
+
+    def __init__(self, engine: "Engine", moment: _Moment, report: CheckReport) -> None:
+        self.moment = moment
+        self.leaf_counts: list[int] = []
+        """Leaf pages of each volume."""
         self._engine = engine
         self._report = report
-        self._live: dict[int, int] = defaultdict(int)
-        self._seen: dict[int, Any] = {}
-        self._expected = {segment.id: segment.live for segment in engine.segments.by_id.values()}
-        self._leaves: list[tuple[Volume, list[int]]] = []
+        self._may_give_way = False
+        self._pinned = [segment for segment in moment.segments if segment.kind is Kind.MAP]
+        self._found = np.zeros(len(moment.ids), np.int64)
+        self._highest = np.zeros(len(moment.ids), np.int64)
+        # Bit of a segment's slot 0, over all segments; on whole bytes, so that parts end on them.
+        self._first_bit = np.concatenate([[0], np.cumsum((moment.used + 7) & ~7)])
+        self._part = (0, 0)
+        self._bitmap: Any = None
+        self._first_part = True
 
-    async def run(self) -> "list[tuple[Volume, list[int]]]":
-        """Walk, compare, and return the leaf pages of each volume."""
-        roots = [(volume, volume.tree.root, volume.tree.mapped_blocks) for volume in self._engine.volumes.values()]
-        dead = list(self._engine.dead.items())
-        self._check_segments()
-        for volume, root, mapped in roots:
-            leaves: list[int] = []
-            found = await self._subtree(volume.name, [(root[0], root[1], 0)], ROOT_LEVEL, leaves) if root[0] else 0
-            waiting = any(volume_id == volume.id for _, (_, _, volume_id) in dead)
-            if found != mapped and not waiting:
-                self._report.problem(f"{volume.name}: the catalog counts {mapped} mapped blocks, its map has {found}")
-            self._report.blocks_mapped += found
-            self._leaves.append((volume, leaves))
-        for address, (check, level, _) in dead:
-            await self._subtree("a deleted range", [(address, check, 0)], level, [])
-        for segment_id, live in self._expected.items():
-            if live != self._live.get(segment_id, 0):
-                self._report.problem(
-                    f"segment {segment_id}: {live} blocks are counted as live, "
-                    f"{self._live.get(segment_id, 0)} are mapped"
+    def named(self) -> "list[tuple[Segment, int]]":
+        """The segments that the map named at the moment, and the last slot that it named of each."""
+        return [pair for pair in zip(self.moment.segments, self._highest.tolist(), strict=True) if pair[1]]
+
+    async def run(self, *, may_give_way: bool) -> None:
+        """Walk, once for each part of the segments whose places fit the bitmap. Raises _GiveWayError."""
+        self._may_give_way = may_give_way
+        await self._check_table()
+        lo = 0
+        while self._first_part or lo < len(self.moment.ids):
+            hi = int(np.searchsorted(self._first_bit, self._first_bit[lo] + 8 * BITMAP_BYTES, side="right")) - 1
+            self._part = (lo, max(hi, lo + 1))
+            bits = int(self._first_bit[min(self._part[1], len(self.moment.ids))] - self._first_bit[lo])
+            self._bitmap = np.zeros(bits // 8, np.uint8)
+            await self._walk_trees()
+            self._first_part = False
+            lo = self._part[1]
+        self._bitmap = None
+
+    async def _walk_trees(self) -> None:
+        """The first time everything is judged; later times only whether places are shared."""
+        report, moment = self._report, self.moment
+        owing = set(np.unique(moment.dead[:, 3]).tolist())
+        for volume, root, mapped in moment.roots:
+            entries = np.array([(*root, 0)] if root[0] else [], np.uint64).reshape(-1, 3)
+            leaves, found = await self._subtree(volume.name, entries, ROOT_LEVEL)
+            if self._first_part:
+                self.leaf_counts.append(leaves)
+                report.volumes += 1
+                report.blocks_mapped += found
+                if found != mapped and volume.id not in owing:
+                    report.problem(f"{volume.name}: the catalog counts {mapped} mapped blocks, its map has {found}")
+        for level in range(ROOT_LEVEL + 1):
+            await self._subtree("a deleted range", moment.dead[moment.dead[:, 2] == level][:, [0, 1, 3]], level)
+        if self._first_part:
+            for at in np.flatnonzero(self._found != moment.live).tolist():
+                report.problem(
+                    f"segment {moment.ids[at]}: {moment.live[at]} blocks are counted as live, "
+                    f"{self._found[at]} are mapped"
                 )
-        return self._leaves
 
-    def _check_segments(self) -> None:
+    async def _check_table(self) -> None:
         """The segment table must partition each device, and a free place must not be in use."""
-        places: set[tuple[int, int]] = set()
-        for segment in self._engine.segments.by_id.values():
-            place = (segment.device.index, segment.index)
-            if place in places:
+        places: dict[int, set[int]] = {device.index: set() for device, _ in self.moment.free}
+        for number, segment in enumerate(self.moment.segments, 1):
+            if number % SLICE_ENTRIES == 0:
+                await trio.lowlevel.checkpoint()
+            taken = places[segment.device.index]
+            if segment.index in taken:
                 self._report.problem(f"{segment.device.path}: two segments claim place {segment.index}")
-            places.add(place)
+            taken.add(segment.index)
             if segment.damaged:
                 self._report.problem(
                     f"{segment.device.path} at {segment.base}: segment {segment.id} has a damaged header and "
                     f"can't be cleaned"
                 )
-        for device in self._engine.devices:
-            for index in device.free:
-                if (device.index, index) in places:
-                    self._report.problem(f"{device.path}: place {index} is free and in use")
-            if len(device.free) + sum(1 for d, _ in places if d == device.index) != device.segment_count:
+        for device, free in self.moment.free:
+            taken = places[device.index]
+            for index in sorted(taken.intersection(free)):
+                self._report.problem(f"{device.path}: place {index} is free and in use")
+            if len(free) + len(taken) != device.segment_count:
                 self._report.problem(f"{device.path}: some segments are neither free nor in use")
             if device.poisoned:
                 self._report.problem(f"{device.path} is poisoned: {device.poisoned}")
 
-    async def _subtree(self, name: str, entries: list[tuple[int, int, int]], level: int, leaves: list[int]) -> int:
-        """Check pages (address, check, index) and all below; return how many data blocks they map."""
-        mapped = 0
+    async def _subtree(self, name: str, entries: U64, level: int) -> tuple[int, int]:
+        """Check pages, rows of (address, check, index), and all below; return how many leaves and blocks they map."""
+        leaves = mapped = 0
         for start in range(0, len(entries), CHUNK_PAGES):
             part = entries[start : start + CHUNK_PAGES]
-            await self._place(np.array([address for address, _, _ in part], np.uint64), Kind.MAP, name)
-            below: list[tuple[int, int, int]] = []
-            data: list[Any] = []
-            for (_, _, index), page in zip(part, await self._read(name, level, part), strict=True):
-                if page is None:
-                    continue
-                self._report.pages_checked += 1
-                words = np.frombuffer(page, np.uint64)
-                addresses = words[:FANOUT]
-                used = np.flatnonzero(addresses)
-                if level == 0:
-                    data.append(addresses[used])
-                    mapped += len(used)
-                    leaves.append(index)
-                else:
-                    below += [
-                        (int(words[slot]), int(words[FANOUT + slot]), index << FANOUT_BITS | slot)
-                        for slot in used.tolist()
-                    ]
-            if data:
-                await self._place(np.concatenate(data), None, name)
+            self._give_way()
+            self._place(part[:, 0], name, is_map=True)
+            pages, indices = await self._read(name, level, part.tolist())
+            words = np.frombuffer(b"".join(pages), np.uint64).reshape(-1, 2 * FANOUT)
+            used = np.nonzero(words[:, :FANOUT])
+            if self._first_part:
+                self._report.pages_checked += len(pages)
+            if level == 0:
+                self._place(words[used], name, is_map=False)
+                leaves += len(pages)
+                mapped += len(used[0])
             await trio.lowlevel.checkpoint()
-            if below:
-                mapped += await self._subtree(name, below, level - 1, leaves)
-        return mapped
+            if level:
+                index = np.array(indices, np.uint64)[used[0]] << np.uint64(FANOUT_BITS) | used[1].astype(np.uint64)
+                below = np.stack([words[used], words[used[0], used[1] + FANOUT], index], axis=1)
+                more = await self._subtree(name, below, level - 1)
+                leaves, mapped = leaves + more[0], mapped + more[1]
+        return leaves, mapped
 
-    async def _read(self, name: str, level: int, part: list[tuple[int, int, int]]) -> list[Any]:
-        pages: list[Any] = []
+    async def _read(self, name: str, level: int, part: list[list[int]]) -> tuple[list[Any], list[int]]:
+        """The pages that are sound, and the index of each."""
+        segments = self._engine.segments
+        entries = [(address, check) for address, check, _ in part]
         try:
-            return list(
-                await read_pages(self._engine.segments, [(a, c) for a, c, _ in part], f"of {name}, level {level}")
-            )
+            return list(await read_pages(segments, entries, f"of {name}, level {level}")), [row[2] for row in part]
         except OSError:
+            pages: list[Any] = []
+            indices: list[int] = []
             for address, check, index in part:
                 try:
-                    pages += await read_pages(
-                        self._engine.segments, [(address, check)], f"of {name}, level {level}, index {index}"
-                    )
+                    pages += await read_pages(segments, [(address, check)], f"of {name}, level {level}, index {index}")
+                    indices.append(index)
                 except OSError as error:
-                    self._report.problem(str(error))
-                    pages.append(None)
-        return pages
+                    if self._first_part:
+                        self._report.problem(str(error))
+            return pages, indices
 
-    async def _place(self, addresses: Any, kind: Kind | None, name: str) -> None:
+    def _place(self, addresses: U64, name: str, *, is_map: bool) -> None:
         """Count addresses by segment; each must lie in the written part of one of the right kind, and be unique."""
+        moment, report = self.moment, self._report
         in_order = np.sort(addresses[addresses >= FIRST_ADDRESS])
-        ids, starts = np.unique(in_order >> np.uint64(24), return_index=True)
-        ends = np.append(starts[1:], len(in_order))
-        for n, (segment_id, start, end) in enumerate(zip(ids.tolist(), starts.tolist(), ends.tolist(), strict=True)):
-            if n % 64 == 63:
-                await trio.lowlevel.checkpoint()
-            slots = (in_order[start:end] & np.uint64(0xFFFFFF)).astype(np.int64)
-            self._live[segment_id] += len(slots)
-            segment = self._engine.segments.by_id.get(segment_id)
-            if segment is None:
-                self._report.problem(
-                    f"{name}: {len(slots)} entries point into segment {segment_id}, which is not in use"
+        if not len(in_order) or not len(moment.ids):
+            if len(in_order) and self._first_part:
+                report.problem(f"{name}: {len(in_order)} entries point into segments, and none is in use")
+            return
+        ids = in_order >> np.uint64(SLOT_BITS)
+        slots = (in_order & np.uint64(SLOT_MASK)).astype(np.int64)
+        rows = np.minimum(np.searchsorted(moment.ids, ids), len(moment.ids) - 1)
+        known = moment.ids[rows] == ids
+        outside = known & ((slots < 1) | (slots >= moment.used[rows]))
+        if self._first_part:
+            for segment_id, count in zip(*np.unique(ids[~known], return_counts=True), strict=True):
+                report.problem(f"{name}: {count} entries point into segment {segment_id}, which is not in use")
+            for segment_id in np.unique(ids[known & (moment.is_map[rows] != is_map)]):
+                report.problem(f"{name}: entries point into segment {segment_id}, which holds something else")
+            for segment_id in np.unique(ids[outside]):
+                report.problem(f"{name}: entries point past what was written of segment {segment_id}")
+            touched, counts = np.unique(rows[known], return_counts=True)
+            self._found[touched] += counts
+            np.maximum.at(self._highest, rows[known & ~outside], slots[known & ~outside])
+        here = known & ~outside & (rows >= self._part[0]) & (rows < self._part[1])
+        bits = self._first_bit[rows[here]] - self._first_bit[self._part[0]] + slots[here]
+        shared = self._mark(bits)
+        for segment_id in np.unique(ids[here][shared]):
+            report.problem(f"{name}: two map entries share a place in segment {segment_id}")
+
+    def _mark(self, bits: U64) -> U64:
+        """Set these bits (in order) of the bitmap; return which of them were set, or are there twice."""
+        if not len(bits):
+            return np.zeros(0, bool)
+        masks = (1 << (bits & 7)).astype(np.uint8)
+        shared = (self._bitmap[bits >> 3] & masks) != 0
+        shared[1:] |= bits[1:] == bits[:-1]
+        first = np.flatnonzero(np.append(True, np.diff(bits >> 3)))
+        self._bitmap[bits[first] >> 3] |= np.bitwise_or.reduceat(masks, first)
+        return shared
+
+    def _give_way(self) -> None:
+        """Nobody is to wait for space that only the walk's pins keep."""
+        space = self._engine.space
+        if (
+            self._may_give_way
+            and space.short
+            and space.waiters
+            and any(not segment.live and not segment.open for segment in self._pinned)
+        ):
+            raise _GiveWayError
+
+
+# -- headers -----------------------------------------------------------------------------------------------
+
+
+async def _check_segment_headers(engine: "Engine", segments: "list[Segment]", report: CheckReport) -> None:
+    """Slot 0 of every segment with live blocks says what the table says."""
+    by_id = engine.segments.by_id
+    for device in engine.devices:
+        live = [segment for segment in segments if segment.device is device]
+        for start in range(0, len(live), CHUNK_PAGES):
+            part = [segment for segment in live[start : start + CHUNK_PAGES] if by_id.get(segment.id) is segment]
+            try:
+                headers = await device.read_many([(segment.base, BLOCK_BYTES) for segment in part])
+            except OSError:
+                headers = [bytearray()] * len(part)
+            for segment, header in zip(part, headers, strict=True):
+                if _wrong_header(engine, segment, header) is None:
+                    continue
+                try:
+                    why = _wrong_header(engine, segment, await device.read_direct(segment.base, BLOCK_BYTES))
+                except OSError as error:
+                    why = str(error)
+                if why is not None and by_id.get(segment.id) is segment:
+                    report.problem(f"{device.path} at {segment.base}: the header of segment {segment.id}: {why}")
+            await trio.lowlevel.checkpoint()
+
+
+def _wrong_header(engine: "Engine", segment: "Segment", block: bytearray) -> str | None:
+    """What is wrong with a segment's header, if anything."""
+    try:
+        header = decode_segment_header(block, engine.pool_uuid)
+    except BadRecordError as error:
+        return str(error)
+    named = (header.segment_id, header.kind, header.device_index, header.physical_index)
+    if named != (segment.id, segment.kind, segment.device.index, segment.index):
+        return f"it is that of segment {header.segment_id}, device {header.device_index}, place {header.physical_index}"
+    if header.checkpoint_seq > engine.log.checkpoint_seq:
+        return (
+            f"it was written after checkpoint {header.checkpoint_seq}, and the catalog knows only "
+            f"{engine.log.checkpoint_seq}: it was restored from a backup; put the newest catalog back"
+        )
+    return None
+
+
+async def _check_batch_headers(engine: "Engine", segment: "Segment", highest: int, report: CheckReport) -> None:
+    """The batch headers of a sealed segment lead from one to the next, up to the last slot that anything names.
+
+    What is behind it may be a batch that a power cut tore: nobody was promised that.
+    """
+    if engine.segments.by_id.get(segment.id) is not segment:
+        return
+    segment.pins += 1
+    try:
+        slot = 1
+        while slot <= highest:
+            count = min(MAX_HEADER_SLOTS, segment.slots - slot)
+            offset = segment.offset(slot)
+            try:
+                batches = _batches_in(engine, segment, slot, await segment.device.read(offset, count << BLOCK_SHIFT))
+                if not batches:
+                    data = await segment.device.read_direct(offset, count << BLOCK_SHIFT)
+                    batches = _batches_in(engine, segment, slot, data, must=True)
+            except (OSError, BadRecordError) as error:
+                report.problem(
+                    f"{segment.device.path} at {offset}: {error}; segment {segment.id} has a damaged header and "
+                    f"can't be cleaned"
                 )
-                continue
-            if (segment.kind is Kind.MAP) != (kind is Kind.MAP):
-                self._report.problem(f"{name}: entries point into segment {segment_id}, which holds something else")
-            if int(slots[0]) < 1 or int(slots[-1]) >= segment.used:
-                self._report.problem(f"{name}: entries point past what was written of segment {segment_id}")
-                continue
-            seen = self._seen.setdefault(segment_id, np.zeros(segment.slots, bool))
-            if seen[slots].any() or (slots[1:] == slots[:-1]).any():
-                self._report.problem(f"{name}: two map entries share a place in segment {segment_id}")
-            seen[slots] = True
+                return
+            slot = batches[-1].slot + batches[-1].slots
+            await trio.lowlevel.checkpoint()
+    finally:
+        segment.pins -= 1
 
 
-async def _check_data(
-    engine: "Engine", leaves: "list[tuple[Volume, list[int]]]", report: CheckReport, *, full: bool, progress: Progress
-) -> None:
-    """Read blocks the way clients do and let the checks speak."""
-    chosen = [
-        (volume, index)
-        for volume, indices in leaves
-        for index in (sorted(indices) if full else sorted(indices)[::SAMPLE_EVERY])
-    ]
-    total = len(chosen) * FANOUT * BLOCK_BYTES
-    into = memoryview(bytearray(READ_BLOCKS * BLOCK_BYTES))
-    for done, (volume, index) in enumerate(chosen):
-        progress(done * FANOUT * BLOCK_BYTES, total)
-        if volume.deleted:
-            continue
+def _batches_in(engine: "Engine", segment: "Segment", slot: int, data: bytearray, *, must: bool = False) -> list[Batch]:
+    """The batches whose headers lie one after the other in `data`, which begins at `slot`.
+
+    `must`: raises BadRecordError if there is none.
+    """
+    view = memoryview(data)
+    batches: list[Batch] = []
+    at = 0
+    while at < len(view) >> BLOCK_SHIFT:
+        rest = view[at << BLOCK_SHIFT :]
+        slots = max(1, peek_header_slots(rest[:BLOCK_BYTES]))
         try:
-            addresses, _ = await volume.entries(index << FANOUT_BITS, FANOUT)
+            batch = decode_batch(rest[: slots << BLOCK_SHIFT], engine.pool_uuid, segment.id, slot + at)
+        except BadRecordError:
+            if must and not batches:
+                raise
+            break
+        batches.append(batch)
+        at += batch.slots
+    return batches
+
+
+# -- data --------------------------------------------------------------------------------------------------
+
+
+async def _check_data(volume: "Volume", every: int, report: CheckReport, advance: Callable[[int], None]) -> None:
+    """Read one leaf in `every` the way clients do and let the checks speak."""
+    into = memoryview(bytearray(READ_BLOCKS * BLOCK_BYTES))
+    number = 0
+    async for leaves in _leaves(volume):
+        for index in leaves:
+            number += 1
+            if volume.deleted or (number - 1) % every:
+                continue
+            try:
+                addresses, _ = await volume.entries(index << FANOUT_BITS, FANOUT)
+            except OSError as error:
+                if report.ok:  # else the walk has named that page
+                    report.problem(str(error))
+                continue
             for first, count in _mapped_runs(addresses):
                 start = (index << FANOUT_BITS) + first << BLOCK_SHIFT
                 try:
@@ -218,9 +494,34 @@ async def _check_data(
                 except OSError:
                     await _name_bad_blocks(volume, start, count, report)
                 report.bytes_checked += count << BLOCK_SHIFT
-        except OSError as error:
-            report.problem(str(error))
-    progress(total, total)
+            advance(FANOUT)
+
+
+async def _leaves(volume: "Volume") -> AsyncIterator[list[int]]:
+    """The leaf pages that the committed tree has by now, in order, a level-1 page's at a time.
+
+    What lies below a damaged page is passed over: the walk has named it.
+    """
+    at = 0  # index of the next level-1 page
+    while at < 1 << FANOUT_BITS * (ROOT_LEVEL - 1) and not volume.deleted and volume.tree.root[0]:
+        for level in range(ROOT_LEVEL, 0, -1):
+            index = at >> FANOUT_BITS * (level - 1)
+            try:
+                page = (await volume.tree.load(level, [index]))[index]
+            except OSError:
+                at = index + 1 << FANOUT_BITS * (level - 1)
+                break
+            if level == 1:
+                yield [index << FANOUT_BITS | slot for slot in range(FANOUT) if page[slot]]
+                at += 1
+                break
+            shift = FANOUT_BITS * (level - 2)
+            slot = at >> shift & FANOUT_MASK
+            if not page[slot]:
+                skipped = next((more for more in range(1, FANOUT - slot) if page[slot + more]), FANOUT - slot)
+                at = (at >> shift) + skipped << shift
+                break
+        await trio.lowlevel.checkpoint()
 
 
 def _mapped_runs(addresses: list[int]) -> list[tuple[int, int]]:

@@ -102,6 +102,8 @@ class PoolStatus:
     client_written_bytes: int
     device_written_bytes: int
     replayed_batches: int
+    given_up: str | None = None
+    """What `truncate_log` gave up when the pool was opened."""
     devices: list[DeviceStatus] = field(default_factory=list)
     volumes: list[VolumeStatus] = field(default_factory=list)
 
@@ -121,6 +123,7 @@ class Pool:
         self._ddl = trio.Lock()
         self._growth = trio.Lock()  # of its own: it is what helps where a delete waits for room
         self.replayed_batches = 0
+        self.given_up: str | None = None
 
     # -- making and ending -----------------------------------------------------------------------------------------
 
@@ -372,6 +375,7 @@ class Pool:
             client_written_bytes=engine.client_written_bytes,
             device_written_bytes=sum(device.written_bytes for device in engine.devices),
             replayed_batches=self.replayed_batches,
+            given_up=self.given_up,
             devices=[_device_status(device, live_by_device.get(device.index, 0)) for device in engine.devices],
             volumes=[
                 VolumeStatus(
@@ -510,6 +514,7 @@ async def _recover(
     begun = time.monotonic()
     result = await replay(engine, state, truncate_log=truncate_log)
     pool.replayed_batches = result.batches
+    pool.given_up = result.given_up
     for problem in result.problems:
         logger.warning("%s", problem)
     engine.segments.rebuild_free()

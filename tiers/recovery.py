@@ -68,6 +68,43 @@ class Replayed:
     last_seq: int = 0
     dropped: str = ""
     problems: list[str] = field(default_factory=list)
+    given_up: str | None = None
+    """What the operator gave up by `truncate_log`, in words."""
+
+
+@dataclass(slots=True)
+class Lost:
+    """Sound batches beyond the end of the log."""
+
+    batches: int = 0
+    blocks: int = 0
+    first_seq: int = 0
+    last_seq: int = 0
+    volume_ids: set[int] = field(default_factory=set)
+
+    def add(self, batch: Batch) -> None:
+        """Count one."""
+        self.batches += 1
+        self.blocks += len(batch.checks)
+        self.first_seq = min(self.first_seq or batch.seq, batch.seq)
+        self.last_seq = max(self.last_seq, batch.seq)
+        self.volume_ids |= {subject for op, subject, _, _ in batch.operations() if op not in (Op.LINK, Op.MOVE)}
+
+
+def _given_up(engine: "Engine", lost: Lost, end_seq: int, proof: int) -> str:
+    """What `truncate_log` costs, as far as it can be known."""
+    text = f"given up: all after sequence {end_seq} of the log, which had been durable up to {proof}"
+    if not lost.batches:
+        return text + "; nothing of it can be read, so what it was isn't known"
+    known = sorted(engine.volumes[i].name for i in lost.volume_ids if i in engine.volumes)
+    unknown = len(lost.volume_ids) - len(known)
+    if unknown:
+        known.append(f"{unknown} that only this part of the log knew")
+    return (
+        f"{text}; of that {lost.batches} batches (sequences {lost.first_seq} to {lost.last_seq}, "
+        f"{lost.blocks * BLOCK_BYTES} bytes of data) can still be read, volumes concerned: "
+        f"{', '.join(known) or 'none'}; what the damaged part held isn't known"
+    )
 
 
 def restore(engine: "Engine", state: State) -> None:
@@ -130,6 +167,8 @@ async def replay(engine: "Engine", state: State, *, truncate_log: bool = False) 
         result.last_seq = batch.seq
         if result.batches % 64 == 0:
             await trio.lowlevel.checkpoint()
+    if proof > end_seq:
+        result.given_up = _given_up(engine, reader.lost, end_seq, proof)
     engine.log.seq = max(engine.log.seq, end_seq, proof)
     return result
 
@@ -139,6 +178,7 @@ class _LogReader:
 
     def __init__(self, engine: "Engine", incarnation: int) -> None:
         self.end_reason = ""
+        self.lost = Lost()
         self._engine = engine
         self._incarnation = incarnation
         self._data_id = 0
@@ -293,6 +333,7 @@ class _LogReader:
                 continue
             if batch.incarnation == self._incarnation and batch.seq > end_seq:
                 proof = max(proof, batch.durable_seq)
+                self.lost.add(batch)
         return proof
 
     async def is_on_medium(self, found: Found) -> bool:

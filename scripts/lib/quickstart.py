@@ -48,8 +48,8 @@ def main() -> int:
         print(f"\nFAIL: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nStopped.")
-        return 0 if not options.check else 1
+        print("\nStopped before the story was told.", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 
@@ -92,8 +92,12 @@ def tell(directory: Path, *, keep_serving: bool) -> None:
         say(f"\nPASS in {time.monotonic() - started_s:.0f} s: everything that was acknowledged is there.")
         if keep_serving:
             invite(daemon, home)
-            # Returns when the daemon ends, which is not before somebody wants it to.
-            status = daemon.process.wait()
+            try:
+                # Returns when the daemon ends, which is not before somebody wants it to.
+                status = daemon.process.wait()
+            except KeyboardInterrupt:
+                say("\nStopped.")
+                return
             raise StepError(f"terraced ended with status {status}; its log:\n{daemon.tail()}")
 
 

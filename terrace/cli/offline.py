@@ -23,7 +23,8 @@ def check_offline(
 
     async def check() -> dict[str, Any]:
         async with Pool.open(directory, truncate_log=truncate_log) as pool:
-            return dataclasses.asdict(await pool.check(full, advance))
+            report = dataclasses.asdict(await pool.check(full, advance))
+            return report | ({"given_up": pool.status().given_up} if truncate_log else {})
 
     with home.locked():
         return trio.run(check)

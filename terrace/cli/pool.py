@@ -258,15 +258,17 @@ def check(context: Context, name: str, full: bool, truncate_log: bool, yes: bool
     if truncate_log:
         confirm(f"Give up what the log of pool {name} holds behind its damage, for good?", yes=yes)
     report: dict[str, Any] = {}
+    given_up: dict[str, Any] = {}
     with patience(f"Checking pool {name}") as advance:
         try:
             with context.connect() as client:
                 if truncate_log:
-                    client.request("POST", "pools", name, "open", body={"truncate_log": True})
+                    opened = client.request("POST", "pools", name, "open", body={"truncate_log": True})
+                    given_up = {"given_up": opened.get("given_up")}
                 for line in client.stream("POST", "pools", name, "check", body={"full": full}):
                     if "report" in line:
-                        report = line["report"]
-                    else:
+                        report = line["report"] | given_up
+                    elif line["total_bytes"]:  # as long as it isn't known the map is being walked
                         advance(line["done_bytes"], line["total_bytes"])
         except NotRunningError:
             from terrace.cli.offline import check_offline
@@ -277,6 +279,8 @@ def check(context: Context, name: str, full: bool, truncate_log: bool, yes: bool
     else:
         found = f"{report['volumes']} volume(s), {report['blocks_mapped']} blocks mapped"
         found += f", {format_size(report['bytes_checked'])} of data verified"
+        if truncate_log:
+            click.echo(f"Pool {name}: {report['given_up'] or 'its log is whole, nothing was given up'}.")
         for problem in report["problems"]:
             click.echo(problem)
         verdict = "is sound" if report["ok"] else f"has {len(report['problems'])} problem(s)"

@@ -771,3 +771,78 @@ def test_a_client_that_leaves_without_reading_its_replies_is_forgotten_in_time()
                 await trio.sleep(0.01)
 
     run(test)
+
+
+class FullExport(MemoryExport):
+    """Writes behind the first MiB wait until something is trimmed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.trimmed = trio.Event()
+        self.waiting = 0
+
+    def write_now(self, writes: list[tuple[int, memoryview]]) -> bool:
+        if not self.trimmed.is_set() and any(offset + len(data) > 1 << 20 for offset, data in writes):
+            return False
+        return super().write_now(writes)
+
+    async def write(self, offset: int, data: memoryview | bytes) -> None:
+        self.waiting += 1
+        await self.trimmed.wait()
+        await super().write(offset, data)
+
+    def trim_now(self, ranges: list[tuple[int, int]]) -> bool:
+        self.trimmed.set()
+        return super().trim_now(ranges)
+
+
+@pytest.mark.parametrize("length", [INBOX_BYTES + 1, 5 << 20, 32 << 20])
+@pytest.mark.parametrize("flags", [0, wire.CMD_FLAG_FUA])
+def test_a_trim_behind_long_writes_that_wait_for_space_gets_through_and_they_end_well(length: int, flags: int) -> None:
+    async def test() -> None:
+        export = FullExport(size_bytes=33 << 20)
+        async with attached(export) as (client, served):
+            data = pattern(length)[:length]
+            first = await client.request(wire.CMD_WRITE, 777, flags=flags, data=data)
+            second = await client.request(wire.CMD_WRITE, 777, flags=flags, data=data)
+            trim = await client.request(wire.CMD_TRIM, (33 << 20) - 4096, 4096)
+            replies = [await client.reply() for _ in range(3)]
+            assert export.waiting >= 2
+            assert replies[0].cookie == trim
+            assert sorted(reply.cookie for reply in replies) == sorted([first, second, trim])
+            assert not any(reply.error for reply in replies)
+            assert export.data[777 : 777 + length] == data
+            assert export.calls[-1][0] == "flush" if flags else ("flush", 0, 0) not in export.calls
+            (connection,) = served.server.status().connections
+            assert connection.counters.written_bytes == 2 * length and connection.counters.writes == 2
+
+    run(test)
+
+
+def test_long_writes_that_wait_are_held_to_the_bound_of_what_is_in_flight() -> None:
+    async def test() -> None:
+        export = FullExport(size_bytes=16 << 20)
+        async with attached(export, limits=Limits(inflight_bytes=5 << 20)) as (client, _):
+            taken = 0
+            payload = memoryview(request_bytes(wire.CMD_WRITE, 1, 0, data=b"x" * (4 << 20)) * 4)
+            with trio.move_on_after(1.0) as patience:
+                while taken < len(payload):
+                    await client.send(payload[taken : taken + (64 << 10)])
+                    taken += 64 << 10
+            assert patience.cancelled_caught and taken < 9 << 20
+
+    run(test)
+
+
+def test_a_client_that_vanishes_within_a_long_write_that_waits_leaves_nothing_behind() -> None:
+    async def test() -> None:
+        export = FullExport(size_bytes=8 << 20)
+        async with attached(export) as (client, served):
+            await client.send(request_bytes(wire.CMD_WRITE, 1, 1 << 20, data=b"x" * (6 << 20))[: 4 << 20])
+            await trio.sleep(0.3)
+            await client.stream.aclose()
+            while served.server.status().connections:
+                await trio.sleep(0.01)
+            assert not export.calls
+
+    run(test)

@@ -5,6 +5,7 @@ true there. What the real one does only in bad luck, this one does on demand, by
 
     fail-open       opening raises its text as EIO
     bad-log         opening raises EIO unless the log may be truncated
+    slow-open       opening takes as many seconds as its text says
     fail-later      once the file appears, the running pool fails with its text
     slow-check      a check takes as many seconds as its text says, with progress
     stuck-close     closing takes as many seconds as its text says
@@ -107,6 +108,7 @@ class FakePool:
         catalog = json.loads((directory / "fake.json").read_text())
         self.name: str = catalog["name"]
         self.uuid: str = catalog["uuid"]
+        self._given_up: str | None = None
         self._devices: list[dict[str, object]] = catalog["devices"]
         self._volumes = {
             name: FakeVolume(self.name, directory / f"{name}.raw", size) for name, size in catalog["volumes"].items()
@@ -129,8 +131,12 @@ class FakePool:
         cls, directory: Path, *, settings: PoolSettings | None = None, truncate_log: bool = False
     ) -> AsyncIterator[FakePool]:
         await trio.lowlevel.checkpoint()
-        if truncate_log:
-            (directory / "bad-log").unlink(missing_ok=True)
+        if (directory / "slow-open").exists():
+            await trio.sleep(float((directory / "slow-open").read_text()))
+        given_up = None
+        if truncate_log and (directory / "bad-log").exists():
+            (directory / "bad-log").unlink()
+            given_up = "given up: all after sequence 41"
         if (directory / "bad-log").exists():
             raise TierError(errno.EIO, "the log is damaged: `terrace pool check --truncate-log` gives up what follows")
         if (directory / "fail-open").exists():
@@ -143,6 +149,7 @@ class FakePool:
             except BlockingIOError:
                 raise TierError(errno.EBUSY, f"the pool in {directory} is open in another process") from None
             pool = cls(directory)
+            pool._given_up = given_up
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(pool._fail_later)
@@ -227,10 +234,11 @@ class FakePool:
         used_bytes = sum(volume.mapped_bytes() for volume in self.volumes())
         slow = self._directory / "slow-check"
         steps = 20 if slow.exists() else 1
+        total_bytes = used_bytes + (1 << 20)  # the map, say
         for step in range(steps):
-            progress(used_bytes * step // steps, used_bytes)
+            progress(total_bytes * step // steps, total_bytes)
             await trio.sleep(float(slow.read_text()) / steps if slow.exists() else 0)
-        progress(used_bytes, used_bytes)
+        progress(total_bytes, total_bytes)
         return CheckReport(
             ok=True,
             problems=[],
@@ -253,6 +261,7 @@ class FakePool:
             "state": "online",
             "problem": None,
             "checkpoint_failure": None,
+            "given_up": self._given_up,
             "block_size": BLOCK_BYTES,
             "size_bytes": capacity_bytes,
             "capacity_bytes": capacity_bytes,

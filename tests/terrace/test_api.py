@@ -8,6 +8,7 @@ import random
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import httpx
 import pytest
 
 from tests.system.daemon import ApiError
-from tests.system.nbdclient import Connection
+from tests.system.nbdclient import Connection, Refused
 from tests.terrace.fakedaemon import FakeDaemon
 
 MIB = 1 << 20
@@ -281,3 +282,34 @@ def test_a_connection_that_the_http_server_fails_over_takes_no_request_with_it(o
             answer += chunk
     assert answer.startswith(b"HTTP/1.1 200"), answer
     assert b"uptime_s" in answer
+
+
+def test_a_client_that_attaches_while_its_pool_is_being_deleted_is_refused_and_nobody_hangs(
+    own_daemon: FakeDaemon, tmp_path: Path
+) -> None:
+    own_daemon.start()
+    device = {"tier": "fast", "size": 64 << 20}
+    for name in ("going", "staying"):
+        own_daemon.api("POST", "/v1/pools", {"name": name, "devices": [device | {"path": f"{tmp_path}/{name}"}]})
+        own_daemon.api("POST", f"/v1/pools/{name}/volumes", {"name": "v", "size": 1 << 20})
+    (own_daemon.directory("going") / "stuck-close").write_text("1.5")
+    with ThreadPoolExecutor(1) as pool:
+        deleting = pool.submit(own_daemon.api, "DELETE", "/v1/pools/going")
+        attempts = 0
+        while own_daemon.api("GET", "/v1/pools/going")["state"] != "busy":
+            time.sleep(0.01)
+        while not deleting.done():
+            try:
+                with Connection(own_daemon.socket, "going/v"):
+                    assert not attempts, "served again after it was gone"
+            except Refused as refused:
+                attempts += 1
+                assert "going" in str(refused)
+            with Connection(own_daemon.socket, "staying/v") as client:
+                client.write(0, b"x" * 4096)
+            time.sleep(0.05)
+        assert deleting.result(timeout=10) is None
+    assert attempts > 5
+    with pytest.raises(Refused, match="there is no pool 'going'"), Connection(own_daemon.socket, "going/v"):
+        pass
+    assert own_daemon.alive()

@@ -314,3 +314,19 @@ def test_names_are_completed_from_those_that_exist_and_silently_without_a_daemon
     assert completions(daemon.home, "terrace pool show ") == ["p"]
     assert "create" in completions(daemon.home, "terrace pool ")
     assert completions(tmp_path, "terrace pool show ") == []
+
+
+def test_truncating_the_log_says_what_was_given_up(own_daemon: FakeDaemon, tmp_path: Path) -> None:
+    own_daemon.start()
+    cli = Cli(own_daemon.home)
+    cli.ok("pool", "create", "t", "--fast", f"{tmp_path}/device=64M")
+    own_daemon.stop()
+    (own_daemon.directory("t") / "bad-log").touch()
+    own_daemon.start()
+    said = cli.ok("pool", "check", "t", "--truncate-log", "--yes")
+    assert "given up: all after sequence 41" in said
+    assert "is sound" in said
+    assert "nothing was given up" not in said
+    report = json.loads(cli.ok("pool", "check", "t", "--truncate-log", "--yes", "-o", "json"))
+    assert "given up" in report["given_up"]
+    assert "given_up" not in json.loads(cli.ok("pool", "check", "t", "-o", "json"))

@@ -77,6 +77,33 @@ def test_a_signal_closes_every_pool_cleanly_and_leaves_no_socket(own_daemon: Fak
         assert client.read(0, len(PATTERN)) == PATTERN
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_pools_are_being_opened_ends_that_and_closes_those_that_are_open(
+    own_daemon: FakeDaemon, number: int
+) -> None:
+    own_daemon.start()
+    make_volume(own_daemon, "one")
+    make_volume(own_daemon, "two")
+    own_daemon.stop()
+    (own_daemon.directory("one") / "closed-cleanly").unlink()
+    (own_daemon.directory("two") / "closed-cleanly").unlink()
+    (own_daemon.directory("two") / "slow-open").write_text("600")
+    before = own_daemon.log.read_text().count("pool one is open")
+    process = own_daemon.spawn()
+    while own_daemon.log.read_text().count("pool one is open") == before:
+        time.sleep(0.02)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=10)
+    own_daemon.process = None
+    assert (process.returncode, output) == (0, "")
+    assert (own_daemon.directory("one") / "closed-cleanly").exists()
+    assert not (own_daemon.directory("two") / "closed-cleanly").exists()
+    assert "Traceback" not in own_daemon.log.read_text()
+    (own_daemon.directory("two") / "slow-open").unlink()
+    own_daemon.start()
+    assert {pool["state"] for pool in own_daemon.api("GET", "/v1/pools")} == {"online"}
+
+
 def test_a_second_signal_does_not_wait_for_clients(own_daemon: FakeDaemon) -> None:
     own_daemon.config = "drain_grace_s = 600\n"
     own_daemon.start()

@@ -3,14 +3,19 @@
 import contextlib
 import errno
 import sqlite3
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import trio
 
 from tests.tiers.helpers import QUIET, assert_sound, block, flip, fresh_pool, make_pool, read, refusal, run
-from tiers import Pool, Volume
+from tiers import Pool, Volume, check, maptree
 from tiers.layout import BLOCK_BYTES, MIB, SLOT_MASK
+from tiers.record import encode_segment_header
+from tiers.segments import Segment
 
 BLOCKS = 300
 ONE = "id = (SELECT id FROM segments WHERE kind = 1 AND live > 10 LIMIT 1)"
@@ -273,5 +278,147 @@ def test_a_segment_that_the_catalog_forgot_is_reported_and_its_readers_get_eio(t
             assert any(f"segment {address >> 24}, which is not in use" in problem for problem in report.problems)
             error = await refusal(lambda: read(pool.volume("v"), 0, BLOCK_BYTES))
             assert error.errno == errno.EIO
+
+    run(body)
+
+
+@contextlib.contextmanager
+def during_the_walk(act: Callable[[], Awaitable[None]]) -> Iterator[None]:
+    """Do something each time before the check reads map pages."""
+
+    async def read_pages(*args: Any) -> Any:
+        await act()
+        return await maptree.read_pages(*args)
+
+    with mock.patch.object(check, "read_pages", read_pages):
+        yield
+
+
+def test_checkpoints_go_on_and_map_segments_are_emptied_while_the_map_is_walked(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path) as pool:
+            volume = await filled(pool)
+            await filled(pool, "w")
+            acts = 0
+
+            async def overwrite() -> None:
+                nonlocal acts
+                for _ in range(30):
+                    await volume.write(acts % BLOCKS * BLOCK_BYTES, block(1000 + acts))
+                    await pool.checkpoint()
+                    acts += 1
+
+            before = pool.status().checkpoints
+            with during_the_walk(overwrite):
+                report = await pool.check(True)
+            assert (report.problems, report.blocks_mapped) == ([], 2 * BLOCKS)
+            assert pool.status().checkpoints - before >= acts > 100
+            assert not any(segment.pins for segment in pool._engine.segments.by_id.values())
+
+    run(body)
+
+
+def test_a_walk_gives_way_to_writers_who_need_its_space_twice_and_then_holds_checkpoints_off(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path) as pool:
+            volume = await filled(pool)
+            space = pool._engine.space
+            walks: list[bool] = []
+
+            async def press() -> None:
+                space.waiters = 0
+                if not walks or walks[-1]:
+                    with trio.move_on_after(1) as impatience:
+                        async with trio.open_nursery() as nursery:  # a task of its own: the check has the lock in hers
+                            nursery.start_soon(empty_map_segments)
+                    walks.append(not impatience.cancelled_caught)
+                space.short, space.waiters = True, 1
+
+            async def empty_map_segments() -> None:
+                for i in range(60):
+                    await volume.write(i % 2 * 299 * BLOCK_BYTES, block(len(walks) * 1000 + i))
+                    await pool.checkpoint()
+
+            with during_the_walk(press):
+                report = await pool.check(False)
+            space.waiters = 0
+            assert walks == [True, True, False]
+            assert (report.problems, report.volumes, report.blocks_mapped) == ([], 1, BLOCKS)
+            await pool.checkpoint()
+            assert not any(segment.pins for segment in pool._engine.segments.by_id.values())
+
+    run(body)
+
+
+@pytest.mark.parametrize("bitmap_bytes", [16, 100, 4096])
+def test_a_pool_too_large_for_the_bitmap_is_walked_in_parts(tmp_path: Path, bitmap_bytes: int) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path) as pool:
+            volume = await filled(pool)
+            await filled(pool, "w")
+            whole = await pool.check(True)
+            with mock.patch.object(check, "BITMAP_BYTES", bitmap_bytes):
+                assert await pool.check(True) == whole
+                (address,), (block_check,) = await volume.entries(299, 1)
+                volume.active.points[700] = (address, block_check)
+                volume._engine.segments.add_pending(address, 1)
+                volume._engine.space.active_weight += 1
+                await volume.write(800 * BLOCK_BYTES, block(1))
+                report = await pool.check(False)
+            assert report.problems == [f"p/v: two map entries share a place in segment {address >> 24}"]
+
+    run(body)
+
+
+async def sealed_place(pool: Pool, volume: Volume) -> tuple[Segment, Path]:
+    """A sealed log segment with live blocks, and its device."""
+    while True:
+        await volume.write(0, b"".join(block(i) for i in range(200)))
+        await pool.checkpoint()
+        (address,), _ = await volume.entries(0, 1)
+        segment = volume._engine.segments.by_id[address >> 24]
+        if not segment.open:
+            return segment, Path(segment.device.path)
+
+
+def test_a_damaged_batch_header_is_named_by_the_full_check_and_only_where_data_depends_on_it(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path) as pool:
+            segment, device = await sealed_place(pool, await pool.create_volume("v", 4 * MIB))
+            await assert_sound(pool)
+            flip(device, segment.offset(1) + 40)
+            report = await pool.check(True)
+            assert report.problems == [
+                f"{device} at {segment.offset(1)}: the batch header fails its check; segment {segment.id} has a "
+                "damaged header and can't be cleaned"
+            ]
+            await pool.volume("v").trim(0, 4 * MIB)
+            await pool.checkpoint()
+            await assert_sound(pool)
+
+    run(body)
+
+
+def test_a_segment_header_that_is_damaged_or_newer_than_the_catalog_is_named(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path) as pool:
+            segment, device = await sealed_place(pool, await pool.create_volume("v", 4 * MIB))
+            flip(device, segment.base + 48)
+            report = await pool.check(False)
+            where = f"{device} at {segment.base}: the header of segment {segment.id}"
+            assert report.problems == [f"{where}: the segment header fails its check"]
+            flip(device, segment.base + 48)
+            await assert_sound(pool)
+            engine = pool._engine
+            newer = encode_segment_header(
+                segment.kind, 0, engine.pool_uuid, segment.id, segment.index, 1, engine.log.checkpoint_seq + 1000, 0
+            )
+            with device.open("r+b") as file:
+                file.seek(segment.base)
+                file.write(newer)
+            report = await pool.check(False)
+            assert len(report.problems) == 1
+            assert f"{where}: it was written after checkpoint" in report.problems[0]
+            assert "put the newest catalog back" in report.problems[0]
 
     run(body)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import trio
 
-from tests.tiers.helpers import assert_sound, block, make_pool, read, run
-from tiers import DeviceSpec, Pool, TierError, checkpoint
+from tests.tiers.helpers import QUIET, assert_sound, block, make_pool, read, run
+from tiers import DeviceSpec, Pool, TierError, Volume, checkpoint
 from tiers.device import FileDevice
 from tiers.layout import BLOCK_BYTES, LABEL_AREA_BYTES, MIB
 
@@ -177,6 +177,52 @@ def test_commits_that_fail_again_and_again_eat_no_space(tmp_path: Path, monkeypa
                         await pool.checkpoint()
                 assert pool.status().devices[0].free_segments >= free - 1
             await pool.checkpoint()
+            await assert_sound(pool)
+
+    run(body)
+
+
+def test_a_flush_round_that_dies_unexpectedly_fails_every_flusher_and_the_pool_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        home = await make_pool(tmp_path)
+        dying = False
+        sync = FileDevice.sync
+
+        async def no_threads(self: FileDevice) -> None:
+            await trio.lowlevel.checkpoint()
+            if dying:
+                raise RuntimeError("can't start new thread")
+            await sync(self)
+
+        monkeypatch.setattr(FileDevice, "sync", no_threads)
+        errors: list[OSError] = []
+
+        async def flush(volume: Volume) -> None:
+            try:
+                await volume.flush()
+            except OSError as error:
+                errors.append(error)
+
+        # The flushers are connections' tasks, which no pool's nursery cancels.
+        async with trio.open_nursery() as clients:
+            with pytest.raises(BaseExceptionGroup) as caught:
+                async with Pool.open(home, settings=QUIET) as pool:
+                    volume = await pool.create_volume("v", MIB)
+                    await volume.write(0, block(1))
+                    dying = True
+                    for _ in range(3):
+                        clients.start_soon(flush, volume)
+                    await trio.sleep_forever()
+            assert caught.group_contains(RuntimeError, match="can't start new thread")
+        assert [error.errno for error in errors] == [errno.EIO] * 3
+        with pytest.raises(TierError):
+            await volume.flush()
+        assert not volume.write_now([(0, block(2))])
+        dying = False
+        async with Pool.open(home, settings=QUIET) as pool:
+            assert await read(pool.volume("v"), 0, BLOCK_BYTES) == block(1)
             await assert_sound(pool)
 
     run(body)

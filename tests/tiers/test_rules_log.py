@@ -403,19 +403,29 @@ def test_a_bad_header_below_the_durable_sequence_is_refused_and_truncation_is_of
 
     async def main() -> None:
         await three_durable_batches(machine)
-        medium, at, _ = writes_of(machine)[1]
+        (_, _, sound), (medium, at, damaged), *_ = writes_of(machine)
         medium.flip(at + 200)
         for _ in range(2):
             with pytest.raises(TierError) as caught:
                 async with opened(machine):
                     pass
             assert caught.value.errno == errno.EIO and "truncate" in str(caught.value)
+        readable = [batch for _, _, batch in batches(machine) if batch.seq > damaged.seq]
         async with opened(machine, truncate_log=True) as (pool, volume):
+            said = pool.status().given_up
+            assert said is not None
+            for expected in (
+                f"after sequence {sound.seq} ",
+                f"{len(readable)} batches (sequences {readable[0].seq} to {readable[-1].seq}, {2 * BLOCK} bytes",
+                volume.name,
+            ):
+                assert expected in said
             assert [await get(volume, i) for i in range(4)] == [1, 0, 0, 0]
             put(volume, 5, block(6))
             await volume.flush()
             await require_sound(pool)
-        async with opened(machine) as (_, volume):
+        async with opened(machine) as (pool, volume):
+            assert pool.status().given_up is None
             assert [await get(volume, i) for i in range(6)] == [1, 0, 0, 0, 0, 6]
 
     machine.run(main)
