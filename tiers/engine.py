@@ -7,12 +7,11 @@ accounting, and offers the few operations that need several of them at once. `po
 import errno
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
 
-from tiers.catalog import Catalog
-from tiers.device import Device
+from tiers.device import Device, Offload
 from tiers.errors import TierError
 from tiers.flush import Flusher
+from tiers.host import CatalogStore, Preadv
 from tiers.log import Log
 from tiers.maptree import MapTree, PageCache
 from tiers.record import Kind, Op
@@ -22,12 +21,6 @@ from tiers.space import Space
 from tiers.volume import Volume
 
 logger = logging.getLogger(__name__)
-
-
-class Offload(Protocol):
-    """Runs a CPU-heavy function that releases the GIL: in a worker thread, or inline in the simulation."""
-
-    def __call__(self, function: Callable[..., Any], *args: Any) -> Awaitable[Any]: ...
 
 
 Dead = tuple[int, int, int]
@@ -42,9 +35,10 @@ class Engine:
         pool_name: str,
         pool_uuid: bytes,
         devices: list[Device],
-        catalog: Catalog,
+        catalog: CatalogStore,
         settings: PoolSettings,
         offload: Offload,
+        preadv: Preadv,
         *,
         incarnation: int,
         seq: int,
@@ -56,6 +50,7 @@ class Engine:
         self.catalog = catalog
         self.settings = settings
         self.offload = offload
+        self.preadv = preadv
         self.segments = SegmentTable(devices)
         self.log = Log(self.segments, pool_uuid, incarnation, seq, prev_check)
         self.flusher = Flusher(

@@ -13,8 +13,8 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.tiers.faults import Disk, Machine, PowerCutError
-from tests.tiers.oracle import BLOCK, Model, Op, OracleError, read_all, require_sound, search
+from tests.simulation.machine import Disk, Machine, PowerCutError
+from tests.simulation.oracle import BLOCK, Model, Op, OracleError, read_all, require_sound, search
 from tiers import Pool, PoolSettings, TierError
 from tiers.flush import Flusher
 from tiers.recovery import _LogReader
@@ -218,11 +218,11 @@ def test_any_program_with_crashes_reads_as_a_bytearray_would(
     machine = Machine(
         (Disk("fast", 20, 64 << 10), Disk("base", 40, 64 << 10)),
         seed=seed,
-        settings=PoolSettings(overlay_entries=1024, unsynced_cap_bytes=1 << 20),
+        settings=PoolSettings(
+            overlay_entries=1024, unsynced_cap_bytes=1 << 20, small_volume_leaves=0 if points else 8192
+        ),
     )
     machine.cold_share = 0.5 if cold else 0.0
-    if points:
-        machine.small_volume_leaves = 0
     program = Program(machine)
     machine.run(lambda: program.run(steps))
 

@@ -12,11 +12,11 @@ import contextlib
 import errno
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import trio
 
-from tests.tiers.faults import Disk, Machine, PowerCutError
+from tests.simulation.machine import Disk, Machine, PowerCutError
 from tiers import Pool, PoolSettings, TierError, Volume
 
 BLOCK = 4096
@@ -462,7 +462,7 @@ def random_machine(seed: int) -> Machine:
     machine = Machine(rng.choice(LAYOUTS), seed=seed, settings=settings)
     machine.cold_share = rng.choice((0.0, 0.1, 0.5))
     machine.pauses = rng.choice((0, 2, 6))
-    machine.small_volume_leaves = rng.choice((0, machine.small_volume_leaves))
+    machine.settings = replace(settings, small_volume_leaves=rng.choice((0, settings.small_volume_leaves)))
     return machine
 
 
