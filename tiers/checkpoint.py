@@ -28,6 +28,7 @@ import numpy as np
 import trio
 
 from tiers.catalog import Change, DeadRow, DeviceRow, Position, SegmentRow, VolumeRow
+from tiers.failpoint import hit
 from tiers.maptree import (
     EMPTY_PAGE,
     FANOUT,
@@ -209,6 +210,7 @@ class Checkpointer:
                 self._failed(error)
                 raise
         frozen = self._frozen
+        hit("checkpoint.frozen")
         merge = Merge(dead=dict(self._engine.dead))
         self._taken_changes = set()
         for item in frozen.volumes:
@@ -219,10 +221,13 @@ class Checkpointer:
             for item in frozen.volumes:
                 if item.overlay is not None or item.forced:
                     await self._merge_volume(item, merge)
+            hit("checkpoint.merged")
             for volume in frozen.graveyard:
                 await self._bury(volume, merge)
             await self._walk_dead(merge)
+            hit("checkpoint.walked")
             await self._engine.flusher.flush()
+            hit("checkpoint.flushed")
             change = self._change(frozen, merge)
             committing = True
             with trio.CancelScope(shield=True):
@@ -239,9 +244,11 @@ class Checkpointer:
                 self._failed(error)
             raise
         self._committed = self._begun
+        hit("checkpoint.committed")
         await self._apply(frozen, merge, change)
 
     def _failed(self, error: OSError) -> None:
+        hit("checkpoint.failed")
         self.failure = str(error)
         self._engine.space.checkpoint_failure = error
 
@@ -413,6 +420,7 @@ class Checkpointer:
                 address = int(matrix[row, column])
                 if address:
                     merge.dead[address] = (int(matrix[row, FANOUT + column]), level - 1, volume.id)
+                    hit("checkpoint.detached")
                 matrix[row, column] = matrix[row, FANOUT + column] = 0
 
     async def _write_pages(
@@ -595,6 +603,7 @@ class Checkpointer:
                     device.write_label(device.label.next(checkpoint_seq=frozen.seq))
                 except OSError as error:
                     logger.error("%s", error)
+        hit("checkpoint.labelled")
         space.changed()
         if engine.dead:
             space.kick_checkpoint.set()

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 
 from tiers.device import Device, Offload
 from tiers.errors import TierError
+from tiers.failpoint import hit
 from tiers.flush import Flusher
 from tiers.host import CatalogStore, Preadv
 from tiers.log import Log
@@ -127,6 +128,7 @@ class Engine:
         """Append a batch of one operation without data."""
         self.log_room()
         self.log.append([op << 56 | subject, a, b], [], [], extra)
+        hit("record.appended")
         self.appended()
 
     def appended(self) -> None:
@@ -171,10 +173,12 @@ class Engine:
             "copy what you need and replace it"
         )
         bits = frozenset(d.index for d in self.devices if d.poisoned)
+        hit("poison.found")
         try:
             await self.offload(self.catalog.mark_poisoned, device.index, str(device.poisoned))
         except TierError as error:
             logger.error("%s", error)
+        hit("poison.recorded")
         for other in self.devices:
             if not other.poisoned:
                 try:
@@ -183,6 +187,7 @@ class Engine:
                 except OSError as error:
                     logger.error("%s", error)
                     other.poisoned = f"a flush failed ({error})"
+        hit("poison.labelled")
         self.space.changed()
 
     def device_by_index(self, index: int) -> Device:

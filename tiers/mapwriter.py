@@ -8,6 +8,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from tiers.errors import TierError
+from tiers.failpoint import hit
 from tiers.layout import SLOT_BITS, check_of
 from tiers.maptree import page_key
 from tiers.record import Kind, Op, encode_batch, header_slots_for
@@ -35,6 +36,7 @@ class MapWriter:
     def give_up(self) -> None:
         """The attempt failed: nothing will ever name the segments that it opened."""
         opened, self._opened = self._opened, []
+        hit("map.given_up")
         if self.segment in opened:
             self.seal()
         for segment in opened:
@@ -75,6 +77,7 @@ class MapWriter:
                 self.seal()  # with `used` before what may be garbage, so that its headers stay a chain
                 raise
             segment.used = first + count
+            hit("map.written")
             entries += [(segment.id << SLOT_BITS | first + i, check) for i, check in enumerate(checks)]
             self.written_pages += count
             at += count

@@ -26,6 +26,7 @@ from tiers.cleaner import Cleaner
 from tiers.device import Device, Offload, lock_or_refuse
 from tiers.engine import Engine
 from tiers.errors import TierError
+from tiers.failpoint import hit
 from tiers.host import REAL_HOST, CatalogStore, Host, locked
 from tiers.label import LABEL_OFFSETS, MAX_DEVICES, BadLabelError, Label, Tier, encode_label
 from tiers.layout import BLOCK_BYTES, BLOCK_MASK, BLOCK_SHIFT, LABEL_AREA_BYTES, MIN_DEVICE_BYTES, segment_bytes_for
@@ -182,6 +183,7 @@ class Pool:
         try:
             self._checkpointer.writer.seal()
             self._cleaner.seal_all()
+            hit("close.sealed")
             await self._checkpoint_alone()
         except OSError as error:
             logger.error("closing pool %s: %s; the next open replays its log", self.name, error)
@@ -231,7 +233,9 @@ class Pool:
             created_at = int(self._host.now())
             self._engine.append_record(Op.CREATE, volume_id, size_bytes, created_at << 8 | len(encoded), words)
             volume = self._engine.add_volume(volume_id, name, size_bytes, (0, 0), created_at)
+            hit("create.logged")
             await self._engine.flusher.flush()
+            hit("create.durable")
             return volume
 
     async def resize_volume(self, name: str, size_bytes: int) -> Volume:
@@ -245,7 +249,9 @@ class Pool:
                 await self._engine.admit_release()
                 self._engine.append_record(Op.RESIZE, volume.id, size_bytes)
                 self._engine.resized(volume, size_bytes)
+            hit("resize.logged")
             await self._engine.flusher.flush()
+            hit("resize.durable")
             return volume
 
     async def _shrink(self, volume: Volume, size_bytes: int) -> None:
@@ -273,7 +279,9 @@ class Pool:
             self._engine.append_record(Op.DELETE, volume.id)
             self._engine.remove_volume(volume)
             self._engine.space.kick_checkpoint.set()
+            hit("delete.logged")
             await self._engine.flusher.flush()
+            hit("delete.durable")
 
     @staticmethod
     def _require_unused(volume: Volume, done: str) -> None:
@@ -481,6 +489,7 @@ async def _recover(
     engine.checkpoint = checkpointer.checkpoint
     pool = Pool(engine, checkpointer, Cleaner(engine), host)
     restore(engine, state)
+    hit("recovery.restored")
     for device in devices:
         if not device.poisoned:
             try:
@@ -488,6 +497,7 @@ async def _recover(
             except OSError as error:
                 device.poisoned = f"it failed a flush when the pool was opened ({error})"
                 await engine.poisoned(device)
+    hit("recovery.synced")
     poisoned = [device for device in devices if device.poisoned]
     begun = time.monotonic()
     result = await replay(engine, state, truncate_log=truncate_log)
@@ -495,6 +505,7 @@ async def _recover(
     for problem in result.problems:
         logger.warning("%s", problem)
     engine.segments.rebuild_free()
+    hit("recovery.replayed")
     # Ids that were given out after the checkpoint and are not in the log must not be used again either.
     engine.segments.next_id += sum(device.segment_count for device in devices) + 1
     if poisoned:
@@ -506,7 +517,9 @@ async def _recover(
     engine.log.checkpoint_seq = position.checkpoint_seq
     try:
         engine.log.start()
+        hit("recovery.started")
         await pool._checkpoint_alone()
+        hit("recovery.checkpointed")
     except OSError as error:
         engine.space.read_only = (
             f"the pool {state.pool_name} takes no writes, since the checkpoint after its recovery failed: {error}; "

@@ -25,6 +25,7 @@ from tiers.catalog import State
 from tiers.cleaner import put_moved
 from tiers.device import Device
 from tiers.errors import TierError
+from tiers.failpoint import hit
 from tiers.layout import BAD, BLOCK_BYTES, BLOCK_SHIFT, SLOT_BITS
 from tiers.record import (
     ID_MASK,
@@ -104,6 +105,7 @@ async def replay(engine: "Engine", state: State, *, truncate_log: bool = False) 
     chain = await reader.follow(
         position.log_segment, position.log_slot, position.checkpoint_seq, position.log_prev_check
     )
+    hit("recovery.followed")
     durable = max((found.batch.durable_seq for found in chain), default=0)
     result.dropped = reader.end_reason
     end_seq = chain[-1].batch.seq if chain else position.checkpoint_seq
@@ -125,6 +127,7 @@ async def replay(engine: "Engine", state: State, *, truncate_log: bool = False) 
             result.dropped = f"batch {batch.seq} was torn"
             break
         await _apply(engine, found, result)
+        hit("recovery.applied")
         result.batches += 1
         result.blocks += len(batch.checks)
         result.last_seq = batch.seq
@@ -360,6 +363,7 @@ async def _apply_move(
     if segment is None:
         segment = engine.segments.adopt(segment_id, device, index, Kind.MOVED)
         segment.open = False
+        hit("recovery.moved")
     segment.used = max(segment.used, slot + batch.slots)
     segment.last_seq = max(segment.last_seq, seq)
     first = segment_id << SLOT_BITS | slot + batch.header_slots

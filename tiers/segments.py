@@ -9,6 +9,7 @@ place becomes available; its id never comes back.
 from collections.abc import Iterable
 
 from tiers.device import Device
+from tiers.failpoint import hit
 from tiers.layout import BLOCK_BYTES
 from tiers.record import Kind
 
@@ -117,6 +118,7 @@ class SegmentTable:
         if kind is Kind.MAP:
             self.map_slots += segment.slots
         self.changed.add(segment.id)
+        hit("segment.taken")
         return segment
 
     def adopt(self, segment_id: int, device: Device, index: int, kind: Kind) -> Segment:
@@ -136,6 +138,7 @@ class SegmentTable:
         if segment.kind is Kind.MAP:
             self.map_slots -= segment.slots
         self.changed.discard(segment.id)
+        hit("segment.freed")
 
     def add_pending(self, address: int, count: int) -> None:
         """`count` consecutive addresses from `address` came into (or, negative, left) an overlay."""

@@ -3,19 +3,24 @@
 `Machine` is a `tiers.host.Host`: the engine that runs on it is the real one, unpatched. What a device holds is its
 `Medium`, which outlives processes and power cuts; `SimDevice` is how one process sees it.
 
-`Machine.countdown` crashes the machine at the n-th operation on any device or the catalog, before, in the middle of or
-after it. From then on nothing can be changed, so that the engine's own clean-up code can't help.
+The machine can be made to crash at any moment: `countdown` at the n-th operation on any device or the catalog, before,
+in the middle of or after it; `task_countdown` before the n-th step of any task, that is at any await; `crash_at` at
+the n-th time that the engine comes to a named failpoint. From then on nothing can be changed, so that the engine's own
+clean-up code can't help.
 
-Everything is a function of the seed: `Machine.run` uses trio's own switch to make its scheduler deterministic.
+Everything is a function of the seed: `Machine.run` uses trio's own switch to make its scheduler deterministic. With
+`digest` set, every write, sync, commit, failpoint and step of a task goes into one hash, and the final media too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import itertools
 import os
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +34,7 @@ from tests.simulation.medium import SECTOR, Medium
 from tiers.catalog import CATALOG_NAME, Catalog, Change, DeviceRow, Position, State
 from tiers.device import Offload
 from tiers.errors import TierError
+from tiers.failpoint import watching
 from tiers.host import CatalogStore
 from tiers.label import LABEL_BYTES, LABEL_OFFSETS, Label, Tier, encode_label, newest_label
 from tiers.layout import LABEL_AREA_BYTES
@@ -97,10 +103,12 @@ class SimDevice:
         if fault is not None:
             number, taken = fault
             self.medium.write(offset, data[:taken])
+            self.machine.note("failed write", self.index, offset, data[:taken])
             self.error_count += 1
             raise TierError(number or errno.EIO, f"writing {self.path} at {offset}: {taken} bytes were taken")
         if when != "before":
             self.medium.write(offset, data)
+            self.machine.note("write", self.index, offset, data)
         if when is not None:
             self.machine.off()
 
@@ -170,6 +178,7 @@ class SimDevice:
         if medium.failing_syncs:
             medium.failing_syncs -= 1
             medium.drop_dirty(covered)
+            self.machine.note("failed sync", self.index, covered)
             self.error_count += 1
             raise TierError(errno.EIO, f"fdatasync of {self.path}: {os.strerror(errno.EIO)}")
         if medium.lying_syncs:
@@ -178,6 +187,7 @@ class SimDevice:
             covered = self.machine.rng.randrange(covered + 1)
         if when != "before":
             medium.make_durable(covered)
+            self.machine.note("sync", self.index, covered)
         if when is not None:
             self.machine.off()
         await self.machine.pause()
@@ -205,6 +215,7 @@ class MemoryCatalog:
         if when != "before":
             machine.state = _changed(machine.state, change)
             machine.commits += 1
+            machine.note("commit", change)
         if when is not None:
             machine.off()
 
@@ -271,7 +282,15 @@ class Machine:
         self.by_fd: dict[int, SimDevice] = {}
         self.is_off = False
         self.countdown: int | None = None
-        """Operations until the crash."""
+        """Operations on devices or the catalog until the crash."""
+        self.task_countdown: int | None = None
+        """Steps of tasks until the crash."""
+        self.crash_at: tuple[str, int] | None = None
+        """The failpoint at which to crash, and how often it is to be passed before."""
+        self.hits: Counter[str] = Counter()
+        """How often each failpoint was come to."""
+        self.digest: Any = None
+        """A hash to be fed with everything that happens."""
         self.on_off: Callable[[], None] = lambda: None
         self.on_step: Callable[[str], None] = lambda kind: None
         self.steps = 0
@@ -308,6 +327,40 @@ class Machine:
                 return self.rng.choice(("before", "middle", "after"))
         return None
 
+    def disarm(self) -> tuple[int | None, int | None, tuple[str, int] | None]:
+        """Plan no crash; return what was planned, to be given to `arm`."""
+        planned = self.countdown, self.task_countdown, self.crash_at
+        self.countdown = self.task_countdown = self.crash_at = None
+        return planned
+
+    def arm(self, planned: tuple[int | None, int | None, tuple[str, int] | None]) -> None:
+        """Plan to crash: after so many operations, or steps of tasks, or at a failpoint."""
+        self.countdown, self.task_countdown, self.crash_at = planned
+
+    def came_to(self, name: str) -> None:
+        """The engine hit a failpoint. It isn't interrupted there, but it changes nothing any more."""
+        self.note("at", name)
+        self.hits[name] += 1
+        if self.crash_at is not None and self.crash_at[0] == name and not self.is_off:
+            if self.crash_at[1] == 0:
+                self.stop()
+            else:
+                self.crash_at = name, self.crash_at[1] - 1
+
+    def note(self, *what: object) -> None:
+        """Into the digest."""
+        if self.digest is not None:
+            for value in what:
+                self.digest.update(value if isinstance(value, bytes) else repr(value).encode())
+
+    def fingerprint(self) -> str:
+        """The digest of all that has happened, and of what is on the media."""
+        for medium in self.media:
+            self.digest.update(medium.cache)
+            self.digest.update(medium.durable)
+        self.note(self.state)
+        return str(self.digest.hexdigest())
+
     def off(self) -> None:
         """Down. Raises, so that the operation in hand never returns."""
         self.stop()
@@ -316,7 +369,7 @@ class Machine:
     def stop(self) -> None:
         """Down, from outside."""
         self.is_off = True
-        self.countdown = None
+        self.disarm()
         self.on_off()
 
     def power_cut(self) -> None:
@@ -409,13 +462,37 @@ class Machine:
     def run(self, body: Callable[[], Awaitable[Any]]) -> Any:
         """Run `body` on this machine, in a trio of its own whose scheduler and clock are functions of the seed."""
 
-        async def main() -> Any:
-            trio._core._run._r.seed(self.seed)  # type: ignore[attr-defined]
-            return await body()
-
         # Trio's own switch, made for this: tasks are stepped in the order of their creation, shuffled by `_r`.
-        with mock.patch.object(trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", True):
-            return trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+        core = trio._core._run
+        core._r.seed(self.seed)  # type: ignore[attr-defined]
+        collecting = gc.isenabled()
+        gc.disable()  # what it finalizes, it finalizes at moments of its own
+        try:
+            with (
+                mock.patch.object(core, "_ALLOW_DETERMINISTIC_SCHEDULING", True),
+                watching(self.came_to),
+            ):
+                clock = trio.testing.MockClock(autojump_threshold=0)
+                return trio.run(body, clock=clock, instruments=[_Steps(self)])
+        finally:
+            if collecting:
+                gc.enable()
+
+
+class _Steps(trio.abc.Instrument):
+    """Sees every step of every task: a crash may come before any of them."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        machine = self._machine
+        if machine.digest is not None:
+            machine.digest.update(task.name.encode())
+        if machine.task_countdown is not None and not machine.is_off:
+            machine.task_countdown -= 1
+            if machine.task_countdown <= 0:
+                machine.stop()
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

@@ -1,0 +1,523 @@
+"""What a seed decides, and the driver that lives it: clients, flushes, crashes, and after each the oracle.
+
+`search(seed)` is one run: a small machine and the faults that its devices have are drawn from the seed, then it goes
+through several lives. A life opens the pool, judges what is there, puts load on it, and ends cleanly or by a crash:
+at an operation of a device, at any step of any task, or at a failpoint, in the recovery just as well as under load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, replace
+
+import trio
+
+from tests.simulation.failpoints import failpoint_names
+from tests.simulation.faults import Faults, Injector
+from tests.simulation.machine import Disk, Machine, PowerCutError
+from tests.simulation.oracle import (
+    BLOCK,
+    Changes,
+    Model,
+    Op,
+    OracleError,
+    read_what_can_be,
+    require_sound,
+)
+from tiers import Pool, PoolSettings, TierError, Volume
+
+LIFE_S = 3600.0
+"""A life that takes longer, by its own clock, hangs."""
+
+Crash = tuple[int | None, int | None, tuple[str, int] | None]
+"""What `Machine.arm` takes."""
+NO_CRASH: Crash = (None, None, None)
+
+
+class Driver:
+    """A machine, the volumes on it, and a model of each. `life` is one open, some load, and an end."""
+
+    def __init__(
+        self, machine: Machine, *, volumes: int = 2, volume_bytes: int = 1 << 20, faults: Faults | None = None
+    ) -> None:
+        self.machine = machine
+        self.rng = random.Random(machine.seed ^ 0x5EED)
+        self.faults = faults or Faults()
+        self.injector = Injector(machine, self.faults, random.Random(machine.seed ^ 0xFA17))
+        self.models: dict[str, Model] = {}
+        self.uncertain: dict[str, Model | None] = {}
+        """Volumes whose creation or deletion was in flight: the model to use if they exist."""
+        self.volume_count = volumes
+        self.volume_bytes = volume_bytes
+        self.everything = True
+        self.counter = 0
+        self.full_errors = 0
+        """Operations that were refused."""
+        self.read_errors = 0
+        self.cycles = 0
+        """Crashes that were recovered from."""
+        self.crashed_at: Counter[str] = Counter()
+        """How often the machine went down at which failpoint."""
+        self.poisoned = False
+        self.may_be_full = False
+        self._crashed = False
+
+    # -- checking ------------------------------------------------------------------------------------------------------
+
+    async def judge(self, pool: Pool) -> None:
+        """After an open: what is there must be allowed."""
+        names = {volume.short_name for volume in pool.volumes()}
+        for name, model in self.uncertain.items():
+            if name in names and model is not None:
+                self.models[name] = model
+            else:
+                self.models.pop(name, None)
+        self.uncertain.clear()
+        if names != set(self.models):
+            raise OracleError(f"volumes {sorted(names)}, expected {sorted(self.models)}")
+        self._require_remembered_poison(pool)
+        for name, model in self.models.items():
+            found, unreadable = await read_what_can_be(pool.volume(name))
+            if unreadable and not self.faults.read_spells:
+                raise OracleError(f"{name}: blocks {sorted(unreadable)[:8]} can't be read, and no read ever failed")
+            try:
+                model.judge(found, everything=self.everything, unreadable=unreadable)
+            except OracleError as error:
+                raise OracleError(f"{name}: {error}") from None
+        await require_sound(pool, known=self._known_problems())
+        if self._crashed:
+            self.cycles += 1
+            self._crashed = False
+
+    def _known_problems(self) -> str:
+        """What a check may find, given what was done to the devices."""
+        known = ["(?!)"]
+        if self.faults.read_spells:
+            known.append("the block was lost to a device error")
+        if self.poisoned:
+            known.append(" is poisoned: ")
+        return "|".join(known)
+
+    def _require_remembered_poison(self, pool: Pool) -> None:
+        """A failed sync is for good: a device that was recorded as poisoned stays so, and the pool read-only."""
+        recorded = [row.path for row in self.machine.state.devices if row.poisoned]
+        self.poisoned = self.poisoned or bool(recorded)
+        status = pool.status()
+        if recorded and (status.state == "online" or not any(d.state == "poisoned" for d in status.devices)):
+            raise OracleError(f"{recorded} failed a sync, and the pool takes writes again")
+
+    # -- load ----------------------------------------------------------------------------------------------------------
+
+    def _bytes(self, length: int) -> bytes:
+        self.counter += 1
+        stamp = self.counter.to_bytes(8, "little")
+        return (stamp * (length // 8 + 1))[:length]
+
+    def _range(self, size: int) -> tuple[int, int]:
+        rng = self.rng
+        if rng.random() < 0.5:  # a hot fifth, so that segments become empty at different rates
+            size = max(BLOCK, size // 5)
+        length = rng.choice((512, 1000, BLOCK, BLOCK, 2 * BLOCK, 3 * BLOCK + 5, 8 * BLOCK, 16 * BLOCK, 40 * BLOCK))
+        offset = rng.randrange(size)
+        if rng.random() < 0.7:
+            offset &= ~(BLOCK - 1)
+        return offset, max(1, min(length, size - offset))
+
+    async def _operation(self, pool: Pool, name: str, model: Model) -> None:
+        """One operation on a volume; the model learns of it in the same breath."""
+        rng = self.rng
+        volume = pool.volume(name)
+        size = len(model.content)
+        kind = rng.choices(
+            ("now", "batch", "write", "zero", "zeroes", "no_hole", "trim", "flush", "read", "resize"),
+            (20, 15, 25, 3, 6, 3, 8, 8, 8, 1),
+        )[0]
+        if kind == "flush":
+            mark = model.mark
+            with self._refusals():
+                await volume.flush()
+                model.flushed(mark)
+            return
+        if kind == "read":
+            await self.compare(volume, model, *self._range(size))
+            return
+        op = Op(kind)
+        if kind == "resize":
+            op.size = max(BLOCK, min(2 * self.volume_bytes, size + rng.randrange(-size // 2, size // 2) // 512 * 512))
+            op.what = f"resize to {op.size}"
+        elif kind in ("now", "batch"):
+            for _ in range(1 if kind == "now" else rng.randrange(2, 6)):
+                offset, length = self._range(size)
+                op.changes.append((offset, self._bytes(length)))
+        else:
+            offset, length = self._range(size)
+            if kind in ("trim", "zeroes") and rng.random() < 0.15:
+                offset, length = rng.choice(((0, size), (0, size // 2 or 1), (offset, size - offset)))
+            data = self._bytes(length) if kind == "write" else bytes(length)
+            if kind == "trim":
+                start, end = -(-offset // BLOCK) * BLOCK, offset + length
+                end = end if end == size else end // BLOCK * BLOCK
+                op.changes = [(start, bytes(max(0, end - start)))]
+            else:
+                op.changes = [(offset, data)]
+        if op.size is None:
+            op.what = f"{kind} {[(o, len(d)) for o, d in op.changes]}"
+        model.in_flight = op
+        try:
+            if kind in ("now", "batch"):
+                if not volume.write_now(op.changes):
+                    model.in_flight = None
+                    for offset, data in op.changes:
+                        one = model.in_flight = Op(f"write of a batch {offset}+{len(data)}", [(offset, data)])
+                        await volume.write(offset, data)
+                        model.in_flight = None
+                        model.returned(one)
+                    return
+            elif kind in ("write", "zero"):
+                await volume.write(offset, data)
+            elif kind in ("zeroes", "no_hole"):
+                await volume.write_zeroes(offset, length, no_hole=kind == "no_hole")
+            elif kind == "trim":
+                await volume.trim(offset, length)
+            else:
+                mark = model.mark
+                await pool.resize_volume(name, op.size or 0)
+                model.in_flight = None
+                model.returned(op)
+                model.flushed(mark + 1)
+                return
+        except TierError:
+            if self.machine.is_off:
+                raise
+            self.full_errors += 1
+            failed = model.in_flight
+            assert failed is not None
+            model.in_flight = None
+            with self.injector.calm():
+                await self._after_failure(volume, model, failed)
+            return
+        model.in_flight = None
+        model.returned(op)
+
+    async def _after_failure(self, volume: Volume, model: Model, op: Op) -> None:
+        """An operation was refused: it may have happened in part, by blocks, and what is there now counts."""
+        if op.size is not None:
+            if volume.size_bytes == op.size and self._flush_failed(volume):
+                model.returned(op)  # it took effect, only not durably
+                return
+            if volume.size_bytes != len(model.content):
+                raise OracleError(f"a refused resize changed the size to {volume.size_bytes}")
+            found, unreadable = await read_what_can_be(volume)
+            for at in range(0, len(found), BLOCK):
+                if at // BLOCK not in unreadable and found[at : at + BLOCK] != model.content[at : at + BLOCK]:
+                    raise OracleError(f"a refused {op.what} changed the content at {at}")
+            return
+        states = [bytes(model.content)]
+        for change in op.changes:
+            state = bytearray(states[-1])
+            Op("", [change]).apply(state)
+            states.append(bytes(state))
+        seen: Changes = []
+        for offset, data in op.changes:
+            lo, hi = offset // BLOCK * BLOCK, min(-(-(offset + len(data)) // BLOCK) * BLOCK, len(states[0]))
+            for at in range(lo, hi, BLOCK):
+                into = bytearray(min(BLOCK, hi - at))
+                try:
+                    await volume.read(at, len(into), memoryview(into))
+                except TierError:
+                    if not self.faults.read_spells:
+                        raise
+                    continue
+                if all(into != state[at : at + BLOCK] for state in states):
+                    raise OracleError(f"a refused {op.what} left neither old nor new bytes at {at}")
+                seen.append((at, bytes(into)))
+        model.returned(Op(f"refused {op.what}", seen, attempted=op.changes))
+
+    @staticmethod
+    def _flush_failed(volume: Volume) -> bool:
+        return volume._engine.flusher.failure is not None
+
+    async def compare(self, volume: Volume, model: Model, offset: int, length: int) -> None:
+        """A read returns what was written last."""
+        into = bytearray(length)
+        try:
+            if self.rng.random() < 0.5 or not volume.read_now(offset, length, memoryview(into)):
+                await volume.read(offset, length, memoryview(into))
+        except TierError:
+            if self.machine.is_off or not self.faults.read_spells:
+                raise
+            self.read_errors += 1
+            return
+        if into != model.content[offset : offset + length]:
+            bad = next(i for i in range(length) if into[i] != model.content[offset + i])
+            raise OracleError(f"{volume.name}: a read at {offset + bad} returned other bytes than were written")
+
+    async def _client(self, pool: Pool, name: str, count: int) -> None:
+        for _ in range(count):
+            await self._operation(pool, name, self.models[name])
+            if self.rng.random() < 0.3:
+                await trio.sleep(self.rng.random() * 0.01)
+
+    async def _flusher(self, pool: Pool) -> None:
+        while True:
+            await trio.sleep(self.rng.random() * 0.03)
+            marks = {name: model.mark for name, model in self.models.items()}
+            models = dict(self.models)
+            with self._refusals():
+                await pool._engine.flusher.flush()
+                for name, mark in marks.items():
+                    models[name].flushed(mark)
+
+    async def _nudger(self, pool: Pool) -> None:
+        space = pool._engine.space
+        while True:
+            await trio.sleep(self.rng.random() * 0.08)
+            choice = self.rng.random()
+            if choice < 0.4:
+                space.kick_checkpoint.set()
+            elif choice < 0.8:
+                space.kick_cleaner.set()
+            else:
+                with self._refusals():
+                    await pool.checkpoint()
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """A device that refuses a write may fail what needs it; a machine that is off fails everything."""
+        try:
+            yield
+        except TierError:
+            if self.machine.is_off or not (self.faults or self.may_be_full):
+                raise
+            self.full_errors += 1
+
+    async def _creator(self, pool: Pool) -> None:
+        """Volumes come, are written to, and go."""
+        for _ in range(self.rng.randrange(3)):
+            await trio.sleep(self.rng.random() * 0.05)
+            self.counter += 1
+            name = f"x{self.counter}"
+            model = Model(self.rng.randrange(8, 400) * 512 * 8)
+            self.uncertain[name] = model
+            try:
+                volume = await pool.create_volume(name, len(model.content))
+            except TierError:
+                if self.machine.is_off:
+                    raise
+                if pool._engine.flusher.failure is None:
+                    del self.uncertain[name]
+                continue
+            del self.uncertain[name]
+            self.models[name] = model
+            assert volume.size_bytes == len(model.content)
+            await self._client(pool, name, self.rng.randrange(6))
+            if self.rng.random() < 0.7:
+                await self._delete(pool, name)
+        for name in [name for name in self.models if name.startswith("x")]:
+            if self.rng.random() < 0.4:
+                await self._delete(pool, name)
+
+    async def _delete(self, pool: Pool, name: str) -> None:
+        self.uncertain[name] = self.models[name]
+        try:
+            await pool.delete_volume(name)
+        except TierError:
+            if self.machine.is_off:
+                raise
+            if pool._engine.flusher.failure is None:
+                del self.uncertain[name]
+            elif pool._engine.volume_named(name) is None:
+                del self.models[name]  # gone, but perhaps not durably
+            else:
+                del self.uncertain[name]
+            return
+        del self.uncertain[name]
+        del self.models[name]
+
+    async def load(self, pool: Pool, count: int) -> None:
+        """Clients on every volume, flushes, checkpoints and cleaning, all at once."""
+        async with trio.open_nursery() as background:
+            background.start_soon(self._flusher, pool)
+            background.start_soon(self._nudger, pool)
+            async with trio.open_nursery() as clients:
+                for name in [name for name in self.models if not name.startswith("x")]:
+                    clients.start_soon(self._client, pool, name, count)
+                clients.start_soon(self._creator, pool)
+            background.cancel_scope.cancel()
+
+    # -- lives ---------------------------------------------------------------------------------------------------------
+
+    async def life(self, *, count: int, crash: Crash = NO_CRASH) -> None:
+        """Open, check, load, and end: cleanly, or where `crash` says (which may be in the recovery)."""
+        machine = self.machine
+        self.injector.begin_life()
+        self.injector.active = self.injector.faults.while_opening > self.rng.random()
+        machine.arm(crash)
+        failpoint = crash[2][0] if crash[2] else ""
+        durable_end = False
+        with contextlib.suppress(PowerCutError):
+            async with self._opened() as pool:
+                self.injector.active = False
+                planned = machine.disarm()
+                await self.judge(pool)
+                self.everything = True
+                online = pool.status().state == "online"
+                for i in range(self.volume_count if online else 0):
+                    if f"v{i}" not in self.models:
+                        self.models[f"v{i}"] = Model(self.volume_bytes)
+                        await pool.create_volume(f"v{i}", self.volume_bytes)
+                machine.arm(planned)
+                self.injector.active = True
+                await self.load(pool, count)
+                self.injector.active = False
+                durable_end = pool.status().state == "online"
+        self.injector.active = False
+        if machine.is_off:
+            self._crashed = True
+            self.crashed_at[failpoint] += 1
+        elif durable_end:
+            for model in self.models.values():  # a clean end makes all durable
+                model.flushed(model.mark)
+        machine.disarm()
+
+    @contextlib.asynccontextmanager
+    async def _opened(self) -> AsyncIterator[Pool]:
+        """Open the pool. If a device's fault prevents that, it must be possible once the fault has gone."""
+        tried = False
+        try:
+            async with self.machine.open() as pool:
+                tried = True
+                yield pool
+                return
+        except TierError:
+            if tried or self.machine.is_off or not self.injector.active:
+                raise
+            self.full_errors += 1
+        self.injector.active = False
+        async with self.machine.open() as pool:
+            yield pool
+
+    def after(self) -> None:
+        """Between two lives: the power comes back, or the process is started again."""
+        machine = self.machine
+        if any(medium.lost for medium in machine.media):
+            self.everything = False  # a sync failed: what it was to make durable may be gone
+        if machine.is_off and self.rng.random() < 0.7:
+            machine.power_cut()
+            self.everything = False
+        else:
+            machine.kill()
+
+
+# -- what a seed decides -----------------------------------------------------------------------------------------------
+
+LAYOUTS: tuple[tuple[Disk, ...], ...] = (
+    (Disk("fast", 64),),
+    (Disk("fast", 24), Disk("base", 48)),
+    (Disk("fast", 20), Disk("fast", 24), Disk("base", 32)),
+    (Disk("base", 64),),
+    (Disk("fast", 24, 256 << 10), Disk("base", 60)),
+)
+TIGHT_LAYOUTS: tuple[tuple[Disk, ...], ...] = (
+    (Disk("fast", 30),),
+    (Disk("fast", 14), Disk("base", 18)),
+    (Disk("base", 32),),
+)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A kind of run."""
+
+    what: str
+    faults: bool = False
+    tight: bool = False
+
+
+PROFILES = {
+    "crashes": Profile("sound devices, until the power goes or the process dies"),
+    "faults": Profile("devices that refuse writes, fail reads and syncs, and are slow", faults=True),
+    "full": Profile("devices that are too small, and fail", faults=True, tight=True),
+}
+
+
+def random_machine(seed: int, *, tight: bool = False) -> Machine:
+    """A small machine on which everything happens often."""
+    rng = random.Random(seed)
+    settings = PoolSettings(
+        checkpoint_interval_s=rng.choice((0.02, 0.2, 30.0)),
+        checkpoint_log_bytes=rng.choice((256 << 10, 1 << 20, 1 << 30)),
+        overlay_entries=rng.choice((512, 1024, 4096)),
+        unsynced_cap_bytes=rng.choice((512 << 10, 4 << 20)),
+        map_cache_bytes=rng.choice((0, 1 << 20)),
+    )
+    machine = Machine(rng.choice(TIGHT_LAYOUTS if tight else LAYOUTS), seed=seed, settings=settings)
+    machine.cold_share = rng.choice((0.0, 0.1, 0.5))
+    machine.pauses = rng.choice((0, 2, 6))
+    machine.settings = replace(settings, small_volume_leaves=rng.choice((0, settings.small_volume_leaves)))
+    return machine
+
+
+def random_faults(seed: int) -> Faults:
+    """Each kind of fault in about half of the runs."""
+    rng = random.Random(seed ^ 0xFAD)
+    return Faults(
+        refused_writes=rng.choice((0.0, 0.003, 0.01, 0.03)),
+        read_spells=rng.choice((0.0, 0.0, 0.002, 0.02)),
+        failed_sync=rng.choice((0.0, 0.0, 0.15, 0.4)),
+        slow=rng.choice((0.0, 0.0, 0.02, 0.2)),
+        while_opening=rng.choice((0.0, 0.3)),
+    )
+
+
+def random_crash(rng: random.Random, failpoint: str | None = None) -> Crash:
+    """How a life ends: cleanly, at an operation, at a step of a task, or at a failpoint (this one, if one is given)."""
+    kind = rng.choices(("none", "soon", "operation", "task", "failpoint"), (3, 2, 3, 3, 3))[0]
+    if failpoint is not None or kind == "failpoint":
+        return None, None, (failpoint or rng.choice(failpoint_names()), rng.choice((0, 0, 1, 2, 5, 20)))
+    if kind == "task":
+        return None, int(2 ** (rng.random() * 14)), None
+    if kind == "none":
+        return NO_CRASH
+    return rng.randrange(1, 60 if kind == "soon" else 1500), None, None
+
+
+def search(
+    seed: int,
+    profile: str = "crashes",
+    *,
+    lives: int = 6,
+    count: int = 40,
+    failpoint: str | None = None,
+    digest: bool = False,
+) -> Driver:
+    """One seeded run of several lives. Raises OracleError where the promise is broken.
+
+    `failpoint`: where to crash, in place of other places. `digest`: keep the hash that `Machine.fingerprint` ends.
+    """
+    kind = PROFILES[profile]
+    machine = random_machine(seed, tight=kind.tight)
+    if digest:
+        machine.digest = hashlib.sha256()
+    faults = random_faults(seed) if kind.faults else Faults()
+    sizes = (1 << 20, 3 << 19, 2 << 20) if kind.tight else (512 << 10, 1 << 20, 3 << 19)
+    driver = Driver(machine, volume_bytes=random.Random(seed + 1).choice(sizes), faults=faults)
+    driver.may_be_full = kind.tight
+
+    async def main() -> None:
+        for _ in range(lives):
+            with trio.fail_after(LIFE_S):
+                await driver.life(count=count, crash=random_crash(driver.rng, failpoint))
+            driver.after()
+            if driver.poisoned:
+                break
+        with trio.fail_after(LIFE_S):
+            async with machine.open() as pool:
+                await driver.judge(pool)
+
+    machine.run(main)
+    return driver
