@@ -59,6 +59,7 @@ CHUNK_PAGES = 256
 SLICE_ENTRIES = 4096
 DEAD_PAGES_A_CHECKPOINT = 8192
 RETRY_S = 1.0
+IDLE_S = 0.005
 MAX_FAILURES = 3
 
 
@@ -141,6 +142,7 @@ class Checkpointer:
             engine.space.kick_checkpoint = trio.Event()
             if not self.needed():
                 engine.space.changed()
+                await trio.sleep(IDLE_S)  # who waits for space asks again at once: a busy loop while the cleaner rests
                 continue
             try:
                 await self.checkpoint()
