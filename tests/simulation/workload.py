@@ -97,7 +97,8 @@ class Driver:
         """What a check may find, given what was done to the devices."""
         known = ["(?!)"]
         if self.faults.read_spells:
-            known.append("the block was lost to a device error")
+            # A page of the dead list that can't be read is given up, with what lies below it.
+            known.append("the block was lost to a device error|are counted as live|the catalog counts")
         if self.poisoned:
             known.append(" is poisoned: ")
         return "|".join(known)
@@ -196,9 +197,9 @@ class Driver:
             self.full_errors += 1
             failed = model.in_flight
             assert failed is not None
-            model.in_flight = None
-            with self.injector.calm():
+            with self.injector.calm():  # still in flight: a crash may leave any part of it
                 await self._after_failure(volume, model, failed)
+            model.in_flight = None
             return
         model.in_flight = None
         model.returned(op)
