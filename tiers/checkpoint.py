@@ -194,6 +194,10 @@ class Checkpointer:
             if retry:
                 await self._attempt()
 
+    def waiting_deletes(self) -> list[Volume]:
+        """Deleted volumes that no committed checkpoint has buried yet."""
+        return [*self._engine.graveyard, *(self._frozen.graveyard if self._frozen else [])]
+
     async def hold(self) -> None:
         """Keep checkpoints from happening until `let_go`: the roots, and what they point to, stay."""
         await self._lock.acquire()
