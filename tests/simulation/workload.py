@@ -522,3 +522,28 @@ def search(
 
     machine.run(main)
     return driver
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, as it can be named on a command line."""
+
+    seed: int
+    profile: str
+    failpoint: str | None = None
+
+    @staticmethod
+    def of(seed: int, profile: str | None = None, failpoint: str | None = None) -> Run:
+        """The run of a seed, which also chooses the profile if none is given."""
+        return Run(seed, profile or list(PROFILES)[seed % len(PROFILES)], failpoint)
+
+    def live(self, *, digest: bool = False) -> Driver:
+        """Raises where the promise is broken, or the engine breaks."""
+        return search(self.seed, self.profile, failpoint=self.failpoint, digest=digest)
+
+    def command(self, plant: str | None = None) -> str:
+        """What replays exactly this."""
+        words = ["python -m tests.simulation", f"--seed {self.seed}", f"--profile {self.profile}"]
+        words += [f"--failpoint {self.failpoint}"] if self.failpoint else []
+        words += [f"--plant {plant}"] if plant else []
+        return " ".join(words)
