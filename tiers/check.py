@@ -147,7 +147,7 @@ async def _moment(engine: "Engine", checkpointer: "Checkpointer", *, holding: bo
     await checkpointer.hold()
     held = True
     try:
-        moment = await _take_moment(engine)
+        moment = await _take_moment(engine, checkpointer.waiting_deletes())
         for segment, is_map in zip(moment.segments, moment.is_map.tolist(), strict=True):
             if is_map:
                 segment.pins += 1
@@ -165,7 +165,7 @@ async def _moment(engine: "Engine", checkpointer: "Checkpointer", *, holding: bo
             checkpointer.let_go()
 
 
-async def _take_moment(engine: "Engine") -> _Moment:
+async def _take_moment(engine: "Engine", deleted: "list[Volume]") -> _Moment:
     """Copy the tables, in slices: while checkpoints are held off roots, live counts and the dead list don't change."""
     segments = sorted(engine.segments.by_id.values(), key=lambda segment: segment.id)
     free = [(device, list(device.free)) for device in engine.devices]
@@ -182,7 +182,10 @@ async def _take_moment(engine: "Engine") -> _Moment:
         at += len(slice_)
         await trio.lowlevel.checkpoint()
     return _Moment(
-        roots=[(volume, volume.tree.root, volume.tree.mapped_blocks) for volume in engine.volumes.values()],
+        # What was deleted since the checkpoint is still counted: a read-only pool never gets to the next one.
+        roots=[
+            (volume, volume.tree.root, volume.tree.mapped_blocks) for volume in [*engine.volumes.values(), *deleted]
+        ],
         segments=segments,
         free=free,
         ids=columns[:, 0].copy(),

@@ -28,6 +28,7 @@ import numpy as np
 import trio
 
 from tiers.catalog import Change, DeadRow, DeviceRow, Position, SegmentRow, VolumeRow
+from tiers.failpoint import hit
 from tiers.layout import BLOCK_BYTES
 from tiers.maptree import (
     EMPTY_PAGE,
@@ -59,6 +60,7 @@ CHUNK_PAGES = 512
 SLICE_ENTRIES = 4096
 DEAD_PAGES_A_CHECKPOINT = 8192
 RETRY_S = 1.0
+IDLE_S = 0.005
 MAX_FAILURES = 3
 
 
@@ -147,6 +149,7 @@ class Checkpointer:
             engine.space.kick_checkpoint = trio.Event()
             if not self.needed():
                 engine.space.changed()
+                await trio.sleep(IDLE_S)  # who waits for space asks again at once: a busy loop while the cleaner rests
                 continue
             try:
                 await self.checkpoint()
@@ -224,6 +227,10 @@ class Checkpointer:
             engine.space.changed()
             return count
 
+    def waiting_deletes(self) -> list[Volume]:
+        """Deleted volumes that no committed checkpoint has buried yet."""
+        return [*self._engine.graveyard, *(self._frozen.graveyard if self._frozen else [])]
+
     async def hold(self) -> None:
         """Keep checkpoints from happening until `let_go`: the roots, and what they point to, stay."""
         await self._lock.acquire()
@@ -242,6 +249,7 @@ class Checkpointer:
                 self._failed(error)
                 raise
         frozen = self._frozen
+        hit("checkpoint.frozen")
         merge = Merge(dead=dict(self._engine.dead))
         self._taken_changes = set()
         for item in frozen.volumes:
@@ -250,10 +258,13 @@ class Checkpointer:
         committing = False
         try:
             await self._merge_volumes(frozen, merge)
+            hit("checkpoint.merged")
             for volume in frozen.graveyard:
                 await self._bury(volume, merge)
             await self._walk_dead(merge)
+            hit("checkpoint.walked")
             await self._engine.flusher.flush()
+            hit("checkpoint.flushed")
             change = self._change(frozen, merge)
             committing = True
             with trio.CancelScope(shield=True):
@@ -270,9 +281,11 @@ class Checkpointer:
                 self._failed(error)
             raise
         self._committed = self._begun
+        hit("checkpoint.committed")
         await self._apply(frozen, merge, change)
 
     def _failed(self, error: OSError) -> None:
+        hit("checkpoint.failed")
         self.failure = str(error)
         self._engine.space.checkpoint_failure = error
 
@@ -486,6 +499,7 @@ class Checkpointer:
                 address = int(matrix[row, column])
                 if address:
                     merge.dead[address] = (int(matrix[row, FANOUT + column]), level - 1, volume.id)
+                    hit("checkpoint.detached")
                 matrix[row, column] = matrix[row, FANOUT + column] = 0
 
     # -- giving space back ---------------------------------------------------------------------------------------
@@ -652,6 +666,7 @@ class Checkpointer:
                     device.write_label(device.label.next(checkpoint_seq=frozen.seq))
                 except OSError as error:
                     logger.error("%s", error)
+        hit("checkpoint.labelled")
         space.changed()
         if engine.dead:
             space.kick_checkpoint.set()

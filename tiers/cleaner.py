@@ -26,6 +26,7 @@ import trio
 
 from tiers.device import read_what_can_be_read
 from tiers.errors import TierError
+from tiers.failpoint import hit
 from tiers.layout import BAD, BLOCK_BYTES, BLOCK_SHIFT, SLOT_BITS, SLOT_MASK, check_of
 from tiers.maptree import FANOUT_BITS, LEVEL_SHIFT, ROOT_LEVEL
 from tiers.overlay import Entry
@@ -203,6 +204,7 @@ class Cleaner:
         victim.pins += 1
         try:
             data = await self._read_segment(victim)
+            hit("move.read")
             candidates: list[Candidate] = []
             async for batch in self._batches(victim, data):
                 slot = batch.slot + batch.header_slots
@@ -331,6 +333,7 @@ class Cleaner:
             self._seal(destination)
             raise
         segment.used = first + count
+        hit("move.copied")
         self._staged.append(Copies(segment, slot, header_check, segment.id << SLOT_BITS | first, blocks[:count]))
         return count
 
@@ -360,7 +363,7 @@ class Cleaner:
 
     async def _load_leaves(self, places: list[tuple[Volume, int]]) -> None:
         wanted: dict[Volume, set[int]] = {}
-        for volume, leaf in {(volume, block >> FANOUT_BITS) for volume, block in places}:
+        for volume, leaf in dict.fromkeys((volume, block >> FANOUT_BITS) for volume, block in places):
             if volume.tree.leaf_now(leaf) is None:
                 wanted.setdefault(volume, set()).add(leaf)
         for volume, missing in wanted.items():
@@ -376,6 +379,7 @@ class Cleaner:
         engine = self._engine
         if self._staged:
             await engine.flusher.flush()
+            hit("move.durable")
         try:
             while self._staged:
                 copies = self._staged[-1]
@@ -436,6 +440,7 @@ class Cleaner:
             engine, [(copies.blocks[i][0], copies.blocks[i][1], first + i, copies.blocks[i][3]) for i in effective]
         )
         engine.moved_blocks += len(effective)
+        hit("move.logged")
 
     def _log_bad(self, volume: Volume, block: int, entry: Entry, victim: Segment) -> None:
         if volume.deleted or volume.entry_now(block) != entry:
@@ -452,6 +457,7 @@ class Cleaner:
         victim.device.error_count += 1
         self._engine.append_record(Op.BAD, volume.id, block, 1)
         put_moved(self._engine, [(volume, block, BAD, 0)])
+        hit("move.bad")
 
     # -- map segments --------------------------------------------------------------------------------------------
 
@@ -489,6 +495,7 @@ class Cleaner:
                     entry = volume.tree.entry_of_page_now(level, index)
                     if entry is not None and entry[0] == first + i:
                         engine.forced.setdefault(volume_id, set()).add(key)
+                        hit("move.page_forced")
         finally:
             victim.pins -= 1
 

@@ -15,9 +15,9 @@ import fcntl
 import logging
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar, TypeVarTuple
 
 import trio
 
@@ -32,6 +32,15 @@ Buffer = bytes | bytearray | memoryview
 
 _WORKERS = 16
 _DIRECT_CHUNK = 4 << 20
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+class Offload(Protocol):
+    """Runs a function that blocks, or computes for long without the GIL: in a worker thread, or simulated."""
+
+    def __call__(self, function: Callable[[*Ts], T], *args: *Ts) -> Awaitable[T]: ...
 
 
 class Device(Protocol):
@@ -85,7 +94,7 @@ async def read_what_can_be_read(device: Device, offset: int, length: int, *, dir
 class FileDevice:
     """A device on a file or block device of this host. Open it with `open_device`."""
 
-    def __init__(self, path: str, fd: int, direct_fd: int | None, label: Label, limiter: trio.CapacityLimiter) -> None:
+    def __init__(self, path: str, fd: int, direct_fd: int | None, label: Label, offload: Offload) -> None:
         self.path = path
         self.fd = fd
         self.label = label
@@ -96,7 +105,7 @@ class FileDevice:
         self.poisoned: str | None = None
         self.error_count = 0
         self._direct_fd = direct_fd
-        self._limiter = limiter
+        self._offload = offload
         self._bounces: list[mmap.mmap] = []
 
     @property
@@ -152,7 +161,7 @@ class FileDevice:
         """
         expected = self._check_writable(buffers)
         try:
-            await trio.to_thread.run_sync(self._pwritev, offset, buffers, expected, limiter=self._limiter)
+            await self._offload(self._pwritev, offset, buffers, expected)
         finally:
             self.unsynced_bytes += expected
             self.written_bytes += expected
@@ -170,7 +179,7 @@ class FileDevice:
 
     async def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytearray]:
         """Read several (offset, length) ranges in one worker."""
-        return await trio.to_thread.run_sync(self._read_blocking, ranges, limiter=self._limiter)
+        return await self._offload(self._read_blocking, ranges)
 
     def _read_blocking(self, ranges: Sequence[tuple[int, int]]) -> list[bytearray]:
         buffers = []
@@ -196,7 +205,7 @@ class FileDevice:
 
     async def read_direct(self, offset: int, length: int) -> bytearray:
         """Read past the page cache: what the medium holds, not what the kernel remembers. Block-aligned."""
-        return await trio.to_thread.run_sync(self._read_direct_blocking, offset, length, limiter=self._limiter)
+        return await self._offload(self._read_direct_blocking, offset, length)
 
     def _read_direct_blocking(self, offset: int, length: int) -> bytearray:
         fd = self._direct_fd
@@ -219,7 +228,7 @@ class FileDevice:
     async def sync(self) -> None:
         """Make everything written before the call durable. Raises OSError; the caller must then poison the device."""
         try:
-            await trio.to_thread.run_sync(os.fdatasync, self.fd, limiter=self._limiter)
+            await self._offload(os.fdatasync, self.fd)
         except OSError as error:
             self.error_count += 1
             raise TierError(error.errno or errno.EIO, f"fdatasync of {self.path}: {error.strerror}") from error
@@ -250,7 +259,7 @@ def lock_or_refuse(fd: int, path: str) -> None:
         ) from None
 
 
-def open_device(path: Path, limiter: trio.CapacityLimiter) -> FileDevice:
+def open_device(path: Path, offload: Offload) -> FileDevice:
     """Open and lock a labelled device. Raises BadLabelError if its label can't be used, TierError for the rest."""
     flags = os.O_RDWR | os.O_CLOEXEC
     try:
@@ -274,12 +283,17 @@ def open_device(path: Path, limiter: trio.CapacityLimiter) -> FileDevice:
             direct_fd = os.open(path, flags | os.O_DIRECT)
         except OSError:
             direct_fd = None  # tmpfs before Linux 6.6, some FUSE filesystems
-        return FileDevice(str(path), fd, direct_fd, label, limiter)
+        return FileDevice(str(path), fd, direct_fd, label, offload)
     except BaseException:
         os.close(fd)
         raise
 
 
-def new_limiter() -> trio.CapacityLimiter:
-    """The bound on a pool's worker threads."""
-    return trio.CapacityLimiter(_WORKERS)
+def new_workers() -> Offload:
+    """A pool's worker threads, bounded."""
+    limiter = trio.CapacityLimiter(_WORKERS)
+
+    def offload(function: Callable[[*Ts], T], *args: *Ts) -> Awaitable[T]:
+        return trio.to_thread.run_sync(function, *args, limiter=limiter)
+
+    return offload

@@ -7,12 +7,12 @@ accounting, and offers the few operations that need several of them at once. `po
 import errno
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
 
-from tiers.catalog import Catalog
-from tiers.device import Device
+from tiers.device import Device, Offload
 from tiers.errors import TierError
+from tiers.failpoint import hit
 from tiers.flush import Flusher
+from tiers.host import CatalogStore, Preadv
 from tiers.log import Log
 from tiers.maptree import MapTree, PageCache
 from tiers.record import Kind, Op
@@ -22,12 +22,6 @@ from tiers.space import Space
 from tiers.volume import Volume
 
 logger = logging.getLogger(__name__)
-
-
-class Offload(Protocol):
-    """Runs a CPU-heavy function that releases the GIL: in a worker thread, or inline in the simulation."""
-
-    def __call__(self, function: Callable[..., Any], *args: Any) -> Awaitable[Any]: ...
 
 
 Dead = tuple[int, int, int]
@@ -42,9 +36,10 @@ class Engine:
         pool_name: str,
         pool_uuid: bytes,
         devices: list[Device],
-        catalog: Catalog,
+        catalog: CatalogStore,
         settings: PoolSettings,
         offload: Offload,
+        preadv: Preadv,
         *,
         incarnation: int,
         seq: int,
@@ -56,6 +51,7 @@ class Engine:
         self.catalog = catalog
         self.settings = settings
         self.offload = offload
+        self.preadv = preadv
         self.segments = SegmentTable(devices)
         self.log = Log(self.segments, pool_uuid, incarnation, seq, prev_check)
         self.flusher = Flusher(
@@ -134,6 +130,7 @@ class Engine:
         """Append a batch of one operation without data."""
         self.log_room()
         self.log.append([op << 56 | subject, a, b], [], [], extra)
+        hit("record.appended")
         self.appended()
 
     def appended(self) -> None:
@@ -178,10 +175,12 @@ class Engine:
             "copy what you need and replace it"
         )
         bits = frozenset(d.index for d in self.devices if d.poisoned)
+        hit("poison.found")
         try:
             await self.offload(self.catalog.mark_poisoned, device.index, str(device.poisoned))
         except TierError as error:
             logger.error("%s", error)
+        hit("poison.recorded")
         for other in self.devices:
             if not other.poisoned:
                 try:
@@ -190,6 +189,7 @@ class Engine:
                 except OSError as error:
                     logger.error("%s", error)
                     other.poisoned = f"a flush failed ({error})"
+        hit("poison.labelled")
         self.space.changed()
 
     def device_by_index(self, index: int) -> Device:

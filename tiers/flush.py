@@ -17,6 +17,7 @@ import trio
 
 from tiers.device import Device
 from tiers.errors import TierError
+from tiers.failpoint import hit
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,7 @@ class Flusher:
         self._in_flight = {device.index: device.unsynced_bytes for device in dirty}
         for device in dirty:
             device.unsynced_bytes = 0
+        hit("flush.begun")
         errors: list[tuple[Device, OSError]] = []
 
         async def sync(device: Device) -> None:
@@ -126,6 +128,7 @@ class Flusher:
             for device in dirty:
                 device.unsynced_bytes += self._in_flight[device.index]
             raise
+        hit("flush.synced")
         for device, error in errors:
             device.poisoned = f"a flush failed ({error}), so what it holds can't be trusted to be durable"
             self.failure = TierError(
@@ -139,5 +142,6 @@ class Flusher:
         self._in_flight = {}
         self.rounds += 1
         self._ended = self._begun
+        hit("flush.done")
         self._round_done.unpark_all()
         self._on_round()

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 from tiers.device import Buffer, Device
 from tiers.errors import TierError
+from tiers.failpoint import hit
 from tiers.layout import SLOT_BITS
 from tiers.record import Kind, Op, encode_batch, encode_segment_header
 from tiers.segments import Segment, SegmentTable
@@ -68,6 +69,7 @@ class Log:
         except OSError:
             self._segments.release(segment)  # nothing names it
             raise
+        hit("segment.opened")
         return segment
 
     def start(self) -> None:
@@ -94,6 +96,7 @@ class Log:
         old.last_seq = self.seq  # the chain passes through it, even if it holds nothing else
         self._segments.changed.add(old.id)
         self._head = fresh
+        hit("log.rolled")
 
     def append(
         self, ops: list[int], checks: list[int], buffers: Sequence[Buffer], extra: list[int] | None = None
@@ -140,6 +143,7 @@ class Log:
         return segment.id << SLOT_BITS | (slot + slots)
 
     def _leave_damaged_head(self) -> None:
+        hit("log.damaged")
         try:
             self.roll()
         except OSError as error:

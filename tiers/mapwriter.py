@@ -14,6 +14,7 @@ import trio
 
 from tiers.device import Buffer
 from tiers.errors import TierError
+from tiers.failpoint import hit
 from tiers.layout import BLOCK_SHIFT, SLOT_BITS
 from tiers.maptree import LEVEL_SHIFT
 from tiers.record import Kind, Op, encode_batch, header_slots_for
@@ -51,6 +52,7 @@ class MapWriter:
     def give_up(self) -> None:
         """The attempt failed: nothing will ever name the segments that it opened."""
         opened, self._opened = self._opened, []
+        hit("map.given_up")
         if self.segment in opened:
             self.seal()
         for segment in opened:
@@ -115,6 +117,7 @@ class MapWriter:
         """Task: one batch on its way. A failure is kept for whoever writes or settles next."""
         try:
             await segment.device.write_behind(segment.offset(slot), buffers)
+            hit("map.written")
         except BaseException as error:
             # With `used` before what may be garbage, so that its headers stay a chain.
             segment.used = min(segment.used, slot)

@@ -32,8 +32,6 @@ _UNSET_PAGE = array("Q", [UNSET] * LEAF_BLOCKS + [0] * LEAF_BLOCKS).tobytes()
 SMALL_RANGE_BLOCKS = 16
 RUN_BLOCKS = 16
 """A write of so many blocks within a leaf is worth a patch."""
-SMALL_VOLUME_LEAVES = 8192
-"""In a volume of up to so many leaf pages (8 GiB) even single blocks go into patches."""
 PATCH_WEIGHT = 8
 RANGE_WEIGHT = 64
 MAX_PROBES = 4096

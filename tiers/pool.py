@@ -15,7 +15,7 @@ import uuid as uuids
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import trio
 
@@ -23,9 +23,11 @@ from tiers.catalog import CATALOG_NAME, Catalog, DeviceRow, Position, State, syn
 from tiers.check import CheckReport, check_pool
 from tiers.checkpoint import Checkpointer
 from tiers.cleaner import Cleaner
-from tiers.device import Device, FileDevice, lock_or_refuse, new_limiter, open_device
+from tiers.device import Device, Offload, lock_or_refuse
 from tiers.engine import Engine
 from tiers.errors import TierError
+from tiers.failpoint import hit
+from tiers.host import REAL_HOST, CatalogStore, Host, locked
 from tiers.label import LABEL_OFFSETS, MAX_DEVICES, BadLabelError, Label, Tier, encode_label
 from tiers.layout import BLOCK_BYTES, BLOCK_MASK, BLOCK_SHIFT, LABEL_AREA_BYTES, MIN_DEVICE_BYTES, segment_bytes_for
 from tiers.names import validate_name, validate_volume_size
@@ -37,8 +39,6 @@ from tiers.settings import PoolSettings
 from tiers.volume import Volume
 
 logger = logging.getLogger(__name__)
-
-LOCK_NAME = "lock"
 
 
 @dataclass(frozen=True)
@@ -111,15 +111,13 @@ class PoolStatus:
 class Pool:
     """An open pool. Get one from `Pool.open`."""
 
-    def __init__(
-        self, engine: Engine, checkpointer: Checkpointer, cleaner: Cleaner, limiter: trio.CapacityLimiter
-    ) -> None:
+    def __init__(self, engine: Engine, checkpointer: Checkpointer, cleaner: Cleaner, host: Host) -> None:
         self.name = engine.pool_name
         self.uuid = str(uuids.UUID(bytes=engine.pool_uuid))
         self._engine = engine
         self._checkpointer = checkpointer
         self._cleaner = cleaner
-        self._limiter = limiter
+        self._host = host
         self._ddl = trio.Lock()
         self._growth = trio.Lock()  # of its own: it is what helps where a delete waits for room
         self.replayed_batches = 0
@@ -143,20 +141,20 @@ class Pool:
     @staticmethod
     @contextlib.asynccontextmanager
     async def open(
-        directory: Path, *, settings: PoolSettings | None = None, truncate_log: bool = False
+        directory: Path, *, settings: PoolSettings | None = None, truncate_log: bool = False, host: Host = REAL_HOST
     ) -> AsyncIterator["Pool"]:
         """Recover the pool and serve it while the context lasts. Raises TierError naming what stands in the way."""
         settings = settings or PoolSettings()
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_locked(directory))
-            catalog = await trio.to_thread.run_sync(Catalog, directory)
+            stack.enter_context(host.lock(directory))
+            offload = host.workers()
+            catalog = await offload(host.open_catalog, directory)
             stack.callback(catalog.close)
-            state = await trio.to_thread.run_sync(catalog.load)
-            limiter = new_limiter()
-            devices: list[Device] = list(await trio.to_thread.run_sync(_open_devices, state, limiter))
+            state = await offload(catalog.load)
+            devices = await offload(_open_devices, host, state, offload)
             stack.callback(_close_devices, devices)
-            pool = await _recover(state, devices, catalog, settings, limiter, truncate_log=truncate_log)
-            await trio.to_thread.run_sync(catalog.lay_ballast)
+            pool = await _recover(state, devices, catalog, settings, host, offload, truncate_log=truncate_log)
+            await offload(catalog.lay_ballast)
             failure: Exception | None = None
             try:
                 async with trio.open_nursery() as nursery:
@@ -188,6 +186,7 @@ class Pool:
         try:
             self._checkpointer.writer.seal()
             self._cleaner.seal_all()
+            hit("close.sealed")
             await self._checkpoint_alone()
         except OSError as error:
             logger.error("closing pool %s: %s; the next open replays its log", self.name, error)
@@ -234,10 +233,12 @@ class Pool:
             encoded = name.encode()
             words = [int.from_bytes(encoded[i : i + 8], "little") for i in range(0, len(encoded), 8)]
             volume_id = self._engine.next_volume_id
-            created_at = int(time.time())
+            created_at = int(self._host.now())
             self._engine.append_record(Op.CREATE, volume_id, size_bytes, created_at << 8 | len(encoded), words)
             volume = self._engine.add_volume(volume_id, name, size_bytes, (0, 0), created_at)
+            hit("create.logged")
             await self._engine.flusher.flush()
+            hit("create.durable")
             return volume
 
     async def resize_volume(self, name: str, size_bytes: int) -> Volume:
@@ -251,7 +252,9 @@ class Pool:
                 await self._engine.admit_release()
                 self._engine.append_record(Op.RESIZE, volume.id, size_bytes)
                 self._engine.resized(volume, size_bytes)
+            hit("resize.logged")
             await self._engine.flusher.flush()
+            hit("resize.durable")
             return volume
 
     async def _shrink(self, volume: Volume, size_bytes: int) -> None:
@@ -279,7 +282,9 @@ class Pool:
             self._engine.append_record(Op.DELETE, volume.id)
             self._engine.remove_volume(volume)
             self._engine.space.kick_checkpoint.set()
+            hit("delete.logged")
             await self._engine.flusher.flush()
+            hit("delete.durable")
 
     @staticmethod
     def _require_unused(volume: Volume, done: str) -> None:
@@ -298,7 +303,7 @@ class Pool:
         async with self._growth:
             engine.space.require_writable()
             taken = len(engine.devices)
-            added = await trio.to_thread.run_sync(
+            added = await engine.offload(
                 _label_devices,
                 engine.pool_name,
                 engine.pool_uuid,
@@ -307,10 +312,10 @@ class Pool:
                 [Path(d.path) for d in engine.devices],
                 force,
             )
-            opened: list[FileDevice] = []
+            opened: list[Device] = []
             try:
                 for row in added:
-                    device = await trio.to_thread.run_sync(open_device, Path(row.path), self._limiter)
+                    device = await engine.offload(self._host.open_device, Path(row.path), engine.offload)
                     opened.append(device)
             except BaseException:
                 for device in opened:
@@ -323,7 +328,7 @@ class Pool:
                 with trio.CancelScope(shield=True):
                     await engine.offload(engine.catalog.add_devices, added)
             except OSError:
-                _close_devices(list(opened))
+                _close_devices(opened)
                 _wipe_labels([Path(row.path) for row in added])
                 raise
             engine.devices.extend(opened)
@@ -407,32 +412,19 @@ def _device_status(device: Device, live: int) -> DeviceStatus:
 # -- opening -------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _locked(directory: Path) -> Any:
-    """Hold the pool's lock."""
-    if not (directory / CATALOG_NAME).exists():
-        raise TierError(errno.ENOENT, f"there is no pool in {directory}: create one with `terrace pool create`")
-    fd = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        lock_or_refuse(fd, f"the pool in {directory}")
-        yield
-    finally:
-        os.close(fd)
-
-
 def _close_devices(devices: list[Device]) -> None:
     """Close what the pool has by now: it may have grown."""
     for device in devices:
         device.close()
 
 
-def _open_devices(state: State, limiter: trio.CapacityLimiter) -> list[FileDevice]:
+def _open_devices(host: Host, state: State, offload: Offload) -> list[Device]:
     """Open every device of the catalog, or none."""
-    opened: list[FileDevice] = []
+    opened: list[Device] = []
     try:
         for row in state.devices:
             try:
-                device = open_device(Path(row.path), limiter)
+                device = host.open_device(Path(row.path), offload)
             except BadLabelError as error:
                 raise TierError(
                     errno.EIO, f"{row.path} can't be opened as device {row.index} of pool {state.pool_name}: {error}"
@@ -477,15 +469,13 @@ def _judge_label(label: Label, row: DeviceRow, state: State) -> None:
 async def _recover(
     state: State,
     devices: list[Device],
-    catalog: Catalog,
+    catalog: CatalogStore,
     settings: PoolSettings,
-    limiter: trio.CapacityLimiter,
+    host: Host,
+    offload: Offload,
     *,
     truncate_log: bool,
 ) -> Pool:
-    async def offload(function: Callable[..., Any], *args: Any) -> Any:
-        return await trio.to_thread.run_sync(function, *args, limiter=limiter)
-
     position = state.position
     engine = Engine(
         state.pool_name,
@@ -494,6 +484,7 @@ async def _recover(
         catalog,
         settings,
         offload,
+        host.preadv,
         incarnation=position.incarnation + 1,
         seq=position.checkpoint_seq,
         prev_check=0,
@@ -501,8 +492,9 @@ async def _recover(
     checkpointer = Checkpointer(engine)
     engine.checkpoint = checkpointer.checkpoint
     engine.reuse = checkpointer.reuse
-    pool = Pool(engine, checkpointer, Cleaner(engine), limiter)
+    pool = Pool(engine, checkpointer, Cleaner(engine), host)
     restore(engine, state)
+    hit("recovery.restored")
     for device in devices:
         if not device.poisoned:
             try:
@@ -510,6 +502,7 @@ async def _recover(
             except OSError as error:
                 device.poisoned = f"it failed a flush when the pool was opened ({error})"
                 await engine.poisoned(device)
+    hit("recovery.synced")
     poisoned = [device for device in devices if device.poisoned]
     begun = time.monotonic()
     result = await replay(engine, state, truncate_log=truncate_log)
@@ -518,6 +511,7 @@ async def _recover(
     for problem in result.problems:
         logger.warning("%s", problem)
     engine.segments.rebuild_free()
+    hit("recovery.replayed")
     # Ids that were given out after the checkpoint and are not in the log must not be used again either.
     engine.segments.next_id += sum(device.segment_count for device in devices) + 1
     if poisoned:
@@ -529,7 +523,9 @@ async def _recover(
     engine.log.checkpoint_seq = position.checkpoint_seq
     try:
         engine.log.start()
+        hit("recovery.started")
         await pool._checkpoint_alone()
+        hit("recovery.checkpointed")
     except OSError as error:
         engine.space.read_only = (
             f"the pool {state.pool_name} takes no writes, since the checkpoint after its recovery failed: {error}; "
@@ -671,7 +667,7 @@ def _wipe_labels(paths: Sequence[Path]) -> None:
 
 
 def _destroy_blocking(directory: Path) -> None:
-    with _locked(directory):
+    with locked(directory):
         paths: list[Path] = []
         try:
             catalog = Catalog(directory)

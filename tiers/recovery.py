@@ -25,6 +25,7 @@ from tiers.catalog import State
 from tiers.cleaner import put_moved
 from tiers.device import Device, read_what_can_be_read
 from tiers.errors import TierError
+from tiers.failpoint import hit
 from tiers.layout import BAD, BLOCK_BYTES, BLOCK_SHIFT, SLOT_BITS
 from tiers.record import (
     ID_MASK,
@@ -141,6 +142,7 @@ async def replay(engine: "Engine", state: State, *, truncate_log: bool = False) 
     chain = await reader.follow(
         position.log_segment, position.log_slot, position.checkpoint_seq, position.log_prev_check
     )
+    hit("recovery.followed")
     durable = max((found.batch.durable_seq for found in chain), default=0)
     result.dropped = reader.end_reason
     end_seq = chain[-1].batch.seq if chain else position.checkpoint_seq
@@ -162,6 +164,7 @@ async def replay(engine: "Engine", state: State, *, truncate_log: bool = False) 
             result.dropped = f"batch {batch.seq} was torn"
             break
         await _apply(engine, found, result)
+        hit("recovery.applied")
         result.batches += 1
         result.blocks += len(batch.checks)
         result.last_seq = batch.seq
@@ -432,6 +435,7 @@ async def _apply_move(
     if batch.check != header_check or len(batch.checks) != count:
         raise BadRecordError("the copies are not the ones that were logged")
     segment = engine.segments.adopt_from_log(segment_id, device, index, Kind.MOVED)
+    hit("recovery.moved")
     segment.used = max(segment.used, slot + batch.slots)
     segment.last_seq = max(segment.last_seq, seq)
     first = segment_id << SLOT_BITS | slot + batch.header_slots

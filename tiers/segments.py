@@ -13,6 +13,7 @@ points (`reuse`). A segment that such a place is given to then replaces the vict
 from collections.abc import Iterable
 
 from tiers.device import Device
+from tiers.failpoint import hit
 from tiers.layout import BLOCK_BYTES
 from tiers.record import Kind
 
@@ -125,6 +126,7 @@ class SegmentTable:
         if kind is Kind.MAP:
             self.map_slots += segment.slots
         self.changed.add(segment.id)
+        hit("segment.taken")
         return segment
 
     def adopt(self, segment_id: int, device: Device, index: int, kind: Kind) -> Segment:
@@ -163,6 +165,7 @@ class SegmentTable:
         if segment.kind is Kind.MAP:
             self.map_slots -= segment.slots
         self.changed.discard(segment.id)
+        hit("segment.freed")
 
     def reuse(self, segment: Segment) -> None:
         """Give the place of an emptied segment back although the checkpoint's map names it. See the module."""

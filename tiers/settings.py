@@ -17,3 +17,5 @@ class PoolSettings:
     """What a power cut could take from a device at most; writers wait at it."""
     map_cache_bytes: int = 64 << 20
     """Clean map pages in memory, over all volumes."""
+    small_volume_leaves: int = 8192
+    """In a volume of up to so many map pages of 1 MiB each (8 GiB) even single blocks are kept by page in memory."""

@@ -12,10 +12,10 @@ map still has the entry that was read.
 """
 
 import errno
-import os
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import groupby
+from os import RWF_NOWAIT
 from typing import TYPE_CHECKING
 
 import trio
@@ -35,7 +35,7 @@ from tiers.layout import (
 )
 from tiers.log import MAX_BATCH_BLOCKS
 from tiers.maptree import FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL, MapTree
-from tiers.overlay import LEAF_BITS, SMALL_VOLUME_LEAVES, Entry, Overlay
+from tiers.overlay import LEAF_BITS, Entry, Overlay
 from tiers.record import OP_WORDS, UNMAP_WORD, WRITE_WORD, Op, header_slots_for
 
 if TYPE_CHECKING:
@@ -80,20 +80,22 @@ class Volume:
         self.size_bytes = size_bytes
         self.tree = tree
         self.created_at = created_at
+        self._engine = engine
+        self._preadv = engine.preadv
         self.active = self.new_overlay()
         self.frozen: Overlay | None = None
         self.open_count = 0
         self.deleted = False
         self._merge_lock = trio.Lock()
         self._merging = False
-        self._engine = engine
         self._segments = engine.segments.by_id
         self._write_word = WRITE_WORD | volume_id
         self._unmap_word = UNMAP_WORD | volume_id
 
     def new_overlay(self) -> Overlay:
         """An empty overlay of the kind that suits the volume's size."""
-        return Overlay(small=self.size_bytes >> BLOCK_SHIFT <= SMALL_VOLUME_LEAVES << LEAF_BITS)
+        small_leaves = self._engine.settings.small_volume_leaves
+        return Overlay(small=self.size_bytes >> BLOCK_SHIFT <= small_leaves << LEAF_BITS)
 
     # -- the map, layer by layer ---------------------------------------------------------------------------------
 
@@ -168,7 +170,7 @@ class Volume:
             return True
         try:
             segment = self._segments[address >> 24]
-            count = os.preadv(segment.fd, [into], segment.base + ((address & SLOT_MASK) << BLOCK_SHIFT), os.RWF_NOWAIT)
+            count = self._preadv(segment.fd, [into], segment.base + ((address & SLOT_MASK) << BLOCK_SHIFT), RWF_NOWAIT)
         except (OSError, KeyError):
             return False
         # A mismatch is not judged here: `read` looks again, on the device.

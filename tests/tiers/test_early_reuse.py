@@ -11,8 +11,8 @@ from unittest import mock
 
 import pytest
 
-from tests.tiers.faults import Disk, Machine
-from tests.tiers.oracle import BLOCK, Driver, Model, Op
+from tests.simulation.machine import Disk, Machine
+from tests.simulation.oracle import BLOCK, Driver, Model, Op
 from tiers.device import Device
 from tiers.record import Kind
 from tiers.segments import Segment, SegmentTable

@@ -7,8 +7,8 @@ import errno
 import pytest
 import trio
 
-from tests.tiers.faults import Disk, Machine
-from tests.tiers.oracle import BLOCK, read_all, require_sound
+from tests.simulation.machine import Disk, Machine
+from tests.simulation.oracle import BLOCK, read_all, require_sound
 from tests.tiers.test_rules_log import block, crash
 from tests.tiers.test_rules_space import idle
 from tiers import PoolSettings, Volume

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.tiers.faults import Disk, Machine, Medium
-from tests.tiers.oracle import BLOCK, read_all, require_sound
+from tests.simulation.machine import Disk, Machine
+from tests.simulation.medium import Medium
+from tests.simulation.oracle import BLOCK, read_all, require_sound
 from tiers import Pool, PoolSettings, TierError, Volume
 from tiers.layout import LABEL_AREA_BYTES
 from tiers.record import Batch, Kind, Op, decode_batch, decode_segment_header, peek_header_slots

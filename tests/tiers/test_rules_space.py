@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import trio
 
-from tests.tiers.faults import SEGMENT_BYTES, Disk, Machine, PowerCutError
-from tests.tiers.oracle import BLOCK, Model, Op, read_all, require_sound
+from tests.simulation.machine import SEGMENT_BYTES, Disk, Machine, PowerCutError
+from tests.simulation.oracle import BLOCK, Model, Op, read_all, require_sound
 from tests.tiers.test_rules_log import QUIET, block, crash, get, machine_of, opened, put
 from tiers import Pool, PoolSettings, TierError, Volume
 from tiers.record import Kind
@@ -618,10 +618,8 @@ def test_a_crash_while_the_dead_list_is_walked_gives_every_block_back_once(monke
 @pytest.mark.parametrize("small_leaves", [0, 8192], ids=["points", "patches"])
 def test_the_overlay_stays_within_its_bound_while_writers_wait(small_leaves: int) -> None:
     bound = 512
-    machine = Machine(
-        (Disk("fast", 200),), seed=5, settings=PoolSettings(overlay_entries=bound, checkpoint_interval_s=1e6)
-    )
-    machine.small_volume_leaves = small_leaves
+    settings = PoolSettings(overlay_entries=bound, checkpoint_interval_s=1e6, small_volume_leaves=small_leaves)
+    machine = Machine((Disk("fast", 200),), seed=5, settings=settings)
 
     async def main() -> None:
         async with machine.open() as pool:

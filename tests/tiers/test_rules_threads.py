@@ -10,11 +10,12 @@ import pytest
 import trio
 import trio.testing
 
-from tests.tiers.faults import Disk, Machine
-from tests.tiers.oracle import BLOCK, read_all
+from tests.simulation.machine import Disk, Machine
+from tests.simulation.oracle import BLOCK, read_all
 from tests.tiers.test_rules_log import block, get, machine_of, opened, put
 from tiers import DeviceSpec, Pool, PoolSettings
 from tiers.device import FileDevice
+from tiers.host import RealHost
 
 # -- rule 11 -----------------------------------------------------------------------------------------------------------
 
@@ -190,7 +191,7 @@ def test_a_device_without_nowait_reads_is_read_in_workers(tmp_path: Path, monkey
 
     async def main() -> None:
         await Pool.create(tmp_path / "p", "p", [DeviceSpec(tmp_path / "d", "fast", 64 << 20)])
-        async with Pool.open(tmp_path / "p") as pool:
+        async with Pool.open(tmp_path / "p", host=RealHost()) as pool:
             volume = await pool.create_volume("v", 1 << 20)
             put(volume, 0, block(1) * 4)
             into = memoryview(bytearray(4 * BLOCK))

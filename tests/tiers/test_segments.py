@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.tiers.helpers import block, fresh_pool, make_pool, read, run, settle
 from tiers import Pool
-from tiers.device import FileDevice, new_limiter
+from tiers.device import FileDevice, new_workers
 from tiers.label import Label
 from tiers.layout import BLOCK_BYTES, MAX_SEGMENT_BYTES, MIB, MIN_SEGMENT_BYTES, segment_bytes_for
 from tiers.record import Kind
@@ -17,7 +17,7 @@ from tiers.segments import Segment, SegmentTable
 def device(index: int, mib: int) -> FileDevice:
     """A device of which only the numbers are used."""
     label = Label("fast", index, bytes(16), bytes(16), mib * MIB, MIB, 1, 0, frozenset(), "p")
-    return FileDevice(f"d{index}", -1, None, label, new_limiter())
+    return FileDevice(f"d{index}", -1, None, label, new_workers())
 
 
 @given(st.integers(32 * MIB, 1 << 50))

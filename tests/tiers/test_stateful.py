@@ -3,88 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import pytest
 import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.tiers.faults import Disk, Machine, PowerCutError
-from tests.tiers.oracle import BLOCK, Model, Op, OracleError, read_all, require_sound, search
+from tests.simulation.machine import Disk, Machine, PowerCutError
+from tests.simulation.oracle import BLOCK, Model, Op, OracleError, read_all, require_sound
+from tests.simulation.plants import PLANTS
+from tests.simulation.workload import search
 from tiers import Pool, PoolSettings, TierError
-from tiers.flush import Flusher
-from tiers.recovery import _LogReader
 
-SEEDS = range(16)
-MUTANT_SEEDS = 40
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_after_any_crash_volumes_hold_a_prefix_and_the_pool_is_sound(seed: int) -> None:
-    search(seed)
-
-
-@pytest.mark.parametrize("seed", range(100, 104))
-def test_devices_that_refuse_writes_now_and_then_break_no_promise(seed: int) -> None:
-    assert search(seed, write_faults=0.01).full_errors
-
-
-def test_the_same_seed_gives_the_same_run() -> None:
-    def digest() -> tuple[Any, ...]:
-        driver = search(11)
-        machine = driver.machine
-        return machine.steps, machine.commits, [bytes(m.content) for m in driver.models.values()]
-
-    assert digest() == digest()
+PLANT_SEEDS = 40
 
 
 # -- the oracle can say no ---------------------------------------------------------------------------------------------
 
 
-def _skipping_flush_in(caller: str) -> Any:
-    """A flusher that does nothing when this function of the engine asks."""
-    honest = Flusher.flush
-
-    async def flush(self: Flusher) -> None:
-        if sys._getframe(1).f_code.co_name != caller:
-            await honest(self)
-
-    return mock.patch.object(Flusher, "flush", flush)
-
-
-async def _always_intact(self: object, found: object) -> bool:
-    return True
-
-
-@contextlib.contextmanager
-def _lying_disks() -> Iterator[None]:
-    honest = Machine.__init__
-
-    def init(self: Machine, *args: Any, **kwargs: Any) -> None:
-        honest(self, *args, **kwargs)
-        for medium in self.media:
-            medium.lying_syncs = True
-
-    with mock.patch.object(Machine, "__init__", init):
-        yield
-
-
-MUTANTS: dict[str, Callable[[], Any]] = {
-    "a disk whose sync does nothing": _lying_disks,
-    "a checkpoint that commits before the data is durable": lambda: _skipping_flush_in("_attempt"),
-    "a volume flush that returns at once": lambda: _skipping_flush_in("flush"),
-    "a replay that takes torn batches": lambda: mock.patch.object(_LogReader, "is_on_medium", _always_intact),
-}
-
-
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", PLANTS)
 def test_the_search_finds(name: str) -> None:
-    with MUTANTS[name](), pytest.raises((OracleError, TierError, AssertionError)):
-        for seed in range(MUTANT_SEEDS):
+    with PLANTS[name](), pytest.raises((OracleError, TierError, AssertionError)):
+        for seed in range(PLANT_SEEDS):
             search(seed)
 
 
@@ -218,11 +159,11 @@ def test_any_program_with_crashes_reads_as_a_bytearray_would(
     machine = Machine(
         (Disk("fast", 20, 64 << 10), Disk("base", 40, 64 << 10)),
         seed=seed,
-        settings=PoolSettings(overlay_entries=1024, unsynced_cap_bytes=1 << 20),
+        settings=PoolSettings(
+            overlay_entries=1024, unsynced_cap_bytes=1 << 20, small_volume_leaves=0 if points else 8192
+        ),
     )
     machine.cold_share = 0.5 if cold else 0.0
-    if points:
-        machine.small_volume_leaves = 0
     program = Program(machine)
     machine.run(lambda: program.run(steps))
 

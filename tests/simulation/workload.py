@@ -1,157 +1,53 @@
-"""What a volume may hold after a crash, and a seeded driver that makes crashes and asks.
+"""What a seed decides, and the driver that lives it: clients, flushes, crashes, and after each the oracle.
 
-The oracle is the promise: after a power cut a volume holds a prefix of its operations in the order in which they took
-effect, with everything that had returned before the last completed flush began; after a kill it holds all that had
-returned. The operation at which the prefix ends may be there in part, in whole blocks (it was not flushed, or had not
-returned). A resize is there or not.
+`search(seed)` is one run: a small machine and the faults that its devices have are drawn from the seed, then it goes
+through several lives. A life opens the pool, judges what is there, puts load on it, and ends cleanly or by a crash:
+at an operation of a device, at any step of any task, or at a failpoint, in the recovery just as well as under load.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
+import hashlib
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, replace
 
 import trio
 
-from tests.tiers.faults import Disk, Machine, PowerCutError
+from tests.simulation.failpoints import failpoint_names
+from tests.simulation.faults import Faults, Injector
+from tests.simulation.machine import Disk, Machine, PowerCutError
+from tests.simulation.oracle import (
+    BLOCK,
+    Changes,
+    Model,
+    Op,
+    OracleError,
+    read_what_can_be,
+    require_sound,
+)
 from tiers import Pool, PoolSettings, TierError, Volume
 
-BLOCK = 4096
-Changes = list[tuple[int, bytes]]
+LIFE_S = 3600.0
+"""A life that takes longer, by its own clock, hangs."""
 
-
-class OracleError(AssertionError):
-    """The promise is broken."""
-
-
-@dataclass
-class Op:
-    """One operation: bytes that it changes, or a new size."""
-
-    what: str
-    changes: Changes = field(default_factory=list)
-    size: int | None = None
-
-    def apply(self, content: bytearray) -> None:
-        if self.size is not None:
-            if self.size < len(content):
-                del content[self.size :]
-            else:
-                content.extend(bytes(self.size - len(content)))
-        for offset, data in self.changes:
-            content[offset : offset + len(data)] = data
-
-
-class Model:
-    """A volume as its user knows it: the content, and the operations that a crash may still take back."""
-
-    def __init__(self, size: int) -> None:
-        self.content = bytearray(size)
-        self.floor = bytearray(size)
-        self.first = 0
-        self.ops: list[Op] = []
-        self.in_flight: Op | None = None
-
-    @property
-    def mark(self) -> int:
-        """How many operations have returned, ever."""
-        return self.first + len(self.ops)
-
-    def returned(self, op: Op) -> None:
-        """An operation was acknowledged."""
-        op.apply(self.content)
-        self.ops.append(op)
-
-    def flushed(self, mark: int) -> None:
-        """A flush that began at `mark` has returned."""
-        while self.first < mark:
-            self.ops.pop(0).apply(self.floor)
-            self.first += 1
-
-    def judge(self, found: bytes, *, everything: bool) -> None:
-        """`found` is what a crash has left. Raises OracleError unless it may be; then it is the new state."""
-        state = bytearray(self.floor)
-        ops = [*self.ops, *([self.in_flight] if self.in_flight else [])]
-        least = len(self.ops) if everything else 0
-        for k in range(len(ops) + 1):
-            if k >= least and (
-                state == found or (k < len(ops) and ops[k].size is None and self._in_part(state, ops[k], found))
-            ):
-                self.adopt(found)
-                return
-            if k < len(ops):
-                ops[k].apply(state)
-        raise OracleError(self._explain(found, ops, least))
-
-    @staticmethod
-    def _in_part(state: bytearray, op: Op, found: bytes) -> bool:
-        """Whether `found` is `state` and some of `op`: the first of its changes, and of the next some blocks."""
-        if len(found) != len(state):
-            return False
-        before = bytearray(state)
-        for offset, data in op.changes:
-            after = bytearray(before)
-            after[offset : offset + len(data)] = data
-            mixed = bytearray(before)
-            for at in range(offset // BLOCK * BLOCK, offset + len(data), BLOCK):
-                if found[at : at + BLOCK] == after[at : at + BLOCK]:
-                    mixed[at : at + BLOCK] = after[at : at + BLOCK]
-            if mixed == found:
-                return True
-            before = after
-        return False
-
-    def _explain(self, found: bytes, ops: Sequence[Op], least: int) -> str:
-        state = bytearray(self.floor)
-        best: tuple[int, int, list[int]] | None = None
-        for k in range(len(ops) + 1):
-            if k >= least:
-                size = max(len(state), len(found))
-                bad = [b for b in range(0, size, BLOCK) if state[b : b + BLOCK] != found[b : b + BLOCK]]
-                if best is None or len(bad) < len(best[2]):
-                    best = (k, len(state), bad)
-            if k < len(ops):
-                ops[k].apply(state)
-        assert best is not None
-        k, size, bad = best
-        around = [f"{i}: {ops[i].what}" for i in range(max(0, k - 2), min(len(ops), k + 3))]
-        return (
-            f"no prefix of {len(ops)} operations (at least {least}) gives what is there ({len(found)} bytes); nearest "
-            f"is {k} with {size} bytes and {len(bad)} wrong blocks {[b // BLOCK for b in bad[:8]]}; around: {around}"
-        )
-
-    def adopt(self, found: bytes) -> None:
-        """This is the state now, durably."""
-        self.content = bytearray(found)
-        self.floor = bytearray(found)
-        self.ops.clear()
-        self.first = 0
-        self.in_flight = None
-
-
-async def read_all(volume: Volume) -> bytes:
-    """The whole volume, through the slow path."""
-    into = bytearray(volume.size_bytes)
-    await volume.read(0, len(into), memoryview(into))
-    return bytes(into)
-
-
-async def require_sound(pool: Pool) -> None:
-    """`pool check --full` finds nothing."""
-    report = await pool.check(full=True)
-    if not report.ok:
-        raise OracleError(f"pool check: {report.problems[:5]}")
+Crash = tuple[int | None, int | None, tuple[str, int] | None]
+"""What `Machine.arm` takes."""
+NO_CRASH: Crash = (None, None, None)
 
 
 class Driver:
     """A machine, the volumes on it, and a model of each. `life` is one open, some load, and an end."""
 
-    def __init__(self, machine: Machine, *, volumes: int = 2, volume_bytes: int = 1 << 20) -> None:
+    def __init__(
+        self, machine: Machine, *, volumes: int = 2, volume_bytes: int = 1 << 20, faults: Faults | None = None
+    ) -> None:
         self.machine = machine
         self.rng = random.Random(machine.seed ^ 0x5EED)
+        self.faults = faults or Faults()
+        self.injector = Injector(machine, self.faults, random.Random(machine.seed ^ 0xFA17))
         self.models: dict[str, Model] = {}
         self.uncertain: dict[str, Model | None] = {}
         """Volumes whose creation or deletion was in flight: the model to use if they exist."""
@@ -160,8 +56,15 @@ class Driver:
         self.everything = True
         self.counter = 0
         self.full_errors = 0
-        self.write_faults = 0.0
-        """The share of the devices' writes that fail."""
+        """Operations that were refused."""
+        self.read_errors = 0
+        self.cycles = 0
+        """Crashes that were recovered from."""
+        self.crashed_at: Counter[str] = Counter()
+        """How often the machine went down at which failpoint."""
+        self.poisoned = False
+        self.may_be_full = False
+        self._crashed = False
 
     # -- checking ------------------------------------------------------------------------------------------------------
 
@@ -176,13 +79,37 @@ class Driver:
         self.uncertain.clear()
         if names != set(self.models):
             raise OracleError(f"volumes {sorted(names)}, expected {sorted(self.models)}")
+        self._require_remembered_poison(pool)
         for name, model in self.models.items():
-            found = await read_all(pool.volume(name))
+            found, unreadable = await read_what_can_be(pool.volume(name))
+            if unreadable and not self.faults.read_spells:
+                raise OracleError(f"{name}: blocks {sorted(unreadable)[:8]} can't be read, and no read ever failed")
             try:
-                model.judge(found, everything=self.everything)
+                model.judge(found, everything=self.everything, unreadable=unreadable)
             except OracleError as error:
                 raise OracleError(f"{name}: {error}") from None
-        await require_sound(pool)
+        await require_sound(pool, known=self._known_problems())
+        if self._crashed:
+            self.cycles += 1
+            self._crashed = False
+
+    def _known_problems(self) -> str:
+        """What a check may find, given what was done to the devices."""
+        known = ["(?!)"]
+        if self.faults.read_spells:
+            # A page of the dead list that can't be read is given up, with what lies below it.
+            known.append("the block was lost to a device error|are counted as live|the catalog counts")
+        if self.poisoned:
+            known.append(" is poisoned: ")
+        return "|".join(known)
+
+    def _require_remembered_poison(self, pool: Pool) -> None:
+        """A failed sync is for good: a device that was recorded as poisoned stays so, and the pool read-only."""
+        recorded = [row.path for row in self.machine.state.devices if row.poisoned]
+        self.poisoned = self.poisoned or bool(recorded)
+        status = pool.status()
+        if recorded and (status.state == "online" or not any(d.state == "poisoned" for d in status.devices)):
+            raise OracleError(f"{recorded} failed a sync, and the pool takes writes again")
 
     # -- load ----------------------------------------------------------------------------------------------------------
 
@@ -212,8 +139,9 @@ class Driver:
         )[0]
         if kind == "flush":
             mark = model.mark
-            await volume.flush()
-            model.flushed(mark)
+            with self._refusals():
+                await volume.flush()
+                model.flushed(mark)
             return
         if kind == "read":
             await self.compare(volume, model, *self._range(size))
@@ -269,8 +197,9 @@ class Driver:
             self.full_errors += 1
             failed = model.in_flight
             assert failed is not None
+            with self.injector.calm():  # still in flight: a crash may leave any part of it
+                await self._after_failure(volume, model, failed)
             model.in_flight = None
-            await self._after_failure(volume, model, failed)
             return
         model.in_flight = None
         model.returned(op)
@@ -278,10 +207,15 @@ class Driver:
     async def _after_failure(self, volume: Volume, model: Model, op: Op) -> None:
         """An operation was refused: it may have happened in part, by blocks, and what is there now counts."""
         if op.size is not None:
+            if volume.size_bytes == op.size and self._flush_failed(volume):
+                model.returned(op)  # it took effect, only not durably
+                return
             if volume.size_bytes != len(model.content):
                 raise OracleError(f"a refused resize changed the size to {volume.size_bytes}")
-            if await read_all(volume) != bytes(model.content):
-                raise OracleError(f"a refused {op.what} changed the content")
+            found, unreadable = await read_what_can_be(volume)
+            for at in range(0, len(found), BLOCK):
+                if at // BLOCK not in unreadable and found[at : at + BLOCK] != model.content[at : at + BLOCK]:
+                    raise OracleError(f"a refused {op.what} changed the content at {at}")
             return
         states = [bytes(model.content)]
         for change in op.changes:
@@ -291,19 +225,34 @@ class Driver:
         seen: Changes = []
         for offset, data in op.changes:
             lo, hi = offset // BLOCK * BLOCK, min(-(-(offset + len(data)) // BLOCK) * BLOCK, len(states[0]))
-            into = bytearray(hi - lo)
-            await volume.read(lo, hi - lo, memoryview(into))
             for at in range(lo, hi, BLOCK):
-                if all(into[at - lo : at - lo + BLOCK] != state[at : at + BLOCK] for state in states):
+                into = bytearray(min(BLOCK, hi - at))
+                try:
+                    await volume.read(at, len(into), memoryview(into))
+                except TierError:
+                    if not self.faults.read_spells:
+                        raise
+                    continue
+                if all(into != state[at : at + BLOCK] for state in states):
                     raise OracleError(f"a refused {op.what} left neither old nor new bytes at {at}")
-            seen.append((lo, bytes(into)))
-        model.returned(Op(f"refused {op.what}", seen))
+                seen.append((at, bytes(into)))
+        model.returned(Op(f"refused {op.what}", seen, attempted=op.changes))
+
+    @staticmethod
+    def _flush_failed(volume: Volume) -> bool:
+        return volume._engine.flusher.failure is not None
 
     async def compare(self, volume: Volume, model: Model, offset: int, length: int) -> None:
         """A read returns what was written last."""
         into = bytearray(length)
-        if self.rng.random() < 0.5 or not volume.read_now(offset, length, memoryview(into)):
-            await volume.read(offset, length, memoryview(into))
+        try:
+            if self.rng.random() < 0.5 or not volume.read_now(offset, length, memoryview(into)):
+                await volume.read(offset, length, memoryview(into))
+        except TierError:
+            if self.machine.is_off or not self.faults.read_spells:
+                raise
+            self.read_errors += 1
+            return
         if into != model.content[offset : offset + length]:
             bad = next(i for i in range(length) if into[i] != model.content[offset + i])
             raise OracleError(f"{volume.name}: a read at {offset + bad} returned other bytes than were written")
@@ -319,9 +268,10 @@ class Driver:
             await trio.sleep(self.rng.random() * 0.03)
             marks = {name: model.mark for name, model in self.models.items()}
             models = dict(self.models)
-            await pool._engine.flusher.flush()
-            for name, mark in marks.items():
-                models[name].flushed(mark)
+            with self._refusals():
+                await pool._engine.flusher.flush()
+                for name, mark in marks.items():
+                    models[name].flushed(mark)
 
     async def _nudger(self, pool: Pool) -> None:
         space = pool._engine.space
@@ -342,19 +292,9 @@ class Driver:
         try:
             yield
         except TierError:
-            if self.machine.is_off or not self.write_faults:
+            if self.machine.is_off or not (self.faults or self.may_be_full):
                 raise
             self.full_errors += 1
-
-    def _inject(self, on: bool) -> None:
-        """Let writes fail now and then, before any byte is taken."""
-        share = self.write_faults if on else 0.0
-
-        def fail(offset: int, length: int) -> tuple[int, int] | None:
-            return (self.rng.choice((errno.EIO, errno.ENOSPC)), 0) if self.rng.random() < share else None
-
-        for medium in self.machine.media:
-            medium.on_write = fail
 
     async def _creator(self, pool: Pool) -> None:
         """Volumes come, are written to, and go."""
@@ -369,7 +309,8 @@ class Driver:
             except TierError:
                 if self.machine.is_off:
                     raise
-                del self.uncertain[name]
+                if pool._engine.flusher.failure is None:
+                    del self.uncertain[name]
                 continue
             del self.uncertain[name]
             self.models[name] = model
@@ -388,7 +329,12 @@ class Driver:
         except TierError:
             if self.machine.is_off:
                 raise
-            del self.uncertain[name]
+            if pool._engine.flusher.failure is None:
+                del self.uncertain[name]
+            elif pool._engine.volume_named(name) is None:
+                del self.models[name]  # gone, but perhaps not durably
+            else:
+                del self.uncertain[name]
             return
         del self.uncertain[name]
         del self.models[name]
@@ -406,39 +352,69 @@ class Driver:
 
     # -- lives ---------------------------------------------------------------------------------------------------------
 
-    async def life(self, *, count: int, crash_after: int | None) -> None:
-        """Open, check, load, and end: cleanly, or where the countdown says (which may be in the recovery)."""
-        self.machine.countdown = crash_after
-        self._inject(False)
+    async def life(self, *, count: int, crash: Crash = NO_CRASH) -> None:
+        """Open, check, load, and end: cleanly, or where `crash` says (which may be in the recovery)."""
+        machine = self.machine
+        self.injector.begin_life()
+        self.injector.active = self.injector.faults.while_opening > self.rng.random()
+        machine.arm(crash)
+        failpoint = crash[2][0] if crash[2] else ""
+        durable_end = False
         with contextlib.suppress(PowerCutError):
-            async with self.machine.open() as pool:
-                countdown, self.machine.countdown = self.machine.countdown, None
+            async with self._opened() as pool:
+                self.injector.active = False
+                planned = machine.disarm()
                 await self.judge(pool)
                 self.everything = True
-                for i in range(self.volume_count):
+                online = pool.status().state == "online"
+                for i in range(self.volume_count if online else 0):
                     if f"v{i}" not in self.models:
                         self.models[f"v{i}"] = Model(self.volume_bytes)
                         await pool.create_volume(f"v{i}", self.volume_bytes)
-                self.machine.countdown = countdown
-                self._inject(True)
+                machine.arm(planned)
+                self.injector.active = True
                 await self.load(pool, count)
-                self._inject(False)
-        if not self.machine.is_off:
+                self.injector.active = False
+                durable_end = pool.status().state == "online"
+        self.injector.active = False
+        if machine.is_off:
+            self._crashed = True
+            self.crashed_at[failpoint] += 1
+        elif durable_end:
             for model in self.models.values():  # a clean end makes all durable
                 model.flushed(model.mark)
-            self.machine.countdown = None
+        machine.disarm()
+
+    @contextlib.asynccontextmanager
+    async def _opened(self) -> AsyncIterator[Pool]:
+        """Open the pool. If a device's fault prevents that, it must be possible once the fault has gone."""
+        tried = False
+        try:
+            async with self.machine.open() as pool:
+                tried = True
+                yield pool
+                return
+        except TierError:
+            if tried or self.machine.is_off or not self.injector.active:
+                raise
+            self.full_errors += 1
+        self.injector.active = False
+        async with self.machine.open() as pool:
+            yield pool
 
     def after(self) -> None:
         """Between two lives: the power comes back, or the process is started again."""
-        if self.machine.is_off:
-            if self.rng.random() < 0.7:
-                self.machine.power_cut()
-                self.everything = False
-            else:
-                self.machine.kill()
+        machine = self.machine
+        if any(medium.lost for medium in machine.media):
+            self.everything = False  # a sync failed: what it was to make durable may be gone
+        if machine.is_off and self.rng.random() < 0.7:
+            machine.power_cut()
+            self.everything = False
         else:
-            self.machine.kill()
+            machine.kill()
 
+
+# -- what a seed decides -----------------------------------------------------------------------------------------------
 
 LAYOUTS: tuple[tuple[Disk, ...], ...] = (
     (Disk("fast", 64),),
@@ -447,9 +423,30 @@ LAYOUTS: tuple[tuple[Disk, ...], ...] = (
     (Disk("base", 64),),
     (Disk("fast", 24, 256 << 10), Disk("base", 60)),
 )
+TIGHT_LAYOUTS: tuple[tuple[Disk, ...], ...] = (
+    (Disk("fast", 30),),
+    (Disk("fast", 14), Disk("base", 18)),
+    (Disk("base", 32),),
+)
 
 
-def random_machine(seed: int) -> Machine:
+@dataclass(frozen=True)
+class Profile:
+    """A kind of run."""
+
+    what: str
+    faults: bool = False
+    tight: bool = False
+
+
+PROFILES = {
+    "crashes": Profile("sound devices, until the power goes or the process dies"),
+    "faults": Profile("devices that refuse writes, fail reads and syncs, and are slow", faults=True),
+    "full": Profile("devices that are too small, and fail", faults=True, tight=True),
+}
+
+
+def random_machine(seed: int, *, tight: bool = False) -> Machine:
     """A small machine on which everything happens often."""
     rng = random.Random(seed)
     settings = PoolSettings(
@@ -459,29 +456,94 @@ def random_machine(seed: int) -> Machine:
         unsynced_cap_bytes=rng.choice((512 << 10, 4 << 20)),
         map_cache_bytes=rng.choice((0, 1 << 20)),
     )
-    machine = Machine(rng.choice(LAYOUTS), seed=seed, settings=settings)
+    machine = Machine(rng.choice(TIGHT_LAYOUTS if tight else LAYOUTS), seed=seed, settings=settings)
     machine.cold_share = rng.choice((0.0, 0.1, 0.5))
     machine.pauses = rng.choice((0, 2, 6))
-    machine.small_volume_leaves = rng.choice((0, machine.small_volume_leaves))
+    machine.settings = replace(settings, small_volume_leaves=rng.choice((0, settings.small_volume_leaves)))
     return machine
 
 
-def search(seed: int, *, lives: int = 6, count: int = 40, write_faults: float = 0.0) -> Driver:
-    """One seeded run of several lives. Raises OracleError where the promise is broken."""
-    machine = random_machine(seed)
-    driver = Driver(machine, volume_bytes=random.Random(seed + 1).choice((512 << 10, 1 << 20, 3 << 19)))
-    driver.write_faults = write_faults
+def random_faults(seed: int) -> Faults:
+    """Each kind of fault in about half of the runs."""
+    rng = random.Random(seed ^ 0xFAD)
+    return Faults(
+        refused_writes=rng.choice((0.0, 0.003, 0.01, 0.03)),
+        read_spells=rng.choice((0.0, 0.0, 0.002, 0.02)),
+        failed_sync=rng.choice((0.0, 0.0, 0.15, 0.4)),
+        slow=rng.choice((0.0, 0.0, 0.02, 0.2)),
+        while_opening=rng.choice((0.0, 0.3)),
+    )
+
+
+def random_crash(rng: random.Random, failpoint: str | None = None) -> Crash:
+    """How a life ends: cleanly, at an operation, at a step of a task, or at a failpoint (this one, if one is given)."""
+    kind = rng.choices(("none", "soon", "operation", "task", "failpoint"), (3, 2, 3, 3, 3))[0]
+    if failpoint is not None or kind == "failpoint":
+        return None, None, (failpoint or rng.choice(failpoint_names()), rng.choice((0, 0, 1, 2, 5, 20)))
+    if kind == "task":
+        return None, int(2 ** (rng.random() * 14)), None
+    if kind == "none":
+        return NO_CRASH
+    return rng.randrange(1, 60 if kind == "soon" else 1500), None, None
+
+
+def search(
+    seed: int,
+    profile: str = "crashes",
+    *,
+    lives: int = 6,
+    count: int = 40,
+    failpoint: str | None = None,
+    digest: bool = False,
+) -> Driver:
+    """One seeded run of several lives. Raises OracleError where the promise is broken.
+
+    `failpoint`: where to crash, in place of other places. `digest`: keep the hash that `Machine.fingerprint` ends.
+    """
+    kind = PROFILES[profile]
+    machine = random_machine(seed, tight=kind.tight)
+    if digest:
+        machine.digest = hashlib.sha256()
+    faults = random_faults(seed) if kind.faults else Faults()
+    sizes = (1 << 20, 3 << 19, 2 << 20) if kind.tight else (512 << 10, 1 << 20, 3 << 19)
+    driver = Driver(machine, volume_bytes=random.Random(seed + 1).choice(sizes), faults=faults)
+    driver.may_be_full = kind.tight
 
     async def main() -> None:
         for _ in range(lives):
-            crash = driver.rng.choice((None, driver.rng.randrange(1, 60), driver.rng.randrange(1, 1500)))
-            with trio.fail_after(3600):
-                await driver.life(count=count, crash_after=crash)
+            with trio.fail_after(LIFE_S):
+                await driver.life(count=count, crash=random_crash(driver.rng, failpoint))
             driver.after()
-        driver._inject(False)
-        with trio.fail_after(3600):
+            if driver.poisoned:
+                break
+        with trio.fail_after(LIFE_S):
             async with machine.open() as pool:
                 await driver.judge(pool)
 
     machine.run(main)
     return driver
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, as it can be named on a command line."""
+
+    seed: int
+    profile: str
+    failpoint: str | None = None
+
+    @staticmethod
+    def of(seed: int, profile: str | None = None, failpoint: str | None = None) -> Run:
+        """The run of a seed, which also chooses the profile if none is given."""
+        return Run(seed, profile or list(PROFILES)[seed % len(PROFILES)], failpoint)
+
+    def live(self, *, digest: bool = False) -> Driver:
+        """Raises where the promise is broken, or the engine breaks."""
+        return search(self.seed, self.profile, failpoint=self.failpoint, digest=digest)
+
+    def command(self, plant: str | None = None) -> str:
+        """What replays exactly this."""
+        words = ["python -m tests.simulation", f"--seed {self.seed}", f"--profile {self.profile}"]
+        words += [f"--failpoint {self.failpoint}"] if self.failpoint else []
+        words += [f"--plant {plant}"] if plant else []
+        return " ".join(words)

@@ -1,46 +1,50 @@
-"""A simulated machine for the engine: devices that lie only where real ones do, an atomic catalog, no threads.
+"""A simulated machine to open a pool on: dishonest devices, an atomic catalog, a clock that jumps, no threads.
 
-What a device holds is kept in two layers. `cache` is what the kernel shows; `durable` is what a power cut can't take.
-A write changes the cache and is remembered as unsynced; `sync` makes durable what had been written before it was
-called. A power cut keeps an arbitrary (seeded) subset of the unsynced 512-byte sectors, whatever their order. A sync
-that fails forgets what was dirty, as Linux does: the cache goes on showing bytes that the medium never gets.
+`Machine` is a `tiers.host.Host`: the engine that runs on it is the real one, unpatched. What a device holds is its
+`Medium`, which outlives processes and power cuts; `SimDevice` is how one process sees it.
 
-`Machine.countdown` crashes the machine at the n-th operation on any device or the catalog, before, in the middle of or
-after it. From then on nothing can be changed, so that the engine's own clean-up code can't help.
+The machine can be made to crash at any moment: `countdown` at the n-th operation on any device or the catalog, before,
+in the middle of or after it; `task_countdown` before the n-th step of any task, that is at any await; `crash_at` at
+the n-th time that the engine comes to a named failpoint. From then on nothing can be changed, so that the engine's own
+clean-up code can't help.
 
-Everything is a function of the seed: `Machine.run` makes trio's scheduler deterministic, and its clock jumps.
+Everything is a function of the seed: `Machine.run` uses trio's own switch to make its scheduler deterministic. With
+`digest` set, every write, sync, commit, failpoint and step of a task goes into one hash, and the final media too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import itertools
-import mmap
 import os
 import random
-import types
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
 from unittest import mock
 
 import trio
 import trio.testing
 
-import tiers.pool
-import tiers.volume
+from tests.simulation.medium import SECTOR, Medium
 from tiers.catalog import CATALOG_NAME, Catalog, Change, DeviceRow, Position, State
+from tiers.device import Offload
 from tiers.errors import TierError
+from tiers.failpoint import watching
+from tiers.host import CatalogStore
 from tiers.label import LABEL_BYTES, LABEL_OFFSETS, Label, Tier, encode_label, newest_label
 from tiers.layout import LABEL_AREA_BYTES
 from tiers.pool import Pool
 from tiers.settings import PoolSettings
 
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 Buffer = bytes | bytearray | memoryview
 
-SECTOR = 512
 SEGMENT_BYTES = 128 << 10
 POOL_UUID = bytes(range(16))
 
@@ -54,95 +58,12 @@ class PowerCutError(TierError):
         super().__init__(errno.EIO, "the simulated machine is off")
 
 
-class Medium:
-    """The bytes of one device, which outlive every process and power cut."""
-
-    def __init__(self, machine: Machine, path: str, label: Label) -> None:
-        self.machine = machine
-        self.path = path
-        self.size = label.size_bytes
-        self.cache = mmap.mmap(-1, self.size)
-        self.durable = mmap.mmap(-1, self.size)
-        self.unsynced: list[tuple[int, bytes]] = []
-        self.lost: set[int] = set()
-        """Sectors that a failed sync dropped: the cache shows other bytes than the medium has."""
-        self.sync_count = 0
-        # Faults, off unless a test sets them.
-        self.failing_syncs = 0
-        self.lying_syncs = False
-        self.on_write: Callable[[int, int], tuple[int, int] | None] = lambda offset, length: None
-        """(offset, length) -> None, or (errno, bytes that are taken nevertheless); errno 0 is a short write."""
-        self.on_read: Callable[[int, int], int | None] = lambda offset, length: None
-        self.before_read: Callable[[int, int], Awaitable[None]] | None = None
-        self.before_sync: Callable[[], Awaitable[None]] | None = None
-        for offset in LABEL_OFFSETS:
-            sector = encode_label(label)
-            self.cache[offset : offset + len(sector)] = self.durable[offset : offset + len(sector)] = sector
-
-    def write(self, offset: int, data: bytes) -> None:
-        """Into the cache."""
-        assert offset >= 0 and offset + len(data) <= self.size, "a write past the end of the device"
-        self.cache[offset : offset + len(data)] = data
-        self.unsynced.append((offset, data))
-        if self.lost:
-            self.lost.difference_update(range(offset // SECTOR, -(-(offset + len(data)) // SECTOR)))
-
-    def make_durable(self, count: int) -> None:
-        """The oldest `count` unsynced writes reach the medium."""
-        for offset, data in self.unsynced[:count]:
-            self.durable[offset : offset + len(data)] = data
-        del self.unsynced[:count]
-
-    def drop_dirty(self, count: int) -> None:
-        """A sync failed: the oldest `count` writes are marked clean without having reached the medium."""
-        for offset, data in self.unsynced[:count]:
-            self.lost.update(range(offset // SECTOR, -(-(offset + len(data)) // SECTOR)))
-        del self.unsynced[:count]
-
-    def power_cut(self, rng: random.Random) -> None:
-        """Keep some of the unsynced sectors, lose the rest and the cache."""
-        touched = [(sector * SECTOR, SECTOR) for sector in self.lost]
-        keep_write = rng.choice((0.0, 0.2, 0.5, 0.8, 0.95, 1.0))
-        tear = rng.choice((0.0, 0.1, 0.5))
-        for offset, data in self.unsynced:
-            touched.append((offset, len(data)))
-            kept = rng.random() < keep_write
-            torn = rng.random() < tear
-            if not torn:
-                if kept:
-                    self.durable[offset : offset + len(data)] = data
-                continue
-            share = rng.random()
-            for at in range(0, len(data), SECTOR):
-                if rng.random() < share:
-                    self.durable[offset + at : offset + at + len(data[at : at + SECTOR])] = data[at : at + SECTOR]
-        for offset, length in touched:
-            self.cache[offset : offset + length] = self.durable[offset : offset + length]
-        self.unsynced.clear()
-        self.lost.clear()
-
-    def flip(self, offset: int, bit: int = 0) -> None:
-        """Rot: one bit, on the medium and in the cache."""
-        for layer in (self.cache, self.durable):
-            layer[offset] ^= 1 << bit
-
-    def direct(self, offset: int, length: int) -> bytearray:
-        """What a read past the page cache gives: dirty pages are written back first, lost ones can't be."""
-        result = bytearray(self.cache[offset : offset + length])
-        if self.lost:
-            for sector in range(offset // SECTOR, -(-(offset + length) // SECTOR)):
-                if sector in self.lost:
-                    at = sector * SECTOR - offset
-                    result[at : at + SECTOR] = self.durable[sector * SECTOR : sector * SECTOR + SECTOR]
-        return result
-
-
 class SimDevice:
     """`tiers.device.Device` over a medium, for as long as one process has it open."""
 
-    def __init__(self, medium: Medium) -> None:
+    def __init__(self, machine: Machine, medium: Medium) -> None:
         self.medium = medium
-        self.machine = medium.machine
+        self.machine = machine
         self.path = medium.path
         self.label = newest_label([medium.cache[o : o + LABEL_BYTES] for o in LABEL_OFFSETS])
         self.fd = -next(_fds)
@@ -182,10 +103,12 @@ class SimDevice:
         if fault is not None:
             number, taken = fault
             self.medium.write(offset, data[:taken])
+            self.machine.note("failed write", self.index, offset, data[:taken])
             self.error_count += 1
             raise TierError(number or errno.EIO, f"writing {self.path} at {offset}: {taken} bytes were taken")
         if when != "before":
             self.medium.write(offset, data)
+            self.machine.note("write", self.index, offset, data)
         if when is not None:
             self.machine.off()
 
@@ -255,6 +178,7 @@ class SimDevice:
         if medium.failing_syncs:
             medium.failing_syncs -= 1
             medium.drop_dirty(covered)
+            self.machine.note("failed sync", self.index, covered)
             self.error_count += 1
             raise TierError(errno.EIO, f"fdatasync of {self.path}: {os.strerror(errno.EIO)}")
         if medium.lying_syncs:
@@ -263,6 +187,7 @@ class SimDevice:
             covered = self.machine.rng.randrange(covered + 1)
         if when != "before":
             medium.make_durable(covered)
+            self.machine.note("sync", self.index, covered)
         if when is not None:
             self.machine.off()
         await self.machine.pause()
@@ -290,6 +215,7 @@ class MemoryCatalog:
         if when != "before":
             machine.state = _changed(machine.state, change)
             machine.commits += 1
+            machine.note("commit", change)
         if when is not None:
             machine.off()
 
@@ -298,6 +224,14 @@ class MemoryCatalog:
         state = self._machine.state
         devices = [replace(row, poisoned=why) if row.index == index else row for row in state.devices]
         self._machine.state = replace(state, devices=devices)
+
+    def add_devices(self, devices: Sequence[DeviceRow]) -> None:
+        machine = self._machine
+        when = machine.step("commit")
+        if when != "before":
+            machine.state = replace(machine.state, devices=[*machine.state.devices, *devices])
+        if when is not None:
+            machine.off()
 
     def lay_ballast(self) -> None:
         """There is no file system to run full."""
@@ -348,14 +282,21 @@ class Machine:
         self.by_fd: dict[int, SimDevice] = {}
         self.is_off = False
         self.countdown: int | None = None
-        """Operations until the crash."""
+        """Operations on devices or the catalog until the crash."""
+        self.task_countdown: int | None = None
+        """Steps of tasks until the crash."""
+        self.crash_at: tuple[str, int] | None = None
+        """The failpoint at which to crash, and how often it is to be passed before."""
+        self.hits: Counter[str] = Counter()
+        """How often each failpoint was come to."""
+        self.digest: Any = None
+        """A hash to be fed with everything that happens."""
         self.on_off: Callable[[], None] = lambda: None
         self.on_step: Callable[[str], None] = lambda kind: None
         self.steps = 0
         self.commits = 0
         self.catalog_directory: Path | None = None
         """Where to keep a real catalog in place of the simulated one."""
-        self.small_volume_leaves = tiers.volume.SMALL_VOLUME_LEAVES
         self.cold_share = 0.0
         """How often a read that could be served from the cache is not."""
         self.pauses = 2
@@ -368,7 +309,7 @@ class Machine:
                 disk.tier, index, POOL_UUID, bytes([index + 1] * 16), size, disk.segment_bytes, 1, 0, frozenset(), "sim"
             )
             path = f"/simulated/{disk.tier}{index}"
-            self.media.append(Medium(self, path, label))
+            self.media.append(Medium(path, label))
             rows.append(DeviceRow(index, label.device_uuid, path, disk.tier, size, disk.segment_bytes, None))
         self.state = State("sim", POOL_UUID, Position(0, 0, 0, 0, 0, 1, 1), rows, [], [], [])
 
@@ -386,6 +327,40 @@ class Machine:
                 return self.rng.choice(("before", "middle", "after"))
         return None
 
+    def disarm(self) -> tuple[int | None, int | None, tuple[str, int] | None]:
+        """Plan no crash; return what was planned, to be given to `arm`."""
+        planned = self.countdown, self.task_countdown, self.crash_at
+        self.countdown = self.task_countdown = self.crash_at = None
+        return planned
+
+    def arm(self, planned: tuple[int | None, int | None, tuple[str, int] | None]) -> None:
+        """Plan to crash: after so many operations, or steps of tasks, or at a failpoint."""
+        self.countdown, self.task_countdown, self.crash_at = planned
+
+    def came_to(self, name: str) -> None:
+        """The engine hit a failpoint. It isn't interrupted there, but it changes nothing any more."""
+        self.note("at", name)
+        self.hits[name] += 1
+        if self.crash_at is not None and self.crash_at[0] == name and not self.is_off:
+            if self.crash_at[1] == 0:
+                self.stop()
+            else:
+                self.crash_at = name, self.crash_at[1] - 1
+
+    def note(self, *what: object) -> None:
+        """Into the digest."""
+        if self.digest is not None:
+            for value in what:
+                self.digest.update(value if isinstance(value, bytes) else repr(value).encode())
+
+    def fingerprint(self) -> str:
+        """The digest of all that has happened, and of what is on the media."""
+        for medium in self.media:
+            self.digest.update(medium.cache)
+            self.digest.update(medium.durable)
+        self.note(self.state)
+        return str(self.digest.hexdigest())
+
     def off(self) -> None:
         """Down. Raises, so that the operation in hand never returns."""
         self.stop()
@@ -394,7 +369,7 @@ class Machine:
     def stop(self) -> None:
         """Down, from outside."""
         self.is_off = True
-        self.countdown = None
+        self.disarm()
         self.on_off()
 
     def power_cut(self) -> None:
@@ -413,6 +388,41 @@ class Machine:
         for _ in range(self.rng.randrange(self.pauses + 1)):
             await trio.lowlevel.checkpoint()
 
+    # -- being a host ------------------------------------------------------------------------------------------------
+
+    def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int, flags: int) -> int:
+        """Read what is in the cache, or what this machine takes for it."""
+        (into,) = buffers
+        if not self.by_fd[fd].read_now(offset, into):
+            raise BlockingIOError(errno.EAGAIN, "not in the cache")
+        return len(into)
+
+    def lock(self, directory: Path) -> contextlib.AbstractContextManager[None]:
+        """Nobody else is here."""
+        return contextlib.nullcontext()
+
+    def open_catalog(self, directory: Path) -> CatalogStore:
+        """The simulated catalog, or a real one where a test wants that."""
+        real = self.catalog_directory
+        if real is None:
+            return MemoryCatalog(self)
+        if not (real / CATALOG_NAME).exists():
+            state = self.state
+            Catalog.create(real, state.pool_name, state.pool_uuid, state.devices, state.position)
+        return Catalog(real)
+
+    def open_device(self, path: Path, offload: Offload) -> SimDevice:
+        """The device as a process sees it that opens it now."""
+        return SimDevice(self, next(medium for medium in self.media if medium.path == str(path)))
+
+    def workers(self) -> Offload:
+        """No threads: other tasks run before and after, as with a real worker."""
+        return _inline
+
+    def now(self) -> float:
+        """The simulated clock."""
+        return trio.current_time()
+
     # -- running -----------------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
@@ -424,7 +434,7 @@ class Machine:
             try:
                 with self._ungrouped():
                     async with Pool.open(
-                        Path("/simulated"), settings=settings or self.settings, truncate_log=truncate_log
+                        Path("/simulated"), settings=settings or self.settings, truncate_log=truncate_log, host=self
                     ) as pool:
                         opened = True
                         yield pool
@@ -450,8 +460,39 @@ class Machine:
             raise PowerCutError from None
 
     def run(self, body: Callable[[], Awaitable[Any]]) -> Any:
-        """Run `body` on this machine in a trio of its own."""
-        return run(self, body)
+        """Run `body` on this machine, in a trio of its own whose scheduler and clock are functions of the seed."""
+
+        # Trio's own switch, made for this: tasks are stepped in the order of their creation, shuffled by `_r`.
+        core = trio._core._run
+        core._r.seed(self.seed)  # type: ignore[attr-defined]
+        collecting = gc.isenabled()
+        gc.disable()  # what it finalizes, it finalizes at moments of its own
+        try:
+            with (
+                mock.patch.object(core, "_ALLOW_DETERMINISTIC_SCHEDULING", True),
+                watching(self.came_to),
+            ):
+                clock = trio.testing.MockClock(autojump_threshold=0)
+                return trio.run(body, clock=clock, instruments=[_Steps(self)])
+        finally:
+            if collecting:
+                gc.enable()
+
+
+class _Steps(trio.abc.Instrument):
+    """Sees every step of every task: a crash may come before any of them."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        machine = self._machine
+        if machine.digest is not None:
+            machine.digest.update(task.name.encode())
+        if machine.task_countdown is not None and not machine.is_off:
+            machine.task_countdown -= 1
+            if machine.task_countdown <= 0:
+                machine.stop()
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:
@@ -462,57 +503,8 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
         yield error
 
 
-async def _inline(function: Callable[..., Any], *args: Any, **_: Any) -> Any:
-    """In place of `trio.to_thread.run_sync`: other tasks run before and after, as with a real worker."""
+async def _inline(function: Callable[[*Ts], T], *args: *Ts) -> T:
     await trio.lowlevel.checkpoint()
     result = function(*args)
     await trio.lowlevel.cancel_shielded_checkpoint()
     return result
-
-
-def run(machine: Machine, body: Callable[[], Awaitable[Any]]) -> Any:
-    """`trio.run` with everything that isn't a function of the seed replaced."""
-
-    def open_devices(state: State, limiter: object) -> list[SimDevice]:
-        devices = [SimDevice(medium) for medium in machine.media]
-        for device, row in zip(devices, state.devices, strict=True):
-            tiers.pool._judge_label(device.label, row, state)
-            if row.poisoned or any(row.index in other.label.poisoned for other in devices):
-                device.poisoned = row.poisoned or "it failed a flush in an earlier run"
-        return devices
-
-    def preadv(fd: int, buffers: Sequence[memoryview], offset: int, flags: int = 0) -> int:
-        (into,) = buffers
-        if not machine.by_fd[fd].read_now(offset, into):
-            raise BlockingIOError(errno.EAGAIN, "not in the cache")
-        return len(into)
-
-    def catalog(directory: Path) -> Catalog | MemoryCatalog:
-        real = machine.catalog_directory
-        if real is None:
-            return MemoryCatalog(machine)
-        if not (real / CATALOG_NAME).exists():
-            state = machine.state
-            Catalog.create(real, state.pool_name, state.pool_uuid, state.devices, state.position)
-        return Catalog(real)
-
-    @contextlib.contextmanager
-    def unlocked(directory: Path) -> Iterator[None]:
-        yield
-
-    async def main() -> Any:
-        core = trio._core._run
-        core._r.seed(machine.seed)  # type: ignore[attr-defined]
-        return await body()
-
-    fake_os = types.SimpleNamespace(preadv=preadv, RWF_NOWAIT=os.RWF_NOWAIT)
-    with (
-        mock.patch.object(tiers.pool, "_open_devices", open_devices),
-        mock.patch.object(tiers.pool, "_locked", unlocked),
-        mock.patch.object(tiers.pool, "Catalog", catalog),
-        mock.patch.object(tiers.volume, "os", fake_os),
-        mock.patch.object(tiers.volume, "SMALL_VOLUME_LEAVES", machine.small_volume_leaves),
-        mock.patch.object(trio.to_thread, "run_sync", _inline),
-        mock.patch.object(trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", True),
-    ):
-        return trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))

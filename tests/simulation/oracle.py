@@ -1,0 +1,180 @@
+"""What a volume may hold after a crash.
+
+The oracle is the promise: after a power cut a volume holds a prefix of its operations in the order in which they took
+effect, with everything that had returned before the last completed flush began; after a kill it holds all that had
+returned. The operation at which the prefix ends may be there in part, in whole blocks (it was not flushed, or had not
+returned), and so may one that a device refused. A resize is there or not. A block that a device lost is an error to
+its readers, never other bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from tiers import Pool, TierError, Volume
+
+BLOCK = 4096
+Changes = list[tuple[int, bytes]]
+
+
+class OracleError(AssertionError):
+    """The promise is broken."""
+
+
+@dataclass
+class Op:
+    """One operation: bytes that it changes, or a new size."""
+
+    what: str
+    changes: Changes = field(default_factory=list)
+    size: int | None = None
+    attempted: Changes = field(default_factory=list)
+    """What a refused operation would have changed. A crash may leave it there, where the prefix ends."""
+
+    def apply(self, content: bytearray) -> None:
+        if self.size is not None:
+            if self.size < len(content):
+                del content[self.size :]
+            else:
+                content.extend(bytes(self.size - len(content)))
+        for offset, data in self.changes:
+            content[offset : offset + len(data)] = data
+
+
+class Model:
+    """A volume as its user knows it: the content, and the operations that a crash may still take back."""
+
+    def __init__(self, size: int) -> None:
+        self.content = bytearray(size)
+        self.floor = bytearray(size)
+        self.first = 0
+        self.ops: list[Op] = []
+        self.in_flight: Op | None = None
+
+    @property
+    def mark(self) -> int:
+        """How many operations have returned, ever."""
+        return self.first + len(self.ops)
+
+    def returned(self, op: Op) -> None:
+        """An operation was acknowledged."""
+        op.apply(self.content)
+        self.ops.append(op)
+
+    def flushed(self, mark: int) -> None:
+        """A flush that began at `mark` has returned."""
+        while self.first < mark:
+            self.ops.pop(0).apply(self.floor)
+            self.first += 1
+
+    def judge(self, found: bytes, *, everything: bool, unreadable: Collection[int] = ()) -> None:
+        """`found` is what a crash has left. Raises OracleError unless it may be; then it is the new state.
+
+        `unreadable`: blocks that are errors to their readers, whose bytes in `found` mean nothing.
+        """
+        state = bytearray(self.floor)
+        ops = [*self.ops, *([self.in_flight] if self.in_flight else [])]
+        least = len(self.ops) if everything else 0
+        for k in range(len(ops) + 1):
+            if k >= least:
+                if _same(state, found, unreadable):
+                    self.adopt(state)
+                    return
+                if k < len(ops) and ops[k].size is None:
+                    part = _part_of(state, ops[k].changes, found, unreadable)
+                    part = part or _part_of(state, ops[k].attempted, found, unreadable)
+                    if part is not None:
+                        self.adopt(part)
+                        return
+            if k < len(ops):
+                ops[k].apply(state)
+        raise OracleError(self._explain(found, ops, least))
+
+    def _explain(self, found: bytes, ops: Sequence[Op], least: int) -> str:
+        state = bytearray(self.floor)
+        best: tuple[int, int, list[int]] | None = None
+        for k in range(len(ops) + 1):
+            if k >= least:
+                size = max(len(state), len(found))
+                bad = [b for b in range(0, size, BLOCK) if state[b : b + BLOCK] != found[b : b + BLOCK]]
+                if best is None or len(bad) < len(best[2]):
+                    best = (k, len(state), bad)
+            if k < len(ops):
+                ops[k].apply(state)
+        assert best is not None
+        k, size, bad = best
+        around = [f"{i}: {ops[i].what}" for i in range(max(0, k - 2), min(len(ops), k + 3))]
+        return (
+            f"no prefix of {len(ops)} operations (at least {least}) gives what is there ({len(found)} bytes); nearest "
+            f"is {k} with {size} bytes and {len(bad)} wrong blocks {[b // BLOCK for b in bad[:8]]}; around: {around}"
+        )
+
+    def adopt(self, found: bytes | bytearray) -> None:
+        """This is the state now, durably."""
+        self.content = bytearray(found)
+        self.floor = bytearray(found)
+        self.ops.clear()
+        self.first = 0
+        self.in_flight = None
+
+
+def _same(state: bytearray, found: bytes, unreadable: Collection[int]) -> bool:
+    if not unreadable or len(state) != len(found):
+        return state == found
+    return all(
+        at // BLOCK in unreadable or state[at : at + BLOCK] == found[at : at + BLOCK]
+        for at in range(0, len(state), BLOCK)
+    )
+
+
+def _part_of(state: bytearray, changes: Changes, found: bytes, unreadable: Collection[int]) -> bytearray | None:
+    """`state` and so much of `changes` that it is `found`: the first of them, and of the next some blocks."""
+    if len(found) != len(state):
+        return None
+    before = state
+    for offset, data in changes:
+        after = bytearray(before)
+        after[offset : offset + len(data)] = data
+        mixed = bytearray(before)
+        for at in range(offset // BLOCK * BLOCK, offset + len(data), BLOCK):
+            if found[at : at + BLOCK] == after[at : at + BLOCK]:
+                mixed[at : at + BLOCK] = after[at : at + BLOCK]
+        if _same(mixed, found, unreadable):
+            return mixed
+        before = after
+    return None
+
+
+async def read_all(volume: Volume) -> bytes:
+    """The whole volume, through the slow path."""
+    into = bytearray(volume.size_bytes)
+    await volume.read(0, len(into), memoryview(into))
+    return bytes(into)
+
+
+async def read_what_can_be(volume: Volume) -> tuple[bytes, set[int]]:
+    """The whole volume, and which of its blocks are errors."""
+    try:
+        return await read_all(volume), set()
+    except TierError as error:
+        if error.errno != errno.EIO:
+            raise
+    found = bytearray(volume.size_bytes)
+    unreadable = set()
+    for at in range(0, len(found), BLOCK):
+        try:
+            await volume.read(at, len(found[at : at + BLOCK]), memoryview(found)[at : at + BLOCK])
+        except TierError:
+            unreadable.add(at // BLOCK)
+    return bytes(found), unreadable
+
+
+async def require_sound(pool: Pool, *, known: str = "(?!)") -> None:
+    """`pool check --full` finds nothing, but for problems that `known` matches."""
+    report = await pool.check(full=True)
+    problems = [problem for problem in report.problems if not re.search(known, problem)]
+    if problems or report.ok != (not report.problems):
+        raise OracleError(f"pool check: {problems[:5]}")
