@@ -224,6 +224,7 @@ class Checkpointer:
                     engine.space.active_charge += segment.live
                     engine.segments.reuse(segment)
                     count += 1
+                    hit("segment.reused")
             engine.space.changed()
             return count
 

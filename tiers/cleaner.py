@@ -229,7 +229,8 @@ class Cleaner:
 
     async def _read_segment(self, segment: Segment) -> memoryview:
         """The written part of a segment. Blocks that can't be read are zeros, so they fail their checks."""
-        return memoryview(await read_what_can_be_read(segment.device, segment.base, segment.used * BLOCK_BYTES))
+        data, _ = await read_what_can_be_read(segment.device, segment.base, segment.used * BLOCK_BYTES)
+        return memoryview(data)
 
     async def _batches(self, segment: Segment, data: memoryview):  # type: ignore[no-untyped-def]
         """Yield the batches of a segment. A damaged header ends it: the segment is set aside, not lost."""

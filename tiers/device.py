@@ -9,7 +9,6 @@ the page cache may go on showing bytes that never reached the medium (DESIGN: a 
 written to it any more, whatever a later fdatasync says.
 """
 
-import contextlib
 import errno
 import fcntl
 import logging
@@ -74,21 +73,27 @@ class Device(Protocol):
     def close(self) -> None: ...
 
 
-async def read_what_can_be_read(device: Device, offset: int, length: int, *, direct: bool = False) -> bytearray:
-    """Read a range of whole blocks, past the page cache if `direct`; blocks that can't be read are zeros.
+async def read_what_can_be_read(
+    device: Device, offset: int, length: int, *, direct: bool = False
+) -> tuple[bytearray, list[int]]:
+    """Read a range of whole blocks, past the page cache if `direct`.
 
-    For what is judged block by block: zeros fail every check.
+    Returns the bytes, zeros for blocks that can't be read, and which blocks (of the range) these are.
     """
     read = device.read_direct if direct else device.read
     try:
-        return await read(offset, length)
+        return await read(offset, length), []
     except OSError as error:
         logger.error("%s; reading %d KiB from %d on block by block", error, length >> 10, offset)
     data = bytearray(length)
-    for at in range(0, length, BLOCK_BYTES):
-        with contextlib.suppress(OSError):
+    unreadable: list[int] = []
+    for block in range(length // BLOCK_BYTES):
+        at = block * BLOCK_BYTES
+        try:
             data[at : at + BLOCK_BYTES] = await read(offset + at, BLOCK_BYTES)
-    return data
+        except OSError:
+            unreadable.append(block)
+    return data, unreadable
 
 
 class FileDevice:

@@ -138,7 +138,7 @@ async def replay(engine: "Engine", state: State, *, truncate_log: bool = False) 
     result = Replayed(first_seq=position.checkpoint_seq, last_seq=position.checkpoint_seq)
     if position.log_segment == 0:
         return result
-    reader = _LogReader(engine, position.incarnation)
+    reader = _LogReader(engine, position.incarnation, truncate_log=truncate_log)
     chain = await reader.follow(
         position.log_segment, position.log_slot, position.checkpoint_seq, position.log_prev_check
     )
@@ -179,13 +179,15 @@ async def replay(engine: "Engine", state: State, *, truncate_log: bool = False) 
 class _LogReader:
     """Reads the log: its headers, from the page cache where it has them, else whole segments, each once."""
 
-    def __init__(self, engine: "Engine", incarnation: int) -> None:
+    def __init__(self, engine: "Engine", incarnation: int, *, truncate_log: bool) -> None:
         self.end_reason = ""
+        self._truncate_log = truncate_log
         self.lost = Lost()
         self._engine = engine
         self._incarnation = incarnation
         self._data_id = 0
         self._data = memoryview(b"")
+        self._unreadable: set[int] = set()
         self._last: tuple[Device, int, int] | None = None
         self._scratch = memoryview(bytearray(MAX_HEADER_SLOTS * BLOCK_BYTES))
         self._direct_id = 0
@@ -257,15 +259,24 @@ class _LogReader:
             if device.read_now(device.segment_offset(index) + (slot << BLOCK_SHIFT), part):
                 return part
             await self._read_all()
+        if not self._unreadable.isdisjoint(range(slot, slot + count)):
+            where = f"{device.path} at {device.segment_offset(index) + (slot << BLOCK_SHIFT)} can't be read"
+            if self._truncate_log:
+                raise BadRecordError(where)
+            # What is there may be a batch that was acknowledged, so this isn't taken for the end of the log.
+            raise TierError(
+                errno.EIO,
+                f"{where}, and the log of pool {self._engine.pool_name} goes on or ends there: restore the device from "
+                f"a copy, or give up what follows with `terrace pool check --truncate-log {self._engine.pool_name}`",
+            )
         return self._data[slot << BLOCK_SHIFT : slot + count << BLOCK_SHIFT]
 
     async def _read_all(self) -> None:
         assert self._last is not None
         device, index, segment_id = self._last
         if self._data_id != segment_id:
-            self._data = memoryview(
-                await read_what_can_be_read(device, device.segment_offset(index), device.segment_bytes)
-            )
+            data, unreadable = await read_what_can_be_read(device, device.segment_offset(index), device.segment_bytes)
+            self._data, self._unreadable = memoryview(data), set(unreadable)
             self._data_id = segment_id
 
     async def _batch_at(self, device: Device, segment_id: int, slot: int) -> Batch | None:
@@ -299,7 +310,7 @@ class _LogReader:
                     header = self._log_segment_header(block)
                     if header is None or (device.index, index) in self._visited or header.first_seq < end_seq:
                         continue
-                    data = await read_what_can_be_read(
+                    data, _ = await read_what_can_be_read(
                         device, device.segment_offset(index), device.segment_bytes, direct=True
                     )
                     proof = max(proof, self._scan(data, header.segment_id, end_seq))
@@ -311,7 +322,7 @@ class _LogReader:
         try:
             return await device.read_many([(offset, BLOCK_BYTES) for offset in offsets])
         except OSError:
-            return [await read_what_can_be_read(device, offset, BLOCK_BYTES) for offset in offsets]
+            return [(await read_what_can_be_read(device, offset, BLOCK_BYTES))[0] for offset in offsets]
 
     def _log_segment_header(self, block: bytearray) -> SegmentHeader | None:
         try:
@@ -343,7 +354,7 @@ class _LogReader:
         """Whether a batch is there past the page cache: the very header, and data that is what it says."""
         batch, device = found.batch, found.device
         if self._direct_id != batch.segment_id:
-            self._direct = await read_what_can_be_read(
+            self._direct, _ = await read_what_can_be_read(
                 device, device.segment_offset(found.physical_index), device.segment_bytes, direct=True
             )
             self._direct_id = batch.segment_id

@@ -393,7 +393,7 @@ class Driver:
             async with self.machine.open() as pool:
                 tried = True
                 yield pool
-                return
+            return
         except TierError:
             if tried or self.machine.is_off or not self.injector.active:
                 raise

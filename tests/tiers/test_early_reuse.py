@@ -12,7 +12,8 @@ from unittest import mock
 import pytest
 
 from tests.simulation.machine import Disk, Machine
-from tests.simulation.oracle import BLOCK, Driver, Model, Op
+from tests.simulation.oracle import BLOCK, Model, Op
+from tests.simulation.workload import Driver
 from tiers.device import Device
 from tiers.record import Kind
 from tiers.segments import Segment, SegmentTable
@@ -33,9 +34,9 @@ def crowded(seed: int) -> tuple[Driver, random.Random]:
         overlay_entries=4096,
         unsynced_cap_bytes=4 << 20,
         map_cache_bytes=rng.choice((0, 1 << 20)),
+        small_volume_leaves=rng.choice((0, 8192)),
     )
     machine = Machine(disks, seed=seed, settings=settings)
-    machine.small_volume_leaves = rng.choice((0, machine.small_volume_leaves))
     slots = sum(disk.segments * disk.segment_bytes // BLOCK for disk in disks)
     return Driver(machine, volumes=1, volume_bytes=int(slots * FILLED_SHARE) * BLOCK // RUN * RUN), rng
 
@@ -67,7 +68,7 @@ def lives(driver: Driver, rng: random.Random, count: int) -> int:
         model.flushed(model.mark)
         with mock.patch.object(SegmentTable, "reuse", about_to_crash):
             for _ in range(count):
-                await driver.life(count=150, crash_after=rng.choice((None, rng.randrange(1, 200))))
+                await driver.life(count=150, crash=(rng.choice((None, rng.randrange(1, 200))), None, None))
                 driver.after()
         async with machine.open() as pool:
             await driver.judge(pool)

@@ -664,6 +664,28 @@ def test_a_sector_that_cannot_be_read_costs_what_lies_in_it_and_not_the_pool(whe
     machine.run(main)
 
 
+def test_a_sector_in_which_the_log_may_go_on_is_not_taken_for_its_end() -> None:
+    machine = machine_of()
+
+    async def main() -> None:
+        async with opened(machine) as (pool, volume):
+            put(volume, 0, block(1))
+            await pool.checkpoint()
+            put(volume, 1, block(2))
+            await crash(machine)
+        machine.kill()
+        (medium, bad, _) = writes_of(machine)[-1]
+        medium.on_read = lambda offset, length: errno.EIO if offset <= bad < offset + length else None
+        with pytest.raises(TierError, match=rf"at {bad} can't be read.*--truncate-log"):
+            async with opened(machine):
+                pass
+        medium.on_read = lambda offset, length: None
+        async with opened(machine) as (_, volume):
+            assert await get(volume, 1) == 2
+
+    machine.run(main)
+
+
 def test_a_batch_never_has_more_buffers_than_the_kernel_takes() -> None:
     machine = machine_of(Disk("fast", 24, 16 << 20))
 
