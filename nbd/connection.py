@@ -693,7 +693,8 @@ class Connection:
         """Log a failure of the storage, but not a hundred thousand a second."""
         if perf_counter() >= self._quiet_until:
             self._quiet_until = perf_counter() + COMPLAINT_PAUSE_S
-            log.error("%s: %s: %s (%d errors so far)", self.peer, self.export_name, error, self.counters.errors)
+            what = str(error) if str(self.export_name) in str(error) else f"{self.export_name}: {error}"
+            log.error("%s: %s (%d errors so far)", self.peer, what, self.counters.errors)
 
     def _failed(self, cookie: int, error: OSError, *, fast_zero: bool = False) -> bytes:
         self.counters.requests += 1

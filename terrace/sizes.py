@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+_BLOCK_BYTES = 4096
 _UNITS = "KMGTPE"
 _SIZE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?) ?(?P<unit>[KMGTPE]?)(?P<suffix>i?B?)", re.IGNORECASE)
 
@@ -29,7 +30,9 @@ def parse_size(text: str) -> int:
         raise ValueError(f"{text!r} is not a size; write {match['number']}{unit}{'iB' if unit else ''}")
     size_bytes = Fraction(match["number"]) * (1024 ** (_UNITS.index(unit) + 1) if unit else 1)
     if size_bytes.denominator != 1:
-        raise ValueError(f"{text!r} is not a whole number of bytes; the next one is {int(size_bytes) + 1}")
+        # Of blocks, since that is a size that volumes and devices may have, too.
+        above = -(-size_bytes // _BLOCK_BYTES) * _BLOCK_BYTES
+        raise ValueError(f"{text!r} is not a whole number of bytes; the next one of 4 KiB blocks is {above}")
     return int(size_bytes)
 
 

@@ -96,6 +96,7 @@ class Merge:
     live: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     pending: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     dead: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    """Subtrees that come on the dead list."""
     dead_removed: list[int] = field(default_factory=list)
     roots: dict[int, tuple[int, int]] = field(default_factory=dict)
     mapped: dict[int, int] = field(default_factory=dict)
@@ -251,7 +252,7 @@ class Checkpointer:
                 raise
         frozen = self._frozen
         hit("checkpoint.frozen")
-        merge = Merge(dead=dict(self._engine.dead))
+        merge = Merge()
         self._taken_changes = set()
         for item in frozen.volumes:
             item.volume.tree.loaded = set()
@@ -517,12 +518,17 @@ class Checkpointer:
     async def _walk_dead(self, merge: Merge) -> None:
         """Take a slice of pages off the dead list: what leaves point to ceases to be live, inner pages yield more."""
         budget = DEAD_PAGES_A_CHECKPOINT
-        while merge.dead and budget > 0:
-            slice_ = list(itertools.islice(reversed(merge.dead.items()), CHUNK_PAGES))
+        # The list may be millions long, so it is not copied: it changes at the commit. The newest go first, for what
+        # is found below a page is then gone before the next page.
+        listed = reversed(self._engine.dead.items())
+        while budget > 0:
+            slice_ = [merge.dead.popitem() for _ in range(min(CHUNK_PAGES, len(merge.dead)))]
+            if not slice_:
+                slice_ = list(itertools.islice(listed, CHUNK_PAGES))
+                merge.dead_removed += [address for address, _ in slice_]
+            if not slice_:
+                return
             budget -= len(slice_)
-            for address, _ in slice_:
-                del merge.dead[address]
-                merge.dead_removed.append(address)
             pages = await self._read_dead(slice_)
             for (address, (_, level, volume_id)), page in zip(slice_, pages, strict=True):
                 if page is None:
@@ -598,9 +604,8 @@ class Checkpointer:
                         segment.last_seq,
                     )
                 )
-        before = engine.dead
-        change.dead_added = [_dead_row(a, merge.dead[a]) for a in merge.dead if a not in before]
-        change.dead_removed = [a for a in merge.dead_removed if a in before]
+        change.dead_added = [_dead_row(address, value) for address, value in merge.dead.items()]
+        change.dead_removed = merge.dead_removed
         change.devices = [device_row(device) for device in engine.devices]
         return change
 
@@ -654,7 +659,9 @@ class Checkpointer:
                 segments.changed.add(segment_id)  # a reader came; it is freed by the next checkpoint
             else:
                 segments.release(segment)
-        engine.dead = merge.dead
+        for address in merge.dead_removed:
+            del engine.dead[address]
+        engine.dead.update(merge.dead)
         engine.checkpoint_log_mark = frozen.log_mark
         if frozen.log_was_broken:
             engine.log.broken = False

@@ -455,7 +455,7 @@ class Cleaner:
             victim.device.path,
             victim.offset(entry[0] & SLOT_MASK),
         )
-        victim.device.error_count += 1
+        self._engine.segments.count_damage(entry[0])
         self._engine.append_record(Op.BAD, volume.id, block, 1)
         put_moved(self._engine, [(volume, block, BAD, 0)])
         hit("move.bad")

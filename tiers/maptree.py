@@ -257,7 +257,7 @@ async def read_pages(segments: SegmentTable, entries: Sequence[tuple[int, int]],
             blocks = await device.read_many(ranges)
             for i, (offset, _), block in zip(positions, ranges, blocks, strict=True):
                 if check_of(block) != entries[i][1]:
-                    device.error_count += 1
+                    segments.count_damage(entries[i][0])
                     raise TierError(
                         errno.EIO,
                         f"a map page {what} on {device.path} at {offset} fails its checksum: "

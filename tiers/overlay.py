@@ -11,6 +11,7 @@ overlay never changes.
 
 from array import array
 from bisect import bisect_left, bisect_right
+from collections.abc import Collection
 
 from tiers.layout import FIRST_ADDRESS, UNMAPPED
 
@@ -35,6 +36,7 @@ RUN_BLOCKS = 16
 PATCH_WEIGHT = 8
 RANGE_WEIGHT = 64
 MAX_PROBES = 4096
+MAX_UNSORTED = 256
 
 
 class RangeSet:
@@ -76,20 +78,54 @@ class RangeSet:
         return found
 
 
+class SortedKeys:
+    """The keys of a dictionary in order, some of which may be gone, and those that came since.
+
+    Discarding a volume asks for a range of them again and again, and so may zeroing with ragged ends, which adds keys
+    in between: so these are kept apart, and merged when they are many.
+    """
+
+    __slots__ = ("_keys", "_more", "_source")
+
+    def __init__(self, source: Collection[int]) -> None:
+        self._source = source
+        self._keys = sorted(source)
+        self._more: list[int] = []
+
+    def add(self, key: int) -> None:
+        """A key came."""
+        self._more.append(key)
+        if len(self._more) >= MAX_UNSORTED:
+            if len(self._keys) > 2 * len(self._source) + MAX_PROBES:
+                self._keys = sorted(self._source)  # most of what was here is gone
+            else:
+                # Two runs in order: merging them is linear.
+                self._more.sort()
+                self._keys += self._more
+                self._keys.sort()
+            self._more.clear()
+
+    def between(self, start: int, end: int) -> list[int]:
+        """The keys from `start` to before `end`; one that went and came again may be there twice."""
+        found = self._keys[bisect_left(self._keys, start) : bisect_left(self._keys, end)]
+        return found + [key for key in self._more if start <= key < end]
+
+
 class Overlay:
     """Patches, points and ranges; see the module. `small`: single blocks go into patches too.
 
     The methods that change it return the addresses that it named before and doesn't name any more.
     """
 
-    __slots__ = ("_order", "patches", "points", "ranges", "small")
+    __slots__ = ("_leaves", "_order", "patches", "points", "ranges", "small")
 
     def __init__(self, *, small: bool) -> None:
         self.small = small
         self.patches: dict[int, Patch] = {}
         self.points: dict[int, Entry] = {}
         self.ranges = RangeSet()
-        self._order: tuple[list[int], list[int]] | None = None
+        self._order: SortedKeys | None = None
+        self._leaves: SortedKeys | None = None
 
     def __bool__(self) -> bool:
         return bool(self.patches) or bool(self.points) or bool(self.ranges)
@@ -111,7 +147,8 @@ class Overlay:
                 self.points[block] = (address, check)
                 if old is not None:
                     return old[0]
-                self._order = None
+                if self._order is not None:
+                    self._order.add(block)
                 return 0
             patch = self._new_patch(leaf)
         slot = block & LEAF_MASK
@@ -157,7 +194,8 @@ class Overlay:
                 if entry is not None:
                     patch[block & LEAF_MASK], patch[LEAF_BLOCKS + (block & LEAF_MASK)] = entry
         self.patches[leaf] = patch
-        self._order = None
+        if self._leaves is not None:
+            self._leaves.add(leaf)
         return patch
 
     def unmap(self, start: int, count: int) -> list[int]:
@@ -172,17 +210,12 @@ class Overlay:
             if count <= min(len(points), MAX_PROBES):
                 covered = [block for block in range(start, end) if block in points]
             else:
-                order = self._in_order()[0]
-                covered = order[bisect_left(order, start) : bisect_left(order, end)]
+                if self._order is None:
+                    self._order = SortedKeys(points)
+                covered = self._order.between(start, end)
             dropped += [points.pop(block)[0] for block in covered if block in points]
         self.ranges.add(start, end)
         return dropped
-
-    def _in_order(self) -> tuple[list[int], list[int]]:
-        """Points and patches in order, some of which may be gone. Discarding a volume asks for it again and again."""
-        if self._order is None:
-            self._order = sorted(self.points), sorted(self.patches)
-        return self._order
 
     def _clear_patches(self, start: int, end: int) -> list[int]:
         dropped: list[int] = []
@@ -190,14 +223,15 @@ class Overlay:
         if last - first < len(self.patches):
             leaves = [leaf for leaf in range(first, last + 1) if leaf in self.patches]
         else:
-            order = self._in_order()[1]
-            leaves = [
-                leaf for leaf in order[bisect_left(order, first) : bisect_right(order, last)] if leaf in self.patches
-            ]
+            if self._leaves is None:
+                self._leaves = SortedKeys(self.patches)
+            leaves = [leaf for leaf in self._leaves.between(first, last + 1) if leaf in self.patches]
         for leaf in leaves:
             base = leaf << LEAF_BITS
             lo, hi = max(start - base, 0), min(end - base, LEAF_BLOCKS)
-            patch = self.patches[leaf]
+            patch = self.patches.get(leaf)
+            if patch is None:
+                continue
             dropped += [address for address in patch[lo:hi].tolist() if address >= FIRST_ADDRESS]
             if (lo, hi) == (0, LEAF_BLOCKS):
                 del self.patches[leaf]

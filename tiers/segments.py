@@ -17,6 +17,9 @@ from tiers.failpoint import hit
 from tiers.layout import BLOCK_BYTES
 from tiers.record import Kind
 
+MAX_DAMAGED = 1 << 16
+"""So many damaged blocks are remembered, in order to count each once."""
+
 
 class Segment:
     """One segment in use. `used` is the first slot not written yet; `last_seq` the newest log record that it serves."""
@@ -79,6 +82,7 @@ class SegmentTable:
         self.tier_live: dict[str, int] = {"fast": 0, "base": 0}
         self.gained_slots = 0
         """Slots ever freed, less those ever taken for copies and map pages: what cleaning has gained."""
+        self._damaged: set[int] = set()
 
     def open_places(self, device: Device) -> None:
         """Let segments be taken from a new, empty device, which the catalog must know by now."""
@@ -173,6 +177,14 @@ class SegmentTable:
         segment.live = 0
         self.release(segment)
         self.reused.add(segment.id)
+
+    def count_damage(self, address: int) -> None:
+        """Count a damaged block as an error of its device: once, however often it is met."""
+        segment = self.by_id.get(address >> 24)
+        if segment is not None and address not in self._damaged:
+            if len(self._damaged) < MAX_DAMAGED:
+                self._damaged.add(address)
+            segment.device.error_count += 1
 
     def add_pending(self, address: int, count: int) -> None:
         """`count` consecutive addresses from `address` came into (or, negative, left) an overlay."""

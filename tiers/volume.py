@@ -291,7 +291,7 @@ class Volume:
                 into[:] = data
                 return
             if self.entry_now(block) == (address, check):
-                segment.device.error_count += 1
+                self._engine.segments.count_damage(address)
                 raise TierError(
                     errno.EIO,
                     f"{self.name} at byte {block << BLOCK_SHIFT}: the block on {segment.device.path} at "

@@ -22,29 +22,36 @@ class Root(click.Group):
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *rest: Any, **options: Any) -> Any:
         options["standalone_mode"] = False
+        failure: OSError | None = None
         try:
             result = super().main(args, prog_name or "terrace", *rest, **options)
-            sys.exit(result if isinstance(result, int) else 0)
+            status = result if isinstance(result, int) else 0
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()
-            sys.exit(2)
+            status = 2
         except click.UsageError as error:
             command = error.ctx.command_path if error.ctx else "terrace"
             _complain(f"{error.format_message().rstrip('.')}; see {command} --help")
-            sys.exit(2)
+            status = 2
         except click.ClickException as error:
             _complain(error.format_message())
-            sys.exit(1)
+            status = 1
         except click.Abort:
             _complain("stopped")
-            sys.exit(1)
+            status = 1
         except OSError as error:
-            if error.errno == errno.EPIPE:
-                # Whoever read our output has enough of it; the interpreter must not try to flush the rest.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            else:
-                _complain(str(error))
-            sys.exit(1)
+            failure, status = error, 1
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            # The interpreter must not try to flush the rest. Whoever closed a pipe has enough of our output.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            failure, status = error, 1
+        if failure is not None and failure.errno != errno.EPIPE:
+            # All that has no sentence of its own, nor a file, is our output.
+            bare = type(failure) is OSError and failure.filename is None
+            _complain(f"writing to standard output: {failure.strerror}" if bare else str(failure))
+        sys.exit(status)
 
 
 def _complain(sentence: str) -> None:

@@ -330,3 +330,20 @@ def test_truncating_the_log_says_what_was_given_up(own_daemon: FakeDaemon, tmp_p
     report = json.loads(cli.ok("pool", "check", "t", "--truncate-log", "--yes", "-o", "json"))
     assert "given up" in report["given_up"]
     assert "given_up" not in json.loads(cli.ok("pool", "check", "t", "-o", "json"))
+
+
+@pytest.mark.parametrize(("command", "output"), [("status", "table"), ("status", "json"), ("--version", "")])
+def test_output_that_can_not_be_written_is_one_line_and_status_1(cli: Cli, command: str, output: str) -> None:
+    options = ["-o", output] if output else []
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "terrace.cli", "--home", str(cli.home), command, *options],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+            timeout=30,
+            check=False,
+        )
+    assert result.returncode == 1
+    assert result.stderr == "Error: writing to standard output: No space left on device\n"

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from terrace.sizes import format_size, parse_size
+from tiers.names import validate_volume_size
 
 
 @pytest.mark.parametrize(
@@ -58,3 +59,11 @@ def test_a_formatted_size_is_within_half_a_percent_and_reads_back(size_bytes: in
 def test_whole_units_read_back_exactly(count: int, unit: str) -> None:
     power = " KMGT".index(unit or " ")
     assert parse_size(f"{count}{unit}") == count * 1024**power
+
+
+def test_the_size_that_is_proposed_for_a_broken_one_is_one_that_a_volume_may_have() -> None:
+    for text in ("3.3G", "0.0000001G", "1.1T", "4096.7K"):
+        with pytest.raises(ValueError, match="whole number of bytes") as caught:
+            parse_size(text)
+        proposed = int(str(caught.value).split()[-1])
+        assert validate_volume_size(proposed) == parse_size(str(proposed)) == proposed

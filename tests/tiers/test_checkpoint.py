@@ -2,6 +2,7 @@
 
 import random
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiers.helpers import QUIET, assert_sound, block, fresh_pool, make_pool, read, refusal, run, settle
-from tiers import Pool, PoolSettings, TierError, Volume
+from tiers import Pool, PoolSettings, TierError, Volume, checkpoint
 from tiers.catalog import Catalog
 from tiers.checkpoint import decompose_ranges
 from tiers.layout import BLOCK_BYTES, MIB
@@ -301,5 +302,27 @@ def test_a_checkpoint_with_nothing_new_is_harmless(tmp_path: Path) -> None:
             assert pool.status().devices[0].free_segments >= free - 1
             assert await read(volume, 0, 4096) == block(1)
             await assert_sound(pool)
+
+    run(body)
+
+
+def test_a_checkpoint_costs_the_same_however_long_the_dead_list_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path) as pool:
+            volume = await pool.create_volume("v", MIB)
+            monkeypatch.setattr(checkpoint, "DEAD_PAGES_A_CHECKPOINT", 0)
+            dead = {1 << 60 | i: (i, 0, 99) for i in range(1_000_000)}
+            listed = pool._engine.dead = dict(dead)
+            begun_s = time.process_time()
+            for i in range(10):
+                await volume.write(0, block(i))
+                await pool.checkpoint()
+            spent_s = time.process_time() - begun_s
+            assert pool._engine.dead is listed, "it is changed, not copied"
+            assert listed == dead
+            listed.clear()
+            assert spent_s < 0.5, spent_s
 
     run(body)

@@ -1,6 +1,8 @@
 """The newest layer of the map against a dictionary that does the same the slow way."""
 
 import itertools
+import random
+import time
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -120,3 +122,25 @@ def test_random_blocks_of_a_large_volume_are_points_and_runs_are_patches() -> No
     assert overlay.put_run(0, 2 << 24, list(range(RUN_BLOCKS))) == [1 << 24]
     assert not overlay.points
     assert overlay.get(10) == ((2 << 24) + 10, 10)
+
+
+def test_zeroing_with_ragged_ends_among_many_points_sorts_them_once_not_each_time() -> None:
+    overlay, rng = Overlay(small=False), random.Random(1)
+    count, span = 100_000, 1 << 18
+    for block in rng.sample(range(1 << 30), count):
+        overlay.put(block, 1 << 24 | 1, 7)
+    spent_s = 0.0
+    for number in range(600):
+        start = rng.randrange(1 << 30)
+        expected = sum(start < block <= start + span for block in overlay.points) if number % 60 == 0 else None
+        begun_s = time.process_time()
+        # The edge block that the zeroing of a part of it writes, and the whole ones behind.
+        overlay.put(start, 2 << 24 | number, 7)
+        dropped = overlay.unmap(start + 1, span)
+        spent_s += time.process_time() - begun_s
+        assert expected is None or len(dropped) == expected
+        count += 1 - len(dropped)
+        assert overlay.get(start) == (2 << 24 | number, 7)
+        assert overlay.get(start + 1) == overlay.get(start + span) == HOLE
+    assert abs(len(overlay.points) - count) < 3  # an edge may hit a point
+    assert spent_s < 2, "600 sorts take 12 s"
