@@ -33,12 +33,16 @@ from tiers.overlay import HOLE
 from tiers.probe import check_usable, read_label, size_of
 from tiers.record import Op
 from tiers.recovery import replay, restore
+from tiers.scrub import Scrubber, ScrubStatus
+from tiers.scrubstate import ScrubFile
 from tiers.settings import PoolSettings
 from tiers.volume import Volume
 
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = "lock"
+SHOWN_DAMAGE = 10
+"""Damaged ranges in a pool's status; `Pool.scrubber.status()` has all that are kept."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ class PoolStatus:
     client_written_bytes: int
     device_written_bytes: int
     replayed_batches: int
+    scrub: ScrubStatus
     devices: list[DeviceStatus] = field(default_factory=list)
     volumes: list[VolumeStatus] = field(default_factory=list)
 
@@ -110,13 +115,19 @@ class Pool:
     """An open pool. Get one from `Pool.open`."""
 
     def __init__(
-        self, engine: Engine, checkpointer: Checkpointer, cleaner: Cleaner, limiter: trio.CapacityLimiter
+        self,
+        engine: Engine,
+        checkpointer: Checkpointer,
+        cleaner: Cleaner,
+        scrubber: Scrubber,
+        limiter: trio.CapacityLimiter,
     ) -> None:
         self.name = engine.pool_name
         self.uuid = str(uuids.UUID(bytes=engine.pool_uuid))
         self._engine = engine
         self._checkpointer = checkpointer
         self._cleaner = cleaner
+        self.scrubber = scrubber
         self._limiter = limiter
         self._ddl = trio.Lock()
         self._growth = trio.Lock()  # of its own: it is what helps where a delete waits for room
@@ -152,8 +163,9 @@ class Pool:
             limiter = new_limiter()
             devices: list[Device] = list(await trio.to_thread.run_sync(_open_devices, state, limiter))
             stack.callback(_close_devices, devices)
-            pool = await _recover(state, devices, catalog, settings, limiter, truncate_log=truncate_log)
+            pool = await _recover(directory, state, devices, catalog, settings, limiter, truncate_log=truncate_log)
             await trio.to_thread.run_sync(catalog.lay_ballast)
+            await pool.scrubber.load()
             failure: Exception | None = None
             try:
                 async with trio.open_nursery() as nursery:
@@ -174,12 +186,14 @@ class Pool:
 
     def _start_tasks(self, nursery: trio.Nursery) -> None:
         nursery.start_soon(self._engine.flusher.run)
+        nursery.start_soon(self.scrubber.run)
         if self._engine.space.read_only is None:
             nursery.start_soon(self._checkpointer.run)
             nursery.start_soon(self._cleaner.run)
 
     async def _close(self) -> None:
         """Leave nothing to replay."""
+        await self.scrubber.close()
         if self._engine.space.read_only is not None:
             return
         try:
@@ -372,6 +386,7 @@ class Pool:
             client_written_bytes=engine.client_written_bytes,
             device_written_bytes=sum(device.written_bytes for device in engine.devices),
             replayed_batches=self.replayed_batches,
+            scrub=self.scrubber.status(most_damage=SHOWN_DAMAGE),
             devices=[_device_status(device, live_by_device.get(device.index, 0)) for device in engine.devices],
             volumes=[
                 VolumeStatus(
@@ -471,6 +486,7 @@ def _judge_label(label: Label, row: DeviceRow, state: State) -> None:
 
 
 async def _recover(
+    directory: Path,
     state: State,
     devices: list[Device],
     catalog: Catalog,
@@ -496,7 +512,8 @@ async def _recover(
     )
     checkpointer = Checkpointer(engine)
     engine.checkpoint = checkpointer.checkpoint
-    pool = Pool(engine, checkpointer, Cleaner(engine), limiter)
+    scrubber = Scrubber(engine, ScrubFile(directory, state.pool_uuid))
+    pool = Pool(engine, checkpointer, Cleaner(engine), scrubber, limiter)
     restore(engine, state)
     for device in devices:
         if not device.poisoned:

@@ -17,3 +17,5 @@ class PoolSettings:
     """What a power cut could take from a device at most; writers wait at it."""
     map_cache_bytes: int = 64 << 20
     """Clean map pages in memory, over all volumes."""
+    scrub_rate_bytes: int = 0
+    """Bytes a second that a scrub reads, over all devices, unless it is started with another rate; 0: no limit."""
