@@ -76,6 +76,7 @@ class Scrubber:
         self._scope: trio.CancelScope | None = None
         self._ended = trio.Event()
         self._saving = trio.Lock()
+        self._saved = b""
         self._save_failed = False
         self._pass: Pass | None = None
         self._resumed_at = 0.0
@@ -91,6 +92,7 @@ class Scrubber:
             await self._save()
             return
         self._history = history
+        self._saved = self._store.encode(history)
         if history.run is not None and history.run.state == "running":
             history.run.state = "interrupted"
 
@@ -166,6 +168,7 @@ class Scrubber:
         run = self._history.run
         if run is not None and run.state == "running":
             run.active_s += trio.current_time() - self._resumed_at
+        if self._store.encode(self._history) != self._saved:
             await self._save()
 
     def status(self, most_damage: int | None = None) -> ScrubStatus:
@@ -267,8 +270,10 @@ class Scrubber:
     async def _save(self) -> None:
         """Keep what is known. Failing costs only that a restart begins earlier: it is logged once."""
         async with self._saving:
+            text = self._store.encode(self._history)
             try:
-                await self._engine.offload(self._store.save, self._store.encode(self._history))
+                await self._engine.offload(self._store.save, text)
+                self._saved = text
                 self._save_failed = False
             except OSError as error:
                 if not self._save_failed:

@@ -11,8 +11,10 @@ at a time for each of at most four devices, into buffers that are reused. A segm
 are in flight.
 """
 
+import errno
 import logging
 import mmap
+import os
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -243,8 +245,7 @@ class Pass:
                 await device.read_direct_into(piece.segment.offset(slot), block)
             except OSError as error:
                 block[:] = bytes(BLOCK_BYTES)
-                cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-                piece.unreadable[slot] = f"can't be read ({cause.strerror or cause})"
+                piece.unreadable[slot] = _unreadable(error)
 
     # -- judging -----------------------------------------------------------------------------------------------------
 
@@ -306,8 +307,7 @@ class Pass:
         try:
             data = await segment.device.read_direct(segment.offset(slot), BLOCK_BYTES)
         except OSError as error:
-            cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-            return f"can't be read ({cause.strerror or cause})"
+            return _unreadable(error)
         return None if check_of(data) == check else "fails its checksum"
 
     async def _target(self, owner: Owner, address: int) -> _Target | None:
@@ -435,6 +435,11 @@ def _page_target(volume: Volume, level: int, index: int, check: int) -> _Target:
     shift = BLOCK_SHIFT + FANOUT_BITS * (level + 1)
     offset = index << shift
     return _Target("map", volume, offset, max(0, min(1 << shift, volume.size_bytes - offset)), check)
+
+
+def _unreadable(error: OSError) -> str:
+    """The reason without the place, which the damage itself has, so that neighbours are alike."""
+    return f"can't be read ({os.strerror(error.errno or errno.EIO)})"
 
 
 def _log(damage: list[Damage]) -> None:
