@@ -38,6 +38,7 @@ from terrace.home import Home, HomeError, find_home
 from terrace.httpserver import serve_http
 from terrace.pools import open_pools
 from terrace.reclaim import stand_apart
+from terrace.scrubs import keep_schedule
 from terrace.stall import StallMeter
 from tiers import Pool
 
@@ -118,12 +119,13 @@ async def run(home: Home, config: Config, stalls: StallMeter, engine: type[Pool]
                 print(f"terraced: {error.strerror}{_next_step(error)}", file=sys.stderr)
                 return 1
             sockets.callback(api_listener.close)
-            async with open_pools(home.pools, config.pool.settings(), engine) as pools, trio.open_nursery() as services:
+            async with open_pools(home.pools, config.pool_settings(), engine) as pools, trio.open_nursery() as services:
                 limits = config.nbd.limits()
                 server = await services.start(partial(nbd.server.serve, PoolExports(pools), listeners, limits=limits))
                 daemon = Daemon(home, listeners, server, stalls)
                 api_shutdown = trio.Event()
                 await services.start(serve_http, Api(pools, daemon).app(), api_listener.sock, api_shutdown)
+                watchers.start_soon(keep_schedule, pools, config.scrub.plan())
                 _settle_collector()
                 stalls.reset()
                 print("terraced is ready:", *daemon.uris(), flush=True)

@@ -105,7 +105,7 @@ class Scrubber:
         """Start a scrub, or resume one that did not come to its end; returns at once. One that runs goes on.
 
         `rate`: bytes a second over all devices, 0 for no limit; None is what the resumed one had, or the settings'.
-        Raises TierError EINVAL.
+        `scheduled`: nobody asked for it, so the schedule may pause it. Raises TierError EINVAL.
         """
         if rate is not None and rate and rate < MIN_RATE:
             raise TierError(errno.EINVAL, f"a scrub can't be held to {rate} bytes a second: give at least 64K, or 0")
@@ -113,6 +113,7 @@ class Scrubber:
         if run is None or run.state in ("stopped", "finished"):
             limit = self._engine.segments.next_id
             run = self._history.run = Run("interrupted", scheduled, time.time(), limit)
+        run.scheduled = run.scheduled and scheduled
         if rate is not None:
             run.rate = rate
             if self._pass is not None:
