@@ -24,11 +24,11 @@ def brief(found: dict[str, Any]) -> str:
     last = found["last"]
     if found["state"] == "running" or found["state"] in _HALTED:
         share = percent(found["done_bytes"], found["total_bytes"]) if found["total_bytes"] else "0 %"
-        text = share if found["state"] == "running" else f"{found['state']} at {share}"
+        text = f"running, {share}" if found["state"] == "running" else f"{found['state']} at {share}"
     elif found["state"] == "stopped":
         text = "stopped"
     elif last is not None:
-        text = f"{_ago(last['finished_at'])}"
+        text = _ago(last["finished_at"])
     else:
         return "never"
     return f"{text}, {errors}" if found["errors"] else text
@@ -108,7 +108,7 @@ def show_damage(found: dict[str, Any]) -> None:
                 item["device"],
                 item["device_offset"],
             )
-            for item in found["damage"]
+            for item in sorted(found["damage"], key=_by_volume)
         ],
     )
     if found["damage_omitted"]:
@@ -119,10 +119,16 @@ def show_damage(found: dict[str, Any]) -> None:
         )
 
 
+def _by_volume(item: dict[str, Any]) -> tuple[bool, str, int]:
+    return item["volume"] is None, item["volume"] or item["device"], item["offset"] or item["device_offset"]
+
+
 def verdict(name: str, found: dict[str, Any]) -> str:
     """The sentence that a scrub ends with."""
+    if found["state"] == "stopped":
+        return f"The scrub of pool {name} is stopped: {format_size(found['done_bytes'])} verified, {_errors(found)}."
     if found["state"] != "finished":
-        return f"The scrub of pool {name} is {found['state']}: {sentence(found)}."
+        return f"The scrub of pool {name} is {sentence(found)}."
     verb = "is sound" if not found["errors"] else "is damaged"
     return f"Pool {name} {verb}: {_result(found['last'])}."
 
@@ -139,7 +145,7 @@ def _errors(found: dict[str, Any]) -> str:
 
 def _result(last: dict[str, Any]) -> str:
     speed = f", {format_size(int(last['done_bytes'] / last['active_s']))}/s" if last["active_s"] >= 1 else ""
-    took = duration(last["active_s"])
+    took = duration(last["active_s"]) if last["active_s"] >= 1 else "less than a second"
     return f"{_errors(last)} in {format_size(last['done_bytes'])}, {_ago(last['finished_at'])}, took {took}{speed}"
 
 
