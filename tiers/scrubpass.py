@@ -11,6 +11,7 @@ at a time for each of at most four devices, into buffers that are reused. A segm
 are in flight.
 """
 
+import contextlib
 import errno
 import logging
 import mmap
@@ -36,7 +37,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 8 << 20
+READ_OVER_BYTES = 256 << 10
+"""A gap between segments that is read with them, for that costs less than another read."""
+SHARE_AT_ONCE = 128
+"""One read pins at most this share of a device's segments: on a small, full one the cleaner needs them back."""
 PIECES_IN_FLIGHT = 3
 """Buffers of a device: while one piece is verified, two are read."""
 DEVICES_AT_ONCE = 4
@@ -52,19 +57,47 @@ MAX_YIELD_S = 0.02
 
 
 @dataclass(eq=False, slots=True)
-class _Piece:
-    """Slots of a segment on their way from the device."""
+class _Part:
+    """Slots of a segment that one read brings; `into` is where."""
 
     segment: Segment
     scan: Scan
     first: int
-    into: memoryview
+    count: int
+    into: memoryview = field(default_factory=lambda: memoryview(b""))
     unreadable: dict[int, str] = field(default_factory=dict)
-    done: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def offset(self) -> int:
+        return self.segment.offset(self.first)
+
+    @property
+    def end(self) -> int:
+        return self.segment.offset(self.first + self.count)
 
     @property
     def is_last(self) -> bool:
-        return self.first + (len(self.into) >> BLOCK_SHIFT) >= self.scan.used
+        return self.first + self.count >= self.scan.used
+
+
+@dataclass(eq=False, slots=True)
+class _Piece:
+    """One read: parts that lie one behind the other, so that small segments don't mean small reads."""
+
+    parts: list[_Part]
+    buffer: memoryview
+    done: trio.Event = field(default_factory=trio.Event)
+
+    def lay_out(self) -> None:
+        """Give each part its place in the buffer, and pin the segments."""
+        for part in self.parts:
+            at = part.offset - self.parts[0].offset
+            part.into = self.buffer[at : at + (part.count << BLOCK_SHIFT)]
+            part.segment.pins += 1
+
+    def unpin(self) -> None:
+        for part in self.parts:
+            part.segment.pins -= 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,30 +186,53 @@ class Pass:
             speed.add(state.done_bytes)
             # Anonymous mappings begin at a page, as O_DIRECT wants it.
             buffers = [memoryview(mmap.mmap(-1, PIECE_BYTES)) for _ in range(PIECES_IN_FLIGHT)]
-            flying: deque[tuple[_Piece, memoryview]] = deque()
-            pieces = self._pieces(plan, state)
+            flying: deque[_Piece] = deque()
+            parts = self._parts(plan, state)
+            behind: _Part | None = None
             try:
                 async with trio.open_nursery() as nursery:
                     while True:
-                        while buffers and (found := next(pieces, None)) is not None:
-                            buffer = buffers.pop()
-                            segment, scan, first, count = found
-                            piece = _Piece(segment, scan, first, buffer[: count << BLOCK_SHIFT])
-                            segment.pins += 1
-                            flying.append((piece, buffer))
-                            nursery.start_soon(self._fetch, piece)
+                        while buffers:
+                            together, behind = self._gather(state, parts, behind)
+                            if not together:
+                                break
+                            piece = _Piece(together, buffers.pop())
+                            piece.lay_out()
+                            flying.append(piece)
+                            nursery.start_soon(self._fetch, device, piece)
                         if not flying:
                             break
-                        piece, buffer = flying[0]
+                        piece = flying[0]
                         await piece.done.wait()
-                        await self._judge(state, piece)
+                        for part in piece.parts:
+                            await self._judge(state, part)
                         speed.add(state.done_bytes)
-                        flying.popleft()
-                        piece.segment.pins -= 1
-                        buffers.append(buffer)
+                        flying.popleft().unpin()
+                        buffers.append(piece.buffer)
             finally:
-                for piece, _ in flying:
-                    piece.segment.pins -= 1
+                for piece in flying:
+                    piece.unpin()
+
+    def _gather(
+        self, state: DeviceRun, parts: Iterator[_Part], first: _Part | None
+    ) -> tuple[list[_Part], _Part | None]:
+        """The next parts that one read can bring, and the one behind them."""
+        together: list[_Part] = []
+        part = first or next(parts, None)
+        most = self._piece_slots() << BLOCK_SHIFT
+        while part is not None:
+            if self._engine.segments.by_id.get(part.segment.id) is part.segment:
+                device = part.segment.device
+                share = max(1, device.segment_count // SHARE_AT_ONCE) * device.segment_bytes
+                if together and (
+                    part.end - together[0].offset > min(most, share) or part.offset - together[-1].end > READ_OVER_BYTES
+                ):
+                    return together, part
+                together.append(part)
+            else:  # it had to wait for its read, and is gone by now
+                state.left_bytes -= part.count << BLOCK_SHIFT
+            part = next(parts, None)
+        return together, None
 
     async def _plan(self, device: Device, state: DeviceRun) -> list[int]:
         """What is left of a device in the order of the places: (place << 64 | segment id << 24 | slots) each."""
@@ -195,8 +251,8 @@ class Pass:
         state.left_bytes = sum(key & SLOT_MASK for key in plan) << BLOCK_SHIFT
         return plan
 
-    def _pieces(self, plan: list[int], state: DeviceRun) -> Iterator[tuple[Segment, Scan, int, int]]:
-        """(segment, its scan, first slot, count) of everything planned that is still there and holds something live."""
+    def _parts(self, plan: list[int], state: DeviceRun) -> Iterator[_Part]:
+        """Everything planned that is still there and holds something live."""
         by_id = self._engine.segments.by_id
         for key in plan:
             segment_id, planned = key >> 24 & (1 << 40) - 1, key & SLOT_MASK
@@ -212,7 +268,7 @@ class Pass:
                     state.left_bytes -= used - first << BLOCK_SHIFT
                     break
                 count = min(self._piece_slots(), used - first)
-                yield segment, scan, first, count
+                yield _Part(segment, scan, first, count)
                 first += count
 
     def _piece_slots(self) -> int:
@@ -220,62 +276,60 @@ class Pass:
         rate = self.pacer.rate
         return (min(PIECE_BYTES, max(MIN_RATE, rate // 4)) if rate else PIECE_BYTES) >> BLOCK_SHIFT
 
-    async def _fetch(self, piece: _Piece) -> None:
+    async def _fetch(self, device: Device, piece: _Piece) -> None:
         """Fill a piece; what can't be read is zeros, and noted."""
-        device = piece.segment.device
-        offset = piece.segment.offset(piece.first)
-        await self.pacer.take(len(piece.into))
+        first = piece.parts[0].offset
+        length = piece.parts[-1].end - first
+        await self.pacer.take(length)
         try:
-            await device.read_direct_into(offset, piece.into)
+            await device.read_direct_into(first, piece.buffer[:length])
         except OSError:
-            for at in range(0, len(piece.into), SPLIT_BYTES):
-                part = piece.into[at : at + SPLIT_BYTES]
-                try:
-                    await device.read_direct_into(offset + at, part)
-                except OSError:
-                    await self._fetch_blocks(piece, at, len(part))
+            for part in piece.parts:
+                for at in range(0, len(part.into), SPLIT_BYTES):
+                    await self._fetch_split(device, part, at, min(SPLIT_BYTES, len(part.into) - at))
         piece.done.set()
 
-    async def _fetch_blocks(self, piece: _Piece, start: int, length: int) -> None:
-        device = piece.segment.device
+    async def _fetch_split(self, device: Device, part: _Part, start: int, length: int) -> None:
+        with contextlib.suppress(OSError):
+            await device.read_direct_into(part.offset + start, part.into[start : start + length])
+            return
         for at in range(start, start + length, BLOCK_BYTES):
-            block = piece.into[at : at + BLOCK_BYTES]
-            slot = piece.first + (at >> BLOCK_SHIFT)
+            block = part.into[at : at + BLOCK_BYTES]
             try:
-                await device.read_direct_into(piece.segment.offset(slot), block)
+                await device.read_direct_into(part.offset + at, block)
             except OSError as error:
                 block[:] = bytes(BLOCK_BYTES)
-                piece.unreadable[slot] = _unreadable(error)
+                part.unreadable[part.first + (at >> BLOCK_SHIFT)] = _unreadable(error)
 
     # -- judging -----------------------------------------------------------------------------------------------------
 
-    async def _judge(self, state: DeviceRun, piece: _Piece) -> None:
-        """Verify a piece and record what is damaged in it."""
-        segment = piece.segment
+    async def _judge(self, state: DeviceRun, part: _Part) -> None:
+        """Verify a part and record what is damaged in it."""
+        segment = part.segment
         if state.position != segment.index:
             state.position = segment.index
             state.partial_bytes = 0
         found: list[Suspect | Gap] = []
-        for part in piece.scan.feed(piece.into, piece.unreadable):
-            found += part
+        for news in part.scan.feed(part.into, part.unreadable):
+            found += news
             await self._let_others()
-        state.done_bytes += len(piece.into)
-        state.partial_bytes += len(piece.into)
-        state.left_bytes -= len(piece.into)
+        state.done_bytes += len(part.into)
+        state.partial_bytes += len(part.into)
+        state.left_bytes -= len(part.into)
         damage: list[Damage] = []
         for item in found:
             if isinstance(item, Suspect):
                 await self._let_others()
                 owner = owner_of(item.batch, item.index)
                 if owner is not None:
-                    await self._suspect(damage, segment, item.slot, owner, piece.unreadable.get(item.slot))
+                    await self._suspect(damage, segment, item.slot, owner, part.unreadable.get(item.slot))
             elif item.first == 0:
-                reason = piece.unreadable.get(0, "fails its checksum")
+                reason = part.unreadable.get(0, "fails its checksum")
                 self._record_header(damage, segment, 0, f"the header of segment {segment.id} {reason}")
             elif (gap := (segment.id, item.first, item.end)) not in self._run.gaps:
                 self._run.gaps.append(gap)
         _log(damage)
-        if piece.is_last:
+        if part.is_last:
             state.position = segment.index + 1
             state.partial_bytes = 0
 
