@@ -9,6 +9,8 @@
     POST   /v1/pools/P/grow                   {devices, force?}
     POST   /v1/pools/P/checkpoint
     POST   /v1/pools/P/check                  {full?}; streams {done_bytes, total_bytes} ..., then {report} or {error}
+    GET    /v1/pools/P/scrub                  the newest scrub, with every damaged range that is kept
+    POST   /v1/pools/P/scrub                  {action: "start" | "pause" | "stop", rate?}
     GET    /v1/pools/P/volumes
     POST   /v1/pools/P/volumes                {name, size}
     GET    /v1/pools/P/volumes/V
@@ -100,6 +102,11 @@ class OpenBody(_Body):
 
 class CheckBody(_Body):
     full: bool = False
+
+
+class ScrubBody(_Body):
+    action: Literal["start", "pause", "stop"]
+    rate: Size | None = Field(None, ge=0, le=1 << 50)
 
 
 class CreateVolumeBody(_Body):
@@ -208,6 +215,8 @@ class Api:
             self._route("POST", f"{pool}/grow", self.grow_pool),
             self._route("POST", f"{pool}/checkpoint", self.checkpoint_pool),
             self._route("POST", f"{pool}/check", self.check_pool),
+            self._route("GET", f"{pool}/scrub", self.show_scrub),
+            self._route("POST", f"{pool}/scrub", self.scrub_pool),
             self._route("GET", f"{pool}/volumes", self.list_volumes),
             self._route("POST", f"{pool}/volumes", self.create_volume),
             self._route("GET", volume, self.show_volume),
@@ -267,6 +276,20 @@ class Api:
         name = request.path_params["pool"]
         self._pools.pool(name)  # what can be refused is refused with a status, before the stream begins
         return _CheckStream(self._pools, name, full=body.full)
+
+    async def show_scrub(self, request: Request) -> Response:
+        return JSONResponse(_plain(self._pools.pool(request.path_params["pool"]).scrubber.status()))
+
+    async def scrub_pool(self, request: Request) -> Response:
+        body = await _body(request, ScrubBody)
+        if body.rate is not None and body.action != "start":
+            raise TierError(errno.EINVAL, f"rate: it is for starting a scrub; to {body.action} one takes none")
+        with self._pools.using(request.path_params["pool"]) as pool:
+            if body.action == "start":
+                status = await pool.scrubber.start(body.rate)
+            else:
+                status = await (pool.scrubber.pause() if body.action == "pause" else pool.scrubber.stop())
+            return JSONResponse(_plain(status))
 
     async def list_volumes(self, request: Request) -> Response:
         with self._pools.using(request.path_params["pool"]) as pool:

@@ -18,6 +18,7 @@ import pydantic
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from nbd.server import Limits
+from terrace.scrubs import Plan
 from terrace.sizes import format_size, parse_size
 from tiers.settings import PoolSettings
 
@@ -49,6 +50,51 @@ def split_address(text: str) -> tuple[str, int]:
     if not colon or not host or not port.isascii() or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"{text!r} is not an address; write HOST:PORT with a port from 0 to 65535")
     return host, int(port)
+
+
+_UNITS_S = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+def interval_seconds(text: str) -> float | None:
+    """Seconds of `90min`, `12h`, `30d` or `4w`; None for `never`. Raises ValueError."""
+    if text == "never":
+        return None
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(s|min|h|d|w)", text)
+    if match is None or not 0 < (seconds := float(match[1]) * _UNITS_S[match[2]]) <= 100 * 365 * 86400:
+        raise ValueError(f'"{text}" is not an interval; write one such as "12h", "30d" or "4w", or "never"')
+    return seconds
+
+
+def window_minutes(text: str) -> tuple[int, int] | None:
+    """(from, to) in minutes of the day of `01:00-06:00`; None for the empty text. Raises ValueError."""
+    if not text:
+        return None
+    match = re.fullmatch(r"([01][0-9]|2[0-3]):([0-5][0-9])-([01][0-9]|2[0-4]):([0-5][0-9])", text)
+    if match is not None:
+        start, end = int(match[1]) * 60 + int(match[2]), int(match[3]) * 60 + int(match[4])
+        if start != end and end <= 24 * 60:
+            return start, end
+    raise ValueError(f'"{text}" is not a window of hours; write one such as "01:00-06:00" or "22:30-05:00"')
+
+
+def _as_interval(value: object) -> object:
+    return "never" if value == 0 and not isinstance(value, bool) else value
+
+
+def _is_interval(text: str) -> str:
+    interval_seconds(text)
+    return text
+
+
+def _is_window(text: str) -> str:
+    window_minutes(text)
+    return text
+
+
+def _is_rate(rate: int) -> int:
+    if 0 < rate < 64 << 10:
+        raise ValueError(f"{rate} bytes a second is too little for a scrub; it must be at least 64 KiB, or 0: no limit")
+    return rate
 
 
 MIB = 1 << 20
@@ -99,6 +145,17 @@ class PoolConfig(_Section):
         )
 
 
+class ScrubConfig(_Section):
+    """[scrub]: when the data of each pool is read and verified, and how fast."""
+
+    interval: Annotated[str, BeforeValidator(_as_interval), AfterValidator(_is_interval)] = "30d"
+    window: Annotated[str, AfterValidator(_is_window)] = ""
+    rate: Annotated[Size, Field(ge=0, le=1 << 50), AfterValidator(_is_rate)] = _SETTINGS.scrub_rate_bytes
+
+    def plan(self) -> Plan:
+        return Plan(interval_seconds(self.interval), window_minutes(self.window))
+
+
 class LogConfig(_Section):
     """[log]: what goes to standard error."""
 
@@ -110,7 +167,12 @@ class Config(_Section):
 
     nbd: NbdConfig = NbdConfig()
     pool: PoolConfig = PoolConfig()
+    scrub: ScrubConfig = ScrubConfig()
     log: LogConfig = LogConfig()
+
+    def pool_settings(self) -> PoolSettings:
+        """What every pool is opened with."""
+        return replace(self.pool.settings(), scrub_rate_bytes=self.scrub.rate)
 
 
 def load_config(path: Path | None) -> Config:

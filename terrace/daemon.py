@@ -39,6 +39,7 @@ from terrace.home import Home, HomeError, find_home
 from terrace.httpserver import serve_http
 from terrace.pools import Pools, open_pools
 from terrace.reclaim import stand_apart
+from terrace.scrubs import keep_schedule
 from terrace.stall import StallMeter
 from tiers import Pool
 
@@ -121,7 +122,7 @@ async def run(home: Home, config: Config, stalls: StallMeter, engine: type[Pool]
             sockets.callback(api_listener.close)
             told, opening, serving = trio.Event(), trio.CancelScope(), trio.CancelScope()
             watchers.start_soon(_obey, signals, told, opening, serving)
-            async with open_pools(home.pools, config.pool.settings(), engine, opening=opening) as pools:
+            async with open_pools(home.pools, config.pool_settings(), engine, opening=opening) as pools:
                 if not told.is_set():
                     with serving:
                         await _serve(home, config, stalls, pools, listeners, api_listener, told, serving)
@@ -147,12 +148,14 @@ async def _serve(
         daemon = Daemon(home, listeners, server, stalls)
         api_shutdown = trio.Event()
         await services.start(serve_http, Api(pools, daemon).app(), api_listener.sock, api_shutdown)
-        _settle_collector()
-        stalls.reset()
-        print("terraced is ready:", *daemon.uris(), flush=True)
-        sdnotify.notify("READY=1")
-
-        await told.wait()
+        async with trio.open_nursery() as background:
+            background.start_soon(keep_schedule, pools, config.scrub.plan())
+            _settle_collector()
+            stalls.reset()
+            print("terraced is ready:", *daemon.uris(), flush=True)
+            sdnotify.notify("READY=1")
+            await told.wait()
+            background.cancel_scope.cancel()
         log.info("finishing what clients have in flight")
         api_shutdown.set()
         server.start_drain()

@@ -4,16 +4,22 @@ from tiers.check import CheckReport
 from tiers.errors import TierError
 from tiers.names import validate_name, validate_volume_size
 from tiers.pool import DeviceSpec, DeviceStatus, Pool, PoolStatus, VolumeStatus
+from tiers.scrub import DeviceScrub, ScrubStatus
+from tiers.scrubstate import Damage, Result
 from tiers.settings import PoolSettings
 from tiers.volume import Volume
 
 __all__ = [
     "CheckReport",
+    "Damage",
+    "DeviceScrub",
     "DeviceSpec",
     "DeviceStatus",
     "Pool",
     "PoolSettings",
     "PoolStatus",
+    "Result",
+    "ScrubStatus",
     "TierError",
     "Volume",
     "VolumeStatus",

@@ -68,6 +68,7 @@ class Device(Protocol):
     async def read(self, offset: int, length: int) -> bytearray: ...
     async def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytearray]: ...
     async def read_direct(self, offset: int, length: int) -> bytearray: ...
+    async def read_direct_into(self, offset: int, into: memoryview) -> None: ...
     async def sync(self) -> None: ...
     def write_label(self, label: Label) -> None: ...
     def close(self) -> None: ...
@@ -229,6 +230,20 @@ class FileDevice:
         finally:
             self._bounces[:] = [bounce]
         return result
+
+    async def read_direct_into(self, offset: int, into: memoryview) -> None:
+        """`read_direct` without a copy, for much and often: `into` must be page-aligned memory of whole blocks."""
+        await self._offload(self._read_direct_into_blocking, offset, into)
+
+    def _read_direct_into_blocking(self, offset: int, into: memoryview) -> None:
+        fd = self._direct_fd
+        if fd is not None:
+            self._fill(fd, into, offset)
+            return
+        # Nor should what is read here push out of the page cache what clients read.
+        os.posix_fadvise(self.fd, offset, len(into), os.POSIX_FADV_DONTNEED)
+        self._fill(self.fd, into, offset)
+        os.posix_fadvise(self.fd, offset, len(into), os.POSIX_FADV_DONTNEED)
 
     async def sync(self) -> None:
         """Make everything written before the call durable. Raises OSError; the caller must then poison the device."""

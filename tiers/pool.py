@@ -35,10 +35,15 @@ from tiers.overlay import HOLE
 from tiers.probe import check_usable, read_label, size_of
 from tiers.record import Op
 from tiers.recovery import replay, restore
+from tiers.scrub import Scrubber, ScrubStatus
+from tiers.scrubstate import ScrubFile
 from tiers.settings import PoolSettings
 from tiers.volume import Volume
 
 logger = logging.getLogger(__name__)
+
+SHOWN_DAMAGE = 10
+"""Damaged ranges in a pool's status; `Pool.scrubber.status()` has all that are kept."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,7 @@ class PoolStatus:
     client_written_bytes: int
     device_written_bytes: int
     replayed_batches: int
+    scrub: ScrubStatus
     given_up: str | None = None
     """What `truncate_log` gave up when the pool was opened."""
     devices: list[DeviceStatus] = field(default_factory=list)
@@ -111,13 +117,16 @@ class PoolStatus:
 class Pool:
     """An open pool. Get one from `Pool.open`."""
 
-    def __init__(self, engine: Engine, checkpointer: Checkpointer, cleaner: Cleaner, host: Host) -> None:
+    def __init__(
+        self, engine: Engine, checkpointer: Checkpointer, cleaner: Cleaner, scrubber: Scrubber, host: Host
+    ) -> None:
         self.name = engine.pool_name
         self.uuid = str(uuids.UUID(bytes=engine.pool_uuid))
         self._engine = engine
         self._checkpointer = checkpointer
         self._cleaner = cleaner
         self._host = host
+        self.scrubber = scrubber
         self._ddl = trio.Lock()
         self._growth = trio.Lock()  # of its own: it is what helps where a delete waits for room
         self.replayed_batches = 0
@@ -153,8 +162,11 @@ class Pool:
             state = await offload(catalog.load)
             devices = await offload(_open_devices, host, state, offload)
             stack.callback(_close_devices, devices)
-            pool = await _recover(state, devices, catalog, settings, host, offload, truncate_log=truncate_log)
+            pool = await _recover(
+                directory, state, devices, catalog, settings, host, offload, truncate_log=truncate_log
+            )
             await offload(catalog.lay_ballast)
+            await pool.scrubber.load()
             failure: Exception | None = None
             try:
                 async with trio.open_nursery() as nursery:
@@ -175,12 +187,14 @@ class Pool:
 
     def _start_tasks(self, nursery: trio.Nursery) -> None:
         nursery.start_soon(self._engine.flusher.run)
+        nursery.start_soon(self.scrubber.run)
         if self._engine.space.read_only is None:
             nursery.start_soon(self._checkpointer.run)
             nursery.start_soon(self._cleaner.run)
 
     async def _close(self) -> None:
         """Leave nothing to replay."""
+        await self.scrubber.close()
         if self._engine.space.read_only is not None:
             return
         try:
@@ -381,6 +395,7 @@ class Pool:
             device_written_bytes=sum(device.written_bytes for device in engine.devices),
             replayed_batches=self.replayed_batches,
             given_up=self.given_up,
+            scrub=self.scrubber.status(most_damage=SHOWN_DAMAGE),
             devices=[_device_status(device, live_by_device.get(device.index, 0)) for device in engine.devices],
             volumes=[
                 VolumeStatus(
@@ -467,6 +482,7 @@ def _judge_label(label: Label, row: DeviceRow, state: State) -> None:
 
 
 async def _recover(
+    directory: Path,
     state: State,
     devices: list[Device],
     catalog: CatalogStore,
@@ -492,7 +508,8 @@ async def _recover(
     checkpointer = Checkpointer(engine)
     engine.checkpoint = checkpointer.checkpoint
     engine.reuse = checkpointer.reuse
-    pool = Pool(engine, checkpointer, Cleaner(engine), host)
+    scrubber = Scrubber(engine, ScrubFile(directory, state.pool_uuid))
+    pool = Pool(engine, checkpointer, Cleaner(engine), scrubber, host)
     restore(engine, state)
     hit("recovery.restored")
     for device in devices:

@@ -7,6 +7,7 @@
 - `big`: a 10 TiB volume: create, trim, delete; memory and CPU of the idle daemon that has it.
 - `reopen`: the daemon is killed with 1 GiB of random writes in its log since the last checkpoint.
 - `pressure`: random writes for ever into a pool of volume / 0.85: the cleaner and checkpoints at work.
+- `scrub`: scrubs against fio's sequential read of the same device, in turn; then one beside a client.
 
 The daemon itself reports the longest stall of its event loop, which is shown for each load. Absolute numbers tell about
 the machine: quote ratios.
@@ -31,6 +32,7 @@ from typing import Any
 
 import psutil
 from bench_fio import FioError, Measurement, fio
+from bench_scrub import scrub
 from bench_sections import STALL_TARGET_MS, Result, big, pressure, reopen
 from bench_servers import Server, Terrace, all_servers
 from rich.console import Console
@@ -41,7 +43,7 @@ from tests.system.daemon import REPOSITORY, DaemonError
 
 MIB = 1 << 20
 BASELINE = "qemu-nbd raw"
-SECTIONS = ("throughput", "big", "reopen", "pressure")
+SECTIONS = ("throughput", "big", "reopen", "pressure", "scrub")
 WARM_PASSES = (3, 7)  # at least, at most
 console = Console(width=None if sys.stdout.isatty() else 160)
 
@@ -126,6 +128,7 @@ def main() -> int:
             "big": lambda: results.extend(big(directory, options.seconds, options.pool_bytes)),
             "reopen": lambda: results.extend(reopen(directory, options.reopen_bytes)),
             "pressure": lambda: results.extend(pressure(directory, options.seconds, options.size // 2)),
+            "scrub": lambda: results.extend(scrub(directory, options.size)),
         }
         for name in options.only:
             say(f"{name} ...")
@@ -284,8 +287,8 @@ def results_table(results: list[Result]) -> Table:
     table.add_column("target", justify="right")
     table.add_column("")
     for result in results:
-        target = "" if result.most is None else f"< {result.most:g} {result.unit}"
-        table.add_row(result.section, result.what, f"{amount(result)} {result.unit}", target, verdict(result.passed))
+        measured = f"{amount(result)} {result.unit}"
+        table.add_row(result.section, result.what, measured, result.target, verdict(result.passed))
     return table
 
 

@@ -29,17 +29,26 @@ LONGEST_TRIM_BYTES = (1 << 32) - 4096
 
 @dataclass(frozen=True)
 class Result:
-    """One line of the second table. `most` is the target; None where the value is only for information."""
+    """One line of the second table. `most` or `least` is the target; without, the value is only for information."""
 
     section: str
     what: str
     value: float
     unit: str
     most: float | None = None
+    least: float | None = None
 
     @property
     def passed(self) -> bool | None:
+        if self.least is not None:
+            return self.value >= self.least
         return None if self.most is None else self.value < self.most
+
+    @property
+    def target(self) -> str:
+        if self.least is not None:
+            return f">= {self.least:g} {self.unit}"
+        return "" if self.most is None else f"< {self.most:g} {self.unit}"
 
 
 def timed(action: Callable[[], Any]) -> float:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from terrace.cli.context import DEVICE, POOL, Context, confirm, pass_context
+from terrace.cli.context import DEVICE, POOL, SIZE, Context, confirm, pass_context
 from terrace.cli.output import output_option, patience, percent, show_facts, show_json, show_table
+from terrace.cli.scrub import brief, scrub_facts, show_scrub, verdict
 from terrace.sizes import format_size
+
+if TYPE_CHECKING:
+    from terrace.apiclient import ApiClient
+
+_POLL_S = 0.5
 
 
 class DevicesCommand(click.Command):
@@ -97,7 +104,7 @@ def show_pools(pools: Sequence[dict[str, Any]], title: str = "") -> None:
     rows: list[tuple[object, ...]] = []
     for found in pools:
         if "capacity_bytes" not in found:
-            rows.append((found["name"], found["state"], *6 * ("-",)))
+            rows.append((found["name"], found["state"], *7 * ("-",)))
             continue
         rows.append(
             (
@@ -109,9 +116,10 @@ def show_pools(pools: Sequence[dict[str, Any]], title: str = "") -> None:
                 format_size(found["available_bytes"]),
                 format_size(found["capacity_bytes"]),
                 percent(found["used_bytes"], found["capacity_bytes"]),
+                brief(found["scrub"]),
             )
         )
-    columns = ("Pool", "State", ">Volumes", ">Nominal", ">Used", ">Available", ">Capacity", ">Use")
+    columns = ("Pool", "State", ">Volumes", ">Nominal", ">Used", ">Available", ">Capacity", ">Use", "Scrub")
     show_table(columns, rows, title=title, empty="There are no pools; terrace pool create makes one.")
     for found in pools:
         if found.get("error"):
@@ -172,6 +180,7 @@ def show_pool(found: dict[str, Any]) -> None:
                 + (f" ({device / client:.2f} x)" if client else ""),
             ),
             ("Cleaning", f"{found['blocks_moved']} blocks moved"),
+            *scrub_facts(found["scrub"]),
         ]
     )
     click.echo()
@@ -286,6 +295,66 @@ def check(context: Context, name: str, full: bool, truncate_log: bool, yes: bool
         verdict = "is sound" if report["ok"] else f"has {len(report['problems'])} problem(s)"
         click.echo(f"Pool {name} {verdict}: {found}.")
     return 0 if report["ok"] else 1
+
+
+@pool.command()
+@click.argument("name", type=POOL)
+@click.option("--wait", is_flag=True, help="Stay until it ends, and show how far it is.")
+@click.option("--rate", type=SIZE, help="Read at most so many bytes a second, over all devices; 0: no limit.")
+@click.option("--status", is_flag=True, help="Only show the newest scrub and what it found.")
+@click.option("--pause", is_flag=True, help="Halt it; starting it again goes on from there.")
+@click.option("--stop", is_flag=True, help="End it for good.")
+@output_option
+@pass_context
+def scrub(
+    context: Context, name: str, wait: bool, rate: int | None, status: bool, pause: bool, stop: bool, output: str
+) -> int:
+    """Read all live data and verify it: start, resume, follow or halt a scrub.
+
+    The daemon does it in the background and goes on after a restart. With --wait and --status the exit status is 1 if
+    errors are known.
+    """
+    if status + pause + stop > 1 or ((wait or rate is not None) and (pause or stop)) or (rate is not None and status):
+        raise click.UsageError("--status, --pause and --stop stand alone; --wait and --rate are for starting a scrub")
+    with context.connect() as client:
+        if status:
+            found = client.get("pools", name, "scrub")
+        else:
+            before = client.get("pools", name, "scrub")["state"]
+            action = "pause" if pause else "stop" if stop else "start"
+            body = {"action": action} if rate is None else {"action": action, "rate": rate}
+            found = client.request("POST", "pools", name, "scrub", body=body)
+        if wait:
+            try:
+                found = _follow(client, name, found)
+            except KeyboardInterrupt:
+                raise click.ClickException(
+                    f"no longer watching; the scrub goes on: terrace pool scrub {name} --pause halts it"
+                ) from None
+    if output == "json":
+        show_json(found)
+    elif status or (wait and found["errors"]):
+        show_scrub(name, found)
+    elif wait or pause or stop:
+        click.echo(verdict(name, found))
+    else:
+        told = {"running": "runs already", "finished": "is started", "never": "is started", "stopped": "is started"}
+        click.echo(
+            f"The scrub of pool {name} {told.get(before, 'goes on')}; terrace pool scrub {name} --status follows it."
+        )
+    if wait:
+        return 0 if found["state"] == "finished" and not found["errors"] else 1
+    return 1 if status and found["errors"] else 0
+
+
+def _follow(client: ApiClient, name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Show how far a scrub is until it ends or is halted; what is known of it then."""
+    with patience(f"Scrubbing pool {name}") as advance:
+        while found["state"] == "running":
+            advance(found["done_bytes"], found["total_bytes"])
+            time.sleep(_POLL_S)
+            found = client.get("pools", name, "scrub")
+    return found
 
 
 @pool.command()

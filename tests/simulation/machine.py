@@ -155,6 +155,9 @@ class SimDevice:
         await self._about_to_read(offset, length)
         return self.medium.direct(offset, length)
 
+    async def read_direct_into(self, offset: int, into: memoryview) -> None:
+        into[:] = await self.read_direct(offset, len(into))
+
     async def _about_to_read(self, offset: int, length: int) -> None:
         assert offset >= 0 and offset + length <= self.medium.size, "a read past the end of the device"
         await self.machine.pause()

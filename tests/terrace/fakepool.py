@@ -9,6 +9,8 @@ true there. What the real one does only in bad luck, this one does on demand, by
     fail-later      once the file appears, the running pool fails with its text
     slow-check      a check takes as many seconds as its text says, with progress
     stuck-close     closing takes as many seconds as its text says
+    slow-scrub      a scrub takes as many seconds as its text says, for as long as the file is there
+    rot             a scrub finds the first block of the volume that its text names damaged
 """
 
 from __future__ import annotations
@@ -20,17 +22,31 @@ import fcntl
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import trio
 
-from tiers import CheckReport, DeviceSpec, DeviceStatus, PoolSettings, PoolStatus, TierError, VolumeStatus
+from tiers import (
+    CheckReport,
+    Damage,
+    DeviceScrub,
+    DeviceSpec,
+    DeviceStatus,
+    PoolSettings,
+    PoolStatus,
+    Result,
+    ScrubStatus,
+    TierError,
+    VolumeStatus,
+)
 from tiers.names import validate_name, validate_volume_size
 
 BLOCK_BYTES = 4096
-MIN_DEVICE_BYTES = 32 << 20
+MIB = 1 << 20
+MIN_DEVICE_BYTES = 32 * MIB
 
 
 class FakeVolume:
@@ -100,11 +116,137 @@ class FakeVolume:
         return [(length, 0)]
 
 
+class FakeScrubber:
+    """The interface of `tiers.scrub.Scrubber`, over the bytes that the volumes' files have."""
+
+    def __init__(self, pool: FakePool, directory: Path) -> None:
+        self._pool = pool
+        self._directory = directory
+        self._path = directory / "scrub.fake"
+        known = json.loads(self._path.read_text()) if self._path.exists() else {}
+        last = known.get("last")
+        self._since: float = known.get("since", time.time())
+        self._state: str = known.get("state", "never")
+        self._state = "interrupted" if self._state == "running" else self._state
+        self._scheduled: bool = known.get("scheduled", False)
+        self._rate: int = known.get("rate", 0)
+        self._times: tuple[float | None, float | None] = tuple(known.get("times", (None, None)))
+        self._share: float = known.get("share", 0.0)
+        self._damage = [Damage(**item) for item in known.get("damage", [])]
+        self._last = Result(**last) if last else None
+        self.save()
+
+    def save(self) -> None:
+        known = {
+            "since": self._since,
+            "state": self._state,
+            "scheduled": self._scheduled,
+            "rate": self._rate,
+            "times": self._times,
+            "share": self._share,
+            "damage": [dataclasses.asdict(item) for item in self._damage],
+            "last": self._last and dataclasses.asdict(self._last),
+        }
+        self._path.write_text(json.dumps(known))
+
+    @property
+    def running(self) -> bool:
+        return self._state == "running"
+
+    async def run(self) -> None:
+        step_s = 0.02
+        while True:
+            await trio.sleep(step_s)
+            if self._state != "running":
+                continue
+            slow = self._directory / "slow-scrub"
+            self._share += step_s / float(slow.read_text()) if slow.exists() else 1
+            if self._share >= 1:
+                self._finish()
+
+    def _finish(self) -> None:
+        rot = self._directory / "rot"
+        if rot.exists():
+            device = str(self._pool.status().devices[0].path)
+            self._damage = [
+                Damage(
+                    "data", f"{self._pool.name}/{rot.read_text()}", 0, BLOCK_BYTES, device, MIB, 1, "fails its checksum"
+                )
+            ]
+        started_s, now_s = self._times[0] or 0.0, time.time()
+        self._state, self._share, self._times = "finished", 1.0, (started_s, now_s)
+        self._last = Result(started_s, now_s, now_s - started_s, self._total_bytes(), len(self._damage))
+        self.save()
+
+    def _total_bytes(self) -> int:
+        return sum(volume.mapped_bytes() for volume in self._pool.volumes())
+
+    async def start(self, rate: int | None = None, *, scheduled: bool = False) -> ScrubStatus:
+        await trio.lowlevel.checkpoint()
+        if rate is not None and 0 < rate < 65536:
+            raise TierError(errno.EINVAL, f"a scrub can't be held to {rate} bytes a second: give at least 64K, or 0")
+        if self._state in ("never", "stopped", "finished"):
+            self._share, self._times, self._damage = 0.0, (time.time(), None), []
+            self._scheduled, self._rate = scheduled, self._pool.settings.scrub_rate_bytes
+        self._state = "running"
+        self._scheduled = self._scheduled and scheduled
+        self._rate = self._rate if rate is None else rate
+        self.save()
+        return self.status()
+
+    async def pause(self, *, waiting: bool = False) -> ScrubStatus:
+        self._require("running") if waiting else self._require("running", "waiting", "interrupted")
+        return await self._halt("waiting" if waiting else "paused")
+
+    async def stop(self) -> ScrubStatus:
+        self._require("running", "paused", "waiting", "interrupted")
+        self._times = (self._times[0], time.time())
+        return await self._halt("stopped")
+
+    def _require(self, *states: str) -> None:
+        if self._state not in states:
+            name = self._pool.name
+            raise TierError(
+                errno.ENOENT, f"no scrub of pool {name} is running: see `terrace pool scrub {name} --status`"
+            )
+
+    async def _halt(self, state: str) -> ScrubStatus:
+        await trio.lowlevel.checkpoint()
+        self._state = state
+        self.save()
+        return self.status()
+
+    def status(self, most_damage: int | None = None) -> ScrubStatus:
+        total = 0 if self._state == "never" else self._total_bytes()
+        done = int(total * min(1.0, self._share))
+        devices = [DeviceScrub(d["path"], 0, 0, 0) for d in self._pool.devices]  # type: ignore[arg-type]
+        if devices:
+            devices[0] = DeviceScrub(devices[0].path, done, total, len(self._damage))
+        return ScrubStatus(
+            self._state,  # type: ignore[arg-type]
+            self._scheduled,
+            *self._times,
+            self._last.active_s if self._last else 0.0,
+            self._rate,
+            done,
+            total,
+            0.0,
+            1.0 if self._state == "running" else None,
+            len(self._damage),
+            devices if self._state != "never" else [],
+            self._damage[:most_damage],
+            0,
+            self._last,
+            self._since,
+        )
+
+
 class FakePool:
     """The interface of `tiers.Pool`."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, settings: PoolSettings) -> None:
         self._directory = directory
+        self.settings = settings
         catalog = json.loads((directory / "fake.json").read_text())
         self.name: str = catalog["name"]
         self.uuid: str = catalog["uuid"]
@@ -113,6 +255,11 @@ class FakePool:
         self._volumes = {
             name: FakeVolume(self.name, directory / f"{name}.raw", size) for name, size in catalog["volumes"].items()
         }
+        self.scrubber = FakeScrubber(self, directory)
+
+    @property
+    def devices(self) -> list[dict[str, object]]:
+        return self._devices
 
     @classmethod
     async def create(cls, directory: Path, name: str, devices: Sequence[DeviceSpec], *, force: bool = False) -> None:
@@ -148,11 +295,12 @@ class FakePool:
                 fcntl.flock(catalog, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise TierError(errno.EBUSY, f"the pool in {directory} is open in another process") from None
-            pool = cls(directory)
+            pool = cls(directory, settings or PoolSettings())
             pool._given_up = given_up
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(pool._fail_later)
+                    nursery.start_soon(pool.scrubber.run)
                     yield pool
                     nursery.cancel_scope.cancel()
                 if (directory / "stuck-close").exists():
@@ -268,6 +416,7 @@ class FakePool:
             "used_bytes": used_bytes,
             "available_bytes": capacity_bytes - used_bytes,
             "nominal_bytes": sum(volume.size_bytes for volume in volumes),
+            "scrub": self.scrubber.status(10),
             "devices": [self._device_status(device) for device in self._devices],
             "volumes": volumes,
         }

@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 
 from nbd.server import Limits
-from terrace.config import Config, ConfigError, line_of, load_config, parse_config, split_address
+from terrace.config import (
+    Config,
+    ConfigError,
+    interval_seconds,
+    line_of,
+    load_config,
+    parse_config,
+    split_address,
+    window_minutes,
+)
+from terrace.scrubs import Plan
 from tiers import PoolSettings
 
 
@@ -39,17 +49,50 @@ def test_every_key_reaches_what_it_configures() -> None:
         checkpoint_log = "64M"
         map_cache = 33554432
         unsynced_cap = "8MiB"
+        [scrub]
+        interval = "2w"
+        window = "22:30-05:00"
+        rate = "100M"
         [log]
         level = "debug"
         """,
         "t.toml",
     )
-    limits, settings = config.nbd.limits(), config.pool.settings()
+    limits, settings = config.nbd.limits(), config.pool_settings()
     assert (limits.connections, limits.handshake_timeout_s, limits.drain_grace_s) == (7, 2.0, 0.5)
     assert (settings.checkpoint_interval_s, settings.checkpoint_log_bytes) == (5.0, 64 << 20)
     assert (settings.map_cache_bytes, settings.unsynced_cap_bytes) == (32 << 20, 8 << 20)
     assert [split_address(address) for address in config.nbd.listen] == [("::1", 1234), ("localhost", 0)]
+    assert config.scrub.plan() == Plan(14 * 86400, (22 * 60 + 30, 5 * 60))
+    assert settings.scrub_rate_bytes == 100 << 20
     assert config.log.level == "debug"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("never", None), ("90s", 90), ("15min", 900), ("1.5h", 5400), ("30 d", 30 * 86400), ("4w", 28 * 86400)],
+)
+def test_an_interval_is_a_number_with_a_unit_or_never(text: str, seconds: float | None) -> None:
+    assert interval_seconds(text) == seconds
+
+
+def test_no_interval_but_zero_and_never_switch_the_schedule_off() -> None:
+    assert parse_config("[scrub]\ninterval = 0", "t").scrub.plan() == Plan(None)
+    assert parse_config("", "t").scrub.plan() == Plan(30 * 86400.0)
+
+
+@pytest.mark.parametrize("text", ["", "d", "0d", "-1d", "1e9d", "inf d", "30", "1m", "30D", "\u0661d", "99999w"])
+def test_what_is_no_interval_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="not an interval"):
+        interval_seconds(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["01:00", "1:00-2:00", "25:00-26:00", "01:60-02:00", "03:00-03:00", "01:00-24:30", "-"]
+)
+def test_what_is_no_window_of_hours_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="not a window of hours"):
+        window_minutes(text)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +100,7 @@ def test_every_key_reaches_what_it_configures() -> None:
     [
         ("[nbd]\n\nlisen = []", 't.toml:3: nbd.lisen: unknown key; did you mean "listen"?'),
         ("# no\n[pol]", 't.toml:2: pol: unknown key; did you mean "pool"?'),
-        ("[x]", "t.toml:1: x: unknown key; valid here: nbd, pool, log"),
+        ("[x]", "t.toml:1: x: unknown key; valid here: nbd, pool, scrub, log"),
         ("nbd.listen = 1", 't.toml:1: nbd.listen: 1 is not a list such as ["127.0.0.1:10809"]'),
         ("[nbd]\nlisten = [\n  1,\n]", "t.toml:2: nbd.listen: 1 is not a string in quotes"),
         ("nbd = 1", "t.toml:1: nbd: 1 is not a section; write [nbd] on a line of its own"),
@@ -75,6 +118,22 @@ def test_every_key_reaches_what_it_configures() -> None:
             '[pool]\nmap_cache = "8EB"',
             "t.toml:2: pool.map_cache: '8EB' is ambiguous; sizes are powers of 1024: write 8E",
         ),
+        (
+            '[scrub]\ninterval = "monthly"',
+            't.toml:2: scrub.interval: "monthly" is not an interval; write one such as "12h", "30d" or "4w", '
+            'or "never"',
+        ),
+        ("[scrub]\ninterval = 30", "t.toml:2: scrub.interval: 30 is not a string in quotes"),
+        (
+            '[scrub]\n\nwindow = "1-6"',
+            't.toml:3: scrub.window: "1-6" is not a window of hours; write one such as "01:00-06:00" or "22:30-05:00"',
+        ),
+        (
+            '[scrub]\nrate = "1K"',
+            "t.toml:2: scrub.rate: 1024 bytes a second is too little for a scrub; it must be at least 64 KiB, or 0: "
+            "no limit",
+        ),
+        ("[scrub]\nrate = -1", "t.toml:2: scrub.rate: -1 is not possible; it must be at least 0 B"),
         ('[log]\nlevel = "all"', 't.toml:2: log.level: "all" is not possible; valid: debug, info, warning, error'),
     ],
 )

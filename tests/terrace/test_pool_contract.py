@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from tests.terrace.fakepool import FakePool
-from tiers import DeviceSpec, Pool, TierError
+from tiers import DeviceSpec, Pool, PoolSettings, TierError
 
 MIB = 1 << 20
 PATTERN = bytes(range(256)) * 16
@@ -163,6 +163,69 @@ async def a_check_tells_its_progress_and_finds_nothing_wrong(engine: Any, tmp_pa
         await pool.checkpoint()
     assert told
     assert all(0 <= done <= total for done, total in told)
+
+
+@scenario
+async def a_scrub_runs_in_the_background_and_its_result_outlives_the_pool(engine: Any, tmp_path: Path) -> None:
+    directory = await make(engine, tmp_path, devices=2)
+    async with engine.open(directory, settings=PoolSettings(scrub_rate_bytes=1 << 40)) as pool:
+        never = pool.scrubber.status()
+        assert (never.state, never.started_at, never.last, never.devices, never.rate) == ("never", None, None, [], 0)
+        assert pool.status().scrub == never
+        volume = await pool.create_volume("v", MIB)
+        await volume.write(0, PATTERN)
+        await pool.checkpoint()
+        begun = await pool.scrubber.start(scheduled=True)
+        assert begun.state in ("running", "finished")  # there is little to read
+        assert (begun.scheduled, begun.rate) == (True, 1 << 40)
+        while pool.scrubber.running:
+            await trio.sleep(0.01)
+        done = pool.scrubber.status()
+        assert (done.state, done.errors, done.damage, done.damage_omitted) == ("finished", 0, [], 0)
+        assert done.done_bytes == done.total_bytes > 0
+        assert sum(device.done_bytes for device in done.devices) == done.done_bytes
+        assert [device.path for device in done.devices] == [str(tmp_path / f"device{n}") for n in range(2)]
+        assert done.started_at is not None
+        assert done.last is not None
+        assert done.since <= done.started_at <= done.last.finished_at == done.finished_at
+        assert (done.last.errors, done.last.done_bytes) == (0, done.done_bytes)
+        for action in (pool.scrubber.pause, pool.scrubber.stop):
+            with pytest.raises(TierError) as error:
+                await action()
+            assert refusal(error) == errno.ENOENT
+        with pytest.raises(TierError) as error:
+            await pool.scrubber.start(7)
+        assert refusal(error) == errno.EINVAL
+    async with engine.open(directory) as pool:
+        kept = pool.scrubber.status()
+        assert (kept.state, kept.last, kept.since) == ("finished", done.last, done.since)
+
+
+@scenario
+async def a_scrub_that_is_left_is_interrupted_and_can_be_resumed_paused_and_stopped(
+    engine: Any, tmp_path: Path
+) -> None:
+    directory = await make(engine, tmp_path)
+    (directory / "slow-scrub").write_text("3600")
+    async with engine.open(directory) as pool:
+        volume = await pool.create_volume("v", MIB)
+        for at in range(0, MIB, len(PATTERN)):
+            await volume.write(at, PATTERN)
+        await pool.scrubber.start(64 << 10, scheduled=True)
+        await trio.sleep(0.1)
+        assert pool.scrubber.running
+    async with engine.open(directory) as pool:
+        left = pool.scrubber.status()
+        assert (left.state, left.scheduled, left.rate, left.eta_s) == ("interrupted", True, 64 << 10, None)
+        assert (await pool.scrubber.start(scheduled=True)).scheduled
+        waiting = await pool.scrubber.pause(waiting=True)
+        assert (waiting.state, waiting.started_at) == ("waiting", left.started_at)
+        asked_for = await pool.scrubber.start()
+        assert (asked_for.state, asked_for.scheduled, asked_for.rate) == ("running", False, 64 << 10)
+        assert (await pool.scrubber.pause()).state == "paused"
+        stopped = await pool.scrubber.stop()
+        assert (stopped.state, stopped.last) == ("stopped", None)
+        assert stopped.finished_at is not None
 
 
 @scenario
