@@ -6,10 +6,12 @@ is sealed, no reader pins it, and a checkpoint has passed the last record that i
 place becomes available; its id never comes back.
 """
 
+import errno
 from collections.abc import Iterable
 
 from tiers.device import Device
-from tiers.layout import BLOCK_BYTES
+from tiers.errors import TierError
+from tiers.layout import BLOCK_BYTES, MAX_SEGMENT_ID
 from tiers.record import Kind
 
 
@@ -107,6 +109,10 @@ class SegmentTable:
 
     def take(self, device: Device, kind: Kind) -> Segment:
         """Open a new segment in the most recently freed place of `device` (whose pages the kernel may still have)."""
+        if self.next_id > MAX_SEGMENT_ID:
+            raise TierError(
+                errno.EIO, f"{device.path}: all segment ids are used up: copy the volumes to a new pool (nbdcopy)"
+            )
         index = device.free.pop()
         segment = Segment(self.next_id, device, index, kind)
         self.next_id += 1
