@@ -170,6 +170,8 @@ class _Walk:
     async def _place(self, addresses: Any, kind: Kind | None, name: str) -> None:
         """Count addresses by segment; each must lie in the written part of one of the right kind, and be unique."""
         in_order = np.sort(addresses[addresses >= FIRST_ADDRESS])
+        if not len(in_order):
+            return  # nothing but blocks that are BAD
         ids, starts = np.unique(in_order >> np.uint64(24), return_index=True)
         ends = np.append(starts[1:], len(in_order))
         for n, (segment_id, start, end) in enumerate(zip(ids.tolist(), starts.tolist(), ends.tolist(), strict=True)):

@@ -10,7 +10,9 @@ import trio
 
 from tests.tiers.helpers import QUIET, assert_sound, block, flip, fresh_pool, make_pool, read, refusal, run
 from tiers import Pool, Volume
-from tiers.layout import BLOCK_BYTES, MIB, SLOT_MASK
+from tiers.cleaner import put_moved
+from tiers.layout import BAD, BLOCK_BYTES, MIB, SLOT_MASK
+from tiers.record import Op
 
 BLOCKS = 300
 ONE = "id = (SELECT id FROM segments WHERE kind = 1 AND live > 10 LIMIT 1)"
@@ -273,5 +275,21 @@ def test_a_segment_that_the_catalog_forgot_is_reported_and_its_readers_get_eio(t
             assert any(f"segment {address >> 24}, which is not in use" in problem for problem in report.problems)
             error = await refusal(lambda: read(pool.volume("v"), 0, BLOCK_BYTES))
             assert error.errno == errno.EIO
+
+    run(body)
+
+
+def test_a_map_page_with_nothing_but_bad_blocks_is_checked_like_any_other(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path) as pool:
+            volume = await pool.create_volume("v", MIB)
+            await volume.write(5 * BLOCK_BYTES, block(1))
+            await pool.checkpoint()
+            engine = pool._engine
+            engine.append_record(Op.BAD, volume.id, 5, 1)
+            put_moved(engine, [(volume, 5, BAD, 0)])
+            report = await pool.check(True)
+            assert report.blocks_mapped == 1
+            assert [problem for problem in report.problems if "v" in problem]
 
     run(body)
