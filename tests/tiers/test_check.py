@@ -293,3 +293,20 @@ def test_a_map_page_with_nothing_but_bad_blocks_is_checked_like_any_other(tmp_pa
             assert [problem for problem in report.problems if "v" in problem]
 
     run(body)
+
+
+def test_a_catalog_that_counts_too_few_live_blocks_fails_the_checkpoint_and_not_the_daemon(tmp_path: Path) -> None:
+    async def body() -> None:
+        home = await make_pool(tmp_path)
+        async with Pool.open(home, settings=QUIET) as pool:
+            await filled(pool)
+        sqlite(home, f"UPDATE segments SET live = 1 WHERE {ONE}")
+        async with Pool.open(home, settings=QUIET) as pool:
+            volume = pool.volume("v")
+            await volume.trim(0, BLOCKS * BLOCK_BYTES)
+            error = await refusal(pool.checkpoint)
+            assert error.errno == errno.EIO
+            assert "counts 1 live blocks" in str(error) and "terrace pool check" in str(error)
+            assert await read(volume, 0, 2 * BLOCK_BYTES) == bytes(2 * BLOCK_BYTES)
+
+    run(body)
