@@ -19,12 +19,13 @@ def main() -> int:
     parser.add_argument("target", choices=sorted(TARGETS))
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
+    parser.add_argument("--blind", action="store_true", help="no coverage: more runs a second, for slow targets")
     parser.add_argument("--minimize", action="store_true", help="rewrite the corpus as few short inputs afterwards")
     parser.add_argument("--crash", type=Path, default=Path("fuzz-finding"), help="where to put an input that fails")
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)
     target = TARGETS[arguments.target]
-    campaign = Campaign(target, arguments.seed)
+    campaign = Campaign(target, arguments.seed, arguments.blind)
     begun = time.monotonic()
     try:
         campaign.fuzz(arguments.minutes)
