@@ -203,14 +203,18 @@ class Crash:
     uncertain: dict[str, Model]
     """Volumes whose creation or deletion was under way."""
 
-    def build(self, rng: random.Random, share: float, tear: float) -> str:
-        """Write one of the images that this crash may leave to the pool's own places; return what was chosen."""
+    def build(self, rng: random.Random, choices: Sequence[tuple[float, float]]) -> str:
+        """Write one of the images that this crash may leave to the pool's own places; return what was chosen.
+
+        `choices`: (share of the unflushed writes that stay, share that is torn); devices may fare differently.
+        """
         which = rng.randrange(len(self.catalogs))
         shutil.rmtree(self.home)
         self.home.mkdir()
         for name, data in self.catalogs[which].items():
             (self.home / name).write_bytes(data)
-        parts = [medium.build(rng, share, tear) for medium in self.media]
+        same = rng.choice(choices) if rng.random() < 0.6 else None
+        parts = [medium.build(rng, *(same or rng.choice(choices))) for medium in self.media]
         return f"crash before entry {self.at}, catalog {which + 1} of {len(self.catalogs)}; " + "; ".join(parts)
 
     def judged(self) -> tuple[dict[str, Model], dict[str, Model]]:
