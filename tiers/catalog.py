@@ -27,6 +27,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tiers.errors import TierError
+from tiers.label import MAX_DEVICES
+from tiers.layout import (
+    BLOCK_BYTES,
+    LABEL_AREA_BYTES,
+    MAX_DEVICE_BYTES,
+    MAX_SEGMENT_BYTES,
+    MAX_SEGMENT_ID,
+    MAX_SEQ,
+    SLOT_MASK,
+)
+from tiers.names import MAX_VOLUME_BYTES, validate_name, validate_volume_size
+from tiers.record import MAX_TIME_S
 
 FORMAT_VERSION = 1
 CATALOG_NAME = "catalog.sqlite"
@@ -45,6 +57,9 @@ CREATE TABLE segments (id INTEGER PRIMARY KEY, device INTEGER NOT NULL, idx INTE
 CREATE TABLE dead (address INTEGER PRIMARY KEY, check_value INTEGER NOT NULL, level INTEGER NOT NULL,
     volume INTEGER NOT NULL) WITHOUT ROWID;
 """
+
+_TABLES = {statement.split()[2]: statement.strip() for statement in _SCHEMA.split(";") if statement.strip()}
+"""What SQLite says of the catalog's tables, if they are as `_SCHEMA` makes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +145,90 @@ class State:
     dead: list[DeadRow]
 
 
+def judge_state(state: State) -> None:
+    """Raise ValueError (TierError for a name or a size) unless the engine may rely on every value. SQLite checks none.
+
+    What lies on the devices is checked elsewhere: pages by their checks, counts by `terrace pool check`.
+    """
+    validate_name("pool", _text("the pool's name", state.pool_name))
+    _uuid("the pool", state.pool_uuid)
+    position = state.position
+    _within("incarnation", position.incarnation, 0, MAX_SEQ)
+    _within("checkpoint_seq", position.checkpoint_seq, 0, MAX_SEQ)
+    _within("log_segment", position.log_segment, 0, MAX_SEGMENT_ID)
+    _within("log_slot", position.log_slot, 0, SLOT_MASK)
+    _within("log_prev_check", position.log_prev_check, 0, _U64)
+    _within("next_segment_id", position.next_segment_id, 0, MAX_SEGMENT_ID + 1)
+    _within("next_volume_id", position.next_volume_id, 0, 1 << 56)
+    if not state.devices:
+        raise ValueError("it names no device")
+    places: dict[int, int] = {}
+    slots: dict[int, int] = {}
+    for device in state.devices:
+        _within("a device's index", device.index, 0, MAX_DEVICES - 1)
+        what = f"device {device.index}"
+        _uuid(what, device.uuid)
+        if not _text(f"{what}: the path", device.path):
+            raise ValueError(f"{what} has no path")
+        if device.tier not in ("fast", "base"):
+            raise ValueError(f"{what}: the tier {device.tier!r} is unknown")
+        if device.poisoned is not None:
+            _text(f"{what}: the reason of the poison", device.poisoned)
+        _within(f"{what}: segment_bytes", device.segment_bytes, BLOCK_BYTES, MAX_SEGMENT_BYTES)
+        _within(f"{what}: size_bytes", device.size_bytes, LABEL_AREA_BYTES, MAX_DEVICE_BYTES)
+        places[device.index] = (device.size_bytes - LABEL_AREA_BYTES) // device.segment_bytes
+        slots[device.index] = device.segment_bytes // BLOCK_BYTES
+    names: set[str] = set()
+    for volume in state.volumes:
+        _within("a volume's id", volume.id, 1, (1 << 56) - 1)
+        what = f"volume {volume.id}"
+        validate_name("volume", _text(f"{what}: the name", volume.name))
+        if volume.name in names:
+            raise ValueError(f"two volumes are named {volume.name}")
+        names.add(volume.name)
+        _within(f"{what}: size_bytes", volume.size_bytes, 0, MAX_VOLUME_BYTES)
+        validate_volume_size(volume.size_bytes)
+        _within(f"{what}: root_address", volume.root_address, 0, _U64)
+        _within(f"{what}: root_check", volume.root_check, 0, _U64)
+        _within(f"{what}: mapped_blocks", volume.mapped_blocks, 0, MAX_VOLUME_BYTES // BLOCK_BYTES)
+        if not isinstance(volume.created_at, int | float) or not 0 <= volume.created_at <= MAX_TIME_S:
+            raise ValueError(f"{what}: created_at is {volume.created_at!r}")
+    for segment in state.segments:
+        _within("a segment's id", segment.id, 1, MAX_SEGMENT_ID)
+        what = f"segment {segment.id}"
+        if segment.device not in places:
+            raise ValueError(f"{what} lies on device {segment.device!r}, which it doesn't have")
+        _within(f"{what}: idx", segment.index, 0, places[segment.device] - 1)
+        _within(f"{what}: kind", segment.kind, 1, 3)
+        _within(f"{what}: used", segment.used, 0, slots[segment.device])
+        _within(f"{what}: live", segment.live, 0, slots[segment.device])
+        _within(f"{what}: last_seq", segment.last_seq, 0, MAX_SEQ)
+    for address, check, level, volume_id in state.dead:
+        _within("the address of a dead subtree", address, 0, _U64)
+        _within("the check of a dead subtree", check, 0, _U64)
+        _within("the level of a dead subtree", level, 0, 4)
+        _within("the volume of a dead subtree", volume_id, 0, (1 << 56) - 1)
+
+
+_U64 = (1 << 64) - 1
+
+
+def _within(what: str, value: object, least: int, most: int) -> None:
+    if not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"{what} is {value!r:.80}, which can't be")
+
+
+def _text(what: str, value: object) -> str:
+    if not isinstance(value, str) or "\0" in value:
+        raise ValueError(f"{what} is {value!r:.80}, which can't be")
+    return value
+
+
+def _uuid(what: str, value: object) -> None:
+    if not isinstance(value, bytes) or len(value) != 16:
+        raise ValueError(f"the uuid of {what} is {value!r:.80}, which can't be")
+
+
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
@@ -155,12 +254,12 @@ class Catalog:
             db.execute("PRAGMA journal_mode=WAL")
             db.execute("PRAGMA synchronous=FULL")
             db.execute("PRAGMA cache_size=-2048")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite's message may quote the damage
             db.close()
             raise self._damaged(error) from error
         return db
 
-    def _damaged(self, error: sqlite3.Error) -> TierError:
+    def _damaged(self, error: Exception | str) -> TierError:
         return TierError(errno.EIO, f"the catalog {self._path} can't be used ({error}): restore it from a backup")
 
     @staticmethod
@@ -196,6 +295,9 @@ class Catalog:
         """Read everything. Raises TierError for a catalog that is damaged or of another version."""
         db = self._db
         try:
+            objects = dict(db.execute("SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL"))
+            if db.execute("SELECT type FROM sqlite_schema WHERE name = 'meta'").fetchone() != ("table",):
+                raise ValueError("it has no table of its state")
             meta = dict(db.execute("SELECT key, value FROM meta"))
             version = meta.get("format_version")
             if version != FORMAT_VERSION:
@@ -204,6 +306,11 @@ class Catalog:
                     f"the catalog {self._path} has format version {version} and this release reads "
                     f"{FORMAT_VERSION}: use the release that wrote it",
                 )
+            # Nothing but our own tables is asked: a view or a virtual table could be anything.
+            if objects != _TABLES:
+                raise ValueError("its tables are not those of this format version")
+            if (found := db.execute("PRAGMA quick_check(1)").fetchone()) != ("ok",):
+                raise ValueError(str(found and found[0]).replace("\n", " "))
             position = Position(
                 meta["incarnation"],
                 meta["checkpoint_seq"],
@@ -213,7 +320,7 @@ class Catalog:
                 meta["next_segment_id"],
                 meta["next_volume_id"],
             )
-            return State(
+            state = State(
                 meta["pool_name"],
                 meta["pool_uuid"],
                 position,
@@ -233,10 +340,15 @@ class Catalog:
                     for address, check, level, volume in db.execute("SELECT * FROM dead")
                 ],
             )
-        except (sqlite3.Error, KeyError, TypeError) as error:
-            raise self._damaged(
-                error if isinstance(error, sqlite3.Error) else sqlite3.DatabaseError(str(error))
-            ) from error
+        except KeyError as error:
+            raise self._damaged(f"{error} is not in it") from error
+        except (sqlite3.Error, TypeError, ValueError) as error:
+            raise self._damaged(error) from error
+        try:
+            judge_state(state)
+        except (TierError, ValueError) as error:
+            raise self._damaged(error) from None
+        return state
 
     def commit(self, change: Change) -> None:
         """Make a checkpoint true. Raises TierError; then nothing of it is."""

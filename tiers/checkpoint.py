@@ -28,6 +28,7 @@ import numpy as np
 import trio
 
 from tiers.catalog import Change, DeadRow, DeviceRow, Position, SegmentRow, VolumeRow
+from tiers.errors import TierError
 from tiers.failpoint import hit
 from tiers.layout import BLOCK_BYTES
 from tiers.maptree import (
@@ -582,6 +583,15 @@ class Checkpointer:
             ),
             [self._volume_row(item, merge) for item in frozen.volumes],
         )
+        for segment_id, count in merge.live.items():
+            known = segments.by_id.get(segment_id)
+            if known is not None and known.live + count < 0:
+                raise TierError(
+                    errno.EIO,
+                    f"the catalog of pool {engine.pool_name} counts {known.live} live blocks in segment {segment_id} "
+                    f"on {known.device.path}, and {-count} cease to be: it is damaged; see `terrace pool check`, and "
+                    "copy the volumes to another pool (nbdcopy)",
+                )
         change.freed_segments += segments.reused
         # What changes while the transaction runs belongs to the next one.
         changed = self._taken_changes = segments.changed

@@ -24,7 +24,7 @@ import struct
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tiers.layout import check_of
+from tiers.layout import BLOCK_BYTES, LABEL_AREA_BYTES, MAX_DEVICE_BYTES, MAX_SEGMENT_BYTES, MAX_SEQ, check_of
 
 Tier = Literal["fast", "base"]
 
@@ -113,7 +113,19 @@ def decode_label(sector: bytes) -> Label:
             "release that wrote it",
             newer=True,
         )
-    if tier not in (1, 2) or index >= MAX_DEVICES or not segment:
+    try:
+        pool_name = name.rstrip(b"\0").decode()
+    except UnicodeDecodeError:
+        raise BadLabelError("its label has a pool name that is no text") from None
+    if (
+        tier not in (1, 2)
+        or index >= MAX_DEVICES
+        or not 2 * BLOCK_BYTES <= segment <= MAX_SEGMENT_BYTES
+        or segment % BLOCK_BYTES
+        or not LABEL_AREA_BYTES + segment <= size <= MAX_DEVICE_BYTES
+        or size // segment > max(2048, size // MAX_SEGMENT_BYTES)  # no device is carved finer than a thousandth
+        or max(generation, checkpoint) > MAX_SEQ
+    ):
         raise BadLabelError("its label has impossible values")
     poisoned = int.from_bytes(bits, "little")
     return Label(
@@ -126,7 +138,7 @@ def decode_label(sector: bytes) -> Label:
         generation,
         checkpoint,
         frozenset(i for i in range(MAX_DEVICES) if poisoned >> i & 1),
-        name.rstrip(b"\0").decode("utf-8", "replace"),
+        pool_name,
     )
 
 

@@ -25,12 +25,17 @@ SLOT_MASK = (1 << SLOT_BITS) - 1
 UNMAPPED = 0
 BAD = 1
 FIRST_ADDRESS = 1 << SLOT_BITS
+MAX_SEGMENT_ID = (1 << (64 - SLOT_BITS)) - 1
 
 MIB = 1 << 20
 LABEL_AREA_BYTES = MIB
 MIN_SEGMENT_BYTES = MIB // 2
 MAX_SEGMENT_BYTES = 64 * MIB
 MIN_DEVICE_BYTES = 32 * MIB
+MAX_DEVICE_BYTES = (1 << 63) - 1
+"""Where files end."""
+MAX_SEQ = (1 << 62) - 1
+"""Far above any sequence, generation or incarnation that can be reached, far below where the catalog's integers end."""
 
 check_of: Callable[..., int] = xxhash.xxh3_64_intdigest
 """The 64-bit checksum of a block, page or header: XXH3-64 with seed 0."""

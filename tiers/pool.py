@@ -472,6 +472,13 @@ def _judge_label(label: Label, row: DeviceRow, state: State) -> None:
             f"{row.path} is device {label.device_index} of pool {state.pool_name}, not device {row.index}: "
             f"it is attached twice or under another's path",
         )
+    if (label.size_bytes, label.segment_bytes, label.tier) != (row.size_bytes, row.segment_bytes, row.tier):
+        raise TierError(
+            errno.EIO,
+            f"{row.path}: its label says {label.size_bytes} bytes, segments of {label.segment_bytes}, {label.tier}; "
+            f"the catalog of pool {state.pool_name} says {row.size_bytes}, {row.segment_bytes}, {row.tier}: one of "
+            "them is damaged; restore it from a copy",
+        )
     if label.checkpoint_seq > state.position.checkpoint_seq:
         raise TierError(
             errno.ESTALE,

@@ -57,6 +57,10 @@ Operations are (kind << 56 | id, a, b):
     8 PAGE    volume, level << 48 | index: one data block, a map page
     9 BAD     volume, first block, count: these blocks were found damaged when they had to move, and read as EIO
 
+Log batches hold all of these but PAGE, batches of moved data only WRITE, batches of map pages only PAGE. An operation
+that no release can have written (a block past the largest volume, a segment id past the 40 bits of an address) makes
+the batch unreadable, even if its check is right.
+
 A torn or lost batch fails its check, or one of its blocks does, and ends the log unless a later batch proves by its
 durable_seq that it had been durable (see recovery).
 """
@@ -68,7 +72,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
-from tiers.layout import BLOCK_BYTES, check_of
+from tiers.errors import TierError
+from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, MAX_SEGMENT_BYTES, MAX_SEGMENT_ID, MAX_SEQ, check_of
+from tiers.names import MAX_VOLUME_BYTES, validate_name, validate_volume_size
 
 FORMAT_VERSION = 1
 SEGMENT_MAGIC = b"TRCSEGM1"
@@ -84,6 +90,10 @@ _U64 = struct.Struct("<Q")
 MAX_HEADER_SLOTS = 64
 OP_WORDS = 3
 ID_MASK = (1 << 56) - 1
+MAX_BLOCKS = MAX_VOLUME_BYTES >> BLOCK_SHIFT
+MAX_SLOTS = MAX_SEGMENT_BYTES >> BLOCK_SHIFT
+MAX_TIME_S = 253_402_300_799
+"""The end of the year 9999."""
 
 
 class Kind(IntEnum):
@@ -209,6 +219,8 @@ def decode_segment_header(block: bytes | bytearray | memoryview, pool: bytes) ->
         raise BadRecordError("a segment of another pool")
     if kind not in (1, 2, 3):
         raise BadRecordError(f"unknown segment kind {kind}")
+    if not 1 <= segment <= MAX_SEGMENT_ID or max(incarnation, checkpoint, first) > MAX_SEQ:
+        raise BadRecordError("a segment header with impossible values")
     return SegmentHeader(Kind(kind), device, segment, index, incarnation, checkpoint, first)
 
 
@@ -276,6 +288,8 @@ def decode_batch(header: bytes | bytearray | memoryview, pool: bytes, segment_id
     (_, _, kind, slots, _, _, segment, own_slot, incarnation, seq, prev_check, durable_seq) = fields[:12]
     op_count, block_count, extra_count, _, check = fields[12:]
     word_count = OP_WORDS * op_count + block_count + extra_count
+    if max(incarnation, seq, durable_seq) > MAX_SEQ:
+        raise BadRecordError("a batch header with impossible values")
     words = memoryview(raw)[_BATCH.size : _BATCH.size + 8 * word_count].cast("Q").tolist()
     ops = words[: OP_WORDS * op_count]
     batch = Batch(
@@ -336,23 +350,70 @@ def _judge_header(
 
 
 def _validate_ops(batch: Batch) -> None:
-    """Check that the operations account for exactly the data blocks and extra words that the batch has."""
+    """Check that the operations account for exactly the data blocks and extra words, and name what may exist."""
+    kind = batch.kind
     blocks = extra = 0
-    if {word >> 56 for word in batch.ops[::OP_WORDS]} == {Op.WRITE}:  # nearly all of them
-        if sum(batch.ops[2::OP_WORDS]) != len(batch.checks) or batch.extra:
+    heads, starts, counts = (batch.ops[i::OP_WORDS] for i in range(OP_WORDS))
+    if (
+        kind is not Kind.MAP
+        and {word >> 56 for word in heads} == {Op.WRITE}
+        and max(starts) + max(counts) <= MAX_BLOCKS
+    ):
+        # Nearly all of them.
+        if sum(counts) != len(batch.checks) or batch.extra:
             raise BadRecordError("operations that do not match the batch's blocks")
         return
-    for word, a, b in zip(batch.ops[::3], batch.ops[1::3], batch.ops[2::3], strict=True):
+    for word, a, b in zip(heads, starts, counts, strict=True):
         op = word >> 56
-        if op == Op.WRITE:
+        if op == Op.WRITE and kind is not Kind.MAP:
             blocks += b
-        elif op == Op.PAGE:
+            if a + b > MAX_BLOCKS:
+                raise BadRecordError(f"a write of blocks from {a} on, which no volume has")
+        elif op == Op.PAGE and kind is Kind.MAP:
             blocks += 1
-        elif op == Op.CREATE:
-            extra += -(-(b & 0xFF) // 8)
-        elif op == Op.MOVE:
-            extra += 1 + -(-(a & 0xFFFFFFFF) // 64)
-        elif op not in (Op.UNMAP, Op.RESIZE, Op.DELETE, Op.LINK, Op.BAD):
+        elif not Op.WRITE <= op <= Op.BAD:
             raise BadRecordError(f"unknown operation {op}")
+        elif kind is not Kind.LOG or op == Op.PAGE:
+            raise BadRecordError(f"the operation {Op(op).name} in a batch of kind {kind.name}")
+        else:
+            extra += _validate_log_op(Op(op), word & ID_MASK, a, b, batch.extra, extra)
     if blocks != len(batch.checks) or extra != len(batch.extra):
         raise BadRecordError("operations that do not match the batch's blocks")
+
+
+def _validate_log_op(op: Op, subject: int, a: int, b: int, words: list[int], at: int) -> int:
+    """Judge an operation without data, whose extra words begin at `at`; return how many it takes."""
+    if op is Op.CREATE:
+        count = -(-(b & 0xFF) // 8)
+        if b >> 8 > MAX_TIME_S:
+            raise BadRecordError(f"a volume created {b >> 8} seconds after 1970")
+        _require_size(a)
+        try:
+            validate_name("volume", name_from_words(words[at : at + count], b & 0xFF))
+        except (TierError, UnicodeDecodeError) as error:
+            raise BadRecordError(f"a volume's name is damaged: {error}") from None
+        return count
+    if op is Op.MOVE:
+        if not 1 <= subject <= MAX_SEGMENT_ID or a >> 32 >= MAX_SLOTS or a & 0xFFFFFFFF > MAX_SLOTS:
+            raise BadRecordError(f"a move into segment {subject}, slot {a >> 32}, which can't be")
+        return 1 + -(-(a & 0xFFFFFFFF) // 64)
+    if op is Op.LINK:
+        if not 1 <= subject <= MAX_SEGMENT_ID:
+            raise BadRecordError(f"a link to segment {subject}, which can't be")
+    elif op is Op.RESIZE:
+        _require_size(a)
+    elif op is Op.BAD and (a + b > MAX_BLOCKS or b > MAX_SLOTS):
+        raise BadRecordError(f"{b} bad blocks from {a} on, which no volume has")
+    return 0
+
+
+def _require_size(size_bytes: int) -> None:
+    try:
+        validate_volume_size(size_bytes)
+    except TierError as error:
+        raise BadRecordError(str(error)) from None
+
+
+def name_from_words(words: list[int], length: int) -> str:
+    """The name of `length` bytes that a CREATE's extra words hold. Raises UnicodeDecodeError."""
+    return b"".join(word.to_bytes(8, "little") for word in words)[:length].decode()

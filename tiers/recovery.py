@@ -29,6 +29,7 @@ from tiers.failpoint import hit
 from tiers.layout import BAD, BLOCK_BYTES, BLOCK_SHIFT, SLOT_BITS
 from tiers.record import (
     ID_MASK,
+    MAX_BLOCKS,
     MAX_HEADER_SLOTS,
     OP_WORDS,
     BadRecordError,
@@ -38,6 +39,7 @@ from tiers.record import (
     SegmentHeader,
     decode_batch,
     decode_segment_header,
+    name_from_words,
     peek_header_slots,
 )
 from tiers.volume import Volume, checks_of
@@ -176,6 +178,16 @@ async def replay(engine: "Engine", state: State, *, truncate_log: bool = False) 
     return result
 
 
+def require_place(device: Device, index: int) -> None:
+    """Raise TierError unless the device has a segment at this place."""
+    if index >= device.segment_count:
+        raise TierError(
+            errno.EIO,
+            f"{device.path} has {device.segment_count} places for segments and the log names place {index}: "
+            "restore the devices from a copy",
+        )
+
+
 class _LogReader:
     """Reads the log: its headers, from the page cache where it has them, else whole segments, each once."""
 
@@ -228,6 +240,7 @@ class _LogReader:
             if batch.ops and batch.ops[0] >> 56 == Op.LINK:
                 _, segment_id, a, _ = next(batch.operations())
                 device, index = self._engine.device_by_index(a >> 32), a & 0xFFFFFFFF
+                require_place(device, index)
                 slot = 1
 
     async def _enter(self, device: Device, index: int, segment_id: int, *, fresh: bool) -> bool:
@@ -402,7 +415,8 @@ async def _apply(engine: "Engine", found: Found, result: Replayed) -> None:
                 flush_group()
                 group_volume, group_start = volume, at
             if volume is not None:
-                group += (op << 56 | subject, a, b)
+                # What is unmapped may reach past the largest volume; the map doesn't.
+                group += (op << 56 | subject, min(a, MAX_BLOCKS), min(b, max(0, MAX_BLOCKS - a)))
             if op is Op.WRITE:
                 at += b
             continue
@@ -412,7 +426,13 @@ async def _apply(engine: "Engine", found: Found, result: Replayed) -> None:
             length = b & 0xFF
             words = batch.extra[extra_at : extra_at + -(-length // 8)]
             extra_at += len(words)
-            name = b"".join(word.to_bytes(8, "little") for word in words)[:length].decode()
+            name = name_from_words(words, length)
+            if subject in engine.volumes or engine.volume_named(name) is not None:
+                raise TierError(
+                    errno.EIO,
+                    f"the log of pool {engine.pool_name} creates volume {name!r} a second time (batch {batch.seq}): "
+                    "restore the devices from a copy",
+                )
             engine.add_volume(subject, name, a, (0, 0), b >> 8)
         elif op is Op.RESIZE and subject in engine.volumes:
             engine.resized(engine.volumes[subject], a)
@@ -437,6 +457,7 @@ async def _apply_move(
 ) -> None:
     device = engine.device_by_index(words[0] >> 32)
     index = words[0] & 0xFFFFFFFF
+    require_place(device, index)
     offset = device.segment_offset(index) + (slot << BLOCK_SHIFT)
     room = device.segment_bytes - (slot << BLOCK_SHIFT)
     block = await device.read(offset, BLOCK_BYTES)

@@ -10,11 +10,13 @@ moved or killed its blocks are durable, every replay finds them, and nobody look
 points (`reuse`). A segment that such a place is given to then replaces the victim wherever the replay meets it.
 """
 
+import errno
 from collections.abc import Iterable
 
 from tiers.device import Device
+from tiers.errors import TierError
 from tiers.failpoint import hit
-from tiers.layout import BLOCK_BYTES
+from tiers.layout import BLOCK_BYTES, MAX_SEGMENT_ID
 from tiers.record import Kind
 
 MAX_DAMAGED = 1 << 16
@@ -119,6 +121,10 @@ class SegmentTable:
 
     def take(self, device: Device, kind: Kind) -> Segment:
         """Open a new segment in the most recently freed place of `device` (whose pages the kernel may still have)."""
+        if self.next_id > MAX_SEGMENT_ID:
+            raise TierError(
+                errno.EIO, f"{device.path}: all segment ids are used up: copy the volumes to a new pool (nbdcopy)"
+            )
         index = device.free.pop()
         segment = Segment(self.next_id, device, index, kind)
         self.next_id += 1

@@ -1,22 +1,26 @@
 """kill -9 under load, over and over, and not one acknowledged byte lost.
 
-The pool is barely larger than its volumes, so each round also meets the cleaner and the checkpoint at some point of
-their work. A failure prints the seed; `CRASH_SEED=N` repeats its choices (the daemon's timing stays its own) and
-`CRASH_ROUNDS=N` runs more of them.
+Six connections to two volumes write, trim, zero, read and flush, with and without FUA, while volumes come, grow and
+go. The pool is barely larger than its volumes, so each round also meets the cleaner and the checkpoint at some point of
+their work; that they were at work is asserted in the end. A failure prints the seed; `CRASH_SEED=N` repeats its choices
+(the daemon's timing stays its own) and `CRASH_ROUNDS=N` runs more of them.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
 from tests.system.daemon import Daemon
-from tests.system.verifier import UNIT, Image, Request, Violation, Worker, payload, verify
+from tests.system.verifier import KINDS, UNIT, Image, Request, Violation, Worker, payload, verify
 
 SEED = int(os.environ.get("CRASH_SEED") or random.SystemRandom().randrange(1 << 32))
 ROUNDS = int(os.environ.get("CRASH_ROUNDS") or 50)
@@ -38,9 +42,10 @@ def test_no_acknowledged_byte_is_lost_by_sigkill_under_load(tmp_path: Path) -> N
         daemon.cli("volume", "create", name, str(size_bytes))
     data = payload(rng)
     images = [Image(name, size_bytes, data) for name, size_bytes in VOLUMES.items()]
+    seen = Seen()
     try:
         for number in range(1, ROUNDS + 1):
-            story = one_round(daemon, images, rng)
+            story = one_round(daemon, images, rng, seen)
             if number % CHECK_EVERY == 0:
                 daemon.cli("pool", "check", "crash", "--full")
             print(f"round {number}: {story}")
@@ -49,11 +54,79 @@ def test_no_acknowledged_byte_is_lost_by_sigkill_under_load(tmp_path: Path) -> N
         raise
     finally:
         daemon.kill()
+    print(seen)
+    # Each kind of request was acknowledged, and kills met checkpoints, the cleaner, the log, volumes coming and going.
+    assert all(sum(image.by_kind[kind] for image in images) > ROUNDS for kind in KINDS), [i.by_kind for i in images]
+    assert min(seen.checkpoints, seen.moved_blocks, seen.replayed_batches, seen.volumes) >= ROUNDS // 4, seen
     written = sum(image.acknowledged for image in images)
     assert written > 100 * ROUNDS, f"only {written} requests acknowledged in {ROUNDS} rounds: this tested nothing"
 
 
-def one_round(daemon: Daemon, images: list[Image], rng: random.Random) -> str:
+@dataclass
+class Seen:
+    """What was going on in the pool while it was killed, over all rounds."""
+
+    checkpoints: int = 0
+    moved_blocks: int = 0
+    replayed_batches: int = 0
+    volumes: int = 0
+    """Volumes that were created while the load ran."""
+
+
+@dataclass
+class Administrator:
+    """Creates, grows and deletes one volume after the other until the daemon dies, and knows what was answered."""
+
+    daemon: Daemon
+    seen: Seen
+    number: int
+    sizes: set[int | None] = field(default_factory=lambda: {None})
+    """What the volume at hand may have now: a size, or None for no volume. Two while a request is under way."""
+    failure: BaseException | None = None
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    @property
+    def name(self) -> str:
+        return f"passing-{self.number}"
+
+    def _ask(self, method: str, path: str, body: object, size: int | None) -> None:
+        self.sizes.add(size)
+        self.daemon.api(method, path, body)
+        self.sizes = {size}
+
+    def _run(self) -> None:
+        volumes = "/v1/pools/crash/volumes"
+        try:
+            while True:
+                self._ask("POST", volumes, {"name": self.name, "size": MIB}, MIB)
+                self.seen.volumes += 1
+                self._ask("PATCH", f"{volumes}/{self.name}", {"size": 3 * MIB}, 3 * MIB)
+                self._ask("DELETE", f"{volumes}/{self.name}", None, None)
+                self.number += 1
+        except httpx.TransportError:
+            pass  # the daemon was killed
+        except BaseException as error:
+            self.failure = error
+
+    def judge(self) -> None:
+        """After the crash: what was answered holds, what was under way happened or not."""
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+        if self.failure is not None:
+            raise self.failure
+        found = {v["name"]: v["size_bytes"] for v in self.daemon.pool("crash")["volumes"]}
+        passing = {name: size for name, size in found.items() if name not in VOLUMES}
+        assert set(passing) <= {f"crash/{self.name}"} and passing.get(f"crash/{self.name}") in self.sizes, (
+            f"volumes {passing} are there; {self.name} may have {self.sizes}"
+        )
+        if passing:
+            self.daemon.api("DELETE", f"/v1/pools/crash/volumes/{self.name}")
+
+
+def one_round(daemon: Daemon, images: list[Image], rng: random.Random, seen: Seen) -> str:
     """Load, kill, perhaps kill again while it recovers, and check every byte. Leaves the daemon running."""
     before = sum(image.acknowledged for image in images)
     workers = [
@@ -63,8 +136,14 @@ def one_round(daemon: Daemon, images: list[Image], rng: random.Random) -> str:
     ]
     for worker in workers:
         worker.start()
+    administrator = Administrator(daemon, seen, before)
+    administrator.start()
     load_s = rng.uniform(0.020, 0.300)
     time.sleep(load_s)
+    if rng.random() < 0.5:
+        status = daemon.pool("crash")
+        seen.checkpoints += status["checkpoints"]
+        seen.moved_blocks += status["blocks_moved"]
     for worker in workers:
         if worker.failure is not None:
             worker.failure.add_note(f"the pool then: {daemon.pool('crash')}")
@@ -81,6 +160,8 @@ def one_round(daemon: Daemon, images: list[Image], rng: random.Random) -> str:
         time.sleep(rng.uniform(0.2, 1.0))
         daemon.kill()
     ready_s = daemon.start()
+    seen.replayed_batches += daemon.pool("crash")["replayed_batches"]
+    administrator.judge()
     for image in images:
         verify(daemon.socket, image)
     twice = ", killed again during recovery" if again else ""

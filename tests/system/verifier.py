@@ -16,7 +16,7 @@ import random
 import select
 import socket
 import threading
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,7 @@ UNIT = 512
 BLOCK = 4096
 HISTORY = 200_000
 VERIFY_BYTES = 1 << 20
+KINDS = ("read", "write", "write+fua", "trim", "trim+fua", "zeroes", "zeroes+fua", "flush")
 NAMES = {READ: "read", WRITE: "write", TRIM: "trim", WRITE_ZEROES: "zeroes", FLUSH: "flush"}
 
 Bytes = npt.NDArray[np.uint8]
@@ -75,6 +76,7 @@ class Image:
         self.expected: Bytes = np.zeros(size_bytes, dtype=np.uint8)
         self.in_flight: set[Request] = set()
         self.acknowledged = 0
+        self.by_kind: Counter[str] = Counter()
         self._payload = payload
         self._history: deque[Request] = deque(maxlen=HISTORY)
         self._number = 0
@@ -145,6 +147,7 @@ class Image:
             self.in_flight.discard(request)
             request.acknowledged = True
             self.acknowledged += 1
+            self.by_kind[NAMES[request.command] + ("+fua" if request.flags & FUA else "")] += 1
 
     def judge(self, start: int, found: Bytes) -> None:
         """Judges what a read of whole units from `start` gave after a crash, and takes it as the truth from now on."""

@@ -13,8 +13,9 @@ import trio
 
 from tests.tiers.helpers import QUIET, assert_sound, block, flip, fresh_pool, make_pool, read, refusal, run
 from tiers import Pool, Volume, check, maptree
-from tiers.layout import BLOCK_BYTES, MIB, SLOT_MASK
-from tiers.record import encode_segment_header
+from tiers.cleaner import put_moved
+from tiers.layout import BAD, BLOCK_BYTES, MIB, SLOT_MASK
+from tiers.record import Op, encode_segment_header
 from tiers.segments import Segment
 
 BLOCKS = 300
@@ -420,5 +421,38 @@ def test_a_segment_header_that_is_damaged_or_newer_than_the_catalog_is_named(tmp
             assert len(report.problems) == 1
             assert f"{where}: it was written after checkpoint" in report.problems[0]
             assert "put the newest catalog back" in report.problems[0]
+
+    run(body)
+
+
+def test_a_map_page_with_nothing_but_bad_blocks_is_checked_like_any_other(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path) as pool:
+            volume = await pool.create_volume("v", MIB)
+            await volume.write(5 * BLOCK_BYTES, block(1))
+            await pool.checkpoint()
+            engine = pool._engine
+            engine.append_record(Op.BAD, volume.id, 5, 1)
+            put_moved(engine, [(volume, 5, BAD, 0)])
+            report = await pool.check(True)
+            assert report.blocks_mapped == 1
+            assert [problem for problem in report.problems if "v" in problem]
+
+    run(body)
+
+
+def test_a_catalog_that_counts_too_few_live_blocks_fails_the_checkpoint_and_not_the_daemon(tmp_path: Path) -> None:
+    async def body() -> None:
+        home = await make_pool(tmp_path)
+        async with Pool.open(home, settings=QUIET) as pool:
+            await filled(pool)
+        sqlite(home, f"UPDATE segments SET live = 1 WHERE {ONE}")
+        async with Pool.open(home, settings=QUIET) as pool:
+            volume = pool.volume("v")
+            await volume.trim(0, BLOCKS * BLOCK_BYTES)
+            error = await refusal(pool.checkpoint)
+            assert error.errno == errno.EIO
+            assert "counts 1 live blocks" in str(error) and "terrace pool check" in str(error)
+            assert await read(volume, 0, 2 * BLOCK_BYTES) == bytes(2 * BLOCK_BYTES)
 
     run(body)

@@ -8,24 +8,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiers.label import LABEL_BYTES, MAX_DEVICES, BadLabelError, Label, decode_label, encode_label, newest_label
-from tiers.layout import check_of
+from tiers.layout import MAX_DEVICE_BYTES, MAX_SEQ, MIN_DEVICE_BYTES, check_of, segment_bytes_for
 
 GOLDEN = Path(__file__).parent / "golden"
-U64 = st.integers(0, 2**64 - 1)
 UUID = st.binary(min_size=16, max_size=16)
-LABELS = st.builds(
-    Label,
-    st.sampled_from(["fast", "base"]),
-    st.integers(0, MAX_DEVICES - 1),
-    UUID,
-    UUID,
-    U64,
-    st.integers(1, 2**64 - 1),
-    U64,
-    U64,
-    st.frozensets(st.integers(0, MAX_DEVICES - 1)),
-    st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True),
-)
+SEQ = st.integers(0, MAX_SEQ)
+
+
+@st.composite
+def labels(draw: st.DrawFn) -> Label:
+    size = draw(st.integers(MIN_DEVICE_BYTES, MAX_DEVICE_BYTES))
+    return Label(
+        draw(st.sampled_from(["fast", "base"])),
+        draw(st.integers(0, MAX_DEVICES - 1)),
+        draw(UUID),
+        draw(UUID),
+        size,
+        segment_bytes_for(size),
+        draw(SEQ),
+        draw(SEQ),
+        draw(st.frozensets(st.integers(0, MAX_DEVICES - 1))),
+        draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True)),
+    )
+
+
+LABELS = labels()
 SAMPLE = Label(
     "base", 2, bytes(range(16)), bytes(range(16, 32)), 5 << 30, 5 << 20, 41, 123456789, frozenset({0, 9, 255}), "demo"
 )
@@ -77,13 +84,45 @@ def test_a_label_of_a_newer_version_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize(
     ("offset", "value"),
-    [(10, b"\x00\x00"), (10, b"\x03\x00"), (12, b"\x00\x01\x00\x00"), (56, bytes(8))],
-    ids=["no tier", "unknown tier", "device 256", "segments of no size"],
+    [
+        (10, b"\x00\x00"),
+        (10, b"\x03\x00"),
+        (12, b"\x00\x01\x00\x00"),
+        (48, bytes(8)),
+        (48, b"\xff" * 8),
+        (56, bytes(8)),
+        (56, struct.pack("<Q", 4096)),
+        (56, struct.pack("<Q", (5 << 20) + 512)),
+        (56, struct.pack("<Q", 8192)),
+        (56, struct.pack("<Q", 128 << 20)),
+        (64, b"\xff" * 8),
+        (72, b"\xff" * 8),
+    ],
+    ids=[
+        "no tier",
+        "unknown tier",
+        "device 256",
+        "a device of no size",
+        "a device without end",
+        "segments of no size",
+        "segments of a header only",
+        "segments of half blocks",
+        "too many segments",
+        "segments too large",
+        "generation without end",
+        "checkpoint without end",
+    ],
 )
 def test_a_label_with_a_sound_check_but_impossible_values_is_refused(offset: int, value: bytes) -> None:
     encoded = encode_label(SAMPLE)
     with pytest.raises(BadLabelError, match="impossible values"):
         decode_label(sealed(encoded[:offset] + value + encoded[offset + len(value) :]))
+
+
+def test_a_pool_name_that_is_no_text_is_refused() -> None:
+    encoded = encode_label(SAMPLE)
+    with pytest.raises(BadLabelError, match="no text"):
+        decode_label(sealed(encoded[:112] + b"\xff" + encoded[113:]))
 
 
 def test_the_valid_copy_with_the_higher_generation_counts() -> None:

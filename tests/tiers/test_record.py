@@ -8,10 +8,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tiers.layout import BLOCK_BYTES, check_of
+from tiers.layout import BLOCK_BYTES, MAX_SEGMENT_ID, MAX_SEQ, check_of
 from tiers.maptree import page_key
 from tiers.record import (
+    MAX_BLOCKS,
     MAX_HEADER_SLOTS,
+    MAX_SLOTS,
+    MAX_TIME_S,
     BadRecordError,
     Batch,
     Kind,
@@ -28,39 +31,50 @@ GOLDEN = Path(__file__).parent / "golden"
 POOL = bytes(range(16))
 U64 = st.integers(0, 2**64 - 1)
 U32 = st.integers(0, 2**32 - 1)
+SEQ = st.integers(0, MAX_SEQ)
 VOLUME = st.integers(0, 2**56 - 1)
+SEGMENT = st.integers(1, MAX_SEGMENT_ID)
+SIZE = st.integers(8, 2**41).map(lambda sectors: sectors * 512)
+OPS = {Kind.LOG: sorted(set(Op) - {Op.PAGE}), Kind.MOVED: [Op.WRITE], Kind.MAP: [Op.PAGE]}
 
 
 @st.composite
-def operation(draw: st.DrawFn) -> tuple[list[int], int, int]:
+def operation(draw: st.DrawFn, kind: Kind) -> tuple[list[int], int, list[int]]:
     """(three words, data blocks, extra words) of a sound operation."""
-    op = draw(st.sampled_from(list(Op)))
+    op = draw(st.sampled_from(OPS[kind]))
     a, b = draw(U64), draw(U64)
-    blocks = extra = 0
+    subject = draw(SEGMENT if op in (Op.LINK, Op.MOVE) else VOLUME)
+    blocks, extra = 0, []
     if op is Op.WRITE:
         b = blocks = draw(st.integers(0, 40))
+        a = draw(st.integers(0, MAX_BLOCKS - b))
+    elif op is Op.BAD:
+        b = draw(st.integers(0, MAX_SLOTS))
+        a = draw(st.integers(0, MAX_BLOCKS - b))
     elif op is Op.PAGE:
         blocks = 1
+    elif op is Op.RESIZE:
+        a = draw(SIZE)
     elif op is Op.CREATE:
-        length = draw(st.integers(0, 64))
-        b = draw(st.integers(0, 2**40)) << 8 | length
-        extra = -(-length // 8)
+        a = draw(SIZE)
+        name = draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True)).encode()
+        b = draw(st.integers(0, MAX_TIME_S)) << 8 | len(name)
+        extra = [int.from_bytes(name[i : i + 8], "little") for i in range(0, len(name), 8)]
     elif op is Op.MOVE:
         count = draw(st.integers(0, 300))
-        a = draw(st.integers(0, 2**24 - 1)) << 32 | count
-        extra = 1 + -(-count // 64)
-    return [op << 56 | draw(VOLUME), a, b], blocks, extra
+        a = draw(st.integers(0, MAX_SLOTS - 1)) << 32 | count
+        extra = draw(st.lists(U64, min_size=1 + -(-count // 64), max_size=1 + -(-count // 64)))
+    return [op << 56 | subject, a, b], blocks, extra
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> tuple[list[int], list[int], list[int]]:
-    parts = draw(st.lists(operation(), max_size=12))
+def batches(draw: st.DrawFn) -> tuple[Kind, list[int], list[int], list[int]]:
+    kind = draw(st.sampled_from(list(Kind)))
+    parts = draw(st.lists(operation(kind), max_size=12))
     ops = [word for words, _, _ in parts for word in words]
     block_count = sum(blocks for _, blocks, _ in parts)
-    extra_count = sum(extra for _, _, extra in parts)
     checks = draw(st.lists(U64, min_size=block_count, max_size=block_count))
-    extra = draw(st.lists(U64, min_size=extra_count, max_size=extra_count))
-    return ops, checks, extra
+    return kind, ops, checks, [word for _, _, extra in parts for word in extra]
 
 
 def sealed(header: bytearray) -> bytearray:
@@ -78,7 +92,7 @@ def sealed_segment(header: bytes) -> bytes:
 # -- segment headers -------------------------------------------------------------------------------------------------
 
 
-@given(st.sampled_from(list(Kind)), U32, st.binary(min_size=16, max_size=16), st.tuples(U64, U64, U64, U64, U64))
+@given(st.sampled_from(list(Kind)), U32, st.binary(min_size=16, max_size=16), st.tuples(SEGMENT, U64, SEQ, SEQ, SEQ))
 def test_a_segment_header_comes_back_as_it_was(
     kind: Kind, device: int, pool: bytes, numbers: tuple[int, int, int, int, int]
 ) -> None:
@@ -132,11 +146,11 @@ def test_garbage_after_the_magic_is_refused_too(garbage: bytes) -> None:
 # -- batches ---------------------------------------------------------------------------------------------------------
 
 
-@given(st.sampled_from(list(Kind)), batches(), st.tuples(U64, U64, U64, U64, U64, U64))
+@given(batches(), st.tuples(U64, U64, SEQ, SEQ, U64, SEQ))
 def test_a_batch_comes_back_as_it_was(
-    kind: Kind, content: tuple[list[int], list[int], list[int]], numbers: tuple[int, int, int, int, int, int]
+    content: tuple[Kind, list[int], list[int], list[int]], numbers: tuple[int, int, int, int, int, int]
 ) -> None:
-    ops, checks, extra = content
+    kind, ops, checks, extra = content
     segment, slot, incarnation, seq, prev_check, durable_seq = numbers
     encoded, check = encode_batch(
         kind, POOL, segment, slot, incarnation, seq, prev_check, durable_seq, ops, checks, extra
@@ -207,7 +221,7 @@ def rewritten(offset: int, layout: str, value: int) -> Callable[[bytearray], Non
         (rewritten(104, "<Q", 10 << 56 | 1), "unknown operation 10"),
         (rewritten(104, "<Q", 1), "unknown operation 0"),
         (rewritten(104 + 16, "<Q", 3), "do not match"),
-        (rewritten(104 + 16, "<Q", 2**64 - 1), "do not match"),
+        (rewritten(104 + 16, "<Q", 2**64 - 1), "no volume has"),
     ],
 )
 def test_a_batch_with_a_sound_check_but_senseless_fields_is_refused(
@@ -216,6 +230,49 @@ def test_a_batch_with_a_sound_check_but_senseless_fields_is_refused(
     header = sample_batch()
     change(header)
     with pytest.raises(BadRecordError, match=reason):
+        decode_batch(sealed(header), POOL, 9, 4)
+
+
+def words_of(name: bytes) -> list[int]:
+    return [int.from_bytes(name[i : i + 8], "little") for i in range(0, len(name), 8)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "ops", "checks", "extra", "reason"),
+    [
+        (Kind.LOG, [Op.PAGE << 56 | 1, 0, 0], [1], [], "PAGE in a batch of kind LOG"),
+        (Kind.MOVED, [Op.UNMAP << 56 | 1, 0, 1], [], [], "UNMAP in a batch of kind MOVED"),
+        (Kind.MAP, [Op.WRITE << 56 | 1, 0, 1], [1], [], "WRITE in a batch of kind MAP"),
+        (Kind.LOG, [Op.WRITE << 56 | 1, MAX_BLOCKS, 1], [1], [], "no volume has"),
+        (Kind.LOG, [Op.WRITE << 56 | 1, 2**64 - 1, 1], [1], [], "no volume has"),
+        (Kind.LOG, [Op.BAD << 56 | 1, 0, 2**63], [], [], "no volume has"),
+        (Kind.LOG, [Op.BAD << 56 | 1, MAX_BLOCKS - 1, 2], [], [], "no volume has"),
+        (Kind.LOG, [Op.RESIZE << 56 | 1, 2**60, 0], [], [], "can't have"),
+        (Kind.LOG, [Op.RESIZE << 56 | 1, 4097, 0], [], [], "can't have"),
+        (Kind.LOG, [Op.CREATE << 56 | 1, 2**60, 1], [], words_of(b"a"), "can't have"),
+        (Kind.LOG, [Op.CREATE << 56 | 1, 4096, 2], [], words_of(b"\xff\xfe"), "name is damaged"),
+        (Kind.LOG, [Op.CREATE << 56 | 1, 4096, 3], [], words_of(b"a/b"), "name is damaged"),
+        (Kind.LOG, [Op.CREATE << 56 | 1, 4096, 0], [], [], "name is damaged"),
+        (Kind.LOG, [Op.CREATE << 56 | 1, 4096, 2**63 | 1], [], words_of(b"a"), "after 1970"),
+        (Kind.LOG, [Op.LINK << 56, 0, 0], [], [], "link to segment 0"),
+        (Kind.LOG, [Op.LINK << 56 | 2**40, 0, 0], [], [], "link to segment"),
+        (Kind.LOG, [Op.MOVE << 56 | 2**40, 0, 0], [], [0], "move into segment"),
+        (Kind.LOG, [Op.MOVE << 56 | 1, 2**60, 0], [], [0], "move into segment"),
+    ],
+)
+def test_an_operation_that_no_release_writes_is_refused(
+    kind: Kind, ops: list[int], checks: list[int], extra: list[int], reason: str
+) -> None:
+    encoded, _ = encode_batch(kind, POOL, 9, 4, 2, 30, 0, 25, ops, checks, extra)
+    with pytest.raises(BadRecordError, match=reason):
+        decode_batch(encoded, POOL, 9, 4)
+
+
+@pytest.mark.parametrize("offset", [48, 56, 72])
+def test_numbers_that_the_catalog_could_not_hold_are_refused(offset: int) -> None:
+    header = sample_batch()
+    struct.pack_into("<Q", header, offset, MAX_SEQ + 1)
+    with pytest.raises(BadRecordError, match="impossible values"):
         decode_batch(sealed(header), POOL, 9, 4)
 
 

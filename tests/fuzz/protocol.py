@@ -1,0 +1,417 @@
+"""Fuzz targets of the NBD protocol: the handshake machine, the judge of requests, and a whole connection.
+
+The connection is held against a model of the requests that are well-formed and stand before the first garbage: it must
+change nothing but what these ask for, answer each of them once, and end.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import random
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import trio
+import trio.testing
+
+from nbd import wire
+from nbd.connection import ARENA_BYTES, INBOX_BYTES, Connection, Limits, Workshop
+from nbd.handshake import MAX_OPTION_BYTES, NEED_DATA, Handshake, Hangup, Send, WantExport, WantList
+from nbd.transmission import Session, block_status, failure, judge, read_header
+from tests.fuzz.engine import Target
+from tests.nbd.client import info_bytes, meta_bytes, option_bytes, request_bytes
+from tests.nbd.memory import GRAIN, MemoryExport, MemoryExports
+
+SIZE = 256 << 10
+FLAGS = struct.pack(">I", 3)
+HELLO = (
+    FLAGS
+    + option_bytes(wire.OPT_STRUCTURED_REPLY)
+    + option_bytes(wire.OPT_SET_META_CONTEXT, meta_bytes("mem", "base:allocation"))
+    + option_bytes(wire.OPT_GO, info_bytes("mem"))
+)
+PLAIN_HELLO = FLAGS + option_bytes(wire.OPT_EXPORT_NAME, b"mem")
+REFUSALS = (errno.ENOENT, errno.EACCES, errno.ESHUTDOWN, errno.EIO)
+
+
+# -- the handshake -----------------------------------------------------------------------------------------------------
+
+
+def run_handshake(data: bytes) -> None:
+    """Any bytes in any pieces. Input: flags, a seed for the pieces, what the client sends."""
+    flags, seed, rest = (data[0], data[1], data[2:]) if len(data) > 1 else (0, 0, b"")
+    export = MemoryExport(size_bytes=SIZE, read_only=bool(flags & 1), minimum_block_size=4096 if flags & 2 else 1)
+    machine = Handshake()
+    machine.shutting_down = bool(flags & 4)
+    pieces = _pieces(rest, seed)
+    out = bytearray()
+    fed = 0
+    for _ in range(len(rest) + 100):
+        event = machine.next_event()
+        if event is NEED_DATA:
+            piece = next(pieces, b"")
+            if not piece:
+                break
+            machine.feed(piece)
+            fed += len(piece)
+        elif isinstance(event, Send):
+            out += event.data
+        elif isinstance(event, WantList):
+            out += machine.listed([("mem", "bytes"), ("x" * 5000, "\0")])
+        elif isinstance(event, WantExport):
+            assert len(event.name.encode()) <= wire.MAX_STRING_BYTES and "\0" not in event.name
+            if event.name in ("", "mem"):
+                out += machine.described(export)
+                assert machine.begun == event.enters
+            else:
+                number = REFUSALS[flags >> 3 & 3]
+                answer = machine.refused(OSError(number, os.strerror(number)))
+                out += answer
+                if not answer:
+                    break
+            if machine.begun:
+                assert rest[:fed].endswith(machine.leftover())
+                break
+        else:
+            assert isinstance(event, Hangup) and event.reason
+            out += event.farewell
+            break
+        assert len(machine._buffer) <= MAX_OPTION_BYTES + 16 + 16384, "it holds more than an option"
+    else:
+        raise AssertionError("the handshake makes no progress")
+    _judge_handshake(bytes(out), begun=machine.begun)
+
+
+def _pieces(data: bytes, seed: int) -> Iterator[bytes]:
+    rng = random.Random(seed)
+    at = 0
+    while at < len(data):
+        size = len(data) if seed == 0 else rng.choice((1, 3, 16, 100, 16384))
+        yield data[at : at + size]
+        at += size
+
+
+def _judge_handshake(out: bytes, *, begun: bool) -> int:
+    """Whether the server's bytes are a greeting and sound option replies; returns where they end."""
+    assert out[:16] == struct.pack(">QQ", wire.INIT_PASSWD, wire.IHAVEOPT)
+    at = 18
+    while out[at : at + 8] == struct.pack(">Q", wire.REP_MAGIC):
+        _, _, kind, length = wire.OPTION_REPLY.unpack_from(out, at)
+        assert kind >> 31 or kind in (wire.REP_ACK, wire.REP_SERVER, wire.REP_INFO, wire.REP_META_CONTEXT)
+        at += wire.OPTION_REPLY.size + length
+        assert at <= len(out)
+    if at != len(out):  # EXPORT_NAME is answered without a frame
+        assert begun and len(out) - at in (10, 134)
+    return at
+
+
+def _handshake_seeds() -> list[bytes]:
+    name = info_bytes("mem", wire.INFO_NAME, wire.INFO_DESCRIPTION, wire.INFO_BLOCK_SIZE)
+    streams = [
+        HELLO,
+        PLAIN_HELLO,
+        FLAGS + option_bytes(wire.OPT_LIST) + option_bytes(wire.OPT_ABORT),
+        FLAGS + option_bytes(wire.OPT_INFO, name) + option_bytes(wire.OPT_GO, info_bytes("no")),
+        FLAGS
+        + option_bytes(wire.OPT_STARTTLS)
+        + option_bytes(99, bytes(100))
+        + option_bytes(wire.OPT_EXTENDED_HEADERS),
+        FLAGS + option_bytes(wire.OPT_STRUCTURED_REPLY) + option_bytes(wire.OPT_LIST_META_CONTEXT, meta_bytes("mem")),
+        FLAGS + option_bytes(wire.OPT_LIST, b"x") + option_bytes(wire.OPT_EXPORT_NAME, b"no"),
+        FLAGS + struct.pack(">QII", wire.IHAVEOPT, wire.OPT_GO, 70000) + bytes(70000 - 65536),
+        struct.pack(">I", 0) + option_bytes(wire.OPT_EXPORT_NAME, b""),
+        struct.pack(">I", 4),
+    ]
+    return [bytes([flags, seed]) + stream for stream in streams for flags, seed in ((0, 0), (7, 3), (24, 0))]
+
+
+# -- one request -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the handshake settled, and what the export allows."""
+
+    structured: bool
+    contexts: bool
+    read_only: bool
+    minimum: int
+
+
+def is_legal(terms: Terms, command: int, flags: int, offset: int, length: int) -> bool:
+    """Whether a request may be carried out: the protocol's rules, written down a second time."""
+    known = {
+        wire.CMD_READ: wire.CMD_FLAG_DF if terms.structured else 0,
+        wire.CMD_WRITE: 0,
+        wire.CMD_FLUSH: 0,
+        wire.CMD_TRIM: 0,
+        wire.CMD_CACHE: 0,
+        wire.CMD_WRITE_ZEROES: wire.CMD_FLAG_NO_HOLE | wire.CMD_FLAG_FAST_ZERO,
+    }
+    if terms.contexts:
+        known[wire.CMD_BLOCK_STATUS] = wire.CMD_FLAG_REQ_ONE
+    if command not in known or flags & ~(known[command] | wire.CMD_FLAG_FUA):
+        return False
+    if command == wire.CMD_FLUSH:
+        return offset == 0 and length == 0
+    if terms.read_only and command in (wire.CMD_WRITE, wire.CMD_TRIM, wire.CMD_WRITE_ZEROES):
+        return False
+    if offset + length > SIZE or offset % terms.minimum or length % terms.minimum:
+        return False
+    return command != wire.CMD_BLOCK_STATUS or length > 0
+
+
+def run_request(data: bytes) -> None:
+    """Headers of requests, one after the other; the first byte says what was negotiated."""
+    flags = data[0] if data else 0
+    terms = Terms(bool(flags & 1), flags & 3 == 3, bool(flags & 4), 4096 if flags & 8 else 1)
+    session = Session(terms.structured, 1 if terms.contexts else None)
+    export = MemoryExport(size_bytes=SIZE, read_only=terms.read_only, minimum_block_size=terms.minimum)
+    for at in range(1, len(data) - wire.REQUEST.size + 1, wire.REQUEST.size):
+        head, cookie, offset, length = wire.REQUEST.unpack_from(data, at)
+        command, bits = head & 0xFFFF, head >> 16 & 0xFFFF
+        verdict = judge(session, export, command, bits, offset, length)
+        assert (verdict == 0) == is_legal(terms, command, bits, offset, length), (verdict, command, bits)
+        assert verdict in (0, wire.EPERM, wire.EINVAL, wire.ENOSPC, wire.EOVERFLOW)
+        if verdict:
+            reply = failure(session, cookie, verdict, str(head))
+        elif command == wire.CMD_BLOCK_STATUS:
+            only = bool(bits & wire.CMD_FLAG_REQ_ONE)
+            reply = block_status(session, cookie, [(length // 2 + 1, 3), (1 << 40, 0)], length=length, only_one=only)
+        else:
+            reply = read_header(session, cookie, offset, length)
+        magic = int.from_bytes(reply[:4])
+        assert magic == (wire.STRUCTURED_REPLY_MAGIC if terms.structured else wire.SIMPLE_REPLY_MAGIC)
+        assert reply[8:16] == cookie.to_bytes(8)
+
+
+# -- a connection ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Request:
+    """A request of the stream. `complete`: all of its payload is there."""
+
+    command: int
+    flags: int
+    cookie: int
+    offset: int
+    length: int
+    payload: bytes
+    complete: bool
+    legal: bool
+
+
+def parse(stream: bytes, terms: Terms) -> list[Request]:
+    """The requests up to DISC, garbage or the end, as the protocol text has them."""
+    found: list[Request] = []
+    at = 0
+    while len(stream) - at >= 28:
+        magic, flags, command, cookie, offset, length = struct.unpack_from(">IHHQQI", stream, at)
+        if magic != wire.REQUEST_MAGIC or command == wire.CMD_DISC:
+            break
+        at += 28
+        payload = stream[at : at + length] if command == wire.CMD_WRITE else b""
+        complete = command != wire.CMD_WRITE or len(payload) == length
+        legal = is_legal(terms, command, flags, offset, length)
+        found.append(Request(command, flags, cookie, offset, length, payload, complete, legal))
+        at += len(payload)
+        if not complete:
+            break
+    return found
+
+
+def run_connection(data: bytes) -> None:
+    """A server's connection over a socket pair. Input: flags, a seed for the pieces, the stream behind a handshake."""
+    flags, seed, stream = (data[0], data[1], data[2:]) if len(data) > 1 else (0, 0, b"")
+    terms = Terms(bool(flags & 1), bool(flags & 1), bool(flags & 2), 512 if flags & 4 else 1)
+    export = MemoryExport(
+        size_bytes=SIZE, read_only=terms.read_only, minimum_block_size=terms.minimum, slow=bool(flags & 8)
+    )
+    initial = np.resize(np.arange(1, 252, dtype=np.uint8), SIZE)
+    export.data[:] = initial.tobytes()
+    raw = bool(flags & 16)  # no handshake of ours: the input is all that the client says
+    hello = b"" if raw else HELLO if terms.structured else PLAIN_HELLO
+    out = trio.run(_converse, export, hello, stream, seed, bool(flags & 32))
+    found = np.frombuffer(bytes(export.data), dtype=np.uint8)
+    if raw:
+        return
+    requests = parse(stream, terms)
+    rude = bool(flags & 32)
+    _judge_content(initial, found, requests, all_arrived=not rude)
+    if not rude:
+        end = _end_of_handshake(out, terms)
+        assert _judge_handshake(out[:end], begun=True) == (end if terms.structured else end - 10)
+        _judge_replies(out[end:], terms, requests, initial)
+
+
+def _end_of_handshake(out: bytes, terms: Terms) -> int:
+    at = 18
+    while out[at : at + 8] == struct.pack(">Q", wire.REP_MAGIC):
+        at += wire.OPTION_REPLY.size + wire.OPTION_REPLY.unpack_from(out, at)[3]
+    return at if terms.structured else at + 10
+
+
+async def _converse(export: MemoryExport, hello: bytes, stream: bytes, seed: int, rude: bool) -> bytes:
+    """Say it all, in pieces; return what the server said. `rude`: vanish without reading on."""
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    exports = MemoryExports(export)
+    workshop = Workshop()
+    connection = Connection(theirs, "fuzz", exports, Limits(handshake_timeout_s=5, linger_s=5), workshop)
+    client = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+    out = bytearray()
+
+    async def listen() -> None:
+        try:
+            async for part in client:
+                out.extend(part)
+        except trio.BrokenResourceError:
+            pass
+
+    with trio.fail_after(15):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.run)
+            if not rude:
+                nursery.start_soon(listen)
+            try:
+                if hello:
+                    await client.send_all(hello)
+                for piece in _pieces(stream, seed):
+                    await client.send_all(piece)
+                    if seed % 3 == 1:
+                        await trio.testing.wait_all_tasks_blocked()
+                if rude:
+                    await client.aclose()
+                else:
+                    await client.send_eof()
+            except trio.BrokenResourceError:
+                pass
+    await client.aclose()
+    assert exports.open == 0 and export.running == 0, "the export is still in use"
+    assert connection._inflight == connection._inflight_bytes == 0 and (rude or not connection._replies)
+    assert sum(len(bench.inbox) + len(bench.arena) for bench in workshop._free) <= INBOX_BYTES + ARENA_BYTES
+    return bytes(out)
+
+
+def _judge_content(initial: np.ndarray, found: np.ndarray, requests: list[Request], *, all_arrived: bool) -> None:
+    """Each byte is what some legal request put there, or as it was where none (or only one cut short) did.
+
+    Requests in flight together may be carried out in any order. `all_arrived`: no request can have been lost.
+    """
+    allowed = np.zeros(SIZE, dtype=bool)
+    written = np.zeros(SIZE, dtype=bool)
+    for request in requests:
+        if not request.legal:
+            continue
+        low, high = request.offset, request.offset + request.length
+        if request.command == wire.CMD_WRITE:
+            high = low + len(request.payload)
+            value: np.ndarray | int = np.frombuffer(request.payload, dtype=np.uint8)
+        elif request.command == wire.CMD_TRIM:
+            low, high = -(-low // GRAIN) * GRAIN, high // GRAIN * GRAIN
+            value = 0
+        elif request.command == wire.CMD_WRITE_ZEROES:
+            value = 0
+        else:
+            continue
+        if low < high:
+            allowed[low:high] |= found[low:high] == value
+            written[low:high] |= request.complete and all_arrived
+    allowed |= ~written & (found == initial)
+    wrong = np.flatnonzero(~allowed)
+    assert not len(wrong), f"{len(wrong)} bytes from {wrong[0]} on are what nobody asked for"
+
+
+def _judge_replies(out: bytes, terms: Terms, requests: list[Request], initial: np.ndarray) -> None:
+    """One final reply for each complete request, with an error exactly where it isn't legal."""
+    waiting: dict[int, list[Request]] = {}
+    for request in requests:
+        if request.complete or not request.legal:
+            waiting.setdefault(request.cookie, []).append(request)
+    quiet = not any(r.legal and r.command in (wire.CMD_WRITE, wire.CMD_TRIM, wire.CMD_WRITE_ZEROES) for r in requests)
+    unique = len(waiting) == sum(map(len, waiting.values()))
+    at = 0
+    while at < len(out):
+        magic, word, cookie = struct.unpack_from(">IIQ", out, at)
+        assert cookie in waiting, "a reply that nobody waits for"
+        at += 16
+        done, failed, data = True, False, b""
+        if magic == wire.SIMPLE_REPLY_MAGIC:
+            failed = word != 0
+            if not failed and not terms.structured and unique and waiting[cookie][0].command == wire.CMD_READ:
+                data = out[at : at + waiting[cookie][0].length]
+                at += len(data)
+                if quiet:
+                    start = waiting[cookie][0].offset
+                    assert data == initial[start : start + len(data)].tobytes()
+            elif not unique and not terms.structured:
+                return  # can't be told apart from here on
+        else:
+            assert magic == wire.STRUCTURED_REPLY_MAGIC and terms.structured, f"no reply: {magic:#x}"
+            (length,) = struct.unpack_from(">I", out, at)
+            payload = out[at + 4 : at + 4 + length]
+            assert len(payload) == length
+            at += 4 + length
+            done, failed = bool(word >> 16 & wire.REPLY_FLAG_DONE), bool(word & 0x8000)
+            if word & 0xFFFF == wire.REPLY_TYPE_OFFSET_DATA and quiet:
+                start = int.from_bytes(payload[:8])
+                assert payload[8:] == initial[start : start + length - 8].tobytes()
+        if done:
+            request = waiting[cookie].pop()
+            if not waiting[cookie]:
+                del waiting[cookie]
+            if unique:
+                assert failed != request.legal, f"{request} was answered {'with an error' if failed else 'well'}"
+    left = [request for several in waiting.values() for request in several if request.complete]
+    assert not left, f"no reply to {left[0]}"
+
+
+def _connection_seeds() -> list[bytes]:
+    some = [
+        request_bytes(wire.CMD_WRITE, 1, 4096, 512, 0, b"abcdefgh" * 64),
+        request_bytes(wire.CMD_READ, 2, 4096, 512, 0),
+        request_bytes(wire.CMD_FLUSH, 3, 0, 0, 0),
+        request_bytes(wire.CMD_TRIM, 4, 8192, 8192, 0),
+        request_bytes(wire.CMD_WRITE_ZEROES, 5, 1024, 4096, wire.CMD_FLAG_NO_HOLE),
+        request_bytes(wire.CMD_CACHE, 6, 0, 4096, 0),
+        request_bytes(wire.CMD_BLOCK_STATUS, 7, 0, SIZE, wire.CMD_FLAG_REQ_ONE),
+        request_bytes(wire.CMD_WRITE, 8, 512, 512, wire.CMD_FLAG_FUA, b"x" * 512),
+        request_bytes(wire.CMD_READ, 9, 0, SIZE, wire.CMD_FLAG_DF),
+        request_bytes(wire.CMD_WRITE, 10, SIZE - 512, 1024, 0, b"y" * 1024),
+        request_bytes(wire.CMD_WRITE, 11, 0, 0, 0),
+        request_bytes(wire.CMD_READ, 12, 0, 0, wire.CMD_FLAG_FUA),
+        request_bytes(wire.CMD_WRITE, 13, 0, 8 << 20, 0, b"z" * 2000),
+    ]
+    disconnect = request_bytes(wire.CMD_DISC, 99, 0, 0, 0)
+    seeds = [bytes([flags, 0]) + one for one in some for flags in (0, 1)]
+    seeds += [bytes([flags, seed]) + b"".join(some[:9]) + disconnect for flags in range(64) for seed in (flags % 3,)]
+    seeds += [bytes([16, 1]) + HELLO + some[0], bytes([16, 2]) + PLAIN_HELLO + some[1], bytes([1, 1]) + b"".join(some)]
+    return seeds
+
+
+_WORDS = [
+    struct.pack(">IHH", wire.REQUEST_MAGIC, flags, command) for command in range(9) for flags in (0, 1, 2, 4, 8, 16)
+]
+_OPTIONS = [struct.pack(">QI", wire.IHAVEOPT, option) for option in range(12)]
+
+PROTOCOL = [
+    Target(
+        "handshake", run_handshake, _handshake_seeds, [*_OPTIONS, b"base:allocation", b"mem", bytes(4)], examples=300
+    ),
+    Target(
+        "request",
+        run_request,
+        lambda: [bytes([flags]) + b"".join(seed[2:30] for seed in _connection_seeds()[:26:2]) for flags in range(16)],
+        _WORDS,
+        examples=300,
+    ),
+    Target("connection", run_connection, _connection_seeds, _WORDS, examples=120),
+]
+
+logging.getLogger("nbd.server").addHandler(logging.NullHandler())
