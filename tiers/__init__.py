@@ -4,6 +4,7 @@ from tiers.check import CheckReport
 from tiers.errors import TierError
 from tiers.names import validate_name, validate_volume_size
 from tiers.pool import DeviceSpec, DeviceStatus, Pool, PoolStatus, VolumeStatus
+from tiers.rebuild import Rebuilt, rebuild_catalog
 from tiers.settings import PoolSettings
 from tiers.volume import Volume
 
@@ -14,9 +15,11 @@ __all__ = [
     "Pool",
     "PoolSettings",
     "PoolStatus",
+    "Rebuilt",
     "TierError",
     "Volume",
     "VolumeStatus",
+    "rebuild_catalog",
     "validate_name",
     "validate_volume_size",
 ]

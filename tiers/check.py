@@ -57,6 +57,8 @@ async def check_pool(engine: "Engine", checkpointer: "Checkpointer", *, full: bo
     await checkpointer.hold()
     try:
         leaves = await _Walk(engine, report).run()
+        for problem in await checkpointer.copies.verify():
+            report.problem(problem)
     finally:
         checkpointer.let_go()
     await _check_data(engine, leaves, report, full=full, progress=progress)
@@ -183,7 +185,7 @@ class _Walk:
                     f"{name}: {len(slots)} entries point into segment {segment_id}, which is not in use"
                 )
                 continue
-            if (segment.kind is Kind.MAP) != (kind is Kind.MAP):
+            if (segment.kind is Kind.MAP) != (kind is Kind.MAP) or segment.kind is Kind.CATALOG:
                 self._report.problem(f"{name}: entries point into segment {segment_id}, which holds something else")
             if int(slots[0]) < 1 or int(slots[-1]) >= segment.used:
                 self._report.problem(f"{name}: entries point past what was written of segment {segment_id}")

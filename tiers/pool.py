@@ -33,6 +33,7 @@ from tiers.overlay import HOLE
 from tiers.probe import check_usable, read_label, size_of
 from tiers.record import Op
 from tiers.recovery import replay, restore
+from tiers.segments import is_free
 from tiers.settings import PoolSettings
 from tiers.volume import Volume
 
@@ -329,6 +330,7 @@ class Pool:
             engine.space.measure_devices()
             engine.space.stuck = False
             engine.space.changed()
+            engine.space.kick_checkpoint.set()  # the copy of the catalog should know the devices too
 
     async def checkpoint(self) -> None:
         """Commit a checkpoint now."""
@@ -347,7 +349,7 @@ class Pool:
         pending_free = 0
         for segment in segments.by_id.values():
             live_by_device[segment.device.index] = live_by_device.get(segment.device.index, 0) + segment.live
-            if not segment.open and segment.live == 0 and segment.pending == 0:
+            if is_free(segment, engine.log.seq):
                 pending_free += segment.slots
         return PoolStatus(
             name=self.name,
@@ -407,6 +409,12 @@ def _device_status(device: Device, live: int) -> DeviceStatus:
 def _locked(directory: Path) -> Any:
     """Hold the pool's lock."""
     if not (directory / CATALOG_NAME).exists():
+        if (directory / LOCK_NAME).exists():
+            raise TierError(
+                errno.ENOENT,
+                f"the pool in {directory} has lost its catalog: rebuild it with `terrace pool check {directory.name} "
+                "--rebuild-catalog --device DEV`, naming a device of the pool",
+            )
         raise TierError(errno.ENOENT, f"there is no pool in {directory}: create one with `terrace pool create`")
     fd = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -466,7 +474,8 @@ def _judge_label(label: Label, row: DeviceRow, state: State) -> None:
             errno.ESTALE,
             f"the catalog of pool {state.pool_name} is older than its devices (checkpoint "
             f"{state.position.checkpoint_seq}, {row.path} knows "
-            f"{label.checkpoint_seq}): it was restored from a backup; put the newest catalog back",
+            f"{label.checkpoint_seq}): it was restored from a backup; put the newest catalog back, or rebuild "
+            f"it with `terrace pool check {state.pool_name} --rebuild-catalog`",
         )
 
 
@@ -498,6 +507,7 @@ async def _recover(
     engine.checkpoint = checkpointer.checkpoint
     pool = Pool(engine, checkpointer, Cleaner(engine), limiter)
     restore(engine, state)
+    checkpointer.copies.begin(state)
     for device in devices:
         if not device.poisoned:
             try:
@@ -511,6 +521,7 @@ async def _recover(
     pool.replayed_batches = result.batches
     for problem in result.problems:
         logger.warning("%s", problem)
+    await checkpointer.copies.settle(position)
     engine.segments.rebuild_free()
     # Ids that were given out after the checkpoint and are not in the log must not be used again either.
     engine.segments.next_id += sum(device.segment_count for device in devices) + 1

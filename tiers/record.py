@@ -8,7 +8,7 @@ Segment header: slot 0 of every segment, written when the segment is opened.
     offset size type  field
       0     8   bytes  magic "TRCSEGM1"
       8     2   u16    format version (1); another version is refused
-     10     2   u16    kind: 1 log, 2 moved data, 3 map pages
+     10     2   u16    kind: 1 log, 2 moved data, 3 map pages, 4 copies of the catalog
      12     4   u32    device index
      16    16   bytes  pool uuid
      32     8   u64    segment id
@@ -56,6 +56,8 @@ Operations are (kind << 56 | id, a, b):
               extra words: device index << 32 | physical index, then a bitmap of the blocks that took effect
     8 PAGE    volume, level << 48 | index: one data block, a map page
     9 BAD     volume, first block, count: these blocks were found damaged when they had to move, and read as EIO
+   10 CATALOG first of the copy's blocks that follow, sequence of the checkpoint, count: takes the next `count` data
+              blocks, which are a part of a copy of the catalog (see catalogcopy)
 
 A torn or lost batch fails its check, or one of its blocks does, and ends the log unless a later batch proves by its
 durable_seq that it had been durable (see recovery).
@@ -91,6 +93,7 @@ class Kind(IntEnum):
     LOG = 1
     MOVED = 2
     MAP = 3
+    CATALOG = 4
 
 
 class Op(IntEnum):
@@ -105,6 +108,7 @@ class Op(IntEnum):
     MOVE = 7
     PAGE = 8
     BAD = 9
+    CATALOG = 10
 
 
 WRITE_WORD = Op.WRITE << 56
@@ -206,7 +210,7 @@ def decode_segment_header(block: bytes | bytearray | memoryview, pool: bytes) ->
         raise BadRecordError(f"segment format {version}, this release reads {FORMAT_VERSION}", newer=True)
     if uuid != pool:
         raise BadRecordError("a segment of another pool")
-    if kind not in (1, 2, 3):
+    if kind not in (1, 2, 3, 4):
         raise BadRecordError(f"unknown segment kind {kind}")
     return SegmentHeader(Kind(kind), device, segment, index, incarnation, checkpoint, first)
 
@@ -305,7 +309,7 @@ def decode_batch(header: bytes | bytearray | memoryview, pool: bytes, segment_id
     if uuid != pool or segment != segment_id or own_slot != slot:
         raise BadRecordError("a batch that belongs elsewhere")
     word_count = OP_WORDS * op_count + block_count + extra_count
-    if _BATCH.size + 8 * word_count > len(raw) or kind not in (1, 2, 3):
+    if _BATCH.size + 8 * word_count > len(raw) or kind not in (1, 2, 3, 4):
         raise BadRecordError("a batch header with impossible counts")
     words = memoryview(raw)[_BATCH.size : _BATCH.size + 8 * word_count].cast("Q").tolist()
     ops = words[: OP_WORDS * op_count]
@@ -336,7 +340,7 @@ def _validate_ops(batch: Batch) -> None:
         return
     for word, a, b in zip(batch.ops[::3], batch.ops[1::3], batch.ops[2::3], strict=True):
         op = word >> 56
-        if op == Op.WRITE:
+        if op in (Op.WRITE, Op.CATALOG):
             blocks += b
         elif op == Op.PAGE:
             blocks += 1
