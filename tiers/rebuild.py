@@ -116,7 +116,7 @@ def _load_old(directory: Path) -> State | None:
     except TierError as error:
         if error.errno == errno.EPROTO:
             raise
-        logger.warning("%s", error)
+        logger.info("%s", error)
         return None
 
 

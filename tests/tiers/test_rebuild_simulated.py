@@ -13,9 +13,10 @@ import trio
 
 from tests.tiers.faults import Disk, Machine, PowerCutError, SimDevice
 from tests.tiers.oracle import BLOCK, Driver, OracleError, random_machine, read_all, require_sound
-from tiers import PoolSettings, TierError
+from tiers import TierError
 from tiers.copies import CopyWriter
 from tiers.rebuild import reconcile, scan_devices
+from tiers.record import Kind
 
 SEEDS = range(300, 316)
 
@@ -26,6 +27,20 @@ async def lose_catalog(machine: Machine) -> None:
     machine.state = reconcile(await scan_devices(devices), devices)
     for device in devices:
         device.close()
+
+
+def crash_behind_commit(machine: Machine, rng: random.Random) -> None:
+    """Arrange for a crash between a commit and its copy, or soon after, in the recovery or later."""
+    commits = rng.choice((1, 1, 2, 3, rng.randrange(1, 20)))
+
+    def step(kind: str) -> None:
+        nonlocal commits
+        if kind == "commit":
+            commits -= 1
+            if commits == 0:
+                machine.countdown = rng.randrange(2, 7)
+
+    machine.on_step = step
 
 
 def search(seed: int, *, lives: int = 6, count: int = 40, loss: float = 0.7) -> Driver:
@@ -39,8 +54,12 @@ def search(seed: int, *, lives: int = 6, count: int = 40, loss: float = 0.7) -> 
             pass
         for _ in range(lives):
             crash = rng.choice((None, rng.randrange(1, 60), rng.randrange(1, 60), rng.randrange(1, 1500)))
+            if rng.random() < 0.5:
+                crash = None
+                crash_behind_commit(machine, rng)
             with trio.fail_after(3600):
                 await driver.life(count=count, crash_after=crash)
+            machine.on_step = lambda kind: None
             driver.after()
             if rng.random() < loss:
                 await lose_catalog(machine)
@@ -91,3 +110,71 @@ def test_recoveries_that_crash_again_and_again_lose_nothing_when_the_catalog_goe
             await require_sound(pool)
 
     machine.run(main)
+
+
+# -- the search can say no ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _free_before_the_copy() -> Iterator[None]:
+    """A copy only after every third checkpoint, but space given out after each."""
+    honest = CopyWriter._append
+    count = 0
+
+    async def append(self: CopyWriter) -> None:
+        nonlocal count
+        count += 1
+        if count % 3 == 0 or self._last is None:
+            await honest(self)
+
+    async def verify(self: CopyWriter) -> list[str]:
+        return []  # it would tell at once
+
+    with mock.patch.object(CopyWriter, "_append", append), mock.patch.object(CopyWriter, "verify", verify):
+        yield
+
+
+@contextlib.contextmanager
+def _forget_what_was_freed() -> Iterator[None]:
+    """The next life takes what the catalog's checkpoint found free for free, whether its copy is durable or not."""
+
+    async def settle(self: CopyWriter, position: Any) -> None:
+        segments = self._engine.segments
+        for segment in list(segments.by_id.values()):
+            if segment.kind is Kind.CATALOG:
+                continue
+            if not segment.live and not segment.pending and segment.id != position.log_segment:
+                segments.forget(segment)
+
+    with mock.patch.object(CopyWriter, "settle", settle):
+        yield
+
+
+@contextlib.contextmanager
+def _copies_without_a_flush() -> Iterator[None]:
+    """Space is given out while the copy may still be lost."""
+    honest = CopyWriter.write
+
+    async def write(self: CopyWriter) -> None:
+        async def nothing() -> None:
+            await trio.lowlevel.checkpoint()
+
+        with mock.patch.object(self._engine.flusher, "flush", nothing):
+            await honest(self)
+
+    with mock.patch.object(CopyWriter, "write", write):
+        yield
+
+
+MUTANTS: dict[str, Callable[[], Any]] = {
+    "space given out before the copy": _free_before_the_copy,
+    "a life that takes what an earlier one needs": _forget_what_was_freed,
+    "copies that are not flushed": _copies_without_a_flush,
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_search_finds(name: str) -> None:
+    with MUTANTS[name](), pytest.raises((OracleError, TierError, AssertionError)):
+        for seed in range(300, 360):
+            search(seed)
