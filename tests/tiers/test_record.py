@@ -258,6 +258,7 @@ BATCHES = {
         [0xA, 0xB],
         [],
     ),
+    "v1-batch-catalog.hex": (Kind.CATALOG, 13, 5, 2, 1004, 0, 1001, [Op.CATALOG << 56 | 0, 1003, 2], [0xC, 0xD], []),
 }
 
 
