@@ -46,7 +46,7 @@ class Home:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Create the home where it is missing and hold it. Raises HomeError: EBUSY when another daemon has it."""
-        self._prepare()
+        self.prepare()
         lock = self.path / "terraced.lock"
         # flock goes with the process, so a killed daemon leaves a file behind and no lock.
         fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -66,7 +66,8 @@ class Home:
         finally:
             os.close(fd)
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
+        """Create the home where it is missing. Raises HomeError."""
         longest = len(os.fsencode(self.nbd_socket))
         if longest > _SOCKET_PATH_LIMIT:
             raise HomeError(

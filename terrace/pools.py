@@ -107,8 +107,11 @@ class Pools:
     async def reopen(self, name: str, *, truncate_log: bool = False) -> Pool:
         """Try again to open a pool that failed; returns at once where it is open.
 
-        `truncate_log`: the operator gives up what the log holds behind its damage.
+        `truncate_log`: the operator gives up what the log holds behind its damage. A pool whose directory appeared
+        since the start (rebuilt from the devices of another host) is opened too.
         """
+        if name not in self._slots and name in {directory.name for directory in self._pool_directories()}:
+            self._slots[name] = Slot(name, self._directory / name, error=TierError(errno.EIO, "it was not open yet"))
         slot = self.slot(name)
         if slot.pool is None:
             if slot.error is None or slot.users:
@@ -140,11 +143,12 @@ class Pools:
     async def open_all(self) -> None:
         """Open every pool there is a directory of, at once. Never raises because of a pool."""
         async with trio.open_nursery() as nursery:
-            for directory in sorted(self._directory.iterdir()):
-                if directory.name.startswith(".") or not directory.is_dir():
-                    continue
+            for directory in self._pool_directories():
                 slot = self._slots[directory.name] = Slot(directory.name, directory)
                 nursery.start_soon(self._open, slot)
+
+    def _pool_directories(self) -> list[Path]:
+        return sorted(d for d in self._directory.iterdir() if not d.name.startswith(".") and d.is_dir())
 
     async def close_all(self) -> None:
         """Flush, checkpoint and close every pool, at once."""

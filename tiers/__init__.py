@@ -4,6 +4,7 @@ from tiers.check import CheckReport
 from tiers.errors import TierError
 from tiers.names import validate_name, validate_volume_size
 from tiers.pool import DeviceSpec, DeviceStatus, Pool, PoolStatus, VolumeStatus
+from tiers.rebuild import Rebuilt, rebuild_catalog
 from tiers.scrub import DeviceScrub, ScrubStatus
 from tiers.scrubstate import Damage, Result
 from tiers.settings import PoolSettings
@@ -18,11 +19,13 @@ __all__ = [
     "Pool",
     "PoolSettings",
     "PoolStatus",
+    "Rebuilt",
     "Result",
     "ScrubStatus",
     "TierError",
     "Volume",
     "VolumeStatus",
+    "rebuild_catalog",
     "validate_name",
     "validate_volume_size",
 ]

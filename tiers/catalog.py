@@ -19,6 +19,7 @@ tried again.
 
 import contextlib
 import errno
+import itertools
 import os
 import sqlite3
 import threading
@@ -26,6 +27,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tiers.device import Device
 from tiers.errors import TierError
 from tiers.label import MAX_DEVICES
 from tiers.layout import (
@@ -243,8 +245,9 @@ class Catalog:
     def __init__(self, directory: Path) -> None:
         self._path = directory / CATALOG_NAME
         self._ballast = directory / BALLAST_NAME
+        self._next_step = f"rebuild it with `terrace pool check {directory.name} --rebuild-catalog`"
         if not self._path.exists():
-            raise TierError(errno.ENOENT, f"there is no catalog at {self._path}: restore it from a backup")
+            raise TierError(errno.ENOENT, f"there is no catalog at {self._path}: {self._next_step}")
         self._lock = threading.Lock()
         self._db = self._connect()
 
@@ -260,7 +263,7 @@ class Catalog:
         return db
 
     def _damaged(self, error: Exception | str) -> TierError:
-        return TierError(errno.EIO, f"the catalog {self._path} can't be used ({error}): restore it from a backup")
+        return TierError(errno.EIO, f"the catalog {self._path} can't be used ({error}): {self._next_step}")
 
     @staticmethod
     def create(directory: Path, name: str, uuid: bytes, devices: Sequence[DeviceRow], position: Position) -> None:
@@ -271,25 +274,33 @@ class Catalog:
             raise TierError(
                 errno.EEXIST, f"there is a pool in {directory} already: choose another name, or delete that pool first"
             )
-        temporary = directory / (CATALOG_NAME + ".new")
-        temporary.unlink(missing_ok=True)
-        db = sqlite3.connect(temporary, isolation_level=None)
-        try:
-            db.execute("PRAGMA synchronous=FULL")
-            db.executescript(_SCHEMA)
-            db.execute("BEGIN IMMEDIATE")
-            db.executemany(
-                "INSERT INTO meta VALUES (?, ?)",
-                [("format_version", FORMAT_VERSION), ("pool_name", name), ("pool_uuid", uuid)],
-            )
-            _write_position(db, position)
-            _write_devices(db, devices)
-            db.execute("COMMIT")
-        finally:
-            db.close()
-        temporary.rename(final)
+        _build(directory, State(name, uuid, position, list(devices), [], [], []))
+        (directory / (CATALOG_NAME + ".new")).rename(final)
         sync_directory(directory)
         sync_directory(directory.parent)
+
+    @staticmethod
+    def replace(directory: Path, state: State) -> Path | None:
+        """Write a catalog that says `state`; return the name under which one that was there is kept.
+
+        It is complete and durable before the old one is moved. A crash between the two leaves no catalog, which
+        another run mends.
+        """
+        _build(directory, state)
+        final = directory / CATALOG_NAME
+        aside = next(
+            path
+            for path in (directory / f"{CATALOG_NAME}.old-{number}" for number in itertools.count(1))
+            if not path.exists()
+        )
+        existed = final.exists()
+        for suffix in ("", "-wal", "-shm"):  # an old WAL must not be taken for the new catalog's
+            with contextlib.suppress(FileNotFoundError):
+                Path(f"{final}{suffix}").rename(f"{aside}{suffix}")
+        (directory / (CATALOG_NAME + ".new")).rename(final)
+        sync_directory(directory)
+        sync_directory(directory.parent)
+        return aside if existed else None
 
     def load(self) -> State:
         """Read everything. Raises TierError for a catalog that is damaged or of another version."""
@@ -380,39 +391,7 @@ class Catalog:
     def _transact(db: sqlite3.Connection, change: Change) -> None:
         db.execute("BEGIN IMMEDIATE")
         try:
-            _write_position(db, change.position)
-            db.execute("DELETE FROM volumes")
-            db.executemany(
-                "INSERT INTO volumes VALUES (?, ?, ?, ?, ?, ?, ?)",
-                [
-                    (
-                        v.id,
-                        v.name,
-                        v.size_bytes,
-                        _signed(v.root_address),
-                        _signed(v.root_check),
-                        v.mapped_blocks,
-                        v.created_at,
-                    )
-                    for v in change.volumes
-                ],
-            )
-            db.executemany("DELETE FROM segments WHERE id = ?", [(i,) for i in change.freed_segments])
-            db.executemany(
-                "INSERT OR REPLACE INTO segments VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                [(s.id, s.device, s.index, s.kind, int(s.open), s.used, s.live, s.last_seq) for s in change.segments],
-            )
-            db.executemany(
-                "DELETE FROM dead WHERE address = ?", [(_signed(address),) for address in change.dead_removed]
-            )
-            db.executemany(
-                "INSERT OR REPLACE INTO dead VALUES (?, ?, ?, ?)",
-                [
-                    (_signed(address), _signed(check), level, volume)
-                    for address, check, level, volume in change.dead_added
-                ],
-            )
-            _write_devices(db, change.devices)
+            _write_change(db, change)
             db.execute("COMMIT")
         except BaseException:
             if db.in_transaction:
@@ -465,6 +444,63 @@ class Catalog:
     def close(self) -> None:
         """Close the file."""
         self._db.close()
+
+
+def _build(directory: Path, state: State) -> None:
+    """Write a whole catalog, durably, under a name of its own beside the place where it belongs."""
+    temporary = directory / (CATALOG_NAME + ".new")
+    temporary.unlink(missing_ok=True)
+    db = sqlite3.connect(temporary, isolation_level=None)
+    try:
+        db.execute("PRAGMA synchronous=FULL")
+        db.executescript(_SCHEMA)
+        db.execute("BEGIN IMMEDIATE")
+        db.executemany(
+            "INSERT INTO meta VALUES (?, ?)",
+            [("format_version", FORMAT_VERSION), ("pool_name", state.pool_name), ("pool_uuid", state.pool_uuid)],
+        )
+        change = Change(state.position, state.volumes, state.segments, dead_added=state.dead, devices=state.devices)
+        _write_change(db, change)
+        db.execute("COMMIT")
+    finally:
+        db.close()
+
+
+def device_row(device: Device) -> DeviceRow:
+    """What the catalog keeps of a device."""
+    label = device.label
+    return DeviceRow(
+        label.device_index,
+        label.device_uuid,
+        device.path,
+        label.tier,
+        label.size_bytes,
+        label.segment_bytes,
+        device.poisoned,
+    )
+
+
+def _write_change(db: sqlite3.Connection, change: Change) -> None:
+    _write_position(db, change.position)
+    db.execute("DELETE FROM volumes")
+    db.executemany(
+        "INSERT INTO volumes VALUES (?, ?, ?, ?, ?, ?, ?)",
+        [
+            (v.id, v.name, v.size_bytes, _signed(v.root_address), _signed(v.root_check), v.mapped_blocks, v.created_at)
+            for v in change.volumes
+        ],
+    )
+    db.executemany("DELETE FROM segments WHERE id = ?", [(i,) for i in change.freed_segments])
+    db.executemany(
+        "INSERT OR REPLACE INTO segments VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        [(s.id, s.device, s.index, s.kind, int(s.open), s.used, s.live, s.last_seq) for s in change.segments],
+    )
+    db.executemany("DELETE FROM dead WHERE address = ?", [(_signed(address),) for address in change.dead_removed])
+    db.executemany(
+        "INSERT OR REPLACE INTO dead VALUES (?, ?, ?, ?)",
+        [(_signed(address), _signed(check), level, volume) for address, check, level, volume in change.dead_added],
+    )
+    _write_devices(db, change.devices)
 
 
 def _write_position(db: sqlite3.Connection, position: Position) -> None:

@@ -99,6 +99,12 @@ async def check_pool(engine: "Engine", checkpointer: "Checkpointer", *, full: bo
                 break
             except _GiveWayError:
                 continue
+    await checkpointer.hold()
+    try:
+        for problem in await checkpointer.copies.verify():
+            report.problem(problem)
+    finally:
+        checkpointer.let_go()
     every = 1 if full else SAMPLE_EVERY
     named = walk.named()
     sealed = [(segment, highest) for segment, highest in named if not segment.open and not segment.damaged][::every]
@@ -136,6 +142,7 @@ class _Moment:
     live: U64
     used: U64
     is_map: U64
+    is_copy: U64
     dead: U64
     """A row (address, check, level, volume) for each detached subtree."""
 
@@ -172,7 +179,7 @@ async def _take_moment(engine: "Engine", deleted: "list[Volume]") -> _Moment:
     columns = np.zeros((len(segments), 4), np.uint64)
     for start in range(0, len(segments), SLICE_ENTRIES):
         part = segments[start : start + SLICE_ENTRIES]
-        columns[start : start + len(part)] = [(s.id, s.live, s.used, s.kind is Kind.MAP) for s in part]
+        columns[start : start + len(part)] = [(s.id, s.live, s.used, s.kind) for s in part]
         await trio.lowlevel.checkpoint()
     dead = np.zeros((len(engine.dead), 4), np.uint64)
     source = iter(engine.dead.items())
@@ -191,7 +198,8 @@ async def _take_moment(engine: "Engine", deleted: "list[Volume]") -> _Moment:
         ids=columns[:, 0].copy(),
         live=columns[:, 1].astype(np.int64),
         used=columns[:, 2].astype(np.int64),
-        is_map=columns[:, 3].astype(bool),
+        is_map=columns[:, 3] == Kind.MAP,
+        is_copy=columns[:, 3] == Kind.CATALOG,
         dead=dead,
     )
 
@@ -341,7 +349,7 @@ class _Walk:
         if self._first_part:
             for segment_id, count in zip(*np.unique(ids[~known], return_counts=True), strict=True):
                 report.problem(f"{name}: {count} entries point into segment {segment_id}, which is not in use")
-            for segment_id in np.unique(ids[known & (moment.is_map[rows] != is_map)]):
+            for segment_id in np.unique(ids[known & ((moment.is_map[rows] != is_map) | moment.is_copy[rows])]):
                 report.problem(f"{name}: entries point into segment {segment_id}, which holds something else")
             for segment_id in np.unique(ids[outside]):
                 report.problem(f"{name}: entries point past what was written of segment {segment_id}")

@@ -5,8 +5,9 @@
    chunks of 512 pages. Readers go on with the frozen overlay over the old tree.
 3. Flush: everything that the new trees point to is durable.
 4. Commit the catalog.
-5. Without a checkpoint in between: switch the roots, drop the frozen overlays, apply the counts, free the segments
-   that nothing needs any more.
+5. Without a checkpoint in between: switch the roots, drop the frozen overlays, apply the counts.
+6. Append a copy of what was committed to the devices and flush it; then free the segments that nothing needs any more
+   (`tiers.copies`).
 
 A crash before 4 leaves the old checkpoint and the log after it; after 4, the new one. A failure at any step leaves the
 frozen state as it is, and the next try starts again from the old trees with the same frozen state. Counts change only
@@ -27,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import trio
 
-from tiers.catalog import Change, DeadRow, DeviceRow, Position, SegmentRow, VolumeRow
+from tiers.catalog import Change, DeadRow, Position, SegmentRow, VolumeRow, device_row
+from tiers.copies import CopyWriter
 from tiers.errors import TierError
 from tiers.failpoint import hit
 from tiers.layout import BLOCK_BYTES
@@ -46,7 +48,7 @@ from tiers.maptree import (
 )
 from tiers.mapwriter import MapWriter
 from tiers.overlay import UNSET, Overlay, Patch
-from tiers.segments import Segment
+from tiers.segments import Segment, is_free
 from tiers.volume import Volume
 
 if TYPE_CHECKING:
@@ -103,6 +105,7 @@ class Merge:
     mapped: dict[int, int] = field(default_factory=dict)
     inner: dict[int, dict[int, Page]] = field(default_factory=dict)
     detached: set[int] = field(default_factory=set)
+    free: list[int] = field(default_factory=list)
 
     def count_live(self, addresses: U64, sign: int) -> None:
         """Count each address that lies in a segment as one live block more or less."""
@@ -130,6 +133,7 @@ class Checkpointer:
 
     def __init__(self, engine: "Engine") -> None:
         self.writer = MapWriter(engine)
+        self.copies = CopyWriter(engine)
         self.count = 0
         self.failure: str | None = None
         self._engine = engine
@@ -140,6 +144,7 @@ class Checkpointer:
         self._last_seq = -1
         self._failures = 0
         self._taken_changes: set[int] = set()
+        self._taken_gone: set[int] = set()
         self._writing: trio.Nursery
 
     async def run(self) -> None:
@@ -187,7 +192,8 @@ class Checkpointer:
             or engine.graveyard
             or engine.dead
             or engine.forced
-            or any(_is_free(segment, self._last_seq) for segment in engine.segments.by_id.values())
+            or self.copies.behind
+            or any(is_free(segment, self._last_seq) for segment in engine.segments.by_id.values())
         )
 
     async def checkpoint(self) -> None:
@@ -207,13 +213,14 @@ class Checkpointer:
         """Free the cleaner's emptied victims before the next checkpoint, which would do it otherwise; return how many.
 
         The records that moved or killed what was in them are made durable first, so every replay of the log finds
-        these; no checkpoint may be half-way, since it works from the trees that name the old places. (Design rule 7.)
+        these; no checkpoint may be half-way, since it works from the trees that name the old places, and the copy of
+        the last one must be durable, since what the copy before needs must stay. (Design rule 7.)
         Raises TierError if the flush fails.
         """
         engine = self._engine
         await engine.flusher.flush()
         async with self._lock:
-            if self._frozen is not None or engine.space.read_only is not None:
+            if self._frozen is not None or self.copies.behind or engine.space.read_only is not None:
                 return 0
             count = 0
             for segment in emptied:
@@ -254,7 +261,7 @@ class Checkpointer:
         frozen = self._frozen
         hit("checkpoint.frozen")
         merge = Merge()
-        self._taken_changes = set()
+        self._taken_changes, self._taken_gone = set(), set()
         for item in frozen.volumes:
             item.volume.tree.loaded = set()
             merge.mapped[item.volume.id] = item.volume.tree.mapped_blocks
@@ -268,6 +275,7 @@ class Checkpointer:
             hit("checkpoint.walked")
             await self._engine.flusher.flush()
             hit("checkpoint.flushed")
+            self.copies.prepare(len(self._engine.dead) + len(merge.dead))
             change = self._change(frozen, merge)
             committing = True
             with trio.CancelScope(shield=True):
@@ -276,6 +284,7 @@ class Checkpointer:
             for item in frozen.volumes:
                 item.volume.tree.forget()
             self._engine.segments.changed |= self._taken_changes
+            self._engine.segments.gone |= self._taken_gone
             self._engine.space.kick_checkpoint.set()
             if not committing or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
                 # Surely not committed. After another failure of a commit it isn't certain: its pages stay.
@@ -286,6 +295,13 @@ class Checkpointer:
         self._committed = self._begun
         hit("checkpoint.committed")
         await self._apply(frozen, merge, change)
+        try:
+            await self.copies.write()
+        except OSError as error:
+            self._engine.space.kick_checkpoint.set()
+            self._failed(error)
+            raise
+        self._finish(frozen)
 
     def _failed(self, error: OSError) -> None:
         hit("checkpoint.failed")
@@ -592,16 +608,18 @@ class Checkpointer:
                     f"on {known.device.path}, and {-count} cease to be: it is damaged; see `terrace pool check`, and "
                     "copy the volumes to another pool (nbdcopy)",
                 )
-        change.freed_segments += segments.reused
         # What changes while the transaction runs belongs to the next one.
         changed = self._taken_changes = segments.changed
         segments.changed = set()
+        self._taken_gone, segments.gone = segments.gone, set()
+        change.freed_segments = sorted(self._taken_gone)
         for segment in segments.by_id.values():
             live = merge.live.get(segment.id, 0)
             pending = merge.pending.get(segment.id, 0)
-            if segment.id != frozen.log_segment and _is_free(segment, frozen.seq, live=live, pending=pending):
-                change.freed_segments.append(segment.id)
-            elif live or segment.id in changed or segment.open:
+            free = segment.id != frozen.log_segment and is_free(segment, frozen.seq, live=live, pending=pending)
+            if free:
+                merge.free.append(segment.id)
+            if free or live or segment.id in changed or segment.open:
                 change.segments.append(
                     SegmentRow(
                         segment.id,
@@ -630,16 +648,14 @@ class Checkpointer:
     async def _apply(self, frozen: Frozen, merge: Merge, change: Change) -> None:
         """The commit succeeded: make memory say what the catalog says.
 
-        No checkpoint of trio before the slow disposal.
+        No checkpoint of trio before the slow disposal. Nothing is given out yet: the copy on the devices is older.
         """
         engine = self._engine
         segments = engine.segments
         self._frozen = None
         self._last_seq = frozen.seq
         self.count += 1
-        self.failure = None
-        self._failures = 0
-        engine.space.checkpoint_failure = None
+        self.copies.committed(change, merge.free)
         overlays = []
         for item in frozen.volumes:
             volume = item.volume
@@ -660,24 +676,22 @@ class Checkpointer:
         for segment_id, count in merge.live.items():
             if count:
                 segments.add_live(segment_id, count)
-        segments.reused.difference_update(change.freed_segments)
-        for segment_id in change.freed_segments:
-            segment = segments.by_id.get(segment_id)
-            if segment is None:
-                continue  # reused already
-            if segment.pins:
-                segments.changed.add(segment_id)  # a reader came; it is freed by the next checkpoint
-            else:
-                segments.release(segment)
         for address in merge.dead_removed:
             del engine.dead[address]
         engine.dead.update(merge.dead)
         engine.checkpoint_log_mark = frozen.log_mark
-        if frozen.log_was_broken:
-            engine.log.broken = False
-        space = engine.space
-        space.frozen_weight = space.frozen_charge = 0
+        engine.space.frozen_weight = engine.space.frozen_charge = 0
         engine.log.checkpoint_seq = frozen.seq
+        await _dispose(overlays)
+
+    def _finish(self, frozen: Frozen) -> None:
+        """The copy is durable too. No checkpoint of trio in here."""
+        engine = self._engine
+        self.failure = None
+        self._failures = 0
+        engine.space.checkpoint_failure = None
+        if frozen.log_was_broken:
+            engine.log.broken = False  # not before: the older copy doesn't lead to the new head
         for device in engine.devices:
             if not device.poisoned:
                 try:
@@ -685,35 +699,9 @@ class Checkpointer:
                 except OSError as error:
                     logger.error("%s", error)
         hit("checkpoint.labelled")
-        space.changed()
+        engine.space.changed()
         if engine.dead:
-            space.kick_checkpoint.set()
-        await _dispose(overlays)
-
-
-def _is_free(segment: Segment, seq: int, *, live: int = 0, pending: int = 0) -> bool:
-    """Whether a checkpoint at `seq`, which changes its counts by `live` and `pending`, may free a segment."""
-    return (
-        not segment.open
-        and not segment.pins
-        and segment.live + live == 0
-        and segment.pending + pending == 0
-        and segment.last_seq <= seq
-    )
-
-
-def device_row(device: Any) -> DeviceRow:
-    """What the catalog keeps of a device."""
-    label = device.label
-    return DeviceRow(
-        label.device_index,
-        label.device_uuid,
-        device.path,
-        label.tier,
-        label.size_bytes,
-        label.segment_bytes,
-        device.poisoned,
-    )
+            engine.space.kick_checkpoint.set()
 
 
 def _dead_row(address: int, value: tuple[int, int, int]) -> DeadRow:

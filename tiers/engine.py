@@ -64,7 +64,7 @@ class Engine:
         self.space = Space(self.segments, self.log, self.flusher, settings)
         self.log.durable_seq = lambda: self.flusher.durable_seq
         self.log.pick_device = lambda: self.space.pick_device(Kind.LOG)
-        self.log.pick_first_device = lambda: self.space.pick_device(Kind.LOG, keep_slots=self.space.next_pages())
+        self.log.pick_first_device = lambda: self.space.pick_device(Kind.LOG, keep_slots=self.space.first_keep_slots())
         self.log.on_broken = lambda: self.space.kick_checkpoint.set()
         self.cache = PageCache(settings.map_cache_bytes)
         self.volumes: dict[int, Volume] = {}

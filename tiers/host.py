@@ -90,6 +90,12 @@ REAL_HOST = RealHost()
 def locked(directory: Path) -> Iterator[None]:
     """Hold the lock of the pool in `directory`; see `Host.lock`."""
     if not (directory / CATALOG_NAME).exists():
+        if (directory / LOCK_NAME).exists():
+            raise TierError(
+                errno.ENOENT,
+                f"the pool in {directory} has lost its catalog: rebuild it with `terrace pool check {directory.name} "
+                "--rebuild-catalog --device DEV`, naming a device of the pool",
+            )
         raise TierError(errno.ENOENT, f"there is no pool in {directory}: create one with `terrace pool create`")
     fd = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

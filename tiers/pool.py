@@ -37,6 +37,7 @@ from tiers.record import Op
 from tiers.recovery import replay, restore
 from tiers.scrub import Scrubber, ScrubStatus
 from tiers.scrubstate import ScrubFile
+from tiers.segments import is_free
 from tiers.settings import PoolSettings
 from tiers.volume import Volume
 
@@ -351,6 +352,7 @@ class Pool:
             engine.space.measure_devices()
             engine.space.stuck = False
             engine.space.changed()
+            engine.space.kick_checkpoint.set()  # the copy of the catalog should know the devices too
 
     async def checkpoint(self) -> None:
         """Commit a checkpoint now."""
@@ -369,7 +371,7 @@ class Pool:
         pending_free = 0
         for segment in segments.by_id.values():
             live_by_device[segment.device.index] = live_by_device.get(segment.device.index, 0) + segment.live
-            if not segment.open and segment.live == 0 and segment.pending == 0:
+            if is_free(segment, engine.log.seq):
                 pending_free += segment.slots
         return PoolStatus(
             name=self.name,
@@ -484,7 +486,8 @@ def _judge_label(label: Label, row: DeviceRow, state: State) -> None:
             errno.ESTALE,
             f"the catalog of pool {state.pool_name} is older than its devices (checkpoint "
             f"{state.position.checkpoint_seq}, {row.path} knows "
-            f"{label.checkpoint_seq}): it was restored from a backup; put the newest catalog back",
+            f"{label.checkpoint_seq}): it was restored from a backup; put the newest catalog back, or rebuild "
+            f"it with `terrace pool check {state.pool_name} --rebuild-catalog`",
         )
 
 
@@ -519,6 +522,7 @@ async def _recover(
     pool = Pool(engine, checkpointer, Cleaner(engine), scrubber, host)
     restore(engine, state)
     hit("recovery.restored")
+    checkpointer.copies.begin(state)
     for device in devices:
         if not device.poisoned:
             try:
@@ -534,6 +538,7 @@ async def _recover(
     pool.given_up = result.given_up
     for problem in result.problems:
         logger.warning("%s", problem)
+    await checkpointer.copies.settle(position)
     engine.segments.rebuild_free()
     hit("recovery.replayed")
     # Ids that were given out after the checkpoint and are not in the log must not be used again either.

@@ -8,7 +8,7 @@ Segment header: slot 0 of every segment, written when the segment is opened.
     offset size type  field
       0     8   bytes  magic "TRCSEGM1"
       8     2   u16    format version (1); another version is refused
-     10     2   u16    kind: 1 log, 2 moved data, 3 map pages
+     10     2   u16    kind: 1 log, 2 moved data, 3 map pages, 4 copies of the catalog
      12     4   u32    device index
      16    16   bytes  pool uuid
      32     8   u64    segment id
@@ -56,6 +56,8 @@ Operations are (kind << 56 | id, a, b):
               extra words: device index << 32 | physical index, then a bitmap of the blocks that took effect
     8 PAGE    volume, level << 48 | index: one data block, a map page
     9 BAD     volume, first block, count: these blocks were found damaged when they had to move, and read as EIO
+   10 CATALOG first of the copy's blocks that follow, sequence of the checkpoint, count: takes the next `count` data
+              blocks, which are a part of a copy of the catalog (see catalogcopy)
 
 Log batches hold all of these but PAGE, batches of moved data only WRITE, batches of map pages only PAGE. An operation
 that no release can have written (a block past the largest volume, a segment id past the 40 bits of an address) makes
@@ -102,6 +104,7 @@ class Kind(IntEnum):
     LOG = 1
     MOVED = 2
     MAP = 3
+    CATALOG = 4
 
 
 class Op(IntEnum):
@@ -116,6 +119,7 @@ class Op(IntEnum):
     MOVE = 7
     PAGE = 8
     BAD = 9
+    CATALOG = 10
 
 
 WRITE_WORD = Op.WRITE << 56
@@ -217,7 +221,7 @@ def decode_segment_header(block: bytes | bytearray | memoryview, pool: bytes) ->
         raise BadRecordError(f"segment format {version}, this release reads {FORMAT_VERSION}", newer=True)
     if uuid != pool:
         raise BadRecordError("a segment of another pool")
-    if kind not in (1, 2, 3):
+    if kind not in (1, 2, 3, 4):
         raise BadRecordError(f"unknown segment kind {kind}")
     if not 1 <= segment <= MAX_SEGMENT_ID or max(incarnation, checkpoint, first) > MAX_SEQ:
         raise BadRecordError("a segment header with impossible values")
@@ -344,7 +348,7 @@ def _judge_header(
     if uuid != pool or segment != segment_id or own_slot != slot:
         raise BadRecordError("a batch that belongs elsewhere")
     word_count = OP_WORDS * op_count + block_count + extra_count
-    if _BATCH.size + 8 * word_count > len(raw) or kind not in (1, 2, 3):
+    if _BATCH.size + 8 * word_count > len(raw) or kind not in (1, 2, 3, 4):
         raise BadRecordError("a batch header with impossible counts")
     return raw, fields
 
@@ -365,15 +369,17 @@ def _validate_ops(batch: Batch) -> None:
         return
     for word, a, b in zip(heads, starts, counts, strict=True):
         op = word >> 56
-        if op == Op.WRITE and kind is not Kind.MAP:
+        if op == Op.WRITE and kind in (Kind.LOG, Kind.MOVED):
             blocks += b
             if a + b > MAX_BLOCKS:
                 raise BadRecordError(f"a write of blocks from {a} on, which no volume has")
         elif op == Op.PAGE and kind is Kind.MAP:
             blocks += 1
-        elif not Op.WRITE <= op <= Op.BAD:
+        elif op == Op.CATALOG and kind is Kind.CATALOG:
+            blocks += b
+        elif not Op.WRITE <= op <= Op.CATALOG:
             raise BadRecordError(f"unknown operation {op}")
-        elif kind is not Kind.LOG or op == Op.PAGE:
+        elif kind is not Kind.LOG or op in (Op.PAGE, Op.CATALOG):
             raise BadRecordError(f"the operation {Op(op).name} in a batch of kind {kind.name}")
         else:
             extra += _validate_log_op(Op(op), word & ID_MASK, a, b, batch.extra, extra)

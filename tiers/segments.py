@@ -2,8 +2,8 @@
 
 For each segment two counts: `live`, the blocks that map pages as of the last committed checkpoint point to, and
 `pending`, the blocks that overlays (newer than those pages) point to. A segment may be reused when both are zero, it
-is sealed, no reader pins it, and a checkpoint has passed the last record that it holds. Freed means: its physical
-place becomes available; its id never comes back.
+is sealed, no reader pins it, and a checkpoint that has passed the last record that it holds has a durable copy on the
+devices (`tiers.copies`). Freed means: its physical place becomes available; its id never comes back.
 
 A victim that the cleaner has emptied may be reused before the checkpoint that would show it: once the records that
 moved or killed its blocks are durable, every replay finds them, and nobody looks where the checkpoint's map still
@@ -72,8 +72,8 @@ class SegmentTable:
         self.by_id: dict[int, Segment] = {}
         self.next_id = 1
         self.changed: set[int] = set()
-        self.reused: set[int] = set()
-        """Segments that the catalog still lists, whose places were given back since its last checkpoint."""
+        self.gone: set[int] = set()
+        """Given back since the last commit: their rows leave the catalog with the next one."""
         self._by_place: dict[tuple[int, int], Segment] = {}
         self.free_slots = 0
         self.total_slots = 0
@@ -131,7 +131,7 @@ class SegmentTable:
         self.by_id[segment.id] = segment
         self._by_place[device.index, index] = segment
         self.free_slots -= segment.slots - 1
-        if kind is not Kind.LOG:
+        if kind in (Kind.MOVED, Kind.MAP):
             self.gained_slots -= segment.slots
         if kind is Kind.MAP:
             self.map_slots += segment.slots
@@ -160,21 +160,25 @@ class SegmentTable:
         former = self._by_place.get((device.index, index))
         if former is not None:
             assert not former.pending, f"segment {former.id} was reused, but the log after the checkpoint names it"
-            del self.by_id[former.id]
-            self.changed.discard(former.id)
-            self.reused.add(former.id)
+            self.forget(former)
         return self.adopt(segment_id, device, index, kind)
 
     def release(self, segment: Segment) -> None:
         """Give a segment's place back."""
-        del self.by_id[segment.id]
-        self._by_place.pop((segment.device.index, segment.index), None)
+        self.forget(segment)
         segment.device.free.append(segment.index)
         self.free_slots += segment.slots - 1
-        self.gained_slots += segment.slots
+        if segment.kind is not Kind.CATALOG:
+            self.gained_slots += segment.slots
         if segment.kind is Kind.MAP:
             self.map_slots -= segment.slots
+
+    def forget(self, segment: Segment) -> None:
+        """Take a segment out of the table, whose sums and free places are worked out anew after it."""
+        del self.by_id[segment.id]
         self.changed.discard(segment.id)
+        self._by_place.pop((segment.device.index, segment.index), None)
+        self.gone.add(segment.id)
         hit("segment.freed")
 
     def reuse(self, segment: Segment) -> None:
@@ -182,7 +186,6 @@ class SegmentTable:
         self._count(segment, -segment.live, 0)
         segment.live = 0
         self.release(segment)
-        self.reused.add(segment.id)
 
     def count_damage(self, address: int) -> None:
         """Count a damaged block as an error of its device: once, however often it is met."""
@@ -216,3 +219,18 @@ class SegmentTable:
         assert segment.live >= 0, f"segment {segment_id} would have {segment.live} live blocks"
         self.changed.add(segment_id)
         self._count(segment, count, 0)
+
+
+def is_free(segment: Segment, seq: int, *, live: int = 0, pending: int = 0) -> bool:
+    """Whether a checkpoint at `seq`, which changes its counts by `live` and `pending`, finds a segment free.
+
+    Copies of the catalog have no counts: `tiers.copies` alone knows when they are superseded.
+    """
+    return (
+        not segment.open
+        and not segment.pins
+        and segment.kind is not Kind.CATALOG
+        and segment.live + live == 0
+        and segment.pending + pending == 0
+        and segment.last_seq <= seq
+    )

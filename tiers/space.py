@@ -33,8 +33,8 @@ CAPACITY_SHARE = 0.93
 MAP_SLACK_SEGMENTS = 5
 """Dead slots that map segments may hold beyond as many as live ones, in segments."""
 ALWAYS_KEPT_DIVISOR = 64
-OPEN_SEGMENTS = 3
-"""The log's head and the cleaner's outputs: neither free nor full."""
+OPEN_SEGMENTS = 4
+"""The log's head, the cleaner's outputs and the copy of the catalog: neither free nor full."""
 
 
 class Space:
@@ -63,6 +63,8 @@ class Space:
         self._changed = trio.lowlevel.ParkingLot()
         self.waiters = 0
         self.largest_segment_slots = 0
+        self.copy_slots = 0
+        """What a fresh set of segments for a copy of the catalog takes: without the copy nothing is ever freed."""
         self.measure_devices()
 
     # -- arithmetic --------------------------------------------------------------------------------------------
@@ -70,6 +72,7 @@ class Space:
     def measure_devices(self) -> None:
         """Take the devices' sizes in: when the pool is opened, and when it grew."""
         self.largest_segment_slots = max(device.segment_bytes for device in self._segments.devices) // BLOCK_BYTES
+        self.copy_slots = max(self.copy_slots, self.largest_segment_slots)
 
     def next_pages(self, more_entries: int = 0) -> int:
         """Slots that the next checkpoints take for map pages at the worst, once `more_entries` have been added.
@@ -98,19 +101,26 @@ class Space:
         """Slots that clients' writes never get, besides the map's: what the smallest round of the cleaner needs.
 
         An output segment and the rounding to it, the map pages that its moves touch (two segments), one segment for
-        the log, one for the log of a recovery, and one for trims.
+        the log, one for the log of a recovery, and one for trims; and what the next copy of the catalog needs.
         """
-        return 7 * self.largest_segment_slots
+        return 7 * self.largest_segment_slots + self.copy_slots
 
     def keep_slots(self, kind: Kind) -> int:
         """Free slots that must remain after a segment of this kind was taken.
 
-        Without a checkpoint nothing is ever freed, so its map pages come first. A crash costs the rest of the open
-        segments, and recovery takes one for the log. The cleaner leaves one more, for its own MOVE records and trims.
+        Without a checkpoint nothing is ever freed, so its copy comes first, and its map pages before all the rest. A
+        crash costs the rest of the open segments, and recovery takes one for the log. The cleaner leaves one more, for
+        its own MOVE records and trims.
         """
-        if kind is Kind.MAP:
+        if kind is Kind.CATALOG:
             return 0
-        return self.next_pages() + (1 if kind is Kind.LOG else 2) * self.largest_segment_slots
+        if kind is Kind.MAP:
+            return self.copy_slots
+        return self.first_keep_slots() + (1 if kind is Kind.LOG else 2) * self.largest_segment_slots
+
+    def first_keep_slots(self) -> int:
+        """The same for the first segment of a life's log: what the checkpoint that ends the recovery needs."""
+        return self.next_pages() + self.copy_slots
 
     @property
     def capacity(self) -> int:

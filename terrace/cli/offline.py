@@ -1,16 +1,17 @@
-"""What the command line does by itself when no daemon runs: checking a pool."""
+"""What the command line does by itself: checking a pool where no daemon runs, and rebuilding a lost catalog."""
 
 from __future__ import annotations
 
 import dataclasses
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import trio
 
 from terrace.home import Home
-from tiers import Pool, TierError
+from tiers import Pool, TierError, rebuild_catalog
 
 
 def check_offline(
@@ -23,8 +24,39 @@ def check_offline(
 
     async def check() -> dict[str, Any]:
         async with Pool.open(directory, truncate_log=truncate_log) as pool:
-            report = dataclasses.asdict(await pool.check(full, advance))
-            return report | ({"given_up": pool.status().given_up} if truncate_log else {})
+            return await _report(pool, full=full, truncate_log=truncate_log, advance=advance)
 
     with home.locked():
         return trio.run(check)
+
+
+def rebuild_offline(
+    home: Home,
+    name: str,
+    devices: Sequence[Path],
+    *,
+    force: bool,
+    full: bool,
+    truncate_log: bool,
+    advance: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Rebuild the catalog of a pool that nobody has open, then open the pool, check it and close it.
+
+    The check's report, with what was rebuilt under `rebuilt`. A daemon may serve other pools of this home meanwhile:
+    the pool's and its devices' own locks keep it away from this one.
+    """
+    home.prepare()
+    directory = home.pools / name
+
+    async def rebuild() -> dict[str, Any]:
+        rebuilt = await rebuild_catalog(directory, name, devices, force=force, progress=advance)
+        async with Pool.open(directory, truncate_log=truncate_log) as pool:
+            report = await _report(pool, full=full, truncate_log=truncate_log, advance=advance)
+        return report | {"rebuilt": dataclasses.asdict(rebuilt)}
+
+    return trio.run(rebuild)
+
+
+async def _report(pool: Pool, *, full: bool, truncate_log: bool, advance: Callable[[int, int], None]) -> dict[str, Any]:
+    report = dataclasses.asdict(await pool.check(full, advance))
+    return report | ({"given_up": pool.status().given_up} if truncate_log else {})

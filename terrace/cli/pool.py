@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -255,19 +256,47 @@ def open_pool(context: Context, name: str, output: str) -> None:
 @click.option("--full", is_flag=True, help="Read and verify all data, not a sample.")
 @click.option("--truncate-log", is_flag=True, help="Where the log is damaged: what lies behind IS LOST.")
 @click.option("-y", "--yes", is_flag=True, help="Don't ask before truncating the log.")
+@click.option("--rebuild-catalog", is_flag=True, help="Where the catalog is lost: make it anew from the devices.")
+@click.option(
+    "--device", "devices", type=click.Path(path_type=Path), multiple=True, metavar="DEV", help="A device of the pool."
+)
+@click.option("--force", is_flag=True, help="Rebuild a catalog that is sound too; the old one is kept.")
 @output_option
 @pass_context
-def check(context: Context, name: str, full: bool, truncate_log: bool, yes: bool, output: str) -> int:
+def check(
+    context: Context,
+    name: str,
+    full: bool,
+    truncate_log: bool,
+    yes: bool,
+    rebuild_catalog: bool,
+    devices: tuple[Path, ...],
+    force: bool,
+    output: str,
+) -> int:
     """Verify a pool: the map against the segments, live counts, checksums.
 
     Goes through the daemon where one runs; otherwise opens the pool itself for as long as it takes.
+
+    With --rebuild-catalog makes the pool's catalog anew from its devices first: for a pool whose catalog is lost, or
+    that comes from another host. No daemon may have the pool open.
     """
     from terrace.apiclient import NotRunningError
 
+    if (devices or force) and not rebuild_catalog:
+        raise click.UsageError("--device and --force go with --rebuild-catalog")
     if truncate_log:
         confirm(f"Give up what the log of pool {name} holds behind its damage, for good?", yes=yes)
     report: dict[str, Any] = {}
     given_up: dict[str, Any] = {}
+    if rebuild_catalog:
+        from terrace.cli.offline import rebuild_offline
+
+        with patience(f"Rebuilding and checking pool {name}") as advance:
+            report = rebuild_offline(
+                context.home, name, devices, force=force, full=full, truncate_log=truncate_log, advance=advance
+            )
+        return _show_report(name, report, output)
     with patience(f"Checking pool {name}") as advance:
         try:
             with context.connect() as client:
@@ -283,12 +312,25 @@ def check(context: Context, name: str, full: bool, truncate_log: bool, yes: bool
             from terrace.cli.offline import check_offline
 
             report = check_offline(context.home, name, full=full, truncate_log=truncate_log, advance=advance)
+    return _show_report(name, report, output)
+
+
+def _show_report(name: str, report: dict[str, Any], output: str) -> int:
+    """What a check found; the exit status."""
     if output == "json":
         show_json(report)
     else:
+        if rebuilt := report.get("rebuilt"):
+            click.echo(
+                f"The catalog of pool {name} is rebuilt from its {len(rebuilt['devices'])} device(s), checkpoint "
+                f"{rebuilt['checkpoint_seq']} and the log after it."
+            )
+            if rebuilt["kept_as"]:
+                click.echo(f"The old one is kept as {rebuilt['kept_as']}.")
+            click.echo(f"Where terraced runs: terrace pool open {name}")
         found = f"{report['volumes']} volume(s), {report['blocks_mapped']} blocks mapped"
         found += f", {format_size(report['bytes_checked'])} of data verified"
-        if truncate_log:
+        if "given_up" in report:
             click.echo(f"Pool {name}: {report['given_up'] or 'its log is whole, nothing was given up'}.")
         for problem in report["problems"]:
             click.echo(problem)

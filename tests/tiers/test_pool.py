@@ -322,7 +322,7 @@ def test_a_catalog_that_is_no_database_is_refused(tmp_path: Path, damage: bytes)
         (home / "catalog.sqlite").write_bytes(damage)
         error = await open_refusal(home)
         assert error.errno == errno.EIO
-        assert "restore it from a backup" in str(error)
+        assert "rebuild it with `terrace pool check" in str(error)
 
     run(body)
 

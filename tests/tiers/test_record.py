@@ -35,7 +35,12 @@ SEQ = st.integers(0, MAX_SEQ)
 VOLUME = st.integers(0, 2**56 - 1)
 SEGMENT = st.integers(1, MAX_SEGMENT_ID)
 SIZE = st.integers(8, 2**41).map(lambda sectors: sectors * 512)
-OPS = {Kind.LOG: sorted(set(Op) - {Op.PAGE}), Kind.MOVED: [Op.WRITE], Kind.MAP: [Op.PAGE]}
+OPS = {
+    Kind.LOG: sorted(set(Op) - {Op.PAGE, Op.CATALOG}),
+    Kind.MOVED: [Op.WRITE],
+    Kind.MAP: [Op.PAGE],
+    Kind.CATALOG: [Op.CATALOG],
+}
 
 
 @st.composite
@@ -45,7 +50,7 @@ def operation(draw: st.DrawFn, kind: Kind) -> tuple[list[int], int, list[int]]:
     a, b = draw(U64), draw(U64)
     subject = draw(SEGMENT if op in (Op.LINK, Op.MOVE) else VOLUME)
     blocks, extra = 0, []
-    if op is Op.WRITE:
+    if op in (Op.WRITE, Op.CATALOG):
         b = blocks = draw(st.integers(0, 40))
         a = draw(st.integers(0, MAX_BLOCKS - b))
     elif op is Op.BAD:
@@ -218,7 +223,7 @@ def rewritten(offset: int, layout: str, value: int) -> Callable[[bytearray], Non
         (rewritten(84, "<I", 3), "do not match"),
         (rewritten(84, "<I", 2**31), "impossible counts"),
         (rewritten(88, "<I", 1), "do not match"),
-        (rewritten(104, "<Q", 10 << 56 | 1), "unknown operation 10"),
+        (rewritten(104, "<Q", 11 << 56 | 1), "unknown operation 11"),
         (rewritten(104, "<Q", 1), "unknown operation 0"),
         (rewritten(104 + 16, "<Q", 3), "do not match"),
         (rewritten(104 + 16, "<Q", 2**64 - 1), "no volume has"),
@@ -315,6 +320,7 @@ BATCHES = {
         [0xA, 0xB],
         [],
     ),
+    "v1-batch-catalog.hex": (Kind.CATALOG, 13, 5, 2, 1004, 0, 1001, [Op.CATALOG << 56 | 0, 1003, 2], [0xC, 0xD], []),
 }
 
 
@@ -350,7 +356,7 @@ def test_the_batches_of_version_1_are_these_bytes(name: str) -> None:
 
 
 def test_the_golden_log_batch_has_every_operation_of_the_log() -> None:
-    assert {Op(first >> 56) for first, _, _ in LOG_OPS} == set(Op) - {Op.PAGE}
+    assert {Op(first >> 56) for first, _, _ in LOG_OPS} == set(Op) - {Op.PAGE, Op.CATALOG}
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 72, 79])

@@ -62,11 +62,14 @@ def test_zeroing_a_full_pool_gives_all_of_it_back(tmp_path: Path) -> None:
     async def body() -> None:
         async with fresh_pool(tmp_path, fast_mib=64) as pool:
             volume = await pool.create_volume("v", 1 << 30)
+            capacity = pool.status().capacity_bytes
             taken = await fill(volume, until=4096)
             await volume.write_zeroes(0, 1 << 30, no_hole=False)
             await settle(pool)
             assert pool.status().used_bytes == 0
-            assert await fill(volume, until=4096) == taken
+            assert pool.status().capacity_bytes == capacity
+            # A piece more or less goes in, depending on when a checkpoint counts the map's new pages.
+            assert abs(await fill(volume, until=4096) - taken) <= 1
 
     run(body)
 
