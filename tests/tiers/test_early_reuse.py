@@ -20,7 +20,7 @@ from tiers.segments import Segment, SegmentTable
 from tiers.settings import PoolSettings
 
 LAYOUTS = ((Disk("fast", 96),), (Disk("fast", 48), Disk("base", 64)), (Disk("fast", 40), Disk("fast", 56)))
-FILLED_SHARE = 0.74
+FILLED_SHARE = 0.7
 RUN = 16 * BLOCK
 
 
