@@ -176,7 +176,7 @@ class Checkpointer:
             or engine.graveyard
             or engine.dead
             or engine.forced
-            or any(_is_free(segment, self._last_seq) for segment in engine.segments.by_id.values())
+            or any(_is_free(segment, self._last_seq) for segment in engine.segments.idle())
         )
 
     async def checkpoint(self) -> None:
@@ -515,14 +515,18 @@ class Checkpointer:
             [self._volume_row(item, merge) for item in frozen.volumes],
         )
         # What changes while the transaction runs belongs to the next one.
-        changed = self._taken_changes = segments.changed
+        changed = self._taken_changes = segments.changed | segments.opened()
         segments.changed = set()
-        for segment in segments.by_id.values():
+        idle = {segment.id for segment in segments.idle()}
+        for segment_id in sorted(changed | idle | merge.live.keys() | merge.pending.keys()):
+            segment = segments.by_id.get(segment_id)
+            if segment is None:
+                continue
             live = merge.live.get(segment.id, 0)
             pending = merge.pending.get(segment.id, 0)
             if segment.id != frozen.log_segment and _is_free(segment, frozen.seq, live=live, pending=pending):
                 change.freed_segments.append(segment.id)
-            elif live or segment.id in changed or segment.open:
+            elif live or segment.id in changed:
                 change.segments.append(
                     SegmentRow(
                         segment.id,
@@ -575,9 +579,7 @@ class Checkpointer:
             overlays.append(volume.active)
             volume.tree.close()
         for segment_id, count in merge.pending.items():
-            if segment_id in segments.by_id:
-                segments.by_id[segment_id].pending += count
-                segments.pending += count
+            segments.ceased_pending(segment_id, -count)
         for segment_id, count in merge.live.items():
             if count:
                 segments.add_live(segment_id, count)

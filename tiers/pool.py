@@ -346,12 +346,7 @@ class Pool:
         engine = self._engine
         space = engine.space
         segments = engine.segments
-        live_by_device: dict[int, int] = {}
-        pending_free = 0
-        for segment in segments.by_id.values():
-            live_by_device[segment.device.index] = live_by_device.get(segment.device.index, 0) + segment.live
-            if not segment.open and segment.live == 0 and segment.pending == 0:
-                pending_free += segment.slots
+        pending_free = sum(segment.slots for segment in segments.idle() if not segment.open)
         return PoolStatus(
             name=self.name,
             uuid=self.uuid,
@@ -376,7 +371,7 @@ class Pool:
             device_written_bytes=sum(device.written_bytes for device in engine.devices),
             replayed_batches=self.replayed_batches,
             given_up=self.given_up,
-            devices=[_device_status(device, live_by_device.get(device.index, 0)) for device in engine.devices],
+            devices=[_device_status(device, segments.device_live[device.index]) for device in engine.devices],
             volumes=[
                 VolumeStatus(
                     v.name,
