@@ -104,6 +104,8 @@ class PoolStatus:
     replayed_batches: int
     given_up: str | None = None
     """What `truncate_log` gave up when the pool was opened."""
+    uncounted_frees: bool = False
+    """Trims or deletions have come whose space no checkpoint has counted yet, in `pending_free_bytes` or elsewhere."""
     devices: list[DeviceStatus] = field(default_factory=list)
     volumes: list[VolumeStatus] = field(default_factory=list)
 
@@ -371,6 +373,12 @@ class Pool:
             device_written_bytes=sum(device.written_bytes for device in engine.devices),
             replayed_batches=self.replayed_batches,
             given_up=self.given_up,
+            uncounted_frees=bool(
+                engine.dead
+                or engine.graveyard
+                or self._checkpointer.burying
+                or any(v.active.ranges or (v.frozen and v.frozen.ranges) for v in engine.volumes.values())
+            ),
             devices=[_device_status(device, segments.device_live[device.index]) for device in engine.devices],
             volumes=[
                 VolumeStatus(
