@@ -29,6 +29,7 @@ from unittest import mock
 import trio
 import trio.testing
 
+import tiers.overlay
 import tiers.pool
 import tiers.volume
 from tiers.catalog import CATALOG_NAME, Catalog, Change, DeviceRow, Position, State
@@ -355,7 +356,7 @@ class Machine:
         self.commits = 0
         self.catalog_directory: Path | None = None
         """Where to keep a real catalog in place of the simulated one."""
-        self.small_volume_leaves = tiers.volume.SMALL_VOLUME_LEAVES
+        self.small_volume_leaves = tiers.overlay.SMALL_VOLUME_LEAVES
         self.cold_share = 0.0
         """How often a read that could be served from the cache is not."""
         self.pauses = 2

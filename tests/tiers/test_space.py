@@ -106,7 +106,7 @@ def test_data_goes_to_base_when_the_fast_tier_is_full(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tier", ["fast", "base"])
 def test_a_pool_of_one_tier_only_works(tmp_path: Path, tier: str) -> None:
     async def body() -> None:
-        async with fresh_pool(tmp_path, **{"fast_mib": 0, f"{tier}_mib": 48}) as pool:
+        async with fresh_pool(tmp_path, fast_mib=48 * (tier == "fast"), base_mib=48 * (tier == "base")) as pool:
             volume = await pool.create_volume("v", 1 << 30)
             taken = await fill(volume, until=4096)
             await assert_pieces(volume, range(taken))
