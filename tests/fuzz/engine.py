@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CORPUS = Path(__file__).with_name("corpus")
@@ -144,7 +144,7 @@ def _set_number(rng: random.Random, data: bytearray, words: Sequence[bytes], oth
         at = rng.randrange(len(data) - size + 1)
         if rng.random() < 0.6:
             at -= at % size
-        order = rng.choice(("little", "big"))
+        order: Literal["little", "big"] = rng.choice(("little", "big"))
         value = rng.choice(INTERESTING)
         if rng.random() < 0.3:
             value = int.from_bytes(data[at : at + size], order) + rng.randrange(-16, 17)

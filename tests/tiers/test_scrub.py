@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import trio
 
-from tests.simulation.machine import Disk, Machine, Medium
+from tests.simulation.machine import Disk, Machine
+from tests.simulation.medium import Medium
 from tests.tiers.helpers import QUIET, block, flip, make_pool, refusal, run
 from tiers import Pool, ScrubStatus, Volume
 from tiers.layout import BLOCK_BYTES, MIB, SLOT_MASK
