@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 CORPUS = Path(__file__).with_name("corpus")
 TRACED = (f"{REPOSITORY}/nbd/", f"{REPOSITORY}/tiers/")
 MAX_INPUT_BYTES = 16 << 10
-TIME_LIMIT_S = 20.0
+TIME_LIMIT_S = 60.0
 MEMORY_LIMIT_BYTES = 1 << 30
 
 Edges = set[int]
