@@ -40,7 +40,7 @@ from tiers.layout import (
     SLOT_MASK,
 )
 from tiers.names import MAX_VOLUME_BYTES, validate_name, validate_volume_size
-from tiers.record import MAX_TIME_S
+from tiers.record import MAX_TIME_S, Kind
 
 FORMAT_VERSION = 1
 CATALOG_NAME = "catalog.sqlite"
@@ -201,7 +201,7 @@ def judge_state(state: State) -> None:
         if segment.device not in places:
             raise ValueError(f"{what} lies on device {segment.device!r}, which it doesn't have")
         _within(f"{what}: idx", segment.index, 0, places[segment.device] - 1)
-        _within(f"{what}: kind", segment.kind, 1, 3)
+        _within(f"{what}: kind", segment.kind, 1, max(Kind))
         _within(f"{what}: used", segment.used, 0, slots[segment.device])
         _within(f"{what}: live", segment.live, 0, slots[segment.device])
         _within(f"{what}: last_seq", segment.last_seq, 0, MAX_SEQ)

@@ -37,7 +37,7 @@ blocks, or fails its check; then the copy before it counts, whose time has not p
 """
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -171,7 +171,12 @@ def _volume_length(data: memoryview, at: int) -> int:
 
 
 _KEY_OF_DEVICE = struct.Struct("<H")
-_LENGTHS = (_device_length, _volume_length, lambda data, at: _SEGMENT.size, lambda data, at: _DEAD.size)
+_LENGTHS: tuple[Callable[[memoryview, int], int], ...] = (
+    _device_length,
+    _volume_length,
+    lambda data, at: _SEGMENT.size,
+    lambda data, at: _DEAD.size,
+)
 _KEYS = (_KEY_OF_DEVICE, _CHECK, _CHECK, _CHECK)
 
 

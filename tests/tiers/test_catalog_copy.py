@@ -36,7 +36,7 @@ from tiers.catalogcopy import (
     state_of,
 )
 from tiers.copies import copies_in, read_parts
-from tiers.device import new_limiter, open_device
+from tiers.device import new_workers, open_device
 from tiers.layout import BLOCK_BYTES, MIB, check_of
 from tiers.record import Kind
 
@@ -272,7 +272,7 @@ async def copies_on(path: Path) -> list[tuple[int, int, list[Copy]]]:
     """(segment id, byte offset, copies) for each CATALOG segment on a device."""
     from tiers.rebuild import _headers
 
-    device = open_device(path, new_limiter())
+    device = open_device(path, new_workers())
     try:
         found = []
         for index, header in await _headers(device, range(device.segment_count), device.label.pool_uuid):
@@ -598,6 +598,6 @@ def test_simulated_devices_are_scanned_without_a_catalog() -> None:
         assert machine.state.volumes == before.volumes
         assert machine.state.position.checkpoint_seq == before.position.checkpoint_seq
         assert {row.id for row in machine.state.segments} == {row.id for row in before.segments}
-        assert SimDevice(machine.media[0]).label.checkpoint_seq == before.position.checkpoint_seq
+        assert SimDevice(machine, machine.media[0]).label.checkpoint_seq == before.position.checkpoint_seq
 
     machine.run(main)

@@ -12,7 +12,8 @@ import pytest
 import trio
 
 from tests.simulation.machine import Disk, Machine, PowerCutError, SimDevice
-from tests.simulation.oracle import BLOCK, Driver, OracleError, random_machine, read_all, require_sound
+from tests.simulation.oracle import BLOCK, OracleError, read_all, require_sound
+from tests.simulation.workload import NO_CRASH, Driver, random_machine
 from tiers import PoolSettings, TierError
 from tiers.copies import CopyWriter
 from tiers.rebuild import reconcile, scan_devices
@@ -23,7 +24,7 @@ SEEDS = range(300, 316)
 
 async def lose_catalog(machine: Machine) -> None:
     """Forget the catalog, and put in its place what the devices say."""
-    devices = [SimDevice(medium) for medium in machine.media]
+    devices = [SimDevice(machine, medium) for medium in machine.media]
     machine.state = reconcile(await scan_devices(devices), devices)
     for device in devices:
         device.close()
@@ -57,7 +58,7 @@ def search(seed: int, *, lives: int = 6, count: int = 40, loss: float = 0.7) -> 
                 crash = None
                 crash_behind_commit(machine, rng, rng.choice((1, 1, 2, 3, rng.randrange(1, 20))))
             with trio.fail_after(3600):
-                await driver.life(count=count, crash_after=crash)
+                await driver.life(count=count, crash=(crash, None, None))
             machine.on_step = lambda kind: None
             driver.after()
             if rng.random() < loss:
@@ -87,11 +88,11 @@ def two_lives_without_a_copy(seed: int) -> None:
 
     async def main() -> None:
         with trio.fail_after(3600):
-            await driver.life(count=10, crash_after=None)
+            await driver.life(count=10, crash=NO_CRASH)
             driver.after()
             for commits in (rng.randrange(3, 12), 1):
                 crash_behind_commit(machine, rng, commits, within=3)
-                await driver.life(count=300, crash_after=None)
+                await driver.life(count=300, crash=NO_CRASH)
                 machine.on_step = lambda kind: None
                 driver.after()
             await lose_catalog(machine)
