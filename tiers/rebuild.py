@@ -22,7 +22,7 @@ from pathlib import Path
 
 import trio
 
-from tiers.catalog import CATALOG_NAME, Catalog, State, device_row
+from tiers.catalog import CATALOG_NAME, Catalog, State, device_row, judge_state
 from tiers.catalogcopy import BadCopyError, newest_chain, state_of
 from tiers.copies import Part, copies_in, read_parts
 from tiers.device import Device, FileDevice, lock_or_refuse, new_workers, open_device
@@ -338,6 +338,11 @@ def reconcile(scan: Scan, devices: Sequence[Device]) -> State:
         rows.append(row)
     # Lives that left no copy used ids too. What they wrote must not be mistaken for what is written from now on.
     next_id = max(state.position.next_segment_id, scan.highest_segment_id + 1)
-    return dataclasses.replace(
+    state = dataclasses.replace(
         state, devices=rows, position=dataclasses.replace(state.position, next_segment_id=next_id)
     )
+    try:
+        judge_state(state)
+    except (ValueError, TierError) as error:
+        raise TierError(errno.EIO, f"the copy of the catalog of pool {name} can't be used: {error}") from None
+    return state
