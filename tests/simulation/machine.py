@@ -339,9 +339,11 @@ class Machine:
 
     def came_to(self, name: str) -> None:
         """The engine hit a failpoint. It isn't interrupted there, but it changes nothing any more."""
+        if self.is_off:
+            return
         self.note("at", name)
         self.hits[name] += 1
-        if self.crash_at is not None and self.crash_at[0] == name and not self.is_off:
+        if self.crash_at is not None and self.crash_at[0] == name:
             if self.crash_at[1] == 0:
                 self.stop()
             else:
