@@ -1,0 +1,381 @@
+"""Damage on a simulated machine: bytes that rot, land elsewhere, never arrive, are stale, or can't be read.
+
+The promise (docs/durability.md, 2): a read gives the bytes that were written last, or EIO, and EIO only for what the
+damage hit. So every kind of damage tells which places (device, offset of a block) it has hit, and `Scene.scan` reads
+each block of the volume on its own, compares it with the model, and asks of each EIO whether the block, or a map page
+on the way to it, lies in such a place.
+
+Everything is a function of the seed. A scenario returns when the promise was kept, else it raises OracleError (or the
+engine's own error, where the engine had no reason for one).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import random
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+import trio
+
+from tests.tiers.faults import SECTOR, Disk, Machine
+from tests.tiers.oracle import BLOCK, Model, Op, OracleError, read_all, require_sound
+from tiers import Pool, PoolSettings, TierError, Volume
+from tiers.layout import BAD, SLOT_BITS, SLOT_MASK
+from tiers.maptree import FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL
+from tiers.record import Kind
+
+QUIET = PoolSettings(checkpoint_interval_s=1e6, overlay_entries=4096, unsynced_cap_bytes=8 << 20)
+"""No checkpoint unless somebody asks."""
+
+ONE = (Disk("fast", 48),)
+TWO = (Disk("fast", 32), Disk("base", 32))
+
+Place = tuple[int, int]
+"""(device, offset): where a block of 4 KiB lies."""
+
+
+def require(what_is_true: object, else_: str) -> None:
+    """Raise OracleError unless it is."""
+    if not what_is_true:
+        raise OracleError(else_)
+
+
+class Scene:
+    """A machine with one volume `v`, a model of it, and the places that were hit by damage."""
+
+    def __init__(
+        self, seed: int, *, disks: Sequence[Disk] = ONE, blocks: int = 160, settings: PoolSettings = QUIET
+    ) -> None:
+        self.rng = random.Random(seed ^ 0x5CE2E)
+        self.machine = Machine(disks, seed=seed, settings=settings)
+        self.size = blocks * BLOCK
+        self.model = Model(self.size)
+        self.everything = True
+        self.created = False
+        self.hit: set[Place] = set()
+        """Places whose bytes are not what was written there last."""
+        self.unreadable: set[Place] = set()
+        self.was_hit: set[int] = set()
+        """Blocks whose data lay in a place when it was hit: the cleaner may have marked them BAD since."""
+        self.page_was_hit = False
+        self.history: list[bytes] = []
+        """What the devices held at some moment, for stale sectors."""
+        for device, medium in enumerate(self.machine.media):
+            medium.on_write = functools.partial(self._written, device)
+            medium.on_read = functools.partial(self._about_to_read, device)
+
+    def _written(self, device: int, offset: int, length: int) -> None:
+        """What is written over is good again."""
+        if self.hit:
+            for at in range(-(-offset // BLOCK) * BLOCK, offset + length - BLOCK + 1, BLOCK):
+                self.hit.discard((device, at))
+                self.unreadable.discard((device, at))
+
+    def _about_to_read(self, device: int, offset: int, length: int) -> int | None:
+        if self.unreadable:
+            for at in range(offset // BLOCK * BLOCK, offset + length, BLOCK):
+                if (device, at) in self.unreadable:
+                    return errno.EIO
+        return None
+
+    # -- lives ---------------------------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def opened(self, *, truncate_log: bool = False, judge: bool = True) -> AsyncIterator[tuple[Pool, Volume]]:
+        """The pool, after the oracle has judged what it holds."""
+        async with self.machine.open(truncate_log=truncate_log) as pool:
+            if not self.created:
+                await pool.create_volume("v", self.size)
+                self.created = True
+            elif judge:
+                await self.judge(pool)
+            yield pool, pool.volume("v")
+
+    async def judge(self, pool: Pool) -> None:
+        """What a crash has left must be allowed, and the pool sound."""
+        self.model.judge(await read_all(pool.volume("v")), everything=self.everything)
+        self.everything = True
+        if pool.status().state == "online":
+            await require_sound(pool)
+
+    async def crash(self) -> None:
+        """The machine stops here."""
+        self.machine.stop()
+        await trio.lowlevel.checkpoint()
+
+    def restart(self, *, power_cut: bool) -> None:
+        """The power comes back, or the process is started again."""
+        self.everything = not power_cut
+        if power_cut:
+            self.machine.power_cut()
+        else:
+            self.machine.kill()
+
+    # -- load ----------------------------------------------------------------------------------------------------------
+
+    def data(self, length: int) -> bytes:
+        """Bytes that nobody has written before."""
+        return self.rng.randbytes(length)
+
+    def _range(self, *, whole: bool = False) -> tuple[int, int]:
+        rng = self.rng
+        length = rng.choice((700, BLOCK, BLOCK, 2 * BLOCK, 3 * BLOCK + 5, 9 * BLOCK, 24 * BLOCK))
+        offset = rng.randrange(self.size if rng.random() < 0.5 else self.size // 4)
+        if whole or rng.random() < 0.7:
+            offset -= offset % BLOCK
+        if whole:
+            length = max(BLOCK, length // BLOCK * BLOCK)
+        return offset, min(length, self.size - offset)
+
+    async def operation(self, volume: Volume, *, whole: bool = False) -> None:
+        """One write, batch of writes, trim, zeroing or read; the model learns of it in the same breath.
+
+        `whole`: whole blocks only, and no reads, so that damage to other blocks can't fail it.
+        """
+        kind = self.rng.choices(("now", "write", "trim", "zeroes", "read"), (30, 30, 8, 6, 0 if whole else 10))[0]
+        ranges = [self._range(whole=whole) for _ in range(self.rng.randrange(1, 4) if kind == "now" else 1)]
+        (offset, length) = ranges[0]
+        if kind == "read":
+            await self.compare(volume, offset, length)
+            return
+        if kind in ("now", "write"):
+            op = Op(kind, [(offset, self.data(length)) for offset, length in ranges])
+        elif kind == "trim":
+            start, end = -(-offset // BLOCK) * BLOCK, offset + length
+            end = end if end == self.size else end // BLOCK * BLOCK
+            op = Op(kind, [(start, bytes(max(0, end - start)))])
+        else:
+            op = Op(kind, [(offset, bytes(length))])
+        op.what = f"{kind} {[(at, len(data)) for at, data in op.changes]}"
+        self.model.in_flight = op
+        if kind == "now" and not volume.write_now(op.changes):
+            for at, data in op.changes:
+                one = self.model.in_flight = Op(f"write {at}+{len(data)}", [(at, data)])
+                await volume.write(at, data)
+                self.model.in_flight = None
+                self.model.returned(one)
+            return
+        if kind == "write":
+            await volume.write(*op.changes[0])
+        elif kind == "trim":
+            await volume.trim(offset, length)
+        elif kind == "zeroes":
+            await volume.write_zeroes(offset, length, no_hole=self.rng.random() < 0.5)
+        self.model.in_flight = None
+        self.model.returned(op)
+
+    async def compare(self, volume: Volume, offset: int, length: int) -> None:
+        """A read returns what was written last."""
+        into = bytearray(length)
+        await volume.read(offset, length, memoryview(into))
+        require(into == self.model.content[offset : offset + length], f"a read at {offset} returned other bytes")
+
+    # -- damage --------------------------------------------------------------------------------------------------------
+
+    async def scan(self, volume: Volume) -> dict[int, set[Place]]:
+        """Read each block on its own, fast and slow: right, or EIO because of a hit.
+
+        Returns the blocks with EIO, and for each the hit places on the way to it; none if it was moved as BAD.
+        """
+        lost: dict[int, set[Place]] = {}
+        for block in range(self.size // BLOCK):
+            right = self.model.content[block * BLOCK : (block + 1) * BLOCK]
+            fast, slow = bytearray(BLOCK), bytearray(BLOCK)
+            with contextlib.suppress(OSError):
+                if volume.read_now(block * BLOCK, BLOCK, memoryview(fast)):
+                    require(fast == right, f"block {block}: a fast read returned other bytes than were written")
+            try:
+                await volume.read(block * BLOCK, BLOCK, memoryview(slow))
+            except TierError as error:
+                require(error.errno == errno.EIO, f"block {block}: errno {error.errno}")
+                lost[block] = await self._hits(volume, block)
+                is_bad = block in self.was_hit and volume.entry_now(block) == (BAD, 0)
+                require(lost[block] or is_bad, f"block {block} was not hit, but: {error}")
+            else:
+                require(slow == right, f"block {block}: a read returned other bytes than were written")
+        return lost
+
+    async def _hits(self, volume: Volume, block: int) -> set[Place]:
+        pages, data = await path_of(volume, block)
+        return self.hit.intersection(pages if data is None else [*pages, data])
+
+    def remember(self) -> None:
+        """Keep what the devices hold now."""
+        self.history = [bytes(medium.cache) for medium in self.machine.media]
+
+    def damage(self, place: Place, layout: Layout) -> None:
+        """Do something bad to a place."""
+        rng = self.rng
+        device, offset = place
+        medium = self.machine.media[device]
+        kind = rng.choice(("rot", "zeroes", "stale", "misdirected", "lost sector", "unreadable"))
+        self.hit.add(place)
+        self.page_was_hit |= place in layout.pages
+        if place in layout.data:
+            self.was_hit.add(layout.data[place])
+        at, length = offset, BLOCK
+        if kind in ("rot", "zeroes", "lost sector"):
+            at, length = offset + rng.randrange(BLOCK // SECTOR) * SECTOR, SECTOR
+        if kind == "unreadable":
+            self.unreadable.add(place)
+        elif kind == "rot":
+            for _ in range(rng.randrange(1, 4)):
+                medium.flip(at + rng.randrange(length), rng.randrange(8))
+        else:
+            new = bytes(length)
+            if kind == "misdirected" and layout.data:
+                source = rng.choice(sorted(layout.data))
+                new = bytes(self.machine.media[source[0]].cache[source[1] : source[1] + length])
+            elif kind in ("stale", "lost sector") and self.history:
+                new = self.history[device][at : at + length]
+            medium.cache[at : at + length] = medium.durable[at : at + length] = new
+
+
+@dataclass
+class Layout:
+    """Where things lie at one moment."""
+
+    data: dict[Place, int] = field(default_factory=dict)
+    """The block of the volume whose data lies in a place."""
+    pages: set[Place] = field(default_factory=set)
+    other: list[Place] = field(default_factory=list)
+    """Headers and dead slots of segments that no replay reads, and free places."""
+
+
+def _place(volume: Volume, address: int) -> Place | None:
+    segment = volume._segments.get(address >> SLOT_BITS)
+    return (segment.device.index, segment.offset(address & SLOT_MASK)) if segment is not None else None
+
+
+async def path_of(volume: Volume, block: int) -> tuple[list[Place], Place | None]:
+    """The map pages on the way to a block, as far as they can be read, and where its data lies."""
+    pages: list[Place] = []
+    address, _ = volume.tree.root
+    for level in range(ROOT_LEVEL, -1, -1):
+        place = _place(volume, address)
+        if place is None:
+            break
+        pages.append(place)
+        index = block >> FANOUT_BITS * (level + 1)
+        try:
+            page = (await volume.tree.load(level, [index]))[index]
+        except OSError:
+            return pages, None
+        address = page[block >> FANOUT_BITS * level & FANOUT_MASK]
+    entry = volume.entry_now(block)
+    return pages, _place(volume, entry[0]) if entry is not None else None
+
+
+async def layout_of(pool: Pool, volume: Volume) -> Layout:
+    """Where the volume's blocks and pages lie right after a checkpoint."""
+    layout = Layout()
+    for block in range(volume.size_bytes // BLOCK):
+        pages, data = await path_of(volume, block)
+        layout.pages.update(pages)
+        if data is not None:
+            layout.data[data] = block
+    engine = pool._engine
+    for segment in engine.segments.by_id.values():
+        if not segment.open and segment.last_seq < engine.log.checkpoint_seq:
+            places = [(segment.device.index, segment.offset(slot)) for slot in range(segment.slots)]
+            layout.other += [p for p in places if p not in layout.data and p not in layout.pages]
+    for device in engine.devices:
+        layout.other += [
+            (device.index, device.segment_offset(index) + slot * BLOCK)
+            for index in device.free
+            for slot in range(device.segment_bytes // BLOCK)
+        ]
+    return layout
+
+
+async def move_everything(pool: Pool, destination: str) -> None:
+    """Relocate every sealed data segment, through the cleaner's own operations."""
+    cleaner = pool._cleaner
+    segments = pool._engine.segments.by_id
+    for victim in list(segments.values()):
+        is_wanted = not victim.open and victim.kind is not Kind.MAP and victim.live + victim.pending
+        if is_wanted and segments.get(victim.id) is victim:
+            await cleaner._move_segment(victim, destination)
+    await cleaner._apply_staged()
+
+
+async def idle(pool: Pool) -> None:
+    """Checkpoints until nothing is left to give back."""
+    for _ in range(3):
+        await pool.checkpoint()
+
+
+# -- scenarios ---------------------------------------------------------------------------------------------------------
+
+
+async def _fill(scene: Scene, pool: Pool, volume: Volume) -> Layout:
+    """Give the volume a past: written, overwritten, trimmed, checkpointed and moved."""
+    rng = scene.rng
+    for i in range(60):
+        await scene.operation(volume)
+        if rng.random() < 0.05:
+            await pool.checkpoint()
+        if rng.random() < 0.03:
+            await move_everything(pool, rng.choice(("fast", "base")))
+        if i == 30:
+            scene.remember()
+    await idle(pool)
+    return await layout_of(pool, volume)
+
+
+def _choose(scene: Scene, layout: Layout, count: int) -> list[Place]:
+    """Places to damage: mostly data, some map pages, some where nothing is wanted."""
+    rng = scene.rng
+    choices = [sorted(layout.data), sorted(layout.pages), layout.other]
+    return [rng.choice(rng.choices(choices, (6, 2, 2))[0]) for _ in range(count)]
+
+
+async def _require_named(scene: Scene, pool: Pool, lost: dict[int, set[Place]]) -> None:
+    """The check names each block that reads as EIO, or the place of the damage, and nothing that wasn't hit."""
+
+    def names(places: set[Place]) -> list[str]:
+        return [f"{scene.machine.media[device].path} at {offset}" for device, offset in places]
+
+    report = await pool.check(full=True)
+    text = "\n".join(f"{problem}:" for problem in report.problems)
+    for block, places in lost.items():
+        require(
+            f"sim/v at byte {block * BLOCK}:" in text
+            or any(f"{name}:" in text or f"{name} " in text for name in names(places)),
+            f"block {block} reads as EIO and the check does not say so: {report.problems}",
+        )
+    # What lies below a page that can't be read can't be counted: that is said too.
+    uncounted = ("mapped blocks, its map has", "blocks are counted as live") if scene.page_was_hit else ()
+    for problem in report.problems:
+        is_due = any(name in problem for name in names(scene.hit)) or any(part in problem for part in uncounted)
+        require(
+            is_due or problem.endswith(("was lost to a device error", "a damaged header and can't be cleaned")),
+            f"nothing is damaged there, but the check says: {problem}",
+        )
+
+
+def rest_damage(seed: int) -> None:
+    """Damage to what a checkpoint has passed: seen while the pool is open, and after it was opened again."""
+    rng = random.Random(seed)
+    scene = Scene(seed, disks=rng.choice((ONE, TWO)), blocks=330)
+    scene.machine.cold_share = rng.choice((0.0, 0.5))
+
+    async def main() -> None:
+        async with scene.opened() as (pool, volume):
+            layout = await _fill(scene, pool, volume)
+            for place in _choose(scene, layout, rng.randrange(1, 7)):
+                scene.damage(place, layout)
+            await _require_named(scene, pool, await scene.scan(volume))
+            await volume.flush()
+            end = rng.choice(("close", "kill", "power cut"))
+            if end != "close":
+                await scene.crash()
+        if end != "close":
+            scene.restart(power_cut=end == "power cut")
+        async with scene.opened(judge=False) as (pool, volume):
+            await _require_named(scene, pool, await scene.scan(volume))
+
+    scene.machine.run(main)
