@@ -168,10 +168,11 @@ def _lowest_free_id(table: SegmentTable) -> int:
 
 def _merge_of_before(checkpointer: Checkpointer) -> Merge:
     """What the failed try had counted stays counted."""
-    kept: Merge | None = checkpointer.__dict__.pop("kept", None)
-    merge = kept if kept is not None and checkpointer._frozen is not None else Merge()
+    begun, merge = checkpointer.__dict__.get("kept", (-1, None))
+    if begun != checkpointer._begun:
+        merge = Merge()
+    checkpointer.__dict__["kept"] = checkpointer._begun, merge
     merge.dead = dict(checkpointer._engine.dead)
-    checkpointer.__dict__["kept"] = merge
     return merge
 
 
