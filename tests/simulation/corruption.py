@@ -122,7 +122,8 @@ class Scene:
         """Bytes that nobody has written before."""
         return self.rng.randbytes(length)
 
-    def _range(self, *, whole: bool = False) -> tuple[int, int]:
+    def range(self, *, whole: bool = False) -> tuple[int, int]:
+        """A random (offset, length), more often in the first quarter of the volume."""
         rng = self.rng
         length = rng.choice((700, BLOCK, BLOCK, 2 * BLOCK, 3 * BLOCK + 5, 9 * BLOCK, 24 * BLOCK))
         offset = rng.randrange(self.size if rng.random() < 0.5 else self.size // 4)
@@ -138,7 +139,7 @@ class Scene:
         `whole`: whole blocks only, and no reads, so that damage to other blocks can't fail it.
         """
         kind = self.rng.choices(("now", "write", "trim", "zeroes", "read"), (30, 30, 8, 6, 0 if whole else 10))[0]
-        ranges = [self._range(whole=whole) for _ in range(self.rng.randrange(1, 4) if kind == "now" else 1)]
+        ranges = [self.range(whole=whole) for _ in range(self.rng.randrange(1, 4) if kind == "now" else 1)]
         (offset, length) = ranges[0]
         if kind == "read":
             await self.compare(volume, offset, length)
