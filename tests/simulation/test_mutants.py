@@ -43,6 +43,9 @@ from tiers.record import Kind
 SEEDS = 40
 """A mutant that survives so many is not caught."""
 
+TWINS = (Disk("fast", 24, 64 << 10), Disk("fast", 24, 64 << 10))
+"""The log goes from one to the other all the time."""
+
 # -- scenarios ---------------------------------------------------------------------------------------------------------
 
 
@@ -123,6 +126,51 @@ async def _move_some(pool: Pool, rng: random.Random) -> None:
     await pool._cleaner._apply_staged()
 
 
+def kill_then_power_cut(seed: int) -> None:
+    """The daemon dies with much in the page cache; the next one has hardly opened the pool when the power goes."""
+    scene = Scene(seed, disks=4 * (Disk("fast", 14, 64 << 10),), blocks=64)
+
+    async def main() -> None:
+        for _ in range(3):
+            async with scene.opened() as (_, volume):
+                for _ in range(15):
+                    await scene.operation(volume)
+                await scene.crash()
+            scene.restart(power_cut=False)
+            async with scene.opened(judge=False) as (_, volume):
+                scene.model.judge(await read_all(volume), everything=True)
+                await scene.crash()
+            scene.restart(power_cut=True)
+        async with scene.opened():
+            pass
+
+    scene.machine.run(main)
+
+
+def late_flush(seed: int) -> None:
+    """A flush comes while a sync runs that began before the last write; when it returns, the power goes."""
+    rng = random.Random(seed)
+    scene = Scene(seed, blocks=64)
+    scene.machine.pauses = 12
+
+    async def main() -> None:
+        for _ in range(4):
+            async with scene.opened() as (_, volume):
+                async with trio.open_nursery() as nursery:
+                    await scene.operation(volume)
+                    nursery.start_soon(volume.flush)
+                    await _yield(rng.randrange(12))
+                    await scene.operation(volume)
+                    await volume.flush()
+                    scene.model.flushed(scene.model.mark)
+                await scene.crash()
+            scene.restart(power_cut=True)
+        async with scene.opened():
+            pass
+
+    scene.machine.run(main)
+
+
 def repeated_write(seed: int) -> None:
     """A client repeats, after a power cut, the write that was lost in it; what came after that stays lost."""
     scene = Scene(seed, blocks=16)
@@ -140,7 +188,9 @@ def repeated_write(seed: int) -> None:
             await scene.crash()
         scene.restart(power_cut=True)
         for _ in range(2):
-            async with scene.opened() as (_, volume):
+            async with scene.opened(judge=False) as (_, volume):
+                # Without `check`, whose checkpoint would burn a sequence.
+                scene.model.judge(await read_all(volume), everything=False)
                 require(volume.write_now(lost), "a write has to wait for nothing")
                 scene.model.returned(Op("repeated write", lost))
                 await volume.flush()
@@ -623,18 +673,18 @@ class Case:
 
 
 READ_ERROR = (OracleError, TierError)
-"""A mutant may show by an error too that the engine has no reason for: every scenario knows the errors that are due."""
+"""An error that the engine has no reason for is a verdict too: each scenario knows the errors that are due."""
 
 CASES: dict[str, Case] = {
     "a checkpoint that commits without a flush": Case(storm, 0, READ_ERROR),
     "a checkpoint that records the log's position of the commit, not of the freeze": Case(storm, 0, READ_ERROR),
-    "a recovery that does not sync before it commits": Case(storm, 0, READ_ERROR),
+    "a recovery that does not sync before it commits": Case(kill_then_power_cut, 0, READ_ERROR),
     "a recovery that goes on in the half-used segment of an earlier life": Case(repeated_write, 0, READ_ERROR),
     "a volume flush that returns at once": Case(storm, 0, READ_ERROR),
-    "a flush that is answered by the sync that was running when it came": Case(storm, 0, READ_ERROR),
+    "a flush that is answered by the sync that was running when it came": Case(late_flush, 0, READ_ERROR),
     "a flush that syncs one device of several": Case(storm, 0, READ_ERROR),
     "a flush that takes its sequence when the sync has ended": Case(storm, 0, READ_ERROR),
-    "a volume that is created before it is durable": Case(search, 20),
+    "a volume that is created before it is durable": Case(search, 26),
     "a failed sync that is tried again": Case(failed_sync),
     "a failed sync that fails its flush and is then forgotten": Case(failed_sync),
     "a poison that only this life remembers": Case(failed_sync),
@@ -645,15 +695,15 @@ CASES: dict[str, Case] = {
     "a failed write whose entries go into the map": Case(refused_writes, 0, READ_ERROR),
     "a log that goes on behind a failed write": Case(refused_writes, 0, READ_ERROR),
     "an older catalog that is accepted": Case(old_catalog, 0, READ_ERROR),
-    "a segment that is reused one checkpoint early": Case(storm, 0, READ_ERROR),
+    "a segment that is reused one checkpoint early": Case(storm, 13, READ_ERROR),
     "a segment that is reused under a reader": Case(slow_readers, 0, READ_ERROR),
     "a segment that is reused when its blocks' moves are logged": Case(moves, 0, READ_ERROR),
-    "a move that is logged before its copies are durable": Case(moves, 0, READ_ERROR),
+    "a move that is logged before its copies are durable": Case(moves, 8, READ_ERROR),
     "a segment id that is given out twice": Case(unique_ids),
     "a read that gives up without looking the entry up again": Case(mended_in_time, 0, (TierError,)),
     "a fast read that checks nothing": Case(rest_damage),
     "a slow read that checks nothing": Case(rest_damage),
-    "a map page that nobody checks": Case(rest_damage),
+    "a map page that nobody checks": Case(rest_damage, 6),
     "a lost block that is moved as a hole": Case(cleaning_damage),
     "a cleaner that copies what it has not verified": Case(misread, 0, (TierError,)),
     "a reserve that is given away": Case(full_pool, 0, (OracleError, TierError, trio.TooSlowError)),
@@ -663,8 +713,8 @@ CASES: dict[str, Case] = {
     "a replay that takes every copy of a move": Case(moves),
     "a shrink that leaves the tail of its last block": Case(resizes),
     "a dead list that is forgotten": Case(huge_trims),
-    "a dead list that is walked again": Case(huge_trims, 0, (OracleError, TierError, AssertionError)),
-    "a checkpoint whose failed try has counted already": Case(refusing_search),
+    "a dead list that is walked again": Case(huge_trims, 0, (AssertionError,)),
+    "a checkpoint whose failed try has counted already": Case(refusing_search, 0, (AssertionError,)),
     "a replay that ignores trims": Case(search),
     "a log that rolls without a link": Case(storm, 0, READ_ERROR),
 }
