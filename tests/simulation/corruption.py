@@ -65,6 +65,8 @@ class Scene:
         self.page_was_hit = False
         self.history: list[bytes] = []
         """What the devices held at some moment, for stale sectors."""
+        self.neighbour = b""
+        """What a second volume `w` holds, which no damage of this scene hits."""
         for device, medium in enumerate(self.machine.media):
             medium.on_write = functools.partial(self._written, device)
             medium.on_read = functools.partial(self._about_to_read, device)
@@ -199,7 +201,16 @@ class Scene:
                 require(lost[block] or is_bad, f"block {block} was not hit, but: {error}")
             else:
                 require(slow == right, f"block {block}: a read returned other bytes than were written")
+        if self.neighbour:
+            other = volume._engine.volume_named("w")
+            require(other and await read_all(other) == self.neighbour, "another volume has suffered")
         return lost
+
+    async def add_neighbour(self, pool: Pool) -> None:
+        """Make the second volume."""
+        volume = await pool.create_volume("w", 40 * BLOCK)
+        self.neighbour = self.rng.randbytes(40 * BLOCK)
+        await volume.write(0, self.neighbour)
 
     async def _hits(self, volume: Volume, block: int) -> set[Place]:
         pages, data = await path_of(volume, block)
@@ -276,10 +287,14 @@ async def path_of(volume: Volume, block: int) -> tuple[list[Place], Place | None
 
 
 def read_by_replay(pool: Pool) -> set[Place]:
-    """What opening the pool would read in one piece: the log's segment, and all headers. These have to be readable."""
+    """What opening the pool would read in one piece: the log's segments, and all headers. These have to be readable."""
     engine = pool._engine
-    head = engine.log.head
-    places = {(head.device.index, head.offset(slot)) for slot in range(head.slots)}
+    places = {
+        (segment.device.index, segment.offset(slot))
+        for segment in engine.segments.by_id.values()
+        if segment.kind is Kind.LOG and (segment.open or segment.last_seq >= engine.log.checkpoint_seq)
+        for slot in range(segment.slots)
+    }
     for device in engine.devices:
         places |= {(device.index, device.segment_offset(index)) for index in range(device.segment_count)}
     return places
@@ -288,17 +303,23 @@ def read_by_replay(pool: Pool) -> set[Place]:
 async def layout_of(pool: Pool, volume: Volume) -> Layout:
     """Where the volume's blocks and pages lie right after a checkpoint."""
     layout = Layout()
-    for block in range(volume.size_bytes // BLOCK):
-        pages, data = await path_of(volume, block)
-        layout.pages.update(pages)
-        if data is not None:
-            layout.data[data] = block
+    others: set[Place] = set()
+    for each in pool.volumes():
+        for block in range(each.size_bytes // BLOCK):
+            pages, data = await path_of(each, block)
+            if each is not volume:
+                others.update([*pages, data] if data is not None else pages)
+                continue
+            layout.pages.update(pages)
+            if data is not None:
+                layout.data[data] = block
     engine = pool._engine
     layout.replayed = read_by_replay(pool)
     for segment in engine.segments.by_id.values():
         if not segment.open and segment.last_seq < engine.log.checkpoint_seq:
             places = [(segment.device.index, segment.offset(slot)) for slot in range(segment.slots)]
-            layout.other += [p for p in places if p not in layout.data and p not in layout.pages]
+            wanted = others | layout.data.keys() | layout.pages
+            layout.other += [place for place in places if place not in wanted]
     for device in engine.devices:
         layout.other += [
             (device.index, device.segment_offset(index) + slot * BLOCK)
@@ -383,6 +404,7 @@ def rest_damage(seed: int) -> None:
 
     async def main() -> None:
         async with scene.opened() as (pool, volume):
+            await scene.add_neighbour(pool)
             layout = await _fill(scene, pool, volume)
             for place in _choose(scene, layout, rng.randrange(1, 7)):
                 scene.damage(place, layout)
@@ -399,6 +421,63 @@ def rest_damage(seed: int) -> None:
     scene.machine.run(main)
 
 
+def crash_damage(seed: int) -> None:
+    """The same, and then more writes and a crash: around the holes there is a prefix of what was written."""
+    rng = random.Random(seed)
+    scene = Scene(seed, disks=rng.choice((ONE, TWO)), blocks=330)
+    scene.machine.cold_share = rng.choice((0.0, 0.5))
+
+    async def main() -> None:
+        async with scene.opened() as (pool, volume):
+            await scene.add_neighbour(pool)
+            layout = await _fill(scene, pool, volume)
+            scene.model.flushed(scene.model.mark)
+            for place in _choose(scene, layout, rng.randrange(1, 7)):
+                scene.damage(place, layout)
+            for _ in range(rng.randrange(1, 40)):
+                await scene.operation(volume, whole=True)
+                if rng.random() < 0.1:
+                    mark = scene.model.mark
+                    await volume.flush()
+                    scene.model.flushed(mark)
+            scene.unreadable -= read_by_replay(pool)
+            await scene.crash()
+        scene.restart(power_cut=rng.random() < 0.7)
+        async with scene.opened(judge=False) as (pool, volume):
+            found, lost = bytearray(scene.size), set()
+            scene.machine.cold_share = 0.0  # what a fast read can find is found the first time
+            for block in range(scene.size // BLOCK):
+                into = memoryview(found)[block * BLOCK : (block + 1) * BLOCK]
+                try:
+                    # A fast read finds a block of the overlay even where the map page below is damaged.
+                    if not volume.read_now(block * BLOCK, BLOCK, into):
+                        await volume.read(block * BLOCK, BLOCK, into)
+                except TierError:
+                    lost.add(block)
+            _judge_around(scene, found, lost)
+            await _require_named(scene, pool, await scene.scan(volume))
+
+    scene.machine.run(main)
+
+
+def _judge_around(scene: Scene, found: bytearray, lost: set[int]) -> None:
+    """`found`, without the lost blocks, must be a prefix of the operations. It becomes the model's state."""
+    model = scene.model
+    least = len(model.ops) if scene.everything else 0
+    state = bytearray(model.floor)
+    for k in range(len(model.ops) + 1):
+        for block in lost:
+            found[block * BLOCK : (block + 1) * BLOCK] = state[block * BLOCK : (block + 1) * BLOCK]
+        if k >= least and (
+            found == state or (k < len(model.ops) and model._in_part(state, model.ops[k], bytes(found)))
+        ):
+            model.adopt(bytes(found))
+            return
+        if k < len(model.ops):
+            model.ops[k].apply(state)
+    raise OracleError(f"around the lost blocks {sorted(lost)} there is no prefix of {len(model.ops)} operations")
+
+
 def cleaning_damage(seed: int) -> None:
     """Damage that the cleaner meets: the block is BAD wherever it goes, pins nothing, and is good when overwritten."""
     rng = random.Random(seed)
@@ -407,6 +486,7 @@ def cleaning_damage(seed: int) -> None:
 
     async def main() -> None:
         async with scene.opened() as (pool, volume):
+            await scene.add_neighbour(pool)
             layout = await _fill(scene, pool, volume)
             victims = [place for place in sorted(layout.data) if not _segment_at(pool, place).open]
             hits = rng.sample(victims, min(len(victims), rng.randrange(1, 7)))
