@@ -421,7 +421,7 @@ def rest_damage(seed: int) -> None:
     scene.machine.run(main)
 
 
-def crash_damage(seed: int) -> None:
+def crash_damage(seed: int) -> Scene:
     """The same, and then more writes and a crash: around the holes there is a prefix of what was written."""
     rng = random.Random(seed)
     scene = Scene(seed, disks=rng.choice((ONE, TWO)), blocks=330)
@@ -458,6 +458,7 @@ def crash_damage(seed: int) -> None:
             await _require_named(scene, pool, await scene.scan(volume))
 
     scene.machine.run(main)
+    return scene
 
 
 def _judge_around(scene: Scene, found: bytearray, lost: set[int]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.simulation.corruption import (
+    Place,
     cleaning_damage,
     crash_damage,
     log_damage,
@@ -28,7 +29,7 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-def run(scenario: Callable[[int], None], seed: int) -> None:
+def run(scenario: Callable[[int], object], seed: int) -> None:
     """Run a scenario; a failure says how to repeat it."""
     try:
         scenario(seed)
@@ -62,3 +63,13 @@ def test_a_log_that_was_damaged_is_refused_unless_it_looks_torn_and_truncation_g
 @pytest.mark.parametrize("seed", range(16))
 def test_writes_that_land_elsewhere_or_nowhere_are_noticed(seed: int) -> None:
     run(write_damage, seed)
+
+
+def test_the_same_seed_gives_the_same_damage() -> None:
+    def digest() -> tuple[int, int, bytes, set[Place]]:
+        scene = crash_damage(3)
+        return scene.machine.steps, scene.machine.commits, scene.model.content, scene.hit
+
+    first, again = digest(), digest()
+    assert first == again
+    assert first[3]
