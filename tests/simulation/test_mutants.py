@@ -704,7 +704,7 @@ CASES: dict[str, Case] = {
     "a read that gives up without looking the entry up again": Case(mended_in_time, 0, (TierError,)),
     "a fast read that checks nothing": Case(rest_damage),
     "a slow read that checks nothing": Case(rest_damage),
-    "a map page that nobody checks": Case(rest_damage, 6),
+    "a map page that nobody checks": Case(rest_damage, 10),
     "a lost block that is moved as a hole": Case(cleaning_damage),
     "a cleaner that copies what it has not verified": Case(misread, 0, (TierError,)),
     "a reserve that is given away": Case(full_pool, 0, (OracleError, TierError, trio.TooSlowError)),
