@@ -55,9 +55,7 @@ def storm(seed: int) -> Scene:
     Unlike the random search it does little else, so that most crashes fall into a flush, a checkpoint or a move.
     """
     rng = random.Random(seed)
-    scene = Scene(
-        seed, disks=rng.choice((*LAYOUTS, (Disk("fast", 24, 64 << 10), Disk("fast", 24, 64 << 10)))), blocks=96
-    )
+    scene = Scene(seed, disks=rng.choice((*LAYOUTS, TWINS)), blocks=96)
     scene.machine.pauses = rng.choice((2, 6, 12))
     scene.machine.cold_share = rng.choice((0.0, 0.3))
 
