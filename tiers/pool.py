@@ -552,7 +552,6 @@ async def _recover(
             "copy what you need and replace it"
         )
         return pool
-    engine.log.checkpoint_seq = position.checkpoint_seq
     try:
         engine.log.start()
         hit("recovery.started")

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 
 import trio
 
-from tests.tiers.faults import SECTOR, Disk, Machine, Medium
-from tests.tiers.oracle import BLOCK, Model, Op, OracleError, read_all, require_sound
+from tests.simulation.machine import SECTOR, Disk, Machine, Medium
+from tests.simulation.oracle import BLOCK, Model, Op, OracleError, read_all, require_sound
 from tiers import Pool, PoolSettings, TierError, Volume
 from tiers.layout import BAD, LABEL_AREA_BYTES, SLOT_BITS, SLOT_MASK
 from tiers.maptree import FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL

@@ -35,8 +35,8 @@ from tests.simulation.corruption import (
     rest_damage,
 )
 from tests.simulation.mutants import MUTANTS
-from tests.tiers.faults import Disk, Machine, PowerCutError
-from tests.tiers.oracle import BLOCK, LAYOUTS, Op, OracleError, read_all, require_sound, search
+from tests.simulation.machine import Disk, Machine, PowerCutError
+from tests.simulation.oracle import BLOCK, LAYOUTS, Op, OracleError, read_all, require_sound, search
 from tiers import Pool, TierError, Volume
 from tiers.record import Kind
 
