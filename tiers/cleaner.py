@@ -19,6 +19,7 @@ Map segments are emptied by having the next checkpoint write their live pages el
 import contextlib
 import errno
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,8 @@ UNIT_BLOCKS = 512
 """Blocks looked at, or moved, without a checkpoint of trio in between: about a millisecond."""
 SMALL_UNIT_BLOCKS = 32
 """The same where the map's cache is too small to hold the leaves of more."""
+HEADERS_A_TURN = 32
+"""Batch headers decoded without a checkpoint of trio in between."""
 MIN_GAIN_SHARE = 1 / 64
 BATCHES_SHARE = 64
 """A well packed segment has about one batch header in so many slots."""
@@ -206,7 +209,9 @@ class Cleaner:
             data = await self._read_segment(victim)
             hit("move.read")
             candidates: list[Candidate] = []
-            async for batch in self._batches(victim, data):
+            for number, batch in enumerate(self._batches(victim, data), 1):
+                if number % HEADERS_A_TURN == 0:
+                    await trio.lowlevel.checkpoint()
                 slot = batch.slot + batch.header_slots
                 at = 0
                 for op, volume_id, block, count in batch.operations():
@@ -232,17 +237,14 @@ class Cleaner:
         data, _ = await read_what_can_be_read(segment.device, segment.base, segment.used * BLOCK_BYTES)
         return memoryview(data)
 
-    async def _batches(self, segment: Segment, data: memoryview):  # type: ignore[no-untyped-def]
+    def _batches(self, segment: Segment, data: memoryview) -> Iterator[Batch]:
         """Yield the batches of a segment. A damaged header ends it: the segment is set aside, not lost."""
         slot = 1
-        seen = 0
         while slot < segment.used:
             header = data[slot << BLOCK_SHIFT :]
             try:
                 count = peek_header_slots(header[:BLOCK_BYTES])
-                batch: Batch = decode_batch(
-                    header[: max(1, count) << BLOCK_SHIFT], self._engine.pool_uuid, segment.id, slot
-                )
+                batch = decode_batch(header[: max(1, count) << BLOCK_SHIFT], self._engine.pool_uuid, segment.id, slot)
             except BadRecordError as error:
                 segment.damaged = True
                 logger.error(
@@ -254,9 +256,6 @@ class Cleaner:
                 return
             yield batch
             slot += batch.slots
-            seen += 1
-            if seen % 32 == 0:
-                await trio.lowlevel.checkpoint()
 
     async def _copy(self, victim: Segment, data: memoryview, candidates: list[Candidate], destination: str) -> None:
         """Copy those of the candidates that are live."""
@@ -479,7 +478,9 @@ class Cleaner:
         victim.pins += 1
         try:
             data = await self._read_segment(victim)
-            async for batch in self._batches(victim, data):
+            for number, batch in enumerate(self._batches(victim, data), 1):
+                if number % HEADERS_A_TURN == 0:
+                    await trio.lowlevel.checkpoint()
                 first = victim.id << SLOT_BITS | batch.slot + batch.header_slots
                 for i, (op, volume_id, key, _) in enumerate(batch.operations()):
                     volume = engine.volumes.get(volume_id)

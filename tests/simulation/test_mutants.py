@@ -34,8 +34,8 @@ from tests.simulation.corruption import (
     require,
     rest_damage,
 )
-from tests.simulation.mutants import MUTANTS
 from tests.simulation.machine import Disk, Machine, PowerCutError
+from tests.simulation.mutants import MUTANTS
 from tests.simulation.oracle import BLOCK, LAYOUTS, Op, OracleError, read_all, require_sound, search
 from tiers import Pool, TierError, Volume
 from tiers.record import Kind
