@@ -243,7 +243,6 @@ class CopyWriter:
         Without that a full pool that crashed might find no place for the log of its next life.
         """
         segments = self._engine.segments
-        self._drop_overtaken()
         try:
             chain = newest_chain(await self._read(s for s in segments.by_id.values() if s.kind is Kind.CATALOG))
         except (OSError, BadCopyError) as error:
@@ -254,17 +253,6 @@ class CopyWriter:
         for segment in list(segments.by_id.values()):
             if segment.id != position.log_segment and is_free(segment, position.checkpoint_seq):
                 segments.forget(segment)
-
-    def _drop_overtaken(self) -> None:
-        """Of two segments at one place the older is gone: its place was given out when its copy was durable."""
-        segments = self._engine.segments
-        newest: dict[tuple[int, int], Segment] = {}
-        for segment in sorted(segments.by_id.values(), key=lambda segment: segment.id):
-            place = (segment.device.index, segment.index)
-            older = newest.get(place)
-            if older is not None and not older.live and not older.pending:
-                segments.forget(older)
-            newest[place] = segment
 
     async def verify(self) -> list[str]:
         """Read the copies of this life back; say what is wrong with them. While no checkpoint runs."""
