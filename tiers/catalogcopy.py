@@ -37,7 +37,7 @@ blocks, or fails its check; then the copy before it counts, whose time has not p
 """
 
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -170,13 +170,16 @@ def _volume_length(data: memoryview, at: int) -> int:
     return int(_VOLUME.size + _VOLUME.unpack_from(data, at)[-1])
 
 
+def _segment_length(data: memoryview, at: int) -> int:
+    return _SEGMENT.size
+
+
+def _dead_length(data: memoryview, at: int) -> int:
+    return _DEAD.size
+
+
 _KEY_OF_DEVICE = struct.Struct("<H")
-_LENGTHS: tuple[Callable[[memoryview, int], int], ...] = (
-    _device_length,
-    _volume_length,
-    lambda data, at: _SEGMENT.size,
-    lambda data, at: _DEAD.size,
-)
+_LENGTHS = (_device_length, _volume_length, _segment_length, _dead_length)
 _KEYS = (_KEY_OF_DEVICE, _CHECK, _CHECK, _CHECK)
 
 

@@ -193,7 +193,7 @@ class Checkpointer:
             or engine.dead
             or engine.forced
             or self.copies.behind
-            or any(is_free(segment, self._last_seq) for segment in engine.segments.by_id.values())
+            or any(is_free(segment, self._last_seq) for segment in engine.segments.idle())
         )
 
     async def checkpoint(self) -> None:
@@ -240,6 +240,11 @@ class Checkpointer:
     def waiting_deletes(self) -> list[Volume]:
         """Deleted volumes that no committed checkpoint has buried yet."""
         return [*self._engine.graveyard, *(self._frozen.graveyard if self._frozen else [])]
+
+    @property
+    def burying(self) -> bool:
+        """Whether the checkpoint that is under way gives up the map of a volume."""
+        return self._frozen is not None and bool(self._frozen.graveyard)
 
     async def hold(self) -> None:
         """Keep checkpoints from happening until `let_go`: the roots, and what they point to, stay."""
@@ -609,17 +614,21 @@ class Checkpointer:
                     "copy the volumes to another pool (nbdcopy)",
                 )
         # What changes while the transaction runs belongs to the next one.
-        changed = self._taken_changes = segments.changed
+        changed = self._taken_changes = segments.changed | segments.opened()
         segments.changed = set()
         self._taken_gone, segments.gone = segments.gone, set()
         change.freed_segments = sorted(self._taken_gone)
-        for segment in segments.by_id.values():
+        idle = {segment.id for segment in segments.idle()}
+        for segment_id in sorted(changed | idle | merge.live.keys() | merge.pending.keys()):
+            segment = segments.by_id.get(segment_id)
+            if segment is None:
+                continue
             live = merge.live.get(segment.id, 0)
             pending = merge.pending.get(segment.id, 0)
             free = segment.id != frozen.log_segment and is_free(segment, frozen.seq, live=live, pending=pending)
             if free:
                 merge.free.append(segment.id)
-            if free or live or segment.id in changed or segment.open:
+            if free or live or segment.id in changed:
                 change.segments.append(
                     SegmentRow(
                         segment.id,
@@ -670,15 +679,15 @@ class Checkpointer:
             overlays.append(volume.active)
             volume.tree.close()
         for segment_id, count in merge.pending.items():
-            if segment_id in segments.by_id:
-                segments.by_id[segment_id].pending += count
-                segments.pending += count
+            segments.ceased_pending(segment_id, -count)
         for segment_id, count in merge.live.items():
             if count:
                 segments.add_live(segment_id, count)
         for address in merge.dead_removed:
             del engine.dead[address]
         engine.dead.update(merge.dead)
+        if not engine.dead:
+            engine.dead = {}  # one that was emptied piece by piece keeps its memory: 80 MiB after a million
         engine.checkpoint_log_mark = frozen.log_mark
         engine.space.frozen_weight = engine.space.frozen_charge = 0
         engine.log.checkpoint_seq = frozen.seq

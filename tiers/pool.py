@@ -111,6 +111,8 @@ class PoolStatus:
     scrub: ScrubStatus
     given_up: str | None = None
     """What `truncate_log` gave up when the pool was opened."""
+    uncounted_frees: bool = False
+    """Trims or deletions have come whose space no checkpoint has counted yet, in `pending_free_bytes` or elsewhere."""
     devices: list[DeviceStatus] = field(default_factory=list)
     volumes: list[VolumeStatus] = field(default_factory=list)
 
@@ -367,12 +369,7 @@ class Pool:
         engine = self._engine
         space = engine.space
         segments = engine.segments
-        live_by_device: dict[int, int] = {}
-        pending_free = 0
-        for segment in segments.by_id.values():
-            live_by_device[segment.device.index] = live_by_device.get(segment.device.index, 0) + segment.live
-            if is_free(segment, engine.log.seq):
-                pending_free += segment.slots
+        pending_free = sum(segment.slots for segment in segments.idle() if is_free(segment, engine.log.seq))
         return PoolStatus(
             name=self.name,
             uuid=self.uuid,
@@ -398,7 +395,13 @@ class Pool:
             replayed_batches=self.replayed_batches,
             given_up=self.given_up,
             scrub=self.scrubber.status(most_damage=SHOWN_DAMAGE),
-            devices=[_device_status(device, live_by_device.get(device.index, 0)) for device in engine.devices],
+            uncounted_frees=bool(
+                engine.dead
+                or engine.graveyard
+                or self._checkpointer.burying
+                or any(v.active.ranges or (v.frozen and v.frozen.ranges) for v in engine.volumes.values())
+            ),
+            devices=[_device_status(device, segments.device_live[device.index]) for device in engine.devices],
             volumes=[
                 VolumeStatus(
                     v.name,
@@ -549,7 +552,6 @@ async def _recover(
             "copy what you need and replace it"
         )
         return pool
-    engine.log.checkpoint_seq = position.checkpoint_seq
     try:
         engine.log.start()
         hit("recovery.started")

@@ -112,6 +112,7 @@ def _given_up(engine: "Engine", lost: Lost, end_seq: int, proof: int) -> str:
 
 def restore(engine: "Engine", state: State) -> None:
     """Enter the catalog's checkpoint into the engine's tables."""
+    engine.log.checkpoint_seq = state.position.checkpoint_seq
     for row in state.segments:
         segment = engine.segments.adopt(row.id, engine.device_by_index(row.device), row.index, Kind(row.kind))
         segment.used = row.used

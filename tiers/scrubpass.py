@@ -6,7 +6,7 @@ names its place then: a client may overwrite it meanwhile, the cleaner may move 
 can't be attributed that way: at the end the maps of all volumes are walked once for what points there.
 
 Clients come first. A pass works on the trio thread for a fraction of a millisecond at a time, and when it finds that
-others had to wait for the loop it stays away for longer than they took. Reads happen in worker threads, at most three
+others had to wait for the loop it stays away for longer than they took. Reads happen in worker threads, at most four
 at a time for each of at most four devices, into buffers that are reused. A segment is pinned only while pieces of it
 are in flight.
 """
@@ -42,8 +42,8 @@ READ_OVER_BYTES = 256 << 10
 """A gap between segments that is read with them, for that costs less than another read."""
 SHARE_AT_ONCE = 128
 """One read pins at most this share of a device's segments: on a small, full one the cleaner needs them back."""
-PIECES_IN_FLIGHT = 3
-"""Buffers of a device: while one piece is verified, two are read."""
+PIECES_IN_FLIGHT = 4
+"""Buffers of a device: while one piece is verified, three are read, so that it isn't idle while the loop is busy."""
 DEVICES_AT_ONCE = 4
 SPLIT_BYTES = 64 << 10
 """A piece that can't be read is read in parts of this size, and such a part block by block."""

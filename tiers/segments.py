@@ -11,6 +11,7 @@ points (`reuse`). A segment that such a place is given to then replaces the vict
 """
 
 import errno
+from collections import defaultdict
 from collections.abc import Iterable
 
 from tiers.device import Device
@@ -84,6 +85,12 @@ class SegmentTable:
         self.tier_live: dict[str, int] = {"fast": 0, "base": 0}
         self.gained_slots = 0
         """Slots ever freed, less those ever taken for copies and map pages: what cleaning has gained."""
+        self.device_live: dict[int, int] = defaultdict(int)
+        """Live blocks by device index, map pages included."""
+        self._idle: set[int] = set()
+        """All segments without live and pending blocks, and some that have some: so that nobody looks at all."""
+        self._opened: set[int] = set()
+        """All segments that are open, and some that were."""
         self._damaged: set[int] = set()
 
     def open_places(self, device: Device) -> None:
@@ -98,6 +105,7 @@ class SegmentTable:
         taken: dict[int, set[int]] = {device.index: set() for device in self.devices}
         self.live = self.pending = self.map_live = self.map_slots = 0
         self.tier_live = {"fast": 0, "base": 0}
+        self.device_live.clear()
         for segment in self.by_id.values():
             taken[segment.device.index].add(segment.index)
             self._count(segment, segment.live, segment.pending)
@@ -113,6 +121,7 @@ class SegmentTable:
 
     def _count(self, segment: Segment, live: int, pending: int) -> None:
         self.tier_live[segment.device.tier] += live
+        self.device_live[segment.device.index] += live
         if segment.kind is Kind.MAP:
             self.map_live += live
         else:
@@ -130,6 +139,8 @@ class SegmentTable:
         self.next_id += 1
         self.by_id[segment.id] = segment
         self._by_place[device.index, index] = segment
+        self._idle.add(segment.id)
+        self._opened.add(segment.id)
         self.free_slots -= segment.slots - 1
         if kind in (Kind.MOVED, Kind.MAP):
             self.gained_slots -= segment.slots
@@ -145,6 +156,7 @@ class SegmentTable:
         segment.open = False
         self.by_id[segment_id] = segment
         self._by_place[device.index, index] = segment
+        self._idle.add(segment_id)
         self.next_id = max(self.next_id, segment_id + 1)
         self.changed.add(segment_id)
         return segment
@@ -177,7 +189,11 @@ class SegmentTable:
         """Take a segment out of the table, whose sums and free places are worked out anew after it."""
         del self.by_id[segment.id]
         self.changed.discard(segment.id)
-        self._by_place.pop((segment.device.index, segment.index), None)
+        place = segment.device.index, segment.index
+        if self._by_place.get(place) is segment:
+            del self._by_place[place]
+        self._idle.discard(segment.id)
+        self._opened.discard(segment.id)
         self.gone.add(segment.id)
         hit("segment.freed")
 
@@ -186,6 +202,27 @@ class SegmentTable:
         self._count(segment, -segment.live, 0)
         segment.live = 0
         self.release(segment)
+
+    def idle(self) -> list[Segment]:
+        """The segments that neither pages nor overlays point to; costs as much as there are of them."""
+        by_id = self.by_id
+        self._idle = {i for i in self._idle if not by_id[i].live and not by_id[i].pending}
+        return [by_id[i] for i in self._idle]
+
+    def opened(self) -> set[int]:
+        """The segments that are open, or were when this was asked last."""
+        opened = self._opened
+        self._opened = {i for i in opened if self.by_id[i].open}
+        return opened
+
+    def ceased_pending(self, segment_id: int, count: int) -> None:
+        """`count` overlay entries of a segment have become live ones, or are gone with their volume."""
+        segment = self.by_id.get(segment_id)
+        if segment is not None:
+            segment.pending -= count
+            self.pending -= count
+            if not segment.pending:
+                self._idle.add(segment_id)
 
     def count_damage(self, address: int) -> None:
         """Count a damaged block as an error of its device: once, however often it is met."""
@@ -205,9 +242,12 @@ class SegmentTable:
         by_id = self.by_id
         count = 0
         for address in addresses:
-            if address >> 24 in by_id:
-                by_id[address >> 24].pending -= 1
+            segment = by_id.get(address >> 24)
+            if segment is not None:
+                segment.pending -= 1
                 count += 1
+                if not segment.pending:
+                    self._idle.add(segment.id)
         self.pending -= count
 
     def add_live(self, segment_id: int, count: int) -> None:
@@ -216,6 +256,8 @@ class SegmentTable:
         if segment is None:
             return  # it was reused before this checkpoint (or the catalog is damaged, which `check` tells of)
         segment.live += count
+        if not segment.live:
+            self._idle.add(segment_id)
         assert segment.live >= 0, f"segment {segment_id} would have {segment.live} live blocks"
         self.changed.add(segment_id)
         self._count(segment, count, 0)

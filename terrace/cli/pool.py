@@ -164,7 +164,11 @@ def show_pool(found: dict[str, Any]) -> None:
             ),
             ("Metadata space", f"{size['metadata_bytes']} used"),
             ("Reserve", f"{size['reserve_bytes']} kept for deletes, trims and cleaning"),
-            ("Deferred frees", f"{size['pending_free_bytes']} free after the next checkpoint"),
+            (
+                "Deferred frees",
+                f"{size['pending_free_bytes']} free after the next checkpoint"
+                + (", and what was trimmed or deleted lately, not counted yet" if found["uncounted_frees"] else ""),
+            ),
             (
                 "Volumes",
                 f"{count}, {size['nominal_bytes']} nominal, "

@@ -22,13 +22,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CORPUS = Path(__file__).with_name("corpus")
 TRACED = (f"{REPOSITORY}/nbd/", f"{REPOSITORY}/tiers/")
 MAX_INPUT_BYTES = 16 << 10
-TIME_LIMIT_S = 20.0
+TIME_LIMIT_S = 60.0
 MEMORY_LIMIT_BYTES = 1 << 30
 
 Edges = set[int]
@@ -144,7 +144,7 @@ def _set_number(rng: random.Random, data: bytearray, words: Sequence[bytes], oth
         at = rng.randrange(len(data) - size + 1)
         if rng.random() < 0.6:
             at -= at % size
-        order = rng.choice(("little", "big"))
+        order: Literal["little", "big"] = rng.choice(("little", "big"))
         value = rng.choice(INTERESTING)
         if rng.random() < 0.3:
             value = int.from_bytes(data[at : at + size], order) + rng.randrange(-16, 17)

@@ -78,10 +78,10 @@ def run_label(data: bytes) -> None:
     flags, body = data[:1] or b"\0", data[1:]
     sectors = []
     for start in (0, LABEL_BYTES):
-        sector = bytearray(body[start : start + LABEL_BYTES].ljust(LABEL_BYTES, b"\0"))
+        raw = bytearray(body[start : start + LABEL_BYTES].ljust(LABEL_BYTES, b"\0"))
         if flags[0] & SEALED:
-            seal_label(sector)
-        sectors.append(bytes(sector))
+            seal_label(raw)
+        sectors.append(bytes(raw))
     found: list[Label] = []
     for sector in sectors:
         with contextlib.suppress(BadLabelError):

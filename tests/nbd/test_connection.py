@@ -824,7 +824,7 @@ def test_long_writes_that_wait_are_held_to_the_bound_of_what_is_in_flight() -> N
         export = FullExport(size_bytes=16 << 20)
         async with attached(export, limits=Limits(inflight_bytes=5 << 20)) as (client, _):
             taken = 0
-            payload = memoryview(request_bytes(wire.CMD_WRITE, 1, 0, data=b"x" * (4 << 20)) * 4)
+            payload = request_bytes(wire.CMD_WRITE, 1, 0, data=b"x" * (4 << 20)) * 4
             with trio.move_on_after(1.0) as patience:
                 while taken < len(payload):
                     await client.send(payload[taken : taken + (64 << 10)])

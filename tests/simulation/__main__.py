@@ -22,20 +22,26 @@ from tests.simulation.workload import PROFILES, Run
 @click.command()
 @click.option("--seed", type=int, required=True, help="Which run.")
 @click.option("--profile", type=click.Choice(list(PROFILES)), help="Which kind of run; without, the seed decides.")
-@click.option("--failpoint", type=click.Choice(failpoint_names()), help="Crash there, in place of elsewhere.")
+@click.option(
+    "--failpoint",
+    "failpoints",
+    type=click.Choice(failpoint_names()),
+    multiple=True,
+    help="Crash there, in place of elsewhere. Several: in turn.",
+)
 @click.option("--plant", type=click.Choice(list(PLANTS)), help="With this bug in the engine, which must be found.")
 @click.option("--stream", type=click.IntRange(min=1), hidden=True, help="For soak: every so many'th seed, for ever.")
 @click.option("--verbose", is_flag=True, help="Show what the engine logs.")
 def main(
-    seed: int, profile: str | None, failpoint: str | None, plant: str | None, stream: int | None, verbose: bool
+    seed: int, profile: str | None, failpoints: tuple[str, ...], plant: str | None, stream: int | None, verbose: bool
 ) -> None:
     """Live one seed of the simulation and judge it. Exit status 1 if the promise was broken."""
     logging.basicConfig(level=logging.INFO if verbose else logging.CRITICAL, format="%(name)s: %(message)s")
-    run = Run.of(seed, profile, failpoint)
+    run = Run.of(seed, profile, failpoints)
     with PLANTS[plant]() if plant else contextlib.nullcontext():
         if stream is not None:
             for number in itertools.count(seed, stream):
-                _tell_of(Run.of(number, profile, failpoint), plant)
+                _tell_of(Run.of(number, profile, failpoints), plant)
         try:
             driver = run.live(digest=True)
         except Exception:

@@ -48,6 +48,10 @@ Buffer = bytes | bytearray | memoryview
 SEGMENT_BYTES = 128 << 10
 POOL_UUID = bytes(range(16))
 
+LOOK_EVERY = 4096
+MAX_STEPS_AT_ONCE = 200_000
+"""A life of the search has a few thousand steps."""
+
 _fds = itertools.count(1000)
 
 
@@ -284,6 +288,8 @@ class Machine:
         self.settings = settings or PoolSettings(overlay_entries=2048, unsynced_cap_bytes=4 << 20)
         self.by_fd: dict[int, SimDevice] = {}
         self.is_off = False
+        self.goes_in_circles = False
+        """Stopped, because the engine was busy for ever without the clock going on."""
         self.countdown: int | None = None
         """Operations on devices or the catalog until the crash."""
         self.task_countdown: int | None = None
@@ -342,9 +348,11 @@ class Machine:
 
     def came_to(self, name: str) -> None:
         """The engine hit a failpoint. It isn't interrupted there, but it changes nothing any more."""
+        if self.is_off:
+            return
         self.note("at", name)
         self.hits[name] += 1
-        if self.crash_at is not None and self.crash_at[0] == name and not self.is_off:
+        if self.crash_at is not None and self.crash_at[0] == name:
             if self.crash_at[1] == 0:
                 self.stop()
             else:
@@ -487,15 +495,30 @@ class _Steps(trio.abc.Instrument):
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
+        self._steps = 0
+        self._then = -1.0
+        self._standing = 0
 
     def before_task_step(self, task: trio.lowlevel.Task) -> None:
         machine = self._machine
+        self._steps += 1
+        if self._steps % LOOK_EVERY == 0:
+            self._look_at_the_clock()
         if machine.digest is not None:
             machine.digest.update(task.name.encode())
         if machine.task_countdown is not None and not machine.is_off:
             machine.task_countdown -= 1
             if machine.task_countdown <= 0:
                 machine.stop()
+
+    def _look_at_the_clock(self) -> None:
+        """Tasks that wake each other up again and again leave the clock no moment to jump: end that."""
+        now = trio.current_time()
+        self._standing = self._standing + 1 if now == self._then else 0
+        self._then = now
+        if self._standing * LOOK_EVERY > MAX_STEPS_AT_ONCE:
+            self._machine.goes_in_circles = True
+            self._machine.stop()
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

@@ -129,10 +129,11 @@ async def _stream(tally: Tally, first: int, step: int, options: list[str], stop:
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
     assert process.stdout is not None and process.stderr is not None
+    errors = process.stderr
     current, replay, tail = first, " ".join(command), bytearray()
 
     async def keep_tail() -> None:
-        async for chunk in process.stderr:
+        async for chunk in errors:
             tail.extend(chunk)
             del tail[:-2000]
 

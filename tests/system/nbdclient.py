@@ -48,7 +48,11 @@ def connect(address: Path | tuple[str, int], timeout_s: float = 20.0) -> socket.
     if isinstance(address, Path):
         raw = socket.socket(socket.AF_UNIX)
         raw.settimeout(timeout_s)
-        raw.connect(str(address))
+        try:
+            raw.connect(str(address))
+        except OSError:
+            raw.close()
+            raise
         return raw
     return socket.create_connection(address, timeout_s)
 

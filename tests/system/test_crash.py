@@ -1,13 +1,14 @@
 """kill -9 under load, over and over, and not one acknowledged byte lost.
 
 Six connections to two volumes write, trim, zero, read and flush, with and without FUA, while volumes come, grow and
-go. The pool is barely larger than its volumes, so each round also meets the cleaner and the checkpoint at some point of
+go. The fast tier is about as large as the volumes, so rounds also meet the cleaner and the checkpoint at some point of
 their work; that they were at work is asserted in the end. A failure prints the seed; `CRASH_SEED=N` repeats its choices
 (the daemon's timing stays its own) and `CRASH_ROUNDS=N` runs more of them.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import threading
@@ -15,18 +16,18 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 
+from tests.system import nbdclient
 from tests.system.daemon import Daemon
-from tests.system.verifier import KINDS, UNIT, Image, Request, Violation, Worker, payload, verify
+from tests.system.verifier import KINDS, UNIT, Image, Request, Violation, Worker, fill, payload, verify
 
 SEED = int(os.environ.get("CRASH_SEED") or random.SystemRandom().randrange(1 << 32))
 ROUNDS = int(os.environ.get("CRASH_ROUNDS") or 50)
 MIB = 1 << 20
-VOLUMES = {"crash/large": 192 * MIB, "crash/small": 64 * MIB}
-RAW_BYTES = int(sum(VOLUMES.values()) / 0.85)
+VOLUMES = {"crash/large": 24 * MIB, "crash/small": 8 * MIB}
+FAST_BYTES, BASE_BYTES = 32 * MIB, 96 * MIB  # a fast tier as small as may be, so that the cleaner has to empty it
 CHECK_EVERY = 10
 
 
@@ -35,8 +36,7 @@ def test_no_acknowledged_byte_is_lost_by_sigkill_under_load(tmp_path: Path) -> N
     rng = random.Random(SEED)
     daemon = Daemon(tmp_path / "home")
     daemon.start()
-    fast_bytes = RAW_BYTES // 4 // MIB * MIB
-    devices = ["--fast", f"{tmp_path}/fast={fast_bytes}", "--base", f"{tmp_path}/base={RAW_BYTES - fast_bytes}"]
+    devices = ["--fast", f"{tmp_path}/fast={FAST_BYTES}", "--base", f"{tmp_path}/base={BASE_BYTES}"]
     daemon.cli("pool", "create", "crash", *devices)
     for name, size_bytes in VOLUMES.items():
         daemon.cli("volume", "create", name, str(size_bytes))
@@ -44,6 +44,8 @@ def test_no_acknowledged_byte_is_lost_by_sigkill_under_load(tmp_path: Path) -> N
     images = [Image(name, size_bytes, data) for name, size_bytes in VOLUMES.items()]
     seen = Seen()
     try:
+        for image in images:
+            fill(daemon.socket, image)
         for number in range(1, ROUNDS + 1):
             story = one_round(daemon, images, rng, seen)
             if number % CHECK_EVERY == 0:
@@ -56,7 +58,8 @@ def test_no_acknowledged_byte_is_lost_by_sigkill_under_load(tmp_path: Path) -> N
         daemon.kill()
     print(seen)
     # Each kind of request was acknowledged, and kills met checkpoints, the cleaner, the log, volumes coming and going.
-    assert all(sum(image.by_kind[kind] for image in images) > ROUNDS for kind in KINDS), [i.by_kind for i in images]
+    rare = min(KINDS, key=lambda kind: sum(image.by_kind[kind] for image in images))
+    assert sum(image.by_kind[rare] for image in images) >= ROUNDS // 10, f"hardly any {rare}: this tested too little"
     assert min(seen.checkpoints, seen.moved_blocks, seen.replayed_batches, seen.volumes) >= ROUNDS // 4, seen
     written = sum(image.acknowledged for image in images)
     assert written > 100 * ROUNDS, f"only {written} requests acknowledged in {ROUNDS} rounds: this tested nothing"
@@ -94,7 +97,17 @@ class Administrator:
 
     def _ask(self, method: str, path: str, body: object, size: int | None) -> None:
         self.sizes.add(size)
-        self.daemon.api(method, path, body)
+        content = json.dumps(body).encode() if body is not None else b""
+        with nbdclient.connect(self.daemon.home / "api.sock") as raw:
+            head = (
+                f"{method} {path} HTTP/1.1\r\nHost: terrace\r\nConnection: close\r\nContent-Type: application/json\r\n"
+            )
+            raw.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+            answer = b"".join(iter(lambda: raw.recv(65536), b""))
+        if not answer:
+            raise ConnectionResetError("no answer")
+        if not answer.startswith(b"HTTP/1.1 20"):
+            raise Violation(f"{method} {path} {body}: {answer[-500:].decode()}")
         self.sizes = {size}
 
     def _run(self) -> None:
@@ -106,7 +119,7 @@ class Administrator:
                 self._ask("PATCH", f"{volumes}/{self.name}", {"size": 3 * MIB}, 3 * MIB)
                 self._ask("DELETE", f"{volumes}/{self.name}", None, None)
                 self.number += 1
-        except httpx.TransportError:
+        except (ConnectionError, FileNotFoundError):
             pass  # the daemon was killed
         except BaseException as error:
             self.failure = error

@@ -30,7 +30,7 @@ UNIT = 512
 BLOCK = 4096
 HISTORY = 200_000
 VERIFY_BYTES = 1 << 20
-KINDS = ("read", "write", "write+fua", "trim", "trim+fua", "zeroes", "zeroes+fua", "flush")
+KINDS = ("read", "write", "write+fua", "trim", "zeroes", "flush")
 NAMES = {READ: "read", WRITE: "write", TRIM: "trim", WRITE_ZEROES: "zeroes", FLUSH: "flush"}
 
 Bytes = npt.NDArray[np.uint8]
@@ -130,6 +130,11 @@ class Image:
         blocks = self.size_bytes // BLOCK
         count = rng.randint(1, min(most_blocks, blocks))
         return rng.randint(0, blocks - count) * BLOCK, count * BLOCK
+
+    def first_bytes(self, start: int, length: int) -> Bytes:
+        """What `fill` writes: other bytes at each place."""
+        cut = start // BLOCK * 1031 % (len(self._payload) - length)
+        return self._payload[cut : cut + length]
 
     def complete(self, request: Request, reply: nbdclient.Reply) -> None:
         """Takes the reply for `request`: from now on its effect must be there."""
@@ -280,6 +285,20 @@ def verify(address: Path | tuple[str, int], image: Image) -> None:
                 raise Violation(f"{image.name}: read at {start} failed: {os.strerror(reply.error)}")
             image.judge(start, np.frombuffer(reply.data, dtype=np.uint8))
     image.settled()
+
+
+def fill(address: Path | tuple[str, int], image: Image) -> None:
+    """Writes the whole volume once, so that all that follows overwrites."""
+    with nbdclient.Connection(address, image.name) as connection:
+        for start in range(0, image.size_bytes, VERIFY_BYTES):
+            length = min(VERIFY_BYTES, image.size_bytes - start)
+            request = Request(0, WRITE, start, length, data=image.first_bytes(start, length))
+            cookie, header = connection.encode(WRITE, start, length)
+            assert request.data is not None
+            connection.socket.sendall(header + request.data.tobytes())
+            reply = connection.reply()
+            assert reply.cookie == cookie
+            image.complete(request, reply)
 
 
 def payload(rng: random.Random, size_bytes: int = 8 << 20) -> Bytes:

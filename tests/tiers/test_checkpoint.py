@@ -1,6 +1,7 @@
 """The checkpoint's merge: what the log did, turned into pages, must say the same as before, and give back the rest."""
 
 import random
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -324,5 +325,25 @@ def test_a_checkpoint_costs_the_same_however_long_the_dead_list_is(
             assert listed == dead
             listed.clear()
             assert spent_s < 0.5, spent_s
+
+    run(body)
+
+
+def test_a_dead_list_that_has_been_walked_gives_its_memory_back(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path) as pool:
+            volume = await pool.create_volume("v", 1024 * MIB)
+            for at in range(0, 1024, 2):
+                await volume.write(at * MIB, block(at))
+            await pool.checkpoint()
+            await volume.trim(0, 1024 * MIB)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(checkpoint, "DEAD_PAGES_A_CHECKPOINT", 4)
+                await pool.checkpoint()
+                assert sys.getsizeof(pool._engine.dead) > 10_000
+            await settle(pool)
+            assert not pool._engine.dead
+            assert sys.getsizeof(pool._engine.dead) < 1000
+            await assert_sound(pool)
 
     run(body)

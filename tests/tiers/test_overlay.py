@@ -37,7 +37,8 @@ SMALL = st.booleans()
 
 def play(script: list[tuple[tuple[int, int], str]], *, small: bool) -> tuple[Overlay, dict[int, Entry]]:
     """Apply the script to an overlay and to a dictionary, and compare what the overlay says that it dropped."""
-    overlay, model = Overlay(small=small), {}
+    overlay = Overlay(small=small)
+    model: dict[int, Entry] = {}
     for number, ((start, end), what) in enumerate(script, 1):
         if what == "put":
             end = min(end, start + 30)

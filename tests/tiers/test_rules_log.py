@@ -6,6 +6,7 @@ import contextlib
 import errno
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import trio
@@ -344,7 +345,7 @@ def test_a_poison_that_comes_while_a_checkpoint_commits_is_not_wiped_by_it(catal
             engine = pool._engine
             commit = engine.catalog.commit
 
-            async def offload(function, *args):  # type: ignore[no-untyped-def]
+            async def offload(function: Any, *args: Any) -> Any:
                 if function == commit:
                     # The transaction is ready, its rows are made; now a client's flush fails.
                     put(volume, 1, block(2))
@@ -353,7 +354,7 @@ def test_a_poison_that_comes_while_a_checkpoint_commits_is_not_wiped_by_it(catal
                         await volume.flush()
                 return function(*args)
 
-            engine.offload = offload
+            engine.offload = cast(Any, offload)
             with contextlib.suppress(OSError):
                 await pool.checkpoint()
             await crash(machine)

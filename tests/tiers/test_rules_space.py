@@ -70,7 +70,7 @@ def test_a_segment_whose_blocks_were_overwritten_after_the_freeze_outlives_the_c
                     put(volume, i, block(i + 101))
                 return change_of(*args)
 
-            pool._checkpointer._change = change  # type: ignore[method-assign]
+            pool._checkpointer._change = change  # type: ignore[method-assign, assignment]
             await pool.checkpoint()
             pool._checkpointer._change = change_of  # type: ignore[method-assign]
             for i in range(40, 60):

@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import os
 import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 import trio
 
-from tests.simulation.machine import Disk, Machine, Medium
+from tests.simulation.machine import Disk, Machine
+from tests.simulation.medium import Medium
 from tests.tiers.helpers import QUIET, block, flip, make_pool, refusal, run
 from tiers import Pool, ScrubStatus, Volume
+from tiers.device import FileDevice
 from tiers.layout import BLOCK_BYTES, MIB, SLOT_MASK
 from tiers.record import Kind
 from tiers.scrubstate import MAX_DAMAGE, Damage, Run, decode
@@ -504,6 +507,23 @@ def test_under_clients_the_cleaner_and_checkpoints_nothing_sound_is_blamed_and_n
     on(machine, body)
 
 
+def test_on_a_poisoned_device_it_tells_what_the_medium_never_got() -> None:
+    machine = Machine()
+
+    async def body(pool: Pool) -> None:
+        await filled(pool)
+        volume = await filled(pool, "w", seed=900)
+        await volume.write(7 * BLOCK_BYTES, b"".join(block(i) for i in range(3)))
+        machine.media[0].failing_syncs = 1
+        assert (await refusal(volume.flush)).errno == errno.EIO
+        assert pool.status().state == "read-only"
+        status = await scrub(pool)
+        assert ("data", "sim/w", 7 * 4096, 3 * 4096) in ranges(status)
+        assert {item.volume for item in status.damage} <= {"sim/w", None}
+
+    on(machine, body)
+
+
 # -- real files ------------------------------------------------------------------------------------------------
 
 
@@ -539,6 +559,27 @@ def test_a_scrub_goes_on_where_the_pool_was_left_and_finds_rot_on_a_real_file(tm
         async with Pool.open(home, settings=QUIET) as pool:
             assert pool.scrubber.status() == status
             assert pool.status().scrub == status
+
+    run(body)
+
+
+def test_a_file_system_without_direct_reads_is_scrubbed_too(tmp_path: Path) -> None:
+    async def body() -> None:
+        home = await make_pool(tmp_path)
+        async with Pool.open(home, settings=QUIET) as pool:
+            volume = await pool.create_volume("v", 4 * MIB)
+            await volume.write(0, random.Random(1).randbytes(2 * MIB))
+            await pool.checkpoint()
+            (device,) = pool._engine.devices
+            assert isinstance(device, FileDevice)
+            assert device._direct_fd is not None
+            os.close(device._direct_fd)
+            device._direct_fd = None
+            assert (await scrub(pool)).errors == 0
+            (address,), _ = await volume.entries(100, 1)
+            segment = pool._engine.segments.by_id[address >> 24]
+            flip(tmp_path / "fast.img", segment.offset(address & SLOT_MASK) + 99)
+            assert ranges(await scrub(pool)) == [("data", "p/v", 100 * 4096, 4096)]
 
     run(body)
 

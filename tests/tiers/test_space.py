@@ -109,7 +109,7 @@ def test_data_goes_to_base_when_the_fast_tier_is_full(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tier", ["fast", "base"])
 def test_a_pool_of_one_tier_only_works(tmp_path: Path, tier: str) -> None:
     async def body() -> None:
-        async with fresh_pool(tmp_path, **{"fast_mib": 0, f"{tier}_mib": 48}) as pool:
+        async with fresh_pool(tmp_path, fast_mib=48 * (tier == "fast"), base_mib=48 * (tier == "base")) as pool:
             volume = await pool.create_volume("v", 1 << 30)
             taken = await fill(volume, until=4096)
             await assert_pieces(volume, range(taken))
@@ -179,5 +179,45 @@ def test_the_smallest_pool_takes_a_little(tmp_path: Path) -> None:
                 await volume.write(number * PIECE, piece(number + 50))
             await assert_pieces(volume, range(taken), 50)
             await assert_sound(pool)
+
+    run(body)
+
+
+def test_what_is_idle_open_and_live_is_known_without_looking_at_every_segment(tmp_path: Path) -> None:
+    async def body() -> None:
+        rng = random.Random(5)
+        async with fresh_pool(tmp_path, fast_mib=64, base_mib=64) as pool:
+            table = pool._engine.segments
+
+            def judge() -> None:
+                segments = table.by_id.values()
+                assert {s.id for s in table.idle()} == {s.id for s in segments if not s.live and not s.pending}
+                assert {s.id for s in segments if s.open} <= table._opened
+                for device in pool._engine.devices:
+                    assert table.device_live[device.index] == sum(s.live for s in segments if s.device is device)
+
+            freed = 0
+            for number in range(4):
+                volume = await pool.create_volume(f"v{number}", 64 * MIB)
+                for step in range(60):
+                    at = rng.randrange(48) * MIB
+                    if step % 3 == 2:
+                        await volume.trim(at, 8 * MIB)
+                    else:
+                        await volume.write(at, piece(step) * 2)
+                    judge()
+                    if rng.random() < 0.2:
+                        before = table.gained_slots
+                        await pool.checkpoint()
+                        freed += table.gained_slots > before
+                        judge()
+                if number % 2:
+                    await pool.delete_volume(f"v{number}")
+                    await settle(pool)
+                    judge()
+            assert freed > 3
+            assert len(table.idle()) < 10 < len(table.by_id)
+            report = await pool.check(True)
+            assert report.problems == []
 
     run(body)

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+import trio
 
-from tests.tiers.helpers import fresh_pool, run
+from tests.tiers.helpers import fresh_pool, run, settle
 from tiers import TierError
 from tiers.layout import BLOCK_BYTES as BLOCK
 
@@ -45,5 +46,30 @@ def test_a_deleted_volume_takes_no_trims(tmp_path: Path) -> None:
             await pool.delete_volume("v")
             with pytest.raises(TierError, match="deleted"):
                 volume.trim_now([(0, BLOCK)])
+
+    run(body)
+
+
+def test_a_trim_whose_space_is_not_counted_yet_is_told_of_until_it_is(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path) as pool:
+            volume = await pool.create_volume("v", 8 << 20)
+            await volume.write(0, b"x" * (8 << 20))
+            await pool.checkpoint()
+            assert not pool.status().uncounted_frees
+            await volume.trim(0, 8 << 20)
+            assert pool.status().uncounted_frees
+            await settle(pool)
+            assert not pool.status().uncounted_frees
+            await volume.write(0, b"x" * (8 << 20))
+            await pool.checkpoint()
+            live = pool.status().devices[0].live_bytes
+            await pool.delete_volume("v")
+            while pool.status().devices[0].live_bytes == live:
+                assert pool.status().uncounted_frees
+                await trio.lowlevel.checkpoint()
+            await settle(pool)
+            assert not pool.status().uncounted_frees
+            assert pool.status().used_bytes == 0
 
     run(body)

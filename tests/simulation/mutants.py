@@ -1,0 +1,478 @@
+"""Bugs on purpose: each breaks one rule of the promise in the engine, for as long as its context lasts.
+
+A simulation that never fails proves nothing until it is shown that it can. So here is one small wrong engine for each
+rule that a simulated machine can see broken; `test_mutants.py` demands that the simulation catches every one of them,
+on seeds on which the engine as it is passes.
+
+Most mutants are one passage of the engine's source in place of another (`_instead`): what is wrong with the mutant can
+be read off directly. If the engine changes so that the passage is no longer there, planting fails and says so; then
+the mutant has to be written anew, or goes with the rule that it broke. Nothing of this is in the product.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import tiers.checkpoint
+import tiers.maptree
+import tiers.pool
+import tiers.recovery
+from tiers.checkpoint import Checkpointer, Merge
+from tiers.cleaner import Cleaner
+from tiers.engine import Engine
+from tiers.flush import Flusher
+from tiers.log import Log
+from tiers.pool import Pool
+from tiers.segments import SegmentTable
+from tiers.space import Space
+from tiers.volume import Volume
+
+Plant = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A bug that can be planted."""
+
+    rule: str
+    """The rule of the design (section 5) that it breaks, or the promise (`docs/durability.md`)."""
+    breaks: str
+    """How."""
+    plant: Plant
+
+
+def _instead(owner: Any, name: str, *passages: str, **helpers: Any) -> Plant:
+    """A function of a class or module of the engine with `passages` of its source (old, new, ...) replaced.
+
+    `helpers` are names that the new passages use, put into the module for as long.
+    """
+
+    @contextlib.contextmanager
+    def plant() -> Iterator[None]:
+        honest = inspect.getattr_static(owner, name)
+        function = getattr(honest, "fget", None) or getattr(honest, "__func__", honest)
+        source = textwrap.dedent(inspect.getsource(function))
+        for old, new in zip(passages[::2], passages[1::2], strict=True):
+            if source.count(old) != 1:
+                raise LookupError(f"{owner.__name__}.{name} has no (single) {old!r} any more: write the mutant anew")
+            source = source.replace(old, new)
+        module = sys.modules[function.__module__]
+        made: dict[str, Any] = {}
+        code = compile(source, f"<mutant of {owner.__name__}.{name}>", "exec", dont_inherit=True)
+        exec(code, module.__dict__, made)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.dict(module.__dict__, helpers))
+            stack.enter_context(mock.patch.object(owner, name, made[name]))
+            for other in list(sys.modules.values()):  # those that imported it by name
+                if other is not owner and other.__name__.startswith("tiers.") and getattr(other, name, None) is honest:
+                    stack.enter_context(mock.patch.object(other, name, made[name]))
+            yield
+
+    return plant
+
+
+def _all_of(*plants: Plant) -> Plant:
+    """Several replacements that together are one bug."""
+
+    @contextlib.contextmanager
+    def plant() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for one in plants:
+                stack.enter_context(one())
+            yield
+
+    return plant
+
+
+def _patched(owner: Any, name: str, new: Any) -> Plant:
+    return lambda: mock.patch.object(owner, name, new)
+
+
+# -- bugs that need more than a line -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _half_used_segment() -> Iterator[None]:
+    """Recovery goes on where the log ended: same segment, same incarnation, no checkpoint."""
+    ends: dict[int, Any] = {}
+    honest_apply = tiers.recovery._apply
+
+    async def apply(engine: Engine, found: Any, result: Any) -> None:
+        await honest_apply(engine, found, result)
+        ends[id(engine)] = found.batch
+
+    def resume(engine: Engine) -> bool:
+        last = ends.pop(id(engine), None)
+        if last is None:
+            return False
+        log = engine.log
+        log.incarnation, log.seq, log.appended_seq, log.prev_check = (last.incarnation, last.seq, last.seq, last.check)
+        engine.flusher.durable_seq = last.seq
+        log._head = engine.segments.by_id[last.segment_id]
+        log._head.open = True
+        return True
+
+    recover = _instead(
+        tiers.pool,
+        "_recover",
+        "engine.log.start()\n        await pool._checkpoint_alone()",
+        "if not resume(engine):\n            engine.log.start()\n            await pool._checkpoint_alone()",
+        resume=resume,
+    )
+    with mock.patch.object(tiers.recovery, "_apply", apply), recover():
+        yield
+
+
+@contextlib.contextmanager
+def _victims_given_back_at_once() -> Iterator[None]:
+    """A segment whose blocks have all moved is free when its MOVE is logged, durable or not."""
+    honest_move, honest_apply = Cleaner._move_segment, Cleaner._apply_staged
+    emptied: list[Any] = []
+
+    async def move(self: Cleaner, victim: Any, destination: str) -> None:
+        await honest_move(self, victim, destination)
+        emptied.append(victim)
+
+    async def apply(self: Cleaner) -> None:
+        await honest_apply(self)
+        segments = self._engine.segments
+        while emptied:
+            victim = emptied.pop()
+            if segments.by_id.get(victim.id) is victim and not victim.pins and not victim.open:
+                victim.device.free.append(victim.index)
+                victim.device.free.sort(key=lambda index: index != victim.index)
+                victim.device.free.reverse()
+
+    with mock.patch.object(Cleaner, "_move_segment", move), mock.patch.object(Cleaner, "_apply_staged", apply):
+        yield
+
+
+async def _sync_twice(device: Any) -> None:
+    try:
+        await device.sync()
+    except OSError:
+        await device.sync()
+
+
+def _lowest_free_id(table: SegmentTable) -> int:
+    return next(i for i in range(1, 1 << 40) if i not in table.by_id)
+
+
+def _merge_of_before(checkpointer: Checkpointer) -> Merge:
+    """What the failed try had counted stays counted."""
+    begun, merge = checkpointer.__dict__.get("kept", (-1, None))
+    if begun != checkpointer._begun:
+        merge = Merge()
+    checkpointer.__dict__["kept"] = checkpointer._begun, merge
+    merge.dead = dict(checkpointer._engine.dead)
+    return merge
+
+
+def _log_hole(self: Cleaner, volume: Volume, block: int, entry: Any, victim: Any) -> None:
+    """In place of BAD: the lost block becomes a hole."""
+    if not volume.deleted and volume.entry_now(block) == entry:
+        volume._append([volume._unmap_word, block, 1], [], [])
+
+
+def _guessed_place(engine: Engine) -> int:
+    """Where a batch with a header of one slot goes."""
+    head = engine.log.head
+    return head.id << 24 | head.used + 1
+
+
+# -- the bugs ----------------------------------------------------------------------------------------------------------
+
+MUTANTS: dict[str, Mutant] = {
+    # Rule 1: checkpoints and recovery.
+    "a checkpoint that commits without a flush": Mutant(
+        "1",
+        "the catalog names map pages and blocks that a power cut may still take",
+        _instead(Checkpointer, "_attempt", "await self._engine.flusher.flush()", "await trio.lowlevel.checkpoint()"),
+    ),
+    "a checkpoint that records the log's position of the commit, not of the freeze": Mutant(
+        "1",
+        "what was written while the map pages were made is in neither the pages nor the log to be replayed",
+        _instead(
+            Checkpointer,
+            "_change",
+            "frozen.log_segment,\n            frozen.log_slot,\n            frozen.log_prev_check,",
+            "engine.log.head.id, engine.log.head.used, engine.log.prev_check,",
+        ),
+    ),
+    "a recovery that does not sync before it commits": Mutant(
+        "1",
+        "a killed daemon's unsynced batches are replayed from the page cache and the checkpoint says they are durable",
+        _instead(tiers.pool, "_recover", "await device.sync()", "await trio.lowlevel.checkpoint()"),
+    ),
+    "a recovery that goes on in the half-used segment of an earlier life": Mutant(
+        "1",
+        "a batch that survived where its predecessor was lost comes back when a client repeats the lost write",
+        _half_used_segment,
+    ),
+    # Rule 2: flushes.
+    "a volume flush that returns at once": Mutant(
+        "2",
+        "nothing is synced",
+        _instead(Volume, "flush", "await self._engine.flusher.flush()", "await trio.lowlevel.checkpoint()"),
+    ),
+    "a flush that is answered by the sync that was running when it came": Mutant(
+        "2",
+        "that sync may not cover what was written after it began",
+        _instead(Flusher, "flush", "need = self._begun + 1", "need = self._ended + 1"),
+    ),
+    "a flush that syncs one device of several": Mutant(
+        "2",
+        "the log may lie on any of them",
+        _instead(Flusher, "_round", "and not device.poisoned]", "and not device.poisoned][:1]"),
+    ),
+    "a flush that takes its sequence when the sync has ended": Mutant(
+        "2",
+        "batches claim by durable_seq that others were durable which were not",
+        _instead(Flusher, "_round", "self.durable_seq, seq)", "self.durable_seq, self._seq())"),
+    ),
+    "a volume that is created before it is durable": Mutant(
+        "2",
+        "the command returned, and a power cut takes the volume",
+        _instead(Pool, "create_volume", "await self._engine.flusher.flush()", "await trio.lowlevel.checkpoint()"),
+    ),
+    # Rule 3: failed syncs.
+    "a failed sync that is tried again": Mutant(
+        "3",
+        "the second one succeeds, since the kernel has marked the lost pages clean",
+        _instead(Flusher, "_round", "await device.sync()", "await sync_twice(device)", sync_twice=_sync_twice),
+    ),
+    "a failed sync that fails its flush and is then forgotten": Mutant(
+        "3",
+        "the next flush succeeds and claims what the first has lost",
+        _instead(
+            Flusher,
+            "_round",
+            'logger.error("%s", self.failure)\n        with trio.CancelScope(shield=True):\n'
+            "            await self._on_poison(device)",
+            "",
+        ),
+    ),
+    "a poison that only this life remembers": Mutant(
+        "3",
+        "a restart lifts it",
+        _instead(Engine, "poisoned", "bits = frozenset(d.index for d in self.devices if d.poisoned)", "return"),
+    ),
+    "a replay that believes the page cache": Mutant(
+        "3",
+        "after a failed sync the cache shows what the medium never got",
+        _instead(tiers.recovery._LogReader, "is_on_medium", "device.read_direct(", "device.read("),
+    ),
+    # Rule 4: the end of the log.
+    "a replay that takes any damage for the end of the log": Mutant(
+        "4",
+        "what durable_seq proves to have been durable is dropped in silence",
+        _instead(tiers.recovery, "replay", "if proof > end_seq:", "if False:"),
+    ),
+    "a replay that checks a torn batch's header only": Mutant(
+        "4",
+        "its data may be what was there before",
+        _instead(
+            tiers.recovery._LogReader,
+            "is_on_medium",
+            "and checks_of(view[data : data + (len(batch.checks) << BLOCK_SHIFT)]) == batch.checks",
+            "",
+        ),
+    ),
+    "a replay that ends at damaged data which was durable": Mutant(
+        "4",
+        "one bad block takes everything after it along",
+        _instead(tiers.recovery, "replay", "batch.seq > durable and ", ""),
+    ),
+    # Rule 5: failed writes.
+    "a failed write whose entries go into the map": Mutant(
+        "5",
+        "the map names bytes that were never written",
+        _instead(
+            Volume,
+            "_append",
+            "address = engine.log.append(ops, checks, buffers)",
+            "guess = guessed_place(engine)\n"
+            "    try:\n"
+            "        address = engine.log.append(ops, checks, buffers)\n"
+            "    except OSError:\n"
+            "        self.apply_batch(ops, checks, guess)\n"
+            "        raise",
+            guessed_place=_guessed_place,
+        ),
+    ),
+    "a log that goes on behind a failed write": Mutant(
+        "5",
+        "what had arrived of it stands where the next batch should be: it ends the log, or comes true after all",
+        _instead(
+            Log,
+            "append",
+            "self._leave_damaged_head()",
+            "segment.used = min(segment.used + len(checks) + 1, segment.slots - 1)",
+        ),
+    ),
+    # Rule 6: labels.
+    "an older catalog that is accepted": Mutant(
+        "6",
+        "the log that it continues with is gone or another's",
+        _instead(tiers.pool, "_judge_label", "if label.checkpoint_seq > state.position.checkpoint_seq:", "if False:"),
+    ),
+    # Rule 7: reuse.
+    "a segment that is reused one checkpoint early": Mutant(
+        "7",
+        "its records are still needed to replay, and those that killed its blocks may not be durable",
+        _instead(tiers.checkpoint, "_is_free", "and segment.last_seq <= seq", ""),
+    ),
+    "a segment that is reused under a reader": Mutant(
+        "7",
+        "a map page's bytes change while a worker reads them",
+        _instead(tiers.maptree, "read_pages", "place.pins += 1", "pass", "place.pins -= 1", "pass"),
+    ),
+    "a segment that is reused when its blocks' moves are logged": Mutant(
+        "7",
+        "a power cut takes the record, and the blocks' old place is overwritten",
+        _victims_given_back_at_once,
+    ),
+    "a move that is logged before its copies are durable": Mutant(
+        "7",
+        "a power cut may keep the record and lose the copies",
+        _instead(Cleaner, "_apply_staged", "await engine.flusher.flush()", "await trio.lowlevel.checkpoint()"),
+    ),
+    "a segment id that is given out twice": Mutant(
+        "7",
+        "a stale address can be mistaken for a new one",
+        _instead(
+            SegmentTable,
+            "take",
+            "Segment(self.next_id,",
+            "Segment(lowest_free_id(self),",
+            lowest_free_id=_lowest_free_id,
+        ),
+    ),
+    "a read that gives up without looking the entry up again": Mutant(
+        "7",
+        "a block that was overwritten in time reads as an error",
+        _instead(Volume, "_read_suspect", "if self.entry_now(block) == (address, check):", "if True:"),
+    ),
+    # Promise 2: no silent corruption.
+    "a fast read that checks nothing": Mutant(
+        "promise 2",
+        "it returns what the page cache has",
+        _all_of(
+            _instead(Volume, "read_now", "and check_of(into) == check", ""),
+            _instead(Volume, "_read_entries_now", "if checks_of(part) != checks[first : first + count]:", "if False:"),
+        ),
+    ),
+    "a slow read that checks nothing": Mutant(
+        "promise 2",
+        "it returns what the device has",
+        _instead(
+            Volume,
+            "_read_runs",
+            "suspects += [first + i for i in range(count) if found[i] != checks[first + i]]",
+            "del found",
+        ),
+    ),
+    "a map page that nobody checks": Mutant(
+        "promise 2",
+        "a stale or misdirected page shows other blocks",
+        _instead(tiers.maptree, "read_pages", "if check_of(block) != entries[i][1]:", "if False:"),
+    ),
+    "a lost block that is moved as a hole": Mutant(
+        "promise 2",
+        "its readers get zeros in place of an error",
+        _patched(Cleaner, "_log_bad", _log_hole),
+    ),
+    "a cleaner that copies what it has not verified": Mutant(
+        "promise 2",
+        "one bad read of a good block makes the block bad",
+        _instead(Cleaner, "_copy", "if check_of(view) == check:", "if True:"),
+    ),
+    # Rule 8: space.
+    "a reserve that is given away": Mutant(
+        "8",
+        "a full pool has no room left for the cleaner, the map and the trims that would help",
+        _all_of(
+            _instead(Space, "reserve", "return 7 * self.largest_segment_slots", "return 0"),
+            _instead(Space, "map_reserve", "return max(pages, quota - segments.map_slots)", "return 0"),
+            _instead(Space, "capacity", "kept = ", "return segments.total_slots\n    kept = "),
+            _instead(Space, "keep_slots", "return self.next_pages()", "return 0 * self.next_pages()"),
+        ),
+    ),
+    # Rule 9: merging.
+    "a merge that does not look whether its block has changed": Mutant(
+        "9",
+        "a write between its read and its own is lost",
+        _instead(
+            Volume,
+            "_edge_now",
+            "if prepared is not None and self.entry_now(block) == prepared[0]:",
+            "if prepared is not None:",
+        ),
+    ),
+    "a merge that ignores what its own batch has staged": Mutant(
+        "9",
+        "of two writes to one block the first is lost",
+        _instead(Volume, "_align", "old = staged.get(block)", "old = None"),
+    ),
+    "a move that does not look whether its block has changed": Mutant(
+        "9",
+        "an overwrite between copy and MOVE is undone",
+        _instead(Cleaner, "_apply", "and volume.entry_now(block) == (old, check)", ""),
+    ),
+    "a replay that takes every copy of a move": Mutant(
+        "9",
+        "those whose block was overwritten meanwhile were not to take effect",
+        _instead(tiers.recovery, "_apply_move", "if words[1 + at // 64] >> at % 64 & 1 and volume", "if volume"),
+    ),
+    # Rule 10: shrinking and huge trims.
+    "a shrink that leaves the tail of its last block": Mutant(
+        "10",
+        "cut-off bytes come back when the volume grows",
+        _instead(Pool, "_shrink", 'data[:partial].ljust(BLOCK_BYTES, b"\\0")', "data"),
+    ),
+    "a dead list that is forgotten": Mutant(
+        "10",
+        "what lay below is counted as live for ever",
+        _instead(Checkpointer, "_change", "change.dead_added = [", "change.dead_added = [] and ["),
+    ),
+    "a dead list that is walked again": Mutant(
+        "10",
+        "a restart gives back what was given back before",
+        _instead(Checkpointer, "_change", "change.dead_removed = [", "change.dead_removed = [] and ["),
+    ),
+    "a checkpoint whose failed try has counted already": Mutant(
+        "1",
+        "live counts drift, so that space is lost or live segments are freed",
+        _instead(
+            Checkpointer,
+            "_attempt",
+            "merge = Merge(dead=dict(self._engine.dead))",
+            "merge = merge_of_before(self)",
+            merge_of_before=_merge_of_before,
+        ),
+    ),
+    # The log says it, the replay must do it.
+    "a replay that ignores trims": Mutant(
+        "promise 1",
+        "what was zeroed before the last writes is back",
+        _instead(
+            tiers.recovery,
+            "_apply",
+            "if volume is not None:\n                group += (op << 56 | subject, a, b)",
+            "if volume is not None and op is Op.WRITE:\n                group += (op << 56 | subject, a, b)",
+        ),
+    ),
+    "a log that rolls without a link": Mutant(
+        "promise 1",
+        "what follows can't be found again",
+        _instead(Log, "roll", "self._write(old, link, [], [], [])", "del link"),
+    ),
+}

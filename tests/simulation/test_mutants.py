@@ -1,0 +1,770 @@
+"""Proof that the simulation can fail: it catches every planted bug, on seeds on which the engine as it is passes.
+
+For each mutant of `mutants.py` there is a scenario, a function of a seed that raises when the promise is broken: the
+random search of the oracle where that finds the bug soon, else a machine on which the bug has more to do. The scenario
+is run with the mutant planted over a range of seeds until it raises, and what it raises must be a verdict (of the
+oracle, of the engine's own assertions, or an error that the engine has no reason for), not a crash of the mutant's own
+making. Each of these seeds must pass without the mutant, or else the catch would mean nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import logging
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import trio
+
+from tests.simulation.corruption import (
+    ONE,
+    QUIET,
+    TWO,
+    Scene,
+    cleaning_damage,
+    idle,
+    log_damage,
+    move_everything,
+    require,
+    rest_damage,
+)
+from tests.simulation.mutants import MUTANTS
+from tests.simulation.machine import Disk, Machine, PowerCutError
+from tests.simulation.oracle import BLOCK, LAYOUTS, Op, OracleError, read_all, require_sound, search
+from tiers import Pool, TierError, Volume
+from tiers.record import Kind
+
+SEEDS = 40
+"""A mutant that survives so many is not caught."""
+
+TWINS = (Disk("fast", 24, 64 << 10), Disk("fast", 24, 64 << 10))
+"""The log goes from one to the other all the time."""
+
+# -- scenarios ---------------------------------------------------------------------------------------------------------
+
+
+def storm(seed: int) -> Scene:
+    """Writes, flushes, checkpoints and moves all at once, on a machine that soon loses its power, again and again.
+
+    Unlike the random search it does little else, so that most crashes fall into a flush, a checkpoint or a move.
+    """
+    rng = random.Random(seed)
+    scene = Scene(seed, disks=rng.choice((*LAYOUTS, TWINS)), blocks=96)
+    scene.machine.pauses = rng.choice((2, 6, 12))
+    scene.machine.cold_share = rng.choice((0.0, 0.3))
+
+    async def flusher(volume: Volume) -> None:
+        while True:
+            await _yield(rng.randrange(1, 12))
+            mark = scene.model.mark
+            await volume.flush()
+            scene.model.flushed(mark)
+
+    async def checkpointer(pool: Pool) -> None:
+        while True:
+            await _yield(rng.randrange(1, 60))
+            mark = scene.model.mark
+            await pool.checkpoint()
+            scene.model.flushed(mark)
+
+    async def mover(pool: Pool) -> None:
+        while True:
+            await _yield(rng.randrange(1, 100))
+            await _move_some(pool, rng)
+
+    async def main() -> None:
+        for life in range(5):
+            with contextlib.suppress(PowerCutError):
+                async with scene.opened() as (pool, volume):
+                    scene.machine.countdown = rng.randrange(1, 250)
+                    async with trio.open_nursery() as nursery:
+                        for task, argument, share in (
+                            (flusher, volume, 0.8),
+                            (checkpointer, pool, 0.8),
+                            (mover, pool, 0.5),
+                        ):
+                            if rng.random() < share:
+                                nursery.start_soon(task, argument)
+                        for _ in range(80):
+                            await scene.operation(volume)
+                            await _yield(rng.randrange(6))
+                        nursery.cancel_scope.cancel()
+                    scene.machine.countdown = None
+                    await scene.crash()
+            scene.machine.countdown = None
+            scene.restart(power_cut=rng.random() < (0.8 if life % 2 else 0.4))
+        async with scene.opened():
+            pass
+
+    scene.machine.run(main)
+    return scene
+
+
+async def _yield(times: int) -> None:
+    for _ in range(times):
+        await trio.lowlevel.checkpoint()
+
+
+async def _move_some(pool: Pool, rng: random.Random) -> None:
+    """Relocate a few sealed data segments, through the cleaner's own operations."""
+    segments = pool._engine.segments.by_id
+    victims = [
+        segment
+        for segment in segments.values()
+        if not segment.open and segment.kind is not Kind.MAP and segment.live + segment.pending
+    ]
+    for victim in rng.sample(victims, min(3, len(victims))):
+        if segments.get(victim.id) is victim:
+            await pool._cleaner._move_segment(victim, rng.choice(("fast", "base")))
+    await pool._cleaner._apply_staged()
+
+
+def kill_then_power_cut(seed: int) -> None:
+    """The daemon dies with much in the page cache; the next one has hardly opened the pool when the power goes."""
+    scene = Scene(seed, disks=4 * (Disk("fast", 14, 64 << 10),), blocks=64)
+
+    async def main() -> None:
+        for _ in range(3):
+            async with scene.opened() as (_, volume):
+                for _ in range(15):
+                    await scene.operation(volume)
+                await scene.crash()
+            scene.restart(power_cut=False)
+            async with scene.opened(judge=False) as (_, volume):
+                scene.model.judge(await read_all(volume), everything=True)
+                await scene.crash()
+            scene.restart(power_cut=True)
+        async with scene.opened():
+            pass
+
+    scene.machine.run(main)
+
+
+def late_flush(seed: int) -> None:
+    """A flush comes while a sync runs that began before the last write; when it returns, the power goes."""
+    rng = random.Random(seed)
+    scene = Scene(seed, blocks=64)
+    scene.machine.pauses = 12
+
+    async def main() -> None:
+        for _ in range(4):
+            async with scene.opened() as (_, volume):
+                async with trio.open_nursery() as nursery:
+                    await scene.operation(volume)
+                    nursery.start_soon(volume.flush)
+                    await _yield(rng.randrange(12))
+                    await scene.operation(volume)
+                    await volume.flush()
+                    scene.model.flushed(scene.model.mark)
+                await scene.crash()
+            scene.restart(power_cut=True)
+        async with scene.opened():
+            pass
+
+    scene.machine.run(main)
+
+
+def repeated_write(seed: int) -> None:
+    """A client repeats, after a power cut, the write that was lost in it; what came after that stays lost."""
+    scene = Scene(seed, blocks=16)
+    lost, kept = [(0, scene.data(BLOCK))], [(BLOCK, scene.data(BLOCK))]
+
+    async def main() -> None:
+        async with scene.opened() as (_, volume):
+            for _ in range(scene.rng.randrange(1, 4)):
+                await scene.operation(volume, whole=True)
+            await volume.flush()
+            scene.model.flushed(scene.model.mark)
+            for changes in (lost, kept):
+                require(volume.write_now(changes), "a write has to wait for nothing")
+                scene.model.returned(Op("write", changes))
+            await scene.crash()
+        scene.restart(power_cut=True)
+        for _ in range(2):
+            async with scene.opened(judge=False) as (_, volume):
+                # Without `check`, whose checkpoint would burn a sequence.
+                scene.model.judge(await read_all(volume), everything=False)
+                require(volume.write_now(lost), "a write has to wait for nothing")
+                scene.model.returned(Op("repeated write", lost))
+                await volume.flush()
+                scene.model.flushed(scene.model.mark)
+                await scene.crash()
+            scene.restart(power_cut=True)
+        async with scene.opened():
+            pass
+
+    scene.machine.run(main)
+
+
+def failed_sync(seed: int) -> None:
+    """A sync fails once. No later flush may succeed in this life, and no later life may write."""
+    rng = random.Random(seed)
+    scene = Scene(seed, disks=rng.choice((ONE, TWO)), blocks=64)
+
+    async def main() -> None:
+        async with scene.opened() as (_, volume):
+            at = rng.randrange(20)
+            has_failed = False
+            for i in range(30):
+                with contextlib.suppress(TierError):
+                    await scene.operation(volume, whole=True)
+                scene.model.in_flight = None
+                if i == at:
+                    scene.machine.media[0].failing_syncs = 1
+                if rng.random() < 0.4:
+                    mark = scene.model.mark
+                    is_dirty = bool(scene.machine.media[0].unsynced)
+                    try:
+                        await volume.flush()
+                    except TierError:
+                        has_failed = True
+                    else:
+                        scene.model.flushed(mark)
+                        require(not (i >= at and is_dirty and not has_failed), "a flush whose sync failed succeeded")
+            await scene.crash()
+        scene.restart(power_cut=True)
+        async with scene.opened() as (pool, _):
+            require(not has_failed or pool.status().state == "read-only", "a restart lifted the poison")
+
+    scene.machine.run(main)
+
+
+def forgotten_pages(seed: int) -> None:
+    """The kernel dropped what it couldn't write, and nobody was told; then the daemon dies, and later the power."""
+    scene = Scene(seed, blocks=64)
+
+    async def main() -> None:
+        async with scene.opened() as (_, volume):
+            for i in range(20):
+                await scene.operation(volume, whole=True)
+                if i == 9:
+                    await volume.flush()
+                    scene.model.flushed(scene.model.mark)
+            for medium in scene.machine.media:
+                medium.drop_dirty(scene.rng.randrange(len(medium.unsynced) + 1))
+            await scene.crash()
+        for power_cut in (False, True):
+            scene.restart(power_cut=power_cut)
+            scene.everything = False
+            async with scene.opened() as (_, volume):
+                scene.model.flushed(scene.model.mark)
+                await scene.crash()
+
+    scene.machine.run(main)
+
+
+def refused_writes(seed: int) -> None:
+    """Devices take some of a write and refuse the rest: it never happened, and what comes after it does."""
+    rng = random.Random(seed)
+    scene = Scene(seed, blocks=64)
+    share = 0.0
+
+    def fail(offset: int, length: int) -> tuple[int, int] | None:
+        if rng.random() > share:
+            return None
+        return rng.choice((errno.EIO, errno.ENOSPC, 0)), rng.choice((0, rng.randrange(length // 512 + 1) * 512, length))
+
+    async def main() -> None:
+        nonlocal share
+        for medium in scene.machine.media:
+            medium.on_write = fail
+        for _ in range(4):
+            async with scene.opened() as (pool, volume):
+                share = 0.1
+                for _ in range(30):
+                    offset, length = scene.range(whole=True)
+                    op = Op("write", [(offset, scene.data(length))])
+                    scene.model.in_flight = op
+                    try:
+                        if not volume.write_now(op.changes):
+                            await volume.write(*op.changes[0])
+                    except TierError:
+                        scene.model.in_flight = None
+                        if len(op.changes[0][1]) > BLOCK:  # it may have gone in more than one batch
+                            op = Op(
+                                "the part of a refused write that was logged",
+                                [(offset, await _part(volume, scene, op))],
+                            )
+                            scene.model.returned(op)
+                        await scene.compare(volume, 0, scene.size)
+                        if pool._engine.log.broken or rng.random() < 0.7:
+                            share = 0.0
+                            if pool._engine.log.broken:
+                                # Its place could not be written over either: only the next checkpoint is past it.
+                                await pool.checkpoint()
+                            with contextlib.suppress(TierError):
+                                await volume.flush()
+                                scene.model.flushed(scene.model.mark)
+                            share = 0.1
+                    else:
+                        scene.model.in_flight = None
+                        scene.model.returned(op)
+                share = 0.0
+                await volume.flush()
+                scene.model.flushed(scene.model.mark)
+                await scene.crash()
+            scene.restart(power_cut=rng.random() < 0.5)
+        async with scene.opened():
+            pass
+
+    scene.machine.run(main)
+
+
+async def _part(volume: Volume, scene: Scene, op: Op) -> bytes:
+    """What a refused write has left in its range: each block old or new."""
+    ((offset, data),) = op.changes
+    into = bytearray(len(data))
+    await volume.read(offset, len(into), memoryview(into))
+    for at in range(0, len(data), BLOCK):
+        old = scene.model.content[offset + at : offset + at + BLOCK]
+        require(into[at : at + BLOCK] in (old, data[at : at + BLOCK]), "a refused write left neither old nor new bytes")
+    return bytes(into)
+
+
+def old_catalog(seed: int) -> None:
+    """The catalog is restored from a backup that is a few checkpoints old."""
+    rng = random.Random(seed)
+    scene = Scene(seed, disks=rng.choice((ONE, TWO)), blocks=64)
+
+    async def main() -> None:
+        backups = []
+        async with scene.opened() as (pool, volume):
+            for _ in range(rng.randrange(2, 6)):
+                for _ in range(rng.randrange(1, 8)):
+                    await scene.operation(volume)
+                await pool.checkpoint()
+                backups.append(scene.machine.state)
+            await scene.operation(volume)
+        newest, scene.machine.state = scene.machine.state, rng.choice(backups[:-1])
+        try:
+            async with scene.opened():
+                pass
+        except TierError as error:
+            if error.errno != errno.ESTALE:
+                raise
+        else:
+            raise OracleError("a catalog older than its devices was accepted")
+        scene.machine.state = newest
+        async with scene.opened():
+            pass
+
+    scene.machine.run(main)
+
+
+def unique_ids(seed: int) -> None:
+    """A segment's id stands for one place, for ever."""
+    scene = Scene(seed, disks=TWO, blocks=96)
+    places: dict[int, tuple[int, int, str]] = {}
+
+    def note(pool: Pool) -> None:
+        for segment in pool._engine.segments.by_id.values():
+            place = (segment.device.index, segment.index, segment.kind.name)
+            require(
+                places.setdefault(segment.id, place) == place,
+                f"segment {segment.id} was {places[segment.id]}, is {place}",
+            )
+
+    async def main() -> None:
+        for _ in range(4):
+            async with scene.opened() as (pool, volume):
+                for i in range(60):
+                    await scene.operation(volume)
+                    if i % 10 == 9:
+                        await pool.checkpoint()
+                    note(pool)
+                await scene.crash()
+            scene.restart(power_cut=True)
+
+    scene.machine.run(main)
+
+
+def slow_readers(seed: int) -> None:
+    """Readers whose device takes its time, while what they read is overwritten, checkpointed and reused."""
+    rng = random.Random(seed)
+    scene = Scene(seed, disks=(Disk("fast", 90, 64 << 10),), blocks=300)
+    scene.machine.cold_share = 1.0
+
+    async def slow(offset: int, length: int) -> None:
+        if rng.random() < 0.3:
+            await trio.sleep(rng.random())
+
+    async def reader(volume: Volume) -> None:
+        while True:
+            volume.tree.forget()  # as a small cache does
+            at = rng.randrange(300)
+            mark = scene.model.mark
+            allowed = [bytes(scene.model.content[at * BLOCK : (at + 1) * BLOCK])]
+            watchers.append((at, allowed))
+            into = bytearray(BLOCK)
+            await volume.read(at * BLOCK, BLOCK, memoryview(into))
+            watchers.remove((at, allowed))
+            require(bytes(into) in allowed, f"block {at}: read what it never held since {mark}")
+
+    watchers: list[tuple[int, list[bytes]]] = []
+
+    async def main() -> None:
+        async with scene.opened() as (pool, volume):
+            for at in range(0, 300, 20):
+                await _write(scene, volume, at, 20)
+            await idle(pool)
+            scene.machine.media[0].before_read = slow
+            async with trio.open_nursery() as nursery:
+                for _ in range(4):
+                    nursery.start_soon(reader, volume)
+                for _ in range(12):
+                    for _ in range(rng.randrange(1, 4)):
+                        at = rng.randrange(290)
+                        await _write(scene, volume, at, 10)
+                        for block, allowed in watchers:
+                            allowed.append(bytes(scene.model.content[block * BLOCK : (block + 1) * BLOCK]))
+                    await trio.sleep(rng.random() * 0.2)
+                    await pool.checkpoint()
+                nursery.cancel_scope.cancel()
+
+    scene.machine.run(main)
+
+
+async def _write(scene: Scene, volume: Volume, at: int, count: int) -> None:
+    op = Op("write", [(at * BLOCK, scene.data(count * BLOCK))])
+    await volume.write(*op.changes[0])
+    scene.model.returned(op)
+
+
+def mended_in_time(seed: int) -> None:
+    """A damaged block is overwritten while somebody reads it: the reader gets the new bytes."""
+    scene = Scene(seed, blocks=16)
+    (medium,) = scene.machine.media
+
+    async def main() -> None:
+        async with scene.opened() as (pool, volume):
+            at = scene.rng.randrange(16)
+            await _write(scene, volume, at, 1)
+            await pool.checkpoint()
+            (address,), _ = await volume.entries(at, 1)
+            medium.flip(volume._segments[address >> 24].offset(address & 0xFFFFFF) + scene.rng.randrange(BLOCK))
+            reads = 0
+
+            async def overwrite(offset: int, length: int) -> None:
+                nonlocal reads
+                reads += 1
+                if reads == 2:  # the one past the page cache
+                    await _write(scene, volume, at, 1)
+
+            medium.before_read = overwrite
+            into = bytearray(BLOCK)
+            await volume.read(at * BLOCK, BLOCK, memoryview(into))
+            require(reads >= 2, "nobody looked past the page cache")
+            require(into == scene.model.content[at * BLOCK : (at + 1) * BLOCK], "the reader got other bytes")
+
+    scene.machine.run(main)
+
+
+def moves(seed: int) -> None:
+    """Blocks move while they are overwritten, and the machine stops at any step of it."""
+    rng = random.Random(seed)
+    scene = Scene(seed, disks=TWO, blocks=128)
+    scene.machine.pauses = rng.choice((0, 3, 8))
+
+    async def writer(volume: Volume) -> None:
+        for _ in range(rng.randrange(10)):
+            await _yield(rng.randrange(30))
+            await scene.operation(volume)
+
+    async def main() -> None:
+        for _ in range(4):
+            with contextlib.suppress(PowerCutError):
+                async with scene.opened() as (pool, volume):
+                    for i in range(20):
+                        await scene.operation(volume)
+                        if i in (7, 14):
+                            await pool.checkpoint()
+                    await volume.flush()
+                    scene.model.flushed(scene.model.mark)
+                    scene.machine.countdown = rng.randrange(3, 60)
+                    for destination in ("base", "fast"):
+                        async with trio.open_nursery() as nursery:
+                            nursery.start_soon(writer, volume)
+                            await move_everything(pool, destination)
+                    for _ in range(rng.randrange(20)):
+                        await scene.operation(volume)
+                    scene.machine.countdown = None
+                    await scene.crash()
+            scene.machine.countdown = None
+            scene.restart(power_cut=rng.random() < 0.7)
+        async with scene.opened():
+            pass
+
+    scene.machine.run(main)
+
+
+def misread(seed: int) -> None:
+    """The cleaner gets wrong bytes from a device that has the right ones: it has to look again."""
+    scene = Scene(seed, disks=TWO, blocks=96)
+
+    async def main() -> None:
+        async with scene.opened() as (pool, volume):
+            for i in range(30):
+                await scene.operation(volume)
+                if i % 10 == 9:
+                    await pool.checkpoint()
+            blocks = [at for at in range(96) if (volume.entry_now(at) or (0, 0))[0] > 1]
+            for at in scene.rng.sample(blocks, 5):
+                address, _ = volume.entry_now(at) or (0, 0)
+                segment = volume._segments[address >> 24]
+                medium = scene.machine.media[segment.device.index]
+                offset = segment.offset(address & 0xFFFFFF)
+                medium.lost.add(offset // 512)  # the cache says one thing, the medium another
+                medium.durable[offset : offset + 512] = medium.cache[offset : offset + 512]
+                medium.cache[offset] ^= 1
+            await move_everything(pool, "base")
+            await scene.compare(volume, 0, scene.size)
+
+    scene.machine.run(main)
+
+
+def full_pool(seed: int) -> None:
+    """A pool is filled to the brim; overwrites, trims and checkpoints go on in it."""
+    rng = random.Random(seed)
+    scene = Scene(
+        seed, disks=(Disk("fast", 40, 512 << 10),), blocks=5000, settings=replace(QUIET, overlay_entries=2048)
+    )
+    scene.machine.pauses = 0
+
+    async def main() -> None:
+        async with scene.opened() as (pool, volume):
+            written = 0
+            for count in (64, 8, 1):
+                with pytest.raises(TierError) as caught, trio.fail_after(1000):
+                    while True:
+                        await _write(scene, volume, written, count)
+                        written += count
+                require(caught.value.errno == errno.ENOSPC, f"a full pool said: {caught.value}")
+            with trio.fail_after(1000):
+                for _ in range(300):
+                    await _write(scene, volume, rng.randrange(written), 1)
+                await volume.trim(0, written // 2 * BLOCK)
+                scene.model.returned(Op("trim", [(0, bytes(written // 2 * BLOCK))]))
+                await idle(pool)
+                await _write(scene, volume, 0, 16)
+            await scene.compare(volume, 0, scene.size)
+            await require_sound(pool)
+
+    scene.machine.run(main)
+
+
+def merges(seed: int) -> None:
+    """Many clients write parts of the same few blocks at once: no part is lost."""
+    rng = random.Random(seed)
+    scene = Scene(seed, blocks=8)
+    scene.machine.cold_share = 0.7
+    scene.machine.pauses = 5
+
+    async def main() -> None:
+        async with scene.opened() as (pool, volume):
+            await _write(scene, volume, 0, 8)
+            await pool.checkpoint()
+            expected = bytearray(scene.model.content)
+            starts = rng.sample(range(0, 8 * BLOCK, 512), 24)
+            async with trio.open_nursery() as nursery:
+                for start in starts:
+                    data = scene.data(512)
+                    expected[start : start + 512] = data
+                    nursery.start_soon(volume.write, start, data)
+            require(await read_all(volume) == expected, "of writes to parts of one block some were lost")
+
+    scene.machine.run(main)
+
+
+def resizes(seed: int) -> None:
+    """A volume shrinks and grows: what was cut off is zeros."""
+    scene = Scene(seed, blocks=64)
+
+    async def main() -> None:
+        for _ in range(3):
+            async with scene.opened() as (pool, volume):
+                for _ in range(4):
+                    await _write(scene, volume, 0, 64)
+                    for size in (scene.rng.randrange(1, 60 * 8) * 512, scene.size):
+                        await pool.resize_volume("v", size)
+                        op = Op(f"resize to {size}", size=size)
+                        scene.model.returned(op)
+                        scene.model.flushed(scene.model.mark)
+                    await scene.compare(volume, 0, scene.size)
+                await scene.crash()
+            scene.restart(power_cut=True)
+        async with scene.opened():
+            pass
+
+    scene.machine.run(main)
+
+
+def huge_trims(seed: int) -> None:
+    """Whole subtrees are cut off and given back in slices, with crashes between and within."""
+    rng = random.Random(seed)
+    machine = Machine((Disk("fast", 60),), seed=seed, settings=QUIET)
+
+    async def main() -> None:
+        with contextlib.suppress(PowerCutError):
+            async with machine.open() as pool:
+                volume = await pool.create_volume("big", 1 << 40)
+                keep = await pool.create_volume("keep", 1 << 20)
+                for i in range(24):
+                    await volume.write(i * (8 << 30), bytes([i + 1]) * BLOCK)
+                await keep.write(0, b"k" * (20 * BLOCK))
+                await idle(pool)
+                await volume.trim(0, 1 << 40)
+                await volume.flush()
+                machine.countdown = rng.randrange(20, 120)
+                await pool.checkpoint()
+                machine.countdown = None
+                machine.stop()
+                await trio.lowlevel.checkpoint()
+        for _ in range(3):
+            machine.countdown = None
+            machine.power_cut()
+            with contextlib.suppress(PowerCutError):
+                async with machine.open() as pool:
+                    await require_sound(pool)
+                    machine.countdown = rng.randrange(1, 60)
+                    await pool.checkpoint()
+                    machine.countdown = None
+                    machine.stop()
+                    await trio.lowlevel.checkpoint()
+        machine.countdown = None
+        machine.power_cut()
+        async with machine.open() as pool:
+            with trio.fail_after(100):
+                while pool._engine.dead:
+                    await pool.checkpoint()
+            await idle(pool)
+            await require_sound(pool)
+            used = pool.status().used_bytes
+            require(used == 20 * BLOCK, f"{used} bytes are in use, and 20 blocks are there")
+
+    with (
+        mock.patch("tiers.checkpoint.DEAD_PAGES_A_CHECKPOINT", 3),
+        mock.patch("tiers.checkpoint.CHUNK_PAGES", 3),
+    ):
+        machine.run(main)
+
+
+def refusing_search(seed: int) -> None:
+    """The random search, with devices that refuse a write now and then."""
+    search(seed, write_faults=0.02)
+
+
+# -- who is caught by what ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """What catches a mutant: a scenario, from this seed on, with a verdict of one of these kinds."""
+
+    scenario: Callable[[int], Any]
+    first_seed: int = 0
+    kinds: tuple[type[BaseException], ...] = (OracleError,)
+
+
+READ_ERROR = (OracleError, TierError)
+"""An error that the engine has no reason for is a verdict too: each scenario knows the errors that are due."""
+
+CASES: dict[str, Case] = {
+    "a checkpoint that commits without a flush": Case(storm, 0, READ_ERROR),
+    "a checkpoint that records the log's position of the commit, not of the freeze": Case(storm, 0, READ_ERROR),
+    "a recovery that does not sync before it commits": Case(kill_then_power_cut, 0, READ_ERROR),
+    "a recovery that goes on in the half-used segment of an earlier life": Case(repeated_write, 0, READ_ERROR),
+    "a volume flush that returns at once": Case(storm, 0, READ_ERROR),
+    "a flush that is answered by the sync that was running when it came": Case(late_flush, 0, READ_ERROR),
+    "a flush that syncs one device of several": Case(storm, 3, READ_ERROR),
+    "a flush that takes its sequence when the sync has ended": Case(storm, 2, READ_ERROR),
+    "a volume that is created before it is durable": Case(search, 26),
+    "a failed sync that is tried again": Case(failed_sync),
+    "a failed sync that fails its flush and is then forgotten": Case(failed_sync),
+    "a poison that only this life remembers": Case(failed_sync),
+    "a replay that believes the page cache": Case(forgotten_pages, 0, READ_ERROR),
+    "a replay that takes any damage for the end of the log": Case(log_damage),
+    "a replay that checks a torn batch's header only": Case(storm, 0, READ_ERROR),
+    "a replay that ends at damaged data which was durable": Case(log_damage),
+    "a failed write whose entries go into the map": Case(refused_writes, 0, READ_ERROR),
+    "a log that goes on behind a failed write": Case(refused_writes, 0, READ_ERROR),
+    "an older catalog that is accepted": Case(old_catalog, 0, READ_ERROR),
+    "a segment that is reused one checkpoint early": Case(storm, 13, READ_ERROR),
+    "a segment that is reused under a reader": Case(slow_readers, 0, READ_ERROR),
+    "a segment that is reused when its blocks' moves are logged": Case(moves, 1, READ_ERROR),
+    "a move that is logged before its copies are durable": Case(moves, 8, READ_ERROR),
+    "a segment id that is given out twice": Case(unique_ids),
+    "a read that gives up without looking the entry up again": Case(mended_in_time, 0, (TierError,)),
+    "a fast read that checks nothing": Case(rest_damage),
+    "a slow read that checks nothing": Case(rest_damage),
+    "a map page that nobody checks": Case(rest_damage, 10),
+    "a lost block that is moved as a hole": Case(cleaning_damage),
+    "a cleaner that copies what it has not verified": Case(misread, 0, (TierError,)),
+    "a reserve that is given away": Case(full_pool, 0, (OracleError, TierError, trio.TooSlowError)),
+    "a merge that does not look whether its block has changed": Case(merges),
+    "a merge that ignores what its own batch has staged": Case(search),
+    "a move that does not look whether its block has changed": Case(moves),
+    "a replay that takes every copy of a move": Case(moves),
+    "a shrink that leaves the tail of its last block": Case(resizes),
+    "a dead list that is forgotten": Case(huge_trims),
+    "a dead list that is walked again": Case(huge_trims, 0, (AssertionError,)),
+    "a checkpoint whose failed try has counted already": Case(refusing_search, 0, (AssertionError,)),
+    "a replay that ignores trims": Case(search),
+    "a log that rolls without a link": Case(storm, 0, READ_ERROR),
+}
+
+
+@functools.cache
+def passes(scenario: Callable[[int], Any], seed: int) -> bool:
+    """The engine as it is keeps its promise on this seed (else this raises)."""
+    scenario(seed)
+    return True
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """The engine has much to say about broken machines."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def test_the_same_seed_gives_the_same_storm() -> None:
+    def digest() -> tuple[int, int, int, bytes]:
+        scene = storm(5)
+        return (
+            scene.machine.steps,
+            scene.machine.commits,
+            scene.machine.state.position.checkpoint_seq,
+            scene.model.content,
+        )
+
+    assert digest() == digest()
+
+
+def test_every_mutant_has_a_case_and_the_rules_are_covered() -> None:
+    assert MUTANTS.keys() == CASES.keys()
+    assert {str(rule) for rule in range(1, 11)} <= {mutant.rule for mutant in MUTANTS.values()}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_simulation_catches(name: str) -> None:
+    case = CASES[name]
+    for seed in range(case.first_seed, case.first_seed + SEEDS):
+        try:
+            with MUTANTS[name].plant():
+                case.scenario(seed)
+        except case.kinds as verdict:
+            print(f"{case.scenario.__name__}({seed}) catches {name}: {type(verdict).__name__}: {verdict}")
+            assert passes(case.scenario, seed)
+            return
+        except BaseException as error:
+            error.add_note(f"{case.scenario.__name__}({seed}) with {name}")
+            raise
+        assert passes(case.scenario, seed)
+    pytest.fail(f"{name} survives {case.scenario.__name__} on the seeds from {case.first_seed} on")
