@@ -238,33 +238,31 @@ class CopyWriter:
     # -- opening and checking ------------------------------------------------------------------------------------------
 
     async def settle(self, position: Position) -> None:
-        """After the replay: if the catalog's own checkpoint has its copy, what it found free is free indeed.
+        """After the replay: give back what neither the newest copy nor the catalog's checkpoint needs.
 
-        Without that a full pool that crashed might find no place for the log of its next life.
+        That is every segment of superseded copies; and, if the catalog's own checkpoint has its copy, what it found
+        free. Without that a full pool that crashes again and again would find no place for the log of its next life.
         """
         segments = self._engine.segments
-        self._drop_overtaken()
+        parts: dict[int, list[Part]] = {}
         try:
-            chain = newest_chain(await self._read(s for s in segments.by_id.values() if s.kind is Kind.CATALOG))
+            for segment in [s for s in segments.by_id.values() if s.kind is Kind.CATALOG]:
+                parts[segment.id] = await read_parts(segment.device, segment.index, self._engine.pool_uuid)
+            chain = newest_chain(copies_in([part for found in parts.values() for part in found]))
         except (OSError, BadCopyError) as error:
             logger.warning("the copies of the catalog of pool %s: %s", self._engine.pool_name, error)
             return
-        if chain is None or chain[-1].key != (position.incarnation, position.checkpoint_seq):
+        if chain is None:
+            return
+        needed = {copy.key for copy in chain}
+        for segment_id, found in parts.items():
+            if needed.isdisjoint(key for key, _, _ in found):
+                segments.forget(segments.by_id[segment_id])
+        if chain[-1].key != (position.incarnation, position.checkpoint_seq):
             return
         for segment in list(segments.by_id.values()):
             if segment.id != position.log_segment and is_free(segment, position.checkpoint_seq):
                 segments.forget(segment)
-
-    def _drop_overtaken(self) -> None:
-        """Of two segments at one place the older is gone: its place was given out when its copy was durable."""
-        segments = self._engine.segments
-        newest: dict[tuple[int, int], Segment] = {}
-        for segment in sorted(segments.by_id.values(), key=lambda segment: segment.id):
-            place = (segment.device.index, segment.index)
-            older = newest.get(place)
-            if older is not None and not older.live and not older.pending:
-                segments.forget(older)
-            newest[place] = segment
 
     async def verify(self) -> list[str]:
         """Read the copies of this life back; say what is wrong with them. While no checkpoint runs."""

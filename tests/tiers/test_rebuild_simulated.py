@@ -43,11 +43,15 @@ def crash_behind_commit(machine: Machine, rng: random.Random, commits: int, with
     machine.on_step = step
 
 
-def search(seed: int, *, lives: int = 6, count: int = 40, loss: float = 0.7) -> Driver:
-    """A seeded run of several lives, most of which end with a crash and the loss of the catalog."""
-    machine = random_machine(seed)
+def search(seed: int, *, lives: int = 6, count: int = 40, loss: float = 0.7, tight: bool = False) -> Driver:
+    """A seeded run of several lives, most of which end with a crash and the loss of the catalog.
+
+    `tight`: the pool is too small, so that places are reused before the next checkpoint.
+    """
+    machine = random_machine(seed, tight=tight)
     rng = random.Random(seed ^ 0xC0B1)
     driver = Driver(machine, volume_bytes=rng.choice((512 << 10, 1 << 20, 3 << 19)))
+    driver.may_be_full = tight
 
     async def main() -> None:
         async with machine.open():  # from here on there is a copy
@@ -74,6 +78,11 @@ def search(seed: int, *, lives: int = 6, count: int = 40, loss: float = 0.7) -> 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_after_any_crash_a_rebuilt_pool_holds_a_prefix_and_is_sound(seed: int) -> None:
     search(seed)
+
+
+@pytest.mark.parametrize("seed", range(400, 408))
+def test_after_any_crash_a_rebuilt_pool_that_was_full_holds_a_prefix_and_is_sound(seed: int) -> None:
+    search(seed, tight=True)
 
 
 def two_lives_without_a_copy(seed: int) -> None:

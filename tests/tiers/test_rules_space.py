@@ -83,7 +83,9 @@ def test_a_segment_whose_blocks_were_overwritten_after_the_freeze_outlives_the_c
         medium.cache[:] = medium.durable[:]
         machine.kill()
         async with opened(machine) as (pool, volume):
-            assert [await get(volume, i) for i in range(40)] == list(range(1, 41))
+            # The flush of the checkpoint's copy may have made the later ones durable, all of them or none.
+            found = [await get(volume, i) for i in range(40)]
+            assert found in (list(range(1, 41)), list(range(101, 141)))
             await require_sound(pool)
 
     machine.run(main)
