@@ -143,6 +143,8 @@ class _Moment:
     used: U64
     is_map: U64
     is_copy: U64
+    reused: U64
+    """Segments whose places were given out again, although the roots still name them: the log has what became of it."""
     dead: U64
     """A row (address, check, level, volume) for each detached subtree."""
 
@@ -200,6 +202,7 @@ async def _take_moment(engine: "Engine", deleted: "list[Volume]") -> _Moment:
         used=columns[:, 2].astype(np.int64),
         is_map=columns[:, 3] == Kind.MAP,
         is_copy=columns[:, 3] == Kind.CATALOG,
+        reused=np.array(sorted(engine.segments.reused), np.uint64),
         dead=dead,
     )
 
@@ -347,7 +350,8 @@ class _Walk:
         known = moment.ids[rows] == ids
         outside = known & ((slots < 1) | (slots >= moment.used[rows]))
         if self._first_part:
-            for segment_id, count in zip(*np.unique(ids[~known], return_counts=True), strict=True):
+            unknown = ids[~known & ~np.isin(ids, moment.reused)]
+            for segment_id, count in zip(*np.unique(unknown, return_counts=True), strict=True):
                 report.problem(f"{name}: {count} entries point into segment {segment_id}, which is not in use")
             for segment_id in np.unique(ids[known & ((moment.is_map[rows] != is_map) | moment.is_copy[rows])]):
                 report.problem(f"{name}: entries point into segment {segment_id}, which holds something else")

@@ -665,6 +665,7 @@ class Checkpointer:
         self._last_seq = frozen.seq
         self.count += 1
         self.copies.committed(change, merge.free)
+        segments.reused.clear()
         overlays = []
         for item in frozen.volumes:
             volume = item.volume

@@ -14,7 +14,7 @@ from tiers.failpoint import hit
 from tiers.flush import Flusher
 from tiers.host import CatalogStore, Preadv
 from tiers.log import Log
-from tiers.maptree import MapTree, PageCache
+from tiers.maptree import FANOUT_BITS, ROOT_LEVEL, MapTree, PageCache
 from tiers.record import Kind, Op
 from tiers.segments import Segment, SegmentTable
 from tiers.settings import PoolSettings
@@ -64,7 +64,7 @@ class Engine:
         self.space = Space(self.segments, self.log, self.flusher, settings)
         self.log.durable_seq = lambda: self.flusher.durable_seq
         self.log.pick_device = lambda: self.space.pick_device(Kind.LOG)
-        self.log.pick_first_device = lambda: self.space.pick_device(Kind.LOG, keep_slots=self.space.first_keep_slots())
+        self.log.pick_first_device = self._pick_first_device
         self.log.on_broken = lambda: self.space.kick_checkpoint.set()
         self.cache = PageCache(settings.map_cache_bytes)
         self.volumes: dict[int, Volume] = {}
@@ -165,6 +165,29 @@ class Engine:
         for segment in self.segments.by_id.values():
             segment.fd = -1
         self.space.changed()
+
+    def _pick_first_device(self) -> Device | None:
+        """Where a life's log begins: what the checkpoint after it needs must remain free."""
+        space = self.space
+        device = space.pick_device(Kind.LOG, keep_slots=space.first_keep_slots())
+        if device is None:
+            # The usual bound counts weights, and is far too high for patches: so count the pages themselves.
+            device = space.pick_device(Kind.LOG, keep_slots=self._dirty_pages() + space.copy_slots)
+        return device
+
+    def _dirty_pages(self) -> int:
+        """Slots at most that a checkpoint of what the overlays hold takes for map pages."""
+        pages = sum(map(len, self.forced.values()))
+        for volume in self.volumes.values():
+            for layer in (volume.active, volume.frozen):
+                if layer is None:
+                    continue
+                indices = layer.named_leaves()
+                for _ in range(ROOT_LEVEL + 1):
+                    pages += len(indices)
+                    indices = {index >> FANOUT_BITS for index in indices}
+                pages += 2 * (ROOT_LEVEL + 1) * len(layer.ranges)
+        return pages + pages // 16 + 2 * (ROOT_LEVEL + 1) * len(self.volumes)
 
     # -- failures ------------------------------------------------------------------------------------------------
 

@@ -75,6 +75,8 @@ class SegmentTable:
         self.changed: set[int] = set()
         self.gone: set[int] = set()
         """Given back since the last commit: their rows leave the catalog with the next one."""
+        self.reused: set[int] = set()
+        """Those of them that the checkpoint's map still names: see `reuse`."""
         self._by_place: dict[tuple[int, int], Segment] = {}
         self.free_slots = 0
         self.total_slots = 0
@@ -173,6 +175,7 @@ class SegmentTable:
         if former is not None:
             assert not former.pending, f"segment {former.id} was reused, but the log after the checkpoint names it"
             self.forget(former)
+            self.reused.add(former.id)
         return self.adopt(segment_id, device, index, kind)
 
     def release(self, segment: Segment) -> None:
@@ -202,6 +205,7 @@ class SegmentTable:
         self._count(segment, -segment.live, 0)
         segment.live = 0
         self.release(segment)
+        self.reused.add(segment.id)
 
     def idle(self) -> list[Segment]:
         """The segments that neither pages nor overlays point to; costs as much as there are of them."""
