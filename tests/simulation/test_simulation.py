@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import trio
 
@@ -179,6 +181,29 @@ def test_a_soak_of_a_sound_engine_ends_well_when_it_has_its_cycles() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert time.monotonic() - began < 200
     assert re.search(r"^\d+ crashes recovered from, .* 0 failed$", result.stdout, re.MULTILINE)
+
+
+def test_an_interrupted_soak_ends_with_its_summary_and_leaves_no_worker() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "tests.simulation.soak", "--minutes", "5", "--seed", "77", "--workers", "1"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout is not None
+    with process:
+        try:
+            assert process.stdout.readline().startswith("seeds from 77 on")
+            while not (workers := psutil.Process(process.pid).children()):
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            rest, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert rest.startswith("interrupted\n") and "crashes recovered from" in rest
+    assert not any(worker.is_running() for worker in workers)
 
 
 def test_a_soak_refuses_what_it_does_not_know() -> None:

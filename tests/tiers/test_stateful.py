@@ -16,7 +16,7 @@ from tests.simulation.plants import PLANTS
 from tests.simulation.workload import search
 from tiers import Pool, PoolSettings, TierError
 
-PLANT_SEEDS = 40
+PLANT_SEEDS = 100
 
 
 # -- the oracle can say no ---------------------------------------------------------------------------------------------
