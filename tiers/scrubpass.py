@@ -17,7 +17,7 @@ import logging
 import mmap
 import os
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -427,28 +427,32 @@ class Pass:
         if gaps:
             for volume in list(self._engine.volumes.values()):
                 damage: list[Damage] = []
-                async for owner, address in self._entries_into(volume, gaps):
-                    gap = next((g for g in gaps[address >> 24] if g[0] <= address & SLOT_MASK < g[1]), None)
-                    segment = by_id.get(address >> 24)
-                    if gap is None or segment is None:
-                        continue
-                    segment.pins += 1
-                    try:
-                        await self._suspect(damage, segment, address & SLOT_MASK, owner, None)
-                        if (segment.id, gap[0]) not in told:
-                            told.add((segment.id, gap[0]))
-                            what = (
-                                f"a batch header in segment {segment.id} is damaged: what it described can't be moved"
-                            )
-                            self._record_header(damage, segment, gap[0], what)
-                    finally:
-                        segment.pins -= 1
+                async with contextlib.aclosing(self._entries_into(volume, gaps)) as entries:
+                    async for owner, address in entries:
+                        gap = next((g for g in gaps[address >> 24] if g[0] <= address & SLOT_MASK < g[1]), None)
+                        segment = by_id.get(address >> 24)
+                        if gap is not None and segment is not None:
+                            await self._judge_in_gap(damage, segment, gap[0], address & SLOT_MASK, owner, told)
                 _log(damage)
         self._run.gaps.clear()
 
+    async def _judge_in_gap(
+        self, damage: list[Damage], segment: Segment, gap: int, slot: int, owner: Owner, told: set[tuple[int, int]]
+    ) -> None:
+        """Judge a live slot behind the damaged header at slot `gap`, and name that header if it isn't named yet."""
+        segment.pins += 1
+        try:
+            await self._suspect(damage, segment, slot, owner, None)
+            if (segment.id, gap) not in told:
+                told.add((segment.id, gap))
+                what = f"a batch header in segment {segment.id} is damaged: what it described can't be moved"
+                self._record_header(damage, segment, gap, what)
+        finally:
+            segment.pins -= 1
+
     async def _entries_into(
         self, volume: Volume, gaps: dict[int, list[tuple[int, int]]]
-    ) -> AsyncIterator[tuple[Owner, int]]:
+    ) -> AsyncGenerator[tuple[Owner, int], None]:
         """Everything of a volume's map that points into these segments, from the root down."""
         named = set(volume.active.named_leaves())
         if volume.frozen is not None:
