@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 
 import trio
 
-from tests.simulation.machine import SECTOR, Disk, Machine, Medium
-from tests.simulation.oracle import BLOCK, Model, Op, OracleError, read_all, require_sound
+from tests.simulation.machine import Disk, Machine
+from tests.simulation.medium import SECTOR, Medium
+from tests.simulation.oracle import BLOCK, Model, Op, OracleError, read_all, read_what_can_be, require_sound
 from tiers import Pool, PoolSettings, TierError, Volume
 from tiers.layout import BAD, LABEL_AREA_BYTES, SLOT_BITS, SLOT_MASK
 from tiers.maptree import FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL
@@ -225,8 +226,7 @@ class Scene:
         rng = self.rng
         device, offset = place
         medium = self.machine.media[device]
-        kinds = ["rot", "zeroes", "stale", "misdirected", "lost sector", "unreadable"]
-        kind = rng.choice(kinds[:-1] if place in layout.replayed else kinds)
+        kind = rng.choice(("rot", "zeroes", "stale", "misdirected", "lost sector", "unreadable"))
         self.hit.add(place)
         self.page_was_hit |= place in layout.pages
         if place in layout.data:
@@ -257,9 +257,7 @@ class Layout:
     """The block of the volume whose data lies in a place."""
     pages: set[Place] = field(default_factory=set)
     other: list[Place] = field(default_factory=list)
-    """Headers and dead slots of segments that no replay needs, and free places."""
-    replayed: set[Place] = field(default_factory=set)
-    """See `read_by_replay`."""
+    """Headers and dead slots of sealed segments that the checkpoint has passed, and free places."""
 
 
 def _place(volume: Volume, address: int) -> Place | None:
@@ -286,18 +284,10 @@ async def path_of(volume: Volume, block: int) -> tuple[list[Place], Place | None
     return pages, _place(volume, entry[0]) if entry is not None else None
 
 
-def read_by_replay(pool: Pool) -> set[Place]:
-    """What opening the pool would read in one piece: the log's segments, and all headers. These have to be readable."""
-    engine = pool._engine
-    places = {
-        (segment.device.index, segment.offset(slot))
-        for segment in engine.segments.by_id.values()
-        if segment.kind is Kind.LOG and (segment.open or segment.last_seq >= engine.log.checkpoint_seq)
-        for slot in range(segment.slots)
-    }
-    for device in engine.devices:
-        places |= {(device.index, device.segment_offset(index)) for index in range(device.segment_count)}
-    return places
+def end_of_log(pool: Pool) -> set[Place]:
+    """Where the log goes on: if that can't be read, nobody knows whether it ends there, and opening is refused."""
+    head = pool._engine.log.head
+    return {(head.device.index, head.offset(head.used))} if head.used < head.slots else set()
 
 
 async def layout_of(pool: Pool, volume: Volume) -> Layout:
@@ -314,7 +304,6 @@ async def layout_of(pool: Pool, volume: Volume) -> Layout:
             if data is not None:
                 layout.data[data] = block
     engine = pool._engine
-    layout.replayed = read_by_replay(pool)
     for segment in engine.segments.by_id.values():
         if not segment.open and segment.last_seq < engine.log.checkpoint_seq:
             places = [(segment.device.index, segment.offset(slot)) for slot in range(segment.slots)]
@@ -440,7 +429,7 @@ def crash_damage(seed: int) -> Scene:
                     mark = scene.model.mark
                     await volume.flush()
                     scene.model.flushed(mark)
-            scene.unreadable -= read_by_replay(pool)
+            scene.unreadable -= end_of_log(pool)
             await scene.crash()
         scene.restart(power_cut=rng.random() < 0.7)
         async with scene.opened(judge=False) as (pool, volume):
@@ -454,29 +443,11 @@ def crash_damage(seed: int) -> Scene:
                         await volume.read(block * BLOCK, BLOCK, into)
                 except TierError:
                     lost.add(block)
-            _judge_around(scene, found, lost)
+            scene.model.judge(bytes(found), everything=scene.everything, unreadable=lost)
             await _require_named(scene, pool, await scene.scan(volume))
 
     scene.machine.run(main)
     return scene
-
-
-def _judge_around(scene: Scene, found: bytearray, lost: set[int]) -> None:
-    """`found`, without the lost blocks, must be a prefix of the operations. It becomes the model's state."""
-    model = scene.model
-    least = len(model.ops) if scene.everything else 0
-    state = bytearray(model.floor)
-    for k in range(len(model.ops) + 1):
-        for block in lost:
-            found[block * BLOCK : (block + 1) * BLOCK] = state[block * BLOCK : (block + 1) * BLOCK]
-        if k >= least and (
-            found == state or (k < len(model.ops) and model._in_part(state, model.ops[k], bytes(found)))
-        ):
-            model.adopt(bytes(found))
-            return
-        if k < len(model.ops):
-            model.ops[k].apply(state)
-    raise OracleError(f"around the lost blocks {sorted(lost)} there is no prefix of {len(model.ops)} operations")
 
 
 def cleaning_damage(seed: int) -> None:
@@ -504,7 +475,7 @@ def cleaning_damage(seed: int) -> None:
             require(not left, f"segments {left} are pinned by what was damaged in them")
             await _require_named(scene, pool, after)
             await volume.flush()
-            scene.unreadable -= read_by_replay(pool)
+            scene.unreadable -= end_of_log(pool)
             await scene.crash()
         scene.restart(power_cut=rng.random() < 0.5)
         async with scene.opened(judge=False) as (pool, volume):
@@ -520,7 +491,7 @@ def cleaning_damage(seed: int) -> None:
             require(not await scene.scan(volume), "a block that was overwritten is still damaged")
             await idle(pool)
             await require_sound(pool)
-            scene.unreadable -= read_by_replay(pool)
+            scene.unreadable -= end_of_log(pool)
             await scene.crash()
         scene.restart(power_cut=True)
         async with scene.opened():
