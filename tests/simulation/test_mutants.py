@@ -14,7 +14,6 @@ import errno
 import functools
 import logging
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -666,26 +665,33 @@ def early_reuse(seed: int) -> None:
 
 
 def early_reuse_without_a_copy(seed: int) -> None:
-    """The same while copies of the catalog are refused now and then; after each crash the catalog is lost."""
+    """The same while copies of the catalog are refused now and then; after each life the catalog is lost.
+
+    A life ends soon after a victim was reused while the newest checkpoint had no copy, if that ever happens.
+    """
     driver, rng = crowded(seed)
     machine = driver.machine
     driver.may_be_full = True
-    refused: Counter[int] = Counter()
+    refused = reused = -1
 
     def refuse_copies(device: int, offset: int, length: int) -> tuple[int, int] | None:
         row = machine.state.devices[device]
         base = offset - (offset - LABEL_AREA_BYTES) % row.segment_bytes
+        nonlocal refused, reused
         if not driver.injector.active or offset < LABEL_AREA_BYTES or offset == base:
             return None
         try:
             header = decode_segment_header(machine.media[device].cache[base : base + BLOCK], machine.state.pool_uuid)
         except BadRecordError:
             return None
-        if header.kind is not Kind.CATALOG or rng.random() < 0.5 or refused[machine.commits]:
+        if header.kind is not Kind.CATALOG or rng.random() < 0.5 or refused == machine.commits - 1:
             return None  # the second try succeeds: a pool whose checkpoints fail again and again becomes read-only
-        refused[machine.commits + 1] += 1
-        machine.countdown = rng.randrange(1, 400)
+        refused, reused = machine.commits, machine.hits["segment.reused"]
         return errno.EIO, 0
+
+    def crash_after_reuse(kind: str) -> None:
+        if machine.commits == refused and machine.hits["segment.reused"] > reused and machine.countdown is None:
+            machine.countdown = rng.randrange(2, 60)
 
     async def main() -> None:
         async with machine.open() as pool:
@@ -698,8 +704,9 @@ def early_reuse_without_a_copy(seed: int) -> None:
         model.flushed(model.mark)
         for device, medium in enumerate(machine.media):
             medium.on_write = functools.partial(refuse_copies, device)
+        machine.on_step = crash_after_reuse
         for _ in range(4):
-            await driver.life(count=150)
+            await driver.life(count=150, crash=(rng.choice((None, rng.randrange(1, 2000))), None, None))
             driver.after()
             await lose_catalog(machine)
         async with machine.open() as pool:
