@@ -36,13 +36,14 @@ from tests.simulation.corruption import (
 )
 from tests.simulation.machine import Disk, Machine, PowerCutError
 from tests.simulation.mutants import MUTANTS
-from tests.simulation.oracle import BLOCK, Model, Op, OracleError, read_all, require_sound
+from tests.simulation.oracle import BLOCK, Op, OracleError, read_all, require_sound
 from tests.simulation.workload import LAYOUTS, search
 from tests.tiers.test_early_reuse import crowded, lives
 from tests.tiers.test_rebuild_simulated import lose_catalog
 from tiers import Pool, TierError, Volume
 from tiers.layout import LABEL_AREA_BYTES
-from tiers.record import BadRecordError, Kind, decode_segment_header
+from tiers.record import Kind, decode_segment_header
+from tiers.segments import Segment
 
 SEEDS = 40
 """A mutant that survives so many is not caught."""
@@ -665,52 +666,59 @@ def early_reuse(seed: int) -> None:
 
 
 def early_reuse_without_a_copy(seed: int) -> None:
-    """The same while copies of the catalog are refused now and then; after each life the catalog is lost.
+    """Victims are emptied while the copies of the catalog are behind, and then the catalog is lost.
 
-    A life ends soon after a victim was reused while the newest checkpoint had no copy, if that ever happens.
+    They were written after the checkpoint of the last copy, whose log leads through them.
     """
-    driver, rng = crowded(seed)
-    machine = driver.machine
-    driver.may_be_full = True
-    refused = reused = -1
+    rng = random.Random(seed)
+    scene = Scene(seed, disks=(Disk("fast", 160, 64 << 10),), blocks=64)
+    machine = scene.machine
+    (medium,), (row,) = machine.media, machine.state.devices
+    refuses = False
 
-    def refuse_copies(device: int, offset: int, length: int) -> tuple[int, int] | None:
-        row = machine.state.devices[device]
+    def refuse_copies(offset: int, length: int) -> tuple[int, int] | None:
         base = offset - (offset - LABEL_AREA_BYTES) % row.segment_bytes
-        nonlocal refused, reused
-        if not driver.injector.active or offset < LABEL_AREA_BYTES or offset == base:
+        if not refuses or offset < LABEL_AREA_BYTES or offset == base:
             return None
-        try:
-            header = decode_segment_header(machine.media[device].cache[base : base + BLOCK], machine.state.pool_uuid)
-        except BadRecordError:
-            return None
-        if header.kind is not Kind.CATALOG or rng.random() < 0.5 or refused == machine.commits - 1:
-            return None  # the second try succeeds: a pool whose checkpoints fail again and again becomes read-only
-        refused, reused = machine.commits, machine.hits["segment.reused"]
-        return errno.EIO, 0
+        header = decode_segment_header(medium.cache[base : base + BLOCK], machine.state.pool_uuid)
+        return (errno.EIO, 0) if header.kind is Kind.CATALOG else None
 
-    def crash_after_reuse(kind: str) -> None:
-        if machine.commits == refused and machine.hits["segment.reused"] > reused and machine.countdown is None:
-            machine.countdown = rng.randrange(2, 60)
+    medium.on_write = refuse_copies
 
     async def main() -> None:
-        async with machine.open() as pool:
-            volume = await pool.create_volume("v0", driver.volume_bytes)
-            model = driver.models["v0"] = Model(driver.volume_bytes)
-            for at in range(0, driver.volume_bytes, 16 * BLOCK):
-                op = Op("fill", [(at, driver._bytes(min(16 * BLOCK, driver.volume_bytes - at)))])
-                await volume.write(*op.changes[0])
-                model.returned(op)
-        model.flushed(model.mark)
-        for device, medium in enumerate(machine.media):
-            medium.on_write = functools.partial(refuse_copies, device)
-        machine.on_step = crash_after_reuse
-        for _ in range(4):
-            await driver.life(count=150, crash=(rng.choice((None, rng.randrange(1, 2000))), None, None))
-            driver.after()
-            await lose_catalog(machine)
-        async with machine.open() as pool:
-            await driver.judge(pool)
+        nonlocal refuses
+        async with scene.opened() as (pool, volume):
+            for _ in range(rng.randrange(20)):
+                await scene.operation(volume, whole=True)
+            await idle(pool)
+            segments = pool._engine.segments
+            first_id = segments.next_id
+            victims: list[Segment] = []
+            while len(victims) < 3:
+                await scene.operation(volume, whole=True)
+                victims = [segment for i, segment in segments.by_id.items() if i >= first_id and not segment.open]
+            refuses = True
+            try:
+                await pool.checkpoint()
+            except TierError:
+                pass
+            else:
+                raise OracleError("a checkpoint without a copy on the devices succeeded")
+            for victim in victims:
+                if segments.by_id.get(victim.id) is victim:
+                    await pool._cleaner._move_segment(victim, "fast")
+            await pool._cleaner._apply_staged()
+            await pool._engine.reuse(victims)
+            for _ in range(rng.randrange(3, 12)):
+                await scene.operation(volume, whole=True)
+            await volume.flush()
+            scene.model.flushed(scene.model.mark)
+            await scene.crash()
+        refuses = False
+        scene.restart(power_cut=rng.random() < 0.5)
+        await lose_catalog(machine)
+        async with scene.opened():
+            pass
 
     machine.run(main)
 
