@@ -113,7 +113,11 @@ class Scene:
         self.model.judge(await read_all(pool.volume("v")), everything=self.everything)
         self.everything = True
         if pool.status().state == "online":
-            await require_sound(pool)
+            await self.require_sound(pool)
+
+    async def require_sound(self, pool: Pool) -> None:
+        """The check finds nothing; but what reads past a sector that can't be read says so, wanted or not."""
+        await require_sound(pool, known="Input/output error" if self.unreadable else "(?!)")
 
     async def crash(self) -> None:
         """The machine stops here."""
@@ -500,7 +504,7 @@ def cleaning_damage(seed: int) -> None:
                 scene.model.returned(op)
             require(not await scene.scan(volume), "a block that was overwritten is still damaged")
             await idle(pool)
-            await require_sound(pool)
+            await scene.require_sound(pool)
             scene.unreadable -= end_of_log(pool)
             await scene.crash()
         scene.restart(power_cut=True)
