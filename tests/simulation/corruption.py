@@ -61,6 +61,8 @@ class Scene:
         self.hit: set[Place] = set()
         """Places whose bytes are not what was written there last."""
         self.unreadable: set[Place] = set()
+        self._fresh: dict[Place, set[int]] = {}
+        """Sectors of places that were hit which were written since."""
         self.was_hit: set[int] = set()
         """Blocks whose data lay in a place when it was hit: the cleaner may have marked them BAD since."""
         self.page_was_hit = False
@@ -73,11 +75,18 @@ class Scene:
             medium.on_read = functools.partial(self._about_to_read, device)
 
     def _written(self, device: int, offset: int, length: int) -> None:
-        """What is written over is good again."""
-        if self.hit:
-            for at in range(-(-offset // BLOCK) * BLOCK, offset + length - BLOCK + 1, BLOCK):
-                self.hit.discard((device, at))
-                self.unreadable.discard((device, at))
+        """What is written over is good again, once all of its sectors are: the parts of a write may meet in a block."""
+        if not self.hit:
+            return
+        for sector in range(-(-offset // SECTOR), (offset + length) // SECTOR):
+            place = device, sector * SECTOR // BLOCK * BLOCK
+            if place in self.hit:
+                fresh = self._fresh.setdefault(place, set())
+                fresh.add(sector)
+                if len(fresh) == BLOCK // SECTOR:
+                    self.hit.discard(place)
+                    self.unreadable.discard(place)
+                    del self._fresh[place]
 
     def _about_to_read(self, device: int, offset: int, length: int) -> int | None:
         if self.unreadable:
@@ -104,7 +113,11 @@ class Scene:
         self.model.judge(await read_all(pool.volume("v")), everything=self.everything)
         self.everything = True
         if pool.status().state == "online":
-            await require_sound(pool)
+            await self.require_sound(pool)
+
+    async def require_sound(self, pool: Pool) -> None:
+        """The check finds nothing; but what reads past a sector that can't be read says so, wanted or not."""
+        await require_sound(pool, known="Input/output error" if self.unreadable else "(?!)")
 
     async def crash(self) -> None:
         """The machine stops here."""
@@ -228,6 +241,7 @@ class Scene:
         medium = self.machine.media[device]
         kind = rng.choice(("rot", "zeroes", "stale", "misdirected", "lost sector", "unreadable"))
         self.hit.add(place)
+        self._fresh.pop(place, None)
         self.page_was_hit |= place in layout.pages
         if place in layout.data:
             self.was_hit.add(layout.data[place])
@@ -490,7 +504,7 @@ def cleaning_damage(seed: int) -> None:
                 scene.model.returned(op)
             require(not await scene.scan(volume), "a block that was overwritten is still damaged")
             await idle(pool)
-            await require_sound(pool)
+            await scene.require_sound(pool)
             scene.unreadable -= end_of_log(pool)
             await scene.crash()
         scene.restart(power_cut=True)
