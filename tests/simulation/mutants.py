@@ -523,6 +523,9 @@ SEARCHED = (
     "a merge that ignores what its own batch has staged",
     "a replay that ignores trims",
     "a replay that keeps the victim in whose place it meets a segment",
+    "a segment id that is given out twice",
+    "a checkpoint whose failed try has counted already",
+    "a log that rolls without a link",
 )
 """What the random search finds within a dozen seeds."""
 
