@@ -15,7 +15,7 @@ import traceback
 import click
 
 from tests.simulation.failpoints import failpoint_names
-from tests.simulation.plants import PLANTS
+from tests.simulation.mutants import PLANTS
 from tests.simulation.workload import PROFILES, Run
 
 

@@ -23,7 +23,7 @@ import trio
 
 from tests.simulation.machine import Disk, Machine
 from tests.simulation.medium import SECTOR, Medium
-from tests.simulation.oracle import BLOCK, Model, Op, OracleError, read_all, read_what_can_be, require_sound
+from tests.simulation.oracle import BLOCK, Model, Op, OracleError, read_all, require_sound
 from tiers import Pool, PoolSettings, TierError, Volume
 from tiers.layout import BAD, LABEL_AREA_BYTES, SLOT_BITS, SLOT_MASK
 from tiers.maptree import FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL

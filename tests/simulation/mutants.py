@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -508,3 +509,30 @@ MUTANTS: dict[str, Mutant] = {
         _instead(Log, "roll", "self._write(old, link, [], [], [])", "del link"),
     ),
 }
+
+SEARCHED = (
+    "a volume flush that returns at once",
+    "a checkpoint that records the log's position of the commit, not of the freeze",
+    "a flush that syncs one device of several",
+    "a disk whose sync does nothing",
+    "a failed sync that is tried again",
+    "a replay that checks a torn batch's header only",
+    "a failed write whose entries go into the map",
+    "a log that goes on behind a failed write",
+    "a move that does not look whether its block has changed",
+    "a merge that ignores what its own batch has staged",
+    "a replay that ignores trims",
+    "a replay that keeps the victim in whose place it meets a segment",
+    "a segment id that is given out twice",
+    "a checkpoint whose failed try has counted already",
+    "a log that rolls without a link",
+)
+"""What the random search finds within a dozen seeds."""
+
+
+def _word(name: str) -> str:
+    return re.sub("[^a-z]+", "-", name)
+
+
+PLANTS: dict[str, Plant] = {_word(name): MUTANTS[name].plant for name in SEARCHED}
+"""These by names for a command line."""

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from tests.simulation.plants import PLANTS
+from tests.simulation.mutants import PLANTS
 from tests.simulation.workload import PROFILES
 
 SEED_TIMEOUT_S = 300.0

@@ -162,7 +162,7 @@ def _soak(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_soak_finds_a_planted_bug_and_says_how_to_replay_it() -> None:
-    result = _soak("--minutes", "2", "--seed", "0", "--workers", "1", "--plant", "disk-whose-sync-does-nothing")
+    result = _soak("--minutes", "2", "--seed", "0", "--workers", "1", "--plant", "a-disk-whose-sync-does-nothing")
     assert result.returncode == 1, result.stdout + result.stderr
     command = re.search(r"^replay: python (.*)$", result.stdout, re.MULTILINE)
     assert command is not None

@@ -12,21 +12,9 @@ from hypothesis import strategies as st
 
 from tests.simulation.machine import Disk, Machine, PowerCutError
 from tests.simulation.oracle import BLOCK, Model, Op, OracleError, read_all, require_sound
-from tests.simulation.plants import PLANTS
-from tests.simulation.workload import search
-from tiers import Pool, PoolSettings, TierError
-
-PLANT_SEEDS = 100
-
+from tiers import Pool, PoolSettings
 
 # -- the oracle can say no ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", PLANTS)
-def test_the_search_finds(name: str) -> None:
-    with PLANTS[name](), pytest.raises((OracleError, TierError, AssertionError)):
-        for seed in range(PLANT_SEEDS):
-            search(seed)
 
 
 def test_the_oracle_refuses_a_hole_in_the_middle_of_the_history() -> None:
