@@ -205,6 +205,7 @@ class _LogReader:
         self._scratch = memoryview(bytearray(MAX_HEADER_SLOTS * BLOCK_BYTES))
         self._direct_id = 0
         self._direct = bytearray()
+        self._direct_unreadable: set[int] = set()
         self._visited: set[tuple[int, int]] = set()
 
     async def follow(self, segment_id: int, slot: int, seq: int, prev_check: int) -> list[Found]:
@@ -274,16 +275,20 @@ class _LogReader:
                 return part
             await self._read_all()
         if not self._unreadable.isdisjoint(range(slot, slot + count)):
-            where = f"{device.path} at {device.segment_offset(index) + (slot << BLOCK_SHIFT)} can't be read"
             if self._truncate_log:
-                raise BadRecordError(where)
-            # What is there may be a batch that was acknowledged, so this isn't taken for the end of the log.
-            raise TierError(
-                errno.EIO,
-                f"{where}, and the log of pool {self._engine.pool_name} goes on or ends there: restore the device from "
-                f"a copy, or give up what follows with `terrace pool check --truncate-log {self._engine.pool_name}`",
-            )
+                raise BadRecordError(f"{device.path} can't be read there")
+            raise self._refused(device, index, slot)
         return self._data[slot << BLOCK_SHIFT : slot + count << BLOCK_SHIFT]
+
+    def _refused(self, device: Device, index: int, slot: int) -> TierError:
+        """What is at an unreadable place may be a batch that was acknowledged: it isn't taken for the log's end."""
+        pool = self._engine.pool_name
+        return TierError(
+            errno.EIO,
+            f"{device.path} at {device.segment_offset(index) + (slot << BLOCK_SHIFT)} can't be read, and the log of "
+            f"pool {pool} goes on or ends there: restore the device from a copy, or give up what follows with "
+            f"`terrace pool check --truncate-log {pool}`",
+        )
 
     async def _read_all(self) -> None:
         assert self._last is not None
@@ -365,23 +370,34 @@ class _LogReader:
         return proof
 
     async def is_on_medium(self, found: Found) -> bool:
-        """Whether a batch is there past the page cache: the very header, and data that is what it says."""
+        """Whether a batch is there past the page cache: the very header, and data that is what it says.
+
+        A sector that can't be read speaks neither for nor against it: the batch may have been flushed. Its blocks
+        stand, and their readers get EIO; but without its header nobody may go on. Raises TierError.
+        """
         batch, device = found.batch, found.device
         if self._direct_id != batch.segment_id:
-            self._direct, _ = await read_what_can_be_read(
+            self._direct, unreadable = await read_what_can_be_read(
                 device, device.segment_offset(found.physical_index), device.segment_bytes, direct=True
             )
+            self._direct_unreadable = set(unreadable)
             self._direct_id = batch.segment_id
         start = batch.slot << BLOCK_SHIFT
         data = start + (batch.header_slots << BLOCK_SHIFT)
         view = memoryview(self._direct)
+        first = batch.slot + batch.header_slots
+        if not self._direct_unreadable.isdisjoint(range(batch.slot, first)) and not self._truncate_log:
+            raise self._refused(device, found.physical_index, batch.slot)
         try:
             header = decode_batch(view[start:data], self._engine.pool_uuid, batch.segment_id, batch.slot)
         except BadRecordError:
             return False
-        return (
-            header.check == batch.check
-            and checks_of(view[data : data + (len(batch.checks) << BLOCK_SHIFT)]) == batch.checks
+        if header.check != batch.check:
+            return False
+        checks = checks_of(view[data : data + (len(batch.checks) << BLOCK_SHIFT)])
+        return checks == batch.checks or all(
+            there == wanted or first + i in self._direct_unreadable
+            for i, (there, wanted) in enumerate(zip(checks, batch.checks, strict=True))
         )
 
 

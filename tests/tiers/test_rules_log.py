@@ -7,11 +7,12 @@ import errno
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 import trio
 
-from tests.simulation.machine import Disk, Machine
+from tests.simulation.machine import Disk, Machine, SimDevice
 from tests.simulation.medium import Medium
 from tests.simulation.oracle import BLOCK, read_all, require_sound
 from tiers import Pool, PoolSettings, TierError, Volume
@@ -661,6 +662,42 @@ def test_a_sector_that_cannot_be_read_costs_what_lies_in_it_and_not_the_pool(whe
                 put(volume, 0, block(9))
             else:
                 assert await get(volume, 0) == 1
+
+    machine.run(main)
+
+
+@pytest.mark.parametrize("what", ["data", "header"])
+def test_a_sector_that_only_the_medium_cannot_give_is_no_torn_batch(what: str) -> None:
+    machine = machine_of()
+
+    async def main() -> None:
+        async with opened(machine) as (pool, volume):
+            await pool.checkpoint()
+            put(volume, 0, block(1))
+            put(volume, 1, block(2))
+            await volume.flush()  # of which the log itself has no proof: nothing was written after it
+            await crash(machine)
+        machine.kill()
+        (_, header, batch) = writes_of(machine)[-1]
+        bad = header + (batch.header_slots * BLOCK if what == "data" else 0)
+        direct = SimDevice.read_direct
+
+        async def read_direct(device: SimDevice, offset: int, length: int) -> bytearray:
+            if offset <= bad < offset + length:
+                raise TierError(errno.EIO, "a lost sector")
+            return await direct(device, offset, length)
+
+        with mock.patch.object(SimDevice, "read_direct", read_direct):
+            if what == "header":
+                with pytest.raises(TierError, match=rf"at {bad} can't be read.*--truncate-log"):
+                    async with opened(machine):
+                        pass
+            else:
+                async with opened(machine) as (pool, volume):
+                    assert await get(volume, 0) == 1
+                    assert await get(volume, 1) == 2  # the page cache has it
+        async with opened(machine) as (pool, volume):
+            assert await get(volume, 1) == 2
 
     machine.run(main)
 
