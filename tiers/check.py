@@ -117,9 +117,10 @@ async def check_pool(engine: "Engine", checkpointer: "Checkpointer", *, full: bo
         done = min(total, done + count * BLOCK_BYTES)
         progress(done, total)
 
-    await _check_segment_headers(engine, [segment for segment, _ in named], report)
+    given_out = await _check_segment_headers(engine, [segment for segment, _ in named], report)
     for segment, highest in sealed:
-        await _check_batch_headers(engine, segment, highest, report)
+        if segment.id not in given_out:
+            await _check_batch_headers(engine, segment, highest, report)
         advance(highest)
     for volume, _, _ in walk.moment.roots:
         await _check_data(volume, every, report, advance)
@@ -392,9 +393,14 @@ class _Walk:
 # -- headers -----------------------------------------------------------------------------------------------
 
 
-async def _check_segment_headers(engine: "Engine", segments: "list[Segment]", report: CheckReport) -> None:
-    """Slot 0 of every segment with live blocks says what the table says."""
+async def _check_segment_headers(engine: "Engine", segments: "list[Segment]", report: CheckReport) -> set[int]:
+    """Slot 0 of every segment with live blocks says what the table says.
+
+    Returns the segments whose places were given out again: a pool that can't take a checkpoint still has them in its
+    last one's map, though the log has moved all that was in them. Whether it has, reading the volumes tells.
+    """
     by_id = engine.segments.by_id
+    given_out: set[int] = set()
     for device in engine.devices:
         live = [segment for segment in segments if segment.device is device]
         for start in range(0, len(live), CHUNK_PAGES):
@@ -410,9 +416,22 @@ async def _check_segment_headers(engine: "Engine", segments: "list[Segment]", re
                     why = _wrong_header(engine, segment, await device.read_direct(segment.base, BLOCK_BYTES))
                 except OSError as error:
                     why = str(error)
-                if why is not None and by_id.get(segment.id) is segment:
+                if engine.space.read_only is not None and _is_given_out(engine, segment, header):
+                    given_out.add(segment.id)
+                elif why is not None and by_id.get(segment.id) is segment:
                     report.problem(f"{device.path} at {segment.base}: the header of segment {segment.id}: {why}")
             await trio.lowlevel.checkpoint()
+    return given_out
+
+
+def _is_given_out(engine: "Engine", segment: "Segment", block: bytearray) -> bool:
+    """Whether a later segment of this pool stands in a segment's place."""
+    try:
+        header = decode_segment_header(block, engine.pool_uuid)
+    except BadRecordError:
+        return False
+    place = header.device_index, header.physical_index
+    return header.segment_id > segment.id and place == (segment.device.index, segment.index)
 
 
 def _wrong_header(engine: "Engine", segment: "Segment", block: bytearray) -> str | None:
