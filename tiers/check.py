@@ -21,13 +21,14 @@ a segment that was freed in the meantime is nobody's. Data is read the way clien
 
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import trio
 
+from tiers.device import read_what_can_be_read
 from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, FIRST_ADDRESS, SLOT_BITS, SLOT_MASK, UNMAPPED
 from tiers.maptree import FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL, read_pages
 from tiers.record import (
@@ -462,19 +463,22 @@ async def _check_batch_headers(engine: "Engine", segment: "Segment", highest: in
     try:
         slot = 1
         while slot <= highest:
-            count = min(MAX_HEADER_SLOTS, segment.slots - slot)
+            length = min(MAX_HEADER_SLOTS, segment.slots - slot) << BLOCK_SHIFT
             offset = segment.offset(slot)
-            try:
-                batches = _batches_in(engine, segment, slot, await segment.device.read(offset, count << BLOCK_SHIFT))
-                if not batches:
-                    data = await segment.device.read_direct(offset, count << BLOCK_SHIFT)
+            # A data block in between that can't be read is for the check of the data to tell.
+            data, _ = await read_what_can_be_read(segment.device, offset, length)
+            batches = _batches_in(engine, segment, slot, data)
+            if not batches:
+                data, unreadable = await read_what_can_be_read(segment.device, offset, length, direct=True)
+                try:
                     batches = _batches_in(engine, segment, slot, data, must=True)
-            except (OSError, BadRecordError) as error:
-                report.problem(
-                    f"{segment.device.path} at {offset}: {error}; segment {segment.id} has a damaged header and "
-                    f"can't be cleaned"
-                )
-                return
+                except BadRecordError as error:
+                    why = "a batch header that can't be read" if 0 in unreadable else str(error)
+                    report.problem(
+                        f"{segment.device.path} at {offset}: {why}; segment {segment.id} has a damaged header and "
+                        f"can't be cleaned"
+                    )
+                    return
             slot = batches[-1].slot + batches[-1].slots
             await trio.lowlevel.checkpoint()
     finally:
@@ -510,28 +514,29 @@ async def _check_data(volume: "Volume", every: int, report: CheckReport, advance
     """Read one leaf in `every` the way clients do and let the checks speak."""
     into = memoryview(bytearray(READ_BLOCKS * BLOCK_BYTES))
     number = 0
-    async for leaves in _leaves(volume):
-        for index in leaves:
-            number += 1
-            if volume.deleted or (number - 1) % every:
-                continue
-            try:
-                addresses, _ = await volume.entries(index << FANOUT_BITS, FANOUT)
-            except OSError as error:
-                if report.ok:  # else the walk has named that page
-                    report.problem(str(error))
-                continue
-            for first, count in _mapped_runs(addresses):
-                start = (index << FANOUT_BITS) + first << BLOCK_SHIFT
+    async with contextlib.aclosing(_leaves(volume)) as pages:
+        async for leaves in pages:
+            for index in leaves:
+                number += 1
+                if volume.deleted or (number - 1) % every:
+                    continue
                 try:
-                    await volume.read(start, count << BLOCK_SHIFT, into[: count << BLOCK_SHIFT])
-                except OSError:
-                    await _name_bad_blocks(volume, start, count, report)
-                report.bytes_checked += count << BLOCK_SHIFT
-            advance(FANOUT)
+                    addresses, _ = await volume.entries(index << FANOUT_BITS, FANOUT)
+                except OSError as error:
+                    if report.ok:  # else the walk has named that page
+                        report.problem(str(error))
+                    continue
+                for first, count in _mapped_runs(addresses):
+                    start = (index << FANOUT_BITS) + first << BLOCK_SHIFT
+                    try:
+                        await volume.read(start, count << BLOCK_SHIFT, into[: count << BLOCK_SHIFT])
+                    except OSError:
+                        await _name_bad_blocks(volume, start, count, report)
+                    report.bytes_checked += count << BLOCK_SHIFT
+                advance(FANOUT)
 
 
-async def _leaves(volume: "Volume") -> AsyncIterator[list[int]]:
+async def _leaves(volume: "Volume") -> AsyncGenerator[list[int], None]:
     """The leaf pages that the committed tree has by now, in order, a level-1 page's at a time.
 
     What lies below a damaged page is passed over: the walk has named it.

@@ -367,7 +367,11 @@ class _Window:
         end = min(slot + count, self.slot_count)
         if slot < self._first or end > self._first + (len(self._data) >> BLOCK_SHIFT):
             length = min(max(count, READ_SLOTS), self.slot_count - slot)
-            data = await self._device.read(self._base + (slot << BLOCK_SHIFT), length << BLOCK_SHIFT)
+            try:
+                data = await self._device.read(self._base + (slot << BLOCK_SHIFT), length << BLOCK_SHIFT)
+            except OSError:  # perhaps behind what is wanted
+                length = end - slot
+                data = await self._device.read(self._base + (slot << BLOCK_SHIFT), length << BLOCK_SHIFT)
             self._first, self._data = slot, memoryview(data)
         return self._data[slot - self._first << BLOCK_SHIFT : end - self._first << BLOCK_SHIFT]
 

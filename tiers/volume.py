@@ -285,6 +285,10 @@ class Volume:
             segment.pins += 1
             try:
                 data = await segment.device.read_direct(offset, BLOCK_BYTES)
+            except OSError as error:
+                raise TierError(
+                    error.errno or errno.EIO, f"{self.name} at byte {block << BLOCK_SHIFT}: {error}"
+                ) from error
             finally:
                 segment.pins -= 1
             if check_of(data) == check:

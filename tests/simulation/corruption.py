@@ -117,7 +117,7 @@ class Scene:
 
     async def require_sound(self, pool: Pool) -> None:
         """The check finds nothing; but what reads past a sector that can't be read says so, wanted or not."""
-        await require_sound(pool, known="Input/output error" if self.unreadable else "(?!)")
+        await require_sound(pool, known=r" at byte \d+: .*Input/output error" if self.unreadable else "(?!)")
 
     async def crash(self) -> None:
         """The machine stops here."""
