@@ -104,9 +104,15 @@ class CheckBody(_Body):
     full: bool = False
 
 
+def _as_rate(rate: int) -> int:
+    if not 0 <= rate <= 1 << 50:
+        raise ValueError(f"{rate} bytes a second is not possible; it must be at most 1 PiB, or 0: no limit")
+    return rate
+
+
 class ScrubBody(_Body):
     action: Literal["start", "pause", "stop"]
-    rate: Size | None = Field(None, ge=0, le=1 << 50)
+    rate: Annotated[Size, AfterValidator(_as_rate)] | None = None
 
 
 class CreateVolumeBody(_Body):

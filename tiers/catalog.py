@@ -245,14 +245,17 @@ class Catalog:
     def __init__(self, directory: Path) -> None:
         self._path = directory / CATALOG_NAME
         self._ballast = directory / BALLAST_NAME
-        self._next_step = f"rebuild it with `terrace pool check {directory.name} --rebuild-catalog`"
+        self._next_step = f"rebuild it with `terrace pool check {directory.name} --rebuild-catalog --device DEV`"
         if not self._path.exists():
             raise TierError(errno.ENOENT, f"there is no catalog at {self._path}: {self._next_step}")
         self._lock = threading.Lock()
         self._db = self._connect()
 
     def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=5.0)
+        try:
+            db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=5.0)
+        except sqlite3.Error as error:
+            raise self._damaged(error) from error
         try:
             db.execute("PRAGMA journal_mode=WAL")
             db.execute("PRAGMA synchronous=FULL")

@@ -40,12 +40,12 @@ from tiers.record import (
     decode_segment_header,
     peek_header_slots,
 )
+from tiers.segments import Segment, is_given_out
 
 if TYPE_CHECKING:
     from tiers.checkpoint import Checkpointer
     from tiers.device import Device
     from tiers.engine import Engine
-    from tiers.segments import Segment
     from tiers.volume import Volume
 
 CHUNK_PAGES = 64
@@ -178,6 +178,10 @@ async def _moment(engine: "Engine", checkpointer: "Checkpointer", *, holding: bo
 
 async def _take_moment(engine: "Engine", deleted: "list[Volume]") -> _Moment:
     """Copy the tables, in slices: while checkpoints are held off roots, live counts and the dead list don't change."""
+    # What was deleted since the checkpoint is still counted: a read-only pool never gets to the next one. In one step
+    # with the rest of what has no slices: a volume that is deleted meanwhile must be in one of the two.
+    roots = [(volume, volume.tree.root, volume.tree.mapped_blocks) for volume in [*engine.volumes.values(), *deleted]]
+    reused = np.array(sorted(engine.segments.reused), np.uint64)
     segments = sorted(engine.segments.by_id.values(), key=lambda segment: segment.id)
     free = [(device, list(device.free)) for device in engine.devices]
     columns = np.zeros((len(segments), 4), np.uint64)
@@ -193,10 +197,7 @@ async def _take_moment(engine: "Engine", deleted: "list[Volume]") -> _Moment:
         at += len(slice_)
         await trio.lowlevel.checkpoint()
     return _Moment(
-        # What was deleted since the checkpoint is still counted: a read-only pool never gets to the next one.
-        roots=[
-            (volume, volume.tree.root, volume.tree.mapped_blocks) for volume in [*engine.volumes.values(), *deleted]
-        ],
+        roots=roots,
         segments=segments,
         free=free,
         ids=columns[:, 0].copy(),
@@ -204,7 +205,7 @@ async def _take_moment(engine: "Engine", deleted: "list[Volume]") -> _Moment:
         used=columns[:, 2].astype(np.int64),
         is_map=columns[:, 3] == Kind.MAP,
         is_copy=columns[:, 3] == Kind.CATALOG,
-        reused=np.array(sorted(engine.segments.reused), np.uint64),
+        reused=reused,
         dead=dead,
     )
 
@@ -264,7 +265,8 @@ class _Walk:
                 if found != mapped and volume.id not in owing:
                     report.problem(f"{volume.name}: the catalog counts {mapped} mapped blocks, its map has {found}")
         for level in range(ROOT_LEVEL + 1):
-            await self._subtree("a deleted range", moment.dead[moment.dead[:, 2] == level][:, [0, 1, 3]], level)
+            rows = moment.dead[moment.dead[:, 2] == level][:, [0, 1, 3]]
+            await self._subtree("a deleted range", rows, level, is_dead=True)
         if self._first_part:
             for at in np.flatnonzero(self._found != moment.live).tolist():
                 report.problem(
@@ -296,27 +298,27 @@ class _Walk:
             if device.poisoned:
                 self._report.problem(f"{device.path} is poisoned: {device.poisoned}")
 
-    async def _subtree(self, name: str, entries: U64, level: int) -> tuple[int, int]:
+    async def _subtree(self, name: str, entries: U64, level: int, *, is_dead: bool = False) -> tuple[int, int]:
         """Check pages, rows of (address, check, index), and all below; return how many leaves and blocks they map."""
         leaves = mapped = 0
         for start in range(0, len(entries), CHUNK_PAGES):
             part = entries[start : start + CHUNK_PAGES]
             self._give_way()
-            self._place(part[:, 0], name, is_map=True)
+            self._place(part[:, 0], name, is_map=True, is_dead=is_dead)
             pages, indices = await self._read(name, level, part.tolist())
             words = np.frombuffer(b"".join(pages), np.uint64).reshape(-1, 2 * FANOUT)
             used = np.nonzero(words[:, :FANOUT])
             if self._first_part:
                 self._report.pages_checked += len(pages)
             if level == 0:
-                self._place(words[used], name, is_map=False)
+                self._place(words[used], name, is_map=False, is_dead=is_dead)
                 leaves += len(pages)
                 mapped += len(used[0])
             await trio.lowlevel.checkpoint()
             if level:
                 index = np.array(indices, np.uint64)[used[0]] << np.uint64(FANOUT_BITS) | used[1].astype(np.uint64)
                 below = np.stack([words[used], words[used[0], used[1] + FANOUT], index], axis=1)
-                more = await self._subtree(name, below, level - 1)
+                more = await self._subtree(name, below, level - 1, is_dead=is_dead)
                 leaves, mapped = leaves + more[0], mapped + more[1]
         return leaves, mapped
 
@@ -338,12 +340,15 @@ class _Walk:
                         self._report.problem(str(error))
             return pages, indices
 
-    def _place(self, addresses: U64, name: str, *, is_map: bool) -> None:
-        """Count addresses by segment; each must lie in the written part of one of the right kind, and be unique."""
+    def _place(self, addresses: U64, name: str, *, is_map: bool, is_dead: bool) -> None:
+        """Count addresses by segment; each must lie in the written part of one of the right kind, and be unique.
+
+        Dead leaves may go on naming data segments that were reused since: nothing is ever read through them.
+        """
         moment, report = self.moment, self._report
         in_order = np.sort(addresses[addresses >= FIRST_ADDRESS])
         if not len(in_order) or not len(moment.ids):
-            if len(in_order) and self._first_part:
+            if len(in_order) and self._first_part and not is_dead:
                 report.problem(f"{name}: {len(in_order)} entries point into segments, and none is in use")
             return
         ids = in_order >> np.uint64(SLOT_BITS)
@@ -352,7 +357,7 @@ class _Walk:
         known = moment.ids[rows] == ids
         outside = known & ((slots < 1) | (slots >= moment.used[rows]))
         if self._first_part:
-            unknown = ids[~known & ~np.isin(ids, moment.reused)]
+            unknown = ids[~known & ~np.isin(ids, moment.reused)] if is_map or not is_dead else ids[:0]
             for segment_id, count in zip(*np.unique(unknown, return_counts=True), strict=True):
                 report.problem(f"{name}: {count} entries point into segment {segment_id}, which is not in use")
             for segment_id in np.unique(ids[known & ((moment.is_map[rows] != is_map) | moment.is_copy[rows])]):
@@ -361,7 +366,8 @@ class _Walk:
                 report.problem(f"{name}: entries point past what was written of segment {segment_id}")
             touched, counts = np.unique(rows[known], return_counts=True)
             self._found[touched] += counts
-            np.maximum.at(self._highest, rows[known & ~outside], slots[known & ~outside])
+            if not is_dead:
+                np.maximum.at(self._highest, rows[known & ~outside], slots[known & ~outside])
         here = known & ~outside & (rows >= self._part[0]) & (rows < self._part[1])
         bits = self._first_bit[rows[here]] - self._first_bit[self._part[0]] + slots[here]
         shared = self._mark(bits)
@@ -417,22 +423,12 @@ async def _check_segment_headers(engine: "Engine", segments: "list[Segment]", re
                     why = _wrong_header(engine, segment, await device.read_direct(segment.base, BLOCK_BYTES))
                 except OSError as error:
                     why = str(error)
-                if engine.space.read_only is not None and _is_given_out(engine, segment, header):
+                if engine.space.read_only is not None and is_given_out(segment, header, engine.pool_uuid):
                     given_out.add(segment.id)
                 elif why is not None and by_id.get(segment.id) is segment:
                     report.problem(f"{device.path} at {segment.base}: the header of segment {segment.id}: {why}")
             await trio.lowlevel.checkpoint()
     return given_out
-
-
-def _is_given_out(engine: "Engine", segment: "Segment", block: bytearray) -> bool:
-    """Whether a later segment of this pool stands in a segment's place."""
-    try:
-        header = decode_segment_header(block, engine.pool_uuid)
-    except BadRecordError:
-        return False
-    place = header.device_index, header.physical_index
-    return header.segment_id > segment.id and place == (segment.device.index, segment.index)
 
 
 def _wrong_header(engine: "Engine", segment: "Segment", block: bytearray) -> str | None:

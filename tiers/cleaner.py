@@ -42,7 +42,7 @@ from tiers.record import (
     header_slots_for,
     peek_header_slots,
 )
-from tiers.segments import Segment
+from tiers.segments import Segment, is_given_out
 from tiers.volume import Volume
 
 if TYPE_CHECKING:
@@ -145,7 +145,8 @@ class Cleaner:
                         continue  # a checkpoint freed it meanwhile
                     await self._move_segment(victim, move.destination)
                     moved = True
-                    emptied.append(victim)
+                    if not victim.given_out:
+                        emptied.append(victim)
             except OutputFullError:
                 # Output space ran out on the way (its tail is lost at segment ends): what was copied still counts.
                 pass
@@ -177,7 +178,7 @@ class Cleaner:
             segment
             for segment in engine.segments.by_id.values()
             if not segment.open
-            and not segment.damaged
+            and not (segment.damaged or segment.given_out)
             and segment.kind is not Kind.MAP
             and segment.last_seq <= checkpointed
             and segment.live + segment.pending > 0
@@ -207,6 +208,9 @@ class Cleaner:
         victim.pins += 1
         try:
             data = await self._read_segment(victim)
+            if is_given_out(victim, data, self._engine.pool_uuid):
+                victim.given_out = True
+                return
             hit("move.read")
             candidates: list[Candidate] = []
             for number, batch in enumerate(self._batches(victim, data), 1):

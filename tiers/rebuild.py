@@ -217,7 +217,7 @@ async def _gather(found: _Devices, old: State | None, paths: Sequence[Path], pro
     if not found.opened:
         raise TierError(
             errno.EINVAL,
-            f"the catalog of pool {found.name} is not there to tell its devices: name them with --device",
+            f"the catalog of pool {found.name} can't tell its devices: name them with --device",
         )
     while True:
         before = len(found.opened)

@@ -166,7 +166,7 @@ async def replay(engine: "Engine", state: State, *, truncate_log: bool = False) 
         if batch.seq > durable and not await reader.is_on_medium(found):
             result.dropped = f"batch {batch.seq} was torn"
             break
-        await _apply(engine, found, result)
+        await _apply(engine, found, result, truncate_log=truncate_log)
         hit("recovery.applied")
         result.batches += 1
         result.blocks += len(batch.checks)
@@ -401,7 +401,7 @@ class _LogReader:
         )
 
 
-async def _apply(engine: "Engine", found: Found, result: Replayed) -> None:
+async def _apply(engine: "Engine", found: Found, result: Replayed, *, truncate_log: bool) -> None:
     """Let one batch of the log take effect, just as it did when it was written."""
     batch = found.batch
     segments = engine.segments
@@ -464,9 +464,27 @@ async def _apply(engine: "Engine", found: Found, result: Replayed) -> None:
             try:
                 await _apply_move(engine, subject, a >> 32, count, b, words, batch.seq)
             except (OSError, BadRecordError) as error:
-                # The victim is still there: no checkpoint has passed this record. So the old places stand.
-                result.problems.append(f"a move into segment {subject} can't be followed: {error}")
+                # The old places may have been given out since: what was moved may be nowhere but in these copies.
+                message = f"what the cleaner moved into segment {subject} of pool {engine.pool_name} can't be followed"
+                if not truncate_log:
+                    raise TierError(
+                        errno.EIO,
+                        f"{message} ({error}): restore the device from a copy, or give it up with `terrace pool check "
+                        f"--truncate-log {engine.pool_name}`",
+                    ) from error
+                result.problems.append(f"{message}: {error}")
+                engine.segments.adopt_from_log(
+                    subject, engine.device_by_index(words[0] >> 32), words[0] & 0xFFFFFFFF, Kind.MOVED
+                )
     flush_group()
+
+
+async def _read_in_some_way(device: Device, offset: int, length: int) -> bytearray:
+    """Read, and if that fails try once more, past the page cache. Raises OSError."""
+    try:
+        return await device.read(offset, length)
+    except OSError:
+        return await device.read_direct(offset, length)
 
 
 async def _apply_move(
@@ -477,9 +495,9 @@ async def _apply_move(
     require_place(device, index)
     offset = device.segment_offset(index) + (slot << BLOCK_SHIFT)
     room = device.segment_bytes - (slot << BLOCK_SHIFT)
-    block = await device.read(offset, BLOCK_BYTES)
+    block = await _read_in_some_way(device, offset, BLOCK_BYTES)
     slots = max(1, peek_header_slots(block))
-    header = await device.read(offset, min(slots << BLOCK_SHIFT, room))
+    header = await _read_in_some_way(device, offset, min(slots << BLOCK_SHIFT, room))
     batch = decode_batch(header, engine.pool_uuid, segment_id, slot)
     if batch.check != header_check or len(batch.checks) != count:
         raise BadRecordError("the copies are not the ones that were logged")

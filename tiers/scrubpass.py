@@ -117,6 +117,7 @@ class Pacer:
     def __init__(self, rate: int) -> None:
         self.rate = rate
         self._free_at = 0.0
+        self._paced = rate
 
     async def take(self, count: int) -> None:
         """Wait until `count` bytes may be read."""
@@ -124,8 +125,10 @@ class Pacer:
             await trio.lowlevel.checkpoint()
             return
         now = trio.current_time()
-        # After a long wait for a slow device nobody may catch up; a rate that was raised takes effect at once.
-        start = min(max(self._free_at, now), now + PIECES_IN_FLIGHT * DEVICES_AT_ONCE * count / self.rate)
+        if self._paced != self.rate:  # a rate that was changed takes effect at once, on what is queued too
+            self._free_at = now + max(0.0, self._free_at - now) * self._paced / self.rate
+            self._paced = self.rate
+        start = max(self._free_at, now)  # after a long wait for a slow device nobody may catch up
         self._free_at = start + count / self.rate
         await trio.sleep_until(start)
 

@@ -18,7 +18,7 @@ from tiers.device import Device
 from tiers.errors import TierError
 from tiers.failpoint import hit
 from tiers.layout import BLOCK_BYTES, MAX_SEGMENT_ID
-from tiers.record import Kind
+from tiers.record import BadRecordError, Kind, decode_segment_header
 
 MAX_DAMAGED = 1 << 16
 """So many damaged blocks are remembered, in order to count each once."""
@@ -32,6 +32,7 @@ class Segment:
         "damaged",
         "device",
         "fd",
+        "given_out",
         "id",
         "index",
         "kind",
@@ -59,6 +60,8 @@ class Segment:
         self.last_seq = 0
         self.pins = 0
         self.damaged = False
+        self.given_out = False
+        """A later segment stands in its place: only dead leaves name it, until they are walked."""
 
     def offset(self, slot: int) -> int:
         """Byte offset of a slot on the device."""
@@ -280,3 +283,13 @@ def is_free(segment: Segment, seq: int, *, live: int = 0, pending: int = 0) -> b
         and segment.pending + pending == 0
         and segment.last_seq <= seq
     )
+
+
+def is_given_out(segment: Segment, block: bytes | bytearray | memoryview, pool_uuid: bytes) -> bool:
+    """Whether what is in slot 0 of a segment's place is the header of a later one: it was reused before a crash."""
+    try:
+        header = decode_segment_header(block[:BLOCK_BYTES], pool_uuid)
+    except BadRecordError:
+        return False
+    place = header.device_index, header.physical_index
+    return header.segment_id > segment.id and place == (segment.device.index, segment.index)

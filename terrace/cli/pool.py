@@ -384,7 +384,13 @@ def scrub(
     elif wait or pause or stop:
         click.echo(verdict(name, found))
     else:
-        told = {"running": "runs already", "finished": "is started", "never": "is started", "stopped": "is started"}
+        limit = f", now at {format_size(rate)}/s at most" if rate else ", now without a limit" if rate == 0 else ""
+        told = {
+            "running": f"runs already{limit}",
+            "finished": "is started",
+            "never": "is started",
+            "stopped": "is started",
+        }
         click.echo(
             f"The scrub of pool {name} {told.get(before, 'goes on')}; terrace pool scrub {name} --status follows it."
         )

@@ -107,8 +107,8 @@ def _half_used_segment() -> Iterator[None]:
     ends: dict[int, Any] = {}
     honest_apply = tiers.recovery._apply
 
-    async def apply(engine: Engine, found: Any, result: Any) -> None:
-        await honest_apply(engine, found, result)
+    async def apply(engine: Engine, found: Any, result: Any, *, truncate_log: bool) -> None:
+        await honest_apply(engine, found, result, truncate_log=truncate_log)
         ends[id(engine)] = found.batch
 
     def resume(engine: Engine) -> bool:

@@ -140,6 +140,7 @@ async def _stream(tally: Tally, first: int, step: int, options: list[str], stop:
     def failed(problem: str) -> None:
         tally.failures.append((problem, replay))
         tally.seeds += 1
+        click.echo(f"failed: {replay}", err=True)  # at once: hours may pass before the summary
         if tally.done:
             stop()
 

@@ -6,6 +6,7 @@ names in a reused place, the log after it must make good.
 
 from __future__ import annotations
 
+import errno
 import random
 from unittest import mock
 
@@ -14,6 +15,7 @@ import pytest
 from tests.simulation.machine import Disk, Machine
 from tests.simulation.oracle import BLOCK, Model, Op
 from tests.simulation.workload import Driver
+from tiers import TierError, recovery
 from tiers.device import Device
 from tiers.record import Kind
 from tiers.segments import Segment, SegmentTable
@@ -96,3 +98,43 @@ def test_a_replay_meets_segments_in_places_that_were_reused(monkeypatch: pytest.
     for seed in range(100, 103):
         lives(*crowded(seed), count=8)
     assert replaced
+
+
+def test_a_move_that_cannot_be_read_back_is_refused_and_costs_nothing_once_it_can() -> None:
+    refused = 0
+
+    async def unreadable(*_: object) -> None:
+        raise TierError(errno.EIO, "a sector that can't be read")
+
+    def crash_soon(table: SegmentTable, segment: Segment) -> None:
+        reuse(table, segment)
+        driver.machine.countdown = driver.machine.countdown or 40
+
+    async def main() -> None:
+        nonlocal refused
+        async with machine.open() as pool:
+            volume = await pool.create_volume("v0", driver.volume_bytes)
+            model = driver.models["v0"] = Model(driver.volume_bytes)
+            for at in range(0, driver.volume_bytes, RUN):
+                op = Op("fill", [(at, driver._bytes(RUN))])
+                await volume.write(*op.changes[0])
+                model.returned(op)
+        model.flushed(model.mark)
+        with mock.patch.object(SegmentTable, "reuse", crash_soon):
+            await driver.life(count=400)
+        machine.kill()
+        with mock.patch.object(recovery, "_apply_move", unreadable):
+            try:
+                async with machine.open():
+                    pass
+            except TierError as error:
+                refused += 1
+                assert "can't be followed" in str(error) and "--truncate-log" in str(error)
+        async with machine.open() as pool:
+            await driver.judge(pool)
+
+    for seed in range(4):
+        driver, _ = crowded(seed)
+        machine, reuse = driver.machine, SegmentTable.reuse
+        machine.run(main)
+    assert refused

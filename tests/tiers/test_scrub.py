@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from tests.simulation.machine import Disk, Machine
 from tests.simulation.medium import Medium
@@ -19,6 +20,7 @@ from tiers import Pool, ScrubStatus, Volume
 from tiers.device import FileDevice
 from tiers.layout import BLOCK_BYTES, MIB, SLOT_MASK
 from tiers.record import Kind
+from tiers.scrubpass import Pacer
 from tiers.scrubstate import MAX_DAMAGE, Damage, Run, decode
 
 TWO_TIERS = (Disk("fast"), Disk("base"))
@@ -630,3 +632,31 @@ def test_a_state_file_that_cannot_be_written_stops_nobody(tmp_path: Path, caplog
             assert pool.scrubber.status().state == "never"
 
     run(body)
+
+
+def test_the_rate_holds_for_pieces_of_any_size_from_many_who_ask() -> None:
+    async def body() -> float:
+        pacer = Pacer(10 * MIB)
+
+        async def read(size: int) -> None:
+            for _ in range(100 * MIB // size):
+                await pacer.take(size)
+
+        async with trio.open_nursery() as nursery:
+            for size in (8 * MIB, 4 * MIB, 64 << 10, BLOCK_BYTES):
+                nursery.start_soon(read, size)
+        return trio.current_time()
+
+    took_s = trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert took_s == pytest.approx(396 / 10, rel=0.03)
+
+
+def test_a_rate_that_is_raised_holds_at_once() -> None:
+    async def body() -> float:
+        pacer = Pacer(64 << 10)
+        await pacer.take(MIB)
+        pacer.rate = 64 * MIB
+        await pacer.take(MIB)
+        return trio.current_time()
+
+    assert trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0)) < 1
