@@ -6,16 +6,17 @@ names in a reused place, the log after it must make good.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import random
 from unittest import mock
 
 import pytest
 
-from tests.simulation.machine import Disk, Machine
-from tests.simulation.oracle import BLOCK, Model, Op
+from tests.simulation.machine import Disk, Machine, PowerCutError
+from tests.simulation.oracle import BLOCK, Model, Op, require_sound
 from tests.simulation.workload import Driver
-from tiers import TierError, recovery
+from tiers import TierError, checkpoint, recovery
 from tiers.device import Device
 from tiers.record import Kind
 from tiers.segments import Segment, SegmentTable
@@ -138,3 +139,50 @@ def test_a_move_that_cannot_be_read_back_is_refused_and_costs_nothing_once_it_ca
         machine, reuse = driver.machine, SegmentTable.reuse
         machine.run(main)
     assert refused
+
+
+@pytest.mark.parametrize("crashes", [False, True])
+def test_what_dead_leaves_go_on_naming_is_no_damage(crashes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deleted volume's map may outlive checkpoints, while the cleaner reuses the segments that it names."""
+    monkeypatch.setattr(checkpoint, "DEAD_PAGES_A_CHECKPOINT", 2)
+    monkeypatch.setattr(checkpoint, "CHUNK_PAGES", 2)
+    machine = Machine((Disk("fast", 200),), seed=1, settings=PoolSettings(checkpoint_interval_s=3600))
+    rng = random.Random(1)
+
+    async def main() -> None:
+        with contextlib.suppress(PowerCutError):
+            async with machine.open() as pool:
+                engine = pool._engine
+                kept = await pool.create_volume("kept", 1 << 30)
+                dropped = await pool.create_volume("dropped", 64 << 20)
+                for i in range(60):  # their blocks share segments, and each of those dropped has a leaf of its own
+                    await dropped.write(i << 20, rng.randbytes(BLOCK))
+                    await kept.write(4 * i << 20, rng.randbytes(4 * BLOCK))
+                for i in range(40):
+                    await kept.write((600 << 20) + i * RUN, rng.randbytes(RUN))
+                await pool.checkpoint()
+                await pool.delete_volume("dropped")
+                await pool.checkpoint()
+                victims = [
+                    segment
+                    for segment in engine.segments.by_id.values()
+                    if segment.kind is Kind.LOG and not segment.open and segment.live
+                ][:3]
+                for victim in victims:
+                    await pool._cleaner._move_segment(victim, "fast")
+                await pool._cleaner._apply_staged()
+                assert await engine.reuse(victims) == 3
+                if crashes:
+                    machine.crash_at = ("checkpoint.flushed", 0)  # map pages stand in the victims' places by then
+                await pool.checkpoint()
+                assert len(engine.dead) > 20
+                await require_sound(pool)
+        machine.kill()
+        async with machine.open() as pool:
+            await require_sound(pool)
+            for _ in range(30):
+                await pool.checkpoint()
+            assert not pool._engine.dead
+            await require_sound(pool)
+
+    machine.run(main)
