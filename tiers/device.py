@@ -286,7 +286,9 @@ def open_device(path: Path, offload: Offload) -> FileDevice:
         fd = os.open(path, flags)
     except FileNotFoundError:
         raise TierError(
-            errno.ENOENT, f"the device {path} is missing: attach it again, or restore it, then open the pool"
+            errno.ENOENT,
+            f"the device {path} is missing: attach it again, or restore it, then open the pool; if it has another path "
+            "now, tell it with `terrace pool check NAME --rebuild-catalog --device PATH`",
         ) from None
     except OSError as error:
         raise TierError(error.errno or errno.EIO, f"opening {path}: {error.strerror}") from error
