@@ -380,8 +380,11 @@ class Catalog:
             try:
                 self._commit(change)
             except sqlite3.Error as again:
+                # ENOSPC is a promise that nothing was committed, which another error isn't (a failed fsync of the WAL).
+                full = again.sqlite_errorcode == sqlite3.SQLITE_FULL
                 raise TierError(
-                    errno.ENOSPC, f"the catalog {self._path}: {again}: free space on its file system"
+                    errno.ENOSPC if full else errno.EIO,
+                    f"the catalog {self._path}: {again}: free space on its file system",
                 ) from again
         except sqlite3.Error as error:
             raise TierError(errno.EIO, f"the catalog {self._path}: {error}") from error

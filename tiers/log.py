@@ -68,6 +68,7 @@ class Log:
             device.write(segment.base, [header])
         except OSError:
             self._segments.release(segment)  # nothing names it
+            device.free.insert(0, device.free.pop())  # and others are tried before it
             raise
         hit("segment.opened")
         return segment
