@@ -650,9 +650,9 @@ class Checkpointer:
     def _volume_row(item: FrozenVolume, merge: Merge) -> VolumeRow:
         volume = item.volume
         root = merge.roots.get(volume.id, volume.tree.root)
-        return VolumeRow(
-            volume.id, volume.short_name, item.size_bytes, root[0], root[1], merge.mapped[volume.id], volume.created_at
-        )
+        # Below zero only if the catalog was damaged, which `pool check` tells of; nothing rests on this count.
+        mapped = max(0, merge.mapped[volume.id])
+        return VolumeRow(volume.id, volume.short_name, item.size_bytes, root[0], root[1], mapped, volume.created_at)
 
     async def _apply(self, frozen: Frozen, merge: Merge, change: Change) -> None:
         """The commit succeeded: make memory say what the catalog says.

@@ -844,5 +844,5 @@ def test_the_simulation_catches(name: str) -> None:
 @pytest.mark.parametrize("word", PLANTS)
 def test_the_random_search_finds(word: str) -> None:
     with PLANTS[word](), pytest.raises((OracleError, TierError, AssertionError)):
-        for seed in range(12):
+        for seed in range(60):
             Run.of(seed).live()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import time
@@ -236,6 +237,7 @@ def test_who_waits_on_a_terminal_sees_a_bar_with_the_time_left_and_may_leave_wit
         stderr=slave,
         env=environment() | {"TERRACE_HOME": str(scrubbed.home), "TERM": "xterm"},
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a background job may have ignored
     )
     os.close(slave)
     shown = b""
@@ -243,7 +245,7 @@ def test_who_waits_on_a_terminal_sees_a_bar_with_the_time_left_and_may_leave_wit
         shown += os.read(master, 4096)
     assert b"Scrubbing pool s" in shown
     assert b"/4.0 MiB" in shown
-    process.send_signal(2)
+    process.send_signal(signal.SIGINT)
     while True:
         try:
             part = os.read(master, 4096)

@@ -66,7 +66,7 @@ def test_a_catalog_with_a_value_that_cannot_be_is_refused_by_name(tmp_path: Path
         edited(home, script)
         error = await open_refusal(home)
         assert error.errno == errno.EIO
-        assert reason in str(error) and "restore it from a backup" in str(error)
+        assert reason in str(error) and "--rebuild-catalog" in str(error)
 
     run(body)
 
@@ -81,7 +81,7 @@ def test_a_damaged_schema_whose_error_is_no_text_is_refused_too(tmp_path: Path) 
         path.write_bytes(data)
         error = await open_refusal(home)
         assert error.errno == errno.EIO
-        assert "restore it from a backup" in str(error)
+        assert "--rebuild-catalog" in str(error)
 
     run(body)
 
