@@ -2,7 +2,7 @@
 
 1. Freeze, without a checkpoint of trio in between: the log's sequence and position, and every volume's overlay.
 2. For each volume, merge the frozen overlay into copies of the pages it touches, level by level up to the root, in
-   chunks of 512 pages. Readers go on with the frozen overlay over the old tree.
+   chunks of 256 pages. Readers go on with the frozen overlay over the old tree.
 3. Flush: everything that the new trees point to is durable.
 4. Commit the catalog.
 5. Without a checkpoint in between: switch the roots, drop the frozen overlays, apply the counts.
@@ -59,7 +59,9 @@ logger = logging.getLogger(__name__)
 U64 = Any
 """A NumPy array of uint64."""
 
-CHUNK_PAGES = 512
+CHUNK_PAGES = 256
+DEAD_SLICE_PAGES = 64
+"""Dead pages walked without a checkpoint of trio in between: an inner one yields up to 256 more."""
 SLICE_ENTRIES = 4096
 DEAD_PAGES_A_CHECKPOINT = 8192
 RETRY_S = 1.0
@@ -544,9 +546,9 @@ class Checkpointer:
         # is found below a page is then gone before the next page.
         listed = reversed(self._engine.dead.items())
         while budget > 0:
-            slice_ = [merge.dead.popitem() for _ in range(min(CHUNK_PAGES, len(merge.dead)))]
+            slice_ = [merge.dead.popitem() for _ in range(min(DEAD_SLICE_PAGES, len(merge.dead)))]
             if not slice_:
-                slice_ = list(itertools.islice(listed, CHUNK_PAGES))
+                slice_ = list(itertools.islice(listed, DEAD_SLICE_PAGES))
                 merge.dead_removed += [address for address, _ in slice_]
             if not slice_:
                 return

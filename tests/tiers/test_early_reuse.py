@@ -145,7 +145,7 @@ def test_a_move_that_cannot_be_read_back_is_refused_and_costs_nothing_once_it_ca
 def test_what_dead_leaves_go_on_naming_is_no_damage(crashes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A deleted volume's map may outlive checkpoints, while the cleaner reuses the segments that it names."""
     monkeypatch.setattr(checkpoint, "DEAD_PAGES_A_CHECKPOINT", 2)
-    monkeypatch.setattr(checkpoint, "CHUNK_PAGES", 2)
+    monkeypatch.setattr(checkpoint, "DEAD_SLICE_PAGES", 2)
     machine = Machine((Disk("fast", 200),), seed=1, settings=PoolSettings(checkpoint_interval_s=3600))
     rng = random.Random(1)
 
