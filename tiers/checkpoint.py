@@ -243,11 +243,6 @@ class Checkpointer:
         """Deleted volumes that no committed checkpoint has buried yet."""
         return [*self._engine.graveyard, *(self._frozen.graveyard if self._frozen else [])]
 
-    @property
-    def burying(self) -> bool:
-        """Whether the checkpoint that is under way gives up the map of a volume."""
-        return self._frozen is not None and bool(self._frozen.graveyard)
-
     async def hold(self) -> None:
         """Keep checkpoints from happening until `let_go`: the roots, and what they point to, stay."""
         await self._lock.acquire()

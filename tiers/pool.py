@@ -397,8 +397,7 @@ class Pool:
             scrub=self.scrubber.status(most_damage=SHOWN_DAMAGE),
             uncounted_frees=bool(
                 engine.dead
-                or engine.graveyard
-                or self._checkpointer.burying
+                or self._checkpointer.waiting_deletes()
                 or any(v.active.ranges or (v.frozen and v.frozen.ranges) for v in engine.volumes.values())
             ),
             devices=[_device_status(device, segments.device_live[device.index]) for device in engine.devices],

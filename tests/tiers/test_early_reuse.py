@@ -44,6 +44,18 @@ def crowded(seed: int) -> tuple[Driver, random.Random]:
     return Driver(machine, volumes=1, volume_bytes=int(slots * FILLED_SHARE) * BLOCK // RUN * RUN), rng
 
 
+async def fill(driver: Driver) -> None:
+    """A life in which the volume is made and written from end to end."""
+    async with driver.machine.open() as pool:
+        volume = await pool.create_volume("v0", driver.volume_bytes)
+        model = driver.models["v0"] = Model(driver.volume_bytes)
+        for at in range(0, driver.volume_bytes, RUN):
+            op = Op("fill", [(at, driver._bytes(RUN))])
+            await volume.write(*op.changes[0])
+            model.returned(op)
+    model.flushed(model.mark)
+
+
 def lives(driver: Driver, rng: random.Random, count: int) -> int:
     """Fill the volume, then overwrite it at random, with crashes mostly soon after a victim was reused.
 
@@ -61,14 +73,7 @@ def lives(driver: Driver, rng: random.Random, count: int) -> int:
             machine.countdown = rng.randrange(1, 60)
 
     async def main() -> None:
-        async with machine.open() as pool:
-            volume = await pool.create_volume("v0", driver.volume_bytes)
-            model = driver.models["v0"] = Model(driver.volume_bytes)
-            for at in range(0, driver.volume_bytes, RUN):
-                op = Op("fill", [(at, driver._bytes(RUN))])
-                await volume.write(*op.changes[0])
-                model.returned(op)
-        model.flushed(model.mark)
+        await fill(driver)
         with mock.patch.object(SegmentTable, "reuse", about_to_crash):
             for _ in range(count):
                 await driver.life(count=150, crash=(rng.choice((None, rng.randrange(1, 200))), None, None))
@@ -113,14 +118,7 @@ def test_a_move_that_cannot_be_read_back_is_refused_and_costs_nothing_once_it_ca
 
     async def main() -> None:
         nonlocal refused
-        async with machine.open() as pool:
-            volume = await pool.create_volume("v0", driver.volume_bytes)
-            model = driver.models["v0"] = Model(driver.volume_bytes)
-            for at in range(0, driver.volume_bytes, RUN):
-                op = Op("fill", [(at, driver._bytes(RUN))])
-                await volume.write(*op.changes[0])
-                model.returned(op)
-        model.flushed(model.mark)
+        await fill(driver)
         with mock.patch.object(SegmentTable, "reuse", crash_soon):
             await driver.life(count=400)
         machine.kill()
