@@ -70,6 +70,7 @@ class Driver:
 
     async def judge(self, pool: Pool) -> None:
         """After an open: what is there must be allowed."""
+        self._look_for_losses()  # a sync that the recovery began with may have failed
         names = {volume.short_name for volume in pool.volumes()}
         for name, model in self.uncertain.items():
             if name in names and model is not None:
@@ -404,11 +405,15 @@ class Driver:
         async with self.machine.open() as pool:
             yield pool
 
+    def _look_for_losses(self) -> None:
+        """A sync failed: what it was to make durable may be gone, as after a power cut."""
+        if any(medium.lost for medium in self.machine.media):
+            self.everything = False
+
     def after(self) -> None:
         """Between two lives: the power comes back, or the process is started again."""
         machine = self.machine
-        if any(medium.lost for medium in machine.media):
-            self.everything = False  # a sync failed: what it was to make durable may be gone
+        self._look_for_losses()
         if machine.is_off and self.rng.random() < 0.7:
             machine.power_cut()
             self.everything = False
