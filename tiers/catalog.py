@@ -7,9 +7,9 @@ a power cut; it is written only after the data that it names was made durable.
 
     meta      key, value          format_version, pool_name, pool_uuid, incarnation, checkpoint_seq, log_segment,
                                   log_slot, log_prev_check, next_segment_id, next_volume_id
-    devices   idx, uuid, path, tier, size_bytes, segment_bytes, poisoned
-    volumes   id, name, size_bytes, root_address, root_check, mapped_blocks, created_at
-    segments  id, device, idx, kind, open, used, live, last_seq
+    devices   idx, uuid, path, tier, size_bytes, segment_bytes, poisoned, state
+    volumes   id, name, size_bytes, root_address, root_check, mapped_blocks, created_at, policy
+    segments  id, device, idx, kind, open, used, live, last_seq, blocks
     dead      address, check_value, level, volume   subtrees that no volume has any more, to be walked in slices
 
 64-bit values are stored as SQLite's signed integers. A ballast file lies beside the catalog, because it may share a
@@ -27,7 +27,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tiers.device import Device
+from tiers.device import DEVICE_STATES, Device, DeviceState
 from tiers.errors import TierError
 from tiers.label import MAX_DEVICES
 from tiers.layout import (
@@ -37,12 +37,13 @@ from tiers.layout import (
     MAX_SEGMENT_BYTES,
     MAX_SEGMENT_ID,
     MAX_SEQ,
+    SLOT_BITS,
     SLOT_MASK,
 )
 from tiers.names import MAX_VOLUME_BYTES, validate_name, validate_volume_size
 from tiers.record import MAX_TIME_S, Kind
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CATALOG_NAME = "catalog.sqlite"
 BALLAST_NAME = "ballast"
 BALLAST_BYTES = 4 << 20
@@ -50,12 +51,14 @@ BALLAST_BYTES = 4 << 20
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE devices (idx INTEGER PRIMARY KEY, uuid BLOB NOT NULL, path TEXT NOT NULL, tier TEXT NOT NULL,
-    size_bytes INTEGER NOT NULL, segment_bytes INTEGER NOT NULL, poisoned TEXT);
+    size_bytes INTEGER NOT NULL, segment_bytes INTEGER NOT NULL, poisoned TEXT,
+    state TEXT NOT NULL);
 CREATE TABLE volumes (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, size_bytes INTEGER NOT NULL,
     root_address INTEGER NOT NULL, root_check INTEGER NOT NULL, mapped_blocks INTEGER NOT NULL,
-    created_at REAL NOT NULL);
+    created_at REAL NOT NULL, policy TEXT NOT NULL);
 CREATE TABLE segments (id INTEGER PRIMARY KEY, device INTEGER NOT NULL, idx INTEGER NOT NULL, kind INTEGER NOT NULL,
-    open INTEGER NOT NULL, used INTEGER NOT NULL, live INTEGER NOT NULL, last_seq INTEGER NOT NULL);
+    open INTEGER NOT NULL, used INTEGER NOT NULL, live INTEGER NOT NULL, last_seq INTEGER NOT NULL,
+    blocks INTEGER NOT NULL);
 CREATE TABLE dead (address INTEGER PRIMARY KEY, check_value INTEGER NOT NULL, level INTEGER NOT NULL,
     volume INTEGER NOT NULL) WITHOUT ROWID;
 """
@@ -75,6 +78,7 @@ class DeviceRow:
     size_bytes: int
     segment_bytes: int
     poisoned: str | None
+    state: DeviceState = "online"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,8 @@ class VolumeRow:
     root_check: int
     mapped_blocks: int
     created_at: float
+    policy: str = ""
+    """The name of its policy; empty: the default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +108,8 @@ class SegmentRow:
     used: int
     live: int
     last_seq: int
+    blocks: int = 0
+    """Blocks that were written into it, where they are more than slots (frames); else 0."""
 
 
 DeadRow = tuple[int, int, int, int]
@@ -174,6 +182,8 @@ def judge_state(state: State) -> None:
             raise ValueError(f"{what} has no path")
         if device.tier not in ("fast", "base"):
             raise ValueError(f"{what}: the tier {device.tier!r} is unknown")
+        if device.state not in DEVICE_STATES:
+            raise ValueError(f"{what}: the state {device.state!r:.80} is unknown")
         if device.poisoned is not None:
             _text(f"{what}: the reason of the poison", device.poisoned)
         _within(f"{what}: segment_bytes", device.segment_bytes, BLOCK_BYTES, MAX_SEGMENT_BYTES)
@@ -193,6 +203,8 @@ def judge_state(state: State) -> None:
         _within(f"{what}: root_address", volume.root_address, 0, _U64)
         _within(f"{what}: root_check", volume.root_check, 0, _U64)
         _within(f"{what}: mapped_blocks", volume.mapped_blocks, 0, MAX_VOLUME_BYTES // BLOCK_BYTES)
+        if _text(f"{what}: the policy", volume.policy):
+            validate_name("policy", volume.policy)
         if not isinstance(volume.created_at, int | float) or not 0 <= volume.created_at <= MAX_TIME_S:
             raise ValueError(f"{what}: created_at is {volume.created_at!r}")
     for segment in state.segments:
@@ -203,7 +215,8 @@ def judge_state(state: State) -> None:
         _within(f"{what}: idx", segment.index, 0, places[segment.device] - 1)
         _within(f"{what}: kind", segment.kind, 1, max(Kind))
         _within(f"{what}: used", segment.used, 0, slots[segment.device])
-        _within(f"{what}: live", segment.live, 0, slots[segment.device])
+        _within(f"{what}: blocks", segment.blocks, 0, MAX_PACKED_BLOCKS)
+        _within(f"{what}: live", segment.live, 0, max(segment.blocks, slots[segment.device]))
         _within(f"{what}: last_seq", segment.last_seq, 0, MAX_SEQ)
     for address, check, level, volume_id in state.dead:
         _within("the address of a dead subtree", address, 0, _U64)
@@ -213,6 +226,8 @@ def judge_state(state: State) -> None:
 
 
 _U64 = (1 << 64) - 1
+MAX_PACKED_BLOCKS = 1 << SLOT_BITS
+"""More than addresses can tell apart."""
 
 
 def _within(what: str, value: object, least: int, most: int) -> None:
@@ -340,14 +355,16 @@ class Catalog:
                 position,
                 [DeviceRow(*row) for row in db.execute("SELECT * FROM devices ORDER BY idx")],
                 [
-                    VolumeRow(i, name, size, _unsigned(address), _unsigned(check), mapped, created)
-                    for i, name, size, address, check, mapped, created in db.execute(
+                    VolumeRow(i, name, size, _unsigned(address), _unsigned(check), mapped, created, policy)
+                    for i, name, size, address, check, mapped, created, policy in db.execute(
                         "SELECT * FROM volumes ORDER BY id"
                     )
                 ],
                 [
-                    SegmentRow(i, device, index, kind, bool(is_open), used, live, last)
-                    for i, device, index, kind, is_open, used, live, last in db.execute("SELECT * FROM segments")
+                    SegmentRow(i, device, index, kind, bool(is_open), used, live, last, blocks)
+                    for i, device, index, kind, is_open, used, live, last, blocks in db.execute(
+                        "SELECT * FROM segments"
+                    )
                 ],
                 [
                     (_unsigned(address), _unsigned(check), level, volume)
@@ -483,6 +500,7 @@ def device_row(device: Device) -> DeviceRow:
         label.size_bytes,
         label.segment_bytes,
         device.poisoned,
+        device.state,
     )
 
 
@@ -490,16 +508,25 @@ def _write_change(db: sqlite3.Connection, change: Change) -> None:
     _write_position(db, change.position)
     db.execute("DELETE FROM volumes")
     db.executemany(
-        "INSERT INTO volumes VALUES (?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO volumes VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
         [
-            (v.id, v.name, v.size_bytes, _signed(v.root_address), _signed(v.root_check), v.mapped_blocks, v.created_at)
+            (
+                v.id,
+                v.name,
+                v.size_bytes,
+                _signed(v.root_address),
+                _signed(v.root_check),
+                v.mapped_blocks,
+                v.created_at,
+                v.policy,
+            )
             for v in change.volumes
         ],
     )
     db.executemany("DELETE FROM segments WHERE id = ?", [(i,) for i in change.freed_segments])
     db.executemany(
-        "INSERT OR REPLACE INTO segments VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        [(s.id, s.device, s.index, s.kind, int(s.open), s.used, s.live, s.last_seq) for s in change.segments],
+        "INSERT OR REPLACE INTO segments VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        [(s.id, s.device, s.index, s.kind, int(s.open), s.used, s.live, s.last_seq, s.blocks) for s in change.segments],
     )
     db.executemany("DELETE FROM dead WHERE address = ?", [(_signed(address),) for address in change.dead_removed])
     db.executemany(
@@ -526,9 +553,10 @@ def _write_position(db: sqlite3.Connection, position: Position) -> None:
 
 def _write_devices(db: sqlite3.Connection, devices: Iterable[DeviceRow]) -> None:
     db.executemany(
-        "INSERT INTO devices VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (idx) DO UPDATE SET"
-        " path = excluded.path, poisoned = coalesce(poisoned, excluded.poisoned)",  # poison is never lifted
-        [(d.index, d.uuid, d.path, d.tier, d.size_bytes, d.segment_bytes, d.poisoned) for d in devices],
+        "INSERT INTO devices VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (idx) DO UPDATE SET"
+        " path = excluded.path, state = excluded.state,"
+        " poisoned = coalesce(poisoned, excluded.poisoned)",  # poison is never lifted
+        [(d.index, d.uuid, d.path, d.tier, d.size_bytes, d.segment_bytes, d.poisoned, d.state) for d in devices],
     )
 
 

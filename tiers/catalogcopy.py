@@ -10,7 +10,7 @@ Little-endian.
 
     offset size type  field
       0     8   bytes  magic "TRCCATA1"
-      8     2   u16    format version (1); another version is refused
+      8     2   u16    format version (2); another version is refused
      10     2   u16    kind: 1 full, 2 delta
      12     4   u32    0
      16     8   u64    incarnation of the pool that wrote it
@@ -25,11 +25,12 @@ Little-endian.
     ...                four tables: devices, volumes, segments, dead
 
     table:   u32 removed keys (0 in a full copy), u32 rows, then the keys (u64 each), then the rows
-    device:  u16 index, u16 tier (1 fast, 2 base), u32 0, u64 size, u64 segment size, 16 bytes uuid, u16 length of the
-             path, u16 length of why it is poisoned (65535: it isn't), then both in UTF-8
+    device:  u16 index, u16 tier (1 fast, 2 base), u32 state (0 online, 1 evacuating, 2 lost), u64 size, u64 segment
+             size, 16 bytes uuid, u16 length of the path, u16 length of why it is poisoned (65535: it isn't), then both
+             in UTF-8
     volume:  u64 id, u64 size, u64 root address, u64 root check, u64 mapped blocks, f64 creation time, u16 length of the
-             name, then the name in UTF-8
-    segment: u64 id, u32 device, u32 place, u16 kind, u16 open, u32 used, u32 live, u64 last_seq
+             name, u16 length of the policy's name, then both in UTF-8
+    segment: u64 id, u32 device, u32 place, u16 kind, u16 open, u32 used, u32 live, u32 blocks, u64 last_seq
     dead:    u64 address, u64 check, u64 level, u64 volume
 
 Rows replace those of the same key (device index, volume id, segment id, address). A copy whose write was torn lacks
@@ -38,14 +39,15 @@ blocks, or fails its check; then the copy before it counts, whose time has not p
 
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from tiers.catalog import Change, DeadRow, DeviceRow, Position, SegmentRow, State, VolumeRow
+from tiers.device import DEVICE_STATES
 from tiers.layout import BLOCK_BYTES, check_of
 
 MAGIC = b"TRCCATA1"
-COPY_VERSION = 1
+COPY_VERSION = 2
 
 _HEADER = struct.Struct("<8sHHIQQQQQQ")
 _POSITION = struct.Struct("<7Q")
@@ -53,12 +55,12 @@ _COUNTS = struct.Struct("<II")
 _LENGTH = struct.Struct("<H")
 _CHECK = struct.Struct("<Q")
 _DEVICE = struct.Struct("<HHIQQ16sHH")
-_VOLUME = struct.Struct("<QQQQQdH")
-_SEGMENT = struct.Struct("<QIIHHIIQ")
+_VOLUME = struct.Struct("<QQQQQdHH")
+_SEGMENT = struct.Struct("<QIIHHIIIQ")
 _DEAD = struct.Struct("<QQQQ")
 assert _HEADER.size == 64
 assert _POSITION.size == 56
-assert (_DEVICE.size, _VOLUME.size, _SEGMENT.size, _DEAD.size) == (44, 50, 36, 32)
+assert (_DEVICE.size, _VOLUME.size, _SEGMENT.size, _DEAD.size) == (44, 52, 40, 32)
 _CHECK_OFFSET = 56
 _SOUND = 0xFFFF
 _TIERS = ("fast", "base")
@@ -118,11 +120,24 @@ def _pack_device(row: DeviceRow) -> bytes:
     why = b"" if row.poisoned is None else row.poisoned.encode()[: _SOUND - 1]
     length = _SOUND if row.poisoned is None else len(why)
     tier = _TIERS.index(row.tier) + 1
-    return _DEVICE.pack(row.index, tier, 0, row.size_bytes, row.segment_bytes, row.uuid, len(path), length) + path + why
+    return (
+        _DEVICE.pack(
+            row.index,
+            tier,
+            DEVICE_STATES.index(row.state),
+            row.size_bytes,
+            row.segment_bytes,
+            row.uuid,
+            len(path),
+            length,
+        )
+        + path
+        + why
+    )
 
 
 def _pack_volume(row: VolumeRow) -> bytes:
-    name = row.name.encode()
+    name, policy = row.name.encode(), row.policy.encode()
     return (
         _VOLUME.pack(
             row.id,
@@ -132,33 +147,41 @@ def _pack_volume(row: VolumeRow) -> bytes:
             row.mapped_blocks,
             float(row.created_at),
             len(name),
+            len(policy),
         )
         + name
+        + policy
     )
 
 
 def _pack_segment(row: SegmentRow) -> bytes:
-    return _SEGMENT.pack(row.id, row.device, row.index, row.kind, row.open, row.used, row.live, row.last_seq)
+    return _SEGMENT.pack(
+        row.id, row.device, row.index, row.kind, row.open, row.used, row.live, row.blocks, row.last_seq
+    )
 
 
 def _unpack_device(data: bytes) -> DeviceRow:
-    index, tier, _, size, segment, uuid, path_length, why_length = _DEVICE.unpack_from(data)
+    index, tier, state, size, segment, uuid, path_length, why_length = _DEVICE.unpack_from(data)
     end = _DEVICE.size + path_length
     why = None if why_length == _SOUND else data[end:].decode("utf-8", "replace")
     path = data[_DEVICE.size : end].decode("utf-8", "surrogateescape")
     if tier not in (1, 2):
         raise BadCopyError(f"a device of an unknown tier {tier}")
-    return DeviceRow(index, uuid, path, _TIERS[tier - 1], size, segment, why)
+    if state >= len(DEVICE_STATES):
+        raise BadCopyError(f"a device in an unknown state {state}")
+    return DeviceRow(index, uuid, path, _TIERS[tier - 1], size, segment, why, DEVICE_STATES[state])
 
 
 def _unpack_volume(data: bytes) -> VolumeRow:
-    number, size, address, check, mapped, created, _ = _VOLUME.unpack_from(data)
-    return VolumeRow(number, data[_VOLUME.size :].decode(), size, address, check, mapped, created)
+    number, size, address, check, mapped, created, length, _ = _VOLUME.unpack_from(data)
+    end = _VOLUME.size + length
+    name, policy = data[_VOLUME.size : end].decode(), data[end:].decode()
+    return VolumeRow(number, name, size, address, check, mapped, created, policy)
 
 
 def _unpack_segment(data: bytes) -> SegmentRow:
-    number, device, index, kind, is_open, used, live, last_seq = _SEGMENT.unpack(data)
-    return SegmentRow(number, device, index, kind, bool(is_open), used, live, last_seq)
+    number, device, index, kind, is_open, used, live, blocks, last_seq = _SEGMENT.unpack(data)
+    return SegmentRow(number, device, index, kind, bool(is_open), used, live, last_seq, blocks)
 
 
 def _device_length(data: memoryview, at: int) -> int:
@@ -167,7 +190,8 @@ def _device_length(data: memoryview, at: int) -> int:
 
 
 def _volume_length(data: memoryview, at: int) -> int:
-    return int(_VOLUME.size + _VOLUME.unpack_from(data, at)[-1])
+    *_, name_length, policy_length = _VOLUME.unpack_from(data, at)
+    return int(_VOLUME.size + name_length + policy_length)
 
 
 def _segment_length(data: memoryview, at: int) -> int:
@@ -212,17 +236,7 @@ class Mirror:
             rows.append(
                 (
                     device.index,
-                    _pack_device(
-                        DeviceRow(
-                            device.index,
-                            device.uuid,
-                            device.path,
-                            device.tier,
-                            device.size_bytes,
-                            device.segment_bytes,
-                            why,
-                        )
-                    ),
+                    _pack_device(replace(device, poisoned=why)),
                 )
             )
         delta.append(([], _put(devices, rows)))
@@ -267,8 +281,10 @@ def _remove(table: Table, keys: Iterable[int]) -> list[int]:
 # -- copies ------------------------------------------------------------------------------------------------------------
 
 
-def bound_bytes(name: str, devices: Iterable[DeviceRow], volume_names: Iterable[str], segments: int, dead: int) -> int:
-    """At most so long is a full copy of a catalog with these rows."""
+def bound_bytes(
+    name: str, devices: Iterable[DeviceRow], volumes: Iterable[tuple[str, str]], segments: int, dead: int
+) -> int:
+    """At most so long is a full copy of a catalog with these rows. `volumes`: names, and those of their policies."""
     return (
         _HEADER.size
         + _POSITION.size
@@ -276,7 +292,7 @@ def bound_bytes(name: str, devices: Iterable[DeviceRow], volume_names: Iterable[
         + len(name.encode())
         + 4 * _COUNTS.size
         + sum(len(_pack_device(row)) for row in devices)
-        + sum(_VOLUME.size + len(volume.encode()) for volume in volume_names)
+        + sum(_VOLUME.size + len(name.encode()) + len(policy.encode()) for name, policy in volumes)
         + segments * _SEGMENT.size
         + dead * _DEAD.size
     )

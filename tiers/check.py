@@ -21,7 +21,7 @@ a segment that was freed in the meantime is nobody's. Data is read the way clien
 
 import contextlib
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ from tiers.record import (
     decode_segment_header,
     peek_header_slots,
 )
-from tiers.segments import Segment, is_given_out
+from tiers.segments import Segment
 
 if TYPE_CHECKING:
     from tiers.checkpoint import Checkpointer
@@ -118,11 +118,15 @@ async def check_pool(engine: "Engine", checkpointer: "Checkpointer", *, full: bo
         done = min(total, done + count * BLOCK_BYTES)
         progress(done, total)
 
-    given_out = await _check_segment_headers(engine, [segment for segment, _ in named], report)
+    suspects = await _check_segment_headers(engine, [segment for segment, _ in named])
     for segment, highest in sealed:
-        if segment.id not in given_out:
-            await _check_batch_headers(engine, segment, highest, report)
+        if segment.id not in suspects and (why := await _check_batch_headers(engine, segment, highest)):
+            suspects[segment.id] = why
         advance(highest)
+    left_behind = await _left_behind(engine, suspects.keys())
+    for segment_id, why in suspects.items():
+        if segment_id not in left_behind:
+            report.problem(why)
     for volume, _, _ in walk.moment.roots:
         await _check_data(volume, every, report, advance)
     progress(total, total)
@@ -400,14 +404,10 @@ class _Walk:
 # -- headers -----------------------------------------------------------------------------------------------
 
 
-async def _check_segment_headers(engine: "Engine", segments: "list[Segment]", report: CheckReport) -> set[int]:
-    """Slot 0 of every segment with live blocks says what the table says.
-
-    Returns the segments whose places were given out again: a pool that can't take a checkpoint still has them in its
-    last one's map, though the log has moved all that was in them. Whether it has, reading the volumes tells.
-    """
+async def _check_segment_headers(engine: "Engine", segments: "list[Segment]") -> dict[int, str]:
+    """Slot 0 of every segment with live blocks says what the table says. Returns those where it doesn't, and why."""
     by_id = engine.segments.by_id
-    given_out: set[int] = set()
+    suspects: dict[int, str] = {}
     for device in engine.devices:
         live = [segment for segment in segments if segment.device is device]
         for start in range(0, len(live), CHUNK_PAGES):
@@ -423,12 +423,30 @@ async def _check_segment_headers(engine: "Engine", segments: "list[Segment]", re
                     why = _wrong_header(engine, segment, await device.read_direct(segment.base, BLOCK_BYTES))
                 except OSError as error:
                     why = str(error)
-                if engine.space.read_only is not None and is_given_out(segment, header, engine.pool_uuid):
-                    given_out.add(segment.id)
-                elif why is not None and by_id.get(segment.id) is segment:
-                    report.problem(f"{device.path} at {segment.base}: the header of segment {segment.id}: {why}")
+                if why is not None and by_id.get(segment.id) is segment:
+                    suspects[segment.id] = f"{device.path} at {segment.base}: the header of segment {segment.id}: {why}"
             await trio.lowlevel.checkpoint()
-    return given_out
+    return suspects
+
+
+async def _left_behind(engine: "Engine", suspects: Collection[int]) -> set[int]:
+    """Those of the suspects that nothing is in any more, for all that the log says since the last checkpoint.
+
+    A pool that can't take a checkpoint still has them in its last one's map; their places may have been given out
+    again, and what a crash left there is anybody's.
+    """
+    if engine.space.read_only is None or not suspects:
+        return set()
+    by_id = engine.segments.by_id
+    left = {i for i in suspects if i in by_id and by_id[i].kind in (Kind.LOG, Kind.MOVED)}
+    for volume in list(engine.volumes.values()):
+        async with contextlib.aclosing(_leaves(volume)) as pages:
+            async for leaves in pages:
+                for index in leaves:
+                    with contextlib.suppress(OSError):  # the walk has named that page
+                        addresses, _ = await volume.entries(index << FANOUT_BITS, FANOUT)
+                        left.difference_update({address >> SLOT_BITS for address in addresses})
+    return left
 
 
 def _wrong_header(engine: "Engine", segment: "Segment", block: bytearray) -> str | None:
@@ -448,13 +466,13 @@ def _wrong_header(engine: "Engine", segment: "Segment", block: bytearray) -> str
     return None
 
 
-async def _check_batch_headers(engine: "Engine", segment: "Segment", highest: int, report: CheckReport) -> None:
+async def _check_batch_headers(engine: "Engine", segment: "Segment", highest: int) -> str | None:
     """The batch headers of a sealed segment lead from one to the next, up to the last slot that anything names.
 
-    What is behind it may be a batch that a power cut tore: nobody was promised that.
+    What is behind it may be a batch that a power cut tore: nobody was promised that. Returns what is wrong.
     """
     if engine.segments.by_id.get(segment.id) is not segment:
-        return
+        return None
     segment.pins += 1
     try:
         slot = 1
@@ -470,13 +488,13 @@ async def _check_batch_headers(engine: "Engine", segment: "Segment", highest: in
                     batches = _batches_in(engine, segment, slot, data, must=True)
                 except BadRecordError as error:
                     why = "a batch header that can't be read" if 0 in unreadable else str(error)
-                    report.problem(
+                    return (
                         f"{segment.device.path} at {offset}: {why}; segment {segment.id} has a damaged header and "
                         f"can't be cleaned"
                     )
-                    return
             slot = batches[-1].slot + batches[-1].slots
             await trio.lowlevel.checkpoint()
+        return None
     finally:
         segment.pins -= 1
 

@@ -636,6 +636,7 @@ class Checkpointer:
                         segment.used,
                         segment.live + live,
                         segment.last_seq,
+                        segment.blocks,
                     )
                 )
         change.dead_added = [_dead_row(address, value) for address, value in merge.dead.items()]
@@ -649,7 +650,16 @@ class Checkpointer:
         root = merge.roots.get(volume.id, volume.tree.root)
         # Below zero only if the catalog was damaged, which `pool check` tells of; nothing rests on this count.
         mapped = max(0, merge.mapped[volume.id])
-        return VolumeRow(volume.id, volume.short_name, item.size_bytes, root[0], root[1], mapped, volume.created_at)
+        return VolumeRow(
+            volume.id,
+            volume.short_name,
+            item.size_bytes,
+            root[0],
+            root[1],
+            mapped,
+            volume.created_at,
+            volume.policy_name,
+        )
 
     async def _apply(self, frozen: Frozen, merge: Merge, change: Change) -> None:
         """The commit succeeded: make memory say what the catalog says.

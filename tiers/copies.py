@@ -123,7 +123,7 @@ class CopyWriter:
 
     def _bound_blocks(self, segments: int, dead: int) -> int:
         engine = self._engine
-        names = (volume.short_name for volume in engine.volumes.values())
+        names = ((volume.short_name, volume.policy_name) for volume in engine.volumes.values())
         length = bound_bytes(engine.pool_name, map(device_row, engine.devices), names, segments, dead)
         length += VOLUME_BYTES * len(engine.graveyard)  # deleted since the freeze: the copy still has them
         return -(-length // BLOCK_BYTES)

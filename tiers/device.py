@@ -16,7 +16,7 @@ import mmap
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar, TypeVarTuple
+from typing import Literal, Protocol, TypeVar, TypeVarTuple, get_args
 
 import trio
 
@@ -36,6 +36,11 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 
+DeviceState = Literal["online", "evacuating", "lost"]
+"""`evacuating`: nothing new is put there. `lost`: it is gone for good, and the operator has accepted that."""
+DEVICE_STATES: tuple[DeviceState, ...] = get_args(DeviceState)
+
+
 class Offload(Protocol):
     """Runs a function that blocks, or computes for long without the GIL: in a worker thread, or simulated."""
 
@@ -53,6 +58,7 @@ class Device(Protocol):
     unsynced_bytes: int
     written_bytes: int
     poisoned: str | None
+    state: DeviceState
     error_count: int
 
     @property
@@ -109,6 +115,7 @@ class FileDevice:
         self.unsynced_bytes = 0
         self.written_bytes = 0
         self.poisoned: str | None = None
+        self.state: DeviceState = "online"
         self.error_count = 0
         self._direct_fd = direct_fd
         self._offload = offload

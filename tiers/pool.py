@@ -202,7 +202,7 @@ class Pool:
             return
         try:
             self._checkpointer.writer.seal()
-            self._cleaner.seal_all()
+            self._cleaner.mover.seal_all()
             hit("close.sealed")
             await self._checkpoint_alone()
         except OSError as error:
@@ -449,6 +449,7 @@ def _open_devices(host: Host, state: State, offload: Offload) -> list[Device]:
                     errno.EIO, f"{row.path} can't be opened as device {row.index} of pool {state.pool_name}: {error}"
                 ) from None
             opened.append(device)
+            device.state = row.state
             _judge_label(device.label, row, state)
             poisoned_by = next((d for d in opened if row.index in d.label.poisoned), None)
             if row.poisoned or poisoned_by:

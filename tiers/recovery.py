@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING
 import trio
 
 from tiers.catalog import State
-from tiers.cleaner import put_moved
 from tiers.device import Device, read_what_can_be_read
 from tiers.errors import TierError
 from tiers.failpoint import hit
 from tiers.layout import BAD, BLOCK_BYTES, BLOCK_SHIFT, SLOT_BITS
+from tiers.mover import put_moved
 from tiers.record import (
     ID_MASK,
     MAX_BLOCKS,
@@ -116,6 +116,7 @@ def restore(engine: "Engine", state: State) -> None:
     for row in state.segments:
         segment = engine.segments.adopt(row.id, engine.device_by_index(row.device), row.index, Kind(row.kind))
         segment.used = row.used
+        segment.blocks = row.blocks
         segment.live = row.live
         segment.last_seq = row.last_seq
     for volume_row in state.volumes:
@@ -127,6 +128,7 @@ def restore(engine: "Engine", state: State) -> None:
             volume_row.created_at,
         )
         volume.tree.mapped_blocks = volume_row.mapped_blocks
+        volume.policy_name = volume_row.policy
     engine.dead = {address: (check, level, volume_id) for address, check, level, volume_id in state.dead}
     engine.next_volume_id = max(engine.next_volume_id, state.position.next_volume_id)
     engine.segments.next_id = max(engine.segments.next_id, state.position.next_segment_id)

@@ -29,6 +29,7 @@ class Segment:
 
     __slots__ = (
         "base",
+        "blocks",
         "damaged",
         "device",
         "fd",
@@ -55,6 +56,8 @@ class Segment:
         self.kind = kind
         self.open = True
         self.used = 1
+        self.blocks = 0
+        """Blocks written into frames, which are more than the slots that these take; 0 in other segments."""
         self.live = 0
         self.pending = 0
         self.last_seq = 0

@@ -80,6 +80,8 @@ class Volume:
         self.size_bytes = size_bytes
         self.tree = tree
         self.created_at = created_at
+        self.policy_name = ""
+        """Empty: the default policy."""
         self._engine = engine
         self._preadv = engine.preadv
         self.active = self.new_overlay()

@@ -278,12 +278,14 @@ def scratch() -> Path:
 def _catalog_template() -> bytes:
     directory = scratch() / "template"
     device = DeviceRow(0, POOL, "/dev/null", "fast", 64 * MIB, MIB // 2, None)
-    base = DeviceRow(1, POOL[::-1], "/dev/zero", "base", 64 * MIB, MIB // 2, "it failed a flush")
+    base = DeviceRow(1, POOL[::-1], "/dev/zero", "base", 64 * MIB, MIB // 2, "it failed a flush", "lost")
     position = Position(3, 41, 7, 12, (1 << 64) - 2, 9, 4)
     Catalog.create(directory, "demo", POOL, [device, base], position)
     catalog = Catalog(directory)
-    volumes = [VolumeRow(i, f"v{i}", MIB << i, FIRST_ADDRESS | i, (1 << 64) - i, 9, 1.7e9 + i) for i in (1, 2, 3)]
-    segments = [SegmentRow(i, i % 2, i, i % 3 + 1, i == 7, 20, 9, 40) for i in range(1, 9)]
+    volumes = [
+        VolumeRow(i, f"v{i}", MIB << i, FIRST_ADDRESS | i, (1 << 64) - i, 9, 1.7e9 + i, "p" * i) for i in (1, 2, 3)
+    ]
+    segments = [SegmentRow(i, i % 2, i, i % 3 + 1, i == 7, 20, 9, 40, 99) for i in range(1, 9)]
     catalog.commit(Change(position, volumes, segments, dead_added=[(FIRST_ADDRESS | 9, 1 << 63, 2, 8)]))
     catalog.close()
     return (directory / CATALOG_NAME).read_bytes()
@@ -301,10 +303,10 @@ STATEMENTS = (
     "CREATE TRIGGER t AFTER INSERT ON meta BEGIN DELETE FROM volumes; END",
     "CREATE TABLE extra (x)",
     "CREATE INDEX i ON segments (device)",
-    "INSERT INTO segments SELECT id + 100, device, idx, kind, open, used, live, last_seq FROM segments",
-    "INSERT INTO volumes SELECT id + 100, name || 'x', size_bytes, root_address, root_check, mapped_blocks, created_at"
+    "INSERT INTO segments SELECT id + 100, device, idx, kind, open, used, live, last_seq, blocks FROM segments",
+    "INSERT INTO volumes SELECT id + 100, name || 'x', size_bytes, root_address, root_check, mapped_blocks, created_at, policy"
     " FROM volumes",
-    "UPDATE meta SET value = 2 WHERE key = 'format_version'",
+    "UPDATE meta SET value = 99 WHERE key = 'format_version'",
     "UPDATE volumes SET name = CAST(X'ff' AS TEXT)",
     "PRAGMA user_version = 7; PRAGMA journal_mode = DELETE",
     "VACUUM",

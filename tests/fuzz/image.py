@@ -77,8 +77,8 @@ def template() -> Template:
             await pool.checkpoint()
             await pool.delete_volume("gone")
             victim = next(s for s in pool._engine.segments.by_id.values() if not s.open and s.live)
-            await pool._cleaner._move_segment(victim, "base")
-            await pool._cleaner._apply_staged()
+            await pool._cleaner.mover.move_segment(victim, "base")
+            await pool._cleaner.mover.apply_staged()
             await pool.volume("b").flush()
             for number in range(20):
                 await write(pool, "ab"[number % 2], rng.randrange(600), rng.randrange(1, 5))

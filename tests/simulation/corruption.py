@@ -339,8 +339,8 @@ async def move_everything(pool: Pool, destination: str) -> None:
     for victim in list(segments.values()):
         is_wanted = not victim.open and victim.kind is not Kind.MAP and victim.live + victim.pending
         if is_wanted and segments.get(victim.id) is victim:
-            await cleaner._move_segment(victim, destination)
-    await cleaner._apply_staged()
+            await cleaner.mover.move_segment(victim, destination)
+    await cleaner.mover.apply_staged()
 
 
 async def idle(pool: Pool) -> None:

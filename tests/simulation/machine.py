@@ -32,7 +32,7 @@ import trio.testing
 
 from tests.simulation.medium import SECTOR, Medium
 from tiers.catalog import CATALOG_NAME, Catalog, Change, DeviceRow, Position, State
-from tiers.device import Offload
+from tiers.device import DeviceState, Offload
 from tiers.errors import TierError
 from tiers.failpoint import watching
 from tiers.host import CatalogStore
@@ -76,6 +76,7 @@ class SimDevice:
         self.unsynced_bytes = 0
         self.written_bytes = 0
         self.poisoned: str | None = None
+        self.state: DeviceState = "online"
         self.error_count = 0
         self.machine.by_fd[self.fd] = self
 

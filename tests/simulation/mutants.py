@@ -28,10 +28,10 @@ import tiers.recovery
 import tiers.segments
 from tests.simulation.machine import Machine
 from tiers.checkpoint import Checkpointer, Merge
-from tiers.cleaner import Cleaner
 from tiers.engine import Engine
 from tiers.flush import Flusher
 from tiers.log import Log
+from tiers.mover import Mover
 from tiers.pool import Pool
 from tiers.segments import Segment, SegmentTable
 from tiers.space import Space
@@ -136,14 +136,14 @@ def _half_used_segment() -> Iterator[None]:
 @contextlib.contextmanager
 def _victims_given_back_at_once() -> Iterator[None]:
     """A segment whose blocks have all moved is free when its MOVE is logged, durable or not."""
-    honest_move, honest_apply = Cleaner._move_segment, Cleaner._apply_staged
+    honest_move, honest_apply = Mover.move_segment, Mover.apply_staged
     emptied: list[Segment] = []
 
-    async def move(self: Cleaner, victim: Any, destination: str) -> None:
+    async def move(self: Mover, victim: Any, destination: str) -> None:
         await honest_move(self, victim, destination)
         emptied.append(victim)
 
-    async def apply(self: Cleaner) -> None:
+    async def apply(self: Mover) -> None:
         await honest_apply(self)
         segments = self._engine.segments
         while emptied:
@@ -153,7 +153,7 @@ def _victims_given_back_at_once() -> Iterator[None]:
                 victim.device.free.sort(key=lambda index: index != victim.index)
                 victim.device.free.reverse()
 
-    with mock.patch.object(Cleaner, "_move_segment", move), mock.patch.object(Cleaner, "_apply_staged", apply):
+    with mock.patch.object(Mover, "move_segment", move), mock.patch.object(Mover, "apply_staged", apply):
         yield
 
 
@@ -178,7 +178,7 @@ def _merge_of_before(checkpointer: Checkpointer) -> Merge:
     return merge
 
 
-def _log_hole(self: Cleaner, volume: Volume, block: int, entry: Any, victim: Any) -> None:
+def _log_hole(self: Mover, volume: Volume, block: int, entry: Any, victim: Any) -> None:
     """In place of BAD: the lost block becomes a hole."""
     if not volume.deleted and volume.entry_now(block) == entry:
         volume._append([volume._unmap_word, block, 1], [], [])
@@ -375,7 +375,7 @@ MUTANTS: dict[str, Mutant] = {
     "a move that is logged before its copies are durable": Mutant(
         "7",
         "a power cut may keep the record and lose the copies",
-        _instead(Cleaner, "_apply_staged", "await engine.flusher.flush()", "await trio.lowlevel.checkpoint()"),
+        _instead(Mover, "apply_staged", "await engine.flusher.flush()", "await trio.lowlevel.checkpoint()"),
     ),
     "a segment id that is given out twice": Mutant(
         "7",
@@ -420,12 +420,12 @@ MUTANTS: dict[str, Mutant] = {
     "a lost block that is moved as a hole": Mutant(
         "promise 2",
         "its readers get zeros in place of an error",
-        _patched(Cleaner, "_log_bad", _log_hole),
+        _patched(Mover, "_log_bad", _log_hole),
     ),
     "a cleaner that copies what it has not verified": Mutant(
         "promise 2",
         "one bad read of a good block makes the block bad",
-        _instead(Cleaner, "_copy", "if check_of(view) == check:", "if True:"),
+        _instead(Mover, "_copy", "if check_of(view) == check:", "if True:"),
     ),
     # Rule 8: space.
     "a reserve that is given away": Mutant(
@@ -458,7 +458,7 @@ MUTANTS: dict[str, Mutant] = {
     "a move that does not look whether its block has changed": Mutant(
         "9",
         "an overwrite between copy and MOVE is undone",
-        _instead(Cleaner, "_apply", "if entry == (old, check):", "if True:"),
+        _instead(Mover, "_apply", "if entry == (old, check):", "if True:"),
     ),
     "a replay that takes every copy of a move": Mutant(
         "9",

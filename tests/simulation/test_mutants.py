@@ -125,8 +125,8 @@ async def _move_some(pool: Pool, rng: random.Random) -> None:
     ]
     for victim in rng.sample(victims, min(3, len(victims))):
         if segments.get(victim.id) is victim:
-            await pool._cleaner._move_segment(victim, rng.choice(("fast", "base")))
-    await pool._cleaner._apply_staged()
+            await pool._cleaner.mover.move_segment(victim, rng.choice(("fast", "base")))
+    await pool._cleaner.mover.apply_staged()
 
 
 def kill_then_power_cut(seed: int) -> None:
@@ -708,8 +708,8 @@ def early_reuse_without_a_copy(seed: int) -> None:
                 raise OracleError("a checkpoint without a copy on the devices succeeded")
             for victim in victims:
                 if segments.by_id.get(victim.id) is victim:
-                    await pool._cleaner._move_segment(victim, "fast")
-            await pool._cleaner._apply_staged()
+                    await pool._cleaner.mover.move_segment(victim, "fast")
+            await pool._cleaner.mover.apply_staged()
             await pool._engine.reuse(victims)
             for _ in range(rng.randrange(3, 12)):
                 await scene.operation(volume, whole=True)

@@ -102,7 +102,7 @@ def test_a_full_copy_says_what_the_catalog_said(state: State) -> None:
     copy = decode_copy(data)
     assert copy.check == check
     assert in_order(state_of([copy], UUID)) == in_order(state)
-    names = [volume.name for volume in state.volumes]
+    names = [(volume.name, volume.policy) for volume in state.volumes]
     assert len(data) - BLOCK_BYTES < bound_bytes(
         state.pool_name, state.devices, names, len(state.segments), len(state.dead)
     )
@@ -112,9 +112,12 @@ def changes_from(rng: random.Random, state: State) -> Change:
     """A change as a checkpoint might make it."""
     position = dataclasses.replace(state.position, checkpoint_seq=state.position.checkpoint_seq + rng.randrange(1, 9))
     volumes = [dataclasses.replace(v, root_check=rng.getrandbits(64)) for v in state.volumes if rng.random() < 0.8]
-    volumes += [VolumeRow(rng.getrandbits(40), f"n{rng.getrandbits(30)}", 4096, 0, 0, 0, 5.0)]
+    volumes += [VolumeRow(rng.getrandbits(40), f"n{rng.getrandbits(30)}", 4096, 0, 0, 0, 5.0, rng.choice(("", "cold")))]
     freed = [row.id for row in state.segments if rng.random() < 0.3] + [rng.getrandbits(50)]
-    segments = [SegmentRow(rng.getrandbits(50), 0, rng.randrange(99), 3, rng.random() < 0.5, 3, 2, 1) for _ in range(3)]
+    segments = [
+        SegmentRow(rng.getrandbits(50), 0, rng.randrange(99), 3, rng.random() < 0.5, 3, 2, 1, rng.randrange(9))
+        for _ in range(3)
+    ]
     dead = [(rng.getrandbits(60), rng.getrandbits(64), 2, 7) for _ in range(3)]
     removed = [row[0] for row in state.dead if rng.random() < 0.5]
     devices = [dataclasses.replace(row, path=f"/{rng.random()}") for row in state.devices]
@@ -146,16 +149,16 @@ def test_a_chain_of_deltas_says_what_the_commits_did(state: State, seed: int, co
 def sample(seq: int = 41, volumes: int = 3, incarnation: int = 2) -> State:
     devices = [
         DeviceRow(0, b"\x01" * 16, "/dev/disk/by-id/one", "fast", 64 * MIB, MIB // 2, None),
-        DeviceRow(1, b"\x02" * 16, "/srv/two", "base", 1 << 40, 64 * MIB, "a flush failed"),
+        DeviceRow(1, b"\x02" * 16, "/srv/two", "base", 1 << 40, 64 * MIB, "a flush failed", "evacuating"),
     ]
     return State(
         "demo",
         UUID,
         Position(incarnation, seq, 7, 1, 0xDEADBEEF, 12, 6),
         devices,
-        [VolumeRow(i, f"v{i}", 1 << 30, 3 << 24 | 1, 77, 5, 1700000000.0) for i in range(volumes)],
+        [VolumeRow(i, f"v{i}", 1 << 30, 3 << 24 | 1, 77, 5, 1700000000.0, "archive") for i in range(volumes)],
         [
-            SegmentRow(3, 0, 9, Kind.MAP, False, 20, 6, 40),
+            SegmentRow(3, 0, 9, Kind.MAP, False, 20, 6, 40, 300),
             SegmentRow(7, 0, 2, Kind.LOG, True, 1, 0, 0),
             SegmentRow(8, 0, 3, Kind.CATALOG, True, 5, 0, 0),
         ],
@@ -207,17 +210,17 @@ def test_senseless_values_under_a_sound_check_raise_nothing_else(at: int, garbag
 
 def test_a_sound_copy_of_a_newer_version_is_told_from_a_damaged_one() -> None:
     data = bytearray(full(sample())[0])
-    data[8] = 2
+    data[8] = 99
     with pytest.raises(BadCopyError) as damaged:
         decode_copy(data)
     assert not damaged.value.newer
-    with pytest.raises(BadCopyError, match="format version 2 and this release reads 1") as newer:
+    with pytest.raises(BadCopyError, match="format version 99 and this release reads 2") as newer:
         decode_copy(sealed(data))
     assert newer.value.newer
 
 
-def test_version_1_has_these_bytes() -> None:
-    assert full(sample())[0] == golden("v1-catalog-copy.hex", BLOCK_BYTES)
+def test_version_2_has_these_bytes() -> None:
+    assert full(sample())[0] == golden("v2-catalog-copy.hex", BLOCK_BYTES)
 
 
 # -- chains ------------------------------------------------------------------------------------------------------------

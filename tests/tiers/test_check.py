@@ -13,8 +13,8 @@ import trio
 
 from tests.tiers.helpers import QUIET, assert_sound, block, flip, fresh_pool, make_pool, read, refusal, run
 from tiers import Pool, Volume, check, maptree
-from tiers.cleaner import put_moved
 from tiers.layout import BAD, BLOCK_BYTES, MIB, SLOT_MASK
+from tiers.mover import put_moved
 from tiers.record import Op, encode_segment_header
 from tiers.segments import Segment
 
@@ -206,7 +206,8 @@ def test_two_segments_in_one_place_are_reported(tmp_path: Path) -> None:
         async with Pool.open(home, settings=QUIET) as pool:
             await filled(pool)
         sqlite(
-            home, "INSERT INTO segments SELECT id + 100000, device, idx, kind, 0, used, live, last_seq FROM segments"
+            home,
+            "INSERT INTO segments SELECT id + 100000, device, idx, kind, 0, used, live, last_seq, blocks FROM segments",
         )
         async with Pool.open(home, settings=QUIET) as pool:
             report = await pool.check(False)

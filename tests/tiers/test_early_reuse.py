@@ -167,8 +167,8 @@ def test_what_dead_leaves_go_on_naming_is_no_damage(crashes: bool, monkeypatch: 
                     if segment.kind is Kind.LOG and not segment.open and segment.live
                 ][:3]
                 for victim in victims:
-                    await pool._cleaner._move_segment(victim, "fast")
-                await pool._cleaner._apply_staged()
+                    await pool._cleaner.mover.move_segment(victim, "fast")
+                await pool._cleaner.mover.apply_staged()
                 assert await engine.reuse(victims) == 3
                 if crashes:
                     machine.crash_at = ("checkpoint.flushed", 0)  # map pages stand in the victims' places by then

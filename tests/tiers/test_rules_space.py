@@ -213,8 +213,8 @@ async def move_everything(pool: Pool, destination: str) -> None:
         if not segment.open and segment.kind is not Kind.MAP and segment.live + segment.pending
     ]
     for victim in victims:
-        await cleaner._move_segment(victim, destination)
-    await cleaner._apply_staged()
+        await cleaner.mover.move_segment(victim, destination)
+    await cleaner.mover.apply_staged()
 
 
 @pytest.mark.parametrize("countdown", [1, 2, 3, 4, 5, 7, 9, 11, 14, 18, 25, 33, 45, None])
@@ -262,7 +262,7 @@ def test_copies_that_could_not_be_written_are_never_made_true(number: int, nth: 
                 await move_everything(pool, "base")
             # What a round of the cleaner does when it meets a full disk: it goes on with what was copied.
             with contextlib.suppress(OSError):
-                await pool._cleaner._apply_staged()
+                await pool._cleaner.mover.apply_staged()
             base.on_write = lambda offset, length: None
             content = await read_all(volume)
             assert [content[i * BLOCK] for i in range(128)] == holes_content(128)
@@ -290,11 +290,11 @@ def test_an_overwrite_between_copy_and_move_wins() -> None:
             cleaner = pool._cleaner
             for segment in list(pool._engine.segments.by_id.values()):
                 if not segment.open and segment.kind is not Kind.MAP and segment.live:
-                    await cleaner._move_segment(segment, "base")
+                    await cleaner.mover.move_segment(segment, "base")
             for i in range(0, 64, 3):
                 put(volume, i, block(251))
             await volume.trim(BLOCK, BLOCK)
-            await cleaner._apply_staged()
+            await cleaner.mover.apply_staged()
             expected = [0 if i == 1 else 251 if i % 3 == 0 else v for i, v in enumerate(holes_content(64))]
             content = await read_all(volume)
             assert [content[i * BLOCK] for i in range(64)] == expected

@@ -231,8 +231,8 @@ async def empty(pool: Pool, volume: Volume, index: int) -> None:
     """Have the cleaner move what is in a block's segment."""
     (address,), _ = await volume.entries(index, 1)
     victim = pool._engine.segments.by_id[address >> 24]
-    await pool._cleaner._move_segment(victim, "base")
-    await pool._cleaner._apply_staged()
+    await pool._cleaner.mover.move_segment(victim, "base")
+    await pool._cleaner.mover.apply_staged()
     assert (await volume.entries(index, 1))[0] != [address]
 
 
