@@ -304,8 +304,8 @@ STATEMENTS = (
     "CREATE TABLE extra (x)",
     "CREATE INDEX i ON segments (device)",
     "INSERT INTO segments SELECT id + 100, device, idx, kind, open, used, live, last_seq, blocks FROM segments",
-    "INSERT INTO volumes SELECT id + 100, name || 'x', size_bytes, root_address, root_check, mapped_blocks, created_at, policy"
-    " FROM volumes",
+    "INSERT INTO volumes SELECT id + 100, name || 'x', size_bytes, root_address, root_check, mapped_blocks,"
+    " created_at, policy FROM volumes",
     "UPDATE meta SET value = 99 WHERE key = 'format_version'",
     "UPDATE volumes SET name = CAST(X'ff' AS TEXT)",
     "PRAGMA user_version = 7; PRAGMA journal_mode = DELETE",
