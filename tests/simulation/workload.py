@@ -8,6 +8,7 @@ at an operation of a device, at any step of any task, or at a failpoint, in the 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import random
 from collections import Counter
@@ -65,12 +66,17 @@ class Driver:
         self.poisoned = False
         self.may_be_full = False
         self._crashed = False
+        self._before: tuple[dict[str, Model], dict[str, Model | None]] | None = None
+        """What was known before a pool was judged that could be opened for reading only."""
 
     # -- checking ------------------------------------------------------------------------------------------------------
 
     async def judge(self, pool: Pool) -> None:
         """After an open: what is there must be allowed."""
         self._look_for_losses()  # a sync that the recovery began with may have failed
+        if pool.status().state != "online":
+            # Recovery made nothing durable: what is seen now may be less after a power cut.
+            self._before = self._before or copy.deepcopy((self.models, self.uncertain))
         names = {volume.short_name for volume in pool.volumes()}
         for name, model in self.uncertain.items():
             if name in names and model is not None:
@@ -414,6 +420,9 @@ class Driver:
         """Between two lives: the power comes back, or the process is started again."""
         machine = self.machine
         self._look_for_losses()
+        if self._before is not None:
+            (self.models, self.uncertain), self._before = self._before, None
+            self.everything = False
         if machine.is_off and self.rng.random() < 0.7:
             machine.power_cut()
             self.everything = False
