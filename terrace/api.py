@@ -43,8 +43,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from terrace.config import Size
 from terrace.pools import Pools, Slot
+from terrace.schema import Size
 from terrace.sizes import format_size
 from tiers import DeviceSpec, Pool, TierError
 

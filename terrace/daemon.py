@@ -33,12 +33,13 @@ import nbd.server
 from nbd.listen import Listener, open_tcp, open_unix
 from terrace import sdnotify
 from terrace.api import Api
-from terrace.config import Config, ConfigError, load_config, split_address
+from terrace.config import Config, load_config, split_address
 from terrace.exports import PoolExports
 from terrace.home import Home, HomeError, find_home
 from terrace.httpserver import serve_http
 from terrace.pools import Pools, open_pools
 from terrace.reclaim import stand_apart
+from terrace.schema import ConfigError
 from terrace.scrubs import keep_schedule
 from terrace.stall import StallMeter
 from tiers import Pool

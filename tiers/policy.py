@@ -6,8 +6,9 @@ anew while the volume is served.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from tiers.names import validate_name
 
@@ -28,7 +29,7 @@ YEAR_S = 366 * 86400
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What one volume gets. Made of possible values only: anything else is a ValueError that begins with the field."""
+    """What one volume gets. Made of possible values only: anything else is a PolicyError."""
 
     name: str = DEFAULT_NAME
     placement: Placement = "auto"
@@ -67,43 +68,33 @@ class Policy:
         self.validate()
 
     def validate(self) -> None:
-        """Raises ValueError, `FIELD: ` and a sentence with what is possible."""
-        try:
-            validate_name("policy", self.name)
-        except OSError as error:
-            raise ValueError(f"name: {error}") from None
-        _one_of("placement", self.placement, get_args(Placement))
-        _one_of("when_full", self.when_full, get_args(WhenFull))
-        _between("promote_touches", self.promote_touches, 1, HEAT_LIMIT)
-        _between("demote_heat", self.demote_heat, 0, HEAT_LIMIT - 1)
-        _between("demote_idle_s", self.demote_idle_s, 0, YEAR_S)
-        _between("compression_level", self.compression_level, 0, COMPRESSION_LIMIT)
-        _between("queue_timeout_s", self.queue_timeout_s, 0, YEAR_S)
-        _between("stream_cutoff_bytes", self.stream_cutoff_bytes, 0, RATE_LIMIT)
-        for field, least in (
-            ("migration_rate_bytes", MIN_RATE_BYTES),
-            ("iops_limit", 1),
-            ("bandwidth_limit_bytes", MIN_RATE_BYTES),
-        ):
-            if (value := getattr(self, field)) != 0:
-                _between(field, value, least, RATE_LIMIT, " or 0: no limit")
+        """Raises PolicyError (a ValueError) naming the field, with what is possible in its place."""
+        for field in RULES:
+            try:
+                require_possible(field, getattr(self, field))
+            except ValueError as error:
+                raise PolicyError(field, str(error)) from None
         if self.demote_heat >= self.promote_touches:
-            raise ValueError(
-                f"demote_heat: {self.demote_heat} is not less than promote_touches, {self.promote_touches}: what was "
-                f"promoted would be demoted at once; the nearest possible is {self.promote_touches - 1}"
+            raise PolicyError(
+                "demote_heat",
+                f"{self.demote_heat} is not less than promote_touches, {self.promote_touches}: what was promoted would "
+                f"be demoted at once; the nearest possible is {self.promote_touches - 1}",
             )
-        _burst("iops_burst", self.iops_burst, "iops_limit", self.iops_limit)
-        _burst("bandwidth_burst_bytes", self.bandwidth_burst_bytes, "bandwidth_limit_bytes", self.bandwidth_limit_bytes)
+        for burst_field, limit_field in _BURSTS:
+            burst, limit = getattr(self, burst_field), getattr(self, limit_field)
+            if burst and not limit:
+                raise PolicyError(
+                    burst_field, f"{burst} is a burst above no limit; give {limit_field} too, or leave it out"
+                )
+            if burst and burst < limit:
+                raise PolicyError(
+                    burst_field,
+                    f"{burst} is less than what {limit_field} gives in a second; the nearest possible is {limit}",
+                )
         if self.when_full == "queue" and self.queue_timeout_s == 0:
-            raise ValueError(
-                "queue_timeout_s: 0 is no time to wait in; give one of a second or more, or when_full enospc"
+            raise PolicyError(
+                "queue_timeout_s", "0 is no time to wait in; give a second or more, or make when_full enospc"
             )
-        if self.migration_window is not None:
-            start, end = self.migration_window
-            _between("migration_window", start, 0, DAY_MINUTES - 1)
-            _between("migration_window", end, 0, DAY_MINUTES)
-            if start == end:
-                raise ValueError("migration_window: begins when it ends; leave it out for the whole day")
 
     @property
     def is_limited(self) -> bool:
@@ -120,29 +111,77 @@ class Policy:
         return minute_of_day >= start or minute_of_day < end
 
 
-def _one_of(field: str, value: object, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise ValueError(f"{field}: {value!r} is not possible; valid: {', '.join(valid)}")
+class PolicyError(ValueError):
+    """A value that a policy can't have; prints as the field, a colon, and the reason."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+        self.reason = reason
 
 
-def _between(field: str, value: float, least: int, most: int, else_: str = "") -> None:
-    if not math.isfinite(value) or not least <= value <= most:
-        nearest = most if value > most else least
+def require_possible(field: str, value: Any) -> None:
+    """Judge one field by itself. Raises ValueError with a sentence that doesn't name it."""
+    RULES[field](value)
+
+
+def _possible_name(name: str) -> None:
+    try:
+        validate_name("policy", name)
+    except OSError as error:
+        raise ValueError(str(error)) from None
+
+
+def _possible_window(window: tuple[int, int] | None) -> None:
+    if window is not None:
+        start, end = window
+        _between(0, DAY_MINUTES - 1)(start)
+        _between(0, DAY_MINUTES)(end)
+        if start == end:
+            raise ValueError("it begins when it ends; leave it out for the whole day")
+
+
+def _one_of(*valid: str) -> Callable[[Any], None]:
+    def judge(value: Any) -> None:
+        if value not in valid:
+            raise ValueError(f"{value!r} is not possible; valid: {', '.join(valid)}")
+
+    return judge
+
+
+def _between(least: int, most: int, *, or_zero: str = "") -> Callable[[Any], None]:
+    """From `least` to `most`; or 0 as well, where a meaning of it is given."""
+
+    def judge(value: Any) -> None:
+        if (or_zero and value == 0) or (math.isfinite(value) and least <= value <= most):
+            return
+        nearest = most if value > most else 0 if or_zero and value < 0 else least
         raise ValueError(
-            f"{field}: {value} is not possible; it must be from {least} to {most}{else_}; the nearest is {nearest}"
+            f"{value} is not possible; it must be from {least} to {most}{or_zero and f', or 0: {or_zero}'}; "
+            f"the nearest is {nearest}"
         )
 
+    return judge
 
-def _burst(field: str, burst: int, limit_field: str, limit: int) -> None:
-    if not burst:
-        return
-    if not limit:
-        raise ValueError(f"{field}: {burst} is a burst above no limit; give {limit_field} too, or leave it out")
-    if burst < limit:
-        raise ValueError(
-            f"{field}: {burst} is less than a second of {limit_field}, {limit}; the nearest possible is {limit}"
-        )
-    _between(field, burst, 0, RATE_LIMIT)
 
+RULES: dict[str, Callable[[Any], None]] = {
+    "name": _possible_name,
+    "placement": _one_of(*get_args(Placement)),
+    "promote_touches": _between(1, HEAT_LIMIT),
+    "demote_heat": _between(0, HEAT_LIMIT - 1),
+    "demote_idle_s": _between(0, YEAR_S),
+    "compression_level": _between(0, COMPRESSION_LIMIT),
+    "migration_rate_bytes": _between(MIN_RATE_BYTES, RATE_LIMIT, or_zero="no limit"),
+    "migration_window": _possible_window,
+    "iops_limit": _between(1, RATE_LIMIT, or_zero="no limit"),
+    "iops_burst": _between(0, RATE_LIMIT),
+    "bandwidth_limit_bytes": _between(MIN_RATE_BYTES, RATE_LIMIT, or_zero="no limit"),
+    "bandwidth_burst_bytes": _between(0, RATE_LIMIT),
+    "when_full": _one_of(*get_args(WhenFull)),
+    "queue_timeout_s": _between(0, YEAR_S),
+    "stream_cutoff_bytes": _between(0, RATE_LIMIT),
+}
+"""What each field may be, whatever the others are."""
+_BURSTS = (("iops_burst", "iops_limit"), ("bandwidth_burst_bytes", "bandwidth_limit_bytes"))
 
 DEFAULT = Policy()

@@ -1,14 +1,14 @@
 """A Policy is made of possible values only, and its window is right around midnight."""
 
 import math
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiers.policy import DAY_MINUTES, DEFAULT, Policy
+from tiers.policy import DAY_MINUTES, DEFAULT, RULES, Policy, PolicyError
 
 
 def test_the_default_limits_nothing_and_never_waits() -> None:
@@ -39,9 +39,12 @@ def test_a_policy_is_a_value() -> None:
         ({"demote_idle_s": math.inf}, "demote_idle_s: inf .* the nearest is 31622400"),
         ({"compression_level": 20}, "compression_level: 20 .* the nearest is 19"),
         ({"migration_rate_bytes": 1}, "migration_rate_bytes: 1 .* or 0: no limit; the nearest is 65536"),
-        ({"iops_limit": -1}, "iops_limit: -1 .* the nearest is 1"),
+        ({"iops_limit": -1}, "iops_limit: -1 .* the nearest is 0"),
         ({"iops_burst": 10}, "iops_burst: 10 is a burst above no limit; give iops_limit"),
-        ({"iops_limit": 100, "iops_burst": 99}, "iops_burst: 99 is less than a second of iops_limit, 100; .* 100$"),
+        (
+            {"iops_limit": 100, "iops_burst": 99},
+            "iops_burst: 99 is less than what iops_limit gives in a second; .* 100$",
+        ),
         ({"bandwidth_limit_bytes": 4096}, "bandwidth_limit_bytes: 4096 .* the nearest is 65536"),
         ({"bandwidth_burst_bytes": 4096}, "bandwidth_burst_bytes: 4096 is a burst above no limit"),
         ({"bandwidth_limit_bytes": 1 << 20, "bandwidth_burst_bytes": 1}, "bandwidth_burst_bytes: 1 is less than"),
@@ -49,7 +52,7 @@ def test_a_policy_is_a_value() -> None:
         ({"when_full": "queue", "queue_timeout_s": 0}, "queue_timeout_s: 0 is no time"),
         ({"queue_timeout_s": -1}, "queue_timeout_s: -1 .* the nearest is 0"),
         ({"stream_cutoff_bytes": -1}, "stream_cutoff_bytes: -1 .* the nearest is 0"),
-        ({"migration_window": (60, 60)}, "migration_window: begins when it ends"),
+        ({"migration_window": (60, 60)}, "migration_window: it begins when it ends"),
         ({"migration_window": (1440, 0)}, "migration_window: 1440 .* the nearest is 1439"),
         ({"migration_window": (0, 1441)}, "migration_window: 1441 .* the nearest is 1440"),
     ],
@@ -57,8 +60,13 @@ def test_a_policy_is_a_value() -> None:
 def test_an_impossible_value_is_refused_with_its_field_and_what_is_possible(
     values: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"^{message}"):
+    with pytest.raises(PolicyError, match=f"^{message}") as error:
         Policy(**values)
+    assert error.value.field in values
+
+
+def test_every_field_has_a_rule() -> None:
+    assert set(RULES) == {field.name for field in fields(Policy)}
 
 
 def test_a_window_over_midnight_holds_from_its_begin_to_its_end() -> None:
