@@ -12,10 +12,14 @@
     GET    /v1/pools/P/scrub                  the newest scrub, with every damaged range that is kept
     POST   /v1/pools/P/scrub                  {action: "start" | "pause" | "stop", rate?}
     GET    /v1/pools/P/volumes
-    POST   /v1/pools/P/volumes                {name, size}
+    POST   /v1/pools/P/volumes                {name, size, policy?}
     GET    /v1/pools/P/volumes/V
     PATCH  /v1/pools/P/volumes/V              {size, shrink?}; a smaller size needs shrink, for it discards data
     DELETE /v1/pools/P/volumes/V
+    PUT    /v1/pools/P/volumes/V/policy       {policy}
+    GET    /v1/policies                       every policy: its keys, which of them are given, and who has it
+    GET    /v1/policies/N
+    POST   /v1/policies/reload                read them anew from the configuration file; all or nothing
 
 Sizes are bytes, or strings such as "10G". An error is {error, errno} with a 4xx or 5xx status; `error` is a sentence
 for the operator. What a client sends is judged by the pydantic models here and by the engine, and by nobody else.
@@ -43,10 +47,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from terrace.config import Size
+from terrace.definitions import Definitions
 from terrace.pools import Pools, Slot
+from terrace.schema import Size
 from terrace.sizes import format_size
 from tiers import DeviceSpec, Pool, TierError
+from tiers.policy import DEFAULT_NAME
 
 log = logging.getLogger(__name__)
 
@@ -118,11 +124,16 @@ class ScrubBody(_Body):
 class CreateVolumeBody(_Body):
     name: str
     size: Size
+    policy: str = DEFAULT_NAME
 
 
 class ResizeBody(_Body):
     size: Size
     shrink: bool = False
+
+
+class PolicyBody(_Body):
+    policy: str
 
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
@@ -204,9 +215,10 @@ Handler = Callable[[Request], Awaitable[Response]]
 class Api:
     """The handlers. Every one leaves the daemon as it was when it raises."""
 
-    def __init__(self, pools: Pools, daemon: DaemonStatus) -> None:
+    def __init__(self, pools: Pools, daemon: DaemonStatus, definitions: Definitions) -> None:
         self._pools = pools
         self._daemon = daemon
+        self._definitions = definitions
 
     def app(self) -> ASGIApp:
         """The ASGI application."""
@@ -228,6 +240,10 @@ class Api:
             self._route("GET", volume, self.show_volume),
             self._route("PATCH", volume, self.resize_volume),
             self._route("DELETE", volume, self.delete_volume),
+            self._route("PUT", f"{volume}/policy", self.set_policy),
+            self._route("GET", "/v1/policies", self.list_policies),
+            self._route("GET", "/v1/policies/{policy}", self.show_policy),
+            self._route("POST", "/v1/policies/reload", self.reload_policies),
         ]
         return _BoundedBody(Starlette(routes=routes, exception_handlers={HTTPException: _error_response}))
 
@@ -305,7 +321,7 @@ class Api:
     async def create_volume(self, request: Request) -> Response:
         body = await _body(request, CreateVolumeBody)
         with self._pools.using(request.path_params["pool"]) as pool:
-            await pool.create_volume(body.name, body.size)
+            await pool.create_volume(body.name, body.size, body.policy)
             return JSONResponse(self._volume(pool.name, body.name), HTTPStatus.CREATED)
 
     async def show_volume(self, request: Request) -> Response:
@@ -333,6 +349,22 @@ class Api:
         with self._pools.using(request.path_params["pool"]) as pool:
             await pool.delete_volume(request.path_params["volume"])
         return Response(status_code=HTTPStatus.NO_CONTENT)
+
+    async def set_policy(self, request: Request) -> Response:
+        body = await _body(request, PolicyBody)
+        name = request.path_params["volume"]
+        with self._pools.using(request.path_params["pool"]) as pool:
+            await pool.set_policy(name, body.policy)
+            return JSONResponse(self._volume(pool.name, name))
+
+    async def list_policies(self, request: Request) -> Response:
+        return JSONResponse(list(map(_plain, self._definitions.show())))
+
+    async def show_policy(self, request: Request) -> Response:
+        return JSONResponse(_plain(self._definitions.show_one(request.path_params["policy"])))
+
+    async def reload_policies(self, request: Request) -> Response:
+        return JSONResponse(_plain(await self._definitions.reload()))
 
     def _volume(self, pool_name: str, volume_name: str) -> Any:
         """One volume's status. Raises ENOENT."""

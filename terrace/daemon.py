@@ -5,7 +5,8 @@ changed, and clients that connect early wait instead of being refused), open the
 Down, on SIGTERM or SIGINT: stop accepting, answer what is in flight, then flush, checkpoint and close each pool; what
 is still being opened is left as it is, for recovery can begin anew at any point. A
 second signal cuts the waiting for clients short, a third ends the process at once; even that loses nothing that was
-acknowledged, since acknowledged writes are in the kernel.
+acknowledged, since acknowledged writes are in the kernel. SIGHUP reads the policies anew; one that comes before the
+pools are open is obeyed when they are.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ import nbd.server
 from nbd.listen import Listener, open_tcp, open_unix
 from terrace import sdnotify
 from terrace.api import Api
-from terrace.config import Config, ConfigError, load_config, split_address
+from terrace.config import Config, load_config, split_address
+from terrace.definitions import Definitions
 from terrace.exports import PoolExports
 from terrace.home import Home, HomeError, find_home
 from terrace.httpserver import serve_http
 from terrace.pools import Pools, open_pools
 from terrace.reclaim import stand_apart
+from terrace.schema import ConfigError
 from terrace.scrubs import keep_schedule
 from terrace.stall import StallMeter
 from tiers import Pool
@@ -70,7 +73,7 @@ def main(arguments: Sequence[str] | None = None, *, engine: type[Pool] = Pool) -
     try:
         with home.locked():
             stand_apart()
-            return trio.run(partial(run, home, config, stalls, engine), instruments=[stalls])
+            return trio.run(partial(run, home, options.config, config, stalls, engine), instruments=[stalls])
     except HomeError as error:
         print(f"terraced: {error}", file=sys.stderr)
         return 1
@@ -109,10 +112,14 @@ def _start_logging(level: str) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
-async def run(home: Home, config: Config, stalls: StallMeter, engine: type[Pool]) -> int:
-    """Serve until told to stop; returns the exit status. The home is locked by the caller."""
+async def run(home: Home, file: Path | None, config: Config, stalls: StallMeter, engine: type[Pool]) -> int:
+    """Serve until told to stop; returns the exit status. The home is locked by the caller; `config` is from `file`."""
     async with trio.open_nursery() as watchers:
-        with ExitStack() as sockets, trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        with (
+            ExitStack() as sockets,
+            trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals,
+            trio.open_signal_receiver(signal.SIGHUP) as hangups,
+        ):
             try:
                 listeners = await _bind_nbd(home, config, sockets)
                 api_listener = await open_unix(home.api_socket, 0o600)
@@ -122,10 +129,13 @@ async def run(home: Home, config: Config, stalls: StallMeter, engine: type[Pool]
             sockets.callback(api_listener.close)
             told, opening, serving = trio.Event(), trio.CancelScope(), trio.CancelScope()
             watchers.start_soon(_obey, signals, told, opening, serving)
-            async with open_pools(home.pools, config.pool_settings(), engine, opening=opening) as pools:
+            opened = open_pools(home.pools, config.pool_settings(), engine, policies=config.policies(), opening=opening)
+            async with opened as pools:
+                definitions = Definitions(file, config, pools)
+                watchers.start_soon(definitions.reload_on, hangups)
                 if not told.is_set():
                     with serving:
-                        await _serve(home, config, stalls, pools, listeners, api_listener, told, serving)
+                        await _serve(home, config, stalls, definitions, pools, listeners, api_listener, told, serving)
             log.info("stopped")
             watchers.cancel_scope.cancel()
     return 0
@@ -135,6 +145,7 @@ async def _serve(
     home: Home,
     config: Config,
     stalls: StallMeter,
+    definitions: Definitions,
     pools: Pools,
     listeners: Sequence[Listener],
     api_listener: Listener,
@@ -147,7 +158,7 @@ async def _serve(
         server = await services.start(partial(nbd.server.serve, PoolExports(pools), listeners, limits=limits))
         daemon = Daemon(home, listeners, server, stalls)
         api_shutdown = trio.Event()
-        await services.start(serve_http, Api(pools, daemon).app(), api_listener.sock, api_shutdown)
+        await services.start(serve_http, Api(pools, daemon, definitions).app(), api_listener.sock, api_shutdown)
         async with trio.open_nursery() as background:
             background.start_soon(keep_schedule, pools, config.scrub.plan())
             _settle_collector()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,8 +16,9 @@ from pathlib import Path
 
 import trio
 
-from tiers import DeviceSpec, Pool, PoolSettings, TierError, Volume
+from tiers import DeviceSpec, Policy, Pool, PoolSettings, TierError, Volume
 from tiers.names import validate_name
+from tiers.policy import DEFAULT, DEFAULT_NAME
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,16 @@ class Slot:
 class Pools:
     """Made by `open_pools`. Every refusal is an OSError whose text is a sentence."""
 
-    def __init__(self, directory: Path, settings: PoolSettings, nursery: trio.Nursery, engine: type[Pool]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        settings: PoolSettings,
+        policies: Mapping[str, Policy],
+        nursery: trio.Nursery,
+        engine: type[Pool],
+    ) -> None:
+        self.policies = policies
+        """What the names of policies mean, in every pool that is open or will be."""
         self._directory = directory
         self._settings = settings
         self._nursery = nursery
@@ -71,6 +81,26 @@ class Pools:
         for slot in self.slots():
             if slot.pool is not None:
                 yield from slot.pool.volumes()
+
+    def define_policies(self, policies: Mapping[str, Policy]) -> None:
+        """What the names of policies mean from now on. Raises EBUSY, and changes nothing, if one in use would vanish.
+
+        All in one step: no checkpoint of trio in here.
+        """
+        lost: dict[str, list[str]] = {}
+        for volume in self.open_volumes():
+            if volume.policy_name in self.policies and volume.policy_name not in policies:
+                lost.setdefault(volume.policy_name, []).append(volume.name)
+        if lost:
+            which = "; ".join(f"{name!r} is used by {', '.join(users)}" for name, users in sorted(lost.items()))
+            raise TierError(
+                errno.EBUSY,
+                f"a policy in use can't go: {which}; give these another with `terrace volume policy` first",
+            )
+        self.policies = policies
+        for slot in self.slots():
+            if slot.pool is not None:
+                slot.pool.define_policies(policies)
 
     @contextmanager
     def using(self, name: str) -> Iterator[Pool]:
@@ -182,6 +212,7 @@ class Pools:
                         errno.EINVAL,
                         f"{slot.directory} holds the pool {pool.name!r}; rename the directory to that and start again",
                     )
+                pool.define_policies(self.policies)
                 slot.pool, opened = pool, True
                 log.info("pool %s is open", slot.name)
                 task_status.started()
@@ -203,14 +234,19 @@ class Pools:
 
 @asynccontextmanager
 async def open_pools(
-    directory: Path, settings: PoolSettings, engine: type[Pool] = Pool, *, opening: trio.CancelScope | None = None
+    directory: Path,
+    settings: PoolSettings,
+    engine: type[Pool] = Pool,
+    *,
+    policies: Mapping[str, Policy] | None = None,
+    opening: trio.CancelScope | None = None,
 ) -> AsyncIterator[Pools]:
     """The pools below `directory`, opened; closed in order, with flush and checkpoint, when the block ends.
 
     Cancelling `opening` leaves those that aren't open yet as they are: recovery begins anew the next time.
     """
     async with trio.open_nursery() as nursery:
-        pools = Pools(directory, settings, nursery, engine)
+        pools = Pools(directory, settings, policies or {DEFAULT_NAME: DEFAULT}, nursery, engine)
         with opening or trio.CancelScope():
             await pools.open_all()
         yield pools

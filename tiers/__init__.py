@@ -3,6 +3,7 @@
 from tiers.check import CheckReport
 from tiers.errors import TierError
 from tiers.names import validate_name, validate_volume_size
+from tiers.policy import Policy, PolicyError
 from tiers.pool import DeviceSpec, DeviceStatus, Pool, PoolStatus, VolumeStatus
 from tiers.rebuild import Rebuilt, rebuild_catalog
 from tiers.scrub import DeviceScrub, ScrubStatus
@@ -16,6 +17,8 @@ __all__ = [
     "DeviceScrub",
     "DeviceSpec",
     "DeviceStatus",
+    "Policy",
+    "PolicyError",
     "Pool",
     "PoolSettings",
     "PoolStatus",

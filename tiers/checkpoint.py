@@ -75,6 +75,7 @@ class FrozenVolume:
 
     volume: Volume
     size_bytes: int
+    policy_name: str
     overlay: Overlay | None
     forced: set[int]
 
@@ -328,7 +329,8 @@ class Checkpointer:
             if volume.active:
                 overlay, volume.active = volume.active, volume.new_overlay()
                 volume.frozen = overlay
-            volumes.append(FrozenVolume(volume, volume.size_bytes, overlay, engine.forced.pop(volume.id, set())))
+            forced = engine.forced.pop(volume.id, set())
+            volumes.append(FrozenVolume(volume, volume.size_bytes, volume.policy_name, overlay, forced))
         engine.forced.clear()
         graveyard, engine.graveyard = engine.graveyard, []
         space = engine.space
@@ -658,7 +660,7 @@ class Checkpointer:
             root[1],
             mapped,
             volume.created_at,
-            volume.policy_name,
+            item.policy_name,
         )
 
     async def _apply(self, frozen: Frozen, merge: Merge, change: Change) -> None:

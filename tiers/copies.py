@@ -41,6 +41,7 @@ from tiers.catalogcopy import (
 from tiers.device import Device
 from tiers.errors import TierError
 from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT
+from tiers.names import NAME_LIMIT
 from tiers.record import (
     BadRecordError,
     Batch,
@@ -61,7 +62,7 @@ logger = logging.getLogger(__name__)
 
 MAX_BATCH_BLOCKS = 512
 READ_SLOTS = 256
-VOLUME_BYTES = 128
+VOLUME_BYTES = 192
 """More than a volume's row takes, whatever its name."""
 DELTA_OVERHEAD = 400
 """Bytes at most of a copy without its rows, or slightly more."""
@@ -126,6 +127,7 @@ class CopyWriter:
         names = ((volume.short_name, volume.policy_name) for volume in engine.volumes.values())
         length = bound_bytes(engine.pool_name, map(device_row, engine.devices), names, segments, dead)
         length += VOLUME_BYTES * len(engine.graveyard)  # deleted since the freeze: the copy still has them
+        length += NAME_LIMIT * len(engine.volumes)  # given another policy since then: the copy still has the old name
         return -(-length // BLOCK_BYTES)
 
     def _reserve(self, blocks: int) -> None:

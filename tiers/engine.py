@@ -4,9 +4,10 @@ The engine owns no policy. It knows the devices, the segment table, the log, the
 accounting, and offers the few operations that need several of them at once. `pool.py` builds one and runs its tasks.
 """
 
+import difflib
 import errno
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from tiers.device import Device, Offload
 from tiers.errors import TierError
@@ -15,6 +16,7 @@ from tiers.flush import Flusher
 from tiers.host import CatalogStore, Preadv
 from tiers.log import Log
 from tiers.maptree import FANOUT_BITS, ROOT_LEVEL, MapTree, PageCache
+from tiers.policy import DEFAULT, DEFAULT_NAME, Policy
 from tiers.record import Kind, Op
 from tiers.segments import Segment, SegmentTable
 from tiers.settings import PoolSettings
@@ -67,6 +69,8 @@ class Engine:
         self.log.pick_first_device = self._pick_first_device
         self.log.on_broken = lambda: self.space.kick_checkpoint.set()
         self.cache = PageCache(settings.map_cache_bytes)
+        self.policies: dict[str, Policy] = {}
+        """What the names of policies mean; a name that isn't here means the default."""
         self.volumes: dict[int, Volume] = {}
         self.graveyard: list[Volume] = []
         self.next_volume_id = 1
@@ -109,6 +113,40 @@ class Engine:
         volume.size_bytes = size_bytes
         self._count_leaf_pages()
 
+    def require_policy(self, name: str) -> str:
+        """How a policy of that name is recorded: as itself, the default one as nothing. Raises ENOENT."""
+        if name in ("", DEFAULT_NAME):
+            return ""
+        if name not in self.policies:
+            near = difflib.get_close_matches(name, self.policies, n=1)
+            meant = f"did you mean {near[0]!r}? " if near else ""
+            raise TierError(
+                errno.ENOENT,
+                f"there is no policy {name!r}: {meant}`terrace policy list` shows those that exist; a new one is "
+                "written into the configuration and comes with `terrace policy reload`",
+            )
+        return name
+
+    def define_policies(self, policies: Mapping[str, Policy]) -> None:
+        """What the names of policies mean from now on. No checkpoint of trio in here."""
+        self.policies = dict(policies)
+        for volume in self.volumes.values():
+            self.apply_policy(volume)
+            if volume.policy_missing:
+                logger.warning(
+                    "volume %s has the policy %r, which is not defined: it runs with the default policy; define it, "
+                    "or give the volume another with `terrace volume policy`",
+                    volume.name,
+                    volume.policy_name,
+                )
+
+    def apply_policy(self, volume: Volume) -> None:
+        """Let a volume obey the policy that it has by name."""
+        default = self.policies.get(DEFAULT_NAME, DEFAULT)
+        volume.policy = self.policies.get(volume.policy_name, default) if volume.policy_name else default
+        volume.policy_missing = volume.policy_name not in ("", *self.policies)
+        self.space.kick_cleaner.set()
+
     def _count_leaf_pages(self) -> None:
         total = 0
         for volume in self.volumes.values():
@@ -128,8 +166,12 @@ class Engine:
 
     def append_record(self, op: Op, subject: int, a: int = 0, b: int = 0, extra: list[int] | None = None) -> None:
         """Append a batch of one operation without data."""
+        self.append_records([op << 56 | subject, a, b], extra)
+
+    def append_records(self, ops: list[int], extra: list[int] | None = None) -> None:
+        """Append a batch of operations without data: all of them happen, or none."""
         self.log_room()
-        self.log.append([op << 56 | subject, a, b], [], [], extra)
+        self.log.append(ops, [], [], extra)
         hit("record.appended")
         self.appended()
 

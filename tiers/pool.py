@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 import uuid as uuids
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -32,8 +32,9 @@ from tiers.label import LABEL_OFFSETS, MAX_DEVICES, BadLabelError, Label, Tier, 
 from tiers.layout import BLOCK_BYTES, BLOCK_MASK, BLOCK_SHIFT, LABEL_AREA_BYTES, MIN_DEVICE_BYTES, segment_bytes_for
 from tiers.names import validate_name, validate_volume_size
 from tiers.overlay import HOLE
+from tiers.policy import DEFAULT_NAME, Policy
 from tiers.probe import check_usable, read_label, size_of
-from tiers.record import Op
+from tiers.record import Op, words_from_name
 from tiers.recovery import replay, restore
 from tiers.scrub import Scrubber, ScrubStatus
 from tiers.scrubstate import ScrubFile
@@ -80,6 +81,9 @@ class VolumeStatus:
     size_bytes: int
     mapped_bytes: int
     open_count: int
+    policy: str = DEFAULT_NAME
+    policy_missing: bool = False
+    """No policy of that name is defined, so the default one holds."""
 
 
 @dataclass(frozen=True)
@@ -236,8 +240,11 @@ class Pool:
             )
         return volume
 
-    async def create_volume(self, name: str, size_bytes: int) -> Volume:
-        """Create a thin volume; it is durable when this returns. Costs the same at any size."""
+    async def create_volume(self, name: str, size_bytes: int, policy: str = "") -> Volume:
+        """Create a thin volume; it is durable when this returns. Costs the same at any size.
+
+        `policy`: the name of one that is defined; empty: the default. Raises ENOENT.
+        """
         validate_name("volume", name)
         validate_volume_size(size_bytes)
         async with self._ddl:
@@ -247,15 +254,43 @@ class Pool:
                     errno.EEXIST,
                     f"there is a volume {self.name}/{name} already: choose another name, or delete it first",
                 )
-            encoded = name.encode()
-            words = [int.from_bytes(encoded[i : i + 8], "little") for i in range(0, len(encoded), 8)]
+            policy = self._engine.require_policy(policy)
             volume_id = self._engine.next_volume_id
             created_at = int(self._host.now())
-            self._engine.append_record(Op.CREATE, volume_id, size_bytes, created_at << 8 | len(encoded), words)
+            ops = [Op.CREATE << 56 | volume_id, size_bytes, created_at << 8 | len(name)]
+            if policy:
+                ops += (Op.POLICY << 56 | volume_id, len(policy), 0)
+            self._engine.append_records(ops, words_from_name(name) + words_from_name(policy))
             volume = self._engine.add_volume(volume_id, name, size_bytes, (0, 0), created_at)
+            volume.policy_name = policy
+            self._engine.apply_policy(volume)
             hit("create.logged")
             await self._engine.flusher.flush()
             hit("create.durable")
+            return volume
+
+    def define_policies(self, policies: Mapping[str, Policy]) -> None:
+        """What the names of policies mean from now on, also for requests that wait; "default" is every other volume's.
+
+        A volume whose policy isn't among them runs with the default, and `status` says so.
+        """
+        self._engine.define_policies(policies)
+
+    async def set_policy(self, name: str, policy: str) -> Volume:
+        """Give a volume the policy of that name (empty: the default); durable when this returns. Raises ENOENT."""
+        engine = self._engine
+        async with self._ddl:
+            volume = self.volume(name)
+            engine.require_policy(policy)
+            await engine.admit_release()
+            # Asked again, since others may have been defined meanwhile. No checkpoint of trio from here to the record.
+            policy = engine.require_policy(policy)
+            engine.append_record(Op.POLICY, volume.id, len(policy), extra=words_from_name(policy))
+            volume.policy_name = policy
+            engine.apply_policy(volume)
+            hit("policy.logged")
+            await engine.flusher.flush()
+            hit("policy.durable")
             return volume
 
     async def resize_volume(self, name: str, size_bytes: int) -> Volume:
@@ -407,6 +442,8 @@ class Pool:
                     v.size_bytes,
                     min(v.tree.mapped_blocks * BLOCK_BYTES, v.size_bytes),
                     v.open_count,
+                    v.policy_name or DEFAULT_NAME,
+                    v.policy_missing,
                 )
                 for v in self.volumes()
             ],

@@ -58,6 +58,7 @@ Operations are (kind << 56 | id, a, b):
     9 BAD     volume, first block, count: these blocks were found damaged when they had to move, and read as EIO
    10 CATALOG first of the copy's blocks that follow, sequence of the checkpoint, count: takes the next `count` data
               blocks, which are a part of a copy of the catalog (see catalogcopy)
+   11 POLICY  volume, length of the UTF-8 name in the extra words: the policy that the volume has; 0: the default one
 
 Log batches hold all of these but PAGE, batches of moved data only WRITE, batches of map pages only PAGE. An operation
 that no release can have written (a block past the largest volume, a segment id past the 40 bits of an address) makes
@@ -120,6 +121,7 @@ class Op(IntEnum):
     PAGE = 8
     BAD = 9
     CATALOG = 10
+    POLICY = 11
 
 
 WRITE_WORD = Op.WRITE << 56
@@ -377,7 +379,7 @@ def _validate_ops(batch: Batch) -> None:
             blocks += 1
         elif op == Op.CATALOG and kind is Kind.CATALOG:
             blocks += b
-        elif not Op.WRITE <= op <= Op.CATALOG:
+        elif not Op.WRITE <= op <= Op.POLICY:
             raise BadRecordError(f"unknown operation {op}")
         elif kind is not Kind.LOG or op in (Op.PAGE, Op.CATALOG):
             raise BadRecordError(f"the operation {Op(op).name} in a batch of kind {kind.name}")
@@ -408,6 +410,13 @@ def _validate_log_op(op: Op, subject: int, a: int, b: int, words: list[int], at:
             raise BadRecordError(f"a link to segment {subject}, which can't be")
     elif op is Op.RESIZE:
         _require_size(a)
+    elif op is Op.POLICY and a:
+        count = -(-a // 8)
+        try:
+            validate_name("policy", name_from_words(words[at : at + count], a))
+        except (TierError, UnicodeDecodeError) as error:
+            raise BadRecordError(f"a policy's name is damaged: {error}") from None
+        return count
     elif op is Op.BAD and (a + b > MAX_BLOCKS or b > MAX_SLOTS):
         raise BadRecordError(f"{b} bad blocks from {a} on, which no volume has")
     return 0
@@ -420,6 +429,12 @@ def _require_size(size_bytes: int) -> None:
         raise BadRecordError(str(error)) from None
 
 
+def words_from_name(name: str) -> list[int]:
+    """The extra words that hold a name."""
+    encoded = name.encode()
+    return [int.from_bytes(encoded[i : i + 8], "little") for i in range(0, len(encoded), 8)]
+
+
 def name_from_words(words: list[int], length: int) -> str:
-    """The name of `length` bytes that a CREATE's extra words hold. Raises UnicodeDecodeError."""
+    """The name of `length` bytes that the extra words of a CREATE or POLICY hold. Raises UnicodeDecodeError."""
     return b"".join(word.to_bytes(8, "little") for word in words)[:length].decode()

@@ -455,6 +455,11 @@ async def _apply(engine: "Engine", found: Found, result: Replayed, *, truncate_l
             engine.add_volume(subject, name, a, (0, 0), b >> 8)
         elif op is Op.RESIZE and subject in engine.volumes:
             engine.resized(engine.volumes[subject], a)
+        elif op is Op.POLICY:
+            words = batch.extra[extra_at : extra_at + -(-a // 8)]
+            extra_at += len(words)
+            if subject in engine.volumes:
+                engine.volumes[subject].policy_name = name_from_words(words, a)
         elif op is Op.DELETE and subject in engine.volumes:
             engine.remove_volume(engine.volumes[subject])
         elif op is Op.BAD and subject in engine.volumes:

@@ -36,6 +36,7 @@ from tiers.layout import (
 from tiers.log import MAX_BATCH_BLOCKS
 from tiers.maptree import FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL, MapTree
 from tiers.overlay import LEAF_BITS, Entry, Overlay
+from tiers.policy import DEFAULT
 from tiers.record import OP_WORDS, UNMAP_WORD, WRITE_WORD, Op, header_slots_for
 
 if TYPE_CHECKING:
@@ -82,6 +83,10 @@ class Volume:
         self.created_at = created_at
         self.policy_name = ""
         """Empty: the default policy."""
+        self.policy = DEFAULT
+        """What that name means, now: another object as soon as it means something else."""
+        self.policy_missing = False
+        """The name means nothing, so the default holds."""
         self._engine = engine
         self._preadv = engine.preadv
         self.active = self.new_overlay()

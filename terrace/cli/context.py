@@ -69,7 +69,7 @@ class PoolType(click.ParamType[str]):
         return str(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        names = [pool["name"] for pool in _ask(ctx, "pools")]
+        names = [pool["name"] for pool in ask(ctx, "pools")]
         return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 
@@ -87,11 +87,11 @@ class VolumeType(click.ParamType[tuple[str, str]]):
         return pool, volume
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        names = [volume["name"] for pool in _ask(ctx, "pools") for volume in pool.get("volumes", ())]
+        names = [volume["name"] for pool in ask(ctx, "pools") for volume in pool.get("volumes", ())]
         return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 
-def _ask(ctx: click.Context, *path: str) -> Any:
+def ask(ctx: click.Context, *path: str) -> Any:
     """The answer for a completion, which must never print an error into somebody's prompt."""
     try:
         with Context(ctx.find_root().params.get("home")).connect() as client:

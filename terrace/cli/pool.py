@@ -217,10 +217,23 @@ def show_volumes(volumes: Sequence[dict[str, Any]], empty: str) -> None:
             format_size(volume["mapped_bytes"]),
             percent(volume["mapped_bytes"], volume["size_bytes"]),
             volume["open_count"] or "-",
+            shown_policy(volume),
         )
         for volume in volumes
     ]
-    show_table(("Volume", ">Size", ">Mapped", ">Use", ">Clients"), rows, empty=empty)
+    show_table(("Volume", ">Size", ">Mapped", ">Use", ">Clients", "Policy"), rows, empty=empty)
+
+
+def shown_policy(volume: dict[str, Any], *, remedy: bool = False) -> str:
+    """The policy of a volume, and whether that is one."""
+    if not volume["policy_missing"]:
+        return str(volume["policy"])
+    what = "not defined, so the default holds"
+    return (
+        f"{volume['policy']} ({what}: terrace policy list shows those that are)"
+        if remedy
+        else (f"{volume['policy']} ({what})")
+    )
 
 
 @pool.command(cls=DevicesCommand)

@@ -8,7 +8,8 @@ import click
 
 from terrace.cli.context import POOL, SIZE, VOLUME, Context, SizeCommand, confirm, pass_context
 from terrace.cli.output import output_option, patience, percent, show_facts, show_json
-from terrace.cli.pool import show_volumes
+from terrace.cli.policy import POLICY
+from terrace.cli.pool import show_volumes, shown_policy
 from terrace.sizes import format_size
 
 
@@ -20,13 +21,15 @@ def volume() -> None:
 @volume.command(cls=SizeCommand)
 @click.argument("volume", type=VOLUME, metavar="POOL/VOL")
 @click.argument("size", type=SIZE)
+@click.option("--policy", type=POLICY, default="default", show_default=True, help="One that terrace policy list shows.")
 @output_option
 @pass_context
-def create(context: Context, volume: tuple[str, str], size: int, output: str) -> None:
+def create(context: Context, volume: tuple[str, str], size: int, policy: str, output: str) -> None:
     """Create a volume. It takes no space until it is written to."""
     pool, name = volume
     with context.connect() as client:
-        made = client.request("POST", "pools", pool, "volumes", body={"name": name, "size": size})
+        body = {"name": name, "size": size, "policy": policy}
+        made = client.request("POST", "pools", pool, "volumes", body=body)
         uris = _uris(client, made["name"])
     if output == "json":
         show_json(made | {"uris": uris})
@@ -70,6 +73,7 @@ def show(context: Context, volume: tuple[str, str], output: str) -> None:
             ("Volume", found["name"]),
             ("Size", f"{format_size(size_bytes)} ({size_bytes} bytes)"),
             ("Mapped", f"{format_size(mapped_bytes)} ({percent(mapped_bytes, size_bytes)})"),
+            ("Policy", shown_policy(found, remedy=True)),
             ("Clients", found["open_count"]),
             *(("NBD URI", uri) for uri in uris),
         ]
@@ -91,6 +95,25 @@ def resize(context: Context, volume: tuple[str, str], size: int, shrink: bool, o
         show_json(resized)
     else:
         click.echo(f"Volume {resized['name']} has {format_size(resized['size_bytes'])}.")
+
+
+@volume.command()
+@click.argument("volume", type=VOLUME, metavar="POOL/VOL")
+@click.argument("policy", type=POLICY, required=False)
+@output_option
+@pass_context
+def policy(context: Context, volume: tuple[str, str], policy: str | None, output: str) -> None:
+    """Show a volume's policy, or give it another. That takes effect at once, also for requests that wait."""
+    pool, name = volume
+    with context.connect() as client:
+        if policy is None:
+            found = client.get("pools", pool, "volumes", name)
+        else:
+            found = client.request("PUT", "pools", pool, "volumes", name, "policy", body={"policy": policy})
+    if output == "json":
+        show_json(found)
+    else:
+        click.echo(f"Volume {found['name']} has the policy {shown_policy(found, remedy=True)}.")
 
 
 @volume.command()

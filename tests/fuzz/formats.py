@@ -145,6 +145,9 @@ def run_batch(data: bytes) -> None:
             assert b <= MAX_SEGMENT_BYTES // BLOCK_BYTES and a + b <= MAX_VOLUME_BYTES // BLOCK_BYTES
         elif op is Op.CREATE:
             extra += -(-(b & 0xFF) // 8)
+        elif op is Op.POLICY:
+            assert a <= 64
+            extra += -(-a // 8)
         elif op is Op.MOVE:
             extra += 1 + -(-(a & 0xFFFFFFFF) // 64)
         if op in (Op.CREATE, Op.RESIZE):
@@ -170,6 +173,8 @@ def _batch_seeds() -> list[bytes]:
         ([Op.LINK << 56 | 10, 3 << 32 | 17, 0], [], []),
         ([Op.MOVE << 56 | 99, 33 << 32 | 70, 5], [], [1 << 32 | 8, 3, 0x3F]),
         ([Op.BAD << 56 | 5, 12, 1], [], []),
+        ([Op.POLICY << 56 | 5, 5, 0], [], [name]),
+        ([Op.POLICY << 56 | 5, 0, 0], [], []),
     ]
     long = list(range(600))
     return [

@@ -110,7 +110,8 @@ class Scene:
 
     async def judge(self, pool: Pool) -> None:
         """What a crash has left must be allowed, and the pool sound."""
-        self.model.judge(await read_all(pool.volume("v")), everything=self.everything)
+        volume = pool.volume("v")
+        self.model.judge(await read_all(volume), everything=self.everything, policy=volume.policy_name)
         self.everything = True
         if pool.status().state == "online":
             await self.require_sound(pool)

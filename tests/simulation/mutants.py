@@ -503,6 +503,21 @@ MUTANTS: dict[str, Mutant] = {
             "if volume is not None and op is Op.WRITE:\n                # What",
         ),
     ),
+    "a replay that ignores policies": Mutant(
+        "promise 1",
+        "a volume is back at the policy that the last checkpoint knew",
+        _instead(tiers.recovery, "_apply", "engine.volumes[subject].policy_name = ", ""),
+    ),
+    "a checkpoint that records the policies of the commit, not of the freeze": Mutant(
+        "1",
+        "a power cut takes the record and what was written before it, and the policy is there",
+        _instead(Checkpointer, "_volume_row", "item.policy_name", "volume.policy_name"),
+    ),
+    "a policy that is given before it is durable": Mutant(
+        "2",
+        "the command returned, and a power cut takes the policy back",
+        _instead(Pool, "set_policy", "await engine.flusher.flush()", "await trio.lowlevel.checkpoint()"),
+    ),
     "a log that rolls without a link": Mutant(
         "promise 1",
         "what follows can't be found again",

@@ -3,8 +3,8 @@
 The oracle is the promise: after a power cut a volume holds a prefix of its operations in the order in which they took
 effect, with everything that had returned before the last completed flush began; after a kill it holds all that had
 returned. The operation at which the prefix ends may be there in part, in whole blocks (it was not flushed, or had not
-returned), and so may one that a device refused. A resize is there or not. A block that a device lost is an error to
-its readers, never other bytes.
+returned), and so may one that a device refused. A resize, or another policy, is there or not. A block that a device
+lost is an error to its readers, never other bytes.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ class OracleError(AssertionError):
 
 @dataclass
 class Op:
-    """One operation: bytes that it changes, or a new size."""
+    """One operation: bytes that it changes, a new size, or another policy."""
 
     what: str
     changes: Changes = field(default_factory=list)
     size: int | None = None
+    policy: str | None = None
     attempted: Changes = field(default_factory=list)
     """What a refused operation would have changed. A crash may leave it there, where the prefix ends."""
 
@@ -43,13 +44,18 @@ class Op:
         for offset, data in self.changes:
             content[offset : offset + len(data)] = data
 
+    def policy_after(self, policy: str) -> str:
+        """The volume's policy once this has happened."""
+        return policy if self.policy is None else self.policy
+
 
 class Model:
     """A volume as its user knows it: the content, and the operations that a crash may still take back."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, policy: str = "") -> None:
         self.content = bytearray(size)
         self.floor = bytearray(size)
+        self.policy = self.floor_policy = policy
         self.first = 0
         self.ops: list[Op] = []
         self.in_flight: Op | None = None
@@ -62,38 +68,46 @@ class Model:
     def returned(self, op: Op) -> None:
         """An operation was acknowledged."""
         op.apply(self.content)
+        self.policy = op.policy_after(self.policy)
         self.ops.append(op)
 
     def flushed(self, mark: int) -> None:
         """A flush that began at `mark` has returned."""
         while self.first < mark:
-            self.ops.pop(0).apply(self.floor)
+            op = self.ops.pop(0)
+            op.apply(self.floor)
+            self.floor_policy = op.policy_after(self.floor_policy)
             self.first += 1
 
-    def judge(self, found: bytes, *, everything: bool, unreadable: Collection[int] = ()) -> None:
-        """`found` is what a crash has left. Raises OracleError unless it may be; then it is the new state.
+    def judge(
+        self, found: bytes, *, everything: bool, unreadable: Collection[int] = (), policy: str | None = None
+    ) -> None:
+        """`found`, and `policy`, is what a crash has left. Raises OracleError unless it may be; then it is the state.
 
-        `unreadable`: blocks that are errors to their readers, whose bytes in `found` mean nothing.
+        `unreadable`: blocks that are errors to their readers, whose bytes in `found` mean nothing. `policy` None: as
+        the last operation left it.
         """
-        state = bytearray(self.floor)
+        state, wanted = bytearray(self.floor), self.floor_policy
+        found_policy = self.policy if policy is None else policy
         ops = [*self.ops, *([self.in_flight] if self.in_flight else [])]
         least = len(self.ops) if everything else 0
         for k in range(len(ops) + 1):
-            if k >= least:
+            if k >= least and wanted == found_policy:
                 if _same(state, found, unreadable):
-                    self.adopt(state)
+                    self.adopt(state, wanted)
                     return
                 if k < len(ops) and ops[k].size is None:
                     part = _part_of(state, ops[k].changes, found, unreadable)
                     part = part or _part_of(state, ops[k].attempted, found, unreadable)
                     if part is not None:
-                        self.adopt(part)
+                        self.adopt(part, wanted)
                         return
             if k < len(ops):
                 ops[k].apply(state)
-        raise OracleError(self._explain(found, ops, least))
+                wanted = ops[k].policy_after(wanted)
+        raise OracleError(self._explain(found, found_policy, ops, least))
 
-    def _explain(self, found: bytes, ops: Sequence[Op], least: int) -> str:
+    def _explain(self, found: bytes, policy: str, ops: Sequence[Op], least: int) -> str:
         state = bytearray(self.floor)
         best: tuple[int, int, list[int]] | None = None
         for k in range(len(ops) + 1):
@@ -108,12 +122,14 @@ class Model:
         k, size, bad = best
         around = [f"{i}: {ops[i].what}" for i in range(max(0, k - 2), min(len(ops), k + 3))]
         return (
-            f"no prefix of {len(ops)} operations (at least {least}) gives what is there ({len(found)} bytes); nearest "
+            f"no prefix of {len(ops)} operations (at least {least}) gives what is there ({len(found)} bytes, "
+            f"policy {policy!r} after {self.floor_policy!r}); nearest "
             f"is {k} with {size} bytes and {len(bad)} wrong blocks {[b // BLOCK for b in bad[:8]]}; around: {around}"
         )
 
-    def adopt(self, found: bytes | bytearray) -> None:
+    def adopt(self, found: bytes | bytearray, policy: str = "") -> None:
         """This is the state now, durably."""
+        self.policy = self.floor_policy = policy
         self.content = bytearray(found)
         self.floor = bytearray(found)
         self.ops.clear()

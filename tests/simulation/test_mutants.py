@@ -40,7 +40,7 @@ from tests.simulation.oracle import BLOCK, Op, OracleError, read_all, require_so
 from tests.simulation.workload import LAYOUTS, Run, search
 from tests.tiers.test_early_reuse import crowded, lives
 from tests.tiers.test_rebuild_simulated import lose_catalog
-from tiers import Pool, TierError, Volume
+from tiers import Policy, Pool, TierError, Volume
 from tiers.layout import LABEL_AREA_BYTES
 from tiers.record import Kind, decode_segment_header
 from tiers.segments import Segment
@@ -657,6 +657,57 @@ def huge_trims(seed: int) -> None:
         machine.run(main)
 
 
+def policies(seed: int) -> None:
+    """A volume gets another policy whenever a sync begins, so too late for that; and soon the power goes."""
+    rng = random.Random(seed)
+    scene = Scene(seed, disks=rng.choice(LAYOUTS), blocks=32)
+    scene.machine.pauses = 6
+    defined = {name: Policy(name) for name in ("a", "b", "c")}
+    model = scene.model
+    begun = trio.Event()
+    commits = 0
+
+    def step(kind: str) -> None:
+        nonlocal commits
+        if kind == "sync":
+            begun.set()
+        if kind == "commit":
+            commits -= 1
+            if commits == 0:
+                scene.machine.countdown = rng.randrange(1, 4)
+
+    async def checkpointer(pool: Pool) -> None:
+        while True:
+            await _yield(rng.randrange(1, 30))
+            await pool.checkpoint()
+
+    async def main() -> None:
+        nonlocal begun, commits
+        for _ in range(6):
+            with contextlib.suppress(PowerCutError):
+                async with scene.opened() as (pool, volume):
+                    pool.define_policies(defined)
+                    commits = rng.randrange(1, 10)
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(checkpointer, pool)
+                        while True:
+                            begun = trio.Event()
+                            await begun.wait()
+                            await scene.operation(volume)
+                            policy = rng.choice(("", *defined))
+                            op = model.in_flight = Op(f"policy {policy!r}", policy=policy)
+                            mark = model.mark
+                            await pool.set_policy("v", policy)
+                            model.in_flight = None
+                            model.returned(op)
+                            model.flushed(mark + 1)
+            scene.machine.countdown = None
+            scene.restart(power_cut=rng.random() < 0.8)
+
+    scene.machine.on_step = step
+    scene.machine.run(main)
+
+
 def refusing_search(seed: int) -> None:
     """The random search, with devices that refuse writes, and fail in other ways."""
     search(seed, "faults")
@@ -786,6 +837,9 @@ CASES: dict[str, Case] = {
     "a dead list that is walked again": Case(huge_trims, 0, (AssertionError,)),
     "a checkpoint whose failed try has counted already": Case(refusing_search, 0, (AssertionError,)),
     "a replay that ignores trims": Case(search),
+    "a replay that ignores policies": Case(search),
+    "a checkpoint that records the policies of the commit, not of the freeze": Case(policies),
+    "a policy that is given before it is durable": Case(policies),
     "a log that rolls without a link": Case(storm, 0, READ_ERROR),
 }
 

@@ -29,7 +29,8 @@ from tests.simulation.oracle import (
     read_what_can_be,
     require_sound,
 )
-from tiers import Pool, PoolSettings, TierError, Volume
+from tiers import Policy, Pool, PoolSettings, TierError, Volume
+from tiers.policy import DEFAULT
 
 LIFE_S = 3600.0
 """A life that takes longer, by its own clock, hangs."""
@@ -37,6 +38,9 @@ LIFE_S = 3600.0
 Crash = tuple[int | None, int | None, tuple[str, int] | None]
 """What `Machine.arm` takes."""
 NO_CRASH: Crash = (None, None, None)
+
+
+POLICIES = {name: Policy(name) for name in ("a", "another-one", "x" * 64)}
 
 
 class Driver:
@@ -92,7 +96,8 @@ class Driver:
             if unreadable and not self.faults.read_spells:
                 raise OracleError(f"{name}: blocks {sorted(unreadable)[:8]} can't be read, and no read ever failed")
             try:
-                model.judge(found, everything=self.everything, unreadable=unreadable)
+                policy = pool.volume(name).policy_name
+                model.judge(found, everything=self.everything, unreadable=unreadable, policy=policy)
             except OracleError as error:
                 raise OracleError(f"{name}: {error}") from None
         await require_sound(pool, known=self._known_problems())
@@ -140,6 +145,9 @@ class Driver:
         rng = self.rng
         volume = pool.volume(name)
         size = len(model.content)
+        if rng.random() < 0.03:
+            await self._change_policy(pool, name, model)
+            return
         kind = rng.choices(
             ("now", "batch", "write", "zero", "zeroes", "no_hole", "trim", "flush", "read", "resize"),
             (20, 15, 25, 3, 6, 3, 8, 8, 8, 1),
@@ -210,6 +218,30 @@ class Driver:
             return
         model.in_flight = None
         model.returned(op)
+
+    async def _change_policy(self, pool: Pool, name: str, model: Model) -> None:
+        """Give a volume another policy, which is durable when that returns."""
+        policy = self.rng.choice(("", *POLICIES))
+        op = model.in_flight = Op(f"policy {policy!r}", policy=policy)
+        mark = model.mark
+        try:
+            volume = await pool.set_policy(name, policy)
+        except TierError:
+            if self.machine.is_off:
+                raise
+            self.full_errors += 1
+            model.in_flight = None
+            volume = pool.volume(name)
+            if volume.policy_name != model.policy:
+                if volume.policy_name != policy or not self._flush_failed(volume):
+                    raise OracleError(f"a refused {op.what} left the policy {volume.policy_name!r}") from None
+                model.returned(op)  # it took effect, only not durably
+            return
+        model.in_flight = None
+        model.returned(op)
+        model.flushed(mark + 1)
+        if volume.policy is not pool._engine.policies.get(policy, DEFAULT):
+            raise OracleError(f"{op.what} did not take effect")
 
     async def _after_failure(self, volume: Volume, model: Model, op: Op) -> None:
         """An operation was refused: it may have happened in part, by blocks, and what is there now counts."""
@@ -309,10 +341,10 @@ class Driver:
             await trio.sleep(self.rng.random() * 0.05)
             self.counter += 1
             name = f"x{self.counter}"
-            model = Model(self.rng.randrange(8, 400) * 512 * 8)
+            model = Model(self.rng.randrange(8, 400) * 512 * 8, self.rng.choice(("", *POLICIES)))
             self.uncertain[name] = model
             try:
-                volume = await pool.create_volume(name, len(model.content))
+                volume = await pool.create_volume(name, len(model.content), model.policy)
             except TierError:
                 if self.machine.is_off:
                     raise
@@ -369,6 +401,7 @@ class Driver:
         durable_end = False
         with contextlib.suppress(PowerCutError):
             async with self._opened() as pool:
+                pool.define_policies(POLICIES)
                 self.injector.active = False
                 planned = machine.disarm()
                 await self.judge(pool)

@@ -24,7 +24,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 
 import trio
@@ -35,6 +35,7 @@ from tiers import (
     DeviceScrub,
     DeviceSpec,
     DeviceStatus,
+    Policy,
     PoolSettings,
     PoolStatus,
     Result,
@@ -43,6 +44,7 @@ from tiers import (
     VolumeStatus,
 )
 from tiers.names import validate_name, validate_volume_size
+from tiers.policy import DEFAULT
 
 BLOCK_BYTES = 4096
 MIB = 1 << 20
@@ -65,6 +67,9 @@ class FakeVolume:
         self.name = f"{pool_name}/{self.short_name}"
         self.size_bytes = size_bytes
         self.open_count = 0
+        self.policy_name = ""
+        self.policy = DEFAULT
+        self.policy_missing = False
         self.path = path
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.ftruncate(self.fd, size_bytes)
@@ -255,6 +260,9 @@ class FakePool:
         self._volumes = {
             name: FakeVolume(self.name, directory / f"{name}.raw", size) for name, size in catalog["volumes"].items()
         }
+        for name, policy in catalog.get("policies", {}).items():
+            self._volumes[name].policy_name = policy
+        self._policies: dict[str, Policy] = {}
         self.scrubber = FakeScrubber(self, directory)
 
     @property
@@ -327,6 +335,7 @@ class FakePool:
             "uuid": self.uuid,
             "devices": self._devices,
             "volumes": {volume.short_name: volume.size_bytes for volume in self._volumes.values()},
+            "policies": {volume.short_name: volume.policy_name for volume in self._volumes.values()},
         }
         # In place: the lock is on this very file.
         (self._directory / "fake.json").write_text(json.dumps(catalog))
@@ -339,13 +348,41 @@ class FakePool:
             raise TierError(errno.ENOENT, f"the pool {self.name} has no volume {name!r}")
         return self._volumes[name]
 
-    async def create_volume(self, name: str, size_bytes: int) -> FakeVolume:
+    def define_policies(self, policies: Mapping[str, Policy]) -> None:
+        self._policies = dict(policies)
+        for volume in self.volumes():
+            self._apply_policy(volume)
+
+    def _apply_policy(self, volume: FakeVolume) -> None:
+        default = self._policies.get("default", DEFAULT)
+        volume.policy = self._policies.get(volume.policy_name, default) if volume.policy_name else default
+        volume.policy_missing = volume.policy_name not in ("", *self._policies)
+
+    def _require_policy(self, name: str) -> str:
+        if name in ("", "default"):
+            return ""
+        if name not in self._policies:
+            raise TierError(errno.ENOENT, f"there is no policy {name!r}")
+        return name
+
+    async def set_policy(self, name: str, policy: str) -> FakeVolume:
+        volume = self.volume(name)
+        await trio.lowlevel.checkpoint()
+        volume.policy_name = self._require_policy(policy)
+        self._apply_policy(volume)
+        self._save()
+        return volume
+
+    async def create_volume(self, name: str, size_bytes: int, policy: str = "") -> FakeVolume:
         validate_name("volume", name)
         validate_volume_size(size_bytes)
         await trio.lowlevel.checkpoint()
         if name in self._volumes:
             raise TierError(errno.EEXIST, f"{self.name}/{name} exists already")
+        policy = self._require_policy(policy)
         self._volumes[name] = FakeVolume(self.name, self._directory / f"{name}.raw", size_bytes)
+        self._volumes[name].policy_name = policy
+        self._apply_policy(self._volumes[name])
         self._save()
         return self._volumes[name]
 
@@ -397,7 +434,14 @@ class FakePool:
 
     def status(self) -> PoolStatus:
         volumes = [
-            VolumeStatus(volume.name, volume.size_bytes, volume.mapped_bytes(), volume.open_count)
+            VolumeStatus(
+                volume.name,
+                volume.size_bytes,
+                volume.mapped_bytes(),
+                volume.open_count,
+                volume.policy_name or "default",
+                volume.policy_missing,
+            )
             for volume in self.volumes()
         ]
         used_bytes = sum(volume.mapped_bytes for volume in volumes)

@@ -31,6 +31,8 @@ def test_the_configuration_page_has_every_key_with_its_default() -> None:
                 assert parse_size(shown) == default
             else:
                 assert shown == default
+    for key, default in Config().show_policy("default").keys.items():
+        assert documented[key] == str(default)
 
 
 def commands(group: click.Group, path: str) -> list[str]:
@@ -48,10 +50,10 @@ def test_the_command_line_page_has_every_command(command: str) -> None:
 
 def test_the_command_line_page_has_every_request() -> None:
     page = (DOCS / "cli.md").read_text()
-    app = cast(Any, Api(cast(Any, None), cast(Any, None)).app())._app
+    app = cast(Any, Api(cast(Any, None), cast(Any, None), cast(Any, None)).app())._app
     assert isinstance(app, Starlette)
     for route in app.routes:
         assert isinstance(route, Route)
-        path = route.path.replace("{pool}", "P").replace("{volume}", "V")
+        path = route.path.replace("{pool}", "P").replace("{volume}", "V").replace("{policy}", "N")
         for method in (route.methods or set()) - {"HEAD"}:
             assert f"`{method} {path}`" in page

@@ -11,7 +11,8 @@ import pytest
 import trio
 
 from tests.terrace.fakepool import FakePool
-from tiers import DeviceSpec, Pool, PoolSettings, TierError
+from tiers import DeviceSpec, Policy, Pool, PoolSettings, TierError
+from tiers.policy import DEFAULT
 
 MIB = 1 << 20
 PATTERN = bytes(range(256)) * 16
@@ -136,6 +137,42 @@ async def what_is_not_there_or_not_possible_is_refused_with_its_errno(engine: An
         with pytest.raises(TierError) as error:
             pool.volume("none")
         assert refusal(error) == errno.ENOENT
+
+
+@scenario
+async def a_volume_keeps_the_name_of_its_policy_and_the_application_says_what_it_means(
+    engine: Any, tmp_path: Path
+) -> None:
+    directory = await make(engine, tmp_path)
+    gold, default = Policy("gold", iops_limit=5), Policy(promote_touches=9)
+    async with engine.open(directory) as pool:
+        plain = await pool.create_volume("plain", MIB)
+        assert plain.policy is DEFAULT
+        for attempt in (pool.create_volume("v", MIB, "gold"), pool.set_policy("plain", "gold")):
+            with pytest.raises(TierError) as error:
+                await attempt
+            assert refusal(error) == errno.ENOENT
+        pool.define_policies({"gold": gold, "default": default})
+        made = await pool.create_volume("v", MIB, "gold")
+        assert (made.policy_name, made.policy, plain.policy) == ("gold", gold, default)
+        assert await pool.set_policy("plain", "gold") is plain
+        assert plain.policy is gold
+        await pool.set_policy("plain", "default")
+        assert (plain.policy_name, plain.policy) == ("", default)
+        with pytest.raises(TierError) as error:
+            await pool.set_policy("none", "gold")
+        assert refusal(error) == errno.ENOENT
+        assert [(v.name, v.policy, v.policy_missing) for v in pool.status().volumes] == [
+            ("p/plain", "default", False),
+            ("p/v", "gold", False),
+        ]
+    async with engine.open(directory) as pool:
+        volume = pool.volume("v")
+        pool.define_policies({})
+        assert (volume.policy_name, volume.policy, volume.policy_missing) == ("gold", DEFAULT, True)
+        assert pool.status().volumes[1].policy_missing
+        pool.define_policies({"gold": gold})
+        assert (volume.policy, volume.policy_missing) == (gold, False)
 
 
 @scenario

@@ -25,6 +25,7 @@ from tiers.record import (
     encode_segment_header,
     header_slots_for,
     peek_header_slots,
+    words_from_name,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -65,6 +66,9 @@ def operation(draw: st.DrawFn, kind: Kind) -> tuple[list[int], int, list[int]]:
         name = draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True)).encode()
         b = draw(st.integers(0, MAX_TIME_S)) << 8 | len(name)
         extra = [int.from_bytes(name[i : i + 8], "little") for i in range(0, len(name), 8)]
+    elif op is Op.POLICY:
+        policy = draw(st.from_regex(r"([A-Za-z0-9][A-Za-z0-9._-]{0,63})?", fullmatch=True))
+        a, extra = len(policy), words_from_name(policy)
     elif op is Op.MOVE:
         count = draw(st.integers(0, 300))
         a = draw(st.integers(0, MAX_SLOTS - 1)) << 32 | count
@@ -223,7 +227,7 @@ def rewritten(offset: int, layout: str, value: int) -> Callable[[bytearray], Non
         (rewritten(84, "<I", 3), "do not match"),
         (rewritten(84, "<I", 2**31), "impossible counts"),
         (rewritten(88, "<I", 1), "do not match"),
-        (rewritten(104, "<Q", 11 << 56 | 1), "unknown operation 11"),
+        (rewritten(104, "<Q", 12 << 56 | 1), "unknown operation 12"),
         (rewritten(104, "<Q", 1), "unknown operation 0"),
         (rewritten(104 + 16, "<Q", 3), "do not match"),
         (rewritten(104 + 16, "<Q", 2**64 - 1), "no volume has"),
@@ -259,6 +263,12 @@ def words_of(name: bytes) -> list[int]:
         (Kind.LOG, [Op.CREATE << 56 | 1, 4096, 3], [], words_of(b"a/b"), "name is damaged"),
         (Kind.LOG, [Op.CREATE << 56 | 1, 4096, 0], [], [], "name is damaged"),
         (Kind.LOG, [Op.CREATE << 56 | 1, 4096, 2**63 | 1], [], words_of(b"a"), "after 1970"),
+        (Kind.LOG, [Op.POLICY << 56 | 1, 3, 0], [], words_of(b"a/b"), "policy's name is damaged"),
+        (Kind.LOG, [Op.POLICY << 56 | 1, 2, 0], [], words_of(b"\xff\xfe"), "policy's name is damaged"),
+        (Kind.LOG, [Op.POLICY << 56 | 1, 65, 0], [], words_of(b"a" * 65), "policy's name is damaged"),
+        (Kind.LOG, [Op.POLICY << 56 | 1, 2**64 - 1, 0], [], words_of(b"abcdefgh"), "do not match"),
+        (Kind.LOG, [Op.POLICY << 56 | 1, 0, 0], [], words_of(b"a"), "do not match"),
+        (Kind.MOVED, [Op.POLICY << 56 | 1, 0, 0], [], [], "POLICY in a batch of kind MOVED"),
         (Kind.LOG, [Op.LINK << 56, 0, 0], [], [], "link to segment 0"),
         (Kind.LOG, [Op.LINK << 56 | 2**40, 0, 0], [], [], "link to segment"),
         (Kind.LOG, [Op.MOVE << 56 | 2**40, 0, 0], [], [0], "move into segment"),
@@ -320,6 +330,18 @@ BATCHES = {
         [0xA, 0xB],
         [],
     ),
+    "v1-batch-policy.hex": (
+        Kind.LOG,
+        7,
+        9,
+        2,
+        1005,
+        0xDEADBEEFCAFEF00D,
+        990,
+        [Op.CREATE << 56 | 6, 2 << 30, 1_700_000_000 << 8 | 5, Op.POLICY << 56 | 6, 9, 0, Op.POLICY << 56 | 5, 0, 0],
+        [],
+        [NAME, *words_of(b"gold-fast")],
+    ),
     "v1-batch-catalog.hex": (Kind.CATALOG, 13, 5, 2, 1004, 0, 1001, [Op.CATALOG << 56 | 0, 1003, 2], [0xC, 0xD], []),
 }
 
@@ -356,7 +378,8 @@ def test_the_batches_of_version_1_are_these_bytes(name: str) -> None:
 
 
 def test_the_golden_log_batch_has_every_operation_of_the_log() -> None:
-    assert {Op(first >> 56) for first, _, _ in LOG_OPS} == set(Op) - {Op.PAGE, Op.CATALOG}
+    later = {Op.POLICY}  # which has an image of its own
+    assert {Op(first >> 56) for first, _, _ in LOG_OPS} == set(Op) - {Op.PAGE, Op.CATALOG} - later
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 72, 79])

@@ -1,0 +1,112 @@
+"""The policies that are in force, and how they are read anew while volumes are served.
+
+A reload is all or nothing. A file that can't be read, has an error anywhere, or no longer has a policy that volumes
+use, changes nothing and says why. A good one takes effect in one step for all open pools; a pool that is opened later
+gets what is in force then. Only policies are reloaded: what else has changed in the file waits for a restart, and is
+named.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import trio
+
+from terrace.config import Config, load_config
+from terrace.policies import ShownPolicy
+from terrace.pools import Pools
+from terrace.schema import ConfigError
+from tiers import Policy, TierError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reloaded:
+    """What a reload did: names of policies, and the other sections whose changes a restart would bring."""
+
+    file: str
+    added: list[str]
+    changed: list[str]
+    removed: list[str]
+    needs_restart: list[str]
+
+
+class Definitions:
+    """What the configuration file says of policies; `pools` obey."""
+
+    def __init__(self, file: Path | None, config: Config, pools: Pools) -> None:
+        self._file = file.absolute() if file is not None else None
+        self._started = self._config = config
+        self._pools = pools
+        self._lock = trio.Lock()
+
+    def show(self) -> list[ShownPolicy]:
+        """Every policy in force, by name."""
+        users: dict[str, list[str]] = {}
+        for volume in self._pools.open_volumes():
+            users.setdefault(volume.policy.name, []).append(volume.name)
+        return [self._config.show_policy(name, users.get(name, ())) for name in sorted(self._pools.policies)]
+
+    def show_one(self, name: str) -> ShownPolicy:
+        """The policy of that name. Raises ENOENT."""
+        for found in self.show():
+            if found.name == name:
+                return found
+        raise TierError(errno.ENOENT, f"there is no policy {name!r}: `terrace policy list` shows those that exist")
+
+    async def reload(self) -> Reloaded:
+        """Read the configuration file again, and let its policies hold. Raises TierError; then nothing has changed."""
+        if self._file is None:
+            raise TierError(
+                errno.EINVAL,
+                "terraced runs without a configuration file, so there are no policies to reload: restart it with "
+                "--config FILE",
+            )
+        async with self._lock:
+            try:
+                config = await trio.to_thread.run_sync(load_config, self._file)
+            except ConfigError as error:
+                raise TierError(errno.EINVAL, f"nothing was reloaded: {'; '.join(error.problems)}") from None
+            before = self._pools.policies
+            policies = config.policies()
+            self._pools.define_policies(policies)
+            self._config = config
+        done = Reloaded(
+            str(self._file),
+            **_difference(before, policies),
+            needs_restart=[
+                section
+                for section in Config.model_fields
+                if section != "policy" and getattr(config, section) != getattr(self._started, section)
+            ],
+        )
+        log.info(
+            "policies are reloaded: added %s, changed %s, removed %s",
+            *(", ".join(names) or "none" for names in (done.added, done.changed, done.removed)),
+        )
+        if done.needs_restart:
+            log.warning("%s: what changed in these sections needs a restart", ", ".join(done.needs_restart))
+        return done
+
+    async def reload_on(self, signals: AsyncIterator[int]) -> NoReturn:
+        """Reload at each signal; what is wrong goes into the log."""
+        while True:
+            await anext(signals)
+            try:
+                await self.reload()
+            except OSError as error:
+                log.error("%s", error)
+
+
+def _difference(before: Mapping[str, Policy], after: Mapping[str, Policy]) -> dict[str, list[str]]:
+    return {
+        "added": sorted(after.keys() - before.keys()),
+        "changed": sorted(name for name in before.keys() & after.keys() if before[name] != after[name]),
+        "removed": sorted(before.keys() - after.keys()),
+    }
