@@ -17,6 +17,7 @@ from tiers.host import CatalogStore, Preadv
 from tiers.log import Log
 from tiers.maptree import FANOUT_BITS, ROOT_LEVEL, MapTree, PageCache
 from tiers.policy import DEFAULT, DEFAULT_NAME, Policy
+from tiers.promotion import Promoter
 from tiers.record import Kind, Op
 from tiers.segments import Segment, SegmentTable
 from tiers.settings import PoolSettings
@@ -80,6 +81,7 @@ class Engine:
         """Map pages that the next checkpoint must write elsewhere: volume -> page keys."""
         self.checkpoint: Callable[[], Awaitable[None]]
         self.reuse: Callable[[list[Segment]], Awaitable[int]]
+        self.promoter: Promoter | None = None
         self.client_written_bytes = 0
         self.moved_blocks = 0
         self.checkpoint_log_mark = 0

@@ -27,6 +27,7 @@ from tiers.layout import (
     BLOCK_MASK,
     BLOCK_SHIFT,
     FIRST_ADDRESS,
+    SLOT_BITS,
     SLOT_MASK,
     UNMAPPED,
     ZERO_BLOCK,
@@ -37,6 +38,7 @@ from tiers.log import MAX_BATCH_BLOCKS
 from tiers.maptree import FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL, MapTree
 from tiers.overlay import LEAF_BITS, Entry, Overlay
 from tiers.policy import DEFAULT
+from tiers.promotion import LARGEST_READ_BLOCKS
 from tiers.record import OP_WORDS, UNMAP_WORD, WRITE_WORD, Op, header_slots_for
 
 if TYPE_CHECKING:
@@ -232,8 +234,22 @@ class Volume:
         """Read whole blocks: those whose entry changed under the read are read again, those that fail twice are EIO."""
         addresses, checks = await self.entries(block, count)
         suspects = await self._read_runs(addresses, checks, into)
+        if count <= LARGEST_READ_BLOCKS:
+            self._offer(block, addresses, checks, into, suspects)
         for i in suspects:
             await self._read_suspect(block + i, into[i << BLOCK_SHIFT : i + 1 << BLOCK_SHIFT])
+
+    def _offer(
+        self, block: int, addresses: list[int], checks: list[int], into: memoryview, suspects: list[int]
+    ) -> None:
+        """Offer what was read from base for promotion."""
+        promoter = self._engine.promoter
+        if promoter is None:
+            return
+        for i, address in enumerate(addresses):
+            segment = self._segments.get(address >> SLOT_BITS)
+            if segment is not None and segment.device.tier == "base" and i not in suspects:
+                promoter.offer(self, block + i, (address, checks[i]), into[i << BLOCK_SHIFT : i + 1 << BLOCK_SHIFT])
 
     async def _read_runs(self, addresses: list[int], checks: list[int], into: memoryview) -> list[int]:
         """Read every run, in one worker a device; return the positions whose bytes did not match."""
@@ -433,6 +449,14 @@ class Volume:
                     left -= run
                     at += run
         self._append(ops, checks, buffers)
+
+    def rewrite(self, writes: Sequence[tuple[int, Buffer]]) -> None:
+        """Log whole blocks that hold what they held before, in a new place. Admission is the caller's."""
+        written = self._engine.client_written_bytes
+        try:
+            self._log_blocks(writes, keep_zeroes=True)
+        finally:
+            self._engine.client_written_bytes = written  # no client wrote this
 
     def _batch_room(self) -> int:
         """How many blocks, each with an operation and a buffer of its own, the next batch may have; at least one."""
