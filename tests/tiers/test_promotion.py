@@ -49,7 +49,7 @@ async def seal(pool: Pool) -> None:
 
 
 def tiers_of(volume: Volume, blocks: range = range(BLOCKS)) -> set[str]:
-    found = set()
+    found: set[str] = set()
     for block in blocks:
         entry = volume.entry_now(block)
         assert entry is not None
