@@ -9,6 +9,7 @@ import errno
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 
+from tiers.bypass import Bypass
 from tiers.device import Device, Offload
 from tiers.errors import TierError
 from tiers.failpoint import hit
@@ -82,6 +83,7 @@ class Engine:
         self.checkpoint: Callable[[], Awaitable[None]]
         self.reuse: Callable[[list[Segment]], Awaitable[int]]
         self.promoter: Promoter | None = None
+        self.bypass: Bypass | None = None
         self.client_written_bytes = 0
         self.moved_blocks = 0
         self.checkpoint_log_mark = 0

@@ -19,6 +19,7 @@ from typing import Literal
 
 import trio
 
+from tiers.bypass import Bypass
 from tiers.catalog import CATALOG_NAME, Catalog, DeviceRow, Position, State, sync_directory
 from tiers.check import CheckReport, check_pool
 from tiers.checkpoint import Checkpointer
@@ -198,6 +199,9 @@ class Pool:
         if self._engine.space.read_only is None:
             nursery.start_soon(self._checkpointer.run)
             nursery.start_soon(self._cleaner.run)
+            for task in (self._engine.promoter, self._engine.bypass):
+                if task is not None:
+                    nursery.start_soon(task.run)
 
     async def _close(self) -> None:
         """Leave nothing to replay."""
@@ -207,6 +211,8 @@ class Pool:
         try:
             self._checkpointer.writer.seal()
             self._cleaner.mover.seal_all()
+            if self._engine.bypass is not None:
+                self._engine.bypass.seal()
             hit("close.sealed")
             await self._checkpoint_alone()
         except OSError as error:
@@ -560,6 +566,8 @@ async def _recover(
     engine.reuse = checkpointer.reuse
     scrubber = Scrubber(engine, ScrubFile(directory, state.pool_uuid))
     pool = Pool(engine, checkpointer, Cleaner(engine), scrubber, host)
+    if {device.tier for device in devices} == {"fast", "base"}:
+        engine.bypass = Bypass(engine)
     restore(engine, state)
     hit("recovery.restored")
     checkpointer.copies.begin(state)

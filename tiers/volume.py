@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from tiers.bypass import LEAST_BYTES
 from tiers.errors import TierError
 from tiers.layout import (
     BAD,
@@ -97,6 +98,8 @@ class Volume:
         self.deleted = False
         self._merge_lock = trio.Lock()
         self._merging = False
+        self._stream = (0, 0)
+        """(start, end) in bytes of the run of large writes that came last."""
         self._segments = engine.segments.by_id
         self._write_word = WRITE_WORD | volume_id
         self._unmap_word = UNMAP_WORD | volume_id
@@ -344,6 +347,8 @@ class Volume:
         total = 0
         for _, data in writes:
             total += len(data)
+        if total >= LEAST_BYTES and self._engine.bypass is not None and self._follow_stream(writes):
+            return False
         blocks = (total >> BLOCK_SHIFT) + 2 * len(writes)
         if total > SYNC_WRITE_BYTES or not self._engine.space.admit(blocks, blocks):
             return False
@@ -515,8 +520,41 @@ class Volume:
         while at < len(view):
             # Pieces end at block boundaries, so that only the first and last can need a merge.
             end = min(len(view), (offset + at + PIECE_BYTES & ~BLOCK_MASK) - offset)
+            if not keep_zeroes and await self._write_past(offset + at, view[at:end]):
+                at = end
+                continue
             await self._write_piece(offset + at, view[at:end], keep_zeroes=keep_zeroes)
             at = end
+
+    def _follow_stream(self, writes: Sequence[tuple[int, Buffer]]) -> bool:
+        """Note where the volume's stream of writes has come to; whether it is long and should go straight to base."""
+        start, end = self._stream
+        for offset, data in writes:
+            if offset != end:
+                start = offset
+            end = offset + len(data)
+        self._stream = start, end
+        return self._is_stream(start, end)
+
+    def _is_stream(self, offset: int, end: int) -> bool:
+        bypass = self._engine.bypass
+        start, stop = self._stream
+        cutoff = self.policy.stream_cutoff_bytes
+        return (
+            bypass is not None and 0 < cutoff < stop - start and start <= offset and end <= stop and bypass.takes(self)
+        )
+
+    async def _write_past(self, offset: int, data: memoryview) -> bool:
+        """Write a piece of a long stream straight to base; False: it isn't one, or base has no room."""
+        if (offset | len(data)) & BLOCK_MASK or len(data) < LEAST_BYTES or self._merging:
+            return False
+        bypass = self._engine.bypass
+        if bypass is None or not self._is_stream(offset, offset + len(data)):
+            return False
+        charge = await self._admission(offset >> BLOCK_SHIFT, len(data) >> BLOCK_SHIFT)
+        self._require_alive()
+        self._engine.space.active_charge += charge
+        return await bypass.write(self, offset >> BLOCK_SHIFT, data)
 
     async def _write_piece(self, offset: int, data: memoryview, *, keep_zeroes: bool) -> None:
         first = offset >> BLOCK_SHIFT

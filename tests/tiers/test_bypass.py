@@ -1,0 +1,304 @@
+"""The bypass: long streams go straight to base, durable before they are answered, and true whatever crashes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import AsyncIterator
+
+import pytest
+import trio
+
+from tests.simulation.machine import Disk, Machine, PowerCutError
+from tests.simulation.oracle import Model, Op, read_all, require_sound
+from tiers import Pool, TierError, Volume
+from tiers.bypass import LEAST_BYTES, Bypass
+from tiers.layout import BLOCK_BYTES, SLOT_BITS
+from tiers.policy import Policy
+
+PIECE = 128 << 10
+SIZE = 3 << 20
+STREAMS = Policy(placement="base", stream_cutoff_bytes=256 << 10)
+
+
+def machine_of(*disks: Disk, seed: int = 1) -> Machine:
+    return Machine(disks or (Disk("fast", 60), Disk("base", 60)), seed=seed)
+
+
+@contextlib.asynccontextmanager
+async def opened(machine: Machine, policy: Policy = STREAMS) -> AsyncIterator[tuple[Pool, Volume, Bypass]]:
+    async with machine.open() as pool:
+        volume = pool._engine.volume_named("v") or await pool.create_volume("v", SIZE)
+        volume.policy = policy
+        assert pool._engine.bypass is not None
+        yield pool, volume, pool._engine.bypass
+
+
+def piece(number: int, length: int = PIECE) -> bytes:
+    return (number + 1).to_bytes(8, "little") * (length // 8)
+
+
+async def stream(volume: Volume, count: int, first: int = 0) -> None:
+    """What a connection does with a stream."""
+    for number in range(first, first + count):
+        if not volume.write_now([(number * PIECE, piece(number))]):
+            await volume.write(number * PIECE, piece(number))
+
+
+def tier_at(volume: Volume, offset: int) -> str:
+    entry = volume.entry_now(offset // BLOCK_BYTES)
+    assert entry is not None
+    return volume._segments[entry[0] >> SLOT_BITS].device.tier
+
+
+def test_a_stream_goes_to_base_once_it_is_long_and_is_durable_when_it_is_answered() -> None:
+    machine = machine_of()
+
+    async def main() -> None:
+        async with opened(machine) as (pool, volume, bypass):
+            await stream(volume, 20)
+            assert [tier_at(volume, number * PIECE) for number in range(20)] == ["fast"] * 2 + ["base"] * 18
+            assert bypass.written_bytes == 18 * PIECE
+            assert pool._engine.client_written_bytes == 20 * PIECE
+            await volume.flush()
+            machine.stop()
+        machine.power_cut()
+        async with machine.open() as pool:
+            assert (await read_all(pool.volume("v")))[: 20 * PIECE] == b"".join(map(piece, range(20)))
+            await require_sound(pool)
+
+    machine.run(main)
+
+
+def test_what_was_answered_survives_a_kill_without_a_flush() -> None:
+    machine = machine_of()
+
+    async def main() -> None:
+        async with opened(machine) as (_, volume, bypass):
+            await stream(volume, 20)
+            assert bypass.written_bytes
+            machine.stop()
+        machine.kill()
+        async with machine.open() as pool:
+            assert (await read_all(pool.volume("v")))[: 20 * PIECE] == b"".join(map(piece, range(20)))
+
+    machine.run(main)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Policy(placement="fast", stream_cutoff_bytes=256 << 10),
+        Policy(placement="auto", stream_cutoff_bytes=256 << 10),  # the fast tier is empty
+        Policy(placement="base", stream_cutoff_bytes=0),
+        Policy(placement="base", stream_cutoff_bytes=1 << 30),
+    ],
+    ids=["fast", "room on fast", "never", "too short"],
+)
+def test_other_streams_go_through_the_log(policy: Policy) -> None:
+    machine = machine_of()
+
+    async def main() -> None:
+        async with opened(machine, policy) as (_, volume, bypass):
+            await stream(volume, 20)
+            assert bypass.written_bytes == 0
+            assert {tier_at(volume, number * PIECE) for number in range(20)} == {"fast"}
+
+    machine.run(main)
+
+
+def test_scattered_small_unaligned_and_zero_writes_go_through_the_log() -> None:
+    machine = machine_of()
+
+    async def main() -> None:
+        async with opened(machine) as (_, volume, bypass):
+            for number in range(19, -1, -1):
+                assert volume.write_now([(number * PIECE, piece(number))])
+            await stream(volume, 8)
+            before = bypass.written_bytes
+            assert before
+            small = LEAST_BYTES // 2
+            await volume.write(8 * PIECE, piece(1, small))
+            await volume.write(8 * PIECE + 512, piece(1, PIECE))
+            assert not volume.write_now([(8 * PIECE, bytes(PIECE))])
+            await volume.write(8 * PIECE, bytes(PIECE))
+            assert bypass.written_bytes == before
+            assert (await read_all(volume))[8 * PIECE : 9 * PIECE] == bytes(PIECE)
+
+    machine.run(main)
+
+
+def test_a_pool_of_one_tier_has_no_bypass() -> None:
+    for disk in (Disk("fast", 60), Disk("base", 60)):
+        machine = machine_of(disk)
+
+        async def main(machine: Machine = machine) -> None:
+            async with machine.open() as pool:
+                volume = await pool.create_volume("v", SIZE)
+                volume.policy = STREAMS
+                await stream(volume, 20)
+                assert pool._engine.bypass is None or not pool._engine.bypass.written_bytes
+
+        machine.run(main)
+
+
+def test_a_base_without_a_segment_to_spare_leaves_streams_to_the_log() -> None:
+    machine = machine_of(Disk("fast", 60), Disk("base", 7))
+
+    async def main() -> None:
+        async with opened(machine) as (_, volume, bypass):
+            await stream(volume, 20)
+            assert bypass.written_bytes == 0
+            assert (await read_all(volume))[: 20 * PIECE] == b"".join(map(piece, range(20)))
+
+    machine.run(main)
+
+
+def test_a_write_that_base_refuses_fails_and_changes_nothing_that_was_answered() -> None:
+    machine = machine_of()
+
+    async def main() -> None:
+        async with opened(machine) as (pool, volume, bypass):
+            await stream(volume, 10)
+            machine.media[1].on_write = lambda offset, length: (errno.EIO, 0)
+            with pytest.raises(TierError) as caught:
+                await stream(volume, 1, first=10)
+            assert caught.value.errno == errno.EIO
+            machine.media[1].on_write = lambda offset, length: None
+            assert (await read_all(volume))[: 10 * PIECE] == b"".join(map(piece, range(10)))
+            await stream(volume, 4, first=10)
+            assert bypass.written_bytes > 8 * PIECE
+            assert (await read_all(volume))[: 14 * PIECE] == b"".join(map(piece, range(14)))
+            await pool.checkpoint()
+            await require_sound(pool)
+
+    machine.run(main)
+
+
+def test_a_deleted_volume_gets_nothing() -> None:
+    machine = machine_of()
+
+    async def main() -> None:
+        async with opened(machine) as (pool, volume, _):
+            await stream(volume, 6)
+            gate = trio.Event()
+            machine.media[1].before_sync = gate.wait
+
+            async def write() -> None:
+                with pytest.raises(TierError) as caught:
+                    await stream(volume, 1, first=6)
+                assert caught.value.errno == errno.ESTALE
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(write)
+                await trio.sleep(0.1)
+                async with trio.open_nursery() as inner:
+                    inner.start_soon(pool.delete_volume, "v")
+                    await trio.sleep(0.1)
+                    gate.set()
+            await pool.checkpoint()
+            await require_sound(pool)
+
+    machine.run(main)
+
+
+def test_a_cancelled_write_returns_only_when_its_bytes_are_not_looked_at_any_more() -> None:
+    machine = machine_of()
+
+    async def main() -> None:
+        async with opened(machine) as (pool, volume, _):
+            await stream(volume, 6)
+            gate = trio.Event()
+            machine.media[1].before_sync = gate.wait
+            buffers = [bytearray(piece(6)), bytearray(piece(7))]
+            ended = []
+
+            async def write(number: int, scope: trio.CancelScope) -> None:
+                with scope:
+                    await volume.write((6 + number) * PIECE, buffers[number])
+                buffers[number][:] = bytes(PIECE)
+                ended.append(number)
+
+            scopes = [trio.CancelScope(), trio.CancelScope()]
+            volume._stream = (0, 8 * PIECE)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(write, 0, scopes[0])
+                await trio.sleep(0.1)  # its round waits for the flush
+                nursery.start_soon(write, 1, scopes[1])
+                await trio.sleep(0.1)
+                scopes[0].cancel()
+                scopes[1].cancel()
+                await trio.sleep(0.1)
+                assert ended == [1]
+                gate.set()
+            assert ended == [1, 0]
+            found = await read_all(volume)
+            assert found[6 * PIECE : 7 * PIECE] in (piece(6), bytes(PIECE))
+            assert found[7 * PIECE : 8 * PIECE] == bytes(PIECE)
+            await require_sound(pool)
+
+    machine.run(main)
+
+
+def test_writes_that_wait_while_the_pool_closes_are_refused() -> None:
+    machine = machine_of()
+    refused = []
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery, opened(machine) as (_, volume, _bypass):
+            await stream(volume, 6)
+            gate = trio.Event()
+            machine.media[1].before_sync = gate.wait
+
+            async def write(number: int) -> None:
+                with pytest.raises(TierError) as caught:
+                    await volume.write(number * PIECE, piece(number))
+                refused.append(caught.value.errno)
+
+            volume._stream = (0, 8 * PIECE)
+            nursery.start_soon(write, 6)
+            await trio.sleep(0.1)  # its round waits for the flush
+            nursery.start_soon(write, 7)
+            await trio.sleep(0.1)
+            gate.set()
+            machine.media[1].before_sync = None
+        assert refused and set(refused) <= {errno.EIO, errno.EROFS}
+        async with machine.open() as pool:
+            found = await read_all(pool.volume("v"))
+            assert found[: 6 * PIECE] == b"".join(map(piece, range(6)))
+            await require_sound(pool)
+
+    machine.run(main)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_a_power_cut_leaves_a_prefix_of_a_stream(seed: int) -> None:
+    machine = machine_of(seed=seed)
+    model = Model(SIZE)
+    model.returned(Op("nothing"))
+
+    async def main() -> None:
+        with contextlib.suppress(PowerCutError):
+            async with opened(machine) as (pool, volume, _):
+                model.flushed(model.mark)
+                machine.countdown = 3 + 7 * seed
+                for number in range(24):
+                    op = model.in_flight = Op(f"piece {number}", [(number * PIECE, piece(number))])
+                    await stream(volume, 1, first=number)
+                    model.in_flight = None
+                    model.returned(op)
+                    if number % 5 == 4:
+                        mark = model.mark
+                        await volume.flush()
+                        model.flushed(mark)
+        assert seed < 6 or machine.hits["bypass.copied"]
+        everything = machine.rng.random() < 0.3
+        if everything:
+            machine.kill()
+        else:
+            machine.power_cut()
+        async with machine.open() as pool:
+            model.judge(await read_all(pool.volume("v")), everything=everything)
+            await require_sound(pool)
+
+    machine.run(main)
