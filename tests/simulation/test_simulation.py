@@ -30,6 +30,7 @@ REGRESSIONS = {
     "a block that the medium can't give ended the log, and flushed writes were gone": Run(472019300258, "full"),
     "a check of a read-only pool took a place that was given out again for damage": Run(472019300588, "full"),
     "the oracle expected what a sync that failed in a recovery had dropped": Run(583379135260, "faults"),
+    "the workload took a round of syncs for a flush, though the log was broken": Run(878350833001, "faults"),
     "the oracle took for durable what a pool showed that could not be synced": Run(441198627317, "full"),
     "a check of a read-only pool took what a crash left at a place that was given out again for damage": Run(
         403492401776, "full"
