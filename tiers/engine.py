@@ -12,6 +12,7 @@ from tiers.device import Device, Offload
 from tiers.errors import TierError
 from tiers.failpoint import hit
 from tiers.flush import Flusher
+from tiers.frames import FrameCache
 from tiers.host import CatalogStore, Preadv
 from tiers.log import Log
 from tiers.maptree import FANOUT_BITS, ROOT_LEVEL, MapTree, PageCache
@@ -72,6 +73,7 @@ class Engine:
         self.next_volume_id = 1
         self.dead: dict[int, Dead] = {}
         """Detached subtrees by the address of their root page."""
+        self.frames = FrameCache()
         self.forced: dict[int, set[int]] = {}
         """Map pages that the next checkpoint must write elsewhere: volume -> page keys."""
         self.checkpoint: Callable[[], Awaitable[None]]
@@ -108,6 +110,10 @@ class Engine:
         """A RESIZE record took effect."""
         volume.size_bytes = size_bytes
         self._count_leaf_pages()
+
+    def compression_of(self, volume: Volume) -> int:
+        """The zstd level for a volume's blocks on the base tier; 0: they are not compressed."""
+        return self.settings.compression_level
 
     def _count_leaf_pages(self) -> None:
         total = 0
@@ -164,6 +170,7 @@ class Engine:
         self.flusher.fail(TierError(errno.EIO, closed))
         for segment in self.segments.by_id.values():
             segment.fd = -1
+        self.frames.clear()
         self.space.changed()
 
     def _pick_first_device(self) -> Device | None:

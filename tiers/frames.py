@@ -76,7 +76,7 @@ class Packed(NamedTuple):
 
 def place_in_frame(first_slot: int, slots: int, index: int) -> int:
     """The slot part of the address of a block in a frame."""
-    assert 0 < first_slot and first_slot + slots <= FIRST_SLOT_LIMIT
+    assert first_slot > 0 and first_slot + slots <= FIRST_SLOT_LIMIT
     assert 1 <= slots <= MAX_FRAME_BLOCKS and 0 <= index < MAX_FRAME_BLOCKS
     return first_slot << _START_SHIFT | slots - 1 << INDEX_BITS | index
 

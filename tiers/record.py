@@ -60,9 +60,9 @@ Operations are (kind << 56 | id, a, b):
    10 CATALOG first of the copy's blocks that follow, sequence of the checkpoint, count: takes the next `count` data
               blocks, which are a part of a copy of the catalog (see catalogcopy)
 
-Log batches hold all of these but PAGE, batches of moved and packed data only WRITE, batches of map pages only PAGE. An operation
-that no release can have written (a block past the largest volume, a segment id past the 40 bits of an address) makes
-the batch unreadable, even if its check is right.
+Log batches hold all of these but PAGE, batches of moved and packed data only WRITE, batches of map pages only PAGE. An
+operation that no release can have written (a block past the largest volume, a segment id past the 40 bits of an
+address) makes the batch unreadable, even if its check is right.
 
 A torn or lost batch fails its check, or one of its blocks does, and ends the log unless a later batch proves by its
 durable_seq that it had been durable (see recovery).
@@ -189,14 +189,7 @@ class Batch:
     def places(self) -> list[int]:
         """The slot part of the address of each data block, in order."""
         first = self.slot + self.header_slots
-        if self.kind is not Kind.PACKED:
-            return list(range(first, first + len(self.checks)))
-        places: list[int] = []
-        for frame in self.frames():
-            start = place_in_frame(first, frame.slots, 0)
-            places += range(start, start + frame.blocks)
-            first += frame.slots
-        return places
+        return places_of(first, len(self.checks), self.frames() if self.kind is Kind.PACKED else None)
 
     def operations(self) -> Iterator[tuple[Op, int, int, int]]:
         """Yield (op, id, a, b) for each operation."""
@@ -354,6 +347,18 @@ def decode_checks(
     checks, extra = words[: fields[13]], words[fields[13] :]
     frames = _judge_frames(extra, len(checks), slot + fields[3]) if fields[2] == Kind.PACKED else []
     return fields[3], checks, frames
+
+
+def places_of(first_slot: int, block_count: int, frames: Iterable[Frame] | None) -> list[int]:
+    """The slot parts of the addresses of data blocks that begin at `first_slot`: in these frames, if there are any."""
+    if frames is None:
+        return list(range(first_slot, first_slot + block_count))
+    places: list[int] = []
+    for frame in frames:
+        start = place_in_frame(first_slot, frame.slots, 0)
+        places += range(start, start + frame.blocks)
+        first_slot += frame.slots
+    return places
 
 
 def frame_words(frames: Iterable[Frame]) -> list[int]:
