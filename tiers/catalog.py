@@ -215,7 +215,7 @@ def judge_state(state: State) -> None:
         _within(f"{what}: idx", segment.index, 0, places[segment.device] - 1)
         _within(f"{what}: kind", segment.kind, 1, max(Kind))
         _within(f"{what}: used", segment.used, 0, slots[segment.device])
-        _within(f"{what}: blocks", segment.blocks, 0, MAX_PACKED_BLOCKS)
+        _within(f"{what}: blocks", segment.blocks, 0, MAX_PACKED_BLOCKS if segment.kind == Kind.PACKED else 0)
         _within(f"{what}: live", segment.live, 0, max(segment.blocks, slots[segment.device]))
         _within(f"{what}: last_seq", segment.last_seq, 0, MAX_SEQ)
     for address, check, level, volume_id in state.dead:

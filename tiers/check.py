@@ -11,7 +11,8 @@ third walk holds checkpoints off, and can't be disturbed.
 
 Every page must pass its check, each entry must lie within the written part of a segment of its kind, no two entries
 may share a place, and the counts that the catalog keeps must be the counts that are found. Places are remembered in a
-bitmap of at most 64 MiB, two tebibytes of segments; a larger pool is walked once more for each such part.
+bitmap of at most 64 MiB, two tebibytes of segments; a larger pool is walked once more for each such part. Segments of
+packed data take 32 bits a slot, one for each block that a frame that begins there may have: 64 GiB of them are a part.
 
 A segment with live blocks must have the header that the table says, from no later checkpoint than the catalog's (else
 the catalog is an old one), and its batch headers must be a chain as far as anything is live; `full` reads those of
@@ -29,6 +30,7 @@ import numpy as np
 import trio
 
 from tiers.device import read_what_can_be_read
+from tiers.frames import INDEX_BITS, MAX_FRAME_BLOCKS
 from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, FIRST_ADDRESS, SLOT_BITS, SLOT_MASK, UNMAPPED
 from tiers.maptree import FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL, read_pages
 from tiers.record import (
@@ -149,6 +151,7 @@ class _Moment:
     used: U64
     is_map: U64
     is_copy: U64
+    is_packed: U64
     reused: U64
     """Segments whose places were given out again, although the roots still name them: the log has what became of it."""
     dead: U64
@@ -209,6 +212,7 @@ async def _take_moment(engine: "Engine", deleted: "list[Volume]") -> _Moment:
         used=columns[:, 2].astype(np.int64),
         is_map=columns[:, 3] == Kind.MAP,
         is_copy=columns[:, 3] == Kind.CATALOG,
+        is_packed=columns[:, 3] == Kind.PACKED,
         reused=reused,
         dead=dead,
     )
@@ -231,7 +235,8 @@ class _Walk:
         self._found = np.zeros(len(moment.ids), np.int64)
         self._highest = np.zeros(len(moment.ids), np.int64)
         # Bit of a segment's slot 0, over all segments; on whole bytes, so that parts end on them.
-        self._first_bit = np.concatenate([[0], np.cumsum((moment.used + 7) & ~7)])
+        bits = np.where(moment.is_packed, MAX_FRAME_BLOCKS, 1) * moment.used
+        self._first_bit = np.concatenate([[0], np.cumsum((bits + 7) & ~7)])
         self._part = (0, 0)
         self._bitmap: Any = None
         self._first_part = True
@@ -359,7 +364,13 @@ class _Walk:
         slots = (in_order & np.uint64(SLOT_MASK)).astype(np.int64)
         rows = np.minimum(np.searchsorted(moment.ids, ids), len(moment.ids) - 1)
         known = moment.ids[rows] == ids
-        outside = known & ((slots < 1) | (slots >= moment.used[rows]))
+        # In a packed segment: a frame's first slot, how many it has, and which of its blocks it is.
+        packed = known & moment.is_packed[rows]
+        counts_of = np.where(packed, (slots >> INDEX_BITS & MAX_FRAME_BLOCKS - 1) + 1, 1)
+        bits_of = np.where(packed, slots >> INDEX_BITS & ~(MAX_FRAME_BLOCKS - 1) | slots & MAX_FRAME_BLOCKS - 1, slots)
+        slots = np.where(packed, slots >> 2 * INDEX_BITS, slots)
+        last = slots + counts_of - 1
+        outside = known & ((slots < 1) | (last >= moment.used[rows]))
         if self._first_part:
             unknown = ids[~known & ~np.isin(ids, moment.reused)] if is_map or not is_dead else ids[:0]
             for segment_id, count in zip(*np.unique(unknown, return_counts=True), strict=True):
@@ -371,11 +382,12 @@ class _Walk:
             touched, counts = np.unique(rows[known], return_counts=True)
             self._found[touched] += counts
             if not is_dead:
-                np.maximum.at(self._highest, rows[known & ~outside], slots[known & ~outside])
+                np.maximum.at(self._highest, rows[known & ~outside], last[known & ~outside])
         here = known & ~outside & (rows >= self._part[0]) & (rows < self._part[1])
-        bits = self._first_bit[rows[here]] - self._first_bit[self._part[0]] + slots[here]
-        shared = self._mark(bits)
-        for segment_id in np.unique(ids[here][shared]):
+        bits = self._first_bit[rows[here]] - self._first_bit[self._part[0]] + bits_of[here]
+        order = np.argsort(bits, kind="stable")  # they are in order but where frames of other lengths begin together
+        shared = self._mark(bits[order])
+        for segment_id in np.unique(ids[here][order][shared]):
             report.problem(f"{name}: two map entries share a place in segment {segment_id}")
 
     def _mark(self, bits: U64) -> U64:
@@ -438,7 +450,7 @@ async def _left_behind(engine: "Engine", suspects: Collection[int]) -> set[int]:
     if engine.space.read_only is None or not suspects:
         return set()
     by_id = engine.segments.by_id
-    left = {i for i in suspects if i in by_id and by_id[i].kind in (Kind.LOG, Kind.MOVED)}
+    left = {i for i in suspects if i in by_id and by_id[i].kind in (Kind.LOG, Kind.MOVED, Kind.PACKED)}
     for volume in list(engine.volumes.values()):
         async with contextlib.aclosing(_leaves(volume)) as pages:
             async for leaves in pages:

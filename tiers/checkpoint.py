@@ -233,7 +233,7 @@ class Checkpointer:
                     and segment.last_seq <= engine.log.checkpoint_seq
                 ):
                     # What it held is somewhere else by now, and counts there only from the next checkpoint on.
-                    engine.space.active_charge += segment.live
+                    engine.space.active_charge += segment.live_slots
                     engine.segments.reuse(segment)
                     count += 1
                     hit("segment.reused")

@@ -124,20 +124,20 @@ class Cleaner:
             and segment.last_seq <= checkpointed
             and segment.live + segment.pending > 0
             and (move.source is None or segment.device.tier == move.source)
-            and (demote or segment.live + segment.pending < _worth_moving_below(segment.slots))
+            and (demote or segment.wanted_slots < _worth_moving_below(segment.slots))
         ]
-        found.sort(key=lambda segment: ((segment.live + segment.pending) / segment.slots, segment.id))
+        found.sort(key=lambda segment: (segment.wanted_slots / segment.slots, segment.id))
         output = engine.segments.free_slots
         entries = 0
         goal = max(engine.segments.total_slots // 64, 2 * space.largest_segment_slots)
         victims: list[Segment] = []
         for segment in found:
-            blocks = segment.live + segment.pending
-            entries += blocks
-            output -= blocks + 8
+            entries += segment.live + segment.pending
+            # What is packed may be unpacked on its way to the fast tier.
+            output -= (segment.wanted_slots if move.destination == "base" else segment.live + segment.pending) + 8
             if output < space.next_pages(entries) + 3 * space.largest_segment_slots or goal <= 0:
                 break
-            goal -= segment.slots if demote else segment.slots - segment.live - segment.pending
+            goal -= segment.slots if demote else segment.slots - segment.wanted_slots
             victims.append(segment)
         space.staged_entries = sum(segment.live + segment.pending for segment in victims)
         return victims

@@ -73,6 +73,9 @@ class Device(Protocol):
     async def write_behind(self, offset: int, buffers: Sequence[Buffer]) -> None: ...
     async def read(self, offset: int, length: int) -> bytearray: ...
     async def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytearray]: ...
+    async def read_then(
+        self, ranges: Sequence[tuple[int, int]], function: Callable[[list[bytearray]], T], *, direct: bool = False
+    ) -> T: ...
     async def read_direct(self, offset: int, length: int) -> bytearray: ...
     async def read_direct_into(self, offset: int, into: memoryview) -> None: ...
     async def sync(self) -> None: ...
@@ -193,6 +196,19 @@ class FileDevice:
     async def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytearray]:
         """Read several (offset, length) ranges in one worker."""
         return await self._offload(self._read_blocking, ranges)
+
+    async def read_then(
+        self, ranges: Sequence[tuple[int, int]], function: Callable[[list[bytearray]], T], *, direct: bool = False
+    ) -> T:
+        """Read several ranges and work on what was read, in the same worker. `direct`: past the page cache."""
+        return await self._offload(self._read_then_blocking, ranges, function, direct)
+
+    def _read_then_blocking(
+        self, ranges: Sequence[tuple[int, int]], function: Callable[[list[bytearray]], T], direct: bool
+    ) -> T:
+        if direct:
+            return function([self._read_direct_blocking(offset, length) for offset, length in ranges])
+        return function(self._read_blocking(ranges))
 
     def _read_blocking(self, ranges: Sequence[tuple[int, int]]) -> list[bytearray]:
         buffers = []

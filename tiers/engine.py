@@ -14,6 +14,7 @@ from tiers.device import Device, Offload
 from tiers.errors import TierError
 from tiers.failpoint import hit
 from tiers.flush import Flusher
+from tiers.frames import FrameCache
 from tiers.host import CatalogStore, Preadv
 from tiers.log import Log
 from tiers.maptree import FANOUT_BITS, ROOT_LEVEL, MapTree, PageCache
@@ -78,6 +79,7 @@ class Engine:
         self.next_volume_id = 1
         self.dead: dict[int, Dead] = {}
         """Detached subtrees by the address of their root page."""
+        self.frames = FrameCache()
         self.forced: dict[int, set[int]] = {}
         """Map pages that the next checkpoint must write elsewhere: volume -> page keys."""
         self.checkpoint: Callable[[], Awaitable[None]]
@@ -151,6 +153,11 @@ class Engine:
         volume.policy_missing = volume.policy_name not in ("", *self.policies)
         self.space.kick_cleaner.set()
 
+    def compression_of(self, volume: Volume) -> int:
+        """The zstd level for a volume's blocks on the base tier; 0: they are not compressed."""
+        level = self.settings.compression_level
+        return volume.policy.compression_level if level is None else level
+
     def _count_leaf_pages(self) -> None:
         total = 0
         for volume in self.volumes.values():
@@ -210,6 +217,7 @@ class Engine:
         self.flusher.fail(TierError(errno.EIO, closed))
         for segment in self.segments.by_id.values():
             segment.fd = -1
+        self.frames.clear()
         self.space.changed()
 
     def _pick_first_device(self) -> Device | None:

@@ -3,10 +3,15 @@
 It goes in this order:
 
 1. Read the victim; its batch headers say which blocks it holds. Those whose map entry still names their place are live.
-2. Check each against the map's check, and write them to an output segment, with headers of its own.
+   Frames with live blocks are unpacked.
+2. Check each against the map's check, and write them to an output segment, with headers of its own. On the base tier
+   they are packed into frames, in the order in which they come, if their volume is to be compressed; frames that would
+   save too little are written as they are.
 3. Flush: the copies are durable.
 4. Log a MOVE record that names the copies and which of them take effect (those whose entry is still the one copied
    from), and change the overlay in the same breath.
+
+An output is a stream of its own for each tier, temperature and form (raw or packed); each has at most one open segment.
 
 A crash before 4 leaves copies that nothing names. A block that fails its check on the device too is logged as BAD: its
 readers get EIO, and it pins nothing.
@@ -15,16 +20,17 @@ readers get EIO, and it pins nothing.
 import contextlib
 import errno
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import trio
 
-from tiers.device import read_what_can_be_read
+from tiers.device import Buffer, read_what_can_be_read
 from tiers.errors import TierError
 from tiers.failpoint import hit
-from tiers.layout import BAD, BLOCK_BYTES, BLOCK_SHIFT, SLOT_BITS, SLOT_MASK, check_of
+from tiers.frames import MAX_FRAME_BLOCKS, Frame, Packed, block_at, frame_of, pack_all, unpack_all
+from tiers.layout import BAD, BLOCK_BYTES, BLOCK_SHIFT, SLOT_BITS, check_of
 from tiers.maptree import FANOUT_BITS
 from tiers.overlay import Entry
 from tiers.record import (
@@ -34,8 +40,10 @@ from tiers.record import (
     Op,
     decode_batch,
     encode_batch,
+    frame_words,
     header_slots_for,
     peek_header_slots,
+    places_of,
 )
 from tiers.segments import Segment, is_given_out
 from tiers.volume import Volume
@@ -49,6 +57,8 @@ UNIT_BLOCKS = 512
 """Blocks looked at, or moved, without a checkpoint of trio in between: about a millisecond."""
 SMALL_UNIT_BLOCKS = 32
 """The same where the map's cache is too small to hold the leaves of more."""
+FRAMES_A_TURN = 16
+"""Frames packed, or unpacked, by one call of a worker: 2 MiB of blocks."""
 HEADERS_A_TURN = 32
 """Batch headers decoded without a checkpoint of trio in between."""
 
@@ -62,7 +72,13 @@ class OutputFullError(TierError):
 
 
 Candidate = tuple[Volume, int, int, int]
-"""(volume, block, slot, check): a block as a batch header describes it."""
+"""(volume, block, address, check): a block as a batch header describes it."""
+
+Stream = tuple[str, str, bool]
+"""(tier, temperature, whether it is packed): what an output segment is for."""
+
+Choose = Callable[[Volume, int], tuple[str, str]]
+"""(volume, block) -> (tier, temperature) that a live block should go to."""
 
 
 @dataclass(slots=True)
@@ -72,9 +88,10 @@ class Copies:
     segment: Segment
     slot: int
     header_check: int
-    first_address: int
-    blocks: list[tuple[Volume, int, int, int]] = field(default_factory=list)
-    """(volume, block, old address, check)"""
+    addresses: list[int]
+    """Of the copies, in order."""
+    blocks: list[Candidate]
+    """What each is a copy of: (volume, block, old address, check)."""
 
 
 class Mover:
@@ -84,17 +101,25 @@ class Mover:
         self.unresolved: set[int] = set()
         """Segments that were moved out of, and in which blocks may be left that are still live."""
         self._engine = engine
-        self._outputs: dict[str, Segment] = {}
+        self._outputs: dict[Stream, Segment] = {}
         self._staged: list[Copies] = []
+        self._unpacked: dict[tuple[str, str, int], list[tuple[Candidate, Buffer]]] = {}
+        """By tier, temperature and level: blocks of the victim in hand that wait for a frame to be full."""
 
     @property
     def has_staged(self) -> bool:
         """Whether copies wait for `apply_staged`."""
         return bool(self._staged)
 
-    async def move_segment(self, victim: Segment, destination: str) -> None:
-        """Stage copies of everything live in `victim`."""
+    async def move_segment(self, victim: Segment, destination: str, choose: Choose | None = None) -> None:
+        """Stage copies of everything live in `victim`, for the tier `destination`, or block by block as `choose` says.
+
+        Raises OutputFullError if there is no room for them, OSError if a device refuses. Then what was staged so far
+        may be applied, but the victim is not empty.
+        """
         victim.pins += 1
+        chosen = choose or (lambda volume, block: (destination, "cold"))
+        base = victim.id << SLOT_BITS
         try:
             data = await self.read_segment(victim)
             if is_given_out(victim, data, self._engine.pool_uuid):
@@ -105,24 +130,28 @@ class Mover:
             for number, batch in enumerate(self.batches(victim, data), 1):
                 if number % HEADERS_A_TURN == 0:
                     await trio.lowlevel.checkpoint()
-                slot = batch.slot + batch.header_slots
+                places = batch.places()
                 at = 0
                 for op, volume_id, block, count in batch.operations():
                     if op is not Op.WRITE:
                         continue
                     volume = self._engine.volumes.get(volume_id)
                     if volume is not None:
-                        candidates += [(volume, block + i, slot + at + i, batch.checks[at + i]) for i in range(count)]
+                        candidates += [
+                            (volume, block + i, base | places[at + i], batch.checks[at + i]) for i in range(count)
+                        ]
                     at += count
                 while len(candidates) >= UNIT_BLOCKS:
-                    await self._copy(victim, data, candidates[:UNIT_BLOCKS], destination)
+                    await self._copy(victim, data, candidates[:UNIT_BLOCKS], chosen)
                     del candidates[:UNIT_BLOCKS]
             if candidates:
-                await self._copy(victim, data, candidates, destination)
+                await self._copy(victim, data, candidates, chosen)
+            await self._pack_waiting(least=1)
         except DamagedMapError as error:
             victim.damaged = True
             logger.error("segment %d can't be emptied and is set aside: %s", victim.id, error)
         finally:
+            self._unpacked.clear()
             victim.pins -= 1
 
     async def read_segment(self, segment: Segment) -> memoryview:
@@ -150,61 +179,141 @@ class Mover:
             yield batch
             slot += batch.slots
 
-    async def _copy(self, victim: Segment, data: memoryview, candidates: list[Candidate], destination: str) -> None:
+    async def _copy(self, victim: Segment, data: memoryview, candidates: list[Candidate], choose: Choose) -> None:
         """Copy those of the candidates that are live."""
         await self._load_leaves([(volume, block) for volume, block, _, _ in candidates])
-        base = victim.id << SLOT_BITS
-        live: list[tuple[Volume, int, int, int]] = []
-        views: list[memoryview] = []
-        damaged: list[Candidate] = []
+        live: list[Candidate] = []
         for candidate in candidates:
-            volume, block, slot, check = candidate
+            volume, block, address, check = candidate
             entry = volume.entry_now(block)
             if entry is None:  # its leaf was evicted again: a small cache, or many volumes
-                (address,), (found_check,) = await volume.entries(block, 1)
-                entry = (address, found_check)
-            if entry != (base | slot, check) or volume.deleted:
-                continue
-            view = data[slot << BLOCK_SHIFT : slot + 1 << BLOCK_SHIFT]
-            if check_of(view) == check:
-                live.append((volume, block, base | slot, check))
-                views.append(view)
+                (found_address,), (found_check,) = await volume.entries(block, 1)
+                entry = (found_address, found_check)
+            if entry == (address, check) and not volume.deleted:
+                live.append(candidate)
+        raw: dict[tuple[str, str], list[tuple[Candidate, Buffer]]] = {}
+        for candidate, view in zip(live, await self._views(victim, data, live), strict=True):
+            volume, block, address, check = candidate
+            if check_of(view) != check:
+                try:
+                    view = await victim.read_direct(address)
+                except OSError:
+                    view = b""
+                if check_of(view) != check:
+                    self._log_bad(volume, block, (address, check), victim)
+                    continue
+            tier, temperature = choose(volume, block)
+            level = self._engine.compression_of(volume) if tier == "base" else 0
+            if level:
+                self._unpacked.setdefault((tier, temperature, level), []).append((candidate, view))
             else:
-                damaged.append(candidate)
-        for volume, block, slot, check in damaged:
-            try:
-                again = await victim.device.read_direct(victim.offset(slot), BLOCK_BYTES)
-            except OSError:
-                again = bytearray()
-            if check_of(again) == check:
-                live.append((volume, block, base | slot, check))
-                views.append(memoryview(again))
-            else:
-                self._log_bad(volume, block, (base | slot, check), victim)
-        at = 0
-        while at < len(live):
-            at += await self._write_copies(live[at:], views[at:], destination)
+                raw.setdefault((tier, temperature), []).append((candidate, view))
+        for (tier, temperature), copies in raw.items():
+            await self._write_raw(copies, tier, temperature)
+        await self._pack_waiting(least=MAX_FRAME_BLOCKS)
 
-    async def _write_copies(
-        self, blocks: list[tuple[Volume, int, int, int]], views: list[memoryview], destination: str
-    ) -> int:
-        """Write as many copies as fit the output segment; return how many."""
+    async def _views(self, victim: Segment, data: memoryview, live: list[Candidate]) -> list[Buffer]:
+        """The bytes of each block, unverified; nothing for those whose frame is damaged."""
+        if victim.kind is not Kind.PACKED:
+            slots = [victim.span(address)[0] for _, _, address, _ in live]
+            return [data[slot << BLOCK_SHIFT : slot + 1 << BLOCK_SHIFT] for slot in slots]
+        by_frame: dict[int, list[int]] = {}
+        for i, (_, _, address, _) in enumerate(live):
+            by_frame.setdefault(frame_of(address), []).append(i)
+        views: list[Buffer] = [b""] * len(live)
+        keys = list(by_frame)
+        for start in range(0, len(keys), FRAMES_A_TURN):
+            part = keys[start : start + FRAMES_A_TURN]
+            spans = [victim.span(key) for key in part]
+            packed = [data[first << BLOCK_SHIFT : first + count << BLOCK_SHIFT] for first, count in spans]
+            for key, content in zip(part, await self._engine.offload(unpack_all, packed), strict=True):
+                for i in by_frame[key]:
+                    # A copy: what is live of a frame may be a small part of it.
+                    views[i] = bytes(block_at(content, live[i][2]))
+            hit("move.unpacked")
+        return views
+
+    # -- writing copies --------------------------------------------------------------------------------------------
+
+    async def _pack_waiting(self, *, least: int) -> None:
+        """Write the blocks that wait for a frame, as far as there are `least` for one."""
+        for (tier, temperature, level), waiting in self._unpacked.items():
+            while len(waiting) >= least:
+                groups = [
+                    waiting[at : at + MAX_FRAME_BLOCKS]
+                    for at in range(0, min(len(waiting), FRAMES_A_TURN * MAX_FRAME_BLOCKS), MAX_FRAME_BLOCKS)
+                    if len(waiting) - at >= least
+                ]
+                del waiting[: sum(map(len, groups))]
+                frames = await self._engine.offload(pack_all, [[view for _, view in group] for group in groups], level)
+                hit("move.packed")
+                packed: list[tuple[Packed, list[tuple[Candidate, Buffer]]]] = []
+                raw: list[tuple[Candidate, Buffer]] = []
+                for frame, group in zip(frames, groups, strict=True):
+                    if frame is None:
+                        raw += group
+                    else:
+                        packed.append((frame, group))
+                raw += await self._write_packed(packed, tier, temperature)
+                await self._write_raw(raw, tier, temperature)
+
+    async def _write_raw(self, copies: list[tuple[Candidate, Buffer]], tier: str, temperature: str) -> None:
+        at = 0
+        stream = tier, temperature, False
+        while at < len(copies):
+            segment = self._output(stream, 2)
+            room = segment.slots - segment.used
+            left = min(room, len(copies) - at)
+            part = copies[at : at + min(left, room - header_slots_for(left, left))]
+            await self._write_batch(stream, segment, [c for c, _ in part], [], [view for _, view in part])
+            at += len(part)
+
+    async def _write_packed(
+        self, packed: list[tuple[Packed, list[tuple[Candidate, Buffer]]]], tier: str, temperature: str
+    ) -> list[tuple[Candidate, Buffer]]:
+        """Write frames; return the blocks of those that no segment has room for, because its device is very small."""
+        stream = tier, temperature, True
+        left_over: list[tuple[Candidate, Buffer]] = []
+        at = 0
+        while at < len(packed):
+            segment = self._output(stream, packed[at][0].slots)
+            count = slots = blocks = 0
+            for frame, _ in packed[at:]:
+                headers = header_slots_for(blocks + frame.blocks, blocks + frame.blocks, 2 * (count + 1))
+                if segment.used + headers + slots + frame.slots > segment.slots:
+                    break
+                count, slots, blocks = count + 1, slots + frame.slots, blocks + frame.blocks
+            part = packed[at : at + count]
+            if not part:
+                left_over += packed[at][1]
+                at += 1
+                continue
+            await self._write_batch(
+                stream,
+                segment,
+                [candidate for _, group in part for candidate, _ in group],
+                [Frame(frame.blocks, frame.slots, frame.check) for frame, _ in part],
+                [frame.data for frame, _ in part],
+            )
+            at += count
+        return left_over
+
+    async def _write_batch(
+        self, stream: Stream, segment: Segment, blocks: list[Candidate], frames: list[Frame], buffers: Sequence[Buffer]
+    ) -> None:
+        """Write a batch of copies to an output segment that has room for it, and stage them."""
         engine = self._engine
-        segment = self._output(destination)
-        room = segment.slots - segment.used
-        count = min(len(blocks), room - header_slots_for(min(room, len(blocks)), min(room, len(blocks))))
         ops: list[int] = []
-        for volume, block, _, _ in blocks[:count]:
+        for volume, block, _, _ in blocks:
             word = Op.WRITE << 56 | volume.id
             if ops and ops[-3] == word and ops[-2] + ops[-1] == block:
                 ops[-1] += 1
             else:
                 ops += (word, block, 1)
-        checks = [check for _, _, _, check in blocks[:count]]
         slot = segment.used
         log = engine.log
         header, header_check = encode_batch(
-            Kind.MOVED,
+            segment.kind,
             engine.pool_uuid,
             segment.id,
             slot,
@@ -213,46 +322,55 @@ class Mover:
             0,
             engine.flusher.durable_seq,
             ops,
-            checks,
-            [],
+            [check for _, _, _, check in blocks],
+            frame_words(frames),
         )
         first = slot + (len(header) >> BLOCK_SHIFT)
         segment.pins += 1
         try:
-            await segment.device.write_behind(segment.offset(slot), [header, *views[:count]])
+            await segment.device.write_behind(segment.offset(slot), [header, *buffers])
         except BaseException:
             # Only copies that were written may be made true. `used` stays before them: the headers stay a chain.
             segment.pins -= 1
-            self._seal(destination)
+            self._seal(stream)
             raise
-        segment.used = first + count
+        if frames:
+            segment.blocks += len(blocks)
+            segment.used = first + sum(frame.slots for frame in frames)
+            engine.segments.settle_saved(segment)
+        else:
+            segment.used = first + len(blocks)
         hit("move.copied")
-        self._staged.append(Copies(segment, slot, header_check, segment.id << SLOT_BITS | first, blocks[:count]))
-        return count
+        base = segment.id << SLOT_BITS
+        places = places_of(first, len(blocks), frames if segment.kind is Kind.PACKED else None)
+        self._staged.append(Copies(segment, slot, header_check, [base | place for place in places], blocks))
 
-    def _output(self, destination: str) -> Segment:
-        segment = self._outputs.get(destination)
-        if segment is not None and segment.slots - segment.used >= 3:
+    def _output(self, stream: Stream, least: int) -> Segment:
+        """The open segment of a stream, with room for a header and `least` slots more if a fresh one has it."""
+        tier, _, packed = stream
+        segment = self._outputs.get(stream)
+        if segment is not None and segment.slots - segment.used > least:
             return segment
-        self._seal(destination)
-        device = self._engine.space.pick_device(Kind.MOVED, destination)
+        self._seal(stream)
+        kind = Kind.PACKED if packed else Kind.MOVED
+        device = self._engine.space.pick_device(kind, tier)
         if device is None:
             raise OutputFullError(
                 errno.ENOSPC, f"the pool {self._engine.pool_name} has no free segment to clean into: grow it"
             )
-        segment = self._outputs[destination] = self._engine.log.open_segment(device, Kind.MOVED)
+        segment = self._outputs[stream] = self._engine.log.open_segment(device, kind)
         return segment
 
-    def _seal(self, destination: str) -> None:
-        segment = self._outputs.pop(destination, None)
+    def _seal(self, stream: Stream) -> None:
+        segment = self._outputs.pop(stream, None)
         if segment is not None:
             segment.open = False
             self._engine.segments.changed.add(segment.id)
 
     def seal_all(self) -> None:
         """Leave the output segments: the pool is closing."""
-        for destination in list(self._outputs):
-            self._seal(destination)
+        for stream in list(self._outputs):
+            self._seal(stream)
 
     async def _load_leaves(self, places: list[tuple[Volume, int]]) -> None:
         wanted: dict[Volume, set[int]] = {}
@@ -328,9 +446,15 @@ class Mover:
         extra = [segment.device.index << 32 | segment.index, *words]
         engine.append_record(Op.MOVE, segment.id, copies.slot << 32 | len(copies.blocks), copies.header_check, extra)
         segment.last_seq = engine.log.seq
-        first = copies.first_address
+        if segment.kind is not Kind.PACKED:
+            # What was packed and isn't any more takes slots that no client has asked for.
+            kind_of = engine.segments.kind_of
+            engine.space.active_charge += sum(
+                1 for i in effective if kind_of(copies.blocks[i][2] >> SLOT_BITS, Kind.MOVED) is Kind.PACKED
+            )
         put_moved(
-            engine, [(copies.blocks[i][0], copies.blocks[i][1], first + i, copies.blocks[i][3]) for i in effective]
+            engine,
+            [(copies.blocks[i][0], copies.blocks[i][1], copies.addresses[i], copies.blocks[i][3]) for i in effective],
         )
         engine.moved_blocks += len(effective)
         hit("move.logged")
@@ -345,7 +469,7 @@ class Mover:
             volume.name,
             block << BLOCK_SHIFT,
             victim.device.path,
-            victim.offset(entry[0] & SLOT_MASK),
+            victim.place(entry[0])[0],
         )
         self._engine.segments.count_damage(entry[0])
         self._engine.append_record(Op.BAD, volume.id, block, 1)

@@ -419,7 +419,7 @@ class Pool:
             block_size=BLOCK_BYTES,
             size_bytes=segments.total_slots * BLOCK_BYTES,
             capacity_bytes=space.capacity * BLOCK_BYTES,
-            used_bytes=min(space.charged, segments.live + segments.pending) * BLOCK_BYTES,
+            used_bytes=min(space.charged, segments.live - segments.saved + segments.pending) * BLOCK_BYTES,
             available_bytes=space.available * BLOCK_BYTES,
             metadata_bytes=segments.map_live * BLOCK_BYTES,
             reserve_bytes=space.reserve * BLOCK_BYTES,

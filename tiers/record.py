@@ -8,7 +8,7 @@ Segment header: slot 0 of every segment, written when the segment is opened.
     offset size type  field
       0     8   bytes  magic "TRCSEGM1"
       8     2   u16    format version (1); another version is refused
-     10     2   u16    kind: 1 log, 2 moved data, 3 map pages, 4 copies of the catalog
+     10     2   u16    kind: 1 log, 2 moved data, 3 map pages, 4 copies of the catalog, 5 packed data
      12     4   u32    device index
      16    16   bytes  pool uuid
      32     8   u64    segment id
@@ -19,7 +19,8 @@ Segment header: slot 0 of every segment, written when the segment is opened.
      72     8   u64    XXH3-64 of bytes 0-71
      80  4016          zeros
 
-Batch: one or more header slots, then the data blocks it brings, in slots that follow.
+Batch: one or more header slots, then the data blocks it brings, in slots that follow. In a batch of packed data these
+are compressed, into frames that take slots of their own number (see frames); each block has its check all the same.
 
     offset size type  field
       0     8   bytes  magic "TRCBATC1"
@@ -41,7 +42,7 @@ Batch: one or more header slots, then the data blocks it brings, in slots that f
      96     8   u64    XXH3-64 of all header slots with this field zero
     104  24 n   u64x3  operations
     ...   8 n   u64    check of each data block, in order
-    ...   8 n   u64    extra words
+    ...   8 n   u64    extra words; in a batch of packed data the frame table
     ...                zeros to the end of the slot
 
 Operations are (kind << 56 | id, a, b):
@@ -60,9 +61,9 @@ Operations are (kind << 56 | id, a, b):
               blocks, which are a part of a copy of the catalog (see catalogcopy)
    11 POLICY  volume, length of the UTF-8 name in the extra words: the policy that the volume has; 0: the default one
 
-Log batches hold all of these but PAGE, batches of moved data only WRITE, batches of map pages only PAGE. An operation
-that no release can have written (a block past the largest volume, a segment id past the 40 bits of an address) makes
-the batch unreadable, even if its check is right.
+Log batches hold all of these but PAGE, batches of moved and packed data only WRITE, batches of map pages only PAGE. An
+operation that no release can have written (a block past the largest volume, a segment id past the 40 bits of an
+address) makes the batch unreadable, even if its check is right.
 
 A torn or lost batch fails its check, or one of its blocks does, and ends the log unless a later batch proves by its
 durable_seq that it had been durable (see recovery).
@@ -70,12 +71,13 @@ durable_seq that it had been durable (see recovery).
 
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
 from tiers.errors import TierError
+from tiers.frames import FIRST_SLOT_LIMIT, MAX_FRAME_BLOCKS, Frame, place_in_frame
 from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, MAX_SEGMENT_BYTES, MAX_SEGMENT_ID, MAX_SEQ, check_of
 from tiers.names import MAX_VOLUME_BYTES, validate_name, validate_volume_size
 
@@ -93,6 +95,7 @@ _U64 = struct.Struct("<Q")
 MAX_HEADER_SLOTS = 64
 OP_WORDS = 3
 ID_MASK = (1 << 56) - 1
+_U32 = (1 << 32) - 1
 MAX_BLOCKS = MAX_VOLUME_BYTES >> BLOCK_SHIFT
 MAX_SLOTS = MAX_SEGMENT_BYTES >> BLOCK_SHIFT
 MAX_TIME_S = 253_402_300_799
@@ -106,6 +109,10 @@ class Kind(IntEnum):
     MOVED = 2
     MAP = 3
     CATALOG = 4
+    PACKED = 5
+
+
+_MAX_KIND = max(Kind)
 
 
 class Op(IntEnum):
@@ -172,7 +179,19 @@ class Batch:
     @property
     def slots(self) -> int:
         """Slots that the batch takes, header and data."""
+        if self.kind is Kind.PACKED:
+            return self.header_slots + sum(word & _U32 for word in self.extra[::2])
         return self.header_slots + len(self.checks)
+
+    def frames(self) -> list[Frame]:
+        """The frame table of a batch of packed data."""
+        words = self.extra
+        return [Frame(words[i] >> 32, words[i] & _U32, words[i + 1]) for i in range(0, len(words), 2)]
+
+    def places(self) -> list[int]:
+        """The slot part of the address of each data block, in order."""
+        first = self.slot + self.header_slots
+        return places_of(first, len(self.checks), self.frames() if self.kind is Kind.PACKED else None)
 
     def operations(self) -> Iterator[tuple[Op, int, int, int]]:
         """Yield (op, id, a, b) for each operation."""
@@ -223,7 +242,7 @@ def decode_segment_header(block: bytes | bytearray | memoryview, pool: bytes) ->
         raise BadRecordError(f"segment format {version}, this release reads {FORMAT_VERSION}", newer=True)
     if uuid != pool:
         raise BadRecordError("a segment of another pool")
-    if kind not in (1, 2, 3, 4):
+    if not 1 <= kind <= _MAX_KIND:
         raise BadRecordError(f"unknown segment kind {kind}")
     if not 1 <= segment <= MAX_SEGMENT_ID or max(incarnation, checkpoint, first) > MAX_SEQ:
         raise BadRecordError("a segment header with impossible values")
@@ -318,14 +337,48 @@ def decode_batch(header: bytes | bytearray | memoryview, pool: bytes, segment_id
 
 def decode_checks(
     header: bytes | bytearray | memoryview, pool: bytes, segment_id: int, slot: int
-) -> tuple[int, list[int]]:
-    """As `decode_batch`, for who only verifies: header slots and the data blocks' checks. Raises BadRecordError.
+) -> tuple[int, list[int], list[Frame]]:
+    """As `decode_batch`, for who only verifies: header slots, the data blocks' checks, frames. Raises BadRecordError.
 
-    For a fraction of its cost: the operations are not looked at.
+    For a fraction of its cost: the operations are not looked at. Where there are frames they are to be verified, by
+    their own checks.
     """
     raw, fields = _judge_header(header, pool, segment_id, slot)
     start = _BATCH.size + 8 * OP_WORDS * fields[12]
-    return fields[3], memoryview(raw)[start : start + 8 * fields[13]].cast("Q").tolist()
+    words = memoryview(raw)[start : start + 8 * (fields[13] + fields[14])].cast("Q").tolist()
+    checks, extra = words[: fields[13]], words[fields[13] :]
+    frames = _judge_frames(extra, len(checks), slot + fields[3]) if fields[2] == Kind.PACKED else []
+    return fields[3], checks, frames
+
+
+def places_of(first_slot: int, block_count: int, frames: Iterable[Frame] | None) -> list[int]:
+    """The slot parts of the addresses of data blocks that begin at `first_slot`: in these frames, if there are any."""
+    if frames is None:
+        return list(range(first_slot, first_slot + block_count))
+    places: list[int] = []
+    for frame in frames:
+        start = place_in_frame(first_slot, frame.slots, 0)
+        places += range(start, start + frame.blocks)
+        first_slot += frame.slots
+    return places
+
+
+def frame_words(frames: Iterable[Frame]) -> list[int]:
+    """The extra words of a batch with these frames."""
+    return [word for frame in frames for word in (frame.blocks << 32 | frame.slots, frame.check)]
+
+
+def _judge_frames(words: list[int], block_count: int, first_slot: int) -> list[Frame]:
+    """The frame table of a batch whose frames begin at `first_slot`. Raises BadRecordError."""
+    frames = [Frame(head >> 32, head & _U32, check) for head, check in zip(words[::2], words[1::2], strict=False)]
+    if (
+        len(words) % 2
+        or sum(frame.blocks for frame in frames) != block_count
+        or any(not (1 <= f.blocks <= MAX_FRAME_BLOCKS and 1 <= f.slots <= MAX_FRAME_BLOCKS) for f in frames)
+        or first_slot + sum(frame.slots for frame in frames) > FIRST_SLOT_LIMIT
+    ):
+        raise BadRecordError("a frame table that does not match the batch's blocks")
+    return frames
 
 
 def _judge_header(
@@ -350,7 +403,7 @@ def _judge_header(
     if uuid != pool or segment != segment_id or own_slot != slot:
         raise BadRecordError("a batch that belongs elsewhere")
     word_count = OP_WORDS * op_count + block_count + extra_count
-    if _BATCH.size + 8 * word_count > len(raw) or kind not in (1, 2, 3, 4):
+    if _BATCH.size + 8 * word_count > len(raw) or not 1 <= kind <= _MAX_KIND:
         raise BadRecordError("a batch header with impossible counts")
     return raw, fields
 
@@ -360,18 +413,20 @@ def _validate_ops(batch: Batch) -> None:
     kind = batch.kind
     blocks = extra = 0
     heads, starts, counts = (batch.ops[i::OP_WORDS] for i in range(OP_WORDS))
+    if kind is Kind.PACKED:
+        _judge_frames(batch.extra, len(batch.checks), batch.slot + batch.header_slots)
     if (
-        kind is not Kind.MAP
+        kind in (Kind.LOG, Kind.MOVED, Kind.PACKED)
         and {word >> 56 for word in heads} == {Op.WRITE}
         and max(starts) + max(counts) <= MAX_BLOCKS
     ):
         # Nearly all of them.
-        if sum(counts) != len(batch.checks) or batch.extra:
+        if sum(counts) != len(batch.checks) or (batch.extra and kind is not Kind.PACKED):
             raise BadRecordError("operations that do not match the batch's blocks")
         return
     for word, a, b in zip(heads, starts, counts, strict=True):
         op = word >> 56
-        if op == Op.WRITE and kind in (Kind.LOG, Kind.MOVED):
+        if op == Op.WRITE and kind in (Kind.LOG, Kind.MOVED, Kind.PACKED):
             blocks += b
             if a + b > MAX_BLOCKS:
                 raise BadRecordError(f"a write of blocks from {a} on, which no volume has")
@@ -385,7 +440,7 @@ def _validate_ops(batch: Batch) -> None:
             raise BadRecordError(f"the operation {Op(op).name} in a batch of kind {kind.name}")
         else:
             extra += _validate_log_op(Op(op), word & ID_MASK, a, b, batch.extra, extra)
-    if blocks != len(batch.checks) or extra != len(batch.extra):
+    if blocks != len(batch.checks) or (extra != len(batch.extra) and kind is not Kind.PACKED):
         raise BadRecordError("operations that do not match the batch's blocks")
 
 

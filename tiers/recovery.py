@@ -14,6 +14,7 @@ Recovery ends with a new incarnation, a fresh log segment and a checkpoint. Noth
 earlier life, so a batch that survived where its predecessor was lost can't come back.
 """
 
+import contextlib
 import errno
 import logging
 from dataclasses import dataclass, field
@@ -71,6 +72,8 @@ class Replayed:
     last_seq: int = 0
     dropped: str = ""
     problems: list[str] = field(default_factory=list)
+    packed_batches: dict[int, set[int]] = field(default_factory=dict)
+    """Segment id -> slots of the batches of frames whose blocks are counted, which several records may name."""
     given_up: str | None = None
     """What the operator gave up by `truncate_log`, in words."""
 
@@ -469,7 +472,7 @@ async def _apply(engine: "Engine", found: Found, result: Replayed, *, truncate_l
             words = batch.extra[extra_at : extra_at + 1 + -(-count // 64)]
             extra_at += len(words)
             try:
-                await _apply_move(engine, subject, a >> 32, count, b, words, batch.seq)
+                await _apply_move(engine, subject, a >> 32, count, b, words, batch.seq, result.packed_batches)
             except (OSError, BadRecordError) as error:
                 # The old places may have been given out since: what was moved may be nowhere but in these copies.
                 message = f"what the cleaner moved into segment {subject} of pool {engine.pool_name} can't be followed"
@@ -480,9 +483,8 @@ async def _apply(engine: "Engine", found: Found, result: Replayed, *, truncate_l
                         f"--truncate-log {engine.pool_name}`",
                     ) from error
                 result.problems.append(f"{message}: {error}")
-                engine.segments.adopt_from_log(
-                    subject, engine.device_by_index(words[0] >> 32), words[0] & 0xFFFFFFFF, Kind.MOVED
-                )
+                device, index = engine.device_by_index(words[0] >> 32), words[0] & 0xFFFFFFFF
+                engine.segments.adopt_from_log(subject, device, index, await _kind_of_copies(engine, device, index))
     flush_group()
 
 
@@ -494,8 +496,25 @@ async def _read_in_some_way(device: Device, offset: int, length: int) -> bytearr
         return await device.read_direct(offset, length)
 
 
+async def _kind_of_copies(engine: "Engine", device: Device, index: int) -> Kind:
+    """Whether a segment of copies holds raw or packed ones, as far as its header can be read."""
+    with contextlib.suppress(OSError, BadRecordError):
+        require_place(device, index)
+        block = await _read_in_some_way(device, device.segment_offset(index), BLOCK_BYTES)
+        if decode_segment_header(block, engine.pool_uuid).kind is Kind.PACKED:
+            return Kind.PACKED
+    return Kind.MOVED
+
+
 async def _apply_move(
-    engine: "Engine", segment_id: int, slot: int, count: int, header_check: int, words: list[int], seq: int
+    engine: "Engine",
+    segment_id: int,
+    slot: int,
+    count: int,
+    header_check: int,
+    words: list[int],
+    seq: int,
+    packed_batches: dict[int, set[int]],
 ) -> None:
     device = engine.device_by_index(words[0] >> 32)
     index = words[0] & 0xFFFFFFFF
@@ -506,19 +525,30 @@ async def _apply_move(
     slots = max(1, peek_header_slots(block))
     header = await _read_in_some_way(device, offset, min(slots << BLOCK_SHIFT, room))
     batch = decode_batch(header, engine.pool_uuid, segment_id, slot)
-    if batch.check != header_check or len(batch.checks) != count:
+    if (
+        batch.check != header_check
+        or len(batch.checks) != count
+        or batch.kind not in (Kind.MOVED, Kind.PACKED)
+        or engine.segments.kind_of(segment_id, batch.kind) is not batch.kind
+    ):
         raise BadRecordError("the copies are not the ones that were logged")
-    segment = engine.segments.adopt_from_log(segment_id, device, index, Kind.MOVED)
+    segment = engine.segments.adopt_from_log(segment_id, device, index, batch.kind)
     hit("recovery.moved")
+    if batch.kind is Kind.PACKED:
+        # What the checkpoint knew of the segment has its blocks counted; the records come in any order.
+        known = packed_batches.setdefault(segment_id, set(range(segment.used)))
+        segment.blocks += 0 if slot in known else count
+        known.add(slot)
     segment.used = max(segment.used, slot + batch.slots)
     segment.last_seq = max(segment.last_seq, seq)
-    first = segment_id << SLOT_BITS | slot + batch.header_slots
+    base = segment_id << SLOT_BITS
+    places = batch.places()
     moves: list[tuple[Volume, int, int, int]] = []
     at = 0
     for _, volume_id, start, run in batch.operations():
         volume = engine.volumes.get(volume_id)
         for i in range(run):
             if words[1 + at // 64] >> at % 64 & 1 and volume is not None:
-                moves.append((volume, start + i, first + at, batch.checks[at]))
+                moves.append((volume, start + i, base | places[at], batch.checks[at]))
             at += 1
     put_moved(engine, moves)

@@ -325,7 +325,7 @@ class Pass:
                 await self._let_others()
                 owner = owner_of(item.batch, item.index)
                 if owner is not None:
-                    await self._suspect(damage, segment, item.slot, owner, part.unreadable.get(item.slot))
+                    await self._suspect(damage, segment, item.place, owner, item.unreadable)
             elif item.first == 0:
                 reason = part.unreadable.get(0, "fails its checksum")
                 self._record_header(damage, segment, 0, f"the header of segment {segment.id} {reason}")
@@ -345,30 +345,30 @@ class Pass:
             await trio.sleep(min(YIELD_SHARE * busy, MAX_YIELD_S))
 
     async def _suspect(
-        self, damage: list[Damage], segment: Segment, slot: int, owner: Owner, unreadable: str | None
+        self, damage: list[Damage], segment: Segment, place: int, owner: Owner, unreadable: str | None
     ) -> None:
         """A block differs from its header, or can't be read: is it live, is it so again, and is it live still?"""
-        address = segment.id << SLOT_BITS | slot
+        address = segment.id << SLOT_BITS | place
         target = await self._target(owner, address)
         if target is None:
             return
-        reason = unreadable or await self._read_again(segment, slot, target.check)
+        reason = unreadable or await self._read_again(segment, address, target.check)
         if reason is None:
             return
         target = await self._target(owner, address)
         if target is not None:
-            self._record_block(damage, segment, slot, target, reason)
+            self._record_block(damage, segment, address, target, reason)
 
-    async def _read_again(self, segment: Segment, slot: int, check: int) -> str | None:
+    async def _read_again(self, segment: Segment, address: int, check: int) -> str | None:
         """What is wrong with a block when it is read by itself; None if nothing is. The segment is pinned."""
         try:
-            data = await segment.device.read_direct(segment.offset(slot), BLOCK_BYTES)
+            data = await segment.read_direct(address)
         except OSError as error:
             return _unreadable(error)
         return None if check_of(data) == check else "fails its checksum"
 
     async def _target(self, owner: Owner, address: int) -> _Target | None:
-        """What the map says of a slot now; None if it names it no more, or can't tell (its page is damaged itself)."""
+        """What the map says of a place now; None if it names it no more, or can't tell (its page is damaged itself)."""
         volume = self._engine.volumes.get(owner.volume_id)
         if volume is None:
             return None
@@ -389,8 +389,8 @@ class Pass:
             return None
         return target if now == address and not volume.deleted else None
 
-    def _record_block(self, damage: list[Damage], segment: Segment, slot: int, target: _Target, reason: str) -> None:
-        place = (segment.device.path, segment.offset(slot))
+    def _record_block(self, damage: list[Damage], segment: Segment, address: int, target: _Target, reason: str) -> None:
+        place = (segment.device.path, segment.place(address)[0])
         self._record(
             damage, segment, Damage(target.kind, target.volume.name, target.offset, target.length, *place, 1, reason)
         )
@@ -432,20 +432,23 @@ class Pass:
                 damage: list[Damage] = []
                 async with contextlib.aclosing(self._entries_into(volume, gaps)) as entries:
                     async for owner, address in entries:
-                        gap = next((g for g in gaps[address >> 24] if g[0] <= address & SLOT_MASK < g[1]), None)
                         segment = by_id.get(address >> 24)
-                        if gap is not None and segment is not None:
+                        if segment is None:
+                            continue
+                        slot, _ = segment.span(address)
+                        gap = next((g for g in gaps[address >> 24] if g[0] <= slot < g[1]), None)
+                        if gap is not None:
                             await self._judge_in_gap(damage, segment, gap[0], address & SLOT_MASK, owner, told)
                 _log(damage)
         self._run.gaps.clear()
 
     async def _judge_in_gap(
-        self, damage: list[Damage], segment: Segment, gap: int, slot: int, owner: Owner, told: set[tuple[int, int]]
+        self, damage: list[Damage], segment: Segment, gap: int, place: int, owner: Owner, told: set[tuple[int, int]]
     ) -> None:
-        """Judge a live slot behind the damaged header at slot `gap`, and name that header if it isn't named yet."""
+        """Judge a live place behind the damaged header at slot `gap`, and name that header if it isn't named yet."""
         segment.pins += 1
         try:
-            await self._suspect(damage, segment, slot, owner, None)
+            await self._suspect(damage, segment, place, owner, None)
             if (segment.id, gap) not in told:
                 told.add((segment.id, gap))
                 what = f"a batch header in segment {segment.id} is damaged: what it described can't be moved"

@@ -3,6 +3,8 @@
 A segment is fed piece by piece, in order; batches may begin in one piece and end in another. Each data block is
 compared with the check in the header that was written with it. The map got a copy of that check, so only what differs
 here has to be looked up there: a scrub of sound devices reads no map page, and pushes no client's out of the cache.
+Of packed data nothing is unpacked: a frame's slots have a check in the header's frame table. Where one doesn't match,
+every block of the frame has to be looked up.
 
 Where a header should be and isn't, the scan goes on slot by slot until it finds the next one that names its own place.
 The slots in between are a *gap*: what is live in them, and whether it is sound, only the map can tell.
@@ -12,6 +14,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import xxhash
+
+from tiers.frames import Frame
 from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT
 from tiers.record import (
     BadRecordError,
@@ -32,11 +37,14 @@ BATCH_COST = 12
 
 @dataclass(frozen=True, slots=True)
 class Suspect:
-    """A data block that doesn't pass the check in its batch's header."""
+    """A data block that doesn't pass the check in its batch's header, or lies in a frame that doesn't."""
 
-    slot: int
+    place: int
+    """The slot part of its address."""
     batch: Batch
     index: int
+    unreadable: str | None
+    """Why it can't be read, if that is so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +91,12 @@ class Scan:
         self._raw = b""
         self._header_at = 0
         self._verified = 0
+        self._frames: list[Frame] = []
+        """Of the batch that the scan is in, if it has frames: `_verified` is then in frames."""
+        self._frame_slots = 0
+        self._frame_hash = xxhash.xxh3_64()
+        self._frame_unreadable: str | None = None
+        """Of the frame that the scan is in: slots seen, the hash of these, and what couldn't be read."""
         self._header = bytearray()
         """The beginning of a header whose rest is in the next piece."""
         self._gap_from: int | None = None
@@ -96,7 +110,12 @@ class Scan:
         cost = 0
         at, count = 0, len(data) >> BLOCK_SHIFT
         while at < count:
-            if self._verified < len(self._checks):
+            if self._verified < len(self._frames):
+                run = min(self._frames[self._verified].slots - self._frame_slots, count - at)
+                self._verify_frame(data[at << BLOCK_SHIFT : at + run << BLOCK_SHIFT], unreadable, found)
+                at += run
+                cost += run
+            elif self._verified < len(self._checks):
                 run = min(len(self._checks) - self._verified, count - at, UNIT - cost % UNIT)
                 self._verify(data[at << BLOCK_SHIFT : at + run << BLOCK_SHIFT], unreadable, found)
                 at += run
@@ -126,9 +145,34 @@ class Scan:
             different = [i for i in range(len(checks)) if checks[i] != wanted[i] or self._slot + i in unreadable]
             if different:
                 batch = decode_batch(self._raw, self._pool, self._segment_id, self._header_at)
-                found += [Suspect(self._slot + i, batch, first + i) for i in different]
+                found += [Suspect(self._slot + i, batch, first + i, unreadable.get(self._slot + i)) for i in different]
         self._verified += len(checks)
         self._slot += len(checks)
+
+    def _verify_frame(self, part: memoryview, unreadable: Mapping[int, str], found: list[Suspect | Gap]) -> None:
+        """Take slots of the frame at hand; judge it when they are all there."""
+        frame = self._frames[self._verified]
+        count = len(part) >> BLOCK_SHIFT
+        self._frame_hash.update(part)
+        if unreadable:
+            reasons = (unreadable[slot] for slot in range(self._slot, self._slot + count) if slot in unreadable)
+            self._frame_unreadable = self._frame_unreadable or next(reasons, None)
+        self._frame_slots += count
+        self._slot += count
+        if self._frame_slots < frame.slots:
+            return
+        if self._frame_unreadable is not None or self._frame_hash.intdigest() != frame.check:
+            batch = decode_batch(self._raw, self._pool, self._segment_id, self._header_at)
+            places = batch.places()
+            first = sum(before.blocks for before in self._frames[: self._verified])
+            found += [Suspect(places[i], batch, i, self._frame_unreadable) for i in range(first, first + frame.blocks)]
+        self._verified += 1
+        self._begin_frame()
+
+    def _begin_frame(self) -> None:
+        self._frame_slots = 0
+        self._frame_hash.reset()
+        self._frame_unreadable = None
 
     def _segment_header(self, block: memoryview, unreadable: Mapping[int, str], found: list[Suspect | Gap]) -> None:
         try:
@@ -155,7 +199,10 @@ class Scan:
             try:
                 rest = data[: here << BLOCK_SHIFT]
                 header = self._header + rest if held else rest
-                _, self._checks = decode_checks(header, self._pool, self._segment_id, first)
+                _, self._checks, self._frames = decode_checks(header, self._pool, self._segment_id, first)
+                if self._frames:
+                    self._checks = []
+                self._begin_frame()
                 self._raw, self._header_at = bytes(header), first
             except BadRecordError:
                 lost = True
@@ -173,7 +220,7 @@ class Scan:
         return here
 
     def _lost(self, first: int) -> None:
-        self._checks = []
+        self._checks, self._frames = [], []
         self._verified = 0
         if self._gap_from is None:
             self._gap_from = first

@@ -8,16 +8,21 @@ devices (`tiers.copies`). Freed means: its physical place becomes available; its
 A victim that the cleaner has emptied may be reused before the checkpoint that would show it: once the records that
 moved or killed its blocks are durable, every replay finds them, and nobody looks where the checkpoint's map still
 points (`reuse`). A segment that such a place is given to then replaces the victim wherever the replay meets it.
+
+Both counts are blocks. In a segment of packed data these are more than slots, so where space is counted they stand for
+a share of the slots written (`Segment.live_slots`): the mean over the segment. Which of its blocks were the large ones
+is known only when they are moved.
 """
 
 import errno
 from collections import defaultdict
 from collections.abc import Iterable
 
-from tiers.device import Device
+from tiers.device import Buffer, Device
 from tiers.errors import TierError
 from tiers.failpoint import hit
-from tiers.layout import BLOCK_BYTES, MAX_SEGMENT_ID
+from tiers.frames import block_at, slots_of, unpack_all
+from tiers.layout import BLOCK_BYTES, MAX_SEGMENT_ID, SLOT_MASK
 from tiers.record import BadRecordError, Kind, decode_segment_header
 
 MAX_DAMAGED = 1 << 16
@@ -42,6 +47,7 @@ class Segment:
         "open",
         "pending",
         "pins",
+        "saved",
         "slots",
         "used",
     )
@@ -49,7 +55,8 @@ class Segment:
     def __init__(self, segment_id: int, device: Device, index: int, kind: Kind) -> None:
         self.id = segment_id
         self.device = device
-        self.fd = device.fd
+        self.fd = -1 if kind is Kind.PACKED else device.fd
+        """For reading a block by itself without waiting; -1 where there is no such thing."""
         self.index = index
         self.base = device.segment_offset(index)
         self.slots = device.segment_bytes // BLOCK_BYTES
@@ -60,6 +67,8 @@ class Segment:
         """Blocks written into frames, which are more than the slots that these take; 0 in other segments."""
         self.live = 0
         self.pending = 0
+        self.saved = 0
+        """Slots that `live` would take more if nothing were packed, as they are counted in the table's sums."""
         self.last_seq = 0
         self.pins = 0
         self.damaged = False
@@ -69,6 +78,40 @@ class Segment:
     def offset(self, slot: int) -> int:
         """Byte offset of a slot on the device."""
         return self.base + slot * BLOCK_BYTES
+
+    def span(self, address: int) -> tuple[int, int]:
+        """(first slot, slots) of what must be read for the block with that address: itself, or its frame."""
+        return slots_of(address) if self.kind is Kind.PACKED else (address & SLOT_MASK, 1)
+
+    def place(self, address: int) -> tuple[int, int]:
+        """The same in bytes: (offset on the device, length)."""
+        first, count = self.span(address)
+        return self.base + first * BLOCK_BYTES, count * BLOCK_BYTES
+
+    async def read_direct(self, address: int) -> Buffer:
+        """The bytes on the medium of the block with that address, unverified; none where its frame is damaged.
+
+        Raises OSError. The caller pins the segment.
+        """
+        offset, length = self.place(address)
+        if self.kind is not Kind.PACKED:
+            return await self.device.read_direct(offset, length)
+        (content,) = await self.device.read_then([(offset, length)], unpack_all, direct=True)
+        return block_at(content, address)
+
+    def slots_for(self, blocks: int) -> int:
+        """Slots that so many of its blocks stand for."""
+        return min(blocks, -(-blocks * self.used // self.blocks)) if self.blocks else blocks
+
+    @property
+    def live_slots(self) -> int:
+        """Slots that `live` stands for."""
+        return self.slots_for(self.live)
+
+    @property
+    def wanted_slots(self) -> int:
+        """Slots that `live` and `pending` stand for: what emptying the segment costs, the rest is what it gains."""
+        return self.slots_for(self.live + self.pending)
 
 
 class SegmentTable:
@@ -88,13 +131,18 @@ class SegmentTable:
         self.total_slots = 0
         self.live = 0
         self.pending = 0
+        self.saved = 0
+        """Of `live`, what being packed saves: `live - saved` is slots."""
         self.map_live = 0
         self.map_slots = 0
         self.tier_live: dict[str, int] = {"fast": 0, "base": 0}
+        """Slots that live blocks stand for."""
         self.gained_slots = 0
         """Slots ever freed, less those ever taken for copies and map pages: what cleaning has gained."""
         self.device_live: dict[int, int] = defaultdict(int)
-        """Live blocks by device index, map pages included."""
+        """Slots that live blocks stand for by device index, map pages included."""
+        self.device_saved: dict[int, int] = defaultdict(int)
+        """By device index, what being packed saves: with `device_live`, blocks."""
         self._idle: set[int] = set()
         """All segments without live and pending blocks, and some that have some: so that nobody looks at all."""
         self._opened: set[int] = set()
@@ -111,11 +159,13 @@ class SegmentTable:
     def rebuild_free(self) -> None:
         """Recompute the free places: all that no segment in use holds. Low places come first."""
         taken: dict[int, set[int]] = {device.index: set() for device in self.devices}
-        self.live = self.pending = self.map_live = self.map_slots = 0
+        self.live = self.pending = self.saved = self.map_live = self.map_slots = 0
         self.tier_live = {"fast": 0, "base": 0}
         self.device_live.clear()
+        self.device_saved.clear()
         for segment in self.by_id.values():
             taken[segment.device.index].add(segment.index)
+            segment.saved = 0
             self._count(segment, segment.live, segment.pending)
             if segment.kind is Kind.MAP:
                 self.map_slots += segment.slots
@@ -135,6 +185,18 @@ class SegmentTable:
         else:
             self.live += live
             self.pending += pending
+        if segment.blocks:
+            self.settle_saved(segment)
+
+    def settle_saved(self, segment: Segment) -> None:
+        """Count what a segment saves now: its live blocks are others, or frames were written to it."""
+        more = segment.live - segment.live_slots - segment.saved
+        if more:
+            segment.saved += more
+            self.saved += more
+            self.tier_live[segment.device.tier] -= more
+            self.device_live[segment.device.index] -= more
+            self.device_saved[segment.device.index] += more
 
     def take(self, device: Device, kind: Kind) -> Segment:
         """Open a new segment in the most recently freed place of `device` (whose pages the kernel may still have)."""
@@ -150,7 +212,7 @@ class SegmentTable:
         self._idle.add(segment.id)
         self._opened.add(segment.id)
         self.free_slots -= segment.slots - 1
-        if kind in (Kind.MOVED, Kind.MAP):
+        if kind in (Kind.MOVED, Kind.PACKED, Kind.MAP):
             self.gained_slots -= segment.slots
         if kind is Kind.MAP:
             self.map_slots += segment.slots
@@ -184,6 +246,11 @@ class SegmentTable:
             self.reused.add(former.id)
         return self.adopt(segment_id, device, index, kind)
 
+    def kind_of(self, segment_id: int, unknown: Kind) -> Kind:
+        """The kind of a segment; `unknown` if there is no such segment yet."""
+        segment = self.by_id.get(segment_id)
+        return unknown if segment is None else segment.kind
+
     def release(self, segment: Segment) -> None:
         """Give a segment's place back."""
         self.forget(segment)
@@ -208,8 +275,8 @@ class SegmentTable:
 
     def reuse(self, segment: Segment) -> None:
         """Give the place of an emptied segment back although the checkpoint's map names it. See the module."""
-        self._count(segment, -segment.live, 0)
-        segment.live = 0
+        live, segment.live = segment.live, 0
+        self._count(segment, -live, 0)
         self.release(segment)
         self.reused.add(segment.id)
 

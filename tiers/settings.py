@@ -19,5 +19,7 @@ class PoolSettings:
     """Clean map pages in memory, over all volumes."""
     small_volume_leaves: int = 8192
     """In a volume of up to so many map pages of 1 MiB each (8 GiB) even single blocks are kept by page in memory."""
+    compression_level: int | None = None
+    """zstd's, for what is moved to base, over all policies (0: none); None: each volume's policy decides."""
     scrub_rate_bytes: int = 0
     """Bytes a second that a scrub reads, over all devices, unless it is started with another rate; 0: no limit."""

@@ -34,7 +34,7 @@ MAP_SLACK_SEGMENTS = 5
 """Dead slots that map segments may hold beyond as many as live ones, in segments."""
 ALWAYS_KEPT_DIVISOR = 64
 OPEN_SEGMENTS = 4
-"""The log's head, the cleaner's outputs and the copy of the catalog: neither free nor full."""
+"""The log's head, the cleaner's outputs and the copy of the catalog: neither free nor full. See `packed_outputs`."""
 
 
 class Space:
@@ -63,6 +63,8 @@ class Space:
         self._changed = trio.lowlevel.ParkingLot()
         self.waiters = 0
         self.largest_segment_slots = 0
+        self.packed_outputs = 0
+        """Segments of packed data that may be open besides the cleaner's other outputs."""
         self.copy_slots = 0
         """What a fresh set of segments for a copy of the catalog takes: without the copy nothing is ever freed."""
         self.measure_devices()
@@ -73,6 +75,7 @@ class Space:
         """Take the devices' sizes in: when the pool is opened, and when it grew."""
         self.largest_segment_slots = max(device.segment_bytes for device in self._segments.devices) // BLOCK_BYTES
         self.copy_slots = max(self.copy_slots, self.largest_segment_slots)
+        self.packed_outputs = int(any(device.tier == "base" for device in self._segments.devices))
 
     def next_pages(self, more_entries: int = 0) -> int:
         """Slots that the next checkpoints take for map pages at the worst, once `more_entries` have been added.
@@ -101,9 +104,10 @@ class Space:
         """Slots that clients' writes never get, besides the map's: what the smallest round of the cleaner needs.
 
         An output segment and the rounding to it, the map pages that its moves touch (two segments), one segment for
-        the log, one for the log of a recovery, and one for trims; and what the next copy of the catalog needs.
+        the log, one for the log of a recovery, and one for trims; and what the next copy of the catalog needs. Where
+        there is a base tier, an output segment of packed data too.
         """
-        return 7 * self.largest_segment_slots + self.copy_slots
+        return (7 + self.packed_outputs) * self.largest_segment_slots + self.copy_slots
 
     def keep_slots(self, kind: Kind) -> int:
         """Free slots that must remain after a segment of this kind was taken.
@@ -124,15 +128,16 @@ class Space:
 
     @property
     def capacity(self) -> int:
-        """How many live data blocks the pool admits."""
+        """How many slots of live data the pool admits."""
         segments = self._segments
-        kept = self.reserve + (MAP_SLACK_SEGMENTS + OPEN_SEGMENTS) * self.largest_segment_slots
+        open_segments = OPEN_SEGMENTS + self.packed_outputs
+        kept = self.reserve + (MAP_SLACK_SEGMENTS + open_segments) * self.largest_segment_slots
         return max(0, int(segments.total_slots * CAPACITY_SHARE) - kept - 2 * segments.map_live)
 
     @property
     def charged(self) -> int:
-        """Upper bound of data blocks that are live."""
-        return self._segments.live + self.active_charge + self.frozen_charge
+        """Upper bound of the slots that live data blocks stand for."""
+        return self._segments.live - self._segments.saved + self.active_charge + self.frozen_charge
 
     @property
     def available(self) -> int:

@@ -9,6 +9,9 @@ A write is: checksum each block, one batch to the log, then the active overlay n
 are logged as unmapped and take no space. A write that covers a block in part merges it with what is there (or with
 what an earlier write of the same batch put there); where that has to be read first, the merge is applied only if the
 map still has the entry that was read.
+
+On the base tier blocks may be packed into frames (`tiers.frames`). These are always read in a worker, which unpacks
+them, and kept for a while: what a cached frame holds is served without waiting.
 """
 
 import errno
@@ -22,6 +25,7 @@ import trio
 
 from tiers.bypass import LEAST_BYTES
 from tiers.errors import TierError
+from tiers.frames import frame_of, index_of, unpack_all
 from tiers.layout import (
     BAD,
     BLOCK_BYTES,
@@ -40,7 +44,7 @@ from tiers.maptree import FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL, MapTree
 from tiers.overlay import LEAF_BITS, Entry, Overlay
 from tiers.policy import DEFAULT
 from tiers.promotion import LARGEST_READ_BLOCKS
-from tiers.record import OP_WORDS, UNMAP_WORD, WRITE_WORD, Op, header_slots_for
+from tiers.record import OP_WORDS, UNMAP_WORD, WRITE_WORD, Kind, Op, header_slots_for
 
 if TYPE_CHECKING:
     from tiers.engine import Engine
@@ -52,6 +56,8 @@ Edges = dict[int, tuple[Entry, bytes]]
 SYNC_WRITE_BYTES = 4 << 20
 """More than this in one go would hold the loop up for too long."""
 PIECE_BYTES = 1 << 20
+FRAMES_A_READ = 32
+"""Frames read and unpacked in one go: 4 MiB of memory."""
 READ_ATTEMPTS = 8
 MERGE_ATTEMPTS = 4
 MAX_TRIMS = 160
@@ -184,7 +190,7 @@ class Volume:
             segment = self._segments[address >> 24]
             count = self._preadv(segment.fd, [into], segment.base + ((address & SLOT_MASK) << BLOCK_SHIFT), RWF_NOWAIT)
         except (OSError, KeyError):
-            return False
+            return self._read_kept_frame_now(address, [check], into)
         # A mismatch is not judged here: `read` looks again, on the device.
         return count == BLOCK_BYTES and check_of(into) == check
 
@@ -199,13 +205,29 @@ class Volume:
                 part[:] = bytes(hi - lo)
                 continue
             segment = self._segments.get(address >> 24)
-            if segment is None or not segment.device.read_now(
-                segment.base + ((address & SLOT_MASK) << BLOCK_SHIFT), part
-            ):
+            if segment is None:
+                return False
+            if segment.fd == -1:
+                if not self._read_kept_frame_now(address, checks[first : first + count], part):
+                    return False
+                continue
+            if not segment.device.read_now(segment.base + ((address & SLOT_MASK) << BLOCK_SHIFT), part):
                 return False
             if checks_of(part) != checks[first : first + count]:
                 return False
         return True
+
+    def _read_kept_frame_now(self, address: int, checks: list[int], into: memoryview) -> bool:
+        """Blocks with consecutive addresses, if they lie in a frame that is kept and are what they should be."""
+        content = self._engine.frames.get(address)
+        if content is None:
+            return False
+        at = index_of(address) << BLOCK_SHIFT
+        data = content[at : at + len(into)]
+        if len(data) != len(into):
+            return False
+        into[:] = data
+        return checks_of(into) == checks
 
     def _read_unaligned_now(self, offset: int, length: int, into: memoryview) -> bool:
         if not length:
@@ -255,19 +277,26 @@ class Volume:
                 promoter.offer(self, block + i, (address, checks[i]), into[i << BLOCK_SHIFT : i + 1 << BLOCK_SHIFT])
 
     async def _read_runs(self, addresses: list[int], checks: list[int], into: memoryview) -> list[int]:
-        """Read every run, in one worker a device; return the positions whose bytes did not match."""
+        """Read every run, in one worker a device; return the positions whose bytes did not match.
+
+        Frames are read in a worker of their own.
+        """
         suspects: list[int] = []
         by_device: dict[int, list[tuple[int, int]]] = {}
+        packed: list[tuple[int, int]] = []
         for first, count in runs_of(addresses):
             address = addresses[first]
             if address == BAD or (address != UNMAPPED and address >> 24 not in self._segments):
                 suspects += range(first, first + count)
             elif address == UNMAPPED:
                 into[first << BLOCK_SHIFT : first + count << BLOCK_SHIFT] = bytes(count << BLOCK_SHIFT)
+            elif self._segments[address >> 24].kind is Kind.PACKED:
+                packed.append((first, count))
             else:
                 by_device.setdefault(self._segments[address >> 24].device.index, []).append((first, count))
         # All segments are pinned before the first wait: a checkpoint may free what is not.
-        segments = {first: self._segments[addresses[first] >> 24] for runs in by_device.values() for first, _ in runs}
+        all_runs = [*packed, *(run for runs in by_device.values() for run in runs)]
+        segments = {first: self._segments[addresses[first] >> 24] for first, _ in all_runs}
         for segment in segments.values():
             segment.pins += 1
         try:
@@ -286,9 +315,55 @@ class Volume:
                     into[first << BLOCK_SHIFT : first + count << BLOCK_SHIFT] = data
                     found = checks_of(memoryview(data))
                     suspects += [first + i for i in range(count) if found[i] != checks[first + i]]
+            if packed:
+                suspects += await self._read_frames(packed, addresses, checks, into)
         finally:
             for segment in segments.values():
                 segment.pins -= 1
+        return suspects
+
+    async def _read_frames(
+        self, runs: list[tuple[int, int]], addresses: list[int], checks: list[int], into: memoryview
+    ) -> list[int]:
+        """Read runs that lie in frames, each frame once; return the positions whose bytes did not match.
+
+        Their segments are pinned.
+        """
+        suspects: list[int] = []
+        kept = self._engine.frames
+        missing: dict[int, list[int]] = {}
+        by_frame: dict[int, list[tuple[int, int]]] = {}
+        for run in runs:
+            by_frame.setdefault(frame_of(addresses[run[0]]), []).append(run)
+
+        def take(key: int, content: bytes) -> None:
+            for first, count in by_frame[key]:
+                at = index_of(addresses[first]) << BLOCK_SHIFT
+                data = content[at : at + (count << BLOCK_SHIFT)]
+                into[first << BLOCK_SHIFT : (first << BLOCK_SHIFT) + len(data)] = data
+                found = checks_of(data)
+                if found != checks[first : first + count]:
+                    suspects.extend(first + i for i in range(count) if found[i : i + 1] != [checks[first + i]])
+
+        for key in by_frame:
+            content = kept.get(key)
+            if content is not None:
+                take(key, content)
+            else:
+                missing.setdefault(self._segments[key >> 24].device.index, []).append(key)
+        for keys in missing.values():
+            device = self._segments[keys[0] >> 24].device
+            for start in range(0, len(keys), FRAMES_A_READ):
+                part = keys[start : start + FRAMES_A_READ]
+                places = [self._segments[key >> 24].place(key) for key in part]
+                try:
+                    contents = await device.read_then(places, unpack_all)
+                except OSError:
+                    contents = [b""] * len(part)
+                for key, content in zip(part, contents, strict=True):
+                    take(key, content)
+                    if content:
+                        kept.put(key, content)
         return suspects
 
     async def _read_suspect(self, block: int, into: memoryview) -> None:
@@ -307,10 +382,9 @@ class Volume:
                     f"{self.name} at byte {block << BLOCK_SHIFT}: its map names segment {address >> 24}, which is not "
                     "in use: run `terrace pool check`",
                 )
-            offset = segment.offset(address & SLOT_MASK)
             segment.pins += 1
             try:
-                data = await segment.device.read_direct(offset, BLOCK_BYTES)
+                data = await segment.read_direct(address)
             except OSError as error:
                 raise TierError(
                     error.errno or errno.EIO, f"{self.name} at byte {block << BLOCK_SHIFT}: {error}"
@@ -322,6 +396,7 @@ class Volume:
                 return
             if self.entry_now(block) == (address, check):
                 self._engine.segments.count_damage(address)
+                offset, _ = segment.place(address)
                 raise TierError(
                     errno.EIO,
                     f"{self.name} at byte {block << BLOCK_SHIFT}: the block on {segment.device.path} at "
@@ -606,7 +681,7 @@ class Volume:
             if found is None:
                 await self.entries(first, count)
                 continue
-            new = found[0].count(UNMAPPED)
+            new = sum(1 for address in found[0] if self._needs_a_slot(address))
             if space.charged + new > space.capacity and new:
                 if checkpoints == 2 or not (space.active_weight or space.frozen_weight):
                     raise TierError(
@@ -620,6 +695,11 @@ class Volume:
                 return new
             else:
                 await space.wait()
+
+    def _needs_a_slot(self, address: int) -> bool:
+        """Whether a write over what lies there takes more space than the volume has for it: of a hole, or unpacked."""
+        segment = self._segments.get(address >> 24)
+        return address == UNMAPPED or (segment is not None and segment.kind is Kind.PACKED)
 
     def _require_alive(self) -> None:
         if self.deleted:

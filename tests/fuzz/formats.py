@@ -419,7 +419,7 @@ def require_sane(state: State) -> None:
         assert "\0" not in device.path and device.tier in ("fast", "base") and len(device.uuid) == 16
     for segment in state.segments:
         assert 0 <= segment.index < places[segment.device] and Kind(segment.kind) and segment.id < 1 << 40
-        assert 0 <= segment.live <= MAX_SEGMENT_BYTES // BLOCK_BYTES
+        assert 0 <= segment.live <= max(segment.blocks, MAX_SEGMENT_BYTES // BLOCK_BYTES)
     for volume in state.volumes:
         struct.pack("<QQQ", volume.id, volume.root_address, volume.root_check)
         assert 0 < volume.size_bytes <= MAX_VOLUME_BYTES and volume.name.isprintable() and volume.created_at >= 0

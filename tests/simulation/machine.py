@@ -156,6 +156,13 @@ class SimDevice:
         await self.machine.pause()
         return buffers
 
+    async def read_then(
+        self, ranges: Sequence[tuple[int, int]], function: Callable[[list[bytearray]], T], *, direct: bool = False
+    ) -> T:
+        if direct:
+            return function([await self.read_direct(offset, length) for offset, length in ranges])
+        return function(await self.read_many(ranges))
+
     async def read_direct(self, offset: int, length: int) -> bytearray:
         await self._about_to_read(offset, length)
         return self.medium.direct(offset, length)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tiers.frames import FIRST_SLOT_LIMIT, MAX_FRAME_BLOCKS, Frame, slots_of
 from tiers.layout import BLOCK_BYTES, MAX_SEGMENT_ID, MAX_SEQ, check_of
 from tiers.maptree import page_key
 from tiers.record import (
@@ -20,9 +21,11 @@ from tiers.record import (
     Kind,
     Op,
     decode_batch,
+    decode_checks,
     decode_segment_header,
     encode_batch,
     encode_segment_header,
+    frame_words,
     header_slots_for,
     peek_header_slots,
     words_from_name,
@@ -41,6 +44,7 @@ OPS = {
     Kind.MOVED: [Op.WRITE],
     Kind.MAP: [Op.PAGE],
     Kind.CATALOG: [Op.CATALOG],
+    Kind.PACKED: [Op.WRITE],
 }
 
 
@@ -83,7 +87,19 @@ def batches(draw: st.DrawFn) -> tuple[Kind, list[int], list[int], list[int]]:
     ops = [word for words, _, _ in parts for word in words]
     block_count = sum(blocks for _, blocks, _ in parts)
     checks = draw(st.lists(U64, min_size=block_count, max_size=block_count))
+    if kind is Kind.PACKED:
+        return kind, ops, checks, frame_words(draw(frame_table(block_count)))
     return kind, ops, checks, [word for _, _, extra in parts for word in extra]
+
+
+@st.composite
+def frame_table(draw: st.DrawFn, block_count: int) -> list[Frame]:
+    frames = []
+    while block_count:
+        blocks = draw(st.integers(1, min(MAX_FRAME_BLOCKS, block_count)))
+        frames.append(Frame(blocks, draw(st.integers(1, MAX_FRAME_BLOCKS)), draw(U64)))
+        block_count -= blocks
+    return frames
 
 
 def sealed(header: bytearray) -> bytearray:
@@ -161,6 +177,8 @@ def test_a_batch_comes_back_as_it_was(
 ) -> None:
     kind, ops, checks, extra = content
     segment, slot, incarnation, seq, prev_check, durable_seq = numbers
+    if kind is Kind.PACKED:
+        slot %= FIRST_SLOT_LIMIT // 2
     encoded, check = encode_batch(
         kind, POOL, segment, slot, incarnation, seq, prev_check, durable_seq, ops, checks, extra
     )
@@ -171,7 +189,15 @@ def test_a_batch_comes_back_as_it_was(
     assert found == Batch(
         kind, slots, segment, slot, incarnation, seq, prev_check, durable_seq, ops, checks, extra, check
     )
-    assert found.slots == slots + len(checks)
+    assert found.slots == slots + (sum(f.slots for f in found.frames()) if kind is Kind.PACKED else len(checks))
+    assert decode_checks(encoded, POOL, segment, slot) == (slots, checks, found.frames() if kind is Kind.PACKED else [])
+    places = found.places()
+    assert len(set(places)) == len(places) == len(checks)
+    if kind is Kind.PACKED:
+        ends = [first + count for first, count in map(slots_of, places)]
+        assert all(slot + slots < end <= slot + found.slots for end in ends)
+    else:
+        assert places == list(range(slot + slots, slot + found.slots))
     assert [word for op, subject, a, b in found.operations() for word in (op << 56 | subject, a, b)] == ops
 
 
@@ -252,6 +278,17 @@ def words_of(name: bytes) -> list[int]:
         (Kind.LOG, [Op.PAGE << 56 | 1, 0, 0], [1], [], "PAGE in a batch of kind LOG"),
         (Kind.MOVED, [Op.UNMAP << 56 | 1, 0, 1], [], [], "UNMAP in a batch of kind MOVED"),
         (Kind.MAP, [Op.WRITE << 56 | 1, 0, 1], [1], [], "WRITE in a batch of kind MAP"),
+        (Kind.CATALOG, [Op.WRITE << 56 | 1, 0, 1], [1], [], "WRITE in a batch of kind CATALOG"),
+        (Kind.PACKED, [Op.UNMAP << 56 | 1, 0, 1], [], [], "UNMAP in a batch of kind PACKED"),
+        (Kind.PACKED, [Op.WRITE << 56 | 1, MAX_BLOCKS, 1], [1], [1 << 32 | 1, 0], "no volume has"),
+        (Kind.PACKED, [Op.WRITE << 56 | 1, 0, 3], [1, 2], [2 << 32 | 1, 0], "do not match"),
+        (Kind.PACKED, [Op.WRITE << 56 | 1, 0, 2], [1, 2], [3 << 32 | 1, 0], "frame table"),
+        (Kind.PACKED, [Op.WRITE << 56 | 1, 0, 2], [1, 2], [2 << 32 | 1], "frame table"),
+        (Kind.PACKED, [Op.WRITE << 56 | 1, 0, 2], [1, 2], [2 << 32, 0], "frame table"),
+        (Kind.PACKED, [Op.WRITE << 56 | 1, 0, 2], [1, 2], [2 << 32 | 33, 0], "frame table"),
+        (Kind.PACKED, [Op.WRITE << 56 | 1, 0, 2], [1, 2], [2 << 32 | 1, 0, 1, 0], "frame table"),
+        (Kind.PACKED, [Op.WRITE << 56 | 1, 0, 33], list(range(33)), [33 << 32 | 1, 0], "frame table"),
+        (Kind.PACKED, [], [], [7 << 56, 7 << 56], "frame table"),
         (Kind.LOG, [Op.WRITE << 56 | 1, MAX_BLOCKS, 1], [1], [], "no volume has"),
         (Kind.LOG, [Op.WRITE << 56 | 1, 2**64 - 1, 1], [1], [], "no volume has"),
         (Kind.LOG, [Op.BAD << 56 | 1, 0, 2**63], [], [], "no volume has"),
@@ -281,6 +318,20 @@ def test_an_operation_that_no_release_writes_is_refused(
     encoded, _ = encode_batch(kind, POOL, 9, 4, 2, 30, 0, 25, ops, checks, extra)
     with pytest.raises(BadRecordError, match=reason):
         decode_batch(encoded, POOL, 9, 4)
+
+
+def test_frames_that_no_address_can_name_are_refused() -> None:
+    for slot, count in ((FIRST_SLOT_LIMIT - 33, True), (FIRST_SLOT_LIMIT - 32, False)):
+        encoded, _ = encode_batch(
+            Kind.PACKED, POOL, 9, slot, 2, 30, 0, 25, [Op.WRITE << 56 | 1, 0, 2], [1, 2], [2 << 32 | 32, 0]
+        )
+        if count:
+            assert decode_batch(encoded, POOL, 9, slot).slots == 33
+        else:
+            with pytest.raises(BadRecordError, match="frame table"):
+                decode_batch(encoded, POOL, 9, slot)
+            with pytest.raises(BadRecordError, match="frame table"):
+                decode_checks(encoded, POOL, 9, slot)
 
 
 @pytest.mark.parametrize("offset", [48, 56, 72])
@@ -341,6 +392,18 @@ BATCHES = {
         [Op.CREATE << 56 | 6, 2 << 30, 1_700_000_000 << 8 | 5, Op.POLICY << 56 | 6, 9, 0, Op.POLICY << 56 | 5, 0, 0],
         [],
         [NAME, *words_of(b"gold-fast")],
+    ),
+    "v1-batch-packed.hex": (
+        Kind.PACKED,
+        14,
+        7,
+        2,
+        1005,
+        0,
+        1001,
+        [Op.WRITE << 56 | 5, 100, 3, Op.WRITE << 56 | 6, 9, 2],
+        [1, 2, 3, 4, 5],
+        [3 << 32 | 1, 0xABCD, 2 << 32 | 1, 0xEF01],
     ),
     "v1-batch-catalog.hex": (Kind.CATALOG, 13, 5, 2, 1004, 0, 1001, [Op.CATALOG << 56 | 0, 1003, 2], [0xC, 0xD], []),
 }
