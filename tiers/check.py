@@ -293,6 +293,11 @@ class _Walk:
             if segment.index in taken:
                 self._report.problem(f"{segment.device.path}: two segments claim place {segment.index}")
             taken.add(segment.index)
+            written = segment.blocks if segment.kind is Kind.PACKED else segment.used
+            if segment.live > written:
+                self._report.problem(
+                    f"segment {segment.id}: {segment.live} blocks are counted as live, and {written} were written"
+                )
             if segment.damaged:
                 self._report.problem(
                     f"{segment.device.path} at {segment.base}: segment {segment.id} has a damaged header and "

@@ -425,14 +425,34 @@ MUTANTS: dict[str, Mutant] = {
     "a cleaner that copies what it has not verified": Mutant(
         "promise 2",
         "one bad read of a good block makes the block bad",
-        _instead(Mover, "_copy", "if check_of(view) == check:", "if True:"),
+        _instead(Mover, "_copy", "if check_of(view) != check:\n            try:", "if False:\n            try:"),
+    ),
+    "a slow read of a frame that checks nothing": Mutant(
+        "promise 2",
+        "it returns what damaged bytes are unpacked to",
+        _instead(Volume, "_read_frames", "if found != checks[first : first + count]:", "if False:"),
+    ),
+    "a fast read of a kept frame that checks nothing": Mutant(
+        "promise 2",
+        "it returns what somebody else's read has unpacked, and found damaged",
+        _instead(Volume, "_read_kept_frame_now", "return checks_of(into) == checks", "return True"),
+    ),
+    "a replay that takes the blocks of frames for blocks in slots": Mutant(
+        "promise 1",
+        "after a crash the map names places in which other blocks lie, or none",
+        _instead(tiers.recovery, "_apply_move", "base | places[at]", "base | places[0] + at"),
+    ),
+    "a replay that counts the blocks of frames as slots": Mutant(
+        "8",
+        "the segment has fewer blocks than are live, which no catalog may say",
+        _instead(tiers.recovery, "_apply_move", "0 if slot in known else count", "0"),
     ),
     # Rule 8: space.
     "a reserve that is given away": Mutant(
         "8",
         "a full pool has no room left for the cleaner, the map and the trims that would help",
         _all_of(
-            _instead(Space, "reserve", "return 7 * self.largest_segment_slots + self.copy_slots", "return 0"),
+            _instead(Space, "reserve", "return (7 + self.packed_outputs) * self.largest_segment_slots + self.copy_slots", "return 0"),
             _instead(Space, "map_reserve", "return max(pages, quota - segments.map_slots)", "return 0"),
             _instead(Space, "capacity", "kept = ", "return segments.total_slots\n    kept = "),
             _instead(Space, "keep_slots", "return self.copy_slots", "return 0"),

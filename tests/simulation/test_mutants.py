@@ -41,6 +41,7 @@ from tests.simulation.workload import LAYOUTS, Run, search
 from tests.tiers.test_early_reuse import crowded, lives
 from tests.tiers.test_rebuild_simulated import lose_catalog
 from tiers import Policy, Pool, TierError, Volume
+from tiers.frames import frame_of
 from tiers.layout import LABEL_AREA_BYTES
 from tiers.record import Kind, decode_segment_header
 from tiers.segments import Segment
@@ -708,6 +709,72 @@ def policies(seed: int) -> None:
     scene.machine.run(main)
 
 
+EIGHT_LETTERS = bytes(b"etaoinsh"[i % 8] for i in range(256))
+
+
+def frames(seed: int) -> None:
+    """Volumes of text whose blocks are packed, overwritten, packed again and unpacked, with crashes in between.
+
+    Then some of the frames rot, in a bit or two: a read gives what was written, or EIO in those frames.
+    """
+    rng = random.Random(seed)
+    scene = Scene(seed, disks=(Disk("fast", 32, 512 << 10), Disk("base", 32)), blocks=160)
+    random_data = scene.data
+    scene.data = lambda length: random_data(length).translate(EIGHT_LETTERS)  # type: ignore[method-assign]
+
+    async def pack(pool: Pool, destination: str) -> None:
+        pool._engine.log.roll()
+        await move_everything(pool, destination)
+        pool._cleaner.mover.seal_all()
+
+    async def main() -> None:
+        for _ in range(3):
+            async with scene.opened() as (pool, volume):
+                for _ in range(12):
+                    await scene.operation(volume, whole=True)
+                await pack(pool, "base")
+                for _ in range(rng.randrange(8)):
+                    await scene.operation(volume, whole=True)
+                if rng.random() < 0.4:
+                    await pool.checkpoint()
+                if rng.random() < 0.6:
+                    await pack(pool, rng.choice(("base", "base", "fast")))
+                await volume.flush()
+                scene.model.flushed(scene.model.mark)
+                await scene.crash()
+            scene.restart(power_cut=rng.random() < 0.5)
+        async with scene.opened() as (pool, volume):
+            await pack(pool, "base")
+            await idle(pool)
+            hit: set[int] = set()
+            packed = []
+            for block in range(160):
+                entry = volume.entry_now(block)
+                if entry is not None and entry[0] > 1 and volume._segments[entry[0] >> 24].kind is Kind.PACKED:
+                    packed.append(entry[0])
+            for address in rng.sample(packed, min(3, len(packed))):
+                segment = volume._segments[address >> 24]
+                offset, length = segment.place(address)
+                for _ in range(rng.randrange(1, 3)):
+                    scene.machine.media[segment.device.index].flip(offset + rng.randrange(length), rng.randrange(8))
+                hit.add(frame_of(address))
+            pool._engine.frames.clear()
+            for block in rng.sample(range(160), 160):
+                right = scene.model.content[block * BLOCK : (block + 1) * BLOCK]
+                entry = volume.entry_now(block)
+                slow, fast = bytearray(BLOCK), bytearray(BLOCK)
+                try:
+                    await volume.read(block * BLOCK, BLOCK, memoryview(slow))
+                except TierError:
+                    require(entry and frame_of(entry[0]) in hit, f"block {block} is lost, and was not hit")
+                else:
+                    require(slow == right, f"a read of block {block} returned other bytes than were written")
+                if volume.read_now(block * BLOCK, BLOCK, memoryview(fast)):
+                    require(fast == right, f"a fast read of block {block} returned other bytes than were written")
+
+    scene.machine.run(main)
+
+
 def refusing_search(seed: int) -> None:
     """The random search, with devices that refuse writes, and fail in other ways."""
     search(seed, "faults")
@@ -827,6 +894,10 @@ CASES: dict[str, Case] = {
     "a map page that nobody checks": Case(rest_damage, 10),
     "a lost block that is moved as a hole": Case(cleaning_damage),
     "a cleaner that copies what it has not verified": Case(misread, 0, (TierError,)),
+    "a slow read of a frame that checks nothing": Case(frames),
+    "a fast read of a kept frame that checks nothing": Case(frames),
+    "a replay that takes the blocks of frames for blocks in slots": Case(frames, 0, READ_ERROR),
+    "a replay that counts the blocks of frames as slots": Case(frames, 0, VERDICT),
     "a reserve that is given away": Case(full_pool, 0, (OracleError, TierError, trio.TooSlowError)),
     "a merge that does not look whether its block has changed": Case(merges),
     "a merge that ignores what its own batch has staged": Case(search),

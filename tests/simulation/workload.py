@@ -127,6 +127,8 @@ class Driver:
 
     def _bytes(self, length: int) -> bytes:
         self.counter += 1
+        if self.counter % 3 == 0:  # some of it can't be compressed
+            return random.Random(self.counter).randbytes(length)
         stamp = self.counter.to_bytes(8, "little")
         return (stamp * (length // 8 + 1))[:length]
 
@@ -510,7 +512,11 @@ def random_machine(seed: int, *, tight: bool = False) -> Machine:
     machine = Machine(rng.choice(TIGHT_LAYOUTS if tight else LAYOUTS), seed=seed, settings=settings)
     machine.cold_share = rng.choice((0.0, 0.1, 0.5))
     machine.pauses = rng.choice((0, 2, 6))
-    machine.settings = replace(settings, small_volume_leaves=rng.choice((0, settings.small_volume_leaves)))
+    machine.settings = replace(
+        settings,
+        small_volume_leaves=rng.choice((0, settings.small_volume_leaves)),
+        compression_level=random.Random(seed ^ 0xF4A3E).choice((0, 1, 3)),
+    )
     return machine
 
 
