@@ -22,6 +22,7 @@ from tests.fuzz.engine import Target
 from tiers.catalog import CATALOG_NAME, Catalog, Change, DeviceRow, Position, SegmentRow, State, VolumeRow
 from tiers.device import Device
 from tiers.errors import TierError
+from tiers.frames import FIRST_SLOT_LIMIT, MAX_FRAME_BYTES, BadFrameError, pack, slots_of, unpack
 from tiers.label import (
     LABEL_BYTES,
     BadLabelError,
@@ -42,6 +43,7 @@ from tiers.record import (
     Kind,
     Op,
     decode_batch,
+    decode_checks,
     decode_segment_header,
     encode_batch,
     encode_segment_header,
@@ -154,7 +156,15 @@ def run_batch(data: bytes) -> None:
             assert 0 < a <= MAX_VOLUME_BYTES
         if op in (Op.LINK, Op.MOVE):
             assert 0 < subject < 1 << 40
+    places = batch.places()
+    assert len(set(places)) == len(places) == len(batch.checks)
+    if batch.kind is Kind.PACKED:
+        assert sum(frame.blocks for frame in batch.frames()) == blocks
+        for first, count in map(slots_of, places):
+            assert 4 + batch.header_slots <= first and first + count <= 4 + batch.slots <= FIRST_SLOT_LIMIT
+        extra = 2 * len(batch.frames())
     assert (blocks, extra) == (len(batch.checks), len(batch.extra))
+    assert decode_checks(body, POOL, 9, 4)[:2] == (batch.header_slots, batch.checks)
 
 
 def _batch(kind: Kind, ops: list[int], checks: list[int], extra: list[int]) -> bytes:
@@ -177,13 +187,48 @@ def _batch_seeds() -> list[bytes]:
         ([Op.POLICY << 56 | 5, 0, 0], [], []),
     ]
     long = list(range(600))
+    table = [3 << 32 | 1, 7, 2 << 32 | 1, 8]
     return [
         *(_batch(Kind.LOG, *parts) for parts in every),
         _batch(Kind.LOG, *([word for parts in every for word in parts[i]] for i in range(3))),
         _batch(Kind.MOVED, [Op.WRITE << 56 | 5, 100, 3], [1, 2, 3], []),
+        _batch(Kind.PACKED, [Op.WRITE << 56 | 5, 100, 3, Op.WRITE << 56 | 6, 9, 2], [1, 2, 3, 4, 5], table),
+        _batch(Kind.PACKED, [Op.WRITE << 56 | 5, 0, 64], list(range(64)), [32 << 32 | 28, 9, 32 << 32 | 1, 10]),
         _batch(Kind.MAP, [Op.PAGE << 56 | 5, 900, 0, Op.PAGE << 56 | 5, 4 << 48, 0], [10, 11], []),
         _batch(Kind.LOG, [Op.WRITE << 56 | 5, 0, len(long)], long, []),
     ]
+
+
+# -- frames ------------------------------------------------------------------------------------------------------------
+
+
+def run_frame(data: bytes) -> None:
+    """The slots of a frame: whole blocks come out of it, or `BadFrameError`."""
+    flags, body = data[:1] or b"\0", data[1:]
+    if not flags[0] & 4:
+        body = body.ljust(-(-max(1, len(body)) // BLOCK_BYTES) * BLOCK_BYTES, b"\0")
+    with contextlib.suppress(BadFrameError):
+        content = unpack(body)
+        assert 0 < len(content) <= MAX_FRAME_BYTES and len(content) % BLOCK_BYTES == 0
+
+
+def _frame_seeds() -> list[bytes]:
+    rng = random.Random(5)
+    letters = bytes(b"etaoinsh"[i % 8] for i in range(256))
+    contents = [
+        bytes(2 * BLOCK_BYTES),
+        rng.randbytes(2 * BLOCK_BYTES).translate(letters),
+        rng.randbytes(100) * 80,
+        rng.randbytes(BLOCK_BYTES) + bytes(7 * BLOCK_BYTES),
+        b"".join(b"line %d of many\n" % i for i in range(1000)),
+    ]
+    seeds = []
+    for content in contents:
+        whole = content.ljust(-(-len(content) // BLOCK_BYTES) * BLOCK_BYTES, b"\0")
+        frame = pack([whole[at : at + BLOCK_BYTES] for at in range(0, len(whole), BLOCK_BYTES)], 3)
+        if frame is not None:
+            seeds += [bytes([flags]) + frame.data.rstrip(b"\0") for flags in (0, 4)]
+    return seeds
 
 
 # -- map pages ---------------------------------------------------------------------------------------------------------
@@ -459,6 +504,7 @@ FORMATS = [
     Target(
         "batch", run_batch, _batch_seeds, [BATCH_MAGIC, POOL, *(struct.pack("<QQQ", op << 56 | 5, 1, 1) for op in Op)]
     ),
+    Target("frame", run_frame, _frame_seeds, [b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18"]),
     Target("pages", run_pages, _pages_seeds),
     Target("catalog", run_catalog, _catalog_seeds, [b"\4", b"\3", b"format_version"], examples=60),
 ]

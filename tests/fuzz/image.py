@@ -28,6 +28,7 @@ DEVICE_BYTES = 32 * MIB
 SETTINGS = PoolSettings(checkpoint_interval_s=3600.0)
 SPAN = 64
 ZEROES = bytes(BLOCK_BYTES)
+LETTERS = bytes(b"etaoinsh"[i % 8] for i in range(256))
 
 
 @dataclass
@@ -60,6 +61,8 @@ def template() -> Template:
 
     async def write(pool: Pool, name: str, block: int, count: int) -> None:
         data = rng.randbytes(count * BLOCK_BYTES)
+        if block % 2:  # half of it is packed when it moves to the base tier
+            data = data.translate(LETTERS)
         await pool.volume(name).write(block * BLOCK_BYTES, data)
         for i in range(count):
             made.contents[name, block + i].add(data[i * BLOCK_BYTES : (i + 1) * BLOCK_BYTES])

@@ -452,7 +452,12 @@ MUTANTS: dict[str, Mutant] = {
         "8",
         "a full pool has no room left for the cleaner, the map and the trims that would help",
         _all_of(
-            _instead(Space, "reserve", "return (7 + self.packed_outputs) * self.largest_segment_slots + self.copy_slots", "return 0"),
+            _instead(
+                Space,
+                "reserve",
+                "return (7 + self.packed_outputs) * self.largest_segment_slots + self.copy_slots",
+                "return 0",
+            ),
             _instead(Space, "map_reserve", "return max(pages, quota - segments.map_slots)", "return 0"),
             _instead(Space, "capacity", "kept = ", "return segments.total_slots\n    kept = "),
             _instead(Space, "keep_slots", "return self.copy_slots", "return 0"),
