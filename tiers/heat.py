@@ -232,11 +232,15 @@ class Extents:
         self._cells.reshape(-1, ROW_BYTES)[places[there]] = rows[order[there]]
 
 
+_FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
+_WORD = (1 << 64) - 1
+
+
 class Sketch:
     """Touches of single blocks: a count-min sketch of two rows of 2^bits bytes, with conservative update."""
 
     ROWS = 2
-    _MULTIPLIERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F))
+    _MULTIPLIERS = (np.uint64(_FIRST), np.uint64(_SECOND))
     _VOLUME = 0x165667B19E3779F9
 
     def __init__(self, bits: int) -> None:
@@ -244,6 +248,7 @@ class Sketch:
         self.rows: list[Bytes] = [np.zeros(1 << bits, np.uint8) for _ in range(self.ROWS)]
         self.noted = 0
         """Touches since the counts were last halved."""
+        self.halvings = 0
 
     @property
     def is_due(self) -> bool:
@@ -253,7 +258,7 @@ class Sketch:
     def _places(self, volume_ids: int | Ints, blocks: Ints) -> list[npt.NDArray[np.uint64]]:
         mixed = blocks.astype(np.uint64) * self._MULTIPLIERS[0]
         if isinstance(volume_ids, int):
-            mixed += np.uint64(volume_ids * self._VOLUME & (1 << 64) - 1)
+            mixed += np.uint64(volume_ids * self._VOLUME & _WORD)
         else:
             mixed += volume_ids.astype(np.uint64) * np.uint64(self._VOLUME)
         mixed ^= mixed >> np.uint64(32)
@@ -275,9 +280,18 @@ class Sketch:
         smaller: Bytes = np.minimum(first, second)
         return smaller
 
+    def estimate(self, volume_id: int, block: int) -> int:
+        """`estimates` for one block, without what arrays cost (1 us instead of 12)."""
+        mixed = block * _FIRST + volume_id * self._VOLUME & _WORD
+        mixed ^= mixed >> 32
+        shift = 64 - self.bits
+        first, second = self.rows
+        return min(int(first[(mixed * _FIRST & _WORD) >> shift]), int(second[(mixed * _SECOND & _WORD) >> shift]))
+
     def halve(self) -> Iterator[None]:
         """Halve all counts, a MiB a step."""
         self.noted = 0
+        self.halvings += 1
         for row in self.rows:
             for first in range(0, len(row), 1 << 20):
                 part = row[first : first + (1 << 20)]
@@ -370,11 +384,21 @@ class Heat:
             blocks = starts
             requests = starts >> EXTENT_BITS
         else:
-            blocks = np.sort(_expanded(starts, counts))
+            blocks = np.sort(expanded(starts, counts))
             first = starts >> EXTENT_BITS
-            requests = np.sort(_expanded(first, (starts + counts - 1 >> EXTENT_BITS) - first + 1))
+            requests = np.sort(expanded(first, (starts + counts - 1 >> EXTENT_BITS) - first + 1))
         self.extents.note(touch, volume_id, *_tallied(requests))
         self.sketches[touch].note(volume_id, *_tallied(blocks))
+
+    @property
+    def halvings(self) -> float:
+        """How often the counts of blocks were halved: those of reads and of writes, in the mean."""
+        return (self.sketches[0].halvings + self.sketches[1].halvings) / 2
+
+    def estimate(self, volume_id: int, block: int) -> int:
+        """`estimates` for one block."""
+        reads, writes = self.sketches
+        return min(255, reads.estimate(volume_id, block) + writes.estimate(volume_id, block))
 
     def estimates(self, volume_ids: int | Ints, blocks: Ints) -> Bytes:
         """How often each block was read or written lately: 0 to 255. `volume_ids`: one for all, or one for each."""
@@ -393,7 +417,7 @@ def _tallied(values: Ints) -> tuple[Ints, Ints]:
     return values[first], np.diff(np.append(first, len(values)))
 
 
-def _expanded(starts: Ints, counts: Ints) -> Ints:
+def expanded(starts: Ints, counts: Ints) -> Ints:
     """Every member of the ranges: starts[0], starts[0] + 1, ..."""
     before = np.cumsum(counts) - counts
     return np.repeat(starts - before, counts) + np.arange(int(counts.sum()))
