@@ -15,7 +15,9 @@ from tiers.errors import TierError
 from tiers.failpoint import hit
 from tiers.flush import Flusher
 from tiers.frames import FrameCache
+from tiers.heat import Heat
 from tiers.host import CatalogStore, Preadv
+from tiers.layout import BLOCK_MASK, BLOCK_SHIFT
 from tiers.log import Log
 from tiers.maptree import FANOUT_BITS, ROOT_LEVEL, MapTree, PageCache
 from tiers.policy import DEFAULT, DEFAULT_NAME, Policy
@@ -74,6 +76,7 @@ class Engine:
         self.cache = PageCache(settings.map_cache_bytes)
         self.policies: dict[str, Policy] = {}
         """What the names of policies mean; a name that isn't here means the default."""
+        self.heat = Heat(settings.heat_bytes, sum(d.segment_count * d.segment_bytes >> BLOCK_SHIFT for d in devices))
         self.volumes: dict[int, Volume] = {}
         self.graveyard: list[Volume] = []
         self.next_volume_id = 1
@@ -111,11 +114,14 @@ class Engine:
         """Take a volume out of the tables; the next checkpoint gives its map to the dead list."""
         volume.deleted = True
         del self.volumes[volume.id]
+        self.heat.extents.forget(volume.id)
         self.graveyard.append(volume)
         self._count_leaf_pages()
 
     def resized(self, volume: Volume, size_bytes: int) -> None:
         """A RESIZE record took effect."""
+        if size_bytes < volume.size_bytes:
+            self.heat.extents.forget(volume.id, size_bytes + BLOCK_MASK >> BLOCK_SHIFT)
         volume.size_bytes = size_bytes
         self._count_leaf_pages()
 

@@ -28,6 +28,7 @@ from tiers.device import Device, Offload, lock_or_refuse
 from tiers.engine import Engine
 from tiers.errors import TierError
 from tiers.failpoint import hit
+from tiers.heatfile import HeatFile
 from tiers.host import REAL_HOST, CatalogStore, Host, locked
 from tiers.label import LABEL_OFFSETS, MAX_DEVICES, BadLabelError, Label, Tier, encode_label
 from tiers.layout import BLOCK_BYTES, BLOCK_MASK, BLOCK_SHIFT, LABEL_AREA_BYTES, MIN_DEVICE_BYTES, segment_bytes_for
@@ -36,6 +37,7 @@ from tiers.overlay import HOLE
 from tiers.policy import DEFAULT_NAME, Policy
 from tiers.probe import check_usable, read_label, size_of
 from tiers.record import Op, words_from_name
+from tiers.recorder import Recorder
 from tiers.recovery import replay, restore
 from tiers.scrub import Scrubber, ScrubStatus
 from tiers.scrubstate import ScrubFile
@@ -126,7 +128,13 @@ class Pool:
     """An open pool. Get one from `Pool.open`."""
 
     def __init__(
-        self, engine: Engine, checkpointer: Checkpointer, cleaner: Cleaner, scrubber: Scrubber, host: Host
+        self,
+        engine: Engine,
+        checkpointer: Checkpointer,
+        cleaner: Cleaner,
+        scrubber: Scrubber,
+        recorder: Recorder,
+        host: Host,
     ) -> None:
         self.name = engine.pool_name
         self.uuid = str(uuids.UUID(bytes=engine.pool_uuid))
@@ -135,6 +143,7 @@ class Pool:
         self._cleaner = cleaner
         self._host = host
         self.scrubber = scrubber
+        self.recorder = recorder
         self._ddl = trio.Lock()
         self._growth = trio.Lock()  # of its own: it is what helps where a delete waits for room
         self.replayed_batches = 0
@@ -175,6 +184,7 @@ class Pool:
             )
             await offload(catalog.lay_ballast)
             await pool.scrubber.load()
+            await pool.recorder.load()
             failure: Exception | None = None
             try:
                 async with trio.open_nursery() as nursery:
@@ -196,6 +206,7 @@ class Pool:
     def _start_tasks(self, nursery: trio.Nursery) -> None:
         nursery.start_soon(self._engine.flusher.run)
         nursery.start_soon(self.scrubber.run)
+        nursery.start_soon(self.recorder.run)
         if self._engine.space.read_only is None:
             nursery.start_soon(self._checkpointer.run)
             nursery.start_soon(self._cleaner.run)
@@ -206,6 +217,7 @@ class Pool:
     async def _close(self) -> None:
         """Leave nothing to replay."""
         await self.scrubber.close()
+        await self.recorder.close()
         if self._engine.space.read_only is not None:
             return
         try:
@@ -565,7 +577,8 @@ async def _recover(
     engine.checkpoint = checkpointer.checkpoint
     engine.reuse = checkpointer.reuse
     scrubber = Scrubber(engine, ScrubFile(directory, state.pool_uuid))
-    pool = Pool(engine, checkpointer, Cleaner(engine), scrubber, host)
+    recorder = Recorder(engine, HeatFile(directory, state.pool_uuid), host)
+    pool = Pool(engine, checkpointer, Cleaner(engine), scrubber, recorder, host)
     if {device.tier for device in devices} == {"fast", "base"}:
         engine.bypass = Bypass(engine)
     restore(engine, state)

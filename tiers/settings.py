@@ -23,3 +23,9 @@ class PoolSettings:
     """zstd's, for what is moved to base, over all policies (0: none); None: each volume's policy decides."""
     scrub_rate_bytes: int = 0
     """Bytes a second that a scrub reads, over all devices, unless it is started with another rate; 0: no limit."""
+    heat_half_life_s: float = 3600.0
+    """Counts of reads and writes are halved so often."""
+    heat_bytes: int = 256 << 20
+    """Counters of extents, over all volumes, 32 MiB for each TiB that is in use; beyond it the coldest are dropped."""
+    heat_save_interval_s: float = 300.0
+    """What a crash forgets of them."""

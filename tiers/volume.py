@@ -16,6 +16,7 @@ them, and kept for a while: what a cached frame holds is served without waiting.
 
 import errno
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Sequence
 from itertools import groupby
 from os import RWF_NOWAIT
@@ -63,6 +64,12 @@ MERGE_ATTEMPTS = 4
 MAX_TRIMS = 160
 """So many operations fit a header of one slot."""
 
+RUN_SHIFT = 14
+RUN_MASK = (1 << RUN_SHIFT) - 1
+"""In `Volume.reads` a request for one block is its number, one for more is ~(block << RUN_SHIFT | blocks)."""
+MAX_RECORDED = 1 << 15
+"""Requests that are remembered until the next drain; older ones are forgotten, which only costs warmth."""
+
 _BLOCK_SLICES = [slice(i, i + BLOCK_BYTES) for i in range(0, PIECE_BYTES, BLOCK_BYTES)]
 """Ready-made: a quarter of the cost of checking 1 MiB was making these."""
 
@@ -109,6 +116,11 @@ class Volume:
         self._segments = engine.segments.by_id
         self._write_word = WRITE_WORD | volume_id
         self._unmap_word = UNMAP_WORD | volume_id
+        # What clients did lately, for `tiers.recorder`: appending is all that it may cost a request.
+        self.reads: deque[int] = deque(maxlen=MAX_RECORDED)
+        self.writes: deque[int] = deque(maxlen=MAX_RECORDED * OP_WORDS)
+        """Operations as they were logged, word by word."""
+        self._note_read = self.reads.append
 
     def new_overlay(self) -> Overlay:
         """An empty overlay of the kind that suits the volume's size."""
@@ -176,7 +188,10 @@ class Volume:
             if not length:
                 return True
             found = self.entries_now(block, length >> BLOCK_SHIFT)
-            return found is not None and self._read_entries_now(found[0], found[1], into)
+            if found is None or not self._read_entries_now(found[0], found[1], into):
+                return False
+            self._note_read(~(block << RUN_SHIFT | min(length >> BLOCK_SHIFT, RUN_MASK)))
+            return True
         entry = self.entry_now(block)
         if entry is None:
             return False
@@ -192,7 +207,10 @@ class Volume:
         except (OSError, KeyError):
             return self._read_kept_frame_now(address, [check], into)
         # A mismatch is not judged here: `read` looks again, on the device.
-        return count == BLOCK_BYTES and check_of(into) == check
+        if count == BLOCK_BYTES and check_of(into) == check:
+            self._note_read(block)
+            return True
+        return False
 
     def _read_entries_now(self, addresses: list[int], checks: list[int], into: memoryview) -> bool:
         for first, count in runs_of(addresses):
@@ -261,6 +279,7 @@ class Volume:
         suspects = await self._read_runs(addresses, checks, into)
         if count <= LARGEST_READ_BLOCKS:
             self._offer(block, addresses, checks, into, suspects)
+        self._note_read(~(block << RUN_SHIFT | count))  # behind the offer: what judges it counts this read by itself
         for i in suspects:
             await self._read_suspect(block + i, into[i << BLOCK_SHIFT : i + 1 << BLOCK_SHIFT])
 
@@ -532,11 +551,12 @@ class Volume:
 
     def rewrite(self, writes: Sequence[tuple[int, Buffer]]) -> None:
         """Log whole blocks that hold what they held before, in a new place. Admission is the caller's."""
-        written = self._engine.client_written_bytes
+        written, noted = self._engine.client_written_bytes, self.writes
+        self.writes = deque(maxlen=0)
         try:
             self._log_blocks(writes, keep_zeroes=True)
         finally:
-            self._engine.client_written_bytes = written  # no client wrote this
+            self._engine.client_written_bytes, self.writes = written, noted  # no client wrote this
 
     def _batch_room(self) -> int:
         """How many blocks, each with an operation and a buffer of its own, the next batch may have; at least one."""
@@ -550,6 +570,8 @@ class Volume:
         engine = self._engine
         address = engine.log.append(ops, checks, buffers)
         engine.client_written_bytes += len(checks) << BLOCK_SHIFT
+        if checks:
+            self.writes.extend(ops)
         self.apply_batch(ops, checks, address)
         engine.appended()
 

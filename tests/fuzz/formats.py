@@ -23,6 +23,8 @@ from tiers.catalog import CATALOG_NAME, Catalog, Change, DeviceRow, Position, Se
 from tiers.device import Device
 from tiers.errors import TierError
 from tiers.frames import FIRST_SLOT_LIMIT, MAX_FRAME_BYTES, BadFrameError, pack, slots_of, unpack
+from tiers.heat import ROW_BYTES, Extents, Sketch
+from tiers.heatfile import END, EXTENTS, SKETCH, BadHeatError, decode, encode_header, encode_section
 from tiers.label import (
     LABEL_BYTES,
     BadLabelError,
@@ -486,6 +488,56 @@ def _catalog_seeds() -> list[bytes]:
     return seeds
 
 
+# -- heat --------------------------------------------------------------------------------------------------------------
+
+
+def seal_heat(file: bytearray) -> None:
+    """Put the header's check right, and those of the sections as far as their lengths hold."""
+    if len(file) < 64:
+        return
+    file[56:64] = struct.pack("<Q", check_of(bytes(file[:56])))
+    at = 64
+    while len(file) - at >= 24:
+        stored = int.from_bytes(file[at + 12 : at + 16], "little")
+        body = bytes(file[at + 24 : at + 24 + stored])
+        file[at + 16 : at + 24] = struct.pack("<Q", check_of(bytes(file[at : at + 16]) + body))
+        at += 24 + stored
+
+
+def run_heat(data: bytes) -> None:
+    """What a heat file says is taken over by the counters, within their bound, or `BadHeatError` says why not."""
+    flags, file = data[:1] or b"\0", bytearray(data[1:])
+    if flags[0] & SEALED:
+        seal_heat(file)
+    try:
+        saved = decode(bytes(file), POOL, max_chunks=6)
+    except BadHeatError as error:
+        assert str(error)
+        return
+    extents = Extents(5 * ROW_BYTES)
+    for keys, rows in saved.extents:
+        extents.restore(keys, rows)
+    assert len(extents) <= 5
+    for volume_id in extents.volumes():
+        for chunk, row in extents.chunks(volume_id):
+            assert chunk >= 0 and row.shape == (2, ROW_BYTES // 2)
+        extents.forget(volume_id)
+    assert len(extents) == 0
+    assert all(len(row) == 1 << saved.bits for rows in saved.sketches for row in rows)
+
+
+def _heat_seeds() -> list[bytes]:
+    header = encode_header(POOL, 10, 1e9, (5, 6))
+    two = struct.pack("<QQ", 7 << 22, 7 << 22 | 3) + b"\1\2" * ROW_BYTES
+    parts = [
+        [encode_section(EXTENTS, 0, 2, two), encode_section(END, 0, 0, b"")],
+        [encode_section(SKETCH, which, 0, bytes([which]) * 1024) for which in range(2 * Sketch.ROWS)],
+        [encode_section(SKETCH, 5, 1, bytes(1024)), encode_section(9, 0, 0, b"")],
+        [encode_section(EXTENTS, 0, 3, two), encode_section(EXTENTS, 0, 2, two[::-1])],
+    ]
+    return [bytes([SEALED]) + header + b"".join(sections) for sections in parts]
+
+
 FORMATS = [
     Target(
         "label",
@@ -506,5 +558,6 @@ FORMATS = [
     ),
     Target("frame", run_frame, _frame_seeds, [b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18"]),
     Target("pages", run_pages, _pages_seeds),
+    Target("heat", run_heat, _heat_seeds, [b"TRC-HEAT", POOL, encode_section(END, 0, 0, b"")]),
     Target("catalog", run_catalog, _catalog_seeds, [b"\4", b"\3", b"format_version"], examples=60),
 ]
