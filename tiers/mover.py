@@ -95,7 +95,7 @@ class Copies:
 
 
 class Mover:
-    """Moves for one task: what it has staged, and the output segments that it fills."""
+    """Moves for one task: what it has staged, and the output segments that it fills. Two tasks need two of these."""
 
     def __init__(self, engine: "Engine") -> None:
         self.unresolved: set[int] = set()
@@ -386,26 +386,27 @@ class Mover:
     # -- making moves true ---------------------------------------------------------------------------------------
 
     async def apply_staged(self) -> None:
-        """Flush the copies, then log and apply their MOVE records."""
+        """Flush the copies that are staged by now, then log and apply their MOVE records."""
         engine = self._engine
-        if self._staged:
-            await engine.flusher.flush()
-            hit("move.durable")
+        staged, self._staged = self._staged, []  # what is staged later, this flush doesn't cover
         try:
-            while self._staged:
-                copies = self._staged[-1]
+            if staged:
+                await engine.flusher.flush()
+                hit("move.durable")
+            while staged:
+                copies = staged[-1]
                 weight = engine.space.active_weight + engine.space.frozen_weight
                 if weight + len(copies.blocks) > engine.settings.overlay_entries and engine.space.active_weight:
                     await engine.checkpoint()
                 at = 0
                 while at < len(copies.blocks):
                     at += await self._apply_part(copies, at)
-                self._staged.pop()
+                staged.pop()
                 copies.segment.pins -= 1
                 await trio.lowlevel.checkpoint()
-        except BaseException:
-            self.drop_staged()
-            raise
+        finally:
+            for copies in staged:  # not made true: dead slots
+                copies.segment.pins -= 1
 
     def drop_staged(self) -> None:
         """Forget copies that were not made true: they are dead slots."""

@@ -27,6 +27,7 @@ from tests.simulation.oracle import BLOCK, Model, Op, OracleError, read_all, req
 from tiers import Pool, PoolSettings, TierError, Volume
 from tiers.layout import BAD, LABEL_AREA_BYTES, SLOT_BITS, SLOT_MASK
 from tiers.maptree import FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL
+from tiers.mover import Mover
 from tiers.record import BadRecordError, Batch, Kind, decode_batch, decode_segment_header, peek_header_slots
 from tiers.segments import Segment
 
@@ -335,13 +336,14 @@ async def layout_of(pool: Pool, volume: Volume) -> Layout:
 
 async def move_everything(pool: Pool, destination: str) -> None:
     """Relocate every sealed data segment, through the cleaner's own operations."""
-    cleaner = pool._cleaner
+    mover = Mover(pool._engine)  # the cleaner uses its own meanwhile
     segments = pool._engine.segments.by_id
     for victim in list(segments.values()):
         is_wanted = not victim.open and victim.kind is not Kind.MAP and victim.live + victim.pending
         if is_wanted and segments.get(victim.id) is victim:
-            await cleaner.mover.move_segment(victim, destination)
-    await cleaner.mover.apply_staged()
+            await mover.move_segment(victim, destination)
+    await mover.apply_staged()
+    mover.seal_all()
 
 
 async def idle(pool: Pool) -> None:

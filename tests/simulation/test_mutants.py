@@ -43,6 +43,7 @@ from tests.tiers.test_rebuild_simulated import lose_catalog
 from tiers import Policy, Pool, TierError, Volume
 from tiers.frames import frame_of
 from tiers.layout import LABEL_AREA_BYTES
+from tiers.mover import Mover
 from tiers.record import Kind, decode_segment_header
 from tiers.segments import Segment
 
@@ -80,9 +81,10 @@ def storm(seed: int) -> Scene:
             scene.model.flushed(mark)
 
     async def mover(pool: Pool) -> None:
+        own = Mover(pool._engine)  # the cleaner uses another meanwhile
         while True:
             await _yield(rng.randrange(1, 100))
-            await _move_some(pool, rng)
+            await _move_some(pool, own, rng)
 
     async def main() -> None:
         for life in range(5):
@@ -116,7 +118,7 @@ async def _yield(times: int) -> None:
         await trio.lowlevel.checkpoint()
 
 
-async def _move_some(pool: Pool, rng: random.Random) -> None:
+async def _move_some(pool: Pool, mover: Mover, rng: random.Random) -> None:
     """Relocate a few sealed data segments, through the cleaner's own operations."""
     segments = pool._engine.segments.by_id
     victims = [
@@ -126,8 +128,8 @@ async def _move_some(pool: Pool, rng: random.Random) -> None:
     ]
     for victim in rng.sample(victims, min(3, len(victims))):
         if segments.get(victim.id) is victim:
-            await pool._cleaner.mover.move_segment(victim, rng.choice(("fast", "base")))
-    await pool._cleaner.mover.apply_staged()
+            await mover.move_segment(victim, rng.choice(("fast", "base")))
+    await mover.apply_staged()
 
 
 def kill_then_power_cut(seed: int) -> None:
