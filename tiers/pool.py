@@ -85,6 +85,8 @@ class VolumeStatus:
     policy: str = DEFAULT_NAME
     policy_missing: bool = False
     """No policy of that name is defined, so the default one holds."""
+    throttled: int = 0
+    """Requests that wait for the limits of the policy."""
 
 
 @dataclass(frozen=True)
@@ -450,6 +452,7 @@ class Pool:
                     v.open_count,
                     v.policy_name or DEFAULT_NAME,
                     v.policy_missing,
+                    v.throttled,
                 )
                 for v in self.volumes()
             ],

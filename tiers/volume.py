@@ -14,9 +14,10 @@ On the base tier blocks may be packed into frames (`tiers.frames`). These are al
 them, and kept for a while: what a cached frame holds is served without waiting.
 """
 
+import contextlib
 import errno
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from os import RWF_NOWAIT
 from typing import TYPE_CHECKING
@@ -39,10 +40,11 @@ from tiers.layout import (
     ZERO_CHECK,
     check_of,
 )
+from tiers.limits import Limits, operations_of
 from tiers.log import MAX_BATCH_BLOCKS
 from tiers.maptree import FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL, MapTree
 from tiers.overlay import LEAF_BITS, Entry, Overlay
-from tiers.policy import DEFAULT
+from tiers.policy import DEFAULT, Policy
 from tiers.promotion import LARGEST_READ_BLOCKS
 from tiers.record import OP_WORDS, UNMAP_WORD, WRITE_WORD, Kind, Op, header_slots_for
 
@@ -96,6 +98,7 @@ class Volume:
         """What that name means, now: another object as soon as it means something else."""
         self.policy_missing = False
         """The name means nothing, so the default holds."""
+        self._limits: Limits | None = None
         self._engine = engine
         self._preadv = engine.preadv
         self.active = self.new_overlay()
@@ -109,6 +112,21 @@ class Volume:
         self._segments = engine.segments.by_id
         self._write_word = WRITE_WORD | volume_id
         self._unmap_word = UNMAP_WORD | volume_id
+
+    def obey(self, policy: Policy) -> None:
+        """This policy holds from now on, also for requests that wait."""
+        self.policy = policy
+        if policy.is_limited and self._limits is None:
+            self._limits = Limits(policy)
+        elif self._limits is not None:
+            self._limits.change(policy)
+            if not policy.is_limited:
+                self._limits = None
+
+    @property
+    def throttled(self) -> int:
+        """How many requests wait for the limits of the policy."""
+        return 0 if self._limits is None else self._limits.waiting
 
     def new_overlay(self) -> Overlay:
         """An empty overlay of the kind that suits the volume's size."""
@@ -169,6 +187,8 @@ class Volume:
 
     def read_now(self, offset: int, length: int, into: memoryview) -> bool:
         """Fill `into` with verified bytes if no device has to be waited for. False means: ask `read`."""
+        if self._limits is not None:
+            return self._read_limited_now(self._limits, offset, length, into)
         if (offset | length) & BLOCK_MASK:
             return self._read_unaligned_now(offset, length, into)
         block = offset >> BLOCK_SHIFT
@@ -193,6 +213,25 @@ class Volume:
             return self._read_kept_frame_now(address, [check], into)
         # A mismatch is not judged here: `read` looks again, on the device.
         return count == BLOCK_BYTES and check_of(into) == check
+
+    def _read_limited_now(self, limits: Limits, offset: int, length: int, into: memoryview) -> bool:
+        operations = operations_of(length)
+        if not limits.may_go(operations, length):
+            return False
+        with self._unlimited():
+            done = self.read_now(offset, length, into)
+        if done:
+            limits.spend(operations, length)
+        return done
+
+    @contextlib.contextmanager
+    def _unlimited(self) -> Iterator[None]:
+        """What is done in here is part of a request that has paid. There must be no checkpoint of trio in it."""
+        limits, self._limits = self._limits, None
+        try:
+            yield
+        finally:
+            self._limits = limits
 
     def _read_entries_now(self, addresses: list[int], checks: list[int], into: memoryview) -> bool:
         for first, count in runs_of(addresses):
@@ -242,6 +281,11 @@ class Volume:
 
     async def read(self, offset: int, length: int, into: memoryview) -> None:
         """Fill `into` with verified bytes. Raises TierError EIO for a block that can't be read or fails its check."""
+        if self._limits is not None:
+            await self._limits.take(operations_of(length), length)
+        await self._read_pieces(offset, length, into)
+
+    async def _read_pieces(self, offset: int, length: int, into: memoryview) -> None:
         start = offset & ~BLOCK_MASK
         end = offset + length + BLOCK_MASK & ~BLOCK_MASK
         for at in range(start, end, PIECE_BYTES):
@@ -419,6 +463,8 @@ class Volume:
         self._require_alive()
         if self._merging:
             return False
+        if self._limits is not None:
+            return self._write_limited_now(self._limits, writes)
         total = 0
         for _, data in writes:
             total += len(data)
@@ -428,6 +474,19 @@ class Volume:
         if total > SYNC_WRITE_BYTES or not self._engine.space.admit(blocks, blocks):
             return False
         return self._write_admitted(writes, None, blocks)
+
+    def _write_limited_now(self, limits: Limits, writes: Sequence[tuple[int, Buffer]]) -> bool:
+        operations = length = 0
+        for _, data in writes:
+            operations += operations_of(len(data))
+            length += len(data)
+        if not limits.may_go(operations, length, requests=len(writes)):
+            return False
+        with self._unlimited():
+            done = self.write_now(writes)
+        if done:
+            limits.spend(operations, length)
+        return done
 
     def _write_admitted(
         self, writes: Sequence[tuple[int, Buffer]], edges: Edges | None, charge: int, *, keep_zeroes: bool = False
@@ -591,6 +650,8 @@ class Volume:
     async def write(self, offset: int, data: Buffer, *, keep_zeroes: bool = False) -> None:
         """Write, waiting for space, map pages and the blocks to merge with. `data` must not change meanwhile."""
         view = memoryview(data)
+        if self._limits is not None:
+            await self._limits.take(operations_of(len(view)), len(view))
         at = 0
         while at < len(view):
             # Pieces end at block boundaries, so that only the first and last can need a merge.
@@ -659,7 +720,8 @@ class Volume:
         edges = {block: await self.edge(block) for block in partial}
         charge = await self._admission(first, count)
         self._require_alive()
-        return self._write_admitted([(offset, data)], edges, charge, keep_zeroes=keep_zeroes)
+        with self._unlimited():
+            return self._write_admitted([(offset, data)], edges, charge, keep_zeroes=keep_zeroes)
 
     async def _admission(self, first: int, count: int) -> int:
         """Wait until `count` blocks from `first` may be logged; return how many of them to charge.
@@ -786,7 +848,7 @@ class Volume:
         """A block's entry and the bytes that were read through it, to prepare a merge with."""
         (address,), (check,) = await self.entries(block, 1)
         into = bytearray(BLOCK_BYTES)
-        await self.read(block << BLOCK_SHIFT, BLOCK_BYTES, memoryview(into))
+        await self._read_pieces(block << BLOCK_SHIFT, BLOCK_BYTES, memoryview(into))
         return (address, check), bytes(into)
 
     def shrink_logged(self, size_bytes: int, last_block: Buffer | None) -> None:
