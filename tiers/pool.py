@@ -87,6 +87,8 @@ class VolumeStatus:
     """No policy of that name is defined, so the default one holds."""
     throttled: int = 0
     """Requests that wait for the limits of the policy."""
+    queued: int = 0
+    """Writes that wait for room in the pool."""
 
 
 @dataclass(frozen=True)
@@ -453,6 +455,7 @@ class Pool:
                     v.policy_name or DEFAULT_NAME,
                     v.policy_missing,
                     v.throttled,
+                    v.queued,
                 )
                 for v in self.volumes()
             ],

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from tiers.bypass import LEAST_BYTES
-from tiers.errors import TierError
+from tiers.errors import NoRoomError, TierError
 from tiers.frames import frame_of, index_of, unpack_all
 from tiers.layout import (
     BAD,
@@ -99,6 +99,8 @@ class Volume:
         self.policy_missing = False
         """The name means nothing, so the default holds."""
         self._limits: Limits | None = None
+        self.queued = 0
+        """Writes that wait for room in the pool."""
         self._engine = engine
         self._preadv = engine.preadv
         self.active = self.new_overlay()
@@ -652,15 +654,41 @@ class Volume:
         view = memoryview(data)
         if self._limits is not None:
             await self._limits.take(operations_of(len(view)), len(view))
+        first_refusal_s: float | None = None
         at = 0
         while at < len(view):
             # Pieces end at block boundaries, so that only the first and last can need a merge.
             end = min(len(view), (offset + at + PIECE_BYTES & ~BLOCK_MASK) - offset)
-            if not keep_zeroes and await self._write_past(offset + at, view[at:end]):
-                at = end
+            try:
+                if keep_zeroes or not await self._write_past(offset + at, view[at:end]):
+                    await self._write_piece(offset + at, view[at:end], keep_zeroes=keep_zeroes)
+            except NoRoomError as error:
+                first_refusal_s = trio.current_time() if first_refusal_s is None else first_refusal_s
+                await self._queue(error, end - at, first_refusal_s)
                 continue
-            await self._write_piece(offset + at, view[at:end], keep_zeroes=keep_zeroes)
             at = end
+
+    async def _queue(self, refusal: NoRoomError, length: int, since_s: float) -> None:
+        """Wait until it is worth trying again to write `length` bytes that were refused for want of room.
+
+        Raises NoRoomError if the policy doesn't want that, or not for any longer. Nothing is held meanwhile: other
+        writes, which may be to blocks that the volume has already, and trims go on.
+        """
+        policy = self.policy
+        if policy.when_full != "queue":
+            raise refusal
+        left_s = since_s + policy.queue_timeout_s - trio.current_time()
+        if left_s <= 0:
+            raise NoRoomError(
+                f"{refusal} (the write waited for room for {policy.queue_timeout_s:g} s, which is the queue_timeout of "
+                f"the policy {policy.name!r})"
+            )
+        self.queued += 1
+        try:
+            blocks = (length >> BLOCK_SHIFT) + 2
+            await self._engine.space.wait_in_queue(blocks, left_s, lambda: self.policy is policy)
+        finally:
+            self.queued -= 1
 
     def _follow_stream(self, writes: Sequence[tuple[int, Buffer]]) -> bool:
         """Note where the volume's stream of writes has come to; whether it is long and should go straight to base."""
@@ -746,10 +774,9 @@ class Volume:
             new = sum(1 for address in found[0] if self._needs_a_slot(address))
             if space.charged + new > space.capacity and new:
                 if checkpoints == 2 or not (space.active_weight or space.frozen_weight):
-                    raise TierError(
-                        errno.ENOSPC,
+                    raise NoRoomError(
                         f"the pool {self._engine.pool_name} is full: delete or trim something, or grow it "
-                        f"(`terrace pool grow`)",
+                        f"(`terrace pool grow`)"
                     )
                 checkpoints += 1
                 await self._engine.checkpoint()
@@ -793,6 +820,7 @@ class Volume:
         if spans:
             self._engine.log_room()
             self._append([word for start, end in spans for word in (self._unmap_word, start, end - start)], [], [])
+            self._engine.space.released()
         return True
 
     async def trim(self, offset: int, length: int) -> None:
@@ -843,6 +871,7 @@ class Volume:
         self._require_alive()
         self._engine.log_room()
         self._append([self._unmap_word, block, count], [], [])
+        self._engine.space.released()
 
     async def edge(self, block: int) -> tuple[Entry, bytes]:
         """A block's entry and the bytes that were read through it, to prepare a merge with."""
@@ -871,6 +900,7 @@ class Volume:
         self.apply_batch(ops, checks, address)
         engine.resized(self, size_bytes)
         engine.appended()
+        engine.space.released()
 
     async def cache(self, offset: int, length: int) -> None:
         """Bring the range into the page cache: read what is mapped of it, a piece at a time."""
