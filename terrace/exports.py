@@ -11,6 +11,7 @@ from nbd.export import Export
 from terrace.pools import Pools
 from terrace.sizes import format_size
 from tiers import TierError, Volume
+from tiers.limits import begin_client
 
 
 class PoolExports:
@@ -33,6 +34,7 @@ class PoolExports:
             raise
         # No checkpoint from the look-up to here: a volume can't be deleted in between.
         volume.acquire()
+        begin_client()  # this task is the connection's, which starts all others of it
         return volume
 
     def release(self, export: Export) -> None:

@@ -155,9 +155,12 @@ class Engine:
     def apply_policy(self, volume: Volume) -> None:
         """Let a volume obey the policy that it has by name."""
         default = self.policies.get(DEFAULT_NAME, DEFAULT)
-        volume.policy = self.policies.get(volume.policy_name, default) if volume.policy_name else default
+        policy = self.policies.get(volume.policy_name, default) if volume.policy_name else default
         volume.policy_missing = volume.policy_name not in ("", *self.policies)
-        self.space.kick_cleaner.set()
+        if policy != volume.policy:
+            volume.obey(policy)
+            self.space.changed()
+            self.space.kick_cleaner.set()
 
     def compression_of(self, volume: Volume) -> int:
         """The zstd level for a volume's blocks on the base tier; 0: they are not compressed."""
@@ -224,6 +227,8 @@ class Engine:
         for segment in self.segments.by_id.values():
             segment.fd = -1
         self.frames.clear()
+        for volume in self.volumes.values():
+            volume.obey(DEFAULT)  # nobody waits for limits any more
         self.space.changed()
 
     def _pick_first_device(self) -> Device | None:

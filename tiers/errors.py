@@ -4,12 +4,21 @@ Each names the thing that is wrong, what was expected or found, and the next ste
 NBD server can turn any failure into the right protocol error without knowing this package.
 """
 
+import errno
+
 
 class TierError(OSError):
     """An `OSError` that prints as its sentence alone, without the bracketed errno."""
 
-    def __init__(self, errno: int, message: str) -> None:
-        super().__init__(errno, message)
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(number, message)
 
     def __str__(self) -> str:
         return str(self.args[1])
+
+
+class NoRoomError(TierError):
+    """ENOSPC: the pool has no room for a write now. Deletes, trims and more devices make some."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(errno.ENOSPC, message)

@@ -87,6 +87,10 @@ class VolumeStatus:
     policy: str = DEFAULT_NAME
     policy_missing: bool = False
     """No policy of that name is defined, so the default one holds."""
+    throttled: int = 0
+    """Requests that wait for the limits of the policy."""
+    queued: int = 0
+    """Writes that wait for room in the pool."""
 
 
 @dataclass(frozen=True)
@@ -462,6 +466,8 @@ class Pool:
                     v.open_count,
                     v.policy_name or DEFAULT_NAME,
                     v.policy_missing,
+                    v.throttled,
+                    v.queued,
                 )
                 for v in self.volumes()
             ],

@@ -13,12 +13,12 @@ the cleaner and the checkpoint are making some.
 """
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 
 from tiers.device import Device
-from tiers.errors import TierError
+from tiers.errors import NoRoomError, TierError
 from tiers.flush import Flusher
 from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT
 from tiers.log import Log
@@ -35,6 +35,8 @@ MAP_SLACK_SEGMENTS = 5
 ALWAYS_KEPT_DIVISOR = 64
 OPEN_SEGMENTS = 4
 """The log's head, the cleaner's outputs and the copy of the catalog: neither free nor full. See `packed_outputs`."""
+
+QUEUE_LOOK_S = 1.0
 
 
 class Space:
@@ -62,6 +64,8 @@ class Space:
         self._settings = settings
         self._changed = trio.lowlevel.ParkingLot()
         self.waiters = 0
+        self.queued = 0
+        """Writes that found the pool full and wait for room, as their volumes' policies say."""
         self.largest_segment_slots = 0
         self.packed_outputs = 0
         """Segments of packed data that may be open besides the cleaner's other outputs."""
@@ -190,11 +194,10 @@ class Space:
         """
         failure = self.checkpoint_failure
         if failure is not None and failure.errno == errno.ENOSPC and not for_release:
-            raise TierError(errno.ENOSPC, f"nothing can be freed, since checkpoints fail: {failure}")
+            raise NoRoomError(f"nothing can be freed, since checkpoints fail: {failure}")
         if self.stuck and self.short and not for_release:
-            raise TierError(
-                errno.ENOSPC,
-                "the pool is full and nothing in it can be cleaned: delete or trim something, or grow the pool",
+            raise NoRoomError(
+                "the pool is full and nothing in it can be cleaned: delete or trim something, or grow the pool"
             )
         if self.active_weight * 2 > self._settings.overlay_entries:
             self.kick_checkpoint.set()
@@ -203,6 +206,32 @@ class Space:
             await self._changed.park()
         finally:
             self.waiters -= 1
+
+    async def wait_in_queue(self, blocks: int, at_most_s: float, wanted: Callable[[], bool]) -> None:
+        """Wait until there may be room for `blocks` that were refused, for `at_most_s`, while it is `wanted`.
+
+        Not each change is worth a look: a look at a full pool may take two checkpoints. So those who wait look when
+        the counts say that they fit, and else now and then, the more rarely the more they are.
+        """
+        self.queued += 1
+        try:
+            with trio.move_on_after(min(at_most_s, QUEUE_LOOK_S * self.queued)):
+                await self._changed.park()
+                while self.read_only is None and wanted() and not self._may_fit(blocks):
+                    await self._changed.park()
+        finally:
+            self.queued -= 1
+
+    def _may_fit(self, blocks: int) -> bool:
+        failure = self.checkpoint_failure
+        if failure is not None and failure.errno == errno.ENOSPC:
+            return False
+        return self.available >= blocks and not (self.stuck and self.short)
+
+    def released(self) -> None:
+        """Blocks were trimmed or deleted: who waits in the queue for their room wants them counted now."""
+        if self.queued:
+            self.kick_checkpoint.set()
 
     def changed(self) -> None:
         """Let everybody who waits look again."""

@@ -14,10 +14,11 @@ On the base tier blocks may be packed into frames (`tiers.frames`). These are al
 them, and kept for a while: what a cached frame holds is served without waiting.
 """
 
+import contextlib
 import errno
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from os import RWF_NOWAIT
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from tiers.bypass import LEAST_BYTES
-from tiers.errors import TierError
+from tiers.errors import NoRoomError, TierError
 from tiers.frames import frame_of, index_of, unpack_all
 from tiers.layout import (
     BAD,
@@ -40,10 +41,11 @@ from tiers.layout import (
     ZERO_CHECK,
     check_of,
 )
+from tiers.limits import Limits, operations_of
 from tiers.log import MAX_BATCH_BLOCKS
 from tiers.maptree import FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL, MapTree
 from tiers.overlay import LEAF_BITS, Entry, Overlay
-from tiers.policy import DEFAULT
+from tiers.policy import DEFAULT, Policy
 from tiers.promotion import LARGEST_READ_BLOCKS
 from tiers.record import OP_WORDS, UNMAP_WORD, WRITE_WORD, Kind, Op, header_slots_for
 
@@ -103,6 +105,9 @@ class Volume:
         """What that name means, now: another object as soon as it means something else."""
         self.policy_missing = False
         """The name means nothing, so the default holds."""
+        self._limits: Limits | None = None
+        self.queued = 0
+        """Writes that wait for room in the pool."""
         self._engine = engine
         self._preadv = engine.preadv
         self.active = self.new_overlay()
@@ -121,6 +126,21 @@ class Volume:
         self.writes: deque[int] = deque(maxlen=MAX_RECORDED * OP_WORDS)
         """Operations as they were logged, word by word."""
         self._note_read = self.reads.append
+
+    def obey(self, policy: Policy) -> None:
+        """This policy holds from now on, also for requests that wait."""
+        self.policy = policy
+        if policy.is_limited and self._limits is None:
+            self._limits = Limits(policy)
+        elif self._limits is not None:
+            self._limits.change(policy)
+            if not policy.is_limited:
+                self._limits = None
+
+    @property
+    def throttled(self) -> int:
+        """How many requests wait for the limits of the policy."""
+        return 0 if self._limits is None else self._limits.waiting
 
     def new_overlay(self) -> Overlay:
         """An empty overlay of the kind that suits the volume's size."""
@@ -181,6 +201,8 @@ class Volume:
 
     def read_now(self, offset: int, length: int, into: memoryview) -> bool:
         """Fill `into` with verified bytes if no device has to be waited for. False means: ask `read`."""
+        if self._limits is not None:
+            return self._read_limited_now(self._limits, offset, length, into)
         if (offset | length) & BLOCK_MASK:
             return self._read_unaligned_now(offset, length, into)
         block = offset >> BLOCK_SHIFT
@@ -211,6 +233,25 @@ class Volume:
             self._note_read(block)
             return True
         return False
+
+    def _read_limited_now(self, limits: Limits, offset: int, length: int, into: memoryview) -> bool:
+        operations = operations_of(length)
+        if not limits.may_go(operations, length):
+            return False
+        with self._unlimited():
+            done = self.read_now(offset, length, into)
+        if done:
+            limits.spend(operations, length)
+        return done
+
+    @contextlib.contextmanager
+    def _unlimited(self) -> Iterator[None]:
+        """What is done in here is part of a request that has paid. There must be no checkpoint of trio in it."""
+        limits, self._limits = self._limits, None
+        try:
+            yield
+        finally:
+            self._limits = limits
 
     def _read_entries_now(self, addresses: list[int], checks: list[int], into: memoryview) -> bool:
         for first, count in runs_of(addresses):
@@ -260,6 +301,11 @@ class Volume:
 
     async def read(self, offset: int, length: int, into: memoryview) -> None:
         """Fill `into` with verified bytes. Raises TierError EIO for a block that can't be read or fails its check."""
+        if self._limits is not None:
+            await self._limits.take(operations_of(length), length)
+        await self._read_pieces(offset, length, into)
+
+    async def _read_pieces(self, offset: int, length: int, into: memoryview) -> None:
         start = offset & ~BLOCK_MASK
         end = offset + length + BLOCK_MASK & ~BLOCK_MASK
         for at in range(start, end, PIECE_BYTES):
@@ -438,6 +484,8 @@ class Volume:
         self._require_alive()
         if self._merging:
             return False
+        if self._limits is not None:
+            return self._write_limited_now(self._limits, writes)
         total = 0
         for _, data in writes:
             total += len(data)
@@ -447,6 +495,19 @@ class Volume:
         if total > SYNC_WRITE_BYTES or not self._engine.space.admit(blocks, blocks):
             return False
         return self._write_admitted(writes, None, blocks)
+
+    def _write_limited_now(self, limits: Limits, writes: Sequence[tuple[int, Buffer]]) -> bool:
+        operations = length = 0
+        for _, data in writes:
+            operations += operations_of(len(data))
+            length += len(data)
+        if not limits.may_go(operations, length, requests=len(writes)):
+            return False
+        with self._unlimited():
+            done = self.write_now(writes)
+        if done:
+            limits.spend(operations, length)
+        return done
 
     def _write_admitted(
         self, writes: Sequence[tuple[int, Buffer]], edges: Edges | None, charge: int, *, keep_zeroes: bool = False
@@ -613,15 +674,43 @@ class Volume:
     async def write(self, offset: int, data: Buffer, *, keep_zeroes: bool = False) -> None:
         """Write, waiting for space, map pages and the blocks to merge with. `data` must not change meanwhile."""
         view = memoryview(data)
+        if self._limits is not None:
+            await self._limits.take(operations_of(len(view)), len(view))
+        first_refusal_s: float | None = None
         at = 0
         while at < len(view):
             # Pieces end at block boundaries, so that only the first and last can need a merge.
             end = min(len(view), (offset + at + PIECE_BYTES & ~BLOCK_MASK) - offset)
-            if not keep_zeroes and await self._write_past(offset + at, view[at:end]):
-                at = end
+            try:
+                if keep_zeroes or not await self._write_past(offset + at, view[at:end]):
+                    await self._write_piece(offset + at, view[at:end], keep_zeroes=keep_zeroes)
+            except NoRoomError as error:
+                first_refusal_s = trio.current_time() if first_refusal_s is None else first_refusal_s
+                await self._queue(error, end - at, first_refusal_s)
                 continue
-            await self._write_piece(offset + at, view[at:end], keep_zeroes=keep_zeroes)
             at = end
+
+    async def _queue(self, refusal: NoRoomError, length: int, since_s: float) -> None:
+        """Wait until it is worth trying again to write `length` bytes that were refused for want of room.
+
+        Raises NoRoomError if the policy doesn't want that, or not for any longer. Nothing is held meanwhile: other
+        writes, which may be to blocks that the volume has already, and trims go on.
+        """
+        policy = self.policy
+        if policy.when_full != "queue":
+            raise refusal
+        left_s = since_s + policy.queue_timeout_s - trio.current_time()
+        if left_s <= 0:
+            raise NoRoomError(
+                f"{refusal} (the write waited for room for {policy.queue_timeout_s:g} s, which is the queue_timeout of "
+                f"the policy {policy.name!r})"
+            )
+        self.queued += 1
+        try:
+            blocks = (length >> BLOCK_SHIFT) + 2
+            await self._engine.space.wait_in_queue(blocks, left_s, lambda: self.policy is policy)
+        finally:
+            self.queued -= 1
 
     def _follow_stream(self, writes: Sequence[tuple[int, Buffer]]) -> bool:
         """Note where the volume's stream of writes has come to; whether it is long and should go straight to base."""
@@ -681,7 +770,8 @@ class Volume:
         edges = {block: await self.edge(block) for block in partial}
         charge = await self._admission(first, count)
         self._require_alive()
-        return self._write_admitted([(offset, data)], edges, charge, keep_zeroes=keep_zeroes)
+        with self._unlimited():
+            return self._write_admitted([(offset, data)], edges, charge, keep_zeroes=keep_zeroes)
 
     async def _admission(self, first: int, count: int) -> int:
         """Wait until `count` blocks from `first` may be logged; return how many of them to charge.
@@ -706,10 +796,9 @@ class Volume:
             new = sum(1 for address in found[0] if self._needs_a_slot(address))
             if space.charged + new > space.capacity and new:
                 if checkpoints == 2 or not (space.active_weight or space.frozen_weight):
-                    raise TierError(
-                        errno.ENOSPC,
+                    raise NoRoomError(
                         f"the pool {self._engine.pool_name} is full: delete or trim something, or grow it "
-                        f"(`terrace pool grow`)",
+                        f"(`terrace pool grow`)"
                     )
                 checkpoints += 1
                 await self._engine.checkpoint()
@@ -753,6 +842,7 @@ class Volume:
         if spans:
             self._engine.log_room()
             self._append([word for start, end in spans for word in (self._unmap_word, start, end - start)], [], [])
+            self._engine.space.released()
         return True
 
     async def trim(self, offset: int, length: int) -> None:
@@ -803,12 +893,13 @@ class Volume:
         self._require_alive()
         self._engine.log_room()
         self._append([self._unmap_word, block, count], [], [])
+        self._engine.space.released()
 
     async def edge(self, block: int) -> tuple[Entry, bytes]:
         """A block's entry and the bytes that were read through it, to prepare a merge with."""
         (address,), (check,) = await self.entries(block, 1)
         into = bytearray(BLOCK_BYTES)
-        await self.read(block << BLOCK_SHIFT, BLOCK_BYTES, memoryview(into))
+        await self._read_pieces(block << BLOCK_SHIFT, BLOCK_BYTES, memoryview(into))
         return (address, check), bytes(into)
 
     def shrink_logged(self, size_bytes: int, last_block: Buffer | None) -> None:
@@ -831,6 +922,7 @@ class Volume:
         self.apply_batch(ops, checks, address)
         engine.resized(self, size_bytes)
         engine.appended()
+        engine.space.released()
 
     async def cache(self, offset: int, length: int) -> None:
         """Bring the range into the page cache: read what is mapped of it, a piece at a time."""

@@ -75,6 +75,7 @@ def show(context: Context, volume: tuple[str, str], output: str) -> None:
             ("Mapped", f"{format_size(mapped_bytes)} ({percent(mapped_bytes, size_bytes)})"),
             ("Policy", shown_policy(found, remedy=True)),
             ("Clients", found["open_count"]),
+            *([("Waiting", _waiting(found))] if found["throttled"] or found["queued"] else []),
             *(("NBD URI", uri) for uri in uris),
         ]
     )
@@ -133,6 +134,11 @@ def delete(context: Context, volume: tuple[str, str], yes: bool, output: str) ->
         show_json({"deleted": found["name"]})
     else:
         click.echo(f"Volume {found['name']} is deleted.")
+
+
+def _waiting(volume: dict[str, Any]) -> str:
+    counts = ((volume["throttled"], "for the limits of the policy"), (volume["queued"], "for room in the pool"))
+    return ", ".join(f"{count} requests {what}" for count, what in counts if count)
 
 
 def _uris(client: Any, export: str) -> list[str]:

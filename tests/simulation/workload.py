@@ -242,7 +242,7 @@ class Driver:
         model.in_flight = None
         model.returned(op)
         model.flushed(mark + 1)
-        if volume.policy is not pool._engine.policies.get(policy, DEFAULT):
+        if volume.policy != pool._engine.policies.get(policy, DEFAULT):
             raise OracleError(f"{op.what} did not take effect")
 
     async def _after_failure(self, volume: Volume, model: Model, op: Op) -> None:
