@@ -20,12 +20,14 @@ from tiers.host import CatalogStore, Preadv
 from tiers.layout import BLOCK_MASK, BLOCK_SHIFT
 from tiers.log import Log
 from tiers.maptree import FANOUT_BITS, ROOT_LEVEL, MapTree, PageCache
+from tiers.migration import Migration
 from tiers.policy import DEFAULT, DEFAULT_NAME, Policy
 from tiers.promotion import Promoter
 from tiers.record import Kind, Op
 from tiers.segments import Segment, SegmentTable
 from tiers.settings import PoolSettings
 from tiers.space import Space
+from tiers.temperature import Temperature, judge_of
 from tiers.volume import Volume
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class Engine:
         settings: PoolSettings,
         offload: Offload,
         preadv: Preadv,
+        now: Callable[[], float],
         *,
         incarnation: int,
         seq: int,
@@ -87,8 +90,10 @@ class Engine:
         """Map pages that the next checkpoint must write elsewhere: volume -> page keys."""
         self.checkpoint: Callable[[], Awaitable[None]]
         self.reuse: Callable[[list[Segment]], Awaitable[int]]
-        self.promoter: Promoter | None = None
-        self.bypass: Bypass | None = None
+        self.temperature = Temperature(self.heat)
+        self.migration = Migration(now)
+        self.promoter = Promoter(self, judge_of(self.temperature))
+        self.bypass = Bypass(self)
         self.client_written_bytes = 0
         self.moved_blocks = 0
         self.checkpoint_log_mark = 0
@@ -115,6 +120,7 @@ class Engine:
         volume.deleted = True
         del self.volumes[volume.id]
         self.heat.extents.forget(volume.id)
+        self.migration.forget(volume.id)
         self.graveyard.append(volume)
         self._count_leaf_pages()
 

@@ -19,7 +19,6 @@ from typing import Literal
 
 import trio
 
-from tiers.bypass import Bypass
 from tiers.catalog import CATALOG_NAME, Catalog, DeviceRow, Position, State, sync_directory
 from tiers.check import CheckReport, check_pool
 from tiers.checkpoint import Checkpointer
@@ -214,9 +213,8 @@ class Pool:
         if self._engine.space.read_only is None:
             nursery.start_soon(self._checkpointer.run)
             nursery.start_soon(self._cleaner.run)
-            for task in (self._engine.promoter, self._engine.bypass):
-                if task is not None:
-                    nursery.start_soon(task.run)
+            nursery.start_soon(self._engine.promoter.run)
+            nursery.start_soon(self._engine.bypass.run)
 
     async def _close(self) -> None:
         """Leave nothing to replay."""
@@ -227,8 +225,7 @@ class Pool:
         try:
             self._checkpointer.writer.seal()
             self._cleaner.mover.seal_all()
-            if self._engine.bypass is not None:
-                self._engine.bypass.seal()
+            self._engine.bypass.seal()
             hit("close.sealed")
             await self._checkpoint_alone()
         except OSError as error:
@@ -575,6 +572,7 @@ async def _recover(
         settings,
         offload,
         host.preadv,
+        host.now,
         incarnation=position.incarnation + 1,
         seq=position.checkpoint_seq,
         prev_check=0,
@@ -585,8 +583,6 @@ async def _recover(
     scrubber = Scrubber(engine, ScrubFile(directory, state.pool_uuid))
     recorder = Recorder(engine, HeatFile(directory, state.pool_uuid), host)
     pool = Pool(engine, checkpointer, Cleaner(engine), scrubber, recorder, host)
-    if {device.tier for device in devices} == {"fast", "base"}:
-        engine.bypass = Bypass(engine)
     restore(engine, state)
     hit("recovery.restored")
     checkpointer.copies.begin(state)

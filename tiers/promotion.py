@@ -48,6 +48,14 @@ class Promoter:
         self._queue: deque[tuple[Volume, int, Entry, bytes]] = deque()
         self._wanted = trio.Event()
 
+    def has_room(self) -> bool:
+        """Whether there is any use in offering: the pool takes writes, on its fast tier, and the queue isn't full."""
+        return (
+            self._engine.space.read_only is None
+            and len(self._queue) < QUEUE_BLOCKS
+            and self._engine.log.head.device.tier == "fast"
+        )
+
     def offer(self, volume: "Volume", block: int, entry: Entry, data: bytes | bytearray | memoryview) -> None:
         """A block was read from base through `entry`, and `data` is what it holds, verified."""
         if not self._judge(volume, block):
@@ -79,7 +87,11 @@ class Promoter:
         for volume, blocks in writes.items():
             count = len(blocks)
             # Where the log isn't on the fast tier, or room is short, this would only add to the trouble.
-            if engine.log.head.device.tier != "fast" or not engine.space.admit(count, count):
+            if (
+                engine.log.head.device.tier != "fast"
+                or not engine.migration.allows(volume, count << BLOCK_SHIFT)
+                or not engine.space.admit(count, count)
+            ):
                 self.dropped_offers += count
                 continue
             try:

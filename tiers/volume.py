@@ -334,7 +334,7 @@ class Volume:
     ) -> None:
         """Offer what was read from base for promotion."""
         promoter = self._engine.promoter
-        if promoter is None:
+        if not promoter.has_room():
             return
         for i, address in enumerate(addresses):
             segment = self._segments.get(address >> SLOT_BITS)
@@ -489,7 +489,7 @@ class Volume:
         total = 0
         for _, data in writes:
             total += len(data)
-        if total >= LEAST_BYTES and self._engine.bypass is not None and self._follow_stream(writes):
+        if total >= LEAST_BYTES and self._follow_stream(writes):
             return False
         blocks = (total >> BLOCK_SHIFT) + 2 * len(writes)
         if total > SYNC_WRITE_BYTES or not self._engine.space.admit(blocks, blocks):
@@ -723,24 +723,20 @@ class Volume:
         return self._is_stream(start, end)
 
     def _is_stream(self, offset: int, end: int) -> bool:
-        bypass = self._engine.bypass
         start, stop = self._stream
         cutoff = self.policy.stream_cutoff_bytes
-        return (
-            bypass is not None and 0 < cutoff < stop - start and start <= offset and end <= stop and bypass.takes(self)
-        )
+        return 0 < cutoff < stop - start and start <= offset and end <= stop and self._engine.bypass.takes(self)
 
     async def _write_past(self, offset: int, data: memoryview) -> bool:
         """Write a piece of a long stream straight to base; False: it isn't one, or base has no room."""
         if (offset | len(data)) & BLOCK_MASK or len(data) < LEAST_BYTES or self._merging:
             return False
-        bypass = self._engine.bypass
-        if bypass is None or not self._is_stream(offset, offset + len(data)):
+        if not self._is_stream(offset, offset + len(data)):
             return False
         charge = await self._admission(offset >> BLOCK_SHIFT, len(data) >> BLOCK_SHIFT)
         self._require_alive()
         self._engine.space.active_charge += charge
-        return await bypass.write(self, offset >> BLOCK_SHIFT, data)
+        return await self._engine.bypass.write(self, offset >> BLOCK_SHIFT, data)
 
     async def _write_piece(self, offset: int, data: memoryview, *, keep_zeroes: bool) -> None:
         first = offset >> BLOCK_SHIFT

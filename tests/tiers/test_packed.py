@@ -18,11 +18,13 @@ from tests.simulation.medium import SECTOR
 from tests.simulation.oracle import BLOCK, Model, Op, read_all, require_sound
 from tests.tiers.helpers import QUIET, assert_sound, flip, fresh_pool, make_pool, read, refusal, run, settle
 from tests.tiers.test_rebuild_simulated import lose_catalog
-from tiers import Pool, PoolSettings, Volume
+from tiers import Policy, Pool, PoolSettings, Volume
 from tiers.frames import CACHE_BYTES, frame_of, index_of, unpack_all
 from tiers.layout import BAD, MIB, SLOT_BITS
 from tiers.record import Kind
 from tiers.segments import Segment
+
+STAYS_ON_BASE = {"default": Policy("default", placement="base", stream_cutoff_bytes=0)}
 
 WORDS = [
     bytes(random.Random(seed).choices(b"abcdefghijklmnopqrstuvwxyz", k=random.Random(-seed).randrange(2, 11)))
@@ -123,6 +125,7 @@ def test_text_is_packed_on_base_and_reads_as_it_was(tmp_path: Path) -> None:
     async def body() -> None:
         home = await make_pool(tmp_path, fast_mib=64, base_mib=64)
         async with Pool.open(home, settings=QUIET) as pool:
+            pool.define_policies(STAYS_ON_BASE)
             volume = await pool.create_volume("v", size)
             await volume.write(0, content)
             await demote(pool)
@@ -132,6 +135,7 @@ def test_text_is_packed_on_base_and_reads_as_it_was(tmp_path: Path) -> None:
             assert used <= 0.45 * size
             assert {d.tier: d.live_bytes for d in pool.status().devices}["base"] >= used
         async with Pool.open(home, settings=QUIET) as pool:
+            pool.define_policies(STAYS_ON_BASE)
             await check(pool, pool.volume("v"))
             await assert_sound(pool)
             assert pool.status().used_bytes == used

@@ -153,8 +153,9 @@ def test_a_pool_that_is_short_of_room_promotes_nothing() -> None:
 
     async def main() -> None:
         async with demoted(machine) as (pool, volume, promoter):
-            pool._engine.space.read_only = "for a test"
             await read(volume, 7)
+            pool._engine.space.read_only = "for a test"
+            await read(volume, 8)  # not even offered
             await trio.sleep(1)
             assert (promoter.promoted_blocks, promoter.dropped_offers) == (0, 1)
             pool._engine.space.read_only = None
