@@ -171,9 +171,7 @@ class Space:
         return self.read_only is None and self._flusher.room() and self._room_for(1, kept)
 
     def _room_for(self, blocks: int, reserve: int) -> bool:
-        headers = 2 + blocks // 128
-        room = self._segments.free_slots + self._log.head_room - reserve
-        self.short = room < blocks + headers
+        self.short = not self._has_slots(blocks, reserve)
         if self._log.broken:
             self.kick_checkpoint.set()
             return False
@@ -181,6 +179,10 @@ class Space:
             self.kick_cleaner.set()  # which asks for a checkpoint if that is what helps
             return False
         return True
+
+    def _has_slots(self, blocks: int, reserve: int) -> bool:
+        headers = 2 + blocks // 128
+        return self._segments.free_slots + self._log.head_room - reserve >= blocks + headers
 
     def require_writable(self) -> None:
         """Raise EROFS if the pool takes no writes any more."""
@@ -226,7 +228,7 @@ class Space:
         failure = self.checkpoint_failure
         if failure is not None and failure.errno == errno.ENOSPC:
             return False
-        return self.available >= blocks and not (self.stuck and self.short)
+        return self.available >= blocks and self._has_slots(blocks, self.reserve + self.map_reserve(blocks))
 
     def released(self) -> None:
         """Blocks were trimmed or deleted: who waits in the queue for their room wants them counted now."""

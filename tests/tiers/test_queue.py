@@ -34,6 +34,7 @@ def simulated(body: Callable[[Pool, Volume, int], Awaitable[Any]]) -> None:
                 await require_sound(pool)
 
     machine.run(main)
+    assert not machine.is_off  # as it would be if tasks woke each other up for ever
 
 
 async def fill(volume: Volume) -> int:
@@ -44,6 +45,15 @@ async def fill(volume: Volume) -> int:
             assert error.errno == errno.ENOSPC
             return number
     raise AssertionError("it never got full")
+
+
+async def make_some_room(pool: Pool, volume: Volume) -> bytes:
+    """Trim a little, so that overwrites go on; return data that are too much for it all the same."""
+    await volume.trim(0, 200 * BLOCK_BYTES)
+    await pool.checkpoint()
+    available = pool.status().available_bytes
+    assert 100 * BLOCK_BYTES < available < 254 * BLOCK_BYTES
+    return random.Random(1).randbytes(255 * BLOCK_BYTES)
 
 
 class Writer:
@@ -127,7 +137,7 @@ def test_room_that_appears_goes_to_those_who_wait(relief: Callable[[Pool, Volume
                 async with trio.open_nursery() as nursery:
                     for writer in writers:
                         nursery.start_soon(writer.run)
-                    await trio.sleep(10)
+                    await trio.sleep(10.5)  # between two looks
                     assert [writer.done_at for writer in writers] == [None] * 20
                     assert (volume.queued, pool.status().volumes[0].queued) == (20, 20)
                     relieved = trio.current_time()
@@ -139,42 +149,48 @@ def test_room_that_appears_goes_to_those_who_wait(relief: Callable[[Pool, Volume
                 await require_sound(pool)
 
     machine.run(main)
+    assert not machine.is_off  # as it would be if tasks woke each other up for ever
 
 
 def test_who_waits_holds_up_neither_overwrites_nor_reads_and_may_be_cancelled() -> None:
     async def body(pool: Pool, volume: Volume, filled: int) -> None:
+        too_large = await make_some_room(pool, volume)
         await pool.set_policy("v", "patient")
         async with trio.open_nursery() as nursery:
             for number in range(60):
-                # Each covers a part of a block, so that it prepares merges again and again.
-                nursery.start_soon(Writer(volume, filled + number, b"part").run)
+                # Each begins within a block, so that it prepares a merge again and again.
+                writer = Writer(volume, filled + number, too_large)
+                writer.offset += 100
+                nursery.start_soon(writer.run)
             await trio.sleep(1)
             rng = random.Random(1)
             begun = trio.current_time()
             for _ in range(400):
-                number = rng.randrange(filled)
+                number = rng.randrange(200, filled)
                 await volume.write(number * BLOCK_BYTES, block(number))
                 assert await read(volume, number * BLOCK_BYTES, BLOCK_BYTES) == block(number)
+                await trio.sleep(0.01)
             assert trio.current_time() - begun < 20
-            assert volume.queued == 60
+            assert volume.queued > 50
             nursery.cancel_scope.cancel()
         assert volume.queued == 0
-        await volume.trim(0, 200 * BLOCK_BYTES)
+        await volume.trim(200 * BLOCK_BYTES, 200 * BLOCK_BYTES)
         await pool.checkpoint()
-        await volume.write(filled * BLOCK_BYTES, block(filled))
+        await volume.write(filled * BLOCK_BYTES, too_large[: 100 * BLOCK_BYTES])
 
     simulated(body)
 
 
 def test_waiting_costs_a_full_pool_few_checkpoints() -> None:
     async def body(pool: Pool, volume: Volume, filled: int) -> None:
+        too_large = await make_some_room(pool, volume)
         await pool.set_policy("v", "patient")
         async with trio.open_nursery() as nursery:
             for number in range(100):
-                nursery.start_soon(Writer(volume, filled + number).run)
+                nursery.start_soon(Writer(volume, filled + number, too_large).run)
             await trio.sleep(5)
             before = pool.status().checkpoints
-            for number in range(200):
+            for number in range(200, 400):
                 await volume.write(number * BLOCK_BYTES, block(number))
                 await volume.flush()  # which wakes whoever waits for a change
                 await trio.sleep(0.1)
@@ -217,13 +233,14 @@ def test_who_waits_does_not_hold_up_the_end_of_the_pool() -> None:
                 pool.define_policies({"default": Policy(when_full="queue", queue_timeout_s=3000)})
                 writer = Writer(volume, filled)
                 nursery.start_soon(writer.run)
-                await trio.sleep(5)
+                await trio.sleep(5.5)  # between two looks
                 assert volume.queued == 1
             assert writer.error is not None
             assert writer.error.errno == errno.EROFS
             assert trio.current_time() < 1000
 
     machine.run(main)
+    assert not machine.is_off  # as it would be if tasks woke each other up for ever
 
 
 def test_a_write_waits_for_a_device_to_be_added(tmp_path: Path) -> None:
