@@ -67,6 +67,11 @@ class Packed(NamedTuple):
         """Slots that it takes."""
         return len(self.data) >> BLOCK_SHIFT
 
+    @property
+    def described(self) -> Frame:
+        """What the frame table says of it."""
+        return Frame(self.blocks, self.slots, self.check)
+
 
 # -- addresses ---------------------------------------------------------------------------------------------------------
 
