@@ -3,7 +3,7 @@
 They would push hot blocks out, only to be demoted soon after, so that each byte is written twice. The order keeps every
 promise that the log keeps:
 
-1. The data go to a base segment, with a batch header of their own.
+1. The data go to a base segment, with a batch header of their own: packed into frames where that pays (`tiers.frames`).
 2. Flush: they are durable.
 3. A MOVE record makes them true, and the overlay names them in the same breath. Only then is the write answered.
 
@@ -20,8 +20,9 @@ import trio
 
 from tiers.errors import TierError
 from tiers.failpoint import hit
+from tiers.frames import MAX_FRAME_BLOCKS, Buffer, Packed, pack_all
 from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, SLOT_BITS, ZERO_CHECK, check_of
-from tiers.record import Kind, Op, encode_batch, header_slots_for
+from tiers.record import Kind, Op, encode_batch, frame_words, frames_that_fit, header_slots_for, places_of
 from tiers.segments import Segment
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class _Write:
     block: int
     data: memoryview
     checks: list[int]
+    frames: list[Packed | None] = field(default_factory=list)
+    """Of each 32 blocks, in order; None for those that stay raw, which may be all."""
     done: trio.Event = field(default_factory=trio.Event)
     error: OSError | None = None
     refused: bool = False
@@ -62,7 +65,8 @@ class _Copies:
     segment: Segment
     slot: int
     header_check: int
-    first_address: int
+    runs: list[tuple[int, int]]
+    """(address, count) of blocks with consecutive addresses, in order."""
 
 
 class _NoSegmentError(Exception):
@@ -78,7 +82,7 @@ class Bypass:
         self._engine = engine
         self._queue: deque[_Write] = deque()
         self._wanted = trio.Event()
-        self._segment: Segment | None = None
+        self._segments: dict[Kind, Segment] = {}
 
     def takes(self, volume: "Volume") -> bool:
         """Whether a stream into this volume should go straight to base now."""
@@ -145,16 +149,21 @@ class Bypass:
                 write.done.set()
 
     def seal(self) -> None:
-        """Leave the open segment: the pool is closing, or it is full."""
-        if self._segment is not None:
-            self._segment.open = False
-            self._engine.segments.changed.add(self._segment.id)
-            self._segment = None
+        """Leave the open segments: the pool is closing."""
+        for kind in list(self._segments):
+            self._leave(kind)
+
+    def _leave(self, kind: Kind) -> None:
+        segment = self._segments.pop(kind, None)
+        if segment is not None:
+            segment.open = False
+            self._engine.segments.changed.add(segment.id)
 
     async def _round(self, writes: list[_Write]) -> None:
         copies: list[_Copies] = []
         try:
             try:
+                await self._pack(writes)
                 for write in writes:
                     await self._copy(write, copies)
                 await self._engine.flusher.flush()
@@ -178,24 +187,77 @@ class Bypass:
             for item in copies:
                 item.segment.pins -= 1
 
+    async def _pack(self, writes: list[_Write]) -> None:
+        """Compress what is to be compressed, with as many workers as there are."""
+
+        async def pack(write: _Write, level: int) -> None:
+            starts = range(0, len(write.data), BLOCK_BYTES)
+            views = [write.data[start : start + BLOCK_BYTES] for start in starts]
+            groups = [views[at : at + MAX_FRAME_BLOCKS] for at in range(0, len(views), MAX_FRAME_BLOCKS)]
+            write.frames = await self._engine.offload(pack_all, groups, level)
+
+        async with trio.open_nursery() as nursery:
+            for write in writes:
+                level = self._engine.compression_of(write.volume)
+                if level:
+                    nursery.start_soon(pack, write, level)
+
     async def _copy(self, write: _Write, copies: list[_Copies]) -> None:
         """Write all of it into base segments. Raises OSError; then those before it in the round are lost too."""
         at = 0
-        while at < len(write.checks):
+        count = len(write.checks)
+        while at < count:
+            number = at // MAX_FRAME_BLOCKS
             try:
-                segment = self._output()
+                if write.frames and write.frames[number] is not None:
+                    at += await self._copy_frames(write, at, copies)
+                else:
+                    raw = next((i for i in range(number, len(write.frames)) if write.frames[i] is not None), count)
+                    at += await self._copy_raw(write, at, min(count, raw * MAX_FRAME_BLOCKS), copies)
             except _NoSegmentError:
                 write.refused = True
                 return
-            at += await self._copy_part(write, at, segment, copies)
 
-    async def _copy_part(self, write: _Write, at: int, segment: Segment, copies: list[_Copies]) -> int:
-        engine = self._engine
+    async def _copy_raw(self, write: _Write, at: int, end: int, copies: list[_Copies]) -> int:
+        """Write blocks from `at` to before `end` as they are, as far as the segment goes; return how many."""
+        segment = self._output(Kind.MOVED, 2)
         room = segment.slots - segment.used
-        count = min(len(write.checks) - at, BATCH_BLOCKS, room - header_slots_for(1, min(room, BATCH_BLOCKS)))
+        count = min(end - at, BATCH_BLOCKS, room - header_slots_for(1, min(room, BATCH_BLOCKS)))
+        data = write.data[at << BLOCK_SHIFT : at + count << BLOCK_SHIFT]
+        await self._write_batch(write, at, count, segment, None, [data], copies)
+        return count
+
+    async def _copy_frames(self, write: _Write, at: int, copies: list[_Copies]) -> int:
+        """Write the frames from that of block `at` on, as far as they go and the segment goes; return their blocks."""
+        frames: list[Packed] = []
+        for frame in write.frames[at // MAX_FRAME_BLOCKS :][: BATCH_BLOCKS // MAX_FRAME_BLOCKS]:
+            if frame is None:
+                break
+            frames.append(frame)
+        segment = self._output(Kind.PACKED, frames[0].slots)
+        del frames[frames_that_fit(frames, segment.slots - segment.used) :]
+        if not frames:  # a device whose segments are smaller than a frame
+            write.frames[at // MAX_FRAME_BLOCKS] = None
+            return 0
+        count = sum(frame.blocks for frame in frames)
+        await self._write_batch(write, at, count, segment, frames, [frame.data for frame in frames], copies)
+        return count
+
+    async def _write_batch(
+        self,
+        write: _Write,
+        at: int,
+        count: int,
+        segment: Segment,
+        frames: list[Packed] | None,
+        buffers: list[Buffer],
+        copies: list[_Copies],
+    ) -> None:
+        """Write a batch to a segment that has room for it; with `frames` to one of packed data."""
+        engine = self._engine
         slot = segment.used
         header, header_check = encode_batch(
-            Kind.MOVED,
+            segment.kind,
             engine.pool_uuid,
             segment.id,
             slot,
@@ -205,31 +267,44 @@ class Bypass:
             engine.flusher.durable_seq,
             [Op.WRITE << 56 | write.volume.id, write.block + at, count],
             write.checks[at : at + count],
-            [],
+            frame_words(frame.described for frame in frames or ()),
         )
         first = slot + (len(header) >> BLOCK_SHIFT)
         segment.pins += 1
         try:
-            data = write.data[at << BLOCK_SHIFT : at + count << BLOCK_SHIFT]
-            await segment.device.write_behind(segment.offset(slot), [header, data])
+            await segment.device.write_behind(segment.offset(slot), [header, *buffers])
         except BaseException:
             segment.pins -= 1
-            self.seal()  # `used` stays before what failed: the headers stay a chain
+            self._leave(segment.kind)  # `used` stays before what failed: the headers stay a chain
             raise
-        segment.used = first + count
-        copies.append(_Copies(write, at, count, segment, slot, header_check, segment.id << SLOT_BITS | first))
+        base = segment.id << SLOT_BITS
+        if frames is None:
+            segment.used = first + count
+            runs = [(base | first, count)]
+        else:
+            segment.used = first + sum(frame.slots for frame in frames)
+            segment.blocks += count
+            engine.segments.settle_saved(segment)
+            runs = []
+            places = places_of(first, count, [frame.described for frame in frames])
+            done = 0
+            for frame in frames:
+                runs.append((base | places[done], frame.blocks))
+                done += frame.blocks
+        copies.append(_Copies(write, at, count, segment, slot, header_check, runs))
         hit("bypass.copied")
-        return count
 
-    def _output(self) -> Segment:
-        if self._segment is not None and self._segment.slots - self._segment.used >= 3:
-            return self._segment
-        self.seal()
-        device = self._engine.space.pick_device(Kind.MOVED, "base")
+    def _output(self, kind: Kind, least: int) -> Segment:
+        """The open segment of a kind, with room for a header and `least` slots more if a fresh one has it."""
+        segment = self._segments.get(kind)
+        if segment is not None and segment.slots - segment.used > least:
+            return segment
+        self._leave(kind)
+        device = self._engine.space.pick_device(kind, "base")
         if device is None or device.tier != "base":
             raise _NoSegmentError
-        self._segment = self._engine.log.open_segment(device, Kind.MOVED)
-        return self._segment
+        segment = self._segments[kind] = self._engine.log.open_segment(device, kind)
+        return segment
 
     def _make_true(self, copies: _Copies) -> None:
         """Log the record and let the overlay name the blocks. No checkpoint of trio in here."""
@@ -242,8 +317,10 @@ class Bypass:
         engine.append_record(Op.MOVE, segment.id, copies.slot << 32 | count, copies.header_check, extra)
         segment.last_seq = engine.log.seq
         word = Op.WRITE << 56 | write.volume.id
-        checks = write.checks[copies.start : copies.start + count]
-        write.volume.apply_batch([word, write.block + copies.start, count], checks, copies.first_address)
+        at = copies.start
+        for address, part in copies.runs:
+            write.volume.apply_batch([word, write.block + at, part], write.checks[at : at + part], address)
+            at += part
         engine.client_written_bytes += count << BLOCK_SHIFT
         self.written_bytes += count << BLOCK_SHIFT
         hit("bypass.logged")

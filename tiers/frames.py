@@ -42,9 +42,6 @@ FIRST_SLOT_LIMIT = 1 << SLOT_BITS - _START_SHIFT
 """Slots that an address can tell apart: those of the largest segment."""
 CACHE_BYTES = 16 << 20
 
-MIN_LEVEL, MAX_LEVEL = 1, 19
-"""Of zstd. Above it the memory for a compression grows out of proportion to what it gains."""
-
 
 class BadFrameError(Exception):
     """The bytes are not a frame of whole blocks."""
@@ -69,6 +66,11 @@ class Packed(NamedTuple):
     def slots(self) -> int:
         """Slots that it takes."""
         return len(self.data) >> BLOCK_SHIFT
+
+    @property
+    def described(self) -> Frame:
+        """What the frame table says of it."""
+        return Frame(self.blocks, self.slots, self.check)
 
 
 # -- addresses ---------------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ from tiers.record import (
     decode_batch,
     encode_batch,
     frame_words,
+    frames_that_fit,
     header_slots_for,
     peek_header_slots,
     places_of,
@@ -277,12 +278,7 @@ class Mover:
         at = 0
         while at < len(packed):
             segment = self._output(stream, packed[at][0].slots)
-            count = slots = blocks = 0
-            for frame, _ in packed[at:]:
-                headers = header_slots_for(blocks + frame.blocks, blocks + frame.blocks, 2 * (count + 1))
-                if segment.used + headers + slots + frame.slots > segment.slots:
-                    break
-                count, slots, blocks = count + 1, slots + frame.slots, blocks + frame.blocks
+            count = frames_that_fit([frame for frame, _ in packed[at:]], segment.slots - segment.used)
             part = packed[at : at + count]
             if not part:
                 left_over += packed[at][1]
@@ -292,7 +288,7 @@ class Mover:
                 stream,
                 segment,
                 [candidate for _, group in part for candidate, _ in group],
-                [Frame(frame.blocks, frame.slots, frame.check) for frame, _ in part],
+                [frame.described for frame, _ in part],
                 [frame.data for frame, _ in part],
             )
             at += count

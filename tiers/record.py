@@ -71,13 +71,13 @@ durable_seq that it had been durable (see recovery).
 
 import struct
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
 from tiers.errors import TierError
-from tiers.frames import FIRST_SLOT_LIMIT, MAX_FRAME_BLOCKS, Frame, place_in_frame
+from tiers.frames import FIRST_SLOT_LIMIT, MAX_FRAME_BLOCKS, Frame, Packed, place_in_frame
 from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, MAX_SEGMENT_BYTES, MAX_SEGMENT_ID, MAX_SEQ, check_of
 from tiers.names import MAX_VOLUME_BYTES, validate_name, validate_volume_size
 
@@ -361,6 +361,17 @@ def places_of(first_slot: int, block_count: int, frames: Iterable[Frame] | None)
         places += range(start, start + frame.blocks)
         first_slot += frame.slots
     return places
+
+
+def frames_that_fit(frames: Sequence[Packed], room: int) -> int:
+    """How many of these frames, from the first on, a batch of at most `room` slots holds, whatever their blocks are."""
+    count = slots = blocks = 0
+    for frame in frames:
+        slots, blocks = slots + frame.slots, blocks + frame.blocks
+        if slots + header_slots_for(blocks, blocks, 2 * (count + 1)) > room:
+            break
+        count += 1
+    return count
 
 
 def frame_words(frames: Iterable[Frame]) -> list[int]:

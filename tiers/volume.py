@@ -227,7 +227,10 @@ class Volume:
             segment = self._segments[address >> 24]
             count = self._preadv(segment.fd, [into], segment.base + ((address & SLOT_MASK) << BLOCK_SHIFT), RWF_NOWAIT)
         except (OSError, KeyError):
-            return self._read_kept_frame_now(address, [check], into)
+            if not self._read_kept_frame_now(address, [check], into):
+                return False
+            self._note_read(block)
+            return True
         # A mismatch is not judged here: `read` looks again, on the device.
         if count == BLOCK_BYTES and check_of(into) == check:
             self._note_read(block)

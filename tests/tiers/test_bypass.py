@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import random
 from collections.abc import AsyncIterator
 
 import pytest
@@ -15,6 +16,7 @@ from tiers import Pool, TierError, Volume
 from tiers.bypass import LEAST_BYTES, Bypass
 from tiers.layout import BLOCK_BYTES, SLOT_BITS
 from tiers.policy import Policy
+from tiers.record import Kind
 
 PIECE = 128 << 10
 SIZE = 3 << 20
@@ -34,6 +36,9 @@ async def opened(machine: Machine, policy: Policy = STREAMS) -> AsyncIterator[tu
 
 
 def piece(number: int, length: int = PIECE) -> bytes:
+    """Every third can't be compressed."""
+    if number % 3 == 2:
+        return random.Random(number).randbytes(length)
     return (number + 1).to_bytes(8, "little") * (length // 8)
 
 
@@ -64,6 +69,74 @@ def test_a_stream_goes_to_base_once_it_is_long_and_is_durable_when_it_is_answere
         machine.power_cut()
         async with machine.open() as pool:
             assert (await read_all(pool.volume("v")))[: 20 * PIECE] == b"".join(map(piece, range(20)))
+            await require_sound(pool)
+
+    machine.run(main)
+
+
+def kind_at(volume: Volume, offset: int) -> Kind:
+    entry = volume.entry_now(offset // BLOCK_BYTES)
+    assert entry is not None
+    return volume._segments[entry[0] >> SLOT_BITS].kind
+
+
+def test_what_can_be_compressed_is_packed_on_its_way() -> None:
+    machine = machine_of()
+
+    async def main() -> None:
+        async with opened(machine) as (pool, volume, bypass):
+            await stream(volume, 20)
+            assert bypass.written_bytes == 18 * PIECE
+            kinds = [kind_at(volume, number * PIECE) for number in range(2, 20)]
+            assert kinds == [Kind.MOVED if number % 3 == 2 else Kind.PACKED for number in range(2, 20)]
+            # A large write is packed in pieces; what is compressed and what isn't take turns.
+            data = piece(0, 40 * BLOCK_BYTES) + piece(2, 70 * BLOCK_BYTES) + piece(1, 18 * BLOCK_BYTES)
+            assert not volume.write_now([(20 * PIECE, data)])
+            await volume.write(20 * PIECE, data)
+            assert tier_at(volume, 20 * PIECE) == "base"
+            written = b"".join(map(piece, range(20))) + data
+            assert (await read_all(volume))[: len(written)] == written
+            await volume.flush()
+            machine.stop()
+        machine.power_cut()
+        async with machine.open() as pool:
+            assert (await read_all(pool.volume("v")))[: len(written)] == written
+            await require_sound(pool)
+            live = pool._engine.segments.live
+            assert live == len(written) // BLOCK_BYTES
+            assert pool._engine.segments.saved > live // 3
+
+    machine.run(main)
+
+
+def test_a_stream_whose_policy_says_so_is_not_packed() -> None:
+    machine = machine_of()
+    policy = Policy(placement="base", stream_cutoff_bytes=256 << 10, compression_level=0)
+
+    async def main() -> None:
+        async with opened(machine, policy) as (pool, volume, bypass):
+            await stream(volume, 20)
+            assert bypass.written_bytes == 18 * PIECE
+            assert {kind_at(volume, number * PIECE) for number in range(2, 20)} == {Kind.MOVED}
+            assert pool._engine.segments.saved == 0
+
+    machine.run(main)
+
+
+def test_a_base_with_tiny_segments_gets_what_no_frame_fits_into_raw() -> None:
+    machine = machine_of(Disk("fast", 60), Disk("base", 200, 64 << 10))
+    rng = random.Random(1)
+
+    async def main() -> None:
+        async with opened(machine) as (pool, volume, _):
+            await stream(volume, 4)
+            data = b"".join(rng.randbytes(2800) + bytes(BLOCK_BYTES - 2800) for _ in range(96))  # frames of 22 slots
+            assert not volume.write_now([(4 * PIECE, data)])
+            await volume.write(4 * PIECE, data)
+            assert kind_at(volume, 4 * PIECE) is Kind.MOVED and tier_at(volume, 4 * PIECE) == "base"
+            written = b"".join(map(piece, range(4))) + data
+            assert (await read_all(volume))[: len(written)] == written
+            await pool.checkpoint()
             await require_sound(pool)
 
     machine.run(main)
