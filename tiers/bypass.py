@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from tiers.device import Device
 from tiers.errors import TierError
 from tiers.failpoint import hit
 from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, SLOT_BITS, ZERO_CHECK, check_of
@@ -151,6 +152,11 @@ class Bypass:
             self._engine.segments.changed.add(self._segment.id)
             self._segment = None
 
+    def leave(self, device: Device) -> None:
+        """Leave the open segment if it is on this device, but not while copies are on their way into it."""
+        if self._segment is not None and self._segment.device is device and not self._segment.pins:
+            self.seal()
+
     async def _round(self, writes: list[_Write]) -> None:
         copies: list[_Copies] = []
         try:
@@ -222,8 +228,9 @@ class Bypass:
         return count
 
     def _output(self) -> Segment:
-        if self._segment is not None and self._segment.slots - self._segment.used >= 3:
-            return self._segment
+        segment = self._segment
+        if segment is not None and segment.slots - segment.used >= 3 and segment.device.state == "online":
+            return segment
         self.seal()
         device = self._engine.space.pick_device(Kind.MOVED, "base")
         if device is None or device.tier != "base":
