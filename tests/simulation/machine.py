@@ -310,6 +310,8 @@ class Machine:
         """Steps of tasks until the crash."""
         self.crash_at: tuple[str, int] | None = None
         """The failpoint at which to crash, and how often it is to be passed before."""
+        self.on_hit: dict[str, Callable[[], None]] = {}
+        """What is to happen at a failpoint."""
         self.hits: Counter[str] = Counter()
         """How often each failpoint was come to."""
         self.digest: Any = None
@@ -368,6 +370,8 @@ class Machine:
             return
         self.note("at", name)
         self.hits[name] += 1
+        if name in self.on_hit:
+            self.on_hit[name]()
         if self.crash_at is not None and self.crash_at[0] == name:
             if self.crash_at[1] == 0:
                 self.stop()

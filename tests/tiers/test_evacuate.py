@@ -24,6 +24,11 @@ THREE = (Disk("fast", 30), Disk("fast", 30), Disk("base", 60))
 SETTINGS = PoolSettings(checkpoint_interval_s=1e6, overlay_entries=4096, unsynced_cap_bytes=8 << 20)
 
 
+async def dawdle(offset: int, length: int) -> None:
+    """A device that takes its time to read."""
+    await trio.sleep(50)
+
+
 async def finished(pool: Pool, path: str) -> EvacuationStatus:
     """Wait until an evacuation is over."""
     with trio.fail_after(600):
@@ -55,7 +60,7 @@ async def filled(machine: Machine) -> AsyncIterator[tuple[Pool, bytes]]:
         yield pool, await fill(pool)
 
 
-# -- sound devices -------------------------------------------------------------------------------------------------------
+# -- sound devices -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
@@ -140,7 +145,7 @@ def test_nothing_new_is_put_on_a_device_that_is_being_emptied_and_cancelling_let
     async def main() -> None:
         async with filled(machine) as (pool, content):
             before = pool.status()
-            machine.media[1].before_read = lambda offset, length: trio.sleep(5)  # it takes its time
+            machine.media[1].before_read = dawdle
             engine = pool._engine
             engine.space.kick_cleaner.set()
             base = engine.devices[1]
@@ -190,7 +195,7 @@ def test_an_evacuation_that_a_restart_interrupts_goes_on_by_itself() -> None:
 
     async def main() -> None:
         async with filled(machine) as (pool, content):
-            machine.media[0].before_read = lambda offset, length: trio.sleep(50)
+            machine.media[0].before_read = dawdle
             await pool.evacuator.start(path)
         machine.media[0].before_read = None
         async with machine.open() as pool:
@@ -201,8 +206,8 @@ def test_an_evacuation_that_a_restart_interrupts_goes_on_by_itself() -> None:
     machine.run(main)
 
 
-@pytest.mark.parametrize("countdown", range(5, 400, 23))
-def test_a_crash_at_any_point_is_sound_and_the_evacuation_goes_on(countdown: int) -> None:
+def crash_while_evacuating(countdown: int, *, ending: bool = False) -> None:
+    """The machine goes down after so many operations of an evacuation (or of its end); the next life completes it."""
     machine = machine_with(THREE, seed=countdown)
     path = machine.media[countdown % 3].path
     content = b""
@@ -214,11 +219,15 @@ def test_a_crash_at_any_point_is_sound_and_the_evacuation_goes_on(countdown: int
         began = False
         with contextlib.suppress(PowerCutError):
             async with machine.open() as pool:
-                machine.countdown = countdown
+                if ending:
+                    machine.on_hit["evacuate.removing"] = lambda: setattr(machine, "countdown", countdown)
+                else:
+                    machine.countdown = countdown
                 await pool.evacuator.start(path)
                 began = True
                 await finished(pool, path)
         machine.countdown = None
+        machine.on_hit.clear()
         if machine.is_off:
             machine.power_cut()
         async with machine.open() as pool:
@@ -234,7 +243,17 @@ def test_a_crash_at_any_point_is_sound_and_the_evacuation_goes_on(countdown: int
     machine.run(main)
 
 
-# -- failing devices -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("countdown", range(1, 16))
+def test_a_crash_while_a_device_is_removed_is_sound(countdown: int) -> None:
+    crash_while_evacuating(countdown, ending=True)
+
+
+@pytest.mark.parametrize("countdown", range(5, 300, 12))
+def test_a_crash_at_any_point_is_sound_and_the_evacuation_goes_on(countdown: int) -> None:
+    crash_while_evacuating(countdown)
+
+
+# -- failing devices ---------------------------------------------------------------------------------------------------
 
 
 def places_of(pool: Pool, index: int, kinds: Sequence[Kind]) -> list[int]:
@@ -290,14 +309,12 @@ def test_a_failing_device_is_emptied_of_what_still_reads_and_the_rest_is_listed(
     machine.run(main)
 
 
-# -- lost devices --------------------------------------------------------------------------------------------------------
+# -- lost devices ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("disks", [TWO, THREE, (Disk("fast", 60), Disk("fast", 60))])
-def test_a_device_lost_for_good_costs_what_was_only_there_and_everything_else_lives(
-    disks: Sequence[Disk], seed: int
-) -> None:
+def lose_a_device(seed: int) -> None:
+    """A pool that was left in good order loses a device for good."""
+    disks = (TWO, THREE, (Disk("fast", 60), Disk("fast", 60)))[seed % 3]
     machine = machine_with(disks, seed=seed)
     rng = random.Random(seed)
 
@@ -306,7 +323,7 @@ def test_a_device_lost_for_good_costs_what_was_only_there_and_everything_else_li
             engine = pool._engine
             await fill(pool, "deleted", 60, seed=9)
             await fill(pool, "trimmed", 60, seed=8)
-            if seed % 2:
+            if seed % 2 or len(disks) == 2:
                 # So that base devices have data, and map pages.
                 for segment in list(engine.segments.by_id.values()):
                     if segment.kind is Kind.LOG and not segment.open and rng.random() < 0.6:
@@ -361,12 +378,17 @@ def test_a_device_lost_for_good_costs_what_was_only_there_and_everything_else_li
     machine.run(main)
 
 
+@pytest.mark.parametrize("seed", range(18))
+def test_a_device_lost_for_good_costs_what_was_only_there_and_everything_else_lives(seed: int) -> None:
+    lose_a_device(seed)
+
+
 def test_a_device_that_held_the_newest_log_is_given_up_only_with_the_log() -> None:
     machine = machine_with(THREE)
 
     async def main() -> None:
         with contextlib.suppress(PowerCutError):
-            async with filled(machine) as (pool, content):
+            async with filled(machine) as (pool, _):
                 await pool.volume("v").write(0, b"x" * BLOCK_BYTES)
                 await pool.volume("v").flush()
                 index = pool._engine.log.head.device.index
