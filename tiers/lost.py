@@ -16,7 +16,6 @@ from tiers.errors import TierError
 from tiers.label import Label, Tier
 from tiers.layout import LABEL_AREA_BYTES
 
-
 T = TypeVar("T")
 
 

@@ -364,11 +364,7 @@ class Mover:
         """The open segment of a stream, with room for a header and `least` slots more if a fresh one has it."""
         tier, _, packed = stream
         segment = self._outputs.get(stream)
-        if (
-            segment is not None
-            and segment.slots - segment.used > least
-            and segment.device.state == "online"
-        ):
+        if segment is not None and segment.slots - segment.used > least and segment.device.state == "online":
             return segment
         self._seal(stream)
         kind = Kind.PACKED if packed else Kind.MOVED
