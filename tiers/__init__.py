@@ -2,9 +2,12 @@
 
 from tiers.check import CheckReport
 from tiers.errors import TierError
+from tiers.evacuate import EvacuationStatus
+from tiers.losses import Loss
 from tiers.names import validate_name, validate_volume_size
+from tiers.newdevices import DeviceSpec
 from tiers.policy import Policy, PolicyError
-from tiers.pool import DeviceSpec, DeviceStatus, Pool, PoolStatus, VolumeStatus
+from tiers.pool import DeviceStatus, Pool, PoolStatus, VolumeStatus
 from tiers.rebuild import Rebuilt, rebuild_catalog
 from tiers.scrub import DeviceScrub, ScrubStatus
 from tiers.scrubstate import Damage, Result
@@ -17,6 +20,8 @@ __all__ = [
     "DeviceScrub",
     "DeviceSpec",
     "DeviceStatus",
+    "EvacuationStatus",
+    "Loss",
     "Policy",
     "PolicyError",
     "Pool",

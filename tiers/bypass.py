@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from tiers.device import Device
 from tiers.errors import TierError
 from tiers.failpoint import hit
 from tiers.frames import MAX_FRAME_BLOCKS, Buffer, Packed, pack_all
@@ -159,6 +160,12 @@ class Bypass:
             segment.open = False
             self._engine.segments.changed.add(segment.id)
 
+    def leave(self, device: Device) -> None:
+        """Leave the open segments that are on this device, but not while copies are on their way into them."""
+        for kind, segment in list(self._segments.items()):
+            if segment.device is device and not segment.pins:
+                self._leave(kind)
+
     async def _round(self, writes: list[_Write]) -> None:
         copies: list[_Copies] = []
         try:
@@ -297,7 +304,7 @@ class Bypass:
     def _output(self, kind: Kind, least: int) -> Segment:
         """The open segment of a kind, with room for a header and `least` slots more if a fresh one has it."""
         segment = self._segments.get(kind)
-        if segment is not None and segment.slots - segment.used > least:
+        if segment is not None and segment.slots - segment.used > least and segment.device.state == "online":
             return segment
         self._leave(kind)
         device = self._engine.space.pick_device(kind, "base")

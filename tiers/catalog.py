@@ -170,7 +170,7 @@ def judge_state(state: State) -> None:
     _within("log_prev_check", position.log_prev_check, 0, _U64)
     _within("next_segment_id", position.next_segment_id, 0, MAX_SEGMENT_ID + 1)
     _within("next_volume_id", position.next_volume_id, 0, 1 << 56)
-    if not state.devices:
+    if all(device.state == "removed" for device in state.devices):
         raise ValueError("it names no device")
     places: dict[int, int] = {}
     slots: dict[int, int] = {}
@@ -188,6 +188,8 @@ def judge_state(state: State) -> None:
             _text(f"{what}: the reason of the poison", device.poisoned)
         _within(f"{what}: segment_bytes", device.segment_bytes, BLOCK_BYTES, MAX_SEGMENT_BYTES)
         _within(f"{what}: size_bytes", device.size_bytes, LABEL_AREA_BYTES, MAX_DEVICE_BYTES)
+        if device.state == "removed":
+            continue  # nothing may lie there
         places[device.index] = (device.size_bytes - LABEL_AREA_BYTES) // device.segment_bytes
         slots[device.index] = device.segment_bytes // BLOCK_BYTES
     names: set[str] = set()

@@ -31,8 +31,10 @@ import trio
 
 from tiers.device import read_what_can_be_read
 from tiers.frames import INDEX_BITS, MAX_FRAME_BLOCKS
-from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, FIRST_ADDRESS, SLOT_BITS, SLOT_MASK, UNMAPPED
+from tiers.layout import BAD, BLOCK_BYTES, BLOCK_SHIFT, FIRST_ADDRESS, SLOT_BITS, SLOT_MASK
+from tiers.losses import MAX_RANGES
 from tiers.maptree import FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL, read_pages
+from tiers.overlay import RangeSet
 from tiers.record import (
     MAX_HEADER_SLOTS,
     BadRecordError,
@@ -108,8 +110,9 @@ async def check_pool(engine: "Engine", checkpointer: "Checkpointer", *, full: bo
             report.problem(problem)
     finally:
         checkpointer.let_go()
+    walk.tell_losses()
     every = 1 if full else SAMPLE_EVERY
-    named = walk.named()
+    named = [(segment, highest) for segment, highest in walk.named() if segment.device.state != "lost"]
     sealed = [(segment, highest) for segment, highest in named if not segment.open and not segment.damaged][::every]
     leaf_count = sum(-(-count // every) for count in walk.leaf_counts)
     total = (leaf_count * FANOUT + sum(highest for _, highest in sealed)) * BLOCK_BYTES
@@ -133,6 +136,39 @@ async def check_pool(engine: "Engine", checkpointer: "Checkpointer", *, full: bo
         await _check_data(volume, every, report, advance)
     progress(total, total)
     return report
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """What is counted and isn't there, because a map page was lost that named it."""
+
+    live: dict[int, int]
+    """Blocks too many, by segment id."""
+    mapped: "list[tuple[Volume, int]]"
+
+
+async def find_leaks(engine: "Engine", checkpointer: "Checkpointer") -> Leaks | None:
+    """Count anew; list what is lost in `engine.losses` on the way. None if that can't be done now, or not soundly.
+
+    What is found stays true: nothing names what leaked, so nothing will ever count it down.
+    """
+    for attempt in itertools.count():
+        await checkpointer.checkpoint()
+        async with _moment(engine, checkpointer, holding=attempt == UNDISTURBED_ATTEMPT) as moment:
+            if len(moment.dead) or checkpointer.waiting_deletes():
+                return None  # what is being given back is counted still
+            try:
+                walk = _Walk(engine, moment, CheckReport())
+                await walk.run(may_give_way=attempt < UNDISTURBED_ATTEMPT)
+            except _GiveWayError:
+                continue
+        if walk.unread:
+            return None  # what lies below a page that can't be read now may be there again later
+        walk.tell_losses()
+        excess = moment.live - walk.found
+        rows = np.flatnonzero(excess * ~moment.is_copy).tolist()
+        return Leaks({int(moment.ids[row]): int(excess[row]) for row in rows}, walk.mapped_too_many)
+    raise AssertionError("the last attempt gives way to nobody")
 
 
 # -- the moment --------------------------------------------------------------------------------------------
@@ -232,7 +268,14 @@ class _Walk:
         self._report = report
         self._may_give_way = False
         self._pinned = [segment for segment in moment.segments if segment.kind is Kind.MAP]
-        self._found = np.zeros(len(moment.ids), np.int64)
+        self.found = np.zeros(len(moment.ids), np.int64)
+        """Blocks that are mapped, by segment."""
+        self.unread = 0
+        """Pages that could not be read: what lies below them was not seen."""
+        self.mapped_too_many: list[tuple[Volume, int]] = []
+        self._lost: dict[Volume, RangeSet] = {}
+        self._lost_blocks: dict[Volume, int] = {}
+        self._volume: Volume | None = None
         self._highest = np.zeros(len(moment.ids), np.int64)
         # Bit of a segment's slot 0, over all segments; on whole bytes, so that parts end on them.
         bits = np.where(moment.is_packed, MAX_FRAME_BLOCKS, 1) * moment.used
@@ -266,21 +309,24 @@ class _Walk:
         owing = set(np.unique(moment.dead[:, 3]).tolist())
         for volume, root, mapped in moment.roots:
             entries = np.array([(*root, 0)] if root[0] else [], np.uint64).reshape(-1, 3)
+            self._volume = volume
             leaves, found = await self._subtree(volume.name, entries, ROOT_LEVEL)
+            self._volume = None
             if self._first_part:
                 self.leaf_counts.append(leaves)
                 report.volumes += 1
                 report.blocks_mapped += found
                 if found != mapped and volume.id not in owing:
+                    self.mapped_too_many.append((volume, mapped - found))
                     report.problem(f"{volume.name}: the catalog counts {mapped} mapped blocks, its map has {found}")
         for level in range(ROOT_LEVEL + 1):
             rows = moment.dead[moment.dead[:, 2] == level][:, [0, 1, 3]]
             await self._subtree("a deleted range", rows, level, is_dead=True)
         if self._first_part:
-            for at in np.flatnonzero(self._found != moment.live).tolist():
+            for at in np.flatnonzero(self.found != moment.live).tolist():
                 report.problem(
                     f"segment {moment.ids[at]}: {moment.live[at]} blocks are counted as live, "
-                    f"{self._found[at]} are mapped"
+                    f"{self.found[at]} are mapped"
                 )
 
     async def _check_table(self) -> None:
@@ -315,6 +361,10 @@ class _Walk:
     async def _subtree(self, name: str, entries: U64, level: int, *, is_dead: bool = False) -> tuple[int, int]:
         """Check pages, rows of (address, check, index), and all below; return how many leaves and blocks they map."""
         leaves = mapped = 0
+        lost = entries[:, 0] == BAD
+        if lost.any():
+            self._note_lost(entries[lost, 2], FANOUT_BITS * (level + 1))
+            entries = entries[~lost]
         for start in range(0, len(entries), CHUNK_PAGES):
             part = entries[start : start + CHUNK_PAGES]
             self._give_way()
@@ -327,7 +377,11 @@ class _Walk:
             if level == 0:
                 self._place(words[used], name, is_map=False, is_dead=is_dead)
                 leaves += len(pages)
-                mapped += len(used[0])
+                rows, columns = np.nonzero(words[:, :FANOUT] == BAD)
+                mapped += len(used[0]) - len(rows)
+                if len(rows):
+                    first = np.array(indices, np.uint64)[rows] << np.uint64(FANOUT_BITS)
+                    self._note_lost(first | columns.astype(np.uint64), 0)
             await trio.lowlevel.checkpoint()
             if level:
                 index = np.array(indices, np.uint64)[used[0]] << np.uint64(FANOUT_BITS) | used[1].astype(np.uint64)
@@ -350,9 +404,41 @@ class _Walk:
                     pages += await read_pages(segments, [(address, check)], f"of {name}, level {level}, index {index}")
                     indices.append(index)
                 except OSError as error:
+                    self.unread += 1
                     if self._first_part:
                         self._report.problem(str(error))
             return pages, indices
+
+    def _note_lost(self, indices: U64, shift: int) -> None:
+        """Blocks, or with `shift` ranges of blocks, of the volume in hand are BAD."""
+        volume = self._volume
+        if volume is None or not self._first_part:
+            return
+        end = volume.size_bytes + BLOCK_BYTES - 1 >> BLOCK_SHIFT
+        ranges = self._lost.setdefault(volume, RangeSet())
+        # In runs: a lost device may have taken millions.
+        breaks = np.flatnonzero(np.diff(indices) != 1) + 1
+        for run in np.split(indices, breaks):
+            start, stop = int(run[0]) << shift, min(int(run[-1]) + 1 << shift, end)
+            if start < stop:
+                self._lost_blocks[volume] = self._lost_blocks.get(volume, 0) + stop - start
+                if len(ranges) < MAX_RANGES:
+                    ranges.add(start, stop)
+
+    def tell_losses(self) -> None:
+        """Report what was lost, range by range, and list it for the pool's status."""
+        losses = self._engine.losses
+        losses.clear()
+        for volume, ranges in self._lost.items():
+            blocks = 0
+            for start, stop in zip(ranges.starts, ranges.ends, strict=True):
+                losses.add(volume.id, start, stop - start)
+                blocks += stop - start
+                what = "the block was" if stop - start == 1 else f"{stop - start} blocks were"
+                self._report.problem(f"{volume.name} at byte {start << BLOCK_SHIFT}: {what} lost to a device error")
+            if blocks < self._lost_blocks.get(volume, 0):
+                more = self._lost_blocks[volume] - blocks
+                self._report.problem(f"{volume.name}: {more} more blocks were lost to a device error")
 
     def _place(self, addresses: U64, name: str, *, is_map: bool, is_dead: bool) -> None:
         """Count addresses by segment; each must lie in the written part of one of the right kind, and be unique.
@@ -385,7 +471,7 @@ class _Walk:
             for segment_id in np.unique(ids[outside]):
                 report.problem(f"{name}: entries point past what was written of segment {segment_id}")
             touched, counts = np.unique(rows[known], return_counts=True)
-            self._found[touched] += counts
+            self.found[touched] += counts
             if not is_dead:
                 np.maximum.at(self._highest, rows[known & ~outside], last[known & ~outside])
         here = known & ~outside & (rows >= self._part[0]) & (rows < self._part[1])
@@ -425,7 +511,7 @@ async def _check_segment_headers(engine: "Engine", segments: "list[Segment]") ->
     """Slot 0 of every segment with live blocks says what the table says. Returns those where it doesn't, and why."""
     by_id = engine.segments.by_id
     suspects: dict[int, str] = {}
-    for device in engine.devices:
+    for device in list(engine.devices):
         live = [segment for segment in segments if segment.device is device]
         for start in range(0, len(live), CHUNK_PAGES):
             part = [segment for segment in live[start : start + CHUNK_PAGES] if by_id.get(segment.id) is segment]
@@ -573,7 +659,7 @@ async def _leaves(volume: "Volume") -> AsyncGenerator[list[int], None]:
     What lies below a damaged page is passed over: the walk has named it.
     """
     at = 0  # index of the next level-1 page
-    while at < 1 << FANOUT_BITS * (ROOT_LEVEL - 1) and not volume.deleted and volume.tree.root[0]:
+    while at < 1 << FANOUT_BITS * (ROOT_LEVEL - 1) and not volume.deleted and volume.tree.root[0] > BAD:
         for level in range(ROOT_LEVEL, 0, -1):
             index = at >> FANOUT_BITS * (level - 1)
             try:
@@ -582,13 +668,13 @@ async def _leaves(volume: "Volume") -> AsyncGenerator[list[int], None]:
                 at = index + 1 << FANOUT_BITS * (level - 1)
                 break
             if level == 1:
-                yield [index << FANOUT_BITS | slot for slot in range(FANOUT) if page[slot]]
+                yield [index << FANOUT_BITS | slot for slot in range(FANOUT) if page[slot] > BAD]
                 at += 1
                 break
             shift = FANOUT_BITS * (level - 2)
             slot = at >> shift & FANOUT_MASK
-            if not page[slot]:
-                skipped = next((more for more in range(1, FANOUT - slot) if page[slot + more]), FANOUT - slot)
+            if page[slot] <= BAD:
+                skipped = next((more for more in range(1, FANOUT - slot) if page[slot + more] > BAD), FANOUT - slot)
                 at = (at >> shift) + skipped << shift
                 break
         await trio.lowlevel.checkpoint()
@@ -597,7 +683,7 @@ async def _leaves(volume: "Volume") -> AsyncGenerator[list[int], None]:
 def _mapped_runs(addresses: list[int]) -> list[tuple[int, int]]:
     runs: list[tuple[int, int]] = []
     for i, address in enumerate(addresses):
-        if address != UNMAPPED:
+        if address > BAD:  # what was lost before is told of already
             if runs and runs[-1][0] + runs[-1][1] == i:
                 runs[-1] = (runs[-1][0], runs[-1][1] + 1)
             else:

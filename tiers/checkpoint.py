@@ -32,7 +32,7 @@ from tiers.catalog import Change, DeadRow, Position, SegmentRow, VolumeRow, devi
 from tiers.copies import CopyWriter
 from tiers.errors import TierError
 from tiers.failpoint import hit
-from tiers.layout import BLOCK_BYTES
+from tiers.layout import BAD, BLOCK_BYTES, FIRST_ADDRESS, SLOT_BITS
 from tiers.maptree import (
     EMPTY_PAGE,
     FANOUT,
@@ -124,6 +124,11 @@ def _copied_page(data: memoryview, row: int) -> Page:
     return page_of(bytes(data[row * BLOCK_BYTES : (row + 1) * BLOCK_BYTES]))
 
 
+def _mapped(addresses: U64) -> int:
+    """How many of these entries have data: not those of holes and of lost blocks."""
+    return int(np.count_nonzero(addresses > np.uint64(BAD)))
+
+
 def _count(counts: dict[int, int], addresses: U64, sign: int) -> None:
     ids, numbers = np.unique(addresses >> np.uint64(24), return_counts=True)
     for segment_id, number in zip(ids.tolist(), numbers.tolist(), strict=True):
@@ -148,6 +153,8 @@ class Checkpointer:
         self._failures = 0
         self._taken_changes: set[int] = set()
         self._taken_gone: set[int] = set()
+        self._kept_ids: U64 | None = None
+        """While a device is lost: the segments that are not on it."""
         self._writing: trio.Nursery
 
     async def run(self) -> None:
@@ -265,6 +272,12 @@ class Checkpointer:
         hit("checkpoint.frozen")
         merge = Merge()
         self._taken_changes, self._taken_gone = set(), set()
+        segments = self._engine.segments
+        self._kept_ids = None
+        if any(device.state == "lost" for device in segments.devices):
+            # All that frozen overlays and committed trees may name is there by now.
+            kept = [segment.id for segment in segments.by_id.values() if segment.device.state != "lost"]
+            self._kept_ids = np.array(sorted(kept), np.uint64)
         for item in frozen.volumes:
             item.volume.tree.loaded = set()
             merge.mapped[item.volume.id] = item.volume.tree.mapped_blocks
@@ -430,9 +443,11 @@ class Checkpointer:
             merge.count_live(old, -1)
             merge.count_live(addresses[lo:hi], +1)
             if level == 0:
-                merge.mapped[volume.id] += int(np.count_nonzero(addresses[lo:hi])) - int(np.count_nonzero(old))
+                merge.mapped[volume.id] += _mapped(addresses[lo:hi]) - _mapped(old)
             if patches:
                 self._apply_patches(volume, patches, page_indices, matrix, merge)
+            if self._kept_ids is not None and level == 0:
+                self._give_up_lost(volume, matrix, merge)
             kept = np.flatnonzero(matrix[:, :FANOUT].any(axis=1))
             indices_kept = page_indices
             if len(kept) < len(page_indices):
@@ -509,7 +524,19 @@ class Checkpointer:
         matrix[rows, :FANOUT], matrix[rows, FANOUT:] = addresses, checks
         merge.count_live(old, -1)
         merge.count_live(new, +1)
-        merge.mapped[volume.id] += int(np.count_nonzero(new)) - int(np.count_nonzero(old))
+        merge.mapped[volume.id] += _mapped(new) - _mapped(old)
+
+    def _give_up_lost(self, volume: Volume, matrix: U64, merge: Merge) -> None:
+        """While a device is lost: leaf entries that name a place on it, or a segment that isn't there, become BAD."""
+        assert self._kept_ids is not None
+        addresses, checks = matrix[:, :FANOUT], matrix[:, FANOUT:]
+        lost = (addresses >= np.uint64(FIRST_ADDRESS)) & ~np.isin(addresses >> np.uint64(SLOT_BITS), self._kept_ids)
+        if lost.any():
+            merge.count_live(addresses[lost], -1)
+            merge.mapped[volume.id] -= int(np.count_nonzero(lost))
+            addresses[lost] = BAD
+            checks[lost] = 0
+            hit("checkpoint.given_up")
 
     @staticmethod
     def _detach(volume: Volume, level: int, cut: set[int], indices: list[int], matrix: U64, merge: Merge) -> None:
@@ -520,7 +547,7 @@ class Checkpointer:
             if row is not None:
                 column = key & FANOUT_MASK
                 address = int(matrix[row, column])
-                if address:
+                if address >= FIRST_ADDRESS:
                     merge.dead[address] = (int(matrix[row, FANOUT + column]), level - 1, volume.id)
                     hit("checkpoint.detached")
                 matrix[row, column] = matrix[row, FANOUT + column] = 0
@@ -533,7 +560,7 @@ class Checkpointer:
         merge.count_pending(addresses, -1)
         self._forget_patches(volume.active, merge)
         address, check = volume.tree.root
-        if address:
+        if address >= FIRST_ADDRESS:
             merge.dead[address] = (check, ROOT_LEVEL, volume.id)
 
     async def _walk_dead(self, merge: Merge) -> None:
@@ -552,11 +579,11 @@ class Checkpointer:
             budget -= len(slice_)
             pages = await self._read_dead(slice_)
             for (address, (_, level, volume_id)), page in zip(slice_, pages, strict=True):
+                merge.live[address >> 24] -= 1
                 if page is None:
                     continue
-                merge.live[address >> 24] -= 1
                 words = np.frombuffer(page, np.uint64)
-                used = np.flatnonzero(words[:FANOUT])
+                used = np.flatnonzero(words[:FANOUT] > np.uint64(BAD))
                 if level == 0:
                     merge.count_live(words[used], -1)
                     if volume_id in merge.mapped:
@@ -643,7 +670,7 @@ class Checkpointer:
                 )
         change.dead_added = [_dead_row(address, value) for address, value in merge.dead.items()]
         change.dead_removed = merge.dead_removed
-        change.devices = [device_row(device) for device in engine.devices]
+        change.devices = [*map(device_row, engine.devices), *engine.removed_devices]
         return change
 
     @staticmethod
@@ -712,7 +739,7 @@ class Checkpointer:
         if frozen.log_was_broken:
             engine.log.broken = False  # not before: the older copy doesn't lead to the new head
         for device in engine.devices:
-            if not device.poisoned:
+            if not device.poisoned and device.state != "lost":
                 try:
                     device.write_label(device.label.next(checkpoint_seq=frozen.seq))
                 except OSError as error:

@@ -82,8 +82,8 @@ class Cleaner:
                 victims = self._victims(move)
             try:
                 for victim in victims:
-                    if engine.segments.by_id.get(victim.id) is not victim:
-                        continue  # a checkpoint freed it meanwhile
+                    if engine.segments.by_id.get(victim.id) is not victim or victim.device.state != "online":
+                        continue  # a checkpoint freed it meanwhile, or an evacuation moves it
                     await self.mover.move_segment(victim, move.destination)
                     moved = True
                     if not victim.given_out:
@@ -120,6 +120,7 @@ class Cleaner:
             for segment in engine.segments.by_id.values()
             if not segment.open
             and not (segment.damaged or segment.given_out)
+            and segment.device.state == "online"
             and segment.kind is not Kind.MAP
             and segment.last_seq <= checkpointed
             and segment.live + segment.pending > 0
@@ -147,7 +148,11 @@ class Cleaner:
     async def _clean_map(self) -> None:
         """When map segments hold much more dead than live, have the next checkpoint empty the emptiest."""
         engine = self._engine
-        sealed = [s for s in engine.segments.by_id.values() if s.kind is Kind.MAP and not s.open and not s.damaged]
+        sealed = [
+            s
+            for s in engine.segments.by_id.values()
+            if s.kind is Kind.MAP and not s.open and not s.damaged and s.device.state == "online"
+        ]
         slots = sum(segment.slots for segment in sealed)
         live = sum(segment.live for segment in sealed)
         if slots - live <= max(live, 4 * engine.space.largest_segment_slots):

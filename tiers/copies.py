@@ -90,7 +90,8 @@ class CopyWriter:
     @property
     def behind(self) -> bool:
         """Whether the newest checkpoint, or a device that joined after it, is in no durable copy."""
-        return self._behind or len(self._mirror.tables[0]) != len(self._engine.devices)
+        engine = self._engine
+        return self._behind or len(self._mirror.tables[0]) != len(engine.devices) + len(engine.removed_devices)
 
     def begin(self, state: State) -> None:
         """A life begins with this catalog."""
@@ -107,6 +108,8 @@ class CopyWriter:
         blocks = self._bound_blocks(len(engine.segments.by_id) + len(self._open) + 1, dead)
         self._bound = blocks
         self._reserve(blocks)
+        if any(segment.device.state != "online" for segment in self._open):
+            self._seal()
         if sum(_room(segment.slots - segment.used) for segment in self._open) >= blocks:
             return
         self._seal()
@@ -125,7 +128,8 @@ class CopyWriter:
     def _bound_blocks(self, segments: int, dead: int) -> int:
         engine = self._engine
         names = ((volume.short_name, volume.policy_name) for volume in engine.volumes.values())
-        length = bound_bytes(engine.pool_name, map(device_row, engine.devices), names, segments, dead)
+        devices = [*map(device_row, engine.devices), *engine.removed_devices]
+        length = bound_bytes(engine.pool_name, devices, names, segments, dead)
         length += VOLUME_BYTES * len(engine.graveyard)  # deleted since the freeze: the copy still has them
         length += NAME_LIMIT * len(engine.volumes)  # given another policy since then: the copy still has the old name
         return -(-length // BLOCK_BYTES)
@@ -134,7 +138,8 @@ class CopyWriter:
         """Tell admission what a fresh set of segments for a full copy takes."""
         space = self._engine.space
         largest = space.largest_segment_slots
-        smallest = min(device.segment_bytes for device in self._engine.devices) // BLOCK_BYTES
+        online = [device.segment_bytes for device in self._engine.devices if device.state == "online"]
+        smallest = min(online, default=largest * BLOCK_BYTES) // BLOCK_BYTES
         space.copy_slots = max(largest, -(-blocks // _room(smallest - 1)) * smallest)
 
     def committed(self, change: Change, retired: list[int]) -> None:
@@ -248,7 +253,7 @@ class CopyWriter:
         segments = self._engine.segments
         parts: dict[int, list[Part]] = {}
         try:
-            for segment in [s for s in segments.by_id.values() if s.kind is Kind.CATALOG]:
+            for segment in [s for s in segments.by_id.values() if s.kind is Kind.CATALOG and s.device.state != "lost"]:
                 parts[segment.id] = await read_parts(segment.device, segment.index, self._engine.pool_uuid)
             chain = newest_chain(copies_in([part for found in parts.values() for part in found]))
         except (OSError, BadCopyError) as error:

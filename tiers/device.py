@@ -36,8 +36,9 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 
-DeviceState = Literal["online", "evacuating", "lost"]
-"""`evacuating`: nothing new is put there. `lost`: it is gone for good, and the operator has accepted that."""
+DeviceState = Literal["online", "evacuating", "lost", "removed"]
+"""`evacuating`: nothing new is put there. `lost`: it is gone for good, and the operator has accepted that. `removed`:
+only the catalog remembers it, so that its index is given to no other device and it isn't taken for a new one."""
 DEVICE_STATES: tuple[DeviceState, ...] = get_args(DeviceState)
 
 
@@ -80,6 +81,7 @@ class Device(Protocol):
     async def read_direct_into(self, offset: int, into: memoryview) -> None: ...
     async def sync(self) -> None: ...
     def write_label(self, label: Label) -> None: ...
+    def erase_label_now(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -281,6 +283,10 @@ class FileDevice:
         self.write(LABEL_OFFSETS[label.generation % 2], [encode_label(label).ljust(4096, b"\0")])
         self.label = label
 
+    def erase_label_now(self) -> None:
+        """Wipe both copies of the label, durably: the device is no longer part of the pool. Blocks; raises OSError."""
+        erase_labels(self.fd)
+
     def close(self) -> None:
         """Close the descriptors and give up the lock. A later use is EBADF: the numbers may be another's by then."""
         fd, self.fd = self.fd, -1
@@ -288,6 +294,13 @@ class FileDevice:
         os.close(fd)
         if direct_fd is not None:
             os.close(direct_fd)
+
+
+def erase_labels(fd: int) -> None:
+    """Wipe both copies of a label, durably. Raises OSError."""
+    for offset in LABEL_OFFSETS:
+        os.pwrite(fd, bytes(4096), offset)
+    os.fsync(fd)
 
 
 def lock_or_refuse(fd: int, path: str) -> None:
@@ -311,7 +324,8 @@ def open_device(path: Path, offload: Offload) -> FileDevice:
         raise TierError(
             errno.ENOENT,
             f"the device {path} is missing: attach it again, or restore it, then open the pool; if it has another path "
-            "now, tell it with `terrace pool check NAME --rebuild-catalog --device PATH`",
+            "now, tell it with `terrace pool check NAME --rebuild-catalog --device PATH`; if it is gone for good, "
+            f"`terrace pool evacuate NAME {path} --lost` opens the pool without it",
         ) from None
     except OSError as error:
         raise TierError(error.errno or errno.EIO, f"opening {path}: {error.strerror}") from error

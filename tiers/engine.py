@@ -10,6 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 
 from tiers.bypass import Bypass
+from tiers.catalog import DeviceRow
 from tiers.device import Device, Offload
 from tiers.errors import TierError
 from tiers.failpoint import hit
@@ -19,6 +20,7 @@ from tiers.heat import Heat
 from tiers.host import CatalogStore, Preadv
 from tiers.layout import BLOCK_MASK, BLOCK_SHIFT
 from tiers.log import Log
+from tiers.losses import Losses
 from tiers.maptree import FANOUT_BITS, ROOT_LEVEL, MapTree, PageCache
 from tiers.migration import Migration
 from tiers.policy import DEFAULT, DEFAULT_NAME, Policy
@@ -64,6 +66,9 @@ class Engine:
         self.preadv = preadv
         self.segments = SegmentTable(devices)
         self.log = Log(self.segments, pool_uuid, incarnation, seq, prev_check)
+        self.removed_devices: list[DeviceRow] = []
+        """What the catalog remembers of devices that are no longer part of the pool."""
+        self.losses = Losses()
         self.flusher = Flusher(
             self.devices,
             lambda: self.log.appended_seq,
@@ -275,8 +280,8 @@ class Engine:
         except TierError as error:
             logger.error("%s", error)
         hit("poison.recorded")
-        for other in self.devices:
-            if not other.poisoned:
+        for other in list(self.devices):
+            if not other.poisoned and other.state != "lost":
                 try:
                     other.write_label(other.label.next(poisoned=bits))
                     await other.sync()

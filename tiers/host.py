@@ -20,6 +20,7 @@ from typing import Protocol
 from tiers.catalog import CATALOG_NAME, Catalog, Change, DeviceRow, State
 from tiers.device import Device, Offload, lock_or_refuse, new_workers, open_device
 from tiers.errors import TierError
+from tiers.newdevices import DeviceSpec, label_devices, wipe_labels
 
 LOCK_NAME = "lock"
 
@@ -54,6 +55,21 @@ class Host(Protocol):
     def open_device(self, path: Path, offload: Offload) -> Device:
         """Open and lock a labelled device. Blocks; raises BadLabelError if its label can't be used, or TierError."""
 
+    def label_devices(
+        self,
+        name: str,
+        pool_uuid: bytes,
+        specs: Sequence[DeviceSpec],
+        first_index: int,
+        present: Sequence[Path],
+        *,
+        force: bool,
+    ) -> list[DeviceRow]:
+        """Check new devices of a pool, then label all of them or none. Blocks; raises TierError."""
+
+    def wipe_labels(self, paths: Sequence[Path]) -> None:
+        """Take back what `label_devices` did. Blocks."""
+
     def workers(self) -> Offload:
         """A pool's own bounded set of workers for calls that block or compute for long."""
 
@@ -75,6 +91,21 @@ class RealHost:
 
     def open_device(self, path: Path, offload: Offload) -> Device:
         return open_device(path, offload)
+
+    def label_devices(
+        self,
+        name: str,
+        pool_uuid: bytes,
+        specs: Sequence[DeviceSpec],
+        first_index: int,
+        present: Sequence[Path],
+        *,
+        force: bool,
+    ) -> list[DeviceRow]:
+        return label_devices(name, pool_uuid, list(specs), first_index, list(present), force)
+
+    def wipe_labels(self, paths: Sequence[Path]) -> None:
+        wipe_labels(paths)
 
     def workers(self) -> Offload:
         return new_workers()

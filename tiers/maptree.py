@@ -14,7 +14,7 @@ import errno
 from collections.abc import Iterable, Sequence
 
 from tiers.errors import TierError
-from tiers.layout import BLOCK_BYTES, SLOT_MASK, check_of
+from tiers.layout import BAD, BLOCK_BYTES, SLOT_MASK, check_of
 from tiers.segments import SegmentTable
 
 FANOUT_BITS = 8
@@ -27,6 +27,8 @@ Page = memoryview
 """512 words: the addresses, then the checks. Never written to."""
 
 EMPTY_PAGE: Page = memoryview(bytes(BLOCK_BYTES)).cast("Q")
+BAD_PAGE: Page = memoryview(b"".join([BAD.to_bytes(8, "little") * FANOUT, bytes(8 * FANOUT)])).cast("Q")
+"""What a page was is not known any more: every block below it is lost. So an entry BAD above says on any level."""
 
 
 def page_of(block: bytes | bytearray | memoryview) -> Page:
@@ -233,19 +235,25 @@ class MapTree:
 async def read_pages(segments: SegmentTable, entries: Sequence[tuple[int, int]], what: str) -> list[Page | None]:
     """Read and verify the pages at these (address, check) entries; None for an entry that is a hole.
 
-    Raises TierError EIO naming the device and offset of a page that fails its check.
+    A page that was given up with its device, or whose entry says BAD, is BAD_PAGE. Raises TierError EIO naming the
+    device and offset of a page that fails its check.
     """
     by_device: dict[int, list[int]] = {}
     pages: list[Page | None] = [None] * len(entries)
     for i, (address, _) in enumerate(entries):
-        if address:
+        if address == BAD or (segments.substitutes and address in segments.substitutes):
+            pages[i] = segments.substitutes.get(address, BAD_PAGE)
+        elif address:
             segment = segments.by_id.get(address >> 24)
             if segment is None:
                 raise TierError(
                     errno.EIO,
                     f"a map page {what} lies in segment {address >> 24}, which is not in use: run `terrace pool check`",
                 )
-            by_device.setdefault(segment.device.index, []).append(i)
+            if segment.device.state == "lost":
+                pages[i] = BAD_PAGE
+            else:
+                by_device.setdefault(segment.device.index, []).append(i)
     # All segments are pinned before the first wait: a checkpoint may free what is not.
     places = {i: segments.by_id[entries[i][0] >> 24] for positions in by_device.values() for i in positions}
     for place in places.values():

@@ -155,7 +155,7 @@ class MapWriter:
         if segment is not None:
             room = segment.slots - segment.used
             room -= header_slots_for(min(wanted, room), min(wanted, room))
-            if room > 0:
+            if room > 0 and segment.device.state == "online":
                 return segment, room
             self._leave(segment)
         device = self._engine.space.pick_device(Kind.MAP)

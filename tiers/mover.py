@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from tiers.device import Buffer, read_what_can_be_read
+from tiers.device import Buffer, Device, read_what_can_be_read
 from tiers.errors import TierError
 from tiers.failpoint import hit
 from tiers.frames import MAX_FRAME_BLOCKS, Frame, Packed, block_at, frame_of, pack_all, unpack_all
@@ -101,6 +101,8 @@ class Mover:
     def __init__(self, engine: "Engine") -> None:
         self.unresolved: set[int] = set()
         """Segments that were moved out of, and in which blocks may be left that are still live."""
+        self.bad_blocks = 0
+        """Blocks that could not be read, or were damaged, and are lost."""
         self._engine = engine
         self._outputs: dict[Stream, Segment] = {}
         self._staged: list[Copies] = []
@@ -151,6 +153,19 @@ class Mover:
         except DamagedMapError as error:
             victim.damaged = True
             logger.error("segment %d can't be emptied and is set aside: %s", victim.id, error)
+        finally:
+            self._unpacked.clear()
+            victim.pins -= 1
+
+    async def move_blocks(self, victim: Segment, candidates: list[Candidate], destination: str) -> None:
+        """Stage copies of those blocks of a victim that somebody else has found to be in it: in the map, say."""
+        victim.pins += 1
+        try:
+            data = await self.read_segment(victim)
+            for start in range(0, len(candidates), UNIT_BLOCKS):
+                part = candidates[start : start + UNIT_BLOCKS]
+                await self._copy(victim, data, part, lambda volume, block: (destination, "cold"))
+            await self._pack_waiting(least=1)
         finally:
             self._unpacked.clear()
             victim.pins -= 1
@@ -345,7 +360,7 @@ class Mover:
         """The open segment of a stream, with room for a header and `least` slots more if a fresh one has it."""
         tier, _, packed = stream
         segment = self._outputs.get(stream)
-        if segment is not None and segment.slots - segment.used > least:
+        if segment is not None and segment.slots - segment.used > least and segment.device.state == "online":
             return segment
         self._seal(stream)
         kind = Kind.PACKED if packed else Kind.MOVED
@@ -362,6 +377,12 @@ class Mover:
         if segment is not None:
             segment.open = False
             self._engine.segments.changed.add(segment.id)
+
+    def leave(self, device: Device) -> None:
+        """Leave output segments on a device, but for those into which copies are on their way."""
+        for stream, segment in list(self._outputs.items()):
+            if segment.device is device and not segment.pins:
+                self._seal(stream)
 
     def seal_all(self) -> None:
         """Leave the output segments: the pool is closing."""
@@ -469,6 +490,8 @@ class Mover:
             victim.place(entry[0])[0],
         )
         self._engine.segments.count_damage(entry[0])
+        self._engine.losses.add(volume.id, block)
+        self.bad_blocks += 1
         self._engine.append_record(Op.BAD, volume.id, block, 1)
         put_moved(self._engine, [(volume, block, BAD, 0)])
         hit("move.bad")

@@ -8,33 +8,37 @@ replay. A `kill -9` at any moment is as good as that, only slower to open.
 import contextlib
 import errno
 import logging
-import os
 import shutil
 import time
 import uuid as uuids
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import trio
 
-from tiers.catalog import CATALOG_NAME, Catalog, DeviceRow, Position, State, sync_directory
+from tiers.catalog import CATALOG_NAME, Catalog, DeviceRow, Position, State
 from tiers.check import CheckReport, check_pool
 from tiers.checkpoint import Checkpointer
 from tiers.cleaner import Cleaner
-from tiers.device import Device, Offload, lock_or_refuse
+from tiers.device import Device, Offload
 from tiers.engine import Engine
 from tiers.errors import TierError
+from tiers.evacuate import EvacuationStatus, Evacuator, Events, no_events
 from tiers.failpoint import hit
 from tiers.heatfile import HeatFile
 from tiers.host import REAL_HOST, CatalogStore, Host, locked
-from tiers.label import LABEL_OFFSETS, MAX_DEVICES, BadLabelError, Label, Tier, encode_label
-from tiers.layout import BLOCK_BYTES, BLOCK_MASK, BLOCK_SHIFT, LABEL_AREA_BYTES, MIN_DEVICE_BYTES, segment_bytes_for
+from tiers.label import BadLabelError, Label
+from tiers.layout import BLOCK_BYTES, BLOCK_MASK, BLOCK_SHIFT
+from tiers.losses import Loss
+from tiers.lost import LostDevice
 from tiers.names import validate_name, validate_volume_size
+from tiers.newdevices import DeviceSpec, label_devices, wipe_labels
 from tiers.overlay import HOLE
 from tiers.policy import DEFAULT_NAME, Policy
-from tiers.probe import check_usable, read_label, size_of
+from tiers.probe import read_label
 from tiers.record import Op, words_from_name
 from tiers.recorder import Recorder
 from tiers.recovery import replay, restore
@@ -48,15 +52,6 @@ logger = logging.getLogger(__name__)
 
 SHOWN_DAMAGE = 10
 """Damaged ranges in a pool's status; `Pool.scrubber.status()` has all that are kept."""
-
-
-@dataclass(frozen=True)
-class DeviceSpec:
-    """A device for a new or growing pool. `create_size_bytes`: make a sparse file of that size."""
-
-    path: Path
-    tier: Tier
-    create_size_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +116,10 @@ class PoolStatus:
     scrub: ScrubStatus
     given_up: str | None = None
     """What `truncate_log` gave up when the pool was opened."""
+    evacuations: list[EvacuationStatus] = field(default_factory=list)
+    losses: list[Loss] = field(default_factory=list)
+    """Lost byte ranges by volume; the first of them."""
+    lost_bytes: int = 0
     uncounted_frees: bool = False
     """Trims or deletions have come whose space no checkpoint has counted yet, in `pending_free_bytes` or elsewhere."""
     devices: list[DeviceStatus] = field(default_factory=list)
@@ -138,6 +137,8 @@ class Pool:
         scrubber: Scrubber,
         recorder: Recorder,
         host: Host,
+        directory: Path,
+        events: Events,
     ) -> None:
         self.name = engine.pool_name
         self.uuid = str(uuids.UUID(bytes=engine.pool_uuid))
@@ -147,6 +148,8 @@ class Pool:
         self._host = host
         self.scrubber = scrubber
         self.recorder = recorder
+        self.evacuator = Evacuator(engine, checkpointer, cleaner, events)
+        self._directory = directory
         self._ddl = trio.Lock()
         self._growth = trio.Lock()  # of its own: it is what helps where a delete waits for room
         self.replayed_batches = 0
@@ -170,9 +173,19 @@ class Pool:
     @staticmethod
     @contextlib.asynccontextmanager
     async def open(
-        directory: Path, *, settings: PoolSettings | None = None, truncate_log: bool = False, host: Host = REAL_HOST
+        directory: Path,
+        *,
+        settings: PoolSettings | None = None,
+        truncate_log: bool = False,
+        give_up: Collection[str] = (),
+        events: Events = no_events,
+        host: Host = REAL_HOST,
     ) -> AsyncIterator["Pool"]:
-        """Recover the pool and serve it while the context lasts. Raises TierError naming what stands in the way."""
+        """Recover the pool and serve it while the context lasts. Raises TierError naming what stands in the way.
+
+        `give_up`: paths of devices that are gone for good, which the operator accepts. What was only there is lost; if
+        the pool can't be opened without one, it stays as it was. `events`: is told what operators should hear of.
+        """
         settings = settings or PoolSettings()
         with contextlib.ExitStack() as stack:
             stack.enter_context(host.lock(directory))
@@ -180,14 +193,18 @@ class Pool:
             catalog = await offload(host.open_catalog, directory)
             stack.callback(catalog.close)
             state = await offload(catalog.load)
-            devices = await offload(_open_devices, host, state, offload)
+            devices = await offload(_open_devices, host, state, offload, give_up)
             stack.callback(_close_devices, devices)
             pool = await _recover(
-                directory, state, devices, catalog, settings, host, offload, truncate_log=truncate_log
+                directory, state, devices, catalog, settings, host, offload, truncate_log=truncate_log, events=events
             )
             await offload(catalog.lay_ballast)
             await pool.scrubber.load()
             await pool.recorder.load()
+            await offload(pool._engine.losses.load, directory, pool._engine.pool_uuid)
+            if pool._engine.space.read_only is None:
+                await offload(_wipe_removed, host, pool._engine.removed_devices, offload)
+            pool.evacuator.resume()
             failure: Exception | None = None
             try:
                 async with trio.open_nursery() as nursery:
@@ -215,17 +232,20 @@ class Pool:
             nursery.start_soon(self._cleaner.run)
             nursery.start_soon(self._engine.promoter.run)
             nursery.start_soon(self._engine.bypass.run)
+            nursery.start_soon(self.evacuator.run)
 
     async def _close(self) -> None:
         """Leave nothing to replay."""
         await self.scrubber.close()
         await self.recorder.close()
+        await self._save_losses()
         if self._engine.space.read_only is not None:
             return
         try:
             self._checkpointer.writer.seal()
             self._cleaner.mover.seal_all()
             self._engine.bypass.seal()
+            self.evacuator.mover.seal_all()
             hit("close.sealed")
             await self._checkpoint_alone()
         except OSError as error:
@@ -373,16 +393,20 @@ class Pool:
         engine = self._engine
         async with self._growth:
             engine.space.require_writable()
-            taken = len(engine.devices)
+            # Indices are given once: an old log or copy, or the device itself, could still name one.
+            used = [device.index for device in engine.devices] + [row.index for row in engine.removed_devices]
             added = await engine.offload(
-                _label_devices,
-                engine.pool_name,
-                engine.pool_uuid,
-                list(devices),
-                taken,
-                [Path(d.path) for d in engine.devices],
-                force,
+                partial(
+                    self._host.label_devices,
+                    engine.pool_name,
+                    engine.pool_uuid,
+                    list(devices),
+                    max(used) + 1,
+                    [Path(d.path) for d in engine.devices],
+                    force=force,
+                )
             )
+            hit("grow.labelled")
             opened: list[Device] = []
             try:
                 for row in added:
@@ -391,7 +415,7 @@ class Pool:
             except BaseException:
                 for device in opened:
                     device.close()
-                _wipe_labels([Path(row.path) for row in added])
+                self._host.wipe_labels([Path(row.path) for row in added])
                 raise
             # Nothing may lie on a device that the catalog doesn't know. A transaction of its own, not a checkpoint: the
             # devices that are there may be too full for one.
@@ -400,8 +424,9 @@ class Pool:
                     await engine.offload(engine.catalog.add_devices, added)
             except OSError:
                 _close_devices(opened)
-                _wipe_labels([Path(row.path) for row in added])
+                self._host.wipe_labels([Path(row.path) for row in added])
                 raise
+            hit("grow.committed")
             engine.devices.extend(opened)
             for device in opened:
                 engine.segments.open_places(device)
@@ -416,13 +441,27 @@ class Pool:
 
     async def check(self, full: bool, progress: Callable[[int, int], None] = lambda done, total: None) -> CheckReport:
         """Verify every invariant of the pool, and the data of a sample or (`full`) of all. Clients go on meanwhile."""
-        return await check_pool(self._engine, self._checkpointer, full=full, progress=progress)
+        report = await check_pool(self._engine, self._checkpointer, full=full, progress=progress)
+        await self._save_losses()
+        return report
+
+    async def losses(self) -> list[Loss]:
+        """The byte ranges of volumes that are known to be lost now."""
+        await self._engine.losses.refresh(self._engine.volumes)
+        await self._save_losses()
+        return self._engine.losses.listed(self._engine.volumes)
+
+    async def _save_losses(self) -> None:
+        engine = self._engine
+        if engine.losses.changed:
+            await engine.offload(engine.losses.save, self._directory, engine.losses.encoded(engine.pool_uuid))
 
     def status(self) -> PoolStatus:
         """The numbers of the moment."""
         engine = self._engine
         space = engine.space
         segments = engine.segments
+        losses = engine.losses.listed(engine.volumes)
         pending_free = sum(segment.slots for segment in segments.idle() if is_free(segment, engine.log.seq))
         return PoolStatus(
             name=self.name,
@@ -448,6 +487,9 @@ class Pool:
             device_written_bytes=sum(device.written_bytes for device in engine.devices),
             replayed_batches=self.replayed_batches,
             given_up=self.given_up,
+            evacuations=self.evacuator.status(),
+            losses=losses[:SHOWN_DAMAGE],
+            lost_bytes=sum(loss.length for loss in losses),
             scrub=self.scrubber.status(most_damage=SHOWN_DAMAGE),
             uncounted_frees=bool(
                 engine.dead
@@ -481,7 +523,7 @@ def _device_status(device: Device, live: int) -> DeviceStatus:
         device.segment_count,
         len(device.free),
         live * BLOCK_BYTES,
-        "poisoned" if device.poisoned else "online",
+        "poisoned" if device.poisoned else device.state,
         device.error_count,
     )
 
@@ -495,11 +537,25 @@ def _close_devices(devices: list[Device]) -> None:
         device.close()
 
 
-def _open_devices(host: Host, state: State, offload: Offload) -> list[Device]:
-    """Open every device of the catalog, or none."""
+def _open_devices(host: Host, state: State, offload: Offload, give_up: Collection[str]) -> list[Device]:
+    """Open every device of the catalog, or none; but not those that were given up as lost, or are given up now."""
+    rows = [row for row in state.devices if row.state != "removed"]
+    for path in give_up:
+        _require_lost(host, state, rows, path, offload)
+    if all(row.state == "lost" or row.path in give_up for row in rows):
+        raise TierError(
+            errno.EINVAL,
+            f"the pool {state.pool_name} has no other device: without it nothing is left; `terrace pool delete "
+            f"{state.pool_name}` deletes the pool",
+        )
     opened: list[Device] = []
     try:
-        for row in state.devices:
+        for row in rows:
+            if row.state == "lost" or row.path in give_up:
+                if row.state == "lost":
+                    _warn_if_back(host, row, offload)
+                opened.append(LostDevice(row, state.pool_name, state.pool_uuid))
+                continue
             try:
                 device = host.open_device(Path(row.path), offload)
             except BadLabelError as error:
@@ -520,6 +576,54 @@ def _open_devices(host: Host, state: State, offload: Offload) -> list[Device]:
         if any(device.index in other.label.poisoned for other in opened):
             device.poisoned = device.poisoned or "it failed a flush in an earlier run"
     return opened
+
+
+def _require_lost(host: Host, state: State, rows: list[DeviceRow], path: str, offload: Offload) -> None:
+    """Raise TierError unless a device of the pool may be given up: who can still read it evacuates it."""
+    row = next((row for row in rows if row.path == path), None)
+    if row is None:
+        known = ", ".join(row.path for row in rows)
+        raise TierError(errno.ENOENT, f"the pool {state.pool_name} has no device {path}: its devices are {known}")
+    if row.poisoned or row.state == "lost":
+        return
+    try:
+        device = host.open_device(Path(path), offload)
+    except (BadLabelError, OSError):
+        return
+    uuid = device.label.device_uuid
+    device.close()
+    if uuid == row.uuid:
+        raise TierError(
+            errno.EEXIST,
+            f"{path} is there: evacuate it without --lost, which saves what can be read; to give it up nevertheless "
+            "detach it first",
+        )
+
+
+def _warn_if_back(host: Host, row: DeviceRow, offload: Offload) -> None:
+    with contextlib.suppress(BadLabelError, OSError):
+        device = host.open_device(Path(row.path), offload)
+        uuid = device.label.device_uuid
+        device.close()
+        if uuid == row.uuid:
+            logger.warning(
+                "%s is there again, but was given up as lost: it isn't used, since the pool has gone on without it",
+                row.path,
+            )
+
+
+def _wipe_removed(host: Host, rows: Sequence[DeviceRow], offload: Offload) -> None:
+    """A crash may have come between the checkpoint that removed an empty device and the wiping of its label."""
+    for row in rows:
+        if row.poisoned is not None:
+            continue
+        with contextlib.suppress(BadLabelError, OSError):
+            device = host.open_device(Path(row.path), offload)
+            try:
+                if device.label.device_uuid == row.uuid:
+                    device.erase_label_now()
+            finally:
+                device.close()
 
 
 def _judge_label(label: Label, row: DeviceRow, state: State) -> None:
@@ -562,6 +666,7 @@ async def _recover(
     offload: Offload,
     *,
     truncate_log: bool,
+    events: Events,
 ) -> Pool:
     position = state.position
     engine = Engine(
@@ -582,7 +687,8 @@ async def _recover(
     engine.reuse = checkpointer.reuse
     scrubber = Scrubber(engine, ScrubFile(directory, state.pool_uuid))
     recorder = Recorder(engine, HeatFile(directory, state.pool_uuid), host)
-    pool = Pool(engine, checkpointer, Cleaner(engine), scrubber, recorder, host)
+    pool = Pool(engine, checkpointer, Cleaner(engine), scrubber, recorder, host, directory, events)
+    engine.removed_devices = [row for row in state.devices if row.state == "removed"]
     restore(engine, state)
     hit("recovery.restored")
     checkpointer.copies.begin(state)
@@ -642,119 +748,15 @@ def _create_blocking(directory: Path, name: str, specs: list[DeviceSpec], force:
     if (directory / CATALOG_NAME).exists():
         raise TierError(errno.EEXIST, f"there is a pool {name} already: choose another name, or delete that pool first")
     pool_uuid = uuids.uuid4().bytes
-    rows = _label_devices(name, pool_uuid, specs, 0, [], force)
+    rows = label_devices(name, pool_uuid, specs, 0, [], force)
     existed = directory.exists()
     try:
         Catalog.create(directory, name, pool_uuid, rows, Position(0, 0, 0, 0, 0, 1, 1))
     except BaseException:
         if not existed:
             shutil.rmtree(directory, ignore_errors=True)
-        _wipe_labels([Path(row.path) for row in rows])
+        wipe_labels([Path(row.path) for row in rows])
         raise
-
-
-def _label_devices(
-    name: str, pool_uuid: bytes, specs: list[DeviceSpec], first_index: int, present: list[Path], force: bool
-) -> list[DeviceRow]:
-    """Check all devices, then label all. Files that this made are removed again if it fails."""
-    if first_index + len(specs) > MAX_DEVICES:
-        raise TierError(errno.EINVAL, f"a pool has at most {MAX_DEVICES} devices")
-    made: list[Path] = []
-    locked: list[int] = []
-    labelled: list[Path] = []
-    try:
-        seen = {path.resolve(): path for path in present}
-        for spec in specs:
-            real = spec.path.resolve()
-            if seen.get(real) in present:
-                raise TierError(errno.EEXIST, f"{spec.path} belongs to the pool {name} already")
-            if real in seen:
-                raise TierError(errno.EINVAL, f"{spec.path} is listed twice: give each device once")
-            seen[real] = spec.path
-            _make_or_check(spec, made, force)
-        sizes = []
-        for spec in specs:
-            fd = os.open(spec.path, os.O_RDWR | os.O_CLOEXEC)
-            locked.append(fd)
-            lock_or_refuse(fd, str(spec.path))
-            sizes.append(size_of(fd))
-            if sizes[-1] < MIN_DEVICE_BYTES:
-                raise TierError(
-                    errno.EINVAL,
-                    f"{spec.path} has {sizes[-1]} bytes: a device needs at least {MIN_DEVICE_BYTES} (32 MiB)",
-                )
-        rows = []
-        for i, (spec, fd, size) in enumerate(zip(specs, locked, sizes, strict=True), first_index):
-            segment_bytes = segment_bytes_for(size)
-            label = Label(spec.tier, i, pool_uuid, uuids.uuid4().bytes, size, segment_bytes, 1, 0, frozenset(), name)
-            labelled.append(spec.path)
-            _write_first_label(fd, label)
-            # Not resolved: /dev/disk/by-id/... stays the device's name when the kernel numbers disks anew.
-            rows.append(
-                DeviceRow(i, label.device_uuid, str(spec.path.absolute()), spec.tier, size, segment_bytes, None)
-            )
-        return rows
-    except OSError as error:
-        _wipe_labels([labelled_path for labelled_path in labelled if labelled_path not in made])
-        for made_path in made:
-            made_path.unlink(missing_ok=True)
-        if isinstance(error, TierError):
-            raise
-        raise TierError(error.errno or errno.EIO, f"{error.filename or name}: {error.strerror}") from error
-    finally:
-        for fd in locked:
-            os.close(fd)
-
-
-def _make_or_check(spec: DeviceSpec, made: list[Path], force: bool) -> None:
-    if spec.create_size_bytes is not None:
-        if spec.create_size_bytes < MIN_DEVICE_BYTES:
-            raise TierError(errno.EINVAL, f"{spec.path}: a device needs at least {MIN_DEVICE_BYTES} bytes (32 MiB)")
-        try:
-            fd = os.open(spec.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        except FileExistsError:
-            raise TierError(
-                errno.EEXIST, f"{spec.path} exists: give it without =SIZE to use it as it is, or choose another path"
-            ) from None
-        except OSError as error:
-            raise TierError(error.errno or errno.EIO, f"creating {spec.path}: {error.strerror}") from error
-        made.append(spec.path)
-        try:
-            os.ftruncate(fd, spec.create_size_bytes)
-            sync_directory(spec.path.resolve().parent)
-        except OverflowError:
-            raise TierError(
-                errno.EFBIG, f"{spec.path} can't have {spec.create_size_bytes} bytes: files end before 8 EiB"
-            ) from None
-        except OSError as error:
-            raise TierError(
-                error.errno or errno.EIO, f"making {spec.path} {spec.create_size_bytes} bytes large: {error.strerror}"
-            ) from error
-        finally:
-            os.close(fd)
-        return
-    if not spec.path.exists():
-        raise TierError(errno.ENOENT, f"{spec.path} does not exist: to make a sparse file give {spec.path}=SIZE")
-    check_usable(spec.path, force=force)
-
-
-def _write_first_label(fd: int, label: Label) -> None:
-    """Clear the label area (stale labels, old superblocks), write both copies, and make them durable."""
-    os.pwrite(fd, bytes(LABEL_AREA_BYTES), 0)
-    for offset in LABEL_OFFSETS:
-        os.pwrite(fd, encode_label(label), offset)
-    os.fsync(fd)
-
-
-def _wipe_labels(paths: Sequence[Path]) -> None:
-    for path in paths:
-        with contextlib.suppress(OSError):
-            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-            try:
-                os.pwrite(fd, bytes(8192), 0)
-                os.fsync(fd)
-            finally:
-                os.close(fd)
 
 
 def _destroy_blocking(directory: Path) -> None:
@@ -764,7 +766,7 @@ def _destroy_blocking(directory: Path) -> None:
             catalog = Catalog(directory)
             try:
                 state = catalog.load()
-                for row in state.devices:
+                for row in [row for row in state.devices if row.state != "removed"]:
                     with contextlib.suppress(OSError, BadLabelError):
                         label = read_label(Path(row.path))
                         if (label.pool_uuid, label.device_uuid) == (state.pool_uuid, row.uuid):
@@ -773,5 +775,5 @@ def _destroy_blocking(directory: Path) -> None:
                 catalog.close()
         except TierError as error:
             logger.warning("%s; its devices keep their labels", error)
-        _wipe_labels(paths)
+        wipe_labels(paths)
         shutil.rmtree(directory)

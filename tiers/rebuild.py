@@ -22,7 +22,7 @@ from pathlib import Path
 
 import trio
 
-from tiers.catalog import CATALOG_NAME, Catalog, State, device_row, judge_state
+from tiers.catalog import CATALOG_NAME, Catalog, DeviceRow, State, device_row, judge_state
 from tiers.catalogcopy import BadCopyError, newest_chain, state_of
 from tiers.copies import Part, copies_in, read_parts
 from tiers.device import Device, FileDevice, lock_or_refuse, new_workers, open_device
@@ -208,11 +208,16 @@ class _Devices:
         return True
 
 
+def _present(state: State) -> list[DeviceRow]:
+    """The devices that a pool should have."""
+    return [row for row in state.devices if row.state in ("online", "evacuating")]
+
+
 async def _gather(found: _Devices, old: State | None, paths: Sequence[Path], progress: Progress) -> State:
     """The state that the devices hold, once all of them are there."""
     for path in paths:
         await found.add(path, given=True)
-    for row in old.devices if old is not None else []:
+    for row in _present(old) if old is not None else []:
         await found.add(Path(row.path), given=False)
     if not found.opened:
         raise TierError(
@@ -222,7 +227,7 @@ async def _gather(found: _Devices, old: State | None, paths: Sequence[Path], pro
     while True:
         before = len(found.opened)
         scan = await scan_devices(found.opened, progress)
-        for row in scan.state.devices:
+        for row in _present(scan.state):
             await found.add(Path(row.path), given=False)
         if len(found.opened) == before:
             return reconcile(scan, found.opened)
@@ -306,7 +311,16 @@ def reconcile(scan: Scan, devices: Sequence[Device]) -> State:
     state = scan.state
     name = state.pool_name
     by_index = {device.index: device for device in devices}
+    former = {row.index: row for row in state.devices if row.state in ("lost", "removed")}
+    for one in devices:
+        if one.index in former:
+            raise TierError(
+                errno.EINVAL,
+                f"{one.path} is no longer a device of pool {name}: it was evacuated, or given up as lost; detach it",
+            )
     for row in state.devices:
+        if row.index in former:
+            continue
         device = by_index.get(row.index)
         if device is None:
             raise TierError(
@@ -336,6 +350,7 @@ def reconcile(scan: Scan, devices: Sequence[Device]) -> State:
         if index in poisoned and row.poisoned is None:
             row = dataclasses.replace(row, poisoned="it failed a flush in an earlier run")
         rows.append(row)
+    rows = sorted([*rows, *former.values()], key=lambda row: row.index)
     # Lives that left no copy used ids too. What they wrote must not be mistaken for what is written from now on.
     next_id = max(state.position.next_segment_id, scan.highest_segment_id + 1)
     state = dataclasses.replace(

@@ -288,6 +288,14 @@ class _LogReader:
     def _refused(self, device: Device, index: int, slot: int) -> TierError:
         """What is at an unreadable place may be a batch that was acknowledged: it isn't taken for the log's end."""
         pool = self._engine.pool_name
+        if device.state == "lost":
+            return TierError(
+                errno.EIO,
+                f"the newest part of the log of pool {pool} was on {device.path}: all that was written, in any volume, "
+                f"after checkpoint {self._engine.log.checkpoint_seq} and from there on in the log is lost with it; "
+                f"bring the device back, or give that up too with `terrace pool evacuate {pool} {device.path} --lost "
+                "--truncate-log`",
+            )
         return TierError(
             errno.EIO,
             f"{device.path} at {device.segment_offset(index) + (slot << BLOCK_SHIFT)} can't be read, and the log of "
@@ -327,6 +335,8 @@ class _LogReader:
             await self._read_all()
             proof = self._scan(self._data, self._data_id, end_seq)
         for device in self._engine.devices:
+            if device.state == "lost":
+                continue
             for start in range(0, device.segment_count, HEADERS_A_READ):
                 places = range(start, min(start + HEADERS_A_READ, device.segment_count))
                 headers = await self._headers(device, [device.segment_offset(i) for i in places])
@@ -475,8 +485,10 @@ async def _apply(engine: "Engine", found: Found, result: Replayed, *, truncate_l
                 await _apply_move(engine, subject, a >> 32, count, b, words, batch.seq, result.packed_batches)
             except (OSError, BadRecordError) as error:
                 # The old places may have been given out since: what was moved may be nowhere but in these copies.
+                # On a lost device: entries go on naming the old places, whose checks tell what was put there since.
                 message = f"what the cleaner moved into segment {subject} of pool {engine.pool_name} can't be followed"
-                if not truncate_log:
+                lost = engine.device_by_index(words[0] >> 32).state == "lost"
+                if not truncate_log and not lost:
                     raise TierError(
                         errno.EIO,
                         f"{message} ({error}): restore the device from a copy, or give it up with `terrace pool check "

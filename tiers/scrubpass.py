@@ -174,7 +174,7 @@ class Pass:
             state.partial_bytes = 0
         limiter = trio.CapacityLimiter(DEVICES_AT_ONCE)
         async with trio.open_nursery() as nursery:
-            for device in list(self._engine.devices):
+            for device in [device for device in self._engine.devices if device.state != "lost"]:
                 nursery.start_soon(self._scrub_device, device, limiter)
         await self._search_gaps()
 

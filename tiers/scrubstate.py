@@ -170,18 +170,7 @@ class ScrubFile:
 
     def save(self, text: bytes) -> None:
         """Replace the file; durable when this returns. Raises OSError."""
-        beside = self._path.with_suffix(".new")
-        try:
-            with beside.open("wb") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(self._path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                beside.unlink(missing_ok=True)
-            raise
-        sync_directory(self._path.parent)
+        replace_file(self._path, text)
 
     def encode(self, history: History) -> bytes:
         """The file's content."""
@@ -200,6 +189,22 @@ class ScrubFile:
             "last": history.last and vars(history.last),
         }
         return json.dumps(body).encode() + b"\n"
+
+
+def replace_file(path: Path, text: bytes) -> None:
+    """Put a file in place of another, or of none; durable when this returns. Blocks; raises OSError."""
+    beside = path.with_suffix(".new")
+    try:
+        with beside.open("wb") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
 
 
 def decode(data: bytes, pool: str) -> History:

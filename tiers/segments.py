@@ -18,7 +18,7 @@ import errno
 from collections import defaultdict
 from collections.abc import Iterable
 
-from tiers.device import Buffer, Device
+from tiers.device import Buffer, Device, DeviceState
 from tiers.errors import TierError
 from tiers.failpoint import hit
 from tiers.frames import block_at, slots_of, unpack_all
@@ -148,13 +148,28 @@ class SegmentTable:
         self._opened: set[int] = set()
         """All segments that are open, and some that were."""
         self._damaged: set[int] = set()
+        self.substitutes: dict[int, memoryview] = {}
+        """What to take for map pages, by address, that their device doesn't give: see `tiers.evacuate`."""
 
     def open_places(self, device: Device) -> None:
         """Let segments be taken from a new, empty device, which the catalog must know by now."""
         device.free = list(range(device.segment_count - 1, -1, -1))
+        self._count_places(device, 1)
+
+    def set_state(self, device: Device, state: DeviceState) -> None:
+        """Only places of online devices are there to be taken, or count as the pool's size."""
+        if (device.state == "online") != (state == "online"):
+            self._count_places(device, 1 if state == "online" else -1)
+        device.state = state
+
+    def _count_places(self, device: Device, sign: int) -> None:
         slots = device.segment_bytes // BLOCK_BYTES
-        self.total_slots += device.segment_count * slots
-        self.free_slots += device.segment_count * (slots - 1)
+        self.total_slots += sign * device.segment_count * slots
+        self.free_slots += sign * len(device.free) * (slots - 1)
+
+    def on_device(self, device: Device) -> list[Segment]:
+        """The segments that lie on a device."""
+        return [segment for segment in self.by_id.values() if segment.device is device]
 
     def rebuild_free(self) -> None:
         """Recompute the free places: all that no segment in use holds. Low places come first."""
@@ -173,9 +188,8 @@ class SegmentTable:
         for device in self.devices:
             held = taken[device.index]
             device.free = [i for i in range(device.segment_count - 1, -1, -1) if i not in held]
-            slots = device.segment_bytes // BLOCK_BYTES
-            self.total_slots += device.segment_count * slots
-            self.free_slots += len(device.free) * (slots - 1)
+            if device.state == "online":
+                self._count_places(device, 1)
 
     def _count(self, segment: Segment, live: int, pending: int) -> None:
         self.tier_live[segment.device.tier] += live
@@ -255,7 +269,8 @@ class SegmentTable:
         """Give a segment's place back."""
         self.forget(segment)
         segment.device.free.append(segment.index)
-        self.free_slots += segment.slots - 1
+        if segment.device.state == "online":
+            self.free_slots += segment.slots - 1
         if segment.kind is not Kind.CATALOG:
             self.gained_slots += segment.slots
         if segment.kind is Kind.MAP:
@@ -271,6 +286,9 @@ class SegmentTable:
         self._idle.discard(segment.id)
         self._opened.discard(segment.id)
         self.gone.add(segment.id)
+        if self.substitutes:
+            for address in [address for address in self.substitutes if address >> 24 == segment.id]:
+                del self.substitutes[address]
         hit("segment.freed")
 
     def reuse(self, segment: Segment) -> None:

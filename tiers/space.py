@@ -20,7 +20,7 @@ import trio
 from tiers.device import Device
 from tiers.errors import NoRoomError, TierError
 from tiers.flush import Flusher
-from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT
+from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, MIN_SEGMENT_BYTES
 from tiers.log import Log
 from tiers.placement import Move, TierUse, decide
 from tiers.record import Kind
@@ -54,8 +54,12 @@ class Space:
         self.frozen_charge = 0
         self.staged_entries = 0
         """Blocks that the cleaner is about to move: entries to come."""
+        self.evacuated_entries = 0
+        """The same for evacuations, and the map pages that are to be written elsewhere."""
         self.leaf_pages = 0
         """Leaf pages that all volumes together could have: a bound on what a checkpoint writes."""
+        self.wanted_slots = 0
+        """Free slots that an evacuation waits for: the cleaner works until there are so many."""
         self.kick_checkpoint = trio.Event()
         self.kick_cleaner = trio.Event()
         self._segments = segments
@@ -76,10 +80,12 @@ class Space:
     # -- arithmetic --------------------------------------------------------------------------------------------
 
     def measure_devices(self) -> None:
-        """Take the devices' sizes in: when the pool is opened, and when it grew."""
-        self.largest_segment_slots = max(device.segment_bytes for device in self._segments.devices) // BLOCK_BYTES
+        """Take the devices' sizes in: when the pool is opened, and when it grew or a device's state has changed."""
+        online = [device.segment_bytes for device in self._segments.devices if device.state == "online"]
+        self.largest_segment_slots = max(online, default=MIN_SEGMENT_BYTES) // BLOCK_BYTES
         self.copy_slots = max(self.copy_slots, self.largest_segment_slots)
-        self.packed_outputs = int(any(device.tier == "base" for device in self._segments.devices))
+        tiers = {device.tier for device in self._segments.devices if device.state == "online"}
+        self.packed_outputs = int("base" in tiers)
 
     def next_pages(self, more_entries: int = 0) -> int:
         """Slots that the next checkpoints take for map pages at the worst, once `more_entries` have been added.
@@ -87,7 +93,7 @@ class Space:
         An entry may touch a leaf of its own and an inner page; no more pages can be touched than there are. Entries
         come after the space was given out, so as many pages as all volumes have (within reason) are kept always.
         """
-        entries = self.active_weight + self.frozen_weight + self.staged_entries + more_entries
+        entries = self.active_weight + self.frozen_weight + self.staged_entries + self.evacuated_entries + more_entries
         always = self._segments.total_slots // ALWAYS_KEPT_DIVISOR
         pages = min(max(2 * entries, always), self.leaf_pages) + 64
         return pages + pages // 16
@@ -150,7 +156,8 @@ class Space:
 
     def low_slots(self) -> int:
         """Below this many free slots in all, the cleaner works."""
-        return self.reserve + self.map_reserve() + max(self._segments.total_slots // 40, 4 * self.largest_segment_slots)
+        low = self.reserve + self.map_reserve() + max(self._segments.total_slots // 40, 4 * self.largest_segment_slots)
+        return max(low, self.wanted_slots)
 
     # -- admission ----------------------------------------------------------------------------------------------
 
@@ -254,7 +261,10 @@ class Space:
             usable = [
                 d
                 for d in devices
-                if len(d.free) > keep and not d.poisoned and d.segment_bytes >> BLOCK_SHIFT <= spare + 1
+                if len(d.free) > keep
+                and d.state == "online"
+                and not d.poisoned
+                and d.segment_bytes >> BLOCK_SHIFT <= spare + 1
             ]
             return max(usable, key=lambda device: len(device.free) / device.segment_count, default=None)
 
@@ -266,12 +276,28 @@ class Space:
     def tier_use(self, tier: str) -> TierUse:
         """How full a tier is."""
         total = free = 0
+        live = self._segments.tier_live[tier]
         for device in self._segments.devices:
-            if device.tier == tier:
+            if device.tier == tier and device.state == "online":
                 slots = device.segment_bytes // BLOCK_BYTES
                 total += device.segment_count * slots
                 free += len(device.free) * slots
-        return TierUse(total, free, self._segments.tier_live[tier])
+            elif device.tier == tier:
+                live -= self._segments.device_live[device.index]
+        return TierUse(total, free, live)
+
+    def room_to_move(self, blocks: int) -> bool:
+        """Whether an evacuation may move so many blocks (or map pages) now: clients and the cleaner keep theirs.
+
+        If it may not, the cleaner is called.
+        """
+        needed = self.reserve + self.map_reserve(blocks) + self.largest_segment_slots + blocks + blocks // 64
+        if self._segments.free_slots >= needed:
+            self.wanted_slots = 0
+            return True
+        self.wanted_slots = needed + 1
+        self.kick_cleaner.set()
+        return False
 
     def cleaning_needed(self) -> Move | None:
         """What the cleaner should do now, if anything."""

@@ -34,7 +34,7 @@ from tiers.label import (
     newest_label,
 )
 from tiers.layout import BLOCK_BYTES, FIRST_ADDRESS, LABEL_AREA_BYTES, MAX_SEGMENT_BYTES, MIB, check_of
-from tiers.maptree import EMPTY_PAGE, FANOUT, ROOT_LEVEL, MapTree, PageCache
+from tiers.maptree import BAD_PAGE, EMPTY_PAGE, FANOUT, ROOT_LEVEL, MapTree, PageCache
 from tiers.names import MAX_VOLUME_BYTES
 from tiers.probe import read_label
 from tiers.record import (
@@ -242,6 +242,7 @@ class PageDevice:
     path = "pages"
     index = 0
     tier = "fast"
+    state = "online"
     fd = -1
     segment_bytes = MIB
     segment_count = 1
@@ -297,7 +298,7 @@ def run_pages(data: bytes) -> None:
             pages = await tree.load(level, indices)
             assert set(pages) == set(indices)
             for page in pages.values():
-                assert page is EMPTY_PAGE or bytes(page) in device.blocks
+                assert page is EMPTY_PAGE or page is BAD_PAGE or bytes(page) in device.blocks
         assert all(segment.pins == 0 for segment in segments.by_id.values())
 
     trio.run(main)

@@ -387,9 +387,14 @@ async def _require_named(scene: Scene, pool: Pool, lost: dict[int, set[Place]]) 
     """The check names each block that reads as EIO, or the place of the damage, and nothing that wasn't hit."""
     report = await pool.check(full=True)
     text = "\n".join(f"{problem}:" for problem in report.problems)
+    named = {
+        at // BLOCK
+        for match in re.finditer(r"sim/v at byte (\d+): (?:the block|(\d+) blocks|)", text)
+        for at in range(int(match[1]), int(match[1]) + int(match[2] or 1) * BLOCK, BLOCK)
+    }
     for block, places in lost.items():
         require(
-            f"sim/v at byte {block * BLOCK}:" in text or _name_of_any(scene, places, text),
+            block in named or _name_of_any(scene, places, text),
             f"block {block} reads as EIO and the check does not say so: {report.problems}",
         )
     # What lies below a page that can't be read can't be counted: that is said too.
@@ -397,7 +402,7 @@ async def _require_named(scene: Scene, pool: Pool, lost: dict[int, set[Place]]) 
     for problem in report.problems:
         is_due = _name_of_any(scene, scene.hit, f"{problem}:") or any(part in problem for part in uncounted)
         require(
-            is_due or problem.endswith(("was lost to a device error", "a damaged header and can't be cleaned")),
+            is_due or problem.endswith((" lost to a device error", "a damaged header and can't be cleaned")),
             f"nothing is damaged there, but the check says: {problem}",
         )
 

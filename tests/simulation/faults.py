@@ -50,7 +50,7 @@ class Injector:
         self._spell_ends: dict[str, float] = {}
         self._syncs_to_failure: int | None = None
         for medium in machine.media:
-            self._infect(medium)
+            self.infect(medium)
 
     def begin_life(self) -> None:
         """Decide whether a sync is to fail in the life that begins."""
@@ -67,7 +67,8 @@ class Injector:
         finally:
             self.active = before
 
-    def _infect(self, medium: Medium) -> None:
+    def infect(self, medium: Medium) -> None:
+        """Let a medium fail from now on as the others do."""
         rng, faults = self._rng, self.faults
 
         def on_write(offset: int, length: int) -> tuple[int, int] | None:

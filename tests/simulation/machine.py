@@ -38,6 +38,7 @@ from tiers.failpoint import watching
 from tiers.host import CatalogStore
 from tiers.label import LABEL_BYTES, LABEL_OFFSETS, Label, Tier, encode_label, newest_label
 from tiers.layout import LABEL_AREA_BYTES
+from tiers.newdevices import DeviceSpec
 from tiers.pool import Pool
 from tiers.settings import PoolSettings
 
@@ -207,6 +208,11 @@ class SimDevice:
             self.machine.off()
         await self.machine.pause()
 
+    def erase_label_now(self) -> None:
+        for offset in LABEL_OFFSETS:
+            self._take(offset, bytes(4096))
+        self.medium.make_durable(len(self.medium.unsynced))
+
     def write_label(self, label: Label) -> None:
         self.write(LABEL_OFFSETS[label.generation % 2], [encode_label(label).ljust(4096, b"\0")])
         self.label = label
@@ -304,12 +310,16 @@ class Machine:
         """Steps of tasks until the crash."""
         self.crash_at: tuple[str, int] | None = None
         """The failpoint at which to crash, and how often it is to be passed before."""
+        self.on_hit: dict[str, Callable[[], None]] = {}
+        """What is to happen at a failpoint."""
         self.hits: Counter[str] = Counter()
         """How often each failpoint was come to."""
         self.digest: Any = None
         """A hash to be fed with everything that happens."""
         self.on_off: Callable[[], None] = lambda: None
         self.on_step: Callable[[str], None] = lambda kind: None
+        self.on_medium: Callable[[Medium], None] = lambda medium: None
+        """Is told of each new device."""
         self.steps = 0
         self.commits = 0
         self.catalog_directory: Path | None = None
@@ -360,6 +370,8 @@ class Machine:
             return
         self.note("at", name)
         self.hits[name] += 1
+        if name in self.on_hit:
+            self.on_hit[name]()
         if self.crash_at is not None and self.crash_at[0] == name:
             if self.crash_at[1] == 0:
                 self.stop()
@@ -432,7 +444,38 @@ class Machine:
 
     def open_device(self, path: Path, offload: Offload) -> SimDevice:
         """The device as a process sees it that opens it now."""
-        return SimDevice(self, next(medium for medium in self.media if medium.path == str(path)))
+        for medium in self.media:
+            if medium.path == str(path) and not medium.missing:
+                return SimDevice(self, medium)
+        raise TierError(errno.ENOENT, f"the device {path} is missing: --lost")
+
+    def label_devices(
+        self,
+        name: str,
+        pool_uuid: bytes,
+        specs: Sequence[DeviceSpec],
+        first_index: int,
+        present: Sequence[Path],
+        *,
+        force: bool,
+    ) -> list[DeviceRow]:
+        """New media; a power cut before the catalog knows them leaves them there, labelled, and nobody's."""
+        rows = []
+        for index, spec in enumerate(specs, first_index):
+            if self.step("label") is not None:
+                self.off()
+            size = spec.create_size_bytes or 0
+            label = Label(
+                spec.tier, index, pool_uuid, self.rng.randbytes(16), size, SEGMENT_BYTES, 1, 0, frozenset(), name
+            )
+            self.media.append(Medium(str(spec.path), label))
+            self.on_medium(self.media[-1])
+            rows.append(DeviceRow(index, label.device_uuid, str(spec.path), spec.tier, size, SEGMENT_BYTES, None))
+        return rows
+
+    def wipe_labels(self, paths: Sequence[Path]) -> None:
+        """The media are nobody's again."""
+        self.media = [medium for medium in self.media if medium.path not in map(str, paths)]
 
     def workers(self) -> Offload:
         """No threads: other tasks run before and after, as with a real worker."""
@@ -445,7 +488,9 @@ class Machine:
     # -- running -----------------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def open(self, *, truncate_log: bool = False, settings: PoolSettings | None = None) -> AsyncIterator[Pool]:
+    async def open(
+        self, *, truncate_log: bool = False, settings: PoolSettings | None = None, give_up: Sequence[str] = ()
+    ) -> AsyncIterator[Pool]:
         """`Pool.open` over the simulated devices. A crash ends the body by cancelling it."""
         opened = False
         with trio.CancelScope() as scope:
@@ -453,7 +498,11 @@ class Machine:
             try:
                 with self._ungrouped():
                     async with Pool.open(
-                        Path("/simulated"), settings=settings or self.settings, truncate_log=truncate_log, host=self
+                        Path("/simulated"),
+                        settings=settings or self.settings,
+                        truncate_log=truncate_log,
+                        give_up=give_up,
+                        host=self,
                     ) as pool:
                         opened = True
                         yield pool

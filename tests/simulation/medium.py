@@ -30,6 +30,8 @@ class Medium:
         """Sectors that a failed sync dropped: the cache shows other bytes than the medium has."""
         self.sync_count = 0
         # Faults, off unless a test sets them.
+        self.missing = False
+        """It was taken away."""
         self.failing_syncs = 0
         self.lying_syncs = False
         self.on_write: Callable[[int, int], tuple[int, int] | None] = lambda offset, length: None

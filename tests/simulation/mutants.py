@@ -29,6 +29,7 @@ import tiers.segments
 from tests.simulation.machine import Machine
 from tiers.checkpoint import Checkpointer, Merge
 from tiers.engine import Engine
+from tiers.evacuate import Evacuator
 from tiers.flush import Flusher
 from tiers.log import Log
 from tiers.mover import Mover
@@ -516,6 +517,42 @@ MUTANTS: dict[str, Mutant] = {
             "merge = merge_of_before(self)",
             merge_of_before=_merge_of_before,
         ),
+    ),
+    # Devices that leave.
+    "a device that is wiped before the catalog says that it is removed": Mutant(
+        "1",
+        "a crash leaves a pool that needs it",
+        _instead(
+            Evacuator,
+            "_remove",
+            'hit("evacuate.removing")\n',
+            'await engine.offload(device.erase_label_now)\n        hit("evacuate.removing")\n',
+        ),
+    ),
+    "a device that is removed before the checkpoint that shows it empty": Mutant(
+        "7",
+        "the catalog, or the newest copy, still names what lies there",
+        _instead(
+            Evacuator,
+            "_empty",
+            "await self._empty_once(run, segments)",
+            "await self._empty_once(run, segments)\n            return await self._remove(run)",
+        ),
+    ),
+    "a lost map page that reads as a hole": Mutant(
+        "promise 2",
+        "what was below it reads as zeros",
+        _instead(
+            tiers.maptree,
+            "read_pages",
+            'if segment.device.state == "lost":\n                pages[i] = BAD_PAGE',
+            'if segment.device.state == "lost":\n                pages[i] = None',
+        ),
+    ),
+    "a block of a lost device that becomes a hole": Mutant(
+        "promise 2",
+        "it reads as zeros",
+        _instead(Checkpointer, "_give_up_lost", "addresses[lost] = BAD", "addresses[lost] = 0"),
     ),
     # The log says it, the replay must do it.
     "a replay that ignores trims": Mutant(

@@ -39,6 +39,7 @@ from tests.simulation.mutants import MUTANTS, PLANTS
 from tests.simulation.oracle import BLOCK, Op, OracleError, read_all, require_sound
 from tests.simulation.workload import LAYOUTS, Run, search
 from tests.tiers.test_early_reuse import crowded, lives
+from tests.tiers.test_evacuate import crash_while_evacuating, lose_a_device
 from tests.tiers.test_rebuild_simulated import lose_catalog
 from tiers import Policy, Pool, TierError, Volume
 from tiers.frames import frame_of
@@ -845,6 +846,11 @@ def early_reuse_without_a_copy(seed: int) -> None:
     machine.run(main)
 
 
+def crash_at_the_end(seed: int) -> None:
+    """A crash while a device that was emptied is removed."""
+    crash_while_evacuating(seed + 1, ending=True)
+
+
 # -- who is caught by what ---------------------------------------------------------------------------------------------
 
 
@@ -909,6 +915,10 @@ CASES: dict[str, Case] = {
     "a dead list that is forgotten": Case(huge_trims),
     "a dead list that is walked again": Case(huge_trims, 0, (AssertionError,)),
     "a checkpoint whose failed try has counted already": Case(refusing_search, 0, (AssertionError,)),
+    "a device that is wiped before the catalog says that it is removed": Case(crash_at_the_end, 0, READ_ERROR),
+    "a device that is removed before the checkpoint that shows it empty": Case(crash_at_the_end, 0, READ_ERROR),
+    "a lost map page that reads as a hole": Case(lose_a_device, 0, VERDICT),
+    "a block of a lost device that becomes a hole": Case(lose_a_device, 0, VERDICT),
     "a replay that ignores trims": Case(search),
     "a replay that ignores policies": Case(search),
     "a checkpoint that records the policies of the commit, not of the freeze": Case(policies),

@@ -88,6 +88,7 @@ NEEDED: dict[str, Callable[[Faults], bool]] = {
     "poison": lambda faults: faults.failed_sync > 0.3 and faults.refused_writes < 0.01,
     "checkpoint.failed": lambda faults: faults.refused_writes > 0.01,
     "log.damaged": lambda faults: faults.refused_writes > 0.01,
+    "evacuate.page_lost": lambda faults: faults.read_spells > 0.01 and faults.failed_sync < 0.01,
 }
 """Faults without which a failpoint is not come to."""
 
@@ -97,10 +98,16 @@ def _seeds_for(name: str) -> Iterator[int]:
     return (seed for seed in range(400) if needed(random_faults(seed)))
 
 
+def _profile_for(name: str) -> str:
+    if name == "evacuate.page_lost":
+        return "failing"
+    return "devices" if name.startswith(("evacuate.", "grow.", "checkpoint.given_up")) else "full"
+
+
 @pytest.mark.parametrize("name", failpoint_names())
 def test_a_crash_is_recovered_from_at(name: str) -> None:
     for _, seed in zip(range(40), _seeds_for(name), strict=False):
-        run = Run(seed, "full", (*BEFORE.get(name, ()), name))
+        run = Run(seed, _profile_for(name), (*BEFORE.get(name, ()), name))
         print(run.command())
         if run.live().crashed_at[name]:
             return

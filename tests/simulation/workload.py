@@ -14,12 +14,13 @@ import random
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import trio
 
 from tests.simulation.failpoints import failpoint_names
 from tests.simulation.faults import Faults, Injector
-from tests.simulation.machine import Disk, Machine, PowerCutError
+from tests.simulation.machine import SEGMENT_BYTES, Disk, Machine, PowerCutError
 from tests.simulation.oracle import (
     BLOCK,
     Changes,
@@ -29,7 +30,10 @@ from tests.simulation.oracle import (
     read_what_can_be,
     require_sound,
 )
-from tiers import Policy, Pool, PoolSettings, TierError, Volume
+from tiers import DeviceSpec, Policy, Pool, PoolSettings, TierError, Volume
+from tiers.label import Tier
+from tiers.layout import FIRST_ADDRESS, LABEL_AREA_BYTES, SLOT_BITS
+from tiers.maptree import FANOUT_BITS, ROOT_LEVEL
 from tiers.policy import DEFAULT
 
 LIFE_S = 3600.0
@@ -69,9 +73,15 @@ class Driver:
         """How often the machine went down at which failpoint."""
         self.poisoned = False
         self.may_be_full = False
+        self.devices_change = False
+        """Devices come and go, in good order and otherwise."""
+        self.devices_lost = 0
+        self.evacuated = 0
+        self._device_count = len(machine.media)
         self._crashed = False
         self._before: tuple[dict[str, Model], dict[str, Model | None]] | None = None
         """What was known before a pool was judged that could be opened for reading only."""
+        machine.on_medium = self.injector.infect
 
     # -- checking ------------------------------------------------------------------------------------------------------
 
@@ -93,7 +103,7 @@ class Driver:
         self._require_remembered_poison(pool)
         for name, model in self.models.items():
             found, unreadable = await read_what_can_be(pool.volume(name))
-            if unreadable and not self.faults.read_spells:
+            if unreadable and not self.reads_may_fail:
                 raise OracleError(f"{name}: blocks {sorted(unreadable)[:8]} can't be read, and no read ever failed")
             try:
                 policy = pool.volume(name).policy_name
@@ -105,19 +115,30 @@ class Driver:
             self.cycles += 1
             self._crashed = False
 
+    @property
+    def reads_may_fail(self) -> bool:
+        """Whether a block may be an error to its readers, though it was not hit just now."""
+        return bool(self.faults.read_spells or self.devices_lost)
+
     def _known_problems(self) -> str:
         """What a check may find, given what was done to the devices."""
         known = ["(?!)"]
+        if self.devices_lost:
+            known.append("lost to a device error")
+            if any(row.state == "lost" for row in self.machine.state.devices):
+                known.append("given up as lost|which is not in use|are counted as live|the catalog counts")
         if self.faults.read_spells:
             # A page of the dead list that can't be read is given up, with what lies below it.
-            known.append("the block was lost to a device error|are counted as live|the catalog counts")
+            known.append("lost to a device error|are counted as live|the catalog counts")
         if self.poisoned:
             known.append(" is poisoned: ")
         return "|".join(known)
 
     def _require_remembered_poison(self, pool: Pool) -> None:
         """A failed sync is for good: a device that was recorded as poisoned stays so, and the pool read-only."""
-        recorded = [row.path for row in self.machine.state.devices if row.poisoned]
+        recorded = [
+            row.path for row in self.machine.state.devices if row.poisoned and row.state in ("online", "evacuating")
+        ]
         self.poisoned = self.poisoned or bool(recorded)
         status = pool.status()
         if recorded and (status.state == "online" or not any(d.state == "poisoned" for d in status.devices)):
@@ -271,7 +292,7 @@ class Driver:
                 try:
                     await volume.read(at, len(into), memoryview(into))
                 except TierError:
-                    if not self.faults.read_spells:
+                    if not self.reads_may_fail:
                         raise
                     continue
                 if all(into != state[at : at + BLOCK] for state in states):
@@ -290,7 +311,7 @@ class Driver:
             if self.rng.random() < 0.5 or not volume.read_now(offset, length, memoryview(into)):
                 await volume.read(offset, length, memoryview(into))
         except TierError:
-            if self.machine.is_off or not self.faults.read_spells:
+            if self.machine.is_off or not self.reads_may_fail:
                 raise
             self.read_errors += 1
             return
@@ -373,7 +394,9 @@ class Driver:
             if self.machine.is_off:
                 raise
             if pool._engine.flusher.failure is None:
-                del self.uncertain[name]
+                # Where nothing could be put over the refused record, a crash may still let it come true.
+                if not pool._engine.log.broken:
+                    del self.uncertain[name]
             elif pool._engine.volume_named(name) is None:
                 del self.models[name]  # gone, but perhaps not durably
             else:
@@ -381,6 +404,113 @@ class Driver:
             return
         del self.uncertain[name]
         del self.models[name]
+
+    async def _operator(self, pool: Pool) -> None:
+        """Devices are added, emptied and removed, while clients work."""
+        rng = self.rng
+        for _ in range(rng.randrange(4)):
+            await trio.sleep(rng.random() * 0.1)
+            present = [device.path for device in pool.status().devices if device.state == "online"]
+            try:
+                if len(present) < 2 or (len(present) < 4 and rng.random() < 0.4):
+                    await self._grow(pool)
+                    continue
+                path = rng.choice(present)
+                await pool.evacuator.start(path)
+                if rng.random() < 0.2:
+                    await trio.sleep(rng.random() * 0.2)
+                    await pool.evacuator.cancel(path)
+                elif rng.random() < 0.7:
+                    with trio.move_on_after(30):
+                        await self._gone(pool, path)
+            except TierError:
+                if self.machine.is_off:
+                    raise
+                self.full_errors += 1
+
+    async def _grow(self, pool: Pool) -> None:
+        self._device_count += 1
+        tier: Tier = self.rng.choice(("fast", "base"))
+        size = LABEL_AREA_BYTES + self.rng.choice((24, 40, 64)) * SEGMENT_BYTES
+        await pool.grow([DeviceSpec(Path(f"/simulated/{tier}{self._device_count}"), tier, size)])
+
+    async def _gone(self, pool: Pool, path: str) -> None:
+        """Wait until a device is no longer part of the pool."""
+        while path in [device.path for device in pool.status().devices]:
+            await trio.sleep(0.1)
+        self.evacuated += 1
+
+    async def lose_device(self) -> None:
+        """Between two lives a device is taken away for good, without a word."""
+        machine = self.machine
+        rows = [row for row in machine.state.devices if row.state in ("online", "evacuating")]
+        if len(rows) < 2:
+            return
+        row = self.rng.choice(rows)
+        expected: dict[str, set[int]] | None = None
+        if not machine.is_off and self.rng.random() < 0.6:
+            # Left in good order, so that it can be told what was only there.
+            async with machine.open() as pool:
+                await self.judge(pool)
+                if pool.status().state != "online":
+                    return
+                for state in pool.evacuator.status():
+                    if state.state in ("running", "waiting"):
+                        with contextlib.suppress(TierError):  # it was faster
+                            await pool.evacuator.cancel(state.path)
+                await pool.checkpoint()
+                expected = {}
+                for name in self.models:
+                    expected[name] = await blocks_on(pool.volume(name), row.index)
+                head = pool._engine.log.head.device.index
+            if head == row.index or row.index not in [r.index for r in machine.state.devices if r.state == "online"]:
+                return
+            self.everything = True
+        medium = next(medium for medium in machine.media if medium.path == row.path)
+        medium.missing = True
+        before = self.devices_lost
+        self.devices_lost += 1
+        try:
+            async with machine.open(give_up=[row.path]) as pool:
+                if pool.status().state != "online":
+                    # The other devices have no room for a log, or failed a sync.
+                    self.poisoned = any(device.state == "poisoned" for device in pool.status().devices)
+                    if any(r.path == row.path and r.state == "lost" for r in machine.state.devices):
+                        raise OracleError(f"{row.path} is given up, but the pool takes no writes without it")
+                    medium.missing = False
+                    self.devices_lost = before
+                    return
+                await self.judge(pool)
+                with trio.fail_after(3000):
+                    await self._gone(pool, row.path)
+                    for other in [state for state in pool.evacuator.status() if state.state == "running"]:
+                        await self._gone(pool, other.path)
+                if not pool._engine.may_release():
+                    await self._grow(pool)  # the others were so full that not even a trim has room
+                listed = await pool.losses()
+                for name in self.models:
+                    volume = pool.volume(name)
+                    _, unreadable = await read_what_can_be(volume)
+                    if expected is not None and before == 0 and not self.faults and unreadable != expected[name]:
+                        raise OracleError(
+                            f"{name}: only on {row.path} were {sorted(expected[name])[:9]}, lost are "
+                            f"{sorted(unreadable)[:9]}"
+                        )
+                    named = {
+                        at // BLOCK
+                        for loss in listed
+                        if loss.volume == volume.name
+                        for at in range(loss.offset, loss.offset + loss.length, BLOCK)
+                    }
+                    if unreadable != named:
+                        raise OracleError(f"{name}: listed as lost {sorted(named)[:9]}, lost {sorted(unreadable)[:9]}")
+                if not self.faults.read_spells:
+                    await require_sound(pool, known="lost to a device error")
+        except TierError as error:
+            if machine.is_off or "newest part of the log" not in str(error):
+                raise
+            medium.missing = False  # it was only taken away, and is brought back
+            self.devices_lost = before
 
     async def load(self, pool: Pool, count: int) -> None:
         """Clients on every volume, flushes, checkpoints and cleaning, all at once."""
@@ -391,6 +521,8 @@ class Driver:
                 for name in [name for name in self.models if not name.startswith("x")]:
                     clients.start_soon(self._client, pool, name, count)
                 clients.start_soon(self._creator, pool)
+                if self.devices_change:
+                    clients.start_soon(self._operator, pool)
             background.cancel_scope.cancel()
 
     # -- lives ---------------------------------------------------------------------------------------------------------
@@ -469,6 +601,23 @@ class Driver:
 
 # -- what a seed decides -----------------------------------------------------------------------------------------------
 
+
+async def blocks_on(volume: Volume, index: int) -> set[int]:
+    """The blocks of a volume of which the data, or a map page on the way, lie on a device."""
+    segments = volume._engine.segments.by_id
+    found: set[int] = set()
+    for block in range(-(-volume.size_bytes // BLOCK)):
+        addresses = [(await volume.entries(block, 1))[0][0]]
+        for level in range(ROOT_LEVEL + 1):
+            page = block >> FANOUT_BITS * (level + 1)
+            await volume.tree.load(level, [page])
+            entry = volume.tree.entry_of_page_now(level, page)
+            addresses.append(entry[0] if entry else 0)
+        if any(a >= FIRST_ADDRESS and segments[a >> SLOT_BITS].device.index == index for a in addresses):
+            found.add(block)
+    return found
+
+
 LAYOUTS: tuple[tuple[Disk, ...], ...] = (
     (Disk("fast", 64),),
     (Disk("fast", 24), Disk("base", 48)),
@@ -483,6 +632,14 @@ TIGHT_LAYOUTS: tuple[tuple[Disk, ...], ...] = (
 )
 
 
+DEVICE_LAYOUTS: tuple[tuple[Disk, ...], ...] = (
+    (Disk("fast", 40), Disk("base", 48)),
+    (Disk("fast", 30), Disk("fast", 34), Disk("base", 40)),
+    (Disk("base", 40), Disk("base", 44)),
+    (Disk("fast", 48), Disk("fast", 48)),
+)
+
+
 @dataclass(frozen=True)
 class Profile:
     """A kind of run."""
@@ -490,16 +647,19 @@ class Profile:
     what: str
     faults: bool = False
     tight: bool = False
+    devices: bool = False
 
 
 PROFILES = {
     "crashes": Profile("sound devices, until the power goes or the process dies"),
     "faults": Profile("devices that refuse writes, fail reads and syncs, and are slow", faults=True),
     "full": Profile("devices that are too small, and fail", faults=True, tight=True),
+    "devices": Profile("devices that are added, emptied and removed, and lost for good", devices=True),
+    "failing": Profile("the same with devices that fail", faults=True, devices=True),
 }
 
 
-def random_machine(seed: int, *, tight: bool = False) -> Machine:
+def random_machine(seed: int, *, layouts: Sequence[tuple[Disk, ...]] = LAYOUTS) -> Machine:
     """A small machine on which everything happens often."""
     rng = random.Random(seed)
     settings = PoolSettings(
@@ -509,7 +669,7 @@ def random_machine(seed: int, *, tight: bool = False) -> Machine:
         unsynced_cap_bytes=rng.choice((512 << 10, 4 << 20)),
         map_cache_bytes=rng.choice((0, 1 << 20)),
     )
-    machine = Machine(rng.choice(TIGHT_LAYOUTS if tight else LAYOUTS), seed=seed, settings=settings)
+    machine = Machine(rng.choice(layouts), seed=seed, settings=settings)
     machine.cold_share = rng.choice((0.0, 0.1, 0.5))
     machine.pauses = rng.choice((0, 2, 6))
     machine.settings = replace(
@@ -559,13 +719,14 @@ def search(
     which `Machine.fingerprint` ends.
     """
     kind = PROFILES[profile]
-    machine = random_machine(seed, tight=kind.tight)
+    machine = random_machine(seed, layouts=TIGHT_LAYOUTS if kind.tight else DEVICE_LAYOUTS if kind.devices else LAYOUTS)
     if digest:
         machine.digest = hashlib.sha256()
     faults = random_faults(seed) if kind.faults else Faults()
     sizes = (1 << 20, 3 << 19, 2 << 20) if kind.tight else (512 << 10, 1 << 20, 3 << 19)
     driver = Driver(machine, volume_bytes=random.Random(seed + 1).choice(sizes), faults=faults)
-    driver.may_be_full = kind.tight
+    driver.may_be_full = kind.tight or kind.devices
+    driver.devices_change = kind.devices
 
     async def main() -> None:
         for i in range(lives):
@@ -575,6 +736,11 @@ def search(
             driver.after()
             if driver.poisoned:
                 break
+            if kind.devices and i and driver.rng.random() < 0.25:
+                with trio.fail_after(LIFE_S):
+                    await driver.lose_device()
+                if driver.poisoned:
+                    break
         with trio.fail_after(LIFE_S):
             async with machine.open() as pool:
                 await driver.judge(pool)

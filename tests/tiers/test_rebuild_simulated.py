@@ -13,7 +13,7 @@ import trio
 
 from tests.simulation.machine import Disk, Machine, PowerCutError, SimDevice
 from tests.simulation.oracle import BLOCK, OracleError, read_all, require_sound
-from tests.simulation.workload import NO_CRASH, Driver, random_machine
+from tests.simulation.workload import LAYOUTS, NO_CRASH, TIGHT_LAYOUTS, Driver, random_machine
 from tiers import PoolSettings, TierError
 from tiers.copies import CopyWriter
 from tiers.rebuild import reconcile, scan_devices
@@ -48,7 +48,7 @@ def search(seed: int, *, lives: int = 6, count: int = 40, loss: float = 0.7, tig
 
     `tight`: the pool is too small, so that places are reused before the next checkpoint.
     """
-    machine = random_machine(seed, tight=tight)
+    machine = random_machine(seed, layouts=TIGHT_LAYOUTS if tight else LAYOUTS)
     rng = random.Random(seed ^ 0xC0B1)
     driver = Driver(machine, volume_bytes=rng.choice((512 << 10, 1 << 20, 3 << 19)))
     driver.may_be_full = tight
