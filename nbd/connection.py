@@ -706,13 +706,29 @@ class Connection:
         return failure(self._session, cookie, value, (error.strerror or "")[:200])
 
     async def _release_parked(self) -> None:
-        """Give each write that would have blocked a task and a copy of its payload."""
+        """Give the writes that would have blocked copies of their payload, and tasks.
+
+        One task for all whole blocks, which wait for nothing but room: they stay together, so that the store can write
+        them together. What may have to be merged waits for reads of its own, and gets a task of its own.
+        """
         parked, self._parked = self._parked, []
+        block = self._export.preferred_block_size
+        together: list[tuple[int, int, bytes]] = []
         for cookie, offset, data, fua in parked:
             while not self._has_room(len(data)):
+                self._start_together(together)
+                together = []
                 await self._wait_for_room()
             self._start_task(len(data))
-            self._nursery.start_soon(self._slow_write, cookie, offset, bytes(data), fua)
+            if fua or (offset | len(data)) % block:
+                self._nursery.start_soon(self._slow_write, cookie, offset, bytes(data), fua)
+            else:
+                together.append((cookie, offset, bytes(data)))
+        self._start_together(together)
+
+    def _start_together(self, writes: list[tuple[int, int, bytes]]) -> None:
+        if writes:
+            self._nursery.start_soon(self._slow_writes, writes)
 
     async def _give_long_read(self) -> None:
         """Answer a READ chunk by chunk; what would block, and all after it, is left to a task."""
@@ -897,6 +913,23 @@ class Connection:
             self._count_writes(1, len(data))
             reply = success(cookie)
         await self._deliver(reply, 1, len(data))
+
+    async def _slow_writes(self, writes: list[tuple[int, int, bytes]]) -> None:
+        """Writes of whole blocks: the first waits for room, then all that there is room for go with one call."""
+        for at, (cookie, offset, data) in enumerate(writes):
+            await self._slow_write(cookie, offset, data, fua=False)
+            rest = writes[at + 1 :]
+            if not rest:
+                return
+            try:
+                done = self._export.write_now([(offset, memoryview(data)) for _, offset, data in rest])
+            except OSError:
+                done = False  # one of them is bad: alone, each of the others may still succeed
+            if done:
+                length = sum(len(data) for _, _, data in rest)
+                self._count_writes(len(rest), length)
+                await self._deliver(b"".join([success(cookie) for cookie, _, _ in rest]), len(rest), length)
+                return
 
     async def _slow_flush(self, cookies: Sequence[int]) -> None:
         """One flush for a pass's FLUSH requests and for its FUA writes, which are already written."""

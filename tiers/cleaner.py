@@ -6,18 +6,21 @@ room, as soon as these are durable: a checkpoint a round would rewrite most of t
 Map segments are emptied by having the next checkpoint write their live pages elsewhere.
 """
 
+import heapq
 import logging
 from typing import TYPE_CHECKING
 
+import numpy as np
 import trio
 
 from tiers.failpoint import hit
-from tiers.layout import SLOT_BITS
+from tiers.layout import BLOCK_BYTES, SLOT_BITS
 from tiers.maptree import FANOUT_BITS, LEVEL_SHIFT, ROOT_LEVEL
-from tiers.mover import HEADERS_A_TURN, Mover, OutputFullError
-from tiers.placement import Move
+from tiers.mover import HEADERS_A_TURN, Candidate, Mover, OutputFullError
+from tiers.placement import Move, benefit
 from tiers.record import Kind, Op, header_slots_for
 from tiers.segments import Segment
+from tiers.temperature import Temperature
 
 if TYPE_CHECKING:
     from tiers.engine import Engine
@@ -30,8 +33,21 @@ BATCHES_SHARE = 64
 """A well packed segment has about one batch header in so many slots."""
 FUTILE_ROUNDS_PRESSED = 8
 FUTILE_ROUNDS_IDLE = 2
-STALE_BYTES = 16 << 20
-"""With more log than this since the last checkpoint, the counts of live blocks are too old to choose victims by."""
+ROUND_SEGMENTS = 2
+ROUND_SLOTS = 8192
+"""What a round should gain: so many segments, or slots if that is less. What it has moved takes its space twice until
+it ends, and a round costs two flushes."""
+STALE_DIVISOR = 16
+"""With more log than this part of the log's tier since the last checkpoint, it is time for another: the counts of live
+blocks are old, and what was written since can't be a victim. Twice as often, map pages cost twice as much; in the model
+an eighth of the pool did no harm yet."""
+MIN_STALE_BYTES = 16 << 20
+UNREUSED_DIVISOR = 64
+"""So much of the pool may be in emptied victims before a checkpoint frees them where nobody is in a hurry."""
+MAX_REST_S = 0.05
+RANK_SLICE = 2048
+"""Segments looked at without a checkpoint of trio in between."""
+MOST_RANKED = 1024
 
 
 class Cleaner:
@@ -39,13 +55,23 @@ class Cleaner:
 
     def __init__(self, engine: "Engine") -> None:
         self.mover = Mover(engine)
+        self.mover.pace = self._pace
+        self.mover.are_hot = self._are_hot
+        self._temperature = Temperature(engine.heat)
         self._engine = engine
         self._futile_rounds = 0
+        self._turn_began = 0.0
+        self._emptied: list[Segment] = []
+        """Victims that wait for a checkpoint, or to be reused."""
+        self._ranked: list[Segment] = []
+        """Victims, the best last, as of the checkpoint and the move in `_ranked_for`."""
+        self._ranked_for: tuple[int, Move, bool] | None = None
 
     async def run(self) -> None:
         """The task: rounds while there is something to do, then wait to be called."""
         space = self._engine.space
         while True:
+            space.cleaning = False
             await space.kick_cleaner.wait()
             space.kick_cleaner = trio.Event()
             try:
@@ -59,30 +85,56 @@ class Cleaner:
                 space.changed()
                 await trio.sleep(0.5)
 
+    def _are_hot(self, blocks: list[Candidate]) -> list[bool]:
+        volumes = np.fromiter((volume.id for volume, _, _, _ in blocks), np.int64, len(blocks))
+        numbers = np.fromiter((block for _, block, _, _ in blocks), np.int64, len(blocks))
+        hot: list[bool] = self._temperature.is_hot(volumes, numbers).tolist()
+        return hot
+
+    async def _pace(self) -> None:
+        """Rest between two units of work, in proportion to what it took: less the less space is left."""
+        ratio = self._engine.space.rest_ratio()
+        worked = trio.current_time() - self._turn_began
+        if ratio and worked > 0:
+            await trio.sleep(min(MAX_REST_S, worked * ratio))
+        else:
+            await trio.lowlevel.checkpoint()
+        self._turn_began = trio.current_time()
+
     async def _round(self) -> bool:
-        """Empty some victims and let a checkpoint free them. False when there is nothing (more) to do."""
+        """Empty some victims and see that they can be reused. False when there is nothing (more) to do."""
         engine = self._engine
         space = engine.space
         if space.read_only is not None:
             space.changed()
             return False
+        self._turn_began = trio.current_time()
         await self._clean_map()
-        before = engine.segments.gained_slots
-        if engine.log.appended_bytes - engine.checkpoint_log_mark > STALE_BYTES:
-            # What was overwritten since the last checkpoint still counts as live: see first what is really left.
+        gained_before = engine.segments.gained_slots
+        moved_before = engine.moved_blocks
+        fast_before = space.tier_use("fast").free
+        stale = engine.log.appended_bytes - engine.checkpoint_log_mark
+        if stale > 2 * self._stale_bytes():
             await engine.checkpoint()
+        elif stale > self._stale_bytes():
+            space.kick_checkpoint.set()
         move = space.cleaning_needed()
+        space.cleaning = move is not None
         moved = False
         emptied: list[Segment] = []
         self.mover.unresolved.clear()
         if move is not None:
-            victims = self._victims(move)
+            victims = await self._victims(move)
             if not victims and move.source is not None:
                 move = Move(None, move.destination)
-                victims = self._victims(move)
+                victims = await self._victims(move)
             try:
                 for victim in victims:
-                    if engine.segments.by_id.get(victim.id) is not victim or victim.device.state != "online":
+                    if (
+                        engine.segments.by_id.get(victim.id) is not victim
+                        or victim.open
+                        or victim.device.state != "online"
+                    ):
                         continue  # a checkpoint freed it meanwhile, or an evacuation moves it
                     await self.mover.move_segment(victim, move.destination)
                     moved = True
@@ -94,54 +146,109 @@ class Cleaner:
             moved = moved or self.mover.has_staged
             await self.mover.apply_staged()
             space.staged_entries = 0
+            # Not before: what was not moved after all is still in its victim.
+            self._emptied += [victim for victim in emptied if victim.id not in self.mover.unresolved]
         pressed = space.waiters > 0
-        if pressed and emptied:
-            await engine.reuse([victim for victim in emptied if victim.id not in self.mover.unresolved])
+        given_back = await self._give_back(pressed=pressed)
+        # What victims took, less what their copies take: counted in slots, since a round may fill no segment.
+        net = sum(victim.slots for victim in emptied) - (engine.moved_blocks - moved_before)
+        gained = (given_back and net > 0) or engine.segments.gained_slots > gained_before
         # A round that gained nothing chose by counts that are too old, or needs what only a checkpoint frees.
-        if (moved or pressed) and engine.segments.gained_slots <= before:
+        if (moved or pressed) and not gained:
             await engine.checkpoint()
         # A round may be futile because what could be cleaned was written after the last checkpoint, or because it
         # gained less than a segment. Several in a row, with writers still waiting, mean that nobody can be helped.
-        gained = engine.segments.gained_slots > before or bool(engine.dead)
+        gained = gained or engine.segments.gained_slots > gained_before or bool(engine.dead)
         self._futile_rounds = 0 if gained else self._futile_rounds + 1
         space.stuck = pressed and self._futile_rounds >= FUTILE_ROUNDS_PRESSED
+        space.spilling = pressed and space.tier_use("fast").free <= fast_before
         space.changed()
         limit = FUTILE_ROUNDS_PRESSED if pressed else FUTILE_ROUNDS_IDLE
         return (moved or pressed) and self._futile_rounds < limit and space.cleaning_needed() is not None
 
-    def _victims(self, move: Move) -> list[Segment]:
-        """The emptiest segments, as many as make a good round and as the free output space allows."""
+    def _stale_bytes(self) -> int:
+        fast, base = self._engine.space.tier_use("fast"), self._engine.space.tier_use("base")
+        return max(MIN_STALE_BYTES, (fast.total or base.total) * BLOCK_BYTES // STALE_DIVISOR)
+
+    async def _give_back(self, *, pressed: bool) -> bool:
+        """Reuse what was emptied if somebody needs it soon; else leave it to a checkpoint, and ask for one in time.
+
+        Returns whether anything was, or is going to be, given back.
+        """
+        engine = self._engine
+        emptied = [victim for victim in self._emptied if engine.segments.by_id.get(victim.id) is victim]
+        self._emptied = []
+        if not emptied:
+            return False
+        if pressed or not engine.space.rest_ratio():
+            return await engine.reuse(emptied) > 0
+        if sum(victim.slots for victim in emptied) > engine.segments.total_slots // UNREUSED_DIVISOR:
+            await engine.checkpoint()
+        else:
+            self._emptied = emptied
+        return True
+
+    async def _victims(self, move: Move) -> list[Segment]:
+        """The best segments to empty, as many as make a good round and as the free output space allows."""
         engine = self._engine
         space = engine.space
-        checkpointed = engine.log.checkpoint_seq
-        demote = move.source == "fast" and move.destination == "base"
-        found = [
-            segment
-            for segment in engine.segments.by_id.values()
-            if not segment.open
-            and not (segment.damaged or segment.given_out)
-            and segment.device.state == "online"
-            and segment.kind is not Kind.MAP
-            and segment.last_seq <= checkpointed
-            and segment.live + segment.pending > 0
-            and (move.source is None or segment.device.tier == move.source)
-            and (demote or segment.wanted_slots < _worth_moving_below(segment.slots))
-        ]
-        found.sort(key=lambda segment: (segment.wanted_slots / segment.slots, segment.id))
+        # With nothing gained lately, age counts no more: what gives most comes first.
+        wanted = engine.log.checkpoint_seq, move, self._futile_rounds > 0
+        if self._ranked_for != wanted or not self._ranked:
+            self._ranked = await self._rank(move, by_age=not wanted[2])
+            self._ranked_for = wanted
         output = engine.segments.free_slots
+        # What doesn't fit the tier that it is meant for would go to the other: from base to fast, so back again.
+        there = space.tier_use(move.destination).free - space.largest_segment_slots
         entries = 0
-        goal = max(engine.segments.total_slots // 64, 2 * space.largest_segment_slots)
+        goal = min(ROUND_SEGMENTS * space.largest_segment_slots, ROUND_SLOTS)
         victims: list[Segment] = []
-        for segment in found:
-            entries += segment.live + segment.pending
+        while self._ranked and goal > 0:
+            segment = self._ranked[-1]
+            if engine.segments.by_id.get(segment.id) is not segment or segment.pins or segment.damaged:
+                self._ranked.pop()
+                continue
+            blocks = segment.live + segment.pending
+            entries += blocks
             # What is packed may be unpacked on its way to the fast tier.
-            output -= (segment.wanted_slots if move.destination == "base" else segment.live + segment.pending) + 8
-            if output < space.next_pages(entries) + 3 * space.largest_segment_slots or goal <= 0:
+            needed = (segment.wanted_slots if move.destination == "base" else blocks) + 8
+            output -= needed
+            there -= needed
+            if output < space.next_pages(entries) + 3 * space.largest_segment_slots or (there < 0 and victims):
                 break
-            goal -= segment.slots if demote else segment.slots - segment.wanted_slots
-            victims.append(segment)
+            goal -= segment.slots if move.demotes else segment.slots - segment.wanted_slots
+            victims.append(self._ranked.pop())
         space.staged_entries = sum(segment.live + segment.pending for segment in victims)
         return victims
+
+    async def _rank(self, move: Move, *, by_age: bool) -> list[Segment]:
+        """All that may be a victim, the best last."""
+        engine = self._engine
+        checkpointed = engine.log.checkpoint_seq
+        newest = engine.segments.next_id
+        emptied = {victim.id for victim in self._emptied}
+        found: list[tuple[float, int, Segment]] = []
+        for number, segment in enumerate(list(engine.segments.by_id.values()), 1):
+            if number % RANK_SLICE == 0:
+                await trio.lowlevel.checkpoint()
+            blocks = segment.live + segment.pending
+            if (
+                not segment.open
+                and not (segment.damaged or segment.given_out)
+                and segment.device.state == "online"
+                and segment.kind not in (Kind.MAP, Kind.CATALOG)
+                and segment.last_seq <= checkpointed
+                and blocks > 0
+                and (move.source is None or segment.device.tier == move.source)
+                and (move.demotes or segment.wanted_slots < _worth_moving_below(segment.slots))
+                and segment.id not in emptied
+            ):
+                # Ids are given out in order, so they tell the age in segments.
+                age = newest - segment.id if by_age else 1
+                found.append(
+                    (benefit(segment.wanted_slots, segment.slots, age, demotes=move.demotes), -segment.id, segment)
+                )
+        return [segment for _, _, segment in reversed(heapq.nlargest(MOST_RANKED, found))]
 
     # -- map segments --------------------------------------------------------------------------------------------
 

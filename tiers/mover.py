@@ -20,7 +20,7 @@ readers get EIO, and it pins nothing.
 import contextlib
 import errno
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,7 +55,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 UNIT_BLOCKS = 512
-"""Blocks looked at, or moved, without a checkpoint of trio in between: about a millisecond."""
+"""Blocks copied with one header."""
+TURN_BLOCKS = 128
+"""Blocks looked at without a checkpoint of trio in between: a quarter of a millisecond."""
+APPLY_BLOCKS = 256
+"""Blocks moved by one record, so without a checkpoint of trio in between: half a millisecond."""
+LARGE_SLOTS = 2048
+"""The blocks of a victim with more slots are written at once: what waits keeps all that was read in memory."""
+SEPARATED_SEGMENTS = 256
+"""A tier of fewer segments has one output for raw blocks: a second open segment would cost more than it gains."""
 SMALL_UNIT_BLOCKS = 32
 """The same where the map's cache is too small to hold the leaves of more."""
 FRAMES_A_TURN = 16
@@ -106,13 +114,19 @@ class Mover:
         self._engine = engine
         self._outputs: dict[Stream, Segment] = {}
         self._staged: list[Copies] = []
+        self._gathered: dict[tuple[str, str], list[tuple[Candidate, Buffer]]] = {}
+        """By tier and temperature: raw blocks that wait until they are enough for a batch, maybe of several victims."""
+        self.pace: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
+        """Waited for between two units of work: who asks for the moves says how fast they may be."""
+        self.are_hot: Callable[[list[Candidate]], Sequence[bool]] = lambda blocks: [False] * len(blocks)
+        """Which of the blocks to be moved will be overwritten sooner than most: they get an output of their own."""
         self._unpacked: dict[tuple[str, str, int], list[tuple[Candidate, Buffer]]] = {}
         """By tier, temperature and level: blocks of the victim in hand that wait for a frame to be full."""
 
     @property
     def has_staged(self) -> bool:
         """Whether copies wait for `apply_staged`."""
-        return bool(self._staged)
+        return bool(self._staged or self._gathered)
 
     async def move_segment(self, victim: Segment, destination: str, choose: Choose | None = None) -> None:
         """Stage copies of everything live in `victim`, for the tier `destination`, or block by block as `choose` says.
@@ -121,7 +135,6 @@ class Mover:
         may be applied, but the victim is not empty.
         """
         victim.pins += 1
-        chosen = choose or (lambda volume, block: (destination, "cold"))
         base = victim.id << SLOT_BITS
         try:
             data = await self.read_segment(victim)
@@ -145,10 +158,12 @@ class Mover:
                         ]
                     at += count
                 while len(candidates) >= UNIT_BLOCKS:
-                    await self._copy(victim, data, candidates[:UNIT_BLOCKS], chosen)
+                    await self._copy(victim, data, candidates[:UNIT_BLOCKS], destination, choose)
                     del candidates[:UNIT_BLOCKS]
+                    await self.pace()
             if candidates:
-                await self._copy(victim, data, candidates, chosen)
+                await self._copy(victim, data, candidates, destination, choose)
+                await self.pace()
             await self._pack_waiting(least=1)
         except DamagedMapError as error:
             victim.damaged = True
@@ -164,7 +179,7 @@ class Mover:
             data = await self.read_segment(victim)
             for start in range(0, len(candidates), UNIT_BLOCKS):
                 part = candidates[start : start + UNIT_BLOCKS]
-                await self._copy(victim, data, part, lambda volume, block: (destination, "cold"))
+                await self._copy(victim, data, part, destination, lambda volume, block: (destination, "cold"))
             await self._pack_waiting(least=1)
         finally:
             self._unpacked.clear()
@@ -195,11 +210,15 @@ class Mover:
             yield batch
             slot += batch.slots
 
-    async def _copy(self, victim: Segment, data: memoryview, candidates: list[Candidate], choose: Choose) -> None:
+    async def _copy(
+        self, victim: Segment, data: memoryview, candidates: list[Candidate], destination: str, choose: Choose | None
+    ) -> None:
         """Copy those of the candidates that are live."""
         await self._load_leaves([(volume, block) for volume, block, _, _ in candidates])
         live: list[Candidate] = []
-        for candidate in candidates:
+        for number, candidate in enumerate(candidates, 1):
+            if number % TURN_BLOCKS == 0:
+                await trio.lowlevel.checkpoint()
             volume, block, address, check = candidate
             entry = volume.entry_now(block)
             if entry is None:  # its leaf was evicted again: a small cache, or many volumes
@@ -207,8 +226,8 @@ class Mover:
                 entry = (found_address, found_check)
             if entry == (address, check) and not volume.deleted:
                 live.append(candidate)
-        raw: dict[tuple[str, str], list[tuple[Candidate, Buffer]]] = {}
-        for candidate, view in zip(live, await self._views(victim, data, live), strict=True):
+        hot = self.are_hot(live)
+        for candidate, view, is_hot in zip(live, await self._views(victim, data, live), hot, strict=True):
             volume, block, address, check = candidate
             if check_of(view) != check:
                 try:
@@ -218,14 +237,13 @@ class Mover:
                 if check_of(view) != check:
                     self._log_bad(volume, block, (address, check), victim)
                     continue
-            tier, temperature = choose(volume, block)
+            tier, temperature = choose(volume, block) if choose else (destination, "hot" if is_hot else "cold")
             level = self._engine.compression_of(volume) if tier == "base" else 0
             if level:
                 self._unpacked.setdefault((tier, temperature, level), []).append((candidate, view))
             else:
-                raw.setdefault((tier, temperature), []).append((candidate, view))
-        for (tier, temperature), copies in raw.items():
-            await self._write_raw(copies, tier, temperature)
+                self._gathered.setdefault((tier, temperature), []).append((candidate, view))
+        await self._write_gathered(least=1 if victim.slots > LARGE_SLOTS else UNIT_BLOCKS)
         await self._pack_waiting(least=MAX_FRAME_BLOCKS)
 
     async def _views(self, victim: Segment, data: memoryview, live: list[Candidate]) -> list[Buffer]:
@@ -273,15 +291,31 @@ class Mover:
                 raw += await self._write_packed(packed, tier, temperature)
                 await self._write_raw(raw, tier, temperature)
 
+    async def _write_gathered(self, *, least: int) -> None:
+        """Write what waits for each output, as far as there are `least` blocks for it.
+
+        Few blocks of a victim may be live: those of several make one batch, with one header and one record.
+        """
+        for tier, temperature in list(self._gathered):
+            waiting = self._gathered[tier, temperature]
+            while len(waiting) >= least:
+                part = waiting[:UNIT_BLOCKS]
+                await self._write_raw(part, tier, temperature)
+                del waiting[: len(part)]
+                if not waiting:
+                    break
+            if not waiting:
+                del self._gathered[tier, temperature]
+
     async def _write_raw(self, copies: list[tuple[Candidate, Buffer]], tier: str, temperature: str) -> None:
         at = 0
-        stream = tier, temperature, False
+        stream = tier, temperature if self._separates(tier) else "cold", False
         while at < len(copies):
             segment = self._output(stream, 2)
             room = segment.slots - segment.used
             left = min(room, len(copies) - at)
             part = copies[at : at + min(left, room - header_slots_for(left, left))]
-            await self._write_batch(stream, segment, [c for c, _ in part], [], [view for _, view in part])
+            await self._write_batch(segment, [c for c, _ in part], [], [view for _, view in part])
             at += len(part)
 
     async def _write_packed(
@@ -300,7 +334,6 @@ class Mover:
                 at += 1
                 continue
             await self._write_batch(
-                stream,
                 segment,
                 [candidate for _, group in part for candidate, _ in group],
                 [frame.described for frame, _ in part],
@@ -310,7 +343,7 @@ class Mover:
         return left_over
 
     async def _write_batch(
-        self, stream: Stream, segment: Segment, blocks: list[Candidate], frames: list[Frame], buffers: Sequence[Buffer]
+        self, segment: Segment, blocks: list[Candidate], frames: list[Frame], buffers: Sequence[Buffer]
     ) -> None:
         """Write a batch of copies to an output segment that has room for it, and stage them."""
         engine = self._engine
@@ -343,7 +376,8 @@ class Mover:
         except BaseException:
             # Only copies that were written may be made true. `used` stays before them: the headers stay a chain.
             segment.pins -= 1
-            self._seal(stream)
+            for key in [key for key, output in self._outputs.items() if output is segment]:
+                self._seal(key)
             raise
         if frames:
             segment.blocks += len(blocks)
@@ -366,11 +400,18 @@ class Mover:
         kind = Kind.PACKED if packed else Kind.MOVED
         device = self._engine.space.pick_device(kind, tier)
         if device is None:
+            for other, output in self._outputs.items():
+                if (other[0], other[2]) == (tier, packed) and output.slots - output.used > least:
+                    return output
             raise OutputFullError(
                 errno.ENOSPC, f"the pool {self._engine.pool_name} has no free segment to clean into: grow it"
             )
         segment = self._outputs[stream] = self._engine.log.open_segment(device, kind)
         return segment
+
+    def _separates(self, tier: str) -> bool:
+        count = sum(device.segment_count for device in self._engine.devices if device.tier == tier)
+        return count >= SEPARATED_SEGMENTS
 
     def _seal(self, stream: Stream) -> None:
         segment = self._outputs.pop(stream, None)
@@ -405,6 +446,10 @@ class Mover:
     async def apply_staged(self) -> None:
         """Flush the copies that are staged by now, then log and apply their MOVE records."""
         engine = self._engine
+        try:
+            await self._write_gathered(least=1)
+        except OutputFullError:
+            self._drop_gathered()
         staged, self._staged = self._staged, []  # what is staged later, this flush doesn't cover
         try:
             if staged:
@@ -418,9 +463,10 @@ class Mover:
                 at = 0
                 while at < len(copies.blocks):
                     at += await self._apply_part(copies, at)
+                    await trio.lowlevel.checkpoint()
                 staged.pop()
                 copies.segment.pins -= 1
-                await trio.lowlevel.checkpoint()
+                await self.pace()
         finally:
             for copies in staged:  # not made true: dead slots
                 copies.segment.pins -= 1
@@ -430,10 +476,17 @@ class Mover:
         for copies in self._staged:
             copies.segment.pins -= 1
         self._staged.clear()
+        self._drop_gathered()
+
+    def _drop_gathered(self) -> None:
+        """What could not be copied stays where it is: its segments are not empty."""
+        for waiting in self._gathered.values():
+            self.unresolved.update(old >> SLOT_BITS for (_, _, old, _), _ in waiting)
+        self._gathered.clear()
 
     async def _apply_part(self, copies: Copies, start: int) -> int:
         """Make copies from `start` on true, as many at once as the map's cache allows; return how many."""
-        for count in (len(copies.blocks) - start, SMALL_UNIT_BLOCKS):
+        for count in (APPLY_BLOCKS, SMALL_UNIT_BLOCKS):
             part = range(start, min(start + count, len(copies.blocks)))
             with contextlib.suppress(DamagedMapError):  # then those copies don't take effect
                 await self._load_leaves([copies.blocks[i][:2] for i in part])

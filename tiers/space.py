@@ -22,7 +22,7 @@ from tiers.errors import NoRoomError, TierError
 from tiers.flush import Flusher
 from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, MIN_SEGMENT_BYTES
 from tiers.log import Log
-from tiers.placement import Move, TierUse, decide
+from tiers.placement import FAST_BEGIN_SHARE, Move, TierUse, decide, rest_ratio
 from tiers.record import Kind
 from tiers.segments import SegmentTable
 from tiers.settings import PoolSettings
@@ -35,6 +35,13 @@ MAP_SLACK_SEGMENTS = 5
 ALWAYS_KEPT_DIVISOR = 64
 OPEN_SEGMENTS = 4
 """The log's head, the cleaner's outputs and the copy of the catalog: neither free nor full. See `packed_outputs`."""
+MARGIN_DIVISOR = 128
+"""The cleaner begins so much of the pool before its clients would have to wait: each slot that isn't used adds to what
+has to be moved. In a pool of few segments the smallest round needs more."""
+BASE_KEEPS_SEGMENTS = 3
+"""Free base segments that demotion leaves to the compaction of base."""
+LOG_KEEPS_SEGMENTS = 2
+"""Fast segments that clients' writes leave, while the cleaner is making more: for its records and copies."""
 
 QUEUE_LOOK_S = 1.0
 
@@ -47,6 +54,10 @@ class Space:
         self.stuck = False
         """The cleaner can't help: set by it, in force while the last admission failed for want of room."""
         self.short = False
+        self.spilling = False
+        """The cleaner can't free fast segments: the log goes on to base rather than have writers wait for nothing."""
+        self.cleaning = False
+        """The cleaner is at work: it goes on beyond the mark at which it began."""
         self.checkpoint_failure: OSError | None = None
         self.active_weight = 0
         self.frozen_weight = 0
@@ -156,13 +167,18 @@ class Space:
 
     def low_slots(self) -> int:
         """Below this many free slots in all, the cleaner works."""
-        low = self.reserve + self.map_reserve() + max(self._segments.total_slots // 40, 4 * self.largest_segment_slots)
-        return max(low, self.wanted_slots)
+        return max(self.reserve + self.map_reserve() + self._margin(), self.wanted_slots)
+
+    def _margin(self) -> int:
+        return max(self._segments.total_slots // MARGIN_DIVISOR, 4 * self.largest_segment_slots)
 
     # -- admission ----------------------------------------------------------------------------------------------
 
-    def admit(self, blocks: int, new_blocks: int) -> bool:
-        """Whether `blocks` may be logged now, of which `new_blocks` (at most) are not the volume's yet."""
+    def admit(self, blocks: int, new_blocks: int, *, spare: int = 0) -> bool:
+        """Whether `blocks` may be logged now, of which `new_blocks` (at most) are not the volume's yet.
+
+        `spare`: so many more there must be room for.
+        """
         if (
             self.read_only is not None
             or self.active_weight + blocks > self._settings.overlay_entries - self.frozen_weight
@@ -170,7 +186,7 @@ class Space:
             or not self._flusher.room()
         ):
             return False
-        return self._room_for(blocks, self.reserve + self.map_reserve(blocks))
+        return self._room_for(blocks + spare, self.reserve + self.map_reserve(blocks)) and self._fast_room_for(blocks)
 
     def admit_release(self) -> bool:
         """Whether a trim or delete may be logged now: these may use the last segment."""
@@ -190,6 +206,21 @@ class Space:
     def _has_slots(self, blocks: int, reserve: int) -> bool:
         headers = 2 + blocks // 128
         return self._segments.free_slots + self._log.head_room - reserve >= blocks + headers
+
+    def _fast_room_for(self, blocks: int) -> bool:
+        """Whether the log can stay on the fast tier: base is slow, and clients' flushes should not need it."""
+        if self.spilling or blocks + 2 + blocks // 128 <= self._log.head_room:
+            return True
+        fast = free = 0
+        for device in self._segments.devices:
+            if device.tier == "fast":
+                fast += 1
+                slots = device.segment_bytes >> BLOCK_SHIFT
+                free += max(0, len(device.free) - LOG_KEEPS_SEGMENTS) * slots
+        if not fast or free > blocks:
+            return True
+        self.kick_cleaner.set()
+        return False
 
     def require_writable(self) -> None:
         """Raise EROFS if the pool takes no writes any more."""
@@ -301,9 +332,23 @@ class Space:
 
     def cleaning_needed(self) -> Move | None:
         """What the cleaner should do now, if anything."""
+        low = self.low_slots() + (self._margin() // 2 if self.cleaning else 0)
         return decide(
             self.tier_use("fast"),
             self.tier_use("base"),
-            total_low=self._segments.free_slots < self.low_slots(),
-            keep_slots=2 * self.largest_segment_slots,
+            total_low=self._segments.free_slots < low,
+            keep_slots=BASE_KEEPS_SEGMENTS * self.largest_segment_slots,
+            active=self.cleaning,
         )
+
+    def rest_ratio(self) -> float:
+        """How long the cleaner should rest for the time it works: nothing while a writer waits."""
+        if self.waiters:
+            return 0.0
+        low = self.low_slots()
+        ratio = rest_ratio(self._segments.free_slots, low, low - self._margin())
+        fast = self.tier_use("fast")
+        if fast.total and fast.total < self._segments.total_slots:
+            begin = int(fast.total * FAST_BEGIN_SHARE)
+            ratio = min(ratio, rest_ratio(fast.free, begin, LOG_KEEPS_SEGMENTS * self.largest_segment_slots))
+        return ratio

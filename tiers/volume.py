@@ -63,6 +63,9 @@ FRAMES_A_READ = 32
 """Frames read and unpacked in one go: 4 MiB of memory."""
 READ_ATTEMPTS = 8
 MERGE_ATTEMPTS = 4
+WAKE_ROOM_BLOCKS = 64
+"""Who has had to wait for room goes on when there is so much more than it needs: in the last scraps of room each block
+would go alone, with a header of its own."""
 MAX_TRIMS = 160
 """So many operations fit a header of one slot."""
 
@@ -495,9 +498,27 @@ class Volume:
         if total >= LEAST_BYTES and self._follow_stream(writes):
             return False
         blocks = (total >> BLOCK_SHIFT) + 2 * len(writes)
-        if total > SYNC_WRITE_BYTES or not self._engine.space.admit(blocks, blocks):
+        if total > SYNC_WRITE_BYTES:
             return False
-        return self._write_admitted(writes, None, blocks)
+        space = self._engine.space
+        charge = blocks
+        if not space.admit(blocks, blocks):
+            # That was an upper bound, which is cheap. Where room is short, what a write really takes decides.
+            blocks, charge = self._exact_charge(writes)
+            if not space.admit(blocks, charge):
+                return False
+        return self._write_admitted(writes, None, charge)
+
+    def _exact_charge(self, writes: Sequence[tuple[int, Buffer]]) -> tuple[int, int]:
+        """How many blocks these writes are, and how many of them the volume may not own yet."""
+        blocks = new = 0
+        for offset, data in writes:
+            first = offset >> BLOCK_SHIFT
+            count = (offset + len(data) + BLOCK_MASK >> BLOCK_SHIFT) - first
+            blocks += count
+            found = self.entries_now(first, count)
+            new += count if found is None else found[0].count(UNMAPPED)
+        return blocks, new
 
     def _write_limited_now(self, limits: Limits, writes: Sequence[tuple[int, Buffer]]) -> bool:
         operations = length = 0
@@ -783,7 +804,9 @@ class Volume:
         checkpoints = 0
         while True:
             space.require_writable()
-            if space.admit(count, count):
+            # Others that wait will go on with this one: together, if there is room for them too.
+            spare = 0 if space.stuck else WAKE_ROOM_BLOCKS
+            if space.admit(count, count, spare=spare):
                 return count
             if space.charged + count <= space.capacity:
                 await space.wait()
@@ -801,7 +824,7 @@ class Volume:
                     )
                 checkpoints += 1
                 await self._engine.checkpoint()
-            elif space.admit(count, 0):
+            elif space.admit(count, 0, spare=spare):
                 return new
             else:
                 await space.wait()
