@@ -17,6 +17,7 @@
     PATCH  /v1/pools/P/volumes/V              {size, shrink?}; a smaller size needs shrink, for it discards data
     DELETE /v1/pools/P/volumes/V
     PUT    /v1/pools/P/volumes/V/policy       {policy}
+    GET    /v1/pools/P/volumes/V/heat[?ranges=N]   what lies on which tier and how hot it is, in N ranges (1 to 4096)
     GET    /v1/policies                       every policy: its keys, which of them are given, and who has it
     GET    /v1/policies/N
     POST   /v1/policies/reload                read them anew from the configuration file; all or nothing
@@ -52,6 +53,7 @@ from terrace.pools import Pools, Slot
 from terrace.schema import Size
 from terrace.sizes import format_size
 from tiers import DeviceSpec, Pool, TierError
+from tiers.heatmap import MAX_RANGES
 from tiers.policy import DEFAULT_NAME
 
 log = logging.getLogger(__name__)
@@ -59,6 +61,8 @@ log = logging.getLogger(__name__)
 BODY_LIMIT_BYTES = 1 << 20
 _PROGRESS_INTERVAL_S = 0.1
 _REPEAT_S = 5.0
+DEFAULT_RANGES = 512
+"""Of a heat map."""
 
 
 class DaemonStatus(Protocol):
@@ -241,6 +245,7 @@ class Api:
             self._route("PATCH", volume, self.resize_volume),
             self._route("DELETE", volume, self.delete_volume),
             self._route("PUT", f"{volume}/policy", self.set_policy),
+            self._route("GET", f"{volume}/heat", self.show_heat),
             self._route("GET", "/v1/policies", self.list_policies),
             self._route("GET", "/v1/policies/{policy}", self.show_policy),
             self._route("POST", "/v1/policies/reload", self.reload_policies),
@@ -356,6 +361,14 @@ class Api:
         with self._pools.using(request.path_params["pool"]) as pool:
             await pool.set_policy(name, body.policy)
             return JSONResponse(self._volume(pool.name, name))
+
+    async def show_heat(self, request: Request) -> Response:
+        given = request.query_params.get("ranges", str(DEFAULT_RANGES))
+        if not (given.isascii() and given.isdigit() and len(given) < 6 and 1 <= int(given) <= MAX_RANGES):
+            raise TierError(errno.EINVAL, f"ranges: {given!r} is not possible; give a number from 1 to {MAX_RANGES}")
+        with self._pools.using(request.path_params["pool"]) as pool:
+            found = await pool.heat_map(request.path_params["volume"], int(given))
+            return JSONResponse(dataclasses.asdict(found))
 
     async def list_policies(self, request: Request) -> Response:
         return JSONResponse(list(map(_plain, self._definitions.show())))

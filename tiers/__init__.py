@@ -3,6 +3,7 @@
 from tiers.check import CheckReport
 from tiers.errors import TierError
 from tiers.evacuate import EvacuationStatus
+from tiers.heatmap import HeatMap
 from tiers.losses import Loss
 from tiers.names import validate_name, validate_volume_size
 from tiers.newdevices import DeviceSpec
@@ -21,6 +22,7 @@ __all__ = [
     "DeviceSpec",
     "DeviceStatus",
     "EvacuationStatus",
+    "HeatMap",
     "Loss",
     "Policy",
     "PolicyError",

@@ -28,6 +28,7 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
 
 EXTENT_BITS = 4
 EXTENT_BLOCKS = 1 << EXTENT_BITS
@@ -198,6 +199,28 @@ class Extents:
         lo, hi = np.searchsorted(self._keys, [volume_id << KEY_BITS, volume_id + 1 << KEY_BITS])
         for key, row in zip(self._keys[lo:hi].tolist(), self._rows[lo:hi].tolist(), strict=True):
             yield key & (1 << KEY_BITS) - 1, self._row(row)
+
+    def chunk_count(self, volume_id: int) -> int:
+        """How many chunks of a volume something is known of."""
+        lo, hi = np.searchsorted(self._keys, [volume_id << KEY_BITS, volume_id + 1 << KEY_BITS])
+        return int(hi - lo)
+
+    def batches(self, volume_id: int, stride: int) -> Iterator[tuple[Ints, Bytes]]:
+        """Copies of what is known of a volume, some chunks a step: (chunks, levels of every `stride`-th extent).
+
+        The latter has the shape (chunks, 2, CHUNK_EXTENTS / stride), reads and writes. What changes between two steps
+        may be in it or not.
+        """
+        after = volume_id << KEY_BITS
+        while True:
+            lo, hi = np.searchsorted(self._keys, [after, volume_id + 1 << KEY_BITS])
+            keys = self._keys[lo : min(hi, lo + 64 * stride)]
+            if not len(keys):
+                return
+            rows = self._rows[lo : lo + len(keys)]
+            cells = self._cells.reshape(-1, 2, CHUNK_EXTENTS)[:, :, ::stride][rows]
+            yield keys & (1 << KEY_BITS) - 1, cells
+            after = int(keys[-1]) + 1
 
     def levels(self, volume_id: int, blocks: Ints) -> npt.NDArray[np.uint8]:
         """The levels of the extents that `blocks` lie in: shape (2, len(blocks)), reads and writes."""

@@ -29,6 +29,7 @@ from tiers.errors import TierError
 from tiers.evacuate import EvacuationStatus, Evacuator, Events, no_events
 from tiers.failpoint import hit
 from tiers.heatfile import HeatFile
+from tiers.heatmap import HeatMap, heat_map
 from tiers.host import REAL_HOST, CatalogStore, Host, locked
 from tiers.label import BadLabelError, Label
 from tiers.layout import BLOCK_BYTES, BLOCK_MASK, BLOCK_SHIFT
@@ -331,6 +332,12 @@ class Pool:
             await engine.flusher.flush()
             hit("policy.durable")
             return volume
+
+    async def heat_map(self, name: str, ranges: int) -> HeatMap:
+        """What of a volume lies on which tier, and how hot it is. Raises TierError ENOENT."""
+        volume = self.volume(name)
+        await self.recorder.drain()
+        return await heat_map(self._engine, volume, ranges)
 
     async def resize_volume(self, name: str, size_bytes: int) -> Volume:
         """Grow or shrink a volume; durable when this returns. Shrinking discards the tail, and needs it unused."""

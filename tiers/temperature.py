@@ -20,15 +20,12 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from tiers.heat import Bytes, Heat, Ints, Mask
+from tiers.heat import Bytes, Floats, Heat, Ints, Mask
 from tiers.policy import DEFAULT, Policy
 
 if TYPE_CHECKING:
     from tiers.volume import Volume
-
-Floats = npt.NDArray[np.float64]
 
 RISE = 0.1
 """So much of the way to a higher threshold is taken with each round of demotion."""

@@ -12,6 +12,7 @@ from click.shell_completion import CompletionItem
 
 from terrace.cli.context import Context, ask, pass_context
 from terrace.cli.output import output_option, show_json, show_table
+from terrace.cli.simulate import simulate
 
 
 class PolicyType(click.ParamType[str]):
@@ -33,6 +34,9 @@ POLICY = PolicyType()
 @click.group()
 def policy() -> None:
     """Policies: where a volume's blocks live, how fast it may go, and what it does when there is no room."""
+
+
+policy.add_command(simulate)
 
 
 @policy.command()

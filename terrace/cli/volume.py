@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from terrace.cli.context import POOL, SIZE, VOLUME, Context, SizeCommand, confirm, pass_context
+from terrace.cli.heat import heat
 from terrace.cli.output import output_option, patience, percent, show_facts, show_json
 from terrace.cli.policy import POLICY
 from terrace.cli.pool import show_volumes, shown_policy
@@ -139,6 +140,9 @@ def delete(context: Context, volume: tuple[str, str], yes: bool, output: str) ->
 def _waiting(volume: dict[str, Any]) -> str:
     counts = ((volume["throttled"], "for the limits of the policy"), (volume["queued"], "for room in the pool"))
     return ", ".join(f"{count} requests {what}" for count, what in counts if count)
+
+
+volume.add_command(heat)
 
 
 def _uris(client: Any, export: str) -> list[str]:

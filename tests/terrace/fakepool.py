@@ -35,6 +35,7 @@ from tiers import (
     DeviceScrub,
     DeviceSpec,
     DeviceStatus,
+    HeatMap,
     Policy,
     PoolSettings,
     PoolStatus,
@@ -396,6 +397,29 @@ class FakePool:
         volume.size_bytes = size_bytes
         self._save()
         return volume
+
+    async def heat_map(self, name: str, ranges: int) -> HeatMap:
+        volume = self.volume(name)
+        await trio.lowlevel.checkpoint()
+        extents = -(-volume.size_bytes // 65536)
+        count = min(ranges, extents)
+        range_bytes = -(-extents // count) * 65536
+        count = -(-volume.size_bytes // range_bytes)
+        mapped = volume.mapped_bytes() // count
+        rising = [float(i) for i in range(count)]
+        return HeatMap(
+            volume.name,
+            volume.size_bytes,
+            range_bytes,
+            3600.0,
+            1.0,
+            [mapped] * count,
+            [0] * count,
+            [i / 4 if mapped else 0.0 for i in rising],
+            [0.0] * count,
+            rising,
+            rising[::-1],
+        )
 
     async def delete_volume(self, name: str) -> None:
         volume = self.volume(name)

@@ -276,6 +276,21 @@ async def an_open_pool_is_not_opened_twice(engine: Any, tmp_path: Path) -> None:
 
 
 @scenario
+async def a_heat_map_has_a_range_for_each_part_of_a_volume(engine: Any, tmp_path: Path) -> None:
+    directory = await make(engine, tmp_path)
+    async with engine.open(directory) as pool:
+        await pool.create_volume("v", 10 * MIB + 4096)
+        for ranges, count, range_bytes in ((1, 1, 161 << 16), (5, 5, 33 << 16), (4096, 161, 1 << 16)):
+            found = await pool.heat_map("v", ranges)
+            assert (found.volume, found.size_bytes, found.range_bytes) == ("p/v", 10 * MIB + 4096, range_bytes)
+            lists = (found.fast_bytes, found.base_bytes, found.fast_heat, found.base_heat, found.reads, found.writes)
+            assert [len(values) for values in lists] == [count] * 6
+        with pytest.raises(TierError) as error:
+            await pool.heat_map("none", 5)
+        assert refusal(error) == errno.ENOENT
+
+
+@scenario
 async def a_destroyed_pool_is_gone_but_its_device_files_stay(engine: Any, tmp_path: Path) -> None:
     directory = await make(engine, tmp_path)
     async with engine.open(directory) as pool:
