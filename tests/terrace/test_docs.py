@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from starlette.routing import Route
 
 from terrace.api import Api
 from terrace.cli.root import root
-from terrace.config import Config
+from terrace.config import Config, parse_config
 from terrace.sizes import parse_size
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -33,6 +34,12 @@ def test_the_configuration_page_has_every_key_with_its_default() -> None:
                 assert shown == default
     for key, default in Config().show_policy("default").keys.items():
         assert documented[key] == str(default)
+
+
+def test_the_example_on_the_configuration_page_is_good() -> None:
+    page = (DOCS / "configuration.md").read_text()
+    (example,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    assert {"database", "tenant", "archive"} < parse_config(example, "example").policies().keys()
 
 
 def commands(group: click.Group, path: str) -> list[str]:
