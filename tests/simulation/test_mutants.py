@@ -728,7 +728,6 @@ def frames(seed: int) -> None:
     async def pack(pool: Pool, destination: str) -> None:
         pool._engine.log.roll()
         await move_everything(pool, destination)
-        pool._cleaner.mover.seal_all()
 
     async def main() -> None:
         for _ in range(3):

@@ -21,6 +21,7 @@ from tests.tiers.test_rebuild_simulated import lose_catalog
 from tiers import Policy, Pool, PoolSettings, Volume
 from tiers.frames import CACHE_BYTES, frame_of, index_of, unpack_all
 from tiers.layout import BAD, MIB, SLOT_BITS
+from tiers.mover import Mover
 from tiers.record import Kind
 from tiers.segments import Segment
 
@@ -67,12 +68,12 @@ def victims(pool: Pool, *tiers: str) -> list[Segment]:
 
 async def move(pool: Pool, chosen: Sequence[Segment], destination: str) -> None:
     """Empty these segments, into fresh ones."""
-    pool._cleaner.mover.seal_all()
+    mover = Mover(pool._engine)  # the cleaner uses its own meanwhile
     for victim in chosen:
         if pool._engine.segments.by_id.get(victim.id) is victim:
-            await pool._cleaner.mover.move_segment(victim, destination)
-    await pool._cleaner.mover.apply_staged()
-    pool._cleaner.mover.seal_all()
+            await mover.move_segment(victim, destination)
+    await mover.apply_staged()
+    mover.seal_all()
 
 
 async def demote(pool: Pool) -> None:
@@ -281,9 +282,10 @@ def test_each_block_goes_where_it_is_told_and_frames_hold_neighbours(tmp_path: P
             await volume.write(0, content)
             pool._engine.log.roll()
             await pool.checkpoint()
+            mover = Mover(pool._engine)
             for victim in victims(pool, "fast"):
-                await pool._cleaner.mover.move_segment(victim, "base", choose)
-            await pool._cleaner.mover.apply_staged()
+                await mover.move_segment(victim, "base", choose)
+            await mover.apply_staged()
             await pool.checkpoint()
             assert await read(volume, 0, size) == content
             await load(volume)
