@@ -9,6 +9,9 @@
     POST   /v1/pools/P/grow                   {devices, force?}
     POST   /v1/pools/P/checkpoint
     POST   /v1/pools/P/check                  {full?}; streams {done_bytes, total_bytes} ..., then {report} or {error}
+    GET    /v1/pools/P/evacuate               the evacuations of devices since the pool was opened, and what is lost
+    POST   /v1/pools/P/evacuate               {device, action: "start" | "cancel" | "lost", truncate_log?}
+    GET    /v1/events[?after=N&wait=S]        events after number N; waits so many seconds (at most 60) for one
     GET    /v1/pools/P/scrub                  the newest scrub, with every damaged range that is kept
     POST   /v1/pools/P/scrub                  {action: "start" | "pause" | "stop", rate?}
     GET    /v1/pools/P/volumes
@@ -49,6 +52,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from terrace.definitions import Definitions
+from terrace.events import Events
 from terrace.pools import Pools, Slot
 from terrace.schema import Size
 from terrace.sizes import format_size
@@ -118,6 +122,12 @@ def _as_rate(rate: int) -> int:
     if not 0 <= rate <= 1 << 50:
         raise ValueError(f"{rate} bytes a second is not possible; it must be at most 1 PiB, or 0: no limit")
     return rate
+
+
+class EvacuateBody(_Body):
+    device: str
+    action: Literal["start", "cancel", "lost"] = "start"
+    truncate_log: bool = False
 
 
 class ScrubBody(_Body):
@@ -219,10 +229,11 @@ Handler = Callable[[Request], Awaitable[Response]]
 class Api:
     """The handlers. Every one leaves the daemon as it was when it raises."""
 
-    def __init__(self, pools: Pools, daemon: DaemonStatus, definitions: Definitions) -> None:
+    def __init__(self, pools: Pools, daemon: DaemonStatus, definitions: Definitions, events: Events) -> None:
         self._pools = pools
         self._daemon = daemon
         self._definitions = definitions
+        self._events = events
 
     def app(self) -> ASGIApp:
         """The ASGI application."""
@@ -237,6 +248,9 @@ class Api:
             self._route("POST", f"{pool}/grow", self.grow_pool),
             self._route("POST", f"{pool}/checkpoint", self.checkpoint_pool),
             self._route("POST", f"{pool}/check", self.check_pool),
+            self._route("GET", f"{pool}/evacuate", self.show_evacuations),
+            self._route("POST", f"{pool}/evacuate", self.evacuate_device),
+            self._route("GET", "/v1/events", self.list_events),
             self._route("GET", f"{pool}/scrub", self.show_scrub),
             self._route("POST", f"{pool}/scrub", self.scrub_pool),
             self._route("GET", f"{pool}/volumes", self.list_volumes),
@@ -276,6 +290,11 @@ class Api:
         return JSONResponse(pool_summary(self._pools.slot(pool.name)), HTTPStatus.CREATED)
 
     async def show_pool(self, request: Request) -> Response:
+        slot = self._pools.slot(request.path_params["pool"])
+        if slot.pool is not None:
+            with self._pools.using(slot.name) as pool:
+                await _count_exactly(pool)
+                await pool.losses()  # what was written since is none any more
         return JSONResponse(pool_summary(self._pools.slot(request.path_params["pool"])))
 
     async def delete_pool(self, request: Request) -> Response:
@@ -303,6 +322,32 @@ class Api:
         name = request.path_params["pool"]
         self._pools.pool(name)  # what can be refused is refused with a status, before the stream begins
         return _CheckStream(self._pools, name, full=body.full)
+
+    async def show_evacuations(self, request: Request) -> Response:
+        with self._pools.using(request.path_params["pool"]) as pool:
+            return JSONResponse(await _evacuations(pool))
+
+    async def evacuate_device(self, request: Request) -> Response:
+        body = await _body(request, EvacuateBody)
+        name = request.path_params["pool"]
+        if body.truncate_log and body.action != "lost":
+            raise TierError(errno.EINVAL, "truncate_log: it goes with a device that is lost")
+        if body.action == "lost":
+            await self._pools.give_up(name, body.device, truncate_log=body.truncate_log)
+        with self._pools.using(name) as pool:
+            if body.action == "start":
+                await pool.evacuator.start(body.device)
+            elif body.action == "cancel":
+                await pool.evacuator.cancel(body.device)
+            return JSONResponse(await _evacuations(pool))
+
+    async def list_events(self, request: Request) -> Response:
+        try:
+            after = int(request.query_params.get("after", "0"))
+            wait_s = min(60.0, max(0.0, float(request.query_params.get("wait", "0"))))
+        except ValueError:
+            raise TierError(errno.EINVAL, "after and wait are numbers") from None
+        return JSONResponse(list(map(_plain, await self._events.wait(after, wait_s))))
 
     async def show_scrub(self, request: Request) -> Response:
         return JSONResponse(_plain(self._pools.pool(request.path_params["pool"]).scrubber.status()))
@@ -384,6 +429,12 @@ class Api:
         pool = self._pools.pool(pool_name)
         name = pool.volume(volume_name).name
         return next(status for status in _plain(pool.status())["volumes"] if status["name"] == name)
+
+
+async def _evacuations(pool: Pool) -> dict[str, Any]:
+    """How far they are, and all that is known to be lost now."""
+    losses = [_plain(loss) for loss in await pool.losses()]
+    return {"evacuations": _plain(pool.status())["evacuations"], "losses": losses, "given_up": pool.given_up}
 
 
 async def _count_exactly(pool: Pool) -> None:

@@ -86,6 +86,7 @@ class PoolConfig(Section):
     checkpoint_log: Size = Field(_SETTINGS.checkpoint_log_bytes, ge=MIB, le=1 << 40)
     map_cache: Size = Field(_SETTINGS.map_cache_bytes, ge=MIB, le=1 << 40)
     unsynced_cap: Size = Field(_SETTINGS.unsynced_cap_bytes, ge=MIB, le=1 << 40)
+    overcommit_limit: float = Field(_SETTINGS.overcommit_limit, ge=0, le=1e6, allow_inf_nan=False)
 
     def settings(self) -> PoolSettings:
         return replace(
@@ -94,7 +95,21 @@ class PoolConfig(Section):
             checkpoint_log_bytes=self.checkpoint_log,
             map_cache_bytes=self.map_cache,
             unsynced_cap_bytes=self.unsynced_cap,
+            overcommit_limit=self.overcommit_limit,
         )
+
+
+def _are_levels(levels: list[float]) -> list[float]:
+    for level in levels:
+        if not 0 < level <= 100:
+            raise ValueError(f"{level:g} is not a level; levels are percents above 0, up to 100, such as [70, 85, 95]")
+    return sorted(levels)
+
+
+class SpaceConfig(Section):
+    """[space]: when operators hear that a pool fills up."""
+
+    levels: Annotated[list[float], AfterValidator(_are_levels)] = Field([70, 85, 95])
 
 
 class ScrubConfig(Section):
@@ -119,6 +134,7 @@ class Config(Section):
 
     nbd: NbdConfig = NbdConfig()
     pool: PoolConfig = PoolConfig()
+    space: SpaceConfig = SpaceConfig()
     scrub: ScrubConfig = ScrubConfig()
     log: LogConfig = LogConfig()
     policy: dict[str, PolicyConfig] = Field(default_factory=dict)

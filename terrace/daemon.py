@@ -36,9 +36,11 @@ from terrace import sdnotify
 from terrace.api import Api
 from terrace.config import Config, load_config, split_address
 from terrace.definitions import Definitions
+from terrace.events import Events
 from terrace.exports import PoolExports
 from terrace.home import Home, HomeError, find_home
 from terrace.httpserver import serve_http
+from terrace.lowwater import keep_watch
 from terrace.pools import Pools, open_pools
 from terrace.reclaim import stand_apart
 from terrace.schema import ConfigError
@@ -129,13 +131,24 @@ async def run(home: Home, file: Path | None, config: Config, stalls: StallMeter,
             sockets.callback(api_listener.close)
             told, opening, serving = trio.Event(), trio.CancelScope(), trio.CancelScope()
             watchers.start_soon(_obey, signals, told, opening, serving)
-            opened = open_pools(home.pools, config.pool_settings(), engine, policies=config.policies(), opening=opening)
+            events = Events(home.path)
+            watchers.start_soon(events.run)
+            opened = open_pools(
+                home.pools,
+                config.pool_settings(),
+                engine,
+                policies=config.policies(),
+                opening=opening,
+                events=events.add,
+            )
             async with opened as pools:
                 definitions = Definitions(file, config, pools)
                 watchers.start_soon(definitions.reload_on, hangups)
                 if not told.is_set():
                     with serving:
-                        await _serve(home, config, stalls, definitions, pools, listeners, api_listener, told, serving)
+                        await _serve(
+                            *(home, config, stalls, definitions, pools, events, listeners, api_listener, told, serving)
+                        )
             log.info("stopped")
             watchers.cancel_scope.cancel()
     return 0
@@ -147,6 +160,7 @@ async def _serve(
     stalls: StallMeter,
     definitions: Definitions,
     pools: Pools,
+    events: Events,
     listeners: Sequence[Listener],
     api_listener: Listener,
     told: trio.Event,
@@ -158,9 +172,10 @@ async def _serve(
         server = await services.start(partial(nbd.server.serve, PoolExports(pools), listeners, limits=limits))
         daemon = Daemon(home, listeners, server, stalls)
         api_shutdown = trio.Event()
-        await services.start(serve_http, Api(pools, daemon, definitions).app(), api_listener.sock, api_shutdown)
+        await services.start(serve_http, Api(pools, daemon, definitions, events).app(), api_listener.sock, api_shutdown)
         async with trio.open_nursery() as background:
             background.start_soon(keep_schedule, pools, config.scrub.plan())
+            background.start_soon(keep_watch, pools, config.space.levels, events)
             _settle_collector()
             stalls.reset()
             print("terraced is ready:", *daemon.uris(), flush=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,6 +47,7 @@ class Pools:
         policies: Mapping[str, Policy],
         nursery: trio.Nursery,
         engine: type[Pool],
+        events: Callable[[str, str, str], None],
     ) -> None:
         self.policies = policies
         """What the names of policies mean, in every pool that is open or will be."""
@@ -54,6 +55,7 @@ class Pools:
         self._settings = settings
         self._nursery = nursery
         self._engine = engine
+        self._events = events
         self._slots: dict[str, Slot] = {}
 
     def slots(self) -> list[Slot]:
@@ -149,13 +151,45 @@ class Pools:
             await self._open(slot, truncate_log=truncate_log)
         return self.pool(name)
 
+    async def give_up(self, name: str, device: str, *, truncate_log: bool = False) -> Pool:
+        """Open the pool without a device that is gone for good; what was only there is lost.
+
+        One that is open is closed for that; EBUSY while anybody uses it. If it can't be opened without the device it
+        stays as it was.
+        """
+        slot = self.slot(name)
+        if slot.pool is not None:
+            self._require_unused(slot)
+        if slot.users or (slot.pool is None and slot.error is None):
+            raise TierError(errno.EBUSY, f"pool {name!r} is in use: an operation on it is running; try again later")
+        was_open = slot.pool is not None
+        slot.users += 1
+        try:
+            await self._close(slot)
+            await self._open(slot, truncate_log=truncate_log, give_up=[device])
+            refusal = slot.error if slot.pool is None else None
+            if refusal is not None and was_open:
+                await self._open(slot)
+        finally:
+            slot.users -= 1
+        if refusal is not None:
+            raise refusal
+        self._events("device", device, f"{device} of pool {name} was given up as lost")
+        return self.pool(name)
+
+    @staticmethod
+    def _require_unused(slot: Slot) -> None:
+        in_use = [volume.name for volume in slot.pool.volumes() if volume.open_count] if slot.pool else []
+        if in_use:
+            raise TierError(
+                errno.EBUSY, f"pool {slot.name!r} is in use: clients have {', '.join(in_use)}; detach first"
+            )
+
     async def delete(self, name: str) -> None:
         """Close the pool and destroy it with all its volumes. The device files stay. EBUSY while anybody uses it."""
         slot = self.slot(name)
         if slot.pool is not None:
-            in_use = [volume.name for volume in slot.pool.volumes() if volume.open_count]
-            if in_use:
-                raise TierError(errno.EBUSY, f"pool {name!r} is in use: clients have {', '.join(in_use)}; detach first")
+            self._require_unused(slot)
         if slot.users or (slot.pool is None and slot.error is None):
             raise TierError(errno.EBUSY, f"pool {name!r} is in use: an operation on it is running; try again later")
         slot.users += 1
@@ -186,10 +220,10 @@ class Pools:
             for slot in self.slots():
                 nursery.start_soon(self._close, slot)
 
-    async def _open(self, slot: Slot, *, truncate_log: bool = False) -> None:
+    async def _open(self, slot: Slot, *, truncate_log: bool = False, give_up: Sequence[str] = ()) -> None:
         slot.error = None
         slot.close, slot.closed = trio.Event(), trio.Event()
-        await self._nursery.start(partial(self._run, slot, truncate_log=truncate_log))
+        await self._nursery.start(partial(self._run, slot, truncate_log=truncate_log, give_up=give_up))
 
     async def _close(self, slot: Slot) -> None:
         if slot.pool is not None:
@@ -199,13 +233,24 @@ class Pools:
             await slot.closed.wait()
 
     async def _run(
-        self, slot: Slot, *, truncate_log: bool, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+        self,
+        slot: Slot,
+        *,
+        truncate_log: bool,
+        give_up: Sequence[str],
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """A pool's life. What it raises ends here, as the slot's error."""
         opened = False
         try:
             validate_name("pool", slot.name)
-            opening = self._engine.open(slot.directory, settings=self._settings, truncate_log=truncate_log)
+            opening = self._engine.open(
+                slot.directory,
+                settings=self._settings,
+                truncate_log=truncate_log,
+                give_up=give_up,
+                events=self._events,
+            )
             async with opening as pool:
                 if pool.name != slot.name:
                     raise TierError(
@@ -223,6 +268,7 @@ class Pools:
         except Exception as error:
             slot.error = _as_oserror(error)
             what = "failed" if opened else "can't be opened"
+            self._events("pool", slot.name, f"pool {slot.name} {what}: {slot.error}")
             # A refusal speaks for itself; anything else is a bug, whose traceback belongs into the report.
             log.error("pool %s %s: %s", slot.name, what, slot.error, exc_info=None if error is slot.error else error)
         finally:
@@ -240,13 +286,14 @@ async def open_pools(
     *,
     policies: Mapping[str, Policy] | None = None,
     opening: trio.CancelScope | None = None,
+    events: Callable[[str, str, str], None] = lambda kind, subject, text: None,
 ) -> AsyncIterator[Pools]:
     """The pools below `directory`, opened; closed in order, with flush and checkpoint, when the block ends.
 
     Cancelling `opening` leaves those that aren't open yet as they are: recovery begins anew the next time.
     """
     async with trio.open_nursery() as nursery:
-        pools = Pools(directory, settings, policies or {DEFAULT_NAME: DEFAULT}, nursery, engine)
+        pools = Pools(directory, settings, policies or {DEFAULT_NAME: DEFAULT}, nursery, engine, events)
         with opening or trio.CancelScope():
             await pools.open_all()
         yield pools

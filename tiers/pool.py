@@ -69,6 +69,11 @@ class DeviceStatus:
     live_bytes: int
     state: str
     errors: int
+    used_bytes: int = 0
+    """Segments that are not free: what is live in them, what is dead, and what was not written yet."""
+    logical_bytes: int = 0
+    """What is live, before it was packed."""
+    written_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,12 @@ class PoolStatus:
     lost_bytes: int = 0
     uncounted_frees: bool = False
     """Trims or deletions have come whose space no checkpoint has counted yet, in `pending_free_bytes` or elsewhere."""
+    metadata_total_bytes: int = 0
+    """Segments that hold map pages, live ones or not."""
+    overcommit_limit: float = 0.0
+    """Nominal size of all volumes over the capacity, at most; 0: no limit."""
+    hit_ratio: float | None = None
+    """The share of clients' reads that lay on the fast tier; None if there were none, or there is but one tier."""
     devices: list[DeviceStatus] = field(default_factory=list)
     volumes: list[VolumeStatus] = field(default_factory=list)
 
@@ -295,6 +306,7 @@ class Pool:
                     f"there is a volume {self.name}/{name} already: choose another name, or delete it first",
                 )
             policy = self._engine.require_policy(policy)
+            self._require_commitment(size_bytes, f"a volume {self.name}/{name} of {size_bytes} bytes")
             volume_id = self._engine.next_volume_id
             created_at = int(self._host.now())
             ops = [Op.CREATE << 56 | volume_id, size_bytes, created_at << 8 | len(name)]
@@ -348,12 +360,34 @@ class Pool:
                 await self._shrink(volume, size_bytes)
             else:
                 await self._engine.admit_release()
+                more = size_bytes - volume.size_bytes
+                self._require_commitment(more, f"{volume.name} with {more} bytes more")
                 self._engine.append_record(Op.RESIZE, volume.id, size_bytes)
                 self._engine.resized(volume, size_bytes)
             hit("resize.logged")
             await self._engine.flusher.flush()
             hit("resize.durable")
             return volume
+
+    def _require_commitment(self, more_bytes: int, what: str) -> None:
+        """Raise ENOSPC if all volumes together would have more than the limit lets be promised."""
+        engine = self._engine
+        limit = engine.settings.overcommit_limit
+        nominal = sum(volume.size_bytes for volume in engine.volumes.values())
+        capacity = engine.space.capacity * BLOCK_BYTES
+        if limit and more_bytes > 0 and nominal + more_bytes > limit * capacity:
+            raise TierError(
+                errno.ENOSPC,
+                f"{what} would be more than pool {self.name} may promise: its volumes have {nominal} bytes of at most "
+                f"{int(limit * capacity)}, {limit:g} times its capacity of {capacity} bytes (overcommit_limit under "
+                "[pool] in the configuration): grow the pool, or delete or shrink a volume",
+            )
+
+    def use(self) -> tuple[int, int]:
+        """Bytes in use by data and the capacity for it: what `status` says, for who asks often."""
+        space, segments = self._engine.space, self._engine.segments
+        used = min(space.charged, segments.live - segments.saved + segments.pending)
+        return used * BLOCK_BYTES, space.capacity * BLOCK_BYTES
 
     async def _shrink(self, volume: Volume, size_bytes: int) -> None:
         """Discard the tail. One batch does it, so that no crash leaves the old size without the old bytes."""
@@ -478,7 +512,7 @@ class Pool:
             block_size=BLOCK_BYTES,
             size_bytes=segments.total_slots * BLOCK_BYTES,
             capacity_bytes=space.capacity * BLOCK_BYTES,
-            used_bytes=min(space.charged, segments.live - segments.saved + segments.pending) * BLOCK_BYTES,
+            used_bytes=self.use()[0],
             available_bytes=space.available * BLOCK_BYTES,
             metadata_bytes=segments.map_live * BLOCK_BYTES,
             reserve_bytes=space.reserve * BLOCK_BYTES,
@@ -503,7 +537,13 @@ class Pool:
                 or self._checkpointer.waiting_deletes()
                 or any(v.active.ranges or (v.frozen and v.frozen.ranges) for v in engine.volumes.values())
             ),
-            devices=[_device_status(device, segments.device_live[device.index]) for device in engine.devices],
+            metadata_total_bytes=segments.map_slots * BLOCK_BYTES,
+            overcommit_limit=engine.settings.overcommit_limit,
+            hit_ratio=self.recorder.hit_ratio if len({d.tier for d in engine.devices}) > 1 else None,
+            devices=[
+                _device_status(device, segments.device_live[device.index], segments.device_saved[device.index])
+                for device in engine.devices
+            ],
             volumes=[
                 VolumeStatus(
                     v.name,
@@ -520,7 +560,7 @@ class Pool:
         )
 
 
-def _device_status(device: Device, live: int) -> DeviceStatus:
+def _device_status(device: Device, live: int, saved: int) -> DeviceStatus:
     return DeviceStatus(
         device.path,
         device.tier,
@@ -532,6 +572,9 @@ def _device_status(device: Device, live: int) -> DeviceStatus:
         live * BLOCK_BYTES,
         "poisoned" if device.poisoned else device.state,
         device.error_count,
+        (device.segment_count - len(device.free)) * device.segment_bytes,
+        (live + saved) * BLOCK_BYTES,
+        device.written_bytes,
     )
 
 

@@ -21,6 +21,8 @@ class PoolSettings:
     """In a volume of up to so many map pages of 1 MiB each (8 GiB) even single blocks are kept by page in memory."""
     compression_level: int | None = None
     """zstd's, for what is moved to base, over all policies (0: none); None: each volume's policy decides."""
+    overcommit_limit: float = 0.0
+    """Nominal size of all volumes over the pool's capacity, at most; 0: no limit."""
     scrub_rate_bytes: int = 0
     """Bytes a second that a scrub reads, over all devices, unless it is started with another rate; 0: no limit."""
     heat_half_life_s: float = 3600.0

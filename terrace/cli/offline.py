@@ -13,6 +13,8 @@ import trio
 from terrace.home import Home
 from tiers import Pool, TierError, rebuild_catalog
 
+_POLL_S = 0.2
+
 
 def check_offline(
     home: Home, name: str, *, full: bool, truncate_log: bool, advance: Callable[[int, int], None]
@@ -28,6 +30,36 @@ def check_offline(
 
     with home.locked():
         return trio.run(check)
+
+
+def evacuate_offline(
+    home: Home, name: str, device: str, *, lost: bool, truncate_log: bool, advance: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """Open the pool, without `device` if it is lost, empty or forget that device, and close it; as the API answers."""
+    directory = home.pools / name
+    if not directory.is_dir():
+        raise TierError(errno.ENOENT, f"there is no pool {name!r} in {home.pools}, and no terraced runs on {home.path}")
+
+    async def evacuate() -> dict[str, Any]:
+        given_up = [device] if lost else []
+        async with Pool.open(directory, truncate_log=truncate_log, give_up=given_up) as pool:
+            if not lost:
+                await pool.evacuator.start(device)
+            while running := [
+                one for one in pool.evacuator.status() if one.path == device and one.state in ("running", "waiting")
+            ]:
+                if pool.status().problem is not None:
+                    break
+                advance(running[0].done_bytes, running[0].total_bytes)
+                await trio.sleep(_POLL_S)
+            return {
+                "evacuations": [dataclasses.asdict(one) for one in pool.evacuator.status()],
+                "losses": [dataclasses.asdict(loss) for loss in await pool.losses()],
+                "given_up": pool.given_up,
+            }
+
+    with home.locked():
+        return trio.run(evacuate)
 
 
 def rebuild_offline(

@@ -49,7 +49,14 @@ def console() -> Console:
     return made
 
 
-STATE_STYLES = {"online": "green", "read-only": "yellow", "failed": "bold red", "poisoned": "bold red"}
+STATE_STYLES = {
+    "online": "green",
+    "read-only": "yellow",
+    "evacuating": "yellow",
+    "lost": "bold red",
+    "failed": "bold red",
+    "poisoned": "bold red",
+}
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "", empty: str = "") -> None:

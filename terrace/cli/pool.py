@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from terrace.cli.context import DEVICE, POOL, SIZE, Context, confirm, pass_context
+from terrace.cli.evacuate import brief as brief_evacuation
+from terrace.cli.evacuate import evacuate
 from terrace.cli.output import output_option, patience, percent, show_facts, show_json, show_table
 from terrace.cli.scrub import brief, scrub_facts, show_scrub, verdict
 from terrace.sizes import format_size
@@ -162,8 +164,8 @@ def show_pool(found: dict[str, Any]) -> None:
                 f"{size['used_bytes']} used of {size['capacity_bytes']} "
                 f"({percent(found['used_bytes'], found['capacity_bytes'])}), {size['available_bytes']} available",
             ),
-            ("Metadata space", f"{size['metadata_bytes']} used"),
-            ("Reserve", f"{size['reserve_bytes']} kept for deletes, trims and cleaning"),
+            ("Metadata space", f"{size['metadata_bytes']} used of {size['metadata_total_bytes']} in segments for it"),
+            ("Minimum free", f"{size['reserve_bytes']} kept for deletes, trims and cleaning"),
             (
                 "Deferred frees",
                 f"{size['pending_free_bytes']} free after the next checkpoint"
@@ -172,7 +174,8 @@ def show_pool(found: dict[str, Any]) -> None:
             (
                 "Volumes",
                 f"{count}, {size['nominal_bytes']} nominal, "
-                f"{found['nominal_bytes'] / max(found['capacity_bytes'], 1):.2f} x the capacity",
+                f"{found['nominal_bytes'] / max(found['capacity_bytes'], 1):.2f} x the capacity"
+                + (f" (limit {found['overcommit_limit']:g} x)" if found["overcommit_limit"] else ""),
             ),
             (
                 "Log",
@@ -185,27 +188,55 @@ def show_pool(found: dict[str, Any]) -> None:
                 + (f" ({device / client:.2f} x)" if client else ""),
             ),
             ("Cleaning", f"{found['blocks_moved']} blocks moved"),
+            *(
+                [("Hit ratio", f"{100 * found['hit_ratio']:.1f} % of reads lately were of the fast tier")]
+                if found["hit_ratio"] is not None
+                else []
+            ),
+            *(("Evacuation", brief_evacuation(one)) for one in found["evacuations"]),
+            *(
+                [("Lost", f"{size['lost_bytes']} of volumes: terrace pool evacuate {found['name']} --status")]
+                if found["lost_bytes"]
+                else []
+            ),
             *scrub_facts(found["scrub"]),
         ]
     )
     click.echo()
-    devices = [
-        (
-            device["tier"],
-            device["path"],
-            device["state"],
-            format_size(device["size_bytes"]),
-            format_size(device["live_bytes"]),
-            format_size(device["segment_bytes"]),
-            f"{device['free_segments']} of {device['segments']}",
-            device["errors"],
-        )
-        for device in found["devices"]
-    ]
-    columns = ("Tier", "Device", "State", ">Size", ">Live", ">Segment", ">Free segments", ">Errors")
-    show_table(columns, devices)
+    _show_devices(found["devices"])
     click.echo()
     show_volumes(found["volumes"], empty=f"No volumes yet; terrace volume create {found['name']}/VOL SIZE makes one.")
+
+
+def _show_devices(devices: Sequence[dict[str, Any]]) -> None:
+    """Each device, and what its space is used for; sums for a tier of several. Two tables, to fit 80 columns."""
+    rows: list[tuple[object, ...]] = []
+    space: list[tuple[object, ...]] = []
+    for tier in ("fast", "base"):
+        ones = [device for device in devices if device["tier"] == tier]
+        for one in ones:
+            sizes = format_size(one["size_bytes"]), format_size(one["segment_bytes"])
+            free = f"{one['free_segments']} of {one['segments']}"
+            rows.append((tier, one["state"], *sizes, free, one["errors"], one["path"]))
+        if len(ones) > 1:
+            keys = ("used_bytes", "live_bytes", "logical_bytes", "written_bytes")
+            space.append((tier, *_space({key: sum(one[key] for one in ones) for key in keys}), f"{len(ones)} devices"))
+        space += [(tier, *_space(one), one["path"]) for one in ones]
+    show_table(("Tier", "State", ">Size", ">Segment", ">Free segments", ">Errors", "Device"), rows)
+    click.echo()
+    show_table(("Tier", ">Used", ">Live", ">Dead", ">Packed", ">Written", "Device"), space)
+
+
+def _space(device: dict[str, Any]) -> tuple[object, ...]:
+    """What segments in use take, what of it is live and what isn't, how well that is packed, what was written."""
+    used, live, logical = device["used_bytes"], device["live_bytes"], device["logical_bytes"]
+    return (
+        format_size(used),
+        format_size(live),
+        format_size(max(0, used - live)),
+        f"{logical / live:.2f} x" if live and logical > live else "-",
+        format_size(device["written_bytes"]),
+    )
 
 
 def show_volumes(volumes: Sequence[dict[str, Any]], empty: str) -> None:
@@ -252,6 +283,9 @@ def grow(
         show_json(grown)
     else:
         click.echo(f"Pool {name} now has {format_size(grown['capacity_bytes'])} on {len(grown['devices'])} device(s).")
+
+
+pool.add_command(evacuate)
 
 
 @pool.command("open")

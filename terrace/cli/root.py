@@ -12,6 +12,7 @@ import click
 
 from terrace.cli.completion import completion
 from terrace.cli.context import Context
+from terrace.cli.events import events
 from terrace.cli.policy import policy
 from terrace.cli.pool import pool
 from terrace.cli.status import status
@@ -73,7 +74,7 @@ def root(context: click.Context, home: str | None) -> None:
     context.obj = Context(home)
 
 
-for command in (pool, volume, policy, status, completion):
+for command in (pool, volume, policy, status, events, completion):
     root.add_command(command)
 
 

@@ -35,7 +35,9 @@ from tiers import (
     DeviceScrub,
     DeviceSpec,
     DeviceStatus,
+    EvacuationStatus,
     HeatMap,
+    Loss,
     Policy,
     PoolSettings,
     PoolStatus,
@@ -247,6 +249,58 @@ class FakeScrubber:
         )
 
 
+class FakeEvacuator:
+    """The interface of `tiers.evacuate.Evacuator`: devices are empty, unless a file `slow-evacuation` is there."""
+
+    def __init__(self, pool: FakePool, directory: Path) -> None:
+        self._pool = pool
+        self._slow = directory / "slow-evacuation"
+        self._runs: dict[str, EvacuationStatus] = {}
+
+    def begin(self, path: str, *, lost: bool) -> EvacuationStatus:
+        now = time.time()
+        total = 0 if lost else 1 << 20
+        status = EvacuationStatus(path, "running", lost, now, None, 0, total, 0.0, None, 0, None)
+        self._runs[path] = status
+        return status
+
+    def _device(self, path: str) -> dict[str, object]:
+        for device in self._pool.devices:
+            if device["path"] == path:
+                return device
+        raise TierError(errno.ENOENT, f"the pool {self._pool.name} has no device {path}")
+
+    async def start(self, path: str) -> EvacuationStatus:
+        await trio.lowlevel.checkpoint()
+        self._device(path)
+        if len(self._pool.devices) == 1:
+            raise TierError(errno.EINVAL, f"{path} is the last device of pool {self._pool.name}")
+        if path in self._runs and self._runs[path].state == "running":
+            return self._runs[path]
+        return self.begin(path, lost=False)
+
+    async def cancel(self, path: str) -> EvacuationStatus:
+        await trio.lowlevel.checkpoint()
+        self._device(path)
+        if path not in self._runs or self._runs[path].state != "running":
+            raise TierError(errno.ENOENT, f"{path} is not being evacuated")
+        self._runs[path] = dataclasses.replace(self._runs[path], state="cancelled", finished_at=time.time())
+        return self._runs[path]
+
+    def status(self) -> list[EvacuationStatus]:
+        return list(self._runs.values())
+
+    async def run(self) -> None:
+        while True:
+            await trio.sleep(0.02)
+            for path, run in list(self._runs.items()):
+                if run.state == "running" and not self._slow.exists():
+                    self._runs[path] = dataclasses.replace(
+                        run, state="removed", finished_at=time.time(), done_bytes=run.total_bytes
+                    )
+                    self._pool.forget(path)
+
+
 class FakePool:
     """The interface of `tiers.Pool`."""
 
@@ -265,6 +319,23 @@ class FakePool:
             self._volumes[name].policy_name = policy
         self._policies: dict[str, Policy] = {}
         self.scrubber = FakeScrubber(self, directory)
+        self.evacuator = FakeEvacuator(self, directory)
+
+    @property
+    def given_up(self) -> str | None:
+        return self._given_up
+
+    def forget(self, path: str) -> None:
+        self._devices[:] = [device for device in self._devices if device["path"] != path]
+        self._save()
+
+    async def losses(self) -> list[Loss]:
+        await trio.lowlevel.checkpoint()
+        return []
+
+    def use(self) -> tuple[int, int]:
+        status = self.status()
+        return status.used_bytes, status.capacity_bytes
 
     @property
     def devices(self) -> list[dict[str, object]]:
@@ -284,7 +355,13 @@ class FakePool:
     @classmethod
     @contextlib.asynccontextmanager
     async def open(
-        cls, directory: Path, *, settings: PoolSettings | None = None, truncate_log: bool = False
+        cls,
+        directory: Path,
+        *,
+        settings: PoolSettings | None = None,
+        truncate_log: bool = False,
+        give_up: Sequence[str] = (),
+        events: Callable[[str, str, str], None] = lambda kind, subject, text: None,
     ) -> AsyncIterator[FakePool]:
         await trio.lowlevel.checkpoint()
         if (directory / "slow-open").exists():
@@ -306,10 +383,20 @@ class FakePool:
                 raise TierError(errno.EBUSY, f"the pool in {directory} is open in another process") from None
             pool = cls(directory, settings or PoolSettings())
             pool._given_up = given_up
+            for path in give_up:
+                if Path(path).exists():
+                    raise TierError(errno.EEXIST, f"{path} is there: evacuate it without --lost")
+                pool.evacuator.begin(path, lost=True)
+            missing = [
+                d["path"] for d in pool.devices if not Path(str(d["path"])).exists() and d["path"] not in give_up
+            ]
+            if missing:
+                raise TierError(errno.ENOENT, f"the device {missing[0]} is missing")
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(pool._fail_later)
                     nursery.start_soon(pool.scrubber.run)
+                    nursery.start_soon(pool.evacuator.run)
                     yield pool
                     nursery.cancel_scope.cancel()
                 if (directory / "stuck-close").exists():
@@ -485,6 +572,9 @@ class FakePool:
             "available_bytes": capacity_bytes - used_bytes,
             "nominal_bytes": sum(volume.size_bytes for volume in volumes),
             "scrub": self.scrubber.status(10),
+            "evacuations": self.evacuator.status(),
+            "losses": [],
+            "hit_ratio": None,
             "devices": [self._device_status(device) for device in self._devices],
             "volumes": volumes,
         }

@@ -57,7 +57,7 @@ def test_the_command_line_page_has_every_command(command: str) -> None:
 
 def test_the_command_line_page_has_every_request() -> None:
     page = (DOCS / "cli.md").read_text()
-    app = cast(Any, Api(cast(Any, None), cast(Any, None), cast(Any, None)).app())._app
+    app = cast(Any, Api(cast(Any, None), cast(Any, None), cast(Any, None), cast(Any, None)).app())._app
     assert isinstance(app, Starlette)
     for route in app.routes:
         assert isinstance(route, Route)
