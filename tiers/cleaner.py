@@ -6,6 +6,7 @@ room, as soon as these are durable: a checkpoint a round would rewrite most of t
 Map segments are emptied by having the next checkpoint write their live pages elsewhere.
 """
 
+import contextlib
 import heapq
 import logging
 from typing import TYPE_CHECKING
@@ -16,11 +17,10 @@ import trio
 from tiers.failpoint import hit
 from tiers.layout import BLOCK_BYTES, SLOT_BITS
 from tiers.maptree import FANOUT_BITS, LEVEL_SHIFT, ROOT_LEVEL
-from tiers.mover import HEADERS_A_TURN, Candidate, Mover, OutputFullError
+from tiers.mover import HEADERS_A_TURN, Candidate, DamagedMapError, Mover, OutputFullError
 from tiers.placement import Move, benefit
 from tiers.record import Kind, Op, header_slots_for
 from tiers.segments import Segment
-from tiers.temperature import Temperature
 
 if TYPE_CHECKING:
     from tiers.engine import Engine
@@ -44,6 +44,12 @@ an eighth of the pool did no harm yet."""
 MIN_STALE_BYTES = 16 << 20
 UNREUSED_DIVISOR = 64
 """So much of the pool may be in emptied victims before a checkpoint frees them where nobody is in a hurry."""
+FAST_TARGET_SHARE = 0.85
+"""So much of the fast tier may be live: what is more has to leave."""
+LEAST_LEAVE, MOST_LEAVE = 4, 2
+"""Of the blocks in a round of demotion a quarter to a half leave, the coldest; all where clients are about to wait."""
+DEMOTED_SLOTS = 8192
+"""Judged at once, without a checkpoint of trio in between: about ten milliseconds."""
 MAX_REST_S = 0.05
 RANK_SLICE = 2048
 """Segments looked at without a checkpoint of trio in between."""
@@ -57,7 +63,6 @@ class Cleaner:
         self.mover = Mover(engine)
         self.mover.pace = self._pace
         self.mover.are_hot = self._are_hot
-        self._temperature = Temperature(engine.heat)
         self._engine = engine
         self._futile_rounds = 0
         self._turn_began = 0.0
@@ -88,7 +93,7 @@ class Cleaner:
     def _are_hot(self, blocks: list[Candidate]) -> list[bool]:
         volumes = np.fromiter((volume.id for volume, _, _, _ in blocks), np.int64, len(blocks))
         numbers = np.fromiter((block for _, block, _, _ in blocks), np.int64, len(blocks))
-        hot: list[bool] = self._temperature.is_hot(volumes, numbers).tolist()
+        hot: list[bool] = self._engine.temperature.is_hot(volumes, numbers).tolist()
         return hot
 
     async def _pace(self) -> None:
@@ -128,22 +133,13 @@ class Cleaner:
             if not victims and move.source is not None:
                 move = Move(None, move.destination)
                 victims = await self._victims(move)
-            try:
-                for victim in victims:
-                    if (
-                        engine.segments.by_id.get(victim.id) is not victim
-                        or victim.open
-                        or victim.device.state != "online"
-                    ):
-                        continue  # a checkpoint freed it meanwhile, or an evacuation moves it
-                    await self.mover.move_segment(victim, move.destination)
-                    moved = True
-                    if not victim.given_out:
-                        emptied.append(victim)
-            except OutputFullError:
-                # Output space ran out on the way (its tail is lost at segment ends): what was copied still counts.
-                pass
-            moved = moved or self.mover.has_staged
+            # Output space may run out on the way (its tail is lost at segment ends): what was copied still counts.
+            with contextlib.suppress(OutputFullError):
+                if move.demotes:
+                    await self._demote(victims, emptied)
+                else:
+                    await self._compact(victims, move.destination, emptied)
+            moved = bool(emptied) or self.mover.has_staged
             await self.mover.apply_staged()
             space.staged_entries = 0
             # Not before: what was not moved after all is still in its victim.
@@ -165,6 +161,69 @@ class Cleaner:
         space.changed()
         limit = FUTILE_ROUNDS_PRESSED if pressed else FUTILE_ROUNDS_IDLE
         return (moved or pressed) and self._futile_rounds < limit and space.cleaning_needed() is not None
+
+    async def _compact(self, victims: list[Segment], destination: str, emptied: list[Segment]) -> None:
+        """Move all that is live in the victims. Those that are done come into `emptied`. Raises OutputFullError."""
+        for victim in victims:
+            if self._is_there(victim):
+                await self.mover.move_segment(victim, destination)
+                if not victim.given_out:
+                    emptied.append(victim)
+
+    async def _demote(self, victims: list[Segment], emptied: list[Segment]) -> None:
+        """Empty fast segments: the cold blocks go to base, the hot ones stay on fast, by the heat and the policies.
+
+        Where clients are about to wait, all leave that policies don't hold: keeping one costs the room of one.
+        """
+        found = [(victim, await self.mover.survey(victim)) for victim in victims if self._is_there(victim)]
+        stays = self._survivors([candidate for _, live in found for candidate in live])
+        at = 0
+        for victim, live in found:
+            staying = {live[i][:2] for i in range(len(live)) if stays[at + i]}
+            at += len(live)
+            if not self._is_there(victim) or victim.given_out:
+                continue
+            try:
+                await self.mover.move_blocks(
+                    victim,
+                    live,
+                    "base",
+                    lambda volume, block: ("fast", "hot") if (volume, block) in staying else ("base", "cold"),  # noqa: B023
+                )
+            except DamagedMapError as error:
+                victim.damaged = True
+                logger.error("segment %d can't be emptied and is set aside: %s", victim.id, error)
+            emptied.append(victim)
+
+    def _is_there(self, victim: Segment) -> bool:
+        """False: a checkpoint freed it meanwhile, or an evacuation moves it."""
+        by_id = self._engine.segments.by_id
+        return by_id.get(victim.id) is victim and not victim.open and victim.device.state == "online"
+
+    def _survivors(self, live: list[Candidate]) -> list[bool]:
+        """Which of these blocks of fast segments stay on the fast tier."""
+        engine = self._engine
+        if not live:
+            return []
+        count = len(live)
+        volumes = np.fromiter((volume.id for volume, _, _, _ in live), np.int64, count)
+        blocks = np.fromiter((block for _, block, _, _ in live), np.int64, count)
+        pressed = not engine.space.rest_ratio()
+        fast = engine.space.tier_use("fast")
+        excess = fast.live - int(fast.total * FAST_TARGET_SHARE)
+        leave = count if pressed else min(max(excess, count // LEAST_LEAVE), count // MOST_LEAVE)
+        policies = {volume.id: volume.policy for volume in engine.volumes.values()}
+        now = trio.current_time()
+        by_id = engine.segments.by_id
+        opened = {i: by_id[i].opened_at for i in {address >> SLOT_BITS for _, _, address, _ in live} if i in by_id}
+        idle = np.fromiter((now - opened.get(address >> SLOT_BITS, 0.0) for _, _, address, _ in live), float, count)
+        stays: list[bool] = engine.temperature.survivors(volumes, blocks, leave, policies, idle).tolist()
+        if not pressed:
+            stays = [
+                stay or not engine.migration.allows(volume, BLOCK_BYTES)
+                for stay, (volume, _, _, _) in zip(stays, live, strict=True)
+            ]
+        return stays
 
     def _stale_bytes(self) -> int:
         fast, base = self._engine.space.tier_use("fast"), self._engine.space.tier_use("base")
@@ -203,6 +262,8 @@ class Cleaner:
         entries = 0
         goal = min(ROUND_SEGMENTS * space.largest_segment_slots, ROUND_SLOTS)
         victims: list[Segment] = []
+        pressed = not space.rest_ratio()
+        judged = 0
         while self._ranked and goal > 0:
             segment = self._ranked[-1]
             if engine.segments.by_id.get(segment.id) is not segment or segment.pins or segment.damaged:
@@ -216,7 +277,13 @@ class Cleaner:
             there -= needed
             if output < space.next_pages(entries) + 3 * space.largest_segment_slots or (there < 0 and victims):
                 break
-            goal -= segment.slots if move.demotes else segment.slots - segment.wanted_slots
+            if move.demotes:
+                goal -= segment.slots if pressed else segment.slots - segment.wanted_slots * 3 // 4
+                judged += segment.wanted_slots
+                if judged > DEMOTED_SLOTS:
+                    goal = 0
+            else:
+                goal -= segment.slots - segment.wanted_slots
             victims.append(self._ranked.pop())
         space.staged_entries = sum(segment.live + segment.pending for segment in victims)
         return victims

@@ -9,6 +9,8 @@ import errno
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 
+import trio
+
 from tiers.bypass import Bypass
 from tiers.catalog import DeviceRow
 from tiers.device import Device, Offload
@@ -65,6 +67,7 @@ class Engine:
         self.offload = offload
         self.preadv = preadv
         self.segments = SegmentTable(devices)
+        self.segments.clock = trio.current_time
         self.log = Log(self.segments, pool_uuid, incarnation, seq, prev_check)
         self.removed_devices: list[DeviceRow] = []
         """What the catalog remembers of devices that are no longer part of the pool."""

@@ -135,7 +135,6 @@ class Mover:
         may be applied, but the victim is not empty.
         """
         victim.pins += 1
-        base = victim.id << SLOT_BITS
         try:
             data = await self.read_segment(victim)
             if is_given_out(victim, data, self._engine.pool_uuid):
@@ -143,20 +142,10 @@ class Mover:
                 return
             hit("move.read")
             candidates: list[Candidate] = []
-            for number, batch in enumerate(self.batches(victim, data), 1):
+            for number, found in enumerate(self._candidates(victim, data), 1):
                 if number % HEADERS_A_TURN == 0:
                     await trio.lowlevel.checkpoint()
-                places = batch.places()
-                at = 0
-                for op, volume_id, block, count in batch.operations():
-                    if op is not Op.WRITE:
-                        continue
-                    volume = self._engine.volumes.get(volume_id)
-                    if volume is not None:
-                        candidates += [
-                            (volume, block + i, base | places[at + i], batch.checks[at + i]) for i in range(count)
-                        ]
-                    at += count
+                candidates += found
                 while len(candidates) >= UNIT_BLOCKS:
                     await self._copy(victim, data, candidates[:UNIT_BLOCKS], destination, choose)
                     del candidates[:UNIT_BLOCKS]
@@ -172,18 +161,80 @@ class Mover:
             self._unpacked.clear()
             victim.pins -= 1
 
-    async def move_blocks(self, victim: Segment, candidates: list[Candidate], destination: str) -> None:
-        """Stage copies of those blocks of a victim that somebody else has found to be in it: in the map, say."""
+    async def survey(self, victim: Segment) -> list[Candidate]:
+        """What is live in a victim now, for who decides block by block; `move_blocks` moves it."""
+        victim.pins += 1
+        try:
+            data = await self.read_segment(victim)
+            if is_given_out(victim, data, self._engine.pool_uuid):
+                victim.given_out = True
+                return []
+            live: list[Candidate] = []
+            part: list[Candidate] = []
+            for found in self._candidates(victim, data):
+                part += found
+                if len(part) >= TURN_BLOCKS:
+                    live += await self._live_of(part)
+                    part = []
+                    await trio.lowlevel.checkpoint()
+            return live + await self._live_of(part)
+        except DamagedMapError as error:
+            victim.damaged = True
+            logger.error("segment %d can't be emptied and is set aside: %s", victim.id, error)
+            return []
+        finally:
+            victim.pins -= 1
+
+    async def move_blocks(
+        self, victim: Segment, candidates: list[Candidate], destination: str, choose: Choose | None = None
+    ) -> None:
+        """Stage copies of those blocks of a victim that somebody else has found to be in it, as `move_segment` does.
+
+        Raises DamagedMapError if it can't be told any more whether they are.
+        """
         victim.pins += 1
         try:
             data = await self.read_segment(victim)
             for start in range(0, len(candidates), UNIT_BLOCKS):
                 part = candidates[start : start + UNIT_BLOCKS]
-                await self._copy(victim, data, part, destination, lambda volume, block: (destination, "cold"))
+                await self._copy(victim, data, part, destination, choose)
+                await self.pace()
             await self._pack_waiting(least=1)
         finally:
             self._unpacked.clear()
             victim.pins -= 1
+
+    def _candidates(self, victim: Segment, data: memoryview) -> Iterator[list[Candidate]]:
+        """The blocks that were written into a segment, batch by batch."""
+        base = victim.id << SLOT_BITS
+        for batch in self.batches(victim, data):
+            places = batch.places()
+            found: list[Candidate] = []
+            at = 0
+            for op, volume_id, block, count in batch.operations():
+                if op is not Op.WRITE:
+                    continue
+                volume = self._engine.volumes.get(volume_id)
+                if volume is not None:
+                    found += [(volume, block + i, base | places[at + i], batch.checks[at + i]) for i in range(count)]
+                at += count
+            yield found
+
+    async def _live_of(self, candidates: list[Candidate]) -> list[Candidate]:
+        """Those of the candidates that the map still names."""
+        await self._load_leaves([(volume, block) for volume, block, _, _ in candidates])
+        live: list[Candidate] = []
+        for number, candidate in enumerate(candidates, 1):
+            if number % TURN_BLOCKS == 0:
+                await trio.lowlevel.checkpoint()
+            volume, block, address, check = candidate
+            entry = volume.entry_now(block)
+            if entry is None:  # its leaf was evicted again: a small cache, or many volumes
+                (found_address,), (found_check,) = await volume.entries(block, 1)
+                entry = (found_address, found_check)
+            if entry == (address, check) and not volume.deleted:
+                live.append(candidate)
+        return live
 
     async def read_segment(self, segment: Segment) -> memoryview:
         """The written part of a segment. Blocks that can't be read are zeros, so they fail their checks."""
@@ -214,18 +265,7 @@ class Mover:
         self, victim: Segment, data: memoryview, candidates: list[Candidate], destination: str, choose: Choose | None
     ) -> None:
         """Copy those of the candidates that are live."""
-        await self._load_leaves([(volume, block) for volume, block, _, _ in candidates])
-        live: list[Candidate] = []
-        for number, candidate in enumerate(candidates, 1):
-            if number % TURN_BLOCKS == 0:
-                await trio.lowlevel.checkpoint()
-            volume, block, address, check = candidate
-            entry = volume.entry_now(block)
-            if entry is None:  # its leaf was evicted again: a small cache, or many volumes
-                (found_address,), (found_check,) = await volume.entries(block, 1)
-                entry = (found_address, found_check)
-            if entry == (address, check) and not volume.deleted:
-                live.append(candidate)
+        live = await self._live_of(candidates)
         hot = self.are_hot(live)
         for candidate, view, is_hot in zip(live, await self._views(victim, data, live), hot, strict=True):
             volume, block, address, check = candidate

@@ -16,7 +16,7 @@ is known only when they are moved.
 
 import errno
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from tiers.device import Buffer, Device, DeviceState
 from tiers.errors import TierError
@@ -45,6 +45,7 @@ class Segment:
         "last_seq",
         "live",
         "open",
+        "opened_at",
         "pending",
         "pins",
         "saved",
@@ -62,6 +63,8 @@ class Segment:
         self.slots = device.segment_bytes // BLOCK_BYTES
         self.kind = kind
         self.open = True
+        self.opened_at = 0.0
+        """When it was taken, by trio's clock; 0 if that was before the pool was opened."""
         self.used = 1
         self.blocks = 0
         """Blocks written into frames, which are more than the slots that these take; 0 in other segments."""
@@ -121,6 +124,7 @@ class SegmentTable:
         self.devices = devices
         self.by_id: dict[int, Segment] = {}
         self.next_id = 1
+        self.clock: Callable[[], float] = lambda: 0.0
         self.changed: set[int] = set()
         self.gone: set[int] = set()
         """Given back since the last commit: their rows leave the catalog with the next one."""
@@ -220,6 +224,7 @@ class SegmentTable:
             )
         index = device.free.pop()
         segment = Segment(self.next_id, device, index, kind)
+        segment.opened_at = self.clock()
         self.next_id += 1
         self.by_id[segment.id] = segment
         self._by_place[device.index, index] = segment
