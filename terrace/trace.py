@@ -30,7 +30,7 @@ MAX_LENGTH: Final = 1 << 30
 MAX_OFFSET: Final = 1 << 50
 """A volume ends there at the latest."""
 SECTOR_BYTES: Final = 512
-_BLKTRACE = re.compile(rb"\s*\d+,\d+\s+\d+\s+\d+\s+\d+\.\d+\s+\d+\s+[A-Z]+\s")
+_BLKTRACE = re.compile(rb"\s*\d+,\d+\s+\d+\s+\d+\s+\d+\.\d+\s+\d+\s+[A-Za-z]+\s")
 _CHOICE = (b"Q", b"D", b"C")
 
 
@@ -189,12 +189,17 @@ _NO_DATA = {b"trim", b"sync", b"datasync", b"sync_file_range"}
 
 def _iolog(path: Path, lines: Iterator[tuple[int, bytes]], *, timed: bool) -> _Collector:
     collector = _Collector()
-    now = 0.0
+    began = now = 0.0
     for number, line in lines:
         words = line.split()
+        if words[:2] == [b"fio", b"version"]:
+            if words[2:3] != ([b"3"] if timed else [b"2"]):
+                raise _refused(path, number, f"has {_shown(line)}, behind a log of another version: give one of them")
+            began = now  # fio writes behind what is in the file
+            continue
         try:
             if timed:
-                now = int(words[0]) / 1000
+                now = began + int(words[0]) / 1000
                 words = words[1:]
             if len(words) == 2 and words[1] in _FILE_ACTIONS:
                 continue
