@@ -78,7 +78,8 @@ class Events:
             while True:
                 await self._wanted.wait()
                 self._wanted = trio.Event()
-                await trio.to_thread.run_sync(self._save, *self._take())
+                with trio.CancelScope(shield=True):  # else a cancellation could come between the two
+                    await trio.to_thread.run_sync(self._save, *self._take())
         finally:
             if self._unsaved:
                 self._save(*self._take())

@@ -92,7 +92,7 @@ def test_what_is_no_window_of_hours_is_refused(text: str) -> None:
     [
         ("[nbd]\n\nlisen = []", 't.toml:3: nbd.lisen: unknown key; did you mean "listen"?'),
         ("# no\n[pol]", 't.toml:2: pol: unknown key; did you mean "pool"?'),
-        ("[x]", "t.toml:1: x: unknown key; valid here: nbd, pool, scrub, log, policy"),
+        ("[x]", "t.toml:1: x: unknown key; valid here: nbd, pool, space, scrub, log, policy"),
         ("nbd.listen = 1", 't.toml:1: nbd.listen: 1 is not a list such as ["127.0.0.1:10809"]'),
         ("[nbd]\nlisten = [\n  1,\n]", "t.toml:2: nbd.listen: 1 is not a string in quotes"),
         ("nbd = 1", "t.toml:1: nbd: 1 is not a section; write [nbd] on a line of its own"),
