@@ -47,7 +47,8 @@ UNREUSED_DIVISOR = 64
 FAST_TARGET_SHARE = 0.85
 """So much of the fast tier may be live: what is more has to leave."""
 LEAST_LEAVE, MOST_LEAVE = 4, 2
-"""Of the blocks in a round of demotion a quarter to a half leave, the coldest; all where clients are about to wait."""
+"""Of the blocks in a round of demotion a quarter to a half leave, the coldest; three quarters at least where clients
+are about to wait."""
 DEMOTED_SLOTS = 8192
 """Judged at once, without a checkpoint of trio in between: about ten milliseconds."""
 MAX_REST_S = 0.05
@@ -173,7 +174,8 @@ class Cleaner:
     async def _demote(self, victims: list[Segment], emptied: list[Segment]) -> None:
         """Empty fast segments: the cold blocks go to base, the hot ones stay on fast, by the heat and the policies.
 
-        Where clients are about to wait, all leave that policies don't hold: keeping one costs the room of one.
+        Where clients are about to wait only what is hotter than all that left lately is kept, and what policies hold:
+        each block that stays costs the room of one.
         """
         found = [(victim, await self.mover.survey(victim)) for victim in victims if self._is_there(victim)]
         stays = self._survivors([candidate for _, live in found for candidate in live])
@@ -211,19 +213,28 @@ class Cleaner:
         pressed = not engine.space.rest_ratio()
         fast = engine.space.tier_use("fast")
         excess = fast.live - int(fast.total * FAST_TARGET_SHARE)
-        leave = count if pressed else min(max(excess, count // LEAST_LEAVE), count // MOST_LEAVE)
+        leave = count - count // LEAST_LEAVE if pressed else min(max(excess, count // LEAST_LEAVE), count // MOST_LEAVE)
         policies = {volume.id: volume.policy for volume in engine.volumes.values()}
         now = trio.current_time()
         by_id = engine.segments.by_id
         opened = {i: by_id[i].opened_at for i in {address >> SLOT_BITS for _, _, address, _ in live} if i in by_id}
         idle = np.fromiter((now - opened.get(address >> SLOT_BITS, 0.0) for _, _, address, _ in live), float, count)
-        stays: list[bool] = engine.temperature.survivors(volumes, blocks, leave, policies, idle).tolist()
-        if not pressed:
-            stays = [
-                stay or not engine.migration.allows(volume, BLOCK_BYTES)
-                for stay, (volume, _, _, _) in zip(stays, live, strict=True)
-            ]
-        return stays
+        # Hotter than what left lately, or held: it has its second chance even where its neighbours are as hot, unless
+        # the round before gained nothing that way.
+        hotter = engine.heat.estimates(volumes, blocks) > max(1.0, engine.temperature.threshold)
+        hotter &= ~np.isin(volumes, [i for i, policy in policies.items() if policy.placement == "base"])
+        hotter |= np.isin(volumes, [i for i, policy in policies.items() if policy.placement == "fast"])
+        stays = engine.temperature.survivors(volumes, blocks, leave, policies, idle)
+        if pressed:
+            stays &= hotter
+        if not self._futile_rounds:
+            stays |= hotter
+        if pressed:
+            return list(stays.tolist())
+        return [
+            stay or not engine.migration.allows(volume, BLOCK_BYTES)
+            for stay, (volume, _, _, _) in zip(stays.tolist(), live, strict=True)
+        ]
 
     def _stale_bytes(self) -> int:
         fast, base = self._engine.space.tier_use("fast"), self._engine.space.tier_use("base")
