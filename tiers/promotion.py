@@ -18,6 +18,7 @@ import trio
 from tiers.failpoint import hit
 from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT
 from tiers.overlay import Entry
+from tiers.placement import FAST_BEGIN_SHARE
 
 if TYPE_CHECKING:
     from tiers.engine import Engine
@@ -53,8 +54,26 @@ class Promoter:
         return (
             self._engine.space.read_only is None
             and len(self._queue) < QUEUE_BLOCKS
-            and self._engine.log.head.device.tier == "fast"
+            and (self._engine.log.head.device.tier == "fast" or self._may_lead_back())
         )
+
+    def _may_lead_back(self) -> bool:
+        """Whether the log, which went to base when fast was full, can go on there: it is not short any more."""
+        fast = self._engine.space.tier_use("fast")
+        if fast.free < fast.total * FAST_BEGIN_SHARE:
+            return False
+        device = self._engine.log.pick_device()
+        return device is not None and device.tier == "fast"
+
+    def _is_on_fast(self) -> bool:
+        """Whether the log is on fast, where it is led if it can be: those who only read would never bring it there."""
+        log = self._engine.log
+        if log.head.device.tier != "fast" and not log.broken and self._may_lead_back():
+            try:
+                log.roll()
+            except OSError:
+                return False  # the log has told of its trouble
+        return log.head.device.tier == "fast"
 
     def offer(self, volume: "Volume", block: int, entry: Entry, data: bytes | bytearray | memoryview) -> None:
         """A block was read from base through `entry`, and `data` is what it holds, verified."""
@@ -88,7 +107,7 @@ class Promoter:
             count = len(blocks)
             # Where the log isn't on the fast tier, or room is short, this would only add to the trouble.
             if (
-                engine.log.head.device.tier != "fast"
+                not self._is_on_fast()
                 or not engine.migration.allows(volume, count << BLOCK_SHIFT)
                 or not engine.space.admit(count, count)
             ):

@@ -88,6 +88,30 @@ def test_a_block_that_is_read_from_base_comes_to_the_fast_tier() -> None:
     machine.run(main)
 
 
+def test_a_log_that_went_to_base_is_led_back_for_promotion_where_there_is_room_again() -> None:
+    machine = machine_of()
+
+    async def main() -> None:
+        async with demoted(machine) as (pool, volume, promoter):
+            log = pool._engine.log
+            base = next(device for device in pool._engine.devices if device.tier == "base")
+            pick, log.pick_device = log.pick_device, lambda: base
+            log.roll()
+            assert not promoter.has_room(), "as long as only base is to be had"
+            await read(volume, 3)
+            log.pick_device = pick
+            before = log.head.device.tier
+            assert await read(volume, 4) == content(1, 4)
+            await trio.sleep(1)
+            assert (before, log.head.device.tier, promoter.promoted_blocks) == ("base", "fast", 1)
+            assert tiers_of(volume, range(4, 5)) == {"fast"}
+            await require_sound(pool)
+        async with machine.open() as pool:
+            assert await read_all(pool.volume("v")) == whole(1)
+
+    machine.run(main)
+
+
 def test_a_block_that_was_overwritten_meanwhile_stays_overwritten() -> None:
     machine = machine_of()
 
