@@ -44,7 +44,15 @@ Crash = tuple[int | None, int | None, tuple[str, int] | None]
 NO_CRASH: Crash = (None, None, None)
 
 
-POLICIES = {name: Policy(name) for name in ("a", "another-one", "x" * 64)}
+POLICIES = {
+    policy.name: policy
+    for policy in (
+        Policy("a", promote_touches=1, demote_heat=0, demote_idle_s=0, stream_cutoff_bytes=64 << 10),
+        Policy("another-one", placement="base", stream_cutoff_bytes=BLOCK),
+        Policy("x" * 64, placement="fast", compression_level=0),
+    )
+}
+"""Whatever moves blocks is at work on some volume."""
 
 
 class Driver:
