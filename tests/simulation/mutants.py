@@ -27,6 +27,7 @@ import tiers.pool
 import tiers.recovery
 import tiers.segments
 from tests.simulation.machine import Machine
+from tiers.bypass import Bypass
 from tiers.checkpoint import Checkpointer, Merge
 from tiers.engine import Engine
 from tiers.evacuate import Evacuator
@@ -34,6 +35,7 @@ from tiers.flush import Flusher
 from tiers.log import Log
 from tiers.mover import Mover
 from tiers.pool import Pool
+from tiers.promotion import Promoter
 from tiers.segments import Segment, SegmentTable
 from tiers.space import Space
 from tiers.volume import Volume
@@ -475,6 +477,21 @@ MUTANTS: dict[str, Mutant] = {
             "if prepared is not None and self.entry_now(block) == prepared[0]:",
             "if prepared is not None:",
         ),
+    ),
+    "a promotion that does not look whether its block has changed": Mutant(
+        "9",
+        "a write between the read from base and the promotion is lost",
+        _instead(
+            Promoter,
+            "_promote",
+            "if not volume.deleted and volume.entry_now(block) == entry:",
+            "if not volume.deleted:",
+        ),
+    ),
+    "a stream that is made true before it is durable": Mutant(
+        "1",
+        "a flush covers the record, and a power cut takes what it names",
+        _instead(Bypass, "_round", "await self._engine.flusher.flush()", "await trio.lowlevel.checkpoint()"),
     ),
     "a merge that ignores what its own batch has staged": Mutant(
         "9",

@@ -38,8 +38,10 @@ from tests.simulation.machine import Disk, Machine, PowerCutError
 from tests.simulation.mutants import MUTANTS, PLANTS
 from tests.simulation.oracle import BLOCK, Op, OracleError, read_all, require_sound
 from tests.simulation.workload import LAYOUTS, Run, search
+from tests.tiers.test_bypass import crash_in_a_stream
 from tests.tiers.test_early_reuse import crowded, lives
 from tests.tiers.test_evacuate import crash_while_evacuating, lose_a_device
+from tests.tiers.test_promotion import write_among_promotions
 from tests.tiers.test_rebuild_simulated import lose_catalog
 from tiers import Policy, Pool, TierError, Volume
 from tiers.frames import frame_of
@@ -907,6 +909,8 @@ CASES: dict[str, Case] = {
     "a replay that counts the blocks of frames as slots": Case(frames, 0, VERDICT),
     "a reserve that is given away": Case(full_pool, 0, (OracleError, TierError, trio.TooSlowError)),
     "a merge that does not look whether its block has changed": Case(merges),
+    "a promotion that does not look whether its block has changed": Case(write_among_promotions),
+    "a stream that is made true before it is durable": Case(crash_in_a_stream, 0, READ_ERROR),
     "a merge that ignores what its own batch has staged": Case(search),
     "a move that does not look whether its block has changed": Case(moves),
     "a replay that takes every copy of a move": Case(moves),

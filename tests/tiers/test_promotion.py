@@ -10,7 +10,7 @@ import trio
 
 from tests.simulation.corruption import move_everything
 from tests.simulation.machine import Disk, Machine, PowerCutError
-from tests.simulation.oracle import read_all, require_sound
+from tests.simulation.oracle import OracleError, read_all, require_sound
 from tiers import Pool, Volume
 from tiers.layout import BLOCK_BYTES, SLOT_BITS
 from tiers.promotion import BATCH_BLOCKS, LARGEST_READ_BLOCKS, QUEUE_BLOCKS, Promoter
@@ -210,6 +210,36 @@ def test_a_power_cut_among_promotions_changes_no_byte(seed: int) -> None:
         machine.power_cut()
         async with machine.open() as pool:
             assert await read_all(pool.volume("v")) == whole(1)
+            await require_sound(pool)
+
+    machine.run(main)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_written_among_promotions_is_what_is_read(seed: int) -> None:
+    write_among_promotions(seed)
+
+
+def write_among_promotions(seed: int) -> None:
+    """Blocks are read from base, and written before they can be promoted, or not."""
+    machine = machine_of(seed=seed)
+    machine.cold_share = 0.5
+
+    async def main() -> None:
+        async with demoted(machine) as (pool, volume, promoter):
+            known = dict.fromkeys(range(BLOCKS), 1)
+            for round_ in range(2, 60):
+                for block in machine.rng.sample(range(BLOCKS), 8):
+                    await read(volume, block)
+                    if machine.rng.random() < 0.5:
+                        assert volume.write_now([(block * BLOCK_BYTES, content(round_, block))])
+                        known[block] = round_
+                await trio.sleep(machine.rng.random() * 0.05)
+            await trio.sleep(1)
+            assert promoter.promoted_blocks
+            for block, version in known.items():
+                if await read(volume, block) != content(version, block):
+                    raise OracleError(f"block {block} is not what was written last")
             await require_sound(pool)
 
     machine.run(main)
