@@ -50,9 +50,11 @@ POLICIES = {
         Policy("a", promote_touches=1, demote_heat=0, demote_idle_s=0, stream_cutoff_bytes=64 << 10),
         Policy("another-one", placement="base", stream_cutoff_bytes=BLOCK),
         Policy("x" * 64, placement="fast", compression_level=0),
+        Policy("slow", iops_limit=500, bandwidth_limit_bytes=4 << 20),
+        Policy("patient", when_full="queue", queue_timeout_s=0.3),
     )
 }
-"""Whatever moves blocks is at work on some volume."""
+"""Whatever moves blocks, or makes requests wait, is at work on some volume."""
 
 
 class Driver:
