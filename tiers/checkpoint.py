@@ -289,7 +289,7 @@ class Checkpointer:
                 await self._bury(volume, merge)
             await self._walk_dead(merge)
             hit("checkpoint.walked")
-            await self._engine.flusher.flush()
+            await self._engine.flusher.flush_all()
             hit("checkpoint.flushed")
             self.copies.prepare(len(self._engine.dead) + len(merge.dead))
             change = self._change(frozen, merge)
@@ -740,10 +740,14 @@ class Checkpointer:
             engine.log.broken = False  # not before: the older copy doesn't lead to the new head
         for device in engine.devices:
             if not device.poisoned and device.state != "lost":
+                before = device.unsynced_bytes
                 try:
                     device.write_label(device.label.next(checkpoint_seq=frozen.seq))
                 except OSError as error:
                     logger.error("%s", error)
+                if device.tier == "base" and any(other.tier == "fast" for other in engine.devices):
+                    # The fast devices' labels tell the same: no client's flush should wait for base because of it.
+                    device.unnamed_bytes += device.unsynced_bytes - before
         hit("checkpoint.labelled")
         engine.space.changed()
         if engine.dead:

@@ -57,6 +57,8 @@ class Device(Protocol):
     segment_count: int
     free: list[int]
     unsynced_bytes: int
+    unnamed_bytes: int
+    """Of the unsynced bytes, copies that no record names yet: see `tiers.flush`."""
     written_bytes: int
     poisoned: str | None
     state: DeviceState
@@ -118,6 +120,7 @@ class FileDevice:
         self.segment_count = (label.size_bytes - LABEL_AREA_BYTES) // label.segment_bytes
         self.free: list[int] = []
         self.unsynced_bytes = 0
+        self.unnamed_bytes = 0
         self.written_bytes = 0
         self.poisoned: str | None = None
         self.state: DeviceState = "online"

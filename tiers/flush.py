@@ -1,17 +1,28 @@
-"""Flushing: which records are durable, and the one task that makes them so.
+"""Flushing: which records are durable, and the syncs that make them so.
 
 A flush captures the log's sequence on the trio thread and is done when every device that was dirty at or below it has
-been synced. Syncs run in rounds: a round takes the devices that are dirty when it begins and covers the sequence of
-that moment; a flush that arrives while a round runs waits for the next one, never for that one. So any number of
-flushes share a round.
+been synced (design rule 2). Each device has rounds of its own: a round takes all that was written to the device before
+it begins. A flush that finds a device written to since its last round began waits for that device's next round, never
+for the one that is running; if nothing was written since, the one that is running has it all. So any number of flushes
+share a round, and a slow device holds up only those that need it.
 
-Unsynced bytes per device are bounded: past `early_bytes` a round starts by itself, and at `cap_bytes` writers are held
-back (`room`). A device whose sync fails is poisoned, and every flush from then on fails.
+**What a client's flush needs** is the devices that hold log records up to its sequence, and what these records name.
+Copies that the mover has written and no record names yet are not among that: they are *unnamed*
+(`Device.unnamed_bytes`), and `flush` passes over a device that holds nothing else. The rule stays true because a copy
+is never named while it is unnamed: the mover itself syncs the devices of its copies (`flush_devices`) after the last
+of them was written and before it logs the MOVE record. So when a record exists, all that it names is durable or, if it
+is data of the batch itself, on the record's own device. A crash before the record leaves copies that nothing names,
+durable or not. What is written in any other way (the log, map pages, copies of the catalog, labels) counts as named at
+once. That is what keeps demotion to a slow base device out of the way of clients' flushes.
+
+Unsynced bytes are bounded for each device: past `early_bytes` a round starts by itself, and at `cap_bytes` those are
+held back who would write there: clients by `room`, if it is a device that holds named bytes, the mover by `room_on`. A
+device whose sync fails is poisoned, and every flush from then on fails.
 """
 
 import errno
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import trio
 
@@ -20,6 +31,22 @@ from tiers.errors import TierError
 from tiers.failpoint import hit
 
 logger = logging.getLogger(__name__)
+
+
+class _Lane:
+    """The rounds of one device."""
+
+    __slots__ = ("begun", "ended", "in_flight", "names", "running", "wanted")
+
+    def __init__(self) -> None:
+        self.begun = 0
+        self.ended = 0
+        self.in_flight = 0
+        """Bytes that the running round covers: not safe yet."""
+        self.names = False
+        """Whether the running round covers bytes that something names."""
+        self.running = False
+        self.wanted = False
 
 
 class Flusher:
@@ -45,103 +72,147 @@ class Flusher:
         self._on_round = on_round
         self._round_done = trio.lowlevel.ParkingLot()
         self._wanted = trio.Event()
-        self._in_flight: dict[int, int] = {}
-        self._begun = 0
-        self._ended = 0
+        self._lanes: dict[int, _Lane] = {}
+        self._poisoning = trio.Lock()
 
     def room(self) -> bool:
-        """Whether writers may go on: no device has reached its cap of unsynced bytes.
+        """Whether clients may go on: no device that holds something named has reached its cap of unsynced bytes.
 
         Starts a round early if need be.
         """
         for device in self.devices:
             if device.unsynced_bytes >= self._early:
-                self._wanted.set()
-                if device.unsynced_bytes + self._in_flight.get(device.index, 0) >= self._cap:
+                self._want(device)
+                if self._is_full(device) and self._names(device):
                     return False
         return True
 
+    async def room_on(self, device: Device) -> None:
+        """Return when a large write to `device` would not exceed its cap. Raises TierError if it never will."""
+        while self._is_full(device):
+            if self.failure is not None:
+                raise TierError(errno.EIO, str(self.failure))
+            self._want(device)
+            await self._round_done.park()
+
     async def flush(self) -> None:
-        """Return when all that was logged or written before this call is durable.
+        """Return when all that was logged before this call is durable, and all that was written but unnamed copies.
 
         Raises TierError if it never will be.
         """
+        # No checkpoint until `_sync` waits: the sequence and what has to be synced belong to one moment.
         seq = self._seq()
-        if (
-            self.failure is None
-            and self._begun == self._ended
-            and self.durable_seq >= seq
-            and not any(device.unsynced_bytes for device in self.devices)
-        ):
-            await trio.lowlevel.checkpoint()
-            return
-        need = self._begun + 1
-        while self._ended < need:
-            if self.failure is not None:
-                raise TierError(errno.EIO, str(self.failure))
-            self._wanted.set()
-            await self._round_done.park()
-        if self.failure is not None:
-            raise TierError(errno.EIO, str(self.failure))
+        await self._sync([self._round_for(device) for device in self.devices if self._names(device)])
+        self.durable_seq = max(self.durable_seq, seq)
+
+    async def flush_all(self) -> None:
+        """`flush`, and unnamed copies too: what a checkpoint commits on (design rule 1). Raises TierError."""
+        seq = self._seq()
+        await self._sync([self._round_for(device, unnamed=True) for device in self.devices])
+        self.durable_seq = max(self.durable_seq, seq)
+
+    async def flush_devices(self, devices: Iterable[Device]) -> None:
+        """Return when all that was written to these devices before this call is durable, named or not.
+
+        Raises TierError if it never will be.
+        """
+        await self._sync([self._round_for(device, unnamed=True) for device in devices])
 
     def fail(self, why: TierError) -> None:
         """Nothing will be flushed any more: whoever waits, or asks later, is told why."""
         self.failure = self.failure or why
         self._round_done.unpark_all()
 
+    def _round_for(self, device: Device, *, unnamed: bool = False) -> tuple[_Lane, int]:
+        """The round that covers what was written to a device by now: the next one, unless nothing waits for it."""
+        lane = self._lane(device)
+        waiting = device.unsynced_bytes > (0 if unnamed else device.unnamed_bytes)
+        return lane, lane.begun + 1 if waiting else lane.begun
+
+    async def _sync(self, need: list[tuple[_Lane, int]]) -> None:
+        """Return when these rounds have ended."""
+        if not need:
+            await trio.lowlevel.checkpoint()
+        for lane, number in need:
+            while lane.ended < number and self.failure is None:
+                lane.wanted = lane.wanted or lane.begun < number
+                self._wanted.set()
+                await self._round_done.park()
+        if self.failure is not None:
+            raise TierError(errno.EIO, str(self.failure))
+
+    def _lane(self, device: Device) -> _Lane:
+        lane = self._lanes.get(device.index)
+        if lane is None:
+            lane = self._lanes[device.index] = _Lane()
+        return lane
+
+    def _names(self, device: Device) -> bool:
+        """Whether a device holds unsynced bytes that something may name."""
+        return device.unsynced_bytes > device.unnamed_bytes or self._lane(device).names
+
+    def _is_full(self, device: Device) -> bool:
+        return device.unsynced_bytes + self._lane(device).in_flight >= self._cap
+
+    def _want(self, device: Device) -> None:
+        self._lane(device).wanted = True
+        self._wanted.set()
+
     async def run(self) -> None:
-        """The task: one round after another, as long as they are wanted."""
-        while True:
-            await self._wanted.wait()
-            self._wanted = trio.Event()
-            await self._round()
+        """The task: starts the rounds that are wanted, one at a time on each device."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                await self._wanted.wait()
+                self._wanted = trio.Event()
+                for device in self.devices:
+                    lane = self._lane(device)
+                    if lane.wanted and not lane.running:
+                        lane.wanted, lane.running = False, True
+                        nursery.start_soon(self._run_round, device, lane)
 
-    async def _round(self) -> None:
-        # No checkpoint between here and the first sync: the sequence and the dirty devices belong to one moment.
-        seq = self._seq()
-        self._begun += 1
-        dirty = [device for device in self.devices if device.unsynced_bytes and not device.poisoned]
+    async def _run_round(self, device: Device, lane: _Lane) -> None:
+        try:
+            await self._round(device, lane)
+        finally:
+            lane.running = False
+            if lane.wanted:
+                self._wanted.set()
+
+    async def _round(self, device: Device, lane: _Lane) -> None:
+        # No checkpoint between here and the sync: a round covers what is dirty at one moment.
+        lane.begun += 1
         # What is being synced isn't safe yet: it counts against the cap until the round is over.
-        self._in_flight = {device.index: device.unsynced_bytes for device in dirty}
-        for device in dirty:
-            device.unsynced_bytes = 0
+        lane.in_flight, device.unsynced_bytes = device.unsynced_bytes, 0
+        lane.names, device.unnamed_bytes = lane.names or lane.in_flight > device.unnamed_bytes, 0
         hit("flush.begun")
-        errors: list[tuple[Device, OSError]] = []
-
-        async def sync(device: Device) -> None:
-            try:
-                await device.sync()
-            except OSError as error:
-                errors.append((device, error))
-
+        failed: OSError | None = None
         # Shielded: the kernel tells of a failed sync once, so its answer must be heard even while the pool closes.
         try:
             with trio.CancelScope(shield=True):
-                if len(dirty) == 1:
-                    await sync(dirty[0])
-                else:
-                    async with trio.open_nursery() as nursery:
-                        for device in dirty:
-                            nursery.start_soon(sync, device)
+                if lane.in_flight and not device.poisoned:
+                    try:
+                        await device.sync()
+                    except OSError as error:
+                        failed = error
         except BaseException:
             # No thread, no memory: it isn't known what was synced, so all of it still has to be.
-            for device in dirty:
-                device.unsynced_bytes += self._in_flight[device.index]
+            device.unsynced_bytes += lane.in_flight
             raise
         hit("flush.synced")
-        for device, error in errors:
-            device.poisoned = f"a flush failed ({error}), so what it holds can't be trusted to be durable"
+        if failed is not None:
+            device.poisoned = f"a flush failed ({failed}), so what it holds can't be trusted to be durable"
             self.failure = TierError(
-                errno.EIO, f"{device.path} failed a flush and is poisoned: copy what you need, and replace it ({error})"
+                errno.EIO,
+                f"{device.path} failed a flush and is poisoned: copy what you need, and replace it ({failed})",
             )
             logger.error("%s", self.failure)
             with trio.CancelScope(shield=True):
-                await self._on_poison(device)
-        if self.failure is None:
-            self.durable_seq = max(self.durable_seq, seq)
-        self._in_flight = {}
+                async with self._poisoning:
+                    await self._on_poison(device)
+        lane.in_flight = 0
+        lane.names = False
         self.rounds += 1
-        self._ended = self._begun
+        lane.ended = lane.begun
         hit("flush.done")
         self._round_done.unpark_all()
         self._on_round()

@@ -32,6 +32,7 @@ class LostDevice:
         self.segment_count = (row.size_bytes - LABEL_AREA_BYTES) // row.segment_bytes
         self.free: list[int] = []
         self.unsynced_bytes = 0
+        self.unnamed_bytes = 0
         self.written_bytes = 0
         self.poisoned: str | None = None
         self.state: DeviceState = "lost"

@@ -412,6 +412,7 @@ class Mover:
         first = slot + (len(header) >> BLOCK_SHIFT)
         segment.pins += 1
         try:
+            await engine.flusher.room_on(segment.device)
             await segment.device.write_behind(segment.offset(slot), [header, *buffers])
         except BaseException:
             # Only copies that were written may be made true. `used` stays before them: the headers stay a chain.
@@ -425,6 +426,8 @@ class Mover:
             engine.segments.settle_saved(segment)
         else:
             segment.used = first + len(blocks)
+        # In the same breath as `write_behind` has counted them: until the record nobody else needs these bytes.
+        segment.device.unnamed_bytes += len(header) + sum(map(len, buffers))
         hit("move.copied")
         base = segment.id << SLOT_BITS
         places = places_of(first, len(blocks), frames if segment.kind is Kind.PACKED else None)
@@ -447,6 +450,7 @@ class Mover:
                 errno.ENOSPC, f"the pool {self._engine.pool_name} has no free segment to clean into: grow it"
             )
         segment = self._outputs[stream] = self._engine.log.open_segment(device, kind)
+        device.unnamed_bytes += BLOCK_BYTES  # its header: durable with the first copies
         return segment
 
     def _separates(self, tier: str) -> bool:
@@ -493,7 +497,8 @@ class Mover:
         staged, self._staged = self._staged, []  # what is staged later, this flush doesn't cover
         try:
             if staged:
-                await engine.flusher.flush()
+                devices = {copies.segment.device.index: copies.segment.device for copies in staged}.values()
+                await engine.flusher.flush_devices(devices)
                 hit("move.durable")
             while staged:
                 copies = staged[-1]

@@ -517,7 +517,7 @@ class Volume:
             count = (offset + len(data) + BLOCK_MASK >> BLOCK_SHIFT) - first
             blocks += count
             found = self.entries_now(first, count)
-            new += count if found is None else found[0].count(UNMAPPED)
+            new += count if found is None else sum(map(self._needs_a_slot, found[0]))
         return blocks, new
 
     def _write_limited_now(self, limits: Limits, writes: Sequence[tuple[int, Buffer]]) -> bool:

@@ -75,6 +75,7 @@ class SimDevice:
         self.segment_count = (self.label.size_bytes - LABEL_AREA_BYTES) // self.label.segment_bytes
         self.free: list[int] = []
         self.unsynced_bytes = 0
+        self.unnamed_bytes = 0
         self.written_bytes = 0
         self.poisoned: str | None = None
         self.state: DeviceState = "online"

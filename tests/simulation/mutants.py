@@ -214,7 +214,9 @@ MUTANTS: dict[str, Mutant] = {
     "a checkpoint that commits without a flush": Mutant(
         "1",
         "the catalog names map pages and blocks that a power cut may still take",
-        _instead(Checkpointer, "_attempt", "await self._engine.flusher.flush()", "await trio.lowlevel.checkpoint()"),
+        _instead(
+            Checkpointer, "_attempt", "await self._engine.flusher.flush_all()", "await trio.lowlevel.checkpoint()"
+        ),
     ),
     "a checkpoint that records the log's position of the commit, not of the freeze": Mutant(
         "1",
@@ -245,17 +247,17 @@ MUTANTS: dict[str, Mutant] = {
     "a flush that is answered by the sync that was running when it came": Mutant(
         "2",
         "that sync may not cover what was written after it began",
-        _instead(Flusher, "flush", "need = self._begun + 1", "need = self._ended + 1"),
+        _instead(Flusher, "_round_for", "lane.begun + 1", "lane.ended + 1"),
     ),
     "a flush that syncs one device of several": Mutant(
         "2",
         "the log may lie on any of them",
-        _instead(Flusher, "_round", "and not device.poisoned]", "and not device.poisoned][:1]"),
+        _instead(Flusher, "flush", "if self._names(device)]", "if self._names(device)][:1]"),
     ),
     "a flush that takes its sequence when the sync has ended": Mutant(
         "2",
         "batches claim by durable_seq that others were durable which were not",
-        _instead(Flusher, "_round", "self.durable_seq, seq)", "self.durable_seq, self._seq())"),
+        _instead(Flusher, "flush", "self.durable_seq, seq)", "self.durable_seq, self._seq())"),
     ),
     "a volume that is created before it is durable": Mutant(
         "2",
@@ -276,7 +278,7 @@ MUTANTS: dict[str, Mutant] = {
             Flusher,
             "_round",
             'logger.error("%s", self.failure)\n        with trio.CancelScope(shield=True):\n'
-            "            await self._on_poison(device)",
+            "            async with self._poisoning:\n                await self._on_poison(device)",
             "",
         ),
     ),
@@ -378,7 +380,19 @@ MUTANTS: dict[str, Mutant] = {
     "a move that is logged before its copies are durable": Mutant(
         "7",
         "a power cut may keep the record and lose the copies",
-        _instead(Mover, "apply_staged", "await engine.flusher.flush()", "await trio.lowlevel.checkpoint()"),
+        _instead(
+            Mover, "apply_staged", "await engine.flusher.flush_devices(devices)", "await trio.lowlevel.checkpoint()"
+        ),
+    ),
+    "a move whose flush is a client's": Mutant(
+        "2",
+        "that one passes over copies which no record names yet, and the record is about to name them",
+        _instead(Mover, "apply_staged", "await engine.flusher.flush_devices(devices)", "await engine.flusher.flush()"),
+    ),
+    "a flush that needs the fast devices only": Mutant(
+        "2",
+        "the log may lie on base too, where there is no room on fast",
+        _instead(Flusher, "flush", "if self._names(device)]", 'if device.tier == "fast"]'),
     ),
     "a segment id that is given out twice": Mutant(
         "7",

@@ -872,6 +872,8 @@ CASES: dict[str, Case] = {
     "a volume flush that returns at once": Case(storm, 0, READ_ERROR),
     "a flush that is answered by the sync that was running when it came": Case(late_flush, 0, READ_ERROR),
     "a flush that syncs one device of several": Case(storm, 3, READ_ERROR),
+    "a flush that needs the fast devices only": Case(storm, 0, READ_ERROR),
+    "a move whose flush is a client's": Case(moves, 8, READ_ERROR),
     "a flush that takes its sequence when the sync has ended": Case(storm, 2, READ_ERROR),
     "a disk whose sync does nothing": Case(search, 0, VERDICT),
     "a volume that is created before it is durable": Case(search, 56),

@@ -36,7 +36,8 @@ async def fill(volume: Volume) -> int:
     "disks", [(Disk("fast", 32, MIB),), (Disk("fast", 32, MIB), Disk("base", 32, MIB))], ids=["one", "two"]
 )
 def test_a_full_pool_still_reads_overwrites_trims_and_deletes(disks: tuple[Disk, ...]) -> None:
-    machine = Machine(disks, seed=3, settings=PoolSettings(overlay_entries=2048))
+    # Without compression: where packing made room that was filled, what is packed can't be overwritten in its place.
+    machine = Machine(disks, seed=3, settings=PoolSettings(overlay_entries=2048, compression_level=0))
     machine.pauses = 0
 
     async def main() -> None:
@@ -70,7 +71,9 @@ def test_a_full_pool_still_reads_overwrites_trims_and_deletes(disks: tuple[Disk,
 
 def test_a_full_pool_opens_again_after_crash_upon_crash() -> None:
     machine = Machine(
-        (Disk("fast", 32, MIB), Disk("base", 32, MIB)), seed=4, settings=PoolSettings(overlay_entries=2048)
+        (Disk("fast", 32, MIB), Disk("base", 32, MIB)),
+        seed=4,
+        settings=PoolSettings(overlay_entries=2048, compression_level=0),
     )
     machine.pauses = 0
 
