@@ -173,7 +173,8 @@ class Bypass:
                 await self._pack(writes)
                 for write in writes:
                     await self._copy(write, copies)
-                await self._engine.flusher.flush()
+                devices = {item.segment.device.index: item.segment.device for item in copies}.values()
+                await self._engine.flusher.flush_devices(devices)
                 hit("bypass.durable")
             except OSError as error:
                 for write in writes:
@@ -284,6 +285,8 @@ class Bypass:
             segment.pins -= 1
             self._leave(segment.kind)  # `used` stays before what failed: the headers stay a chain
             raise
+        # In the same breath as `write_behind` has counted them: no client's flush needs what no record names yet.
+        segment.device.unnamed_bytes += len(header) + sum(map(len, buffers))
         base = segment.id << SLOT_BITS
         if frames is None:
             segment.used = first + count
@@ -311,6 +314,7 @@ class Bypass:
         if device is None or device.tier != "base":
             raise _NoSegmentError
         segment = self._segments[kind] = self._engine.log.open_segment(device, kind)
+        device.unnamed_bytes += BLOCK_BYTES  # its header: durable with the first copies
         return segment
 
     def _make_true(self, copies: _Copies) -> None:

@@ -505,7 +505,9 @@ MUTANTS: dict[str, Mutant] = {
     "a stream that is made true before it is durable": Mutant(
         "1",
         "a flush covers the record, and a power cut takes what it names",
-        _instead(Bypass, "_round", "await self._engine.flusher.flush()", "await trio.lowlevel.checkpoint()"),
+        _instead(
+            Bypass, "_round", "await self._engine.flusher.flush_devices(devices)", "await trio.lowlevel.checkpoint()"
+        ),
     ),
     "a merge that ignores what its own batch has staged": Mutant(
         "9",

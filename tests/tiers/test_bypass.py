@@ -369,6 +369,7 @@ def crash_in_a_stream(seed: int) -> Machine:
                         mark = model.mark
                         await volume.flush()
                         model.flushed(mark)
+        machine.disarm()
         everything = machine.rng.random() < 0.3
         if everything:
             machine.kill()
