@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import trio
 
-from tiers.heat import Ints, Streams, Touch
+from tiers.heat import Ints, Mask, Streams, Touch
 from tiers.heatfile import EXTENTS, SKETCH, HeatFile, SavedHeat
 from tiers.host import Host
-from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, FIRST_ADDRESS, MIB
+from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, FIRST_ADDRESS, MIB, SLOT_BITS
 from tiers.record import OP_WORDS, WRITE_WORD
-from tiers.volume import MAX_RECORDED, RUN_MASK, RUN_SHIFT, Volume
+from tiers.volume import MAX_RECORDED, RUN_MASK, RUN_SHIFT, SLOW, Volume
 
 if TYPE_CHECKING:
     from tiers.engine import Engine
@@ -38,9 +38,9 @@ MAX_DRAINED_BLOCKS = 1 << 17
 NOTED_BLOCKS = 16384
 """At once, before others get their turn: about a millisecond and a half."""
 SAMPLED_READS = 16
-"""Of one volume, in one drain: looked up, to tell how many reads the fast tier answers."""
-HIT_MEMORY = 0.98
-"""What a sample of 16 leaves of the weight of those before it: the ratio is of the last thousand."""
+"""Of those of one volume that didn't have to wait, in one drain: looked up, to tell how many the fast tier answers."""
+HIT_MEMORY = 20_000
+"""So many reads the hit ratio is of, the older with less weight."""
 SAVE_SHARE = 20
 """Saving may take no more than a twentieth of the time."""
 
@@ -62,17 +62,17 @@ class Recorder:
         self._save_failed = False
         self._changed = False
         self._fast_reads = 0.0
-        self._sampled_reads = 0.0
+        self._known_reads = 0.0
 
     # -- what others ask -------------------------------------------------------------------------------------------
 
     @property
     def hit_ratio(self) -> float | None:
-        """The share of clients' reads (of what is mapped) that lay on the fast tier: of a sample of the last; 0 to 1.
+        """The share of clients' reads, of what is mapped, that lay on the fast tier: 0 to 1, of the last 20,000 or so.
 
-        None where nothing was read lately.
+        None where nothing was read. Those that had to wait for a device are counted, the others estimated.
         """
-        return self._fast_reads / self._sampled_reads if self._sampled_reads else None
+        return self._fast_reads / self._known_reads if self._known_reads else None
 
     # -- the task --------------------------------------------------------------------------------------------------
 
@@ -110,15 +110,17 @@ class Recorder:
 
     def _take(self, volume: Volume, touch: Touch) -> tuple[Ints, Ints] | None:
         """Requests of one kind since the last time that earn heat: (starts, counts) in blocks, starts ascending."""
-        starts, counts = _read_requests(volume) if touch is Touch.READ else _write_requests(volume)
+        if touch is Touch.READ:
+            starts, counts, prompt = _read_requests(volume)
+            self._sample(volume, starts[prompt])
+        else:
+            starts, counts = _write_requests(volume)
         if not len(starts):
             return None
         keys = starts << _ORDER_BITS | np.arange(len(starts))
         keys.sort()
         starts, order = keys >> _ORDER_BITS, keys & _ORDER_MASK
         counts = counts[order]
-        if touch is Touch.READ:
-            self._sample(volume, starts)
         cutoff = volume.policy.stream_cutoff_bytes >> BLOCK_SHIFT
         if cutoff:
             streams = self._streams.get(volume.id)
@@ -136,21 +138,26 @@ class Recorder:
             starts, counts = starts[chosen], counts[chosen]
         return starts, counts
 
-    def _sample(self, volume: Volume, starts: Ints) -> None:
-        """Look up where some of the blocks that were read lie now."""
-        mapped = fast = 0
+    def _sample(self, volume: Volume, prompt: Ints) -> None:
+        """Count hits: of the reads that waited, and, by looking up where some of the others lie, of those."""
+        waited = volume.slow_reads
+        fast, total = float(waited["fast"]), float(waited["fast"] + waited["base"])
+        volume.slow_reads = dict.fromkeys(waited, 0)
+        mapped = hits = 0
         segments = self._engine.segments.by_id
-        for block in starts[:: -(-len(starts) // SAMPLED_READS)].tolist():
+        for block in prompt[:: -(-len(prompt) // SAMPLED_READS) or 1].tolist():
             entry = volume.entry_now(block)
             if entry is not None and entry[0] >= FIRST_ADDRESS:
-                segment = segments.get(entry[0] >> 24)
+                segment = segments.get(entry[0] >> SLOT_BITS)
                 if segment is not None:
                     mapped += 1
-                    fast += segment.device.tier == "fast"
+                    hits += segment.device.tier == "fast"
         if mapped:
-            left = HIT_MEMORY ** (mapped / SAMPLED_READS)
-            self._sampled_reads = self._sampled_reads * left + mapped
-            self._fast_reads = self._fast_reads * left + fast
+            total += len(prompt)
+            fast += len(prompt) * hits / mapped
+        left = max(0.0, 1 - total / HIT_MEMORY)
+        self._known_reads = self._known_reads * left + total
+        self._fast_reads = self._fast_reads * left + fast
 
     async def _age(self) -> None:
         """Let old counts fade, where it is time; and make room for new ones."""
@@ -232,14 +239,18 @@ class Recorder:
             await self.save()
 
 
-def _read_requests(volume: Volume) -> tuple[Ints, Ints]:
+def _read_requests(volume: Volume) -> tuple[Ints, Ints, Mask]:
+    """(starts, counts, whether it was answered without waiting for a device) of what was read."""
     words = np.fromiter(volume.reads, np.int64, len(volume.reads))
     volume.reads.clear()
     counts = np.ones(len(words), np.int64)
+    prompt = np.ones(len(words), np.bool_)
     longer = np.flatnonzero(words < 0)
-    counts[longer] = ~words[longer] & RUN_MASK
-    words[longer] = ~words[longer] >> RUN_SHIFT
-    return words, counts
+    coded = ~words[longer]
+    counts[longer] = coded & RUN_MASK
+    prompt[longer] = coded & SLOW == 0
+    words[longer] = coded >> RUN_SHIFT
+    return words, counts, prompt
 
 
 def _write_requests(volume: Volume) -> tuple[Ints, Ints]:

@@ -70,8 +70,10 @@ MAX_TRIMS = 160
 """So many operations fit a header of one slot."""
 
 RUN_SHIFT = 14
-RUN_MASK = (1 << RUN_SHIFT) - 1
-"""In `Volume.reads` a request for one block is its number, one for more is ~(block << RUN_SHIFT | blocks)."""
+SLOW = 1 << RUN_SHIFT - 1
+RUN_MASK = SLOW - 1
+"""In `Volume.reads` a request for one block is its number, one for more is ~(block << RUN_SHIFT | blocks), with SLOW
+where it had to wait for a device."""
 MAX_RECORDED = 1 << 15
 """Requests that are remembered until the next drain; older ones are forgotten, which only costs warmth."""
 
@@ -129,6 +131,7 @@ class Volume:
         self.writes: deque[int] = deque(maxlen=MAX_RECORDED * OP_WORDS)
         """Operations as they were logged, word by word."""
         self._note_read = self.reads.append
+        self.slow_reads: dict[str, int] = {"fast": 0, "base": 0}
 
     def obey(self, policy: Policy) -> None:
         """This policy holds from now on, also for requests that wait."""
@@ -331,9 +334,18 @@ class Volume:
         suspects = await self._read_runs(addresses, checks, into)
         if count <= LARGEST_READ_BLOCKS:
             self._offer(block, addresses, checks, into, suspects)
-        self._note_read(~(block << RUN_SHIFT | count))  # behind the offer: what judges it counts this read by itself
+        self._note_slow(addresses[0])
+        self._note_read(
+            ~(block << RUN_SHIFT | SLOW | count)
+        )  # behind the offer: what judges it counts this read by itself
         for i in suspects:
             await self._read_suspect(block + i, into[i << BLOCK_SHIFT : i + 1 << BLOCK_SHIFT])
+
+    def _note_slow(self, address: int) -> None:
+        """Count a read that had to wait by the tier of its first block: a drain may come after its promotion."""
+        segment = self._segments.get(address >> SLOT_BITS)
+        if segment is not None:
+            self.slow_reads[segment.device.tier] += 1
 
     def _offer(
         self, block: int, addresses: list[int], checks: list[int], into: memoryview, suspects: list[int]

@@ -206,6 +206,24 @@ def test_the_hit_ratio_tells_where_reads_were_answered(tmp_path: Path) -> None:
     run(body)
 
 
+def test_reads_that_wait_count_for_the_tier_where_they_were_read(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path, fast_mib=64, base_mib=64) as pool:
+            volume = await filled(pool)
+            for block in range(30):
+                await read(volume, block * BLOCK_BYTES, BLOCK_BYTES)
+            assert volume.slow_reads == {"fast": 30, "base": 0}
+            volume.slow_reads["base"] = 10  # as if that many had been promoted since
+            for block in range(20):
+                assert read_now(volume, block)
+            await pool.recorder.drain()
+            assert pool.recorder.hit_ratio == pytest.approx(50 / 60)
+            assert volume.slow_reads == {"fast": 0, "base": 0}
+            assert estimates(pool, volume, 25, 5) == [1, 2]
+
+    run(body)
+
+
 # -- over restarts -----------------------------------------------------------------------------------------------------
 
 
