@@ -8,6 +8,7 @@
 - `reopen`: the daemon is killed with 1 GiB of random writes in its log since the last checkpoint.
 - `pressure`: random writes for ever into a pool of volume / 0.85: the cleaner and checkpoints at work.
 - `scrub`: scrubs against fio's sequential read of the same device, in turn; then one beside a client.
+- `tiering`: a fast tier over a base device slowed to a hard disk's pace (`bench_tiering`); not among the default ones.
 
 The daemon itself reports the longest stall of its event loop, which is shown for each load. Absolute numbers tell about
 the machine: quote ratios.
@@ -35,6 +36,7 @@ from bench_fio import FioError, Measurement, fio
 from bench_scrub import scrub
 from bench_sections import STALL_TARGET_MS, Result, big, pressure, reopen
 from bench_servers import Server, Terrace, all_servers
+from bench_tiering import PARTS, scale_of, tiering
 from rich.console import Console
 from rich.table import Table
 
@@ -44,6 +46,7 @@ from tests.system.daemon import REPOSITORY, DaemonError
 MIB = 1 << 20
 BASELINE = "qemu-nbd raw"
 SECTIONS = ("throughput", "big", "reopen", "pressure", "scrub")
+ALL_SECTIONS = (*SECTIONS, "tiering")
 WARM_PASSES = (3, 7)  # at least, at most
 console = Console(width=None if sys.stdout.isatty() else 160)
 
@@ -129,6 +132,9 @@ def main() -> int:
             "reopen": lambda: results.extend(reopen(directory, options.reopen_bytes)),
             "pressure": lambda: results.extend(pressure(directory, options.seconds, options.size // 2)),
             "scrub": lambda: results.extend(scrub(directory, options.size)),
+            "tiering": lambda: results.extend(
+                tiering(directory, options.parts, scale_of(options.seconds, full=options.full), say)
+            ),
         }
         for name in options.only:
             say(f"{name} ...")
@@ -162,7 +168,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="of all measurements (default 3)")
     parser.add_argument("--size", type=parse_size, help="of the volumes (default 2G)")
     parser.add_argument("--quick", action="store_true", help="a look: 1 s, one round, 512 MiB, 128 MiB to replay")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="default: all")
+    parser.add_argument(
+        "section", nargs="*", metavar="SECTION", help="the same as --only, as in `scripts/bench tiering`"
+    )
+    parser.add_argument("--only", nargs="+", choices=ALL_SECTIONS, default=SECTIONS, help="default: all but tiering")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of tiering (default: all)")
+    parser.add_argument("--full", action="store_true", help="tiering with the sizes and lengths of its targets: hours")
     parser.add_argument("--servers", nargs="+", metavar="LABEL", help="only these columns, as 'terrace' 'qemu-nbd raw'")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
     parser.add_argument(
@@ -170,6 +181,10 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--dir", type=Path, default=REPOSITORY / ".cache", help="where the data goes (default .cache)")
     options = parser.parse_args()
+    unknown = [section for section in options.section if section not in ALL_SECTIONS]
+    if unknown:
+        parser.error(f"there is no section {unknown[0]!r}: choose from {', '.join(ALL_SECTIONS)}")
+    options.only = options.section or options.only
     quick = options.quick
     options.seconds = options.seconds or (1.0 if quick else 3.0)
     options.rounds = options.rounds or (1 if quick else 3)

@@ -22,6 +22,8 @@ class Measurement:
     p99_ms: float
     seconds: float
     operations: int
+    longest_ms: float
+    """The longest that a request took."""
 
 
 def fio(uri: str, *options: str, timeout_s: float = 180.0) -> Measurement:
@@ -44,6 +46,7 @@ def fio(uri: str, *options: str, timeout_s: float = 180.0) -> Measurement:
         p99_ms=_ms(percentile, "99.000000"),
         seconds=side["runtime"] / 1000,
         operations=side["total_ios"],
+        longest_ms=side["clat_ns"]["max"] / 1e6,
     )
 
 

@@ -46,10 +46,13 @@ def program(name: str, module: str) -> list[str]:
 class Daemon:
     """One home directory and at most one `terraced` on it. `with Daemon(home) as daemon:` starts it and kills it.
 
-    `config` is TOML put after the listening address; `wrap` is a command line to run the daemon under.
+    `config` is TOML put after the listening address; `wrap` is a command line to run the daemon under, `program`
+    one to run in its place.
     """
 
-    def __init__(self, home: Path, config: str = "", *, wrap: Sequence[str] = ()) -> None:
+    def __init__(
+        self, home: Path, config: str = "", *, wrap: Sequence[str] = (), program: Sequence[str] | None = None
+    ) -> None:
         self.home = home
         self.config = config
         self.log = home.with_name(home.name + ".log")
@@ -57,6 +60,7 @@ class Daemon:
         self.ready_line = ""
         self.process: subprocess.Popen[str] | None = None
         self._wrap = list(wrap)
+        self._program = program
 
     def __enter__(self) -> Daemon:
         self.start()
@@ -79,7 +83,7 @@ class Daemon:
         config = self.home.with_name(self.home.name + ".toml")
         config.write_text('[nbd]\nlisten = ["127.0.0.1:0"]\n' + self.config)
         options = ["--home", str(self.home), "--config", str(config)]
-        command = [*self._wrap, *program("terraced", "terrace.daemon"), *options]
+        command = [*self._wrap, *(self._program or program("terraced", "terrace.daemon")), *options]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment())
         return self.process
