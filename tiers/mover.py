@@ -120,6 +120,8 @@ class Mover:
         """Waited for between two units of work: who asks for the moves says how fast they may be."""
         self.are_hot: Callable[[list[Candidate]], Sequence[bool]] = lambda blocks: [False] * len(blocks)
         """Which of the blocks to be moved will be overwritten sooner than most: they get an output of their own."""
+        self.packs_only = False
+        """Blocks that would not become smaller are left where they are."""
         self._unpacked: dict[tuple[str, str, int], list[tuple[Candidate, Buffer]]] = {}
         """By tier, temperature and level: blocks of the victim in hand that wait for a frame to be full."""
 
@@ -281,7 +283,7 @@ class Mover:
             level = self._engine.compression_of(volume) if tier == "base" else 0
             if level:
                 self._unpacked.setdefault((tier, temperature, level), []).append((candidate, view))
-            else:
+            elif not self.packs_only:
                 self._gathered.setdefault((tier, temperature), []).append((candidate, view))
         await self._write_gathered(least=1 if victim.slots > LARGE_SLOTS else UNIT_BLOCKS)
         await self._pack_waiting(least=MAX_FRAME_BLOCKS)
@@ -329,7 +331,8 @@ class Mover:
                     else:
                         packed.append((frame, group))
                 raw += await self._write_packed(packed, tier, temperature)
-                await self._write_raw(raw, tier, temperature)
+                if not self.packs_only:
+                    await self._write_raw(raw, tier, temperature)
 
     async def _write_gathered(self, *, least: int) -> None:
         """Write what waits for each output, as far as there are `least` blocks for it.

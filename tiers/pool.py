@@ -38,6 +38,7 @@ from tiers.lost import LostDevice
 from tiers.names import validate_name, validate_volume_size
 from tiers.newdevices import DeviceSpec, label_devices, wipe_labels
 from tiers.overlay import HOLE
+from tiers.packer import Packer
 from tiers.policy import DEFAULT_NAME, Policy
 from tiers.probe import read_label
 from tiers.record import Op, words_from_name
@@ -161,6 +162,7 @@ class Pool:
         self.scrubber = scrubber
         self.recorder = recorder
         self.evacuator = Evacuator(engine, checkpointer, cleaner, events)
+        self._packer = Packer(engine)
         self._directory = directory
         self._ddl = trio.Lock()
         self._growth = trio.Lock()  # of its own: it is what helps where a delete waits for room
@@ -242,6 +244,7 @@ class Pool:
         if self._engine.space.read_only is None:
             nursery.start_soon(self._checkpointer.run)
             nursery.start_soon(self._cleaner.run)
+            nursery.start_soon(self._packer.run)
             nursery.start_soon(self._engine.promoter.run)
             nursery.start_soon(self._engine.bypass.run)
             nursery.start_soon(self.evacuator.run)

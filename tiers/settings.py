@@ -21,6 +21,8 @@ class PoolSettings:
     """In a volume of up to so many map pages of 1 MiB each (8 GiB) even single blocks are kept by page in memory."""
     compression_level: int | None = None
     """zstd's, for what is moved to base, over all policies (0: none); None: each volume's policy decides."""
+    pack_after_s: float = 60.0
+    """What the log left on the base tier, since the fast one had no room, is compressed when it has rested so long."""
     overcommit_limit: float = 0.0
     """Nominal size of all volumes over the pool's capacity, at most; 0: no limit."""
     scrub_rate_bytes: int = 0

@@ -686,6 +686,7 @@ def random_machine(seed: int, *, layouts: Sequence[tuple[Disk, ...]] = LAYOUTS) 
         settings,
         small_volume_leaves=rng.choice((0, settings.small_volume_leaves)),
         compression_level=random.Random(seed ^ 0xF4A3E).choice((0, 1, 3)),
+        pack_after_s=random.Random(seed ^ 0xF4A3F).choice((0.02, 60.0)),
     )
     return machine
 
