@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +30,8 @@ from bench_sections import GIB, MIB, Result
 from bench_wa import SHARES, amplification
 from slow_disk import Head, merged
 
-from tests.system.daemon import Daemon
+from tests.system import nbdclient
+from tests.system.daemon import REPOSITORY, Daemon
 
 PARTS = ("wa", "space", "reads", "writes", "latency")
 HIT_TARGET = 90.0
@@ -98,8 +100,7 @@ def pool(directory: Path, name: str, *, fast_bytes: int, base_bytes: int, size_b
         daemon.cli("pool", "create", "bench", *devices)
         daemon.cli("volume", "create", "bench/volume", str(size_bytes))
         yield daemon
-    for file in ("fast", "base"):
-        (place / file).unlink(missing_ok=True)
+    shutil.rmtree(place)
 
 
 def fill(daemon: Daemon, *more: str, timeout_s: float = 3600.0) -> Measurement:
@@ -230,22 +231,22 @@ def iops_a_second(log: Path) -> list[float]:
 
 
 def space(directory: Path, scale: Scale) -> list[Result]:
-    """Data that must all go through to base: what it takes there."""
+    """Twice as much data as the fast tier takes: what the part that has to go to base takes there."""
     section = "tiering, space on base"
     size_bytes = 2 * scale.fast_bytes
     results = []
-    for what, options, target in (
-        (
-            "text-like data (fio, 70 % compressible)",
-            ("--buffer_compress_percentage=70", "--refill_buffers"),
-            TEXT_TARGET,
-        ),
-        ("incompressible data", ("--refill_buffers",), NOISE_TARGET),
+    for what, data, target in (
+        ("text (this repository's sources)", sources(), TEXT_TARGET),
+        ("incompressible data", random.Random(1).randbytes(64 * MIB), NOISE_TARGET),
     ):
         with pool(
             directory, "space", fast_bytes=scale.fast_bytes, base_bytes=2 * size_bytes, size_bytes=size_bytes
         ) as daemon:
-            fill(daemon, *options)
+            with nbdclient.Connection(daemon.socket, "bench/volume") as connection:
+                for at in range(0, size_bytes, MIB):
+                    start = at % (len(data) - MIB)
+                    connection.write(at, data[start : start + MIB])
+                connection.flush()
             daemon.api("POST", "/v1/pools/bench/checkpoint")
             status = daemon.pool("bench")
             live = sum(d["live_bytes"] for d in status["devices"])
@@ -253,6 +254,13 @@ def space(directory: Path, scale: Scale) -> list[Result]:
             share = 100 * (live - fast) / max(1, size_bytes - fast)
             results.append(Result(section, f"{what}: of its size", share, "%", most=target))
     return results
+
+
+def sources() -> bytes:
+    """Some megabytes of text as people write it."""
+    files = sorted(path for pattern in ("*.py", "*.md") for path in REPOSITORY.glob(f"*/**/{pattern}"))
+    text = b"".join(path.read_bytes() for path in files if ".venv" not in path.parts)
+    return text if len(text) > 2 * MIB else text * (2 * MIB // len(text) + 1)
 
 
 # Latency

@@ -16,6 +16,7 @@ no headers.
 
 from __future__ import annotations
 
+import errno
 import math
 import random
 import shutil
@@ -82,6 +83,8 @@ def amplification(directory: Path, scale_mib: int, overwrites: int, shares: Sequ
                 (directory / "wa").mkdir()
                 found = trio.run(_measure, directory / "wa", shape, full, overwrites)
             except TierError as refusal:
+                if refusal.errno != errno.ENOSPC:
+                    raise
                 results.append(Result(section, f"{what}: refused, {refusal}", math.nan, ""))
                 continue
             most = TARGETS[shape.title] if full == TARGET_SHARE else None
@@ -101,7 +104,7 @@ async def _measure(directory: Path, shape: Shape, full: float, overwrites: int) 
         await Pool.create(directory / "home", "bench", specs)
         async with Pool.open(directory / "home") as pool:
             space = pool._engine.space
-            await pool.create_volume("sizing", int(full * pool.status().size_bytes))
+            await pool.create_volume("sizing", int(full * pool.status().size_bytes) // BLOCK_BYTES * BLOCK_BYTES)
             kept = space.reserve + space.map_reserve() + 4 * space.largest_segment_slots
             await pool.delete_volume("sizing")
             blocks = int(full * (pool.status().size_bytes // BLOCK_BYTES - kept))
