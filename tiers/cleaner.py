@@ -254,9 +254,28 @@ class Cleaner:
             return await engine.reuse(emptied) > 0
         if sum(victim.slots for victim in emptied) > engine.segments.total_slots // UNREUSED_DIVISOR:
             await engine.checkpoint()
-        else:
-            self._emptied = emptied
+            return self._set_leaks_aside(emptied) < len(emptied)
+        self._emptied = emptied
         return True
+
+    def _set_leaks_aside(self, emptied: list[Segment]) -> int:
+        """Victims that a checkpoint has not freed have blocks that are counted as live and that no map names.
+
+        A page of the map that was lost leaves such. Emptying them again would gain nothing, for ever. Returns how many.
+        """
+        leaking = 0
+        for victim in emptied:
+            blocks = victim.live + victim.pending
+            if self._engine.segments.by_id.get(victim.id) is victim and blocks and not victim.pins:
+                victim.leaks = True
+                leaking += 1
+                logger.error(
+                    "segment %d is set aside: %d of its blocks are counted as live, and no map names them: run "
+                    "`terrace pool check`",
+                    victim.id,
+                    blocks,
+                )
+        return leaking
 
     async def _victims(self, move: Move) -> list[Segment]:
         """The best segments to empty, as many as make a good round and as the free output space allows."""
@@ -312,7 +331,7 @@ class Cleaner:
             blocks = segment.live + segment.pending
             if (
                 not segment.open
-                and not (segment.damaged or segment.given_out)
+                and not (segment.damaged or segment.given_out or segment.leaks)
                 and segment.device.state == "online"
                 and segment.kind not in (Kind.MAP, Kind.CATALOG)
                 and segment.last_seq <= checkpointed

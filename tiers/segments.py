@@ -42,6 +42,7 @@ class Segment:
         "id",
         "index",
         "kind",
+        "leaks",
         "last_seq",
         "live",
         "open",
@@ -75,6 +76,8 @@ class Segment:
         self.last_seq = 0
         self.pins = 0
         self.damaged = False
+        self.leaks = False
+        """It was emptied, and yet some of its blocks are counted as live."""
         self.given_out = False
         """A later segment stands in its place: only dead leaves name it, until they are walked."""
 
