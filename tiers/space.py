@@ -43,7 +43,9 @@ BASE_KEEPS_SEGMENTS = 3
 LOG_KEEPS_SEGMENTS = 2
 """Fast segments that clients' writes leave, while the cleaner is making more: for its records and copies."""
 
+QUEUE_PAUSE_S = 0.02
 QUEUE_LOOK_S = 1.0
+"""How long a write that found no room waits before it is tried again: at least, and by itself."""
 
 
 class Space:
@@ -251,12 +253,13 @@ class Space:
         """Wait until there may be room for `blocks` that were refused, for `at_most_s`, while it is `wanted`.
 
         Not each change is worth a look: a look at a full pool may take two checkpoints. So those who wait look when
-        the counts say that they fit, and else now and then, the more rarely the more they are.
+        the counts say that they fit, and else now and then, the more rarely the more they are. A refusal costs a pause
+        in any case: what refused may see more than these counts, and wake who waits here by that.
         """
         self.queued += 1
         try:
             with trio.move_on_after(min(at_most_s, QUEUE_LOOK_S * self.queued)):
-                await self._changed.park()
+                await trio.sleep(QUEUE_PAUSE_S)
                 while self.read_only is None and wanted() and not self._may_fit(blocks):
                     await self._changed.park()
         finally:

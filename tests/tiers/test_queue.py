@@ -38,12 +38,21 @@ def simulated(body: Callable[[Pool, Volume, int], Awaitable[Any]]) -> None:
 
 
 async def fill(volume: Volume) -> int:
-    for number in range(BLOCKS):
+    """Write block after block, until even the cleaner can make no room for another."""
+    refusals = 0
+    number = 0
+    while number < BLOCKS:
         try:
             await volume.write(number * BLOCK_BYTES, block(number))
         except TierError as error:
             assert error.errno == errno.ENOSPC
-            return number
+            refusals += 1
+            if refusals == 20:
+                return number
+            await trio.sleep(1)
+        else:
+            refusals = 0
+            number += 1
     raise AssertionError("it never got full")
 
 
