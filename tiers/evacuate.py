@@ -522,7 +522,14 @@ class Evacuator:
         """Wait until so many blocks may be moved. False if the evacuation was cancelled meanwhile."""
         space = self._engine.space
         while self._goes_on(run):
-            if space.room_to_move(blocks):
+            if run.device.state == "lost":
+                # Only map pages are written, and no more than there were: what a checkpoint needs is enough. The others
+                # may be too full for more, for nobody could ask them before.
+                spare = self._engine.segments.free_slots - space.first_keep_slots() - space.largest_segment_slots
+                has_room = spare >= 2 * blocks
+            else:
+                has_room = space.room_to_move(blocks)
+            if has_room:
                 run.state = "running"
                 return True
             run.state = "waiting"

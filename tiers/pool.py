@@ -626,7 +626,7 @@ def _open_devices(host: Host, state: State, offload: Offload, give_up: Collectio
             device.close()
         raise
     for device in opened:
-        if any(device.index in other.label.poisoned for other in opened):
+        if device.state != "lost" and any(device.index in other.label.poisoned for other in opened):
             device.poisoned = device.poisoned or "it failed a flush in an earlier run"
     return opened
 

@@ -427,8 +427,8 @@ class Driver:
                     continue
                 path = rng.choice(present)
                 await pool.evacuator.start(path)
-                if rng.random() < 0.2:
-                    await trio.sleep(rng.random() * 0.2)
+                if rng.random() < 0.3:
+                    await trio.sleep(rng.random() * rng.choice((0, 0.01, 0.2)))
                     await pool.evacuator.cancel(path)
                 elif rng.random() < 0.7:
                     with trio.move_on_after(30):
@@ -450,8 +450,8 @@ class Driver:
             await trio.sleep(0.1)
         self.evacuated += 1
 
-    async def lose_device(self) -> None:
-        """Between two lives a device is taken away for good, without a word."""
+    async def lose_device(self, failpoint: str | None = None) -> None:
+        """Between two lives a device is taken away for good, without a word. It may crash at `failpoint`."""
         machine = self.machine
         rows = [row for row in machine.state.devices if row.state in ("online", "evacuating")]
         if len(rows) < 2:
@@ -480,47 +480,65 @@ class Driver:
         medium.missing = True
         before = self.devices_lost
         self.devices_lost += 1
-        try:
-            async with machine.open(give_up=[row.path]) as pool:
-                if pool.status().state != "online":
-                    # The other devices have no room for a log, or failed a sync.
-                    self.poisoned = any(device.state == "poisoned" for device in pool.status().devices)
-                    if any(r.path == row.path and r.state == "lost" for r in machine.state.devices):
-                        raise OracleError(f"{row.path} is given up, but the pool takes no writes without it")
-                    medium.missing = False
-                    self.devices_lost = before
-                    return
-                await self.judge(pool)
-                with trio.fail_after(3000):
-                    await self._gone(pool, row.path)
-                    for other in [state for state in pool.evacuator.status() if state.state == "running"]:
-                        await self._gone(pool, other.path)
-                if not pool._engine.may_release():
-                    await self._grow(pool)  # the others were so full that not even a trim has room
-                listed = await pool.losses()
-                for name in self.models:
-                    volume = pool.volume(name)
-                    _, unreadable = await read_what_can_be(volume)
-                    if expected is not None and before == 0 and not self.faults and unreadable != expected[name]:
-                        raise OracleError(
-                            f"{name}: only on {row.path} were {sorted(expected[name])[:9]}, lost are "
-                            f"{sorted(unreadable)[:9]}"
-                        )
-                    named = {
-                        at // BLOCK
-                        for loss in listed
-                        if loss.volume == volume.name
-                        for at in range(loss.offset, loss.offset + loss.length, BLOCK)
-                    }
-                    if unreadable != named:
-                        raise OracleError(f"{name}: listed as lost {sorted(named)[:9]}, lost {sorted(unreadable)[:9]}")
-                if not self.faults.read_spells:
-                    await require_sound(pool, known="lost to a device error")
-        except TierError as error:
-            if machine.is_off or "newest part of the log" not in str(error):
-                raise
-            medium.missing = False  # it was only taken away, and is brought back
-            self.devices_lost = before
+        crashes = failpoint is not None or self.rng.random() < 0.5
+        for crash in (random_crash(self.rng, failpoint) if crashes else NO_CRASH, NO_CRASH):
+            machine.arm(crash)
+            given_up = any(r.path == row.path and r.state in ("online", "evacuating") for r in machine.state.devices)
+            try:
+                with contextlib.suppress(PowerCutError):
+                    async with machine.open(give_up=[row.path] if given_up else []) as pool:
+                        if pool.status().state == "online":
+                            await self._judge_loss(pool, row.path, expected if not before and not self.faults else None)
+                        else:
+                            # The other devices have no room for a log, or failed a sync.
+                            self.poisoned = any(device.state == "poisoned" for device in pool.status().devices)
+                            if any(r.path == row.path and r.state == "lost" for r in machine.state.devices):
+                                raise OracleError(f"{row.path} is given up, but the pool takes no writes without it")
+                            medium.missing = False
+                            self.devices_lost = before
+            except TierError as error:
+                if machine.is_off or "newest part of the log" not in str(error):
+                    raise
+                medium.missing = False  # it was only taken away, and is brought back
+                self.devices_lost = before
+            machine.disarm()
+            if not machine.is_off:
+                return
+            self._crashed = True
+            self.crashed_at[crash[2][0] if crash[2] else ""] += 1
+            self.after()
+
+    async def _judge_loss(self, pool: Pool, path: str, expected: dict[str, set[int]] | None) -> None:
+        """What was only on a lost device is lost and listed, and nothing else is."""
+        planned = self.machine.disarm()
+        await self.judge(pool)
+        self.everything = True
+        self.machine.arm(planned)
+        with trio.fail_after(3000):
+            await self._gone(pool, path)
+            for other in [state for state in pool.evacuator.status() if state.state == "running"]:
+                await self._gone(pool, other.path)
+        self.machine.disarm()
+        if not pool._engine.may_release():
+            await self._grow(pool)  # the others were so full that not even a trim has room
+        listed = await pool.losses()
+        for name in self.models:
+            volume = pool.volume(name)
+            _, unreadable = await read_what_can_be(volume)
+            if expected is not None and unreadable != expected[name]:
+                raise OracleError(
+                    f"{name}: only on {path} were {sorted(expected[name])[:9]}, lost are {sorted(unreadable)[:9]}"
+                )
+            named = {
+                at // BLOCK
+                for loss in listed
+                if loss.volume == volume.name
+                for at in range(loss.offset, loss.offset + loss.length, BLOCK)
+            }
+            if unreadable != named:
+                raise OracleError(f"{name}: listed as lost {sorted(named)[:9]}, lost {sorted(unreadable)[:9]}")
+        if not self.faults.read_spells:
+            await require_sound(pool, known="lost to a device error")
 
     async def load(self, pool: Pool, count: int) -> None:
         """Clients on every volume, flushes, checkpoints and cleaning, all at once."""
@@ -747,9 +765,9 @@ def search(
             driver.after()
             if driver.poisoned:
                 break
-            if kind.devices and i and driver.rng.random() < 0.25:
+            if kind.devices and i and (driver.rng.random() < 0.25 or failpoint == "checkpoint.given_up"):
                 with trio.fail_after(LIFE_S):
-                    await driver.lose_device()
+                    await driver.lose_device(failpoint)
                 if driver.poisoned:
                     break
         with trio.fail_after(LIFE_S):

@@ -412,6 +412,33 @@ def test_a_device_that_held_the_newest_log_is_given_up_only_with_the_log() -> No
     machine.run(main)
 
 
+def test_a_poisoned_device_can_be_given_up_and_the_pool_takes_writes_again() -> None:
+    machine = machine_with(THREE)
+
+    async def main() -> None:
+        async with filled(machine) as (pool, content):
+            head = pool._engine.log.head.device.index
+        index = next(i for i in range(3) if i != head)
+        machine.media[index].failing_syncs = 1
+        async with machine.open() as pool:
+            assert pool.status().state == "read-only"
+        path = machine.media[index].path
+        async with machine.open(give_up=[path]) as pool:
+            assert pool.status().state == "online", pool.status().problem
+            assert (await finished(pool, path)).state == "removed"
+            volume = pool.volume("v")
+            found, lost = await read_what_can_be(volume)
+            for block in set(range(300)) - lost:
+                at = block * BLOCK_BYTES
+                assert found[at : at + BLOCK_BYTES] == content[at : at + BLOCK_BYTES]
+            await volume.write(0, content)
+            await assert_sound(pool)
+        async with machine.open() as pool:
+            assert pool.status().state == "online"
+
+    machine.run(main)
+
+
 def test_what_may_not_be_given_up_is_refused() -> None:
     machine = machine_with(TWO)
 
