@@ -15,6 +15,7 @@ import numpy as np
 import trio
 
 from tiers.failpoint import hit
+from tiers.frames import MAX_FRAME_BLOCKS
 from tiers.layout import BLOCK_BYTES, SLOT_BITS
 from tiers.maptree import FANOUT_BITS, LEVEL_SHIFT, ROOT_LEVEL
 from tiers.mover import HEADERS_A_TURN, Candidate, DamagedMapError, Mover, OutputFullError
@@ -337,7 +338,7 @@ class Cleaner:
                 and segment.last_seq <= checkpointed
                 and blocks > 0
                 and (move.source is None or segment.device.tier == move.source)
-                and (move.demotes or segment.wanted_slots < _worth_moving_below(segment.slots))
+                and (move.demotes or _is_worth_moving(segment))
                 and segment.id not in emptied
             ):
                 # Ids are given out in order, so they tell the age in segments.
@@ -392,6 +393,14 @@ class Cleaner:
                         hit("move.page_forced")
         finally:
             victim.pins -= 1
+
+
+def _is_worth_moving(segment: Segment) -> bool:
+    """Whether the copies of what is live in a segment would take less than the segment does."""
+    if segment.kind is Kind.PACKED and segment.used >= max(segment.slots - MAX_FRAME_BLOCKS, segment.slots // 4):
+        # As full as frames make it: its copies would leave such a tail as well, so only what is dead in it is gained.
+        return segment.used - segment.wanted_slots > max(2.0, segment.slots * MIN_GAIN_SHARE)
+    return segment.wanted_slots < _worth_moving_below(segment.slots)
 
 
 def _worth_moving_below(slots: int) -> float:

@@ -26,6 +26,7 @@ from tiers import failpoint
 ROOT = Path(__file__).parents[2]
 
 REGRESSIONS = {
+    "the cleaner wrote packed segments anew for ever, for the sake of their tails": Run(6, "full"),
     "a writer that waits while the cleaner rests made the checkpointer spin": Run(1, "full"),
     "a block that the medium can't give ended the log, and flushed writes were gone": Run(472019300258, "full"),
     "a check of a read-only pool took a place that was given out again for damage": Run(472019300588, "full"),

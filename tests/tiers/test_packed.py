@@ -19,9 +19,11 @@ from tests.simulation.oracle import BLOCK, Model, Op, read_all, require_sound
 from tests.tiers.helpers import QUIET, assert_sound, flip, fresh_pool, make_pool, read, refusal, run, settle
 from tests.tiers.test_rebuild_simulated import lose_catalog
 from tiers import Policy, Pool, PoolSettings, Volume
+from tiers.cleaner import _worth_moving_below
 from tiers.frames import CACHE_BYTES, frame_of, index_of, unpack_all
 from tiers.layout import BAD, MIB, SLOT_BITS
 from tiers.mover import Mover
+from tiers.placement import Move as CleanerMove
 from tiers.record import Kind
 from tiers.segments import Segment
 
@@ -373,6 +375,33 @@ def test_counts_of_slots_follow_every_change(tmp_path: Path) -> None:
             await settle(pool)
             agrees(pool)
             assert pool._engine.segments.saved == 0 == pool._engine.segments.live
+
+    run(body)
+
+
+def test_packed_segments_are_cleaned_for_what_is_dead_in_them_and_not_for_their_tails(tmp_path: Path) -> None:
+    """Else the cleaner would write them anew for ever: the next frame doesn't fit behind the copies either."""
+
+    async def body() -> None:
+        async with fresh_pool(tmp_path, fast_mib=64, base_mib=64) as pool:
+            volume = await pool.create_volume("v", 16 * MIB)
+            rng = random.Random(3)  # frames of 22 slots
+            await volume.write(0, b"".join(rng.randbytes(2800) + bytes(BLOCK - 2800) for _ in range(4096)))
+            await demote(pool)
+            packed = [segment for segment in victims(pool, "base") if segment.kind is Kind.PACKED]
+            full = [segment for segment in packed if segment.used > segment.slots - 32]
+            assert len(full) > 8 and len(packed) - len(full) <= 1
+            assert any(segment.used < _worth_moving_below(segment.slots) for segment in full), "frames leave tails"
+
+            async def ranked() -> set[int]:
+                found = await pool._cleaner._rank(CleanerMove("base", "base"), by_age=False)
+                return {segment.id for segment in found}
+
+            assert not await ranked() & {segment.id for segment in full}
+            for at in range(0, 16 * MIB, 8 * BLOCK):
+                await volume.write(at, random.Random(at).randbytes(BLOCK))
+            await pool.checkpoint()
+            assert {segment.id for segment in full} <= await ranked()
 
     run(body)
 
