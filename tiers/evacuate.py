@@ -60,6 +60,8 @@ logger = logging.getLogger(__name__)
 
 GIVEN_UP = "it was given up as lost"
 """Why a removed device is poisoned, if that is why: what carries its label is not to be touched."""
+PIECE_BLOCKS = 256
+"""A client's long write asks for room by so much."""
 STAGED_BLOCKS = 2048
 """Copies made before they are made true, with one flush: 8 MiB."""
 FORCED_PAGES = 4096
@@ -228,10 +230,11 @@ class Evacuator:
                 f"other devices have a capacity of {space.capacity * BLOCK_BYTES}: grow it by "
                 f"{(space.charged - space.capacity) * BLOCK_BYTES} bytes or more, or delete or trim something",
             )
-        largest = device.segment_bytes >> BLOCK_SHIFT
+        # As much as the cleaner would see to, so that clients, who lose the free space of this device, go on as well.
+        most = max(device.segment_bytes >> BLOCK_SHIFT, PIECE_BLOCKS)
         free = self._engine.segments.free_slots
-        if not space.room_to_move(largest):
-            needed, space.wanted_slots = space.wanted_slots, 0
+        needed = max(space.low_slots(), space.reserve + space.map_reserve(most) + most) + space.largest_segment_slots
+        if free < needed:
             raise TierError(
                 errno.ENOSPC,
                 f"{device.path} can't be evacuated now: of pool {pool} {free * BLOCK_BYTES} bytes are free on other "
