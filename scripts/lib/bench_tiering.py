@@ -8,7 +8,7 @@ Parts, each of which runs alone (`--parts`):
 - `writes`: random 4k writes over data four times the fast tier, against the slowed device's own random writes.
 - `latency`: a client's p99 at half load while migration runs, against the p99 without.
 
-`--full` takes the lengths and sizes of the targets: 8 GiB with 1 GiB fast, ten minutes of writes. By default an eighth
+`--full` takes the lengths and sizes of the targets: 8 GiB with 1 GiB fast, ten minutes of writes. By default a quarter
 of that, and `--seconds` for each measurement.
 """
 
@@ -62,10 +62,10 @@ class Scale:
 
 
 def scale_of(seconds: float, *, full: bool) -> Scale:
-    """The targets' lengths, or an eighth of them."""
+    """The targets' sizes and lengths, or a quarter: with less, segments are small and each move is all seeks."""
     if full:
         return Scale(GIB, 8 * GIB, 60.0, 600.0, 1024, 3, SHARES)
-    return Scale(128 * MIB, GIB, seconds, 4 * seconds, 512, 3, (0.6, 0.8))
+    return Scale(256 * MIB, 2 * GIB, seconds, 4 * seconds, 512, 3, (0.6, 0.8))
 
 
 def tiering(directory: Path, parts: Sequence[str], scale: Scale, say: Callable[[str], None]) -> list[Result]:
