@@ -615,6 +615,8 @@ class Evacuator:
                 engine.space.measure_devices()
                 raise
             hit("evacuate.removed")
+            with trio.CancelScope(shield=True):
+                await engine.flusher.device_left(device)
             run.state, run.finished_at, run.problem = "removed", time.time(), None
             try:
                 await engine.offload(device.erase_label_now)

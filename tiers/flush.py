@@ -102,13 +102,13 @@ class Flusher:
         """
         # No checkpoint until `_sync` waits: the sequence and what has to be synced belong to one moment.
         seq = self._seq()
-        await self._sync([self._round_for(device) for device in self.devices if self._names(device)])
+        await self._sync([device for device in self.devices if self._names(device)])
         self.durable_seq = max(self.durable_seq, seq)
 
     async def flush_all(self) -> None:
         """`flush`, and unnamed copies too: what a checkpoint commits on (design rule 1). Raises TierError."""
         seq = self._seq()
-        await self._sync([self._round_for(device, unnamed=True) for device in self.devices])
+        await self._sync(self.devices, unnamed=True)
         self.durable_seq = max(self.durable_seq, seq)
 
     async def flush_devices(self, devices: Iterable[Device]) -> None:
@@ -116,25 +116,35 @@ class Flusher:
 
         Raises TierError if it never will be.
         """
-        await self._sync([self._round_for(device, unnamed=True) for device in devices])
+        await self._sync(devices, unnamed=True)
 
     def fail(self, why: TierError) -> None:
         """Nothing will be flushed any more: whoever waits, or asks later, is told why."""
         self.failure = self.failure or why
         self._round_done.unpark_all()
 
-    def _round_for(self, device: Device, *, unnamed: bool = False) -> tuple[_Lane, int]:
+    async def device_left(self, device: Device) -> None:
+        """A device has been taken out of `devices`, since nothing lies there: nobody waits for it any more.
+
+        When this returns it isn't being synced any more, and may be closed.
+        """
+        self._round_done.unpark_all()
+        while self._lane(device).running:
+            await self._round_done.park()
+
+    def _round_for(self, device: Device, *, unnamed: bool) -> tuple[_Lane, int]:
         """The round that covers what was written to a device by now: the next one, unless nothing waits for it."""
         lane = self._lane(device)
         waiting = device.unsynced_bytes > (0 if unnamed else device.unnamed_bytes)
         return lane, lane.begun + 1 if waiting else lane.begun
 
-    async def _sync(self, need: list[tuple[_Lane, int]]) -> None:
-        """Return when these rounds have ended."""
+    async def _sync(self, devices: Iterable[Device], *, unnamed: bool = False) -> None:
+        """Return when what was written to these devices by now is durable, as far as they stay in the pool."""
+        need = [(device, *self._round_for(device, unnamed=unnamed)) for device in devices]
         if not need:
             await trio.lowlevel.checkpoint()
-        for lane, number in need:
-            while lane.ended < number and self.failure is None:
+        for device, lane, number in need:
+            while lane.ended < number and self.failure is None and device in self.devices:
                 lane.wanted = lane.wanted or lane.begun < number
                 self._wanted.set()
                 await self._round_done.park()

@@ -253,6 +253,26 @@ def test_a_crash_at_any_point_is_sound_and_the_evacuation_goes_on(countdown: int
     crash_while_evacuating(countdown)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_a_flush_ends_though_the_device_that_it_waits_for_is_removed(seed: int) -> None:
+    machine = machine_with(THREE, seed=seed)
+    path = machine.media[seed % 2].path
+
+    async def main() -> None:
+        async with filled(machine) as (pool, _), trio.open_nursery() as nursery:
+            volume = pool.volume("v")
+            machine.on_hit["checkpoint.labelled"] = lambda: nursery.start_soon(volume.flush)
+            await pool.evacuator.start(path)
+            assert (await finished(pool, path)).state == "removed"
+            machine.on_hit.clear()
+            with trio.fail_after(600):
+                while nursery.child_tasks:
+                    await trio.sleep(1)
+            await assert_sound(pool)
+
+    machine.run(main)
+
+
 # -- failing devices ---------------------------------------------------------------------------------------------------
 
 
