@@ -40,6 +40,9 @@ CHUNK_BLOCK_BITS = EXTENT_BITS + CHUNK_BITS
 ROW_BYTES = 2 * CHUNK_EXTENTS
 KEY_BITS = 22
 """Chunks of a volume: 1 PiB has 2^22. A chunk's key is volume << KEY_BITS | chunk."""
+FIRST_ROWS = 64
+LARGEST_COPY_ROWS = 4096
+"""32 MiB."""
 SLICE_ROWS = 128
 """Rows that one step of a slow pass handles: 1 MiB."""
 
@@ -74,8 +77,7 @@ class Extents:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_rows = max(1, max_bytes // ROW_BYTES)
-        # Taken from the kernel as it is touched: an idle pool has none of it.
-        self._cells = np.zeros(self.max_rows * ROW_BYTES, np.uint8)
+        self._cells = np.zeros(min(self.max_rows, FIRST_ROWS) * ROW_BYTES, np.uint8)
         self._keys: Ints = np.empty(0, np.int64)
         """Keys of the chunks that exist, ascending, and the row of each."""
         self._rows: Ints = np.empty(0, np.int64)
@@ -136,9 +138,21 @@ class Extents:
         for row in taken:
             self._cells[row * ROW_BYTES : (row + 1) * ROW_BYTES] = 0
         fresh = min(count - len(taken), self.max_rows - self._top)
+        self._grow(self._top + fresh)
         taken += range(self._top, self._top + fresh)
         self._top += fresh
         return taken
+
+    def _grow(self, rows: int) -> None:
+        """Have memory for so many rows: twice as much each time, and all of it when copying would take too long."""
+        held = len(self._cells) // ROW_BYTES
+        if rows <= held:
+            return
+        while held < rows:
+            held = 2 * held if held < LARGEST_COPY_ROWS else self.max_rows
+        cells = np.zeros(min(held, self.max_rows) * ROW_BYTES, np.uint8)
+        cells[: len(self._cells)] = self._cells
+        self._cells = cells
 
     def _drop(self, gone: Mask) -> None:
         self._free += self._rows[gone].tolist()

@@ -178,7 +178,8 @@ class HeatFile:
         limit = max_chunks * (ROW_BYTES + 64) + (MAX_RAW_BYTES << 4)
         try:
             with self.path.open("rb") as file:
-                data = file.read(limit + 1)
+                # Not more than there is: what is asked for is allocated.
+                data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
         except FileNotFoundError:
             return None
         except OSError as error:
