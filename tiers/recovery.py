@@ -171,7 +171,12 @@ async def replay(engine: "Engine", state: State, *, truncate_log: bool = False) 
         if batch.seq > durable and not await reader.is_on_medium(found):
             result.dropped = f"batch {batch.seq} was torn"
             break
-        await _apply(engine, found, result, truncate_log=truncate_log)
+        try:
+            await _apply(engine, found, result, truncate_log=truncate_log)
+        except _LostCopiesError as error:
+            result.dropped = str(error)
+            result.given_up = f"given up: all from sequence {batch.seq} of the log on, to {end_seq}; {error}"
+            break
         hit("recovery.applied")
         result.batches += 1
         result.blocks += len(batch.checks)
@@ -192,6 +197,20 @@ def require_place(device: Device, index: int) -> None:
             f"{device.path} has {device.segment_count} places for segments and the log names place {index}: "
             "restore the devices from a copy",
         )
+
+
+class _LostCopiesError(Exception):
+    """A record names copies on a lost device, and the operator gives up what follows."""
+
+
+def _lost_log(engine: "Engine", device: Device) -> TierError:
+    pool = engine.pool_name
+    return TierError(
+        errno.EIO,
+        f"some of the newest part of the log of pool {pool} was on {device.path}: what was written, in any volume, "
+        f"after checkpoint {engine.log.checkpoint_seq} and from there on in the log is lost with it; bring the device "
+        f"back, or give that up too with `terrace pool evacuate {pool} {device.path} --lost --truncate-log`",
+    )
 
 
 class _LogReader:
@@ -289,13 +308,7 @@ class _LogReader:
         """What is at an unreadable place may be a batch that was acknowledged: it isn't taken for the log's end."""
         pool = self._engine.pool_name
         if device.state == "lost":
-            return TierError(
-                errno.EIO,
-                f"the newest part of the log of pool {pool} was on {device.path}: all that was written, in any volume, "
-                f"after checkpoint {self._engine.log.checkpoint_seq} and from there on in the log is lost with it; "
-                f"bring the device back, or give that up too with `terrace pool evacuate {pool} {device.path} --lost "
-                "--truncate-log`",
-            )
+            return _lost_log(self._engine, device)
         return TierError(
             errno.EIO,
             f"{device.path} at {device.segment_offset(index) + (slot << BLOCK_SHIFT)} can't be read, and the log of "
@@ -485,10 +498,14 @@ async def _apply(engine: "Engine", found: Found, result: Replayed, *, truncate_l
                 await _apply_move(engine, subject, a >> 32, count, b, words, batch.seq, result.packed_batches)
             except (OSError, BadRecordError) as error:
                 # The old places may have been given out since: what was moved may be nowhere but in these copies.
-                # On a lost device: entries go on naming the old places, whose checks tell what was put there since.
                 message = f"what the cleaner moved into segment {subject} of pool {engine.pool_name} can't be followed"
-                lost = engine.device_by_index(words[0] >> 32).state == "lost"
-                if not truncate_log and not lost:
+                home = engine.device_by_index(words[0] >> 32)
+                if home.state == "lost":
+                    # They may be a stream that went past the log (`tiers.bypass`): then the old places hold old bytes.
+                    if truncate_log:
+                        raise _LostCopiesError(f"what was moved or written into {home.path} is lost") from error
+                    raise _lost_log(engine, home) from error
+                if not truncate_log:
                     raise TierError(
                         errno.EIO,
                         f"{message} ({error}): restore the device from a copy, or give it up with `terrace pool check "

@@ -432,6 +432,34 @@ def test_a_device_that_held_the_newest_log_is_given_up_only_with_the_log() -> No
     machine.run(main)
 
 
+def test_with_the_log_that_was_there_a_device_can_be_given_up_and_what_is_left_is_an_earlier_state() -> None:
+    machine = machine_with(THREE)
+
+    async def main() -> None:
+        with contextlib.suppress(PowerCutError):
+            async with filled(machine) as (pool, content):
+                await pool.volume("v").write(0, b"x" * BLOCK_BYTES)
+                await pool.volume("v").flush()
+                index = pool._engine.log.head.device.index
+                machine.stop()
+                await trio.lowlevel.checkpoint()
+        machine.power_cut()
+        medium = machine.media[index]
+        medium.missing = True
+        async with machine.open(give_up=[medium.path], truncate_log=True) as pool:
+            assert pool.status().state == "online"
+            assert (await finished(pool, medium.path)).state == "removed"
+            volume = pool.volume("v")
+            found, lost = await read_what_can_be(volume)
+            for block in set(range(300)) - lost:
+                at = block * BLOCK_BYTES
+                assert found[at : at + BLOCK_BYTES] == content[at : at + BLOCK_BYTES]
+            await volume.write(0, content)
+            await assert_sound(pool)
+
+    machine.run(main)
+
+
 def test_a_poisoned_device_can_be_given_up_and_the_pool_takes_writes_again() -> None:
     machine = machine_with(THREE)
 
