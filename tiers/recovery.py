@@ -14,7 +14,6 @@ Recovery ends with a new incarnation, a fresh log segment and a checkpoint. Noth
 earlier life, so a batch that survived where its predecessor was lost can't come back.
 """
 
-import contextlib
 import errno
 import logging
 from dataclasses import dataclass, field
@@ -497,23 +496,20 @@ async def _apply(engine: "Engine", found: Found, result: Replayed, *, truncate_l
             try:
                 await _apply_move(engine, subject, a >> 32, count, b, words, batch.seq, result.packed_batches)
             except (OSError, BadRecordError) as error:
-                # The old places may have been given out since: what was moved may be nowhere but in these copies.
-                message = f"what the cleaner moved into segment {subject} of pool {engine.pool_name} can't be followed"
+                # The old places may have been given out since: what was moved may be nowhere but in these copies. And
+                # they may be a stream that went past the log (`tiers.bypass`): then the old places hold old bytes. So
+                # nothing after this record counts either: what is left is a prefix.
+                message = f"what was moved or written into segment {subject} of {engine.pool_name} can't be followed"
                 home = engine.device_by_index(words[0] >> 32)
+                if truncate_log:
+                    raise _LostCopiesError(f"{message} ({error})") from error
                 if home.state == "lost":
-                    # They may be a stream that went past the log (`tiers.bypass`): then the old places hold old bytes.
-                    if truncate_log:
-                        raise _LostCopiesError(f"what was moved or written into {home.path} is lost") from error
                     raise _lost_log(engine, home) from error
-                if not truncate_log:
-                    raise TierError(
-                        errno.EIO,
-                        f"{message} ({error}): restore the device from a copy, or give it up with `terrace pool check "
-                        f"--truncate-log {engine.pool_name}`",
-                    ) from error
-                result.problems.append(f"{message}: {error}")
-                device, index = engine.device_by_index(words[0] >> 32), words[0] & 0xFFFFFFFF
-                engine.segments.adopt_from_log(subject, device, index, await _kind_of_copies(engine, device, index))
+                raise TierError(
+                    errno.EIO,
+                    f"{message} ({error}): restore the device from a copy, or give up all from there on with `terrace "
+                    f"pool check --truncate-log {engine.pool_name}`",
+                ) from error
     flush_group()
 
 
@@ -523,16 +519,6 @@ async def _read_in_some_way(device: Device, offset: int, length: int) -> bytearr
         return await device.read(offset, length)
     except OSError:
         return await device.read_direct(offset, length)
-
-
-async def _kind_of_copies(engine: "Engine", device: Device, index: int) -> Kind:
-    """Whether a segment of copies holds raw or packed ones, as far as its header can be read."""
-    with contextlib.suppress(OSError, BadRecordError):
-        require_place(device, index)
-        block = await _read_in_some_way(device, device.segment_offset(index), BLOCK_BYTES)
-        if decode_segment_header(block, engine.pool_uuid).kind is Kind.PACKED:
-            return Kind.PACKED
-    return Kind.MOVED
 
 
 async def _apply_move(
