@@ -165,3 +165,42 @@ def test_a_base_that_refuses_writes_is_tried_again() -> None:
             await require_sound(pool)
 
     machine.run(main)
+
+
+def tiers_of(volume: Volume) -> dict[str, int]:
+    """Blocks by the tier that they lie on."""
+    found: dict[str, int] = {}
+    for block in range(volume.size_bytes // BLOCK):
+        entry = volume.entry_now(block)
+        assert entry is not None
+        tier = volume._segments[entry[0] >> SLOT_BITS].device.tier
+        found[tier] = found.get(tier, 0) + 1
+    return found
+
+
+def test_a_volume_of_placement_base_leaves_the_fast_tier_and_others_stay() -> None:
+    machine = machine_of()
+
+    async def main() -> None:
+        async with machine.open() as pool:
+            pool.define_policies({"cold": Policy("cold", placement="base", stream_cutoff_bytes=0)})
+            cold = await pool.create_volume("cold", len(NOISE), "cold")
+            plain = await pool.create_volume("plain", len(NOISE))
+            for at in range(0, len(NOISE), 10 * BLOCK):
+                for volume in (cold, plain):
+                    assert volume.write_now([(at, NOISE[at : at + 10 * BLOCK])])
+            pool._engine.log.roll()
+            assert tiers_of(cold) == {"fast": 250}
+            await trio.sleep(40)
+            assert tiers_of(cold) == {"base": 250}
+            assert tiers_of(plain) == {"fast": 250}
+            await pool.set_policy("plain", "cold")
+            await trio.sleep(40)
+            assert tiers_of(plain) == {"base": 250}
+            moved = pool.status().blocks_moved
+            await trio.sleep(100)
+            assert pool.status().blocks_moved == moved, "nothing is moved twice"
+            assert await read_all(cold) == await read_all(plain) == NOISE
+            await require_sound(pool)
+
+    machine.run(main)
