@@ -84,6 +84,7 @@ class Bypass:
         self._queue: deque[_Write] = deque()
         self._wanted = trio.Event()
         self._segments: dict[Kind, Segment] = {}
+        self._ended = False
 
     def takes(self, volume: "Volume") -> bool:
         """Whether a stream into this volume should go straight to base now."""
@@ -101,6 +102,8 @@ class Bypass:
         False: nothing happened, the log has to take them. Admission is the caller's. Raises OSError. `data` isn't
         looked at any more when this returns or is cancelled.
         """
+        if self._ended:
+            raise self._closing()
         checks = [check_of(data[i : i + BLOCK_BYTES]) for i in range(0, len(data), BLOCK_BYTES)]
         if ZERO_CHECK in checks:
             return False  # zeros take no space, by way of the log
@@ -129,6 +132,7 @@ class Bypass:
                 while self._queue:
                     await self._next_round()
         finally:
+            self._ended = True
             for write in self._queue:  # nobody else will
                 write.error = self._closing()
                 write.done.set()

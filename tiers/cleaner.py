@@ -255,6 +255,9 @@ class Cleaner:
             return await engine.reuse(emptied) > 0
         if sum(victim.slots for victim in emptied) > engine.segments.total_slots // UNREUSED_DIVISOR:
             await engine.checkpoint()
+            if engine.dead:
+                self._emptied = emptied  # what no map names may be counted there yet: further checkpoints walk the list
+                return True
             return self._set_leaks_aside(emptied) < len(emptied)
         self._emptied = emptied
         return True

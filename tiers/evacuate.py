@@ -48,7 +48,7 @@ from tiers.errors import TierError
 from tiers.failpoint import hit
 from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, FIRST_ADDRESS, SLOT_BITS, SLOT_MASK, check_of
 from tiers.maptree import BAD_PAGE, EMPTY_PAGE, FANOUT, FANOUT_BITS, ROOT_LEVEL, page_key, page_of, read_pages
-from tiers.mover import Mover, OutputFullError
+from tiers.mover import DamagedMapError, Mover, OutputFullError
 from tiers.record import Kind
 from tiers.segments import Segment
 from tiers.volume import Volume
@@ -562,7 +562,10 @@ class Evacuator:
                         if self._engine.segments.by_id.get(segment_id) is victim:
                             if not await self._room(run, len(candidates)):
                                 return
-                            await self.mover.move_blocks(victim, candidates, self._tier_for(run.device))
+                            try:
+                                await self.mover.move_blocks(victim, candidates, self._tier_for(run.device))
+                            except DamagedMapError as error:  # its leaf was there a moment ago: soon again
+                                raise TierError(errno.EIO, str(error)) from error
                     await self._apply(run)
 
     # -- the end -------------------------------------------------------------------------------------------------------

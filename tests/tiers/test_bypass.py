@@ -12,6 +12,7 @@ import trio
 
 from tests.simulation.machine import Disk, Machine, PowerCutError
 from tests.simulation.oracle import Model, Op, read_all, require_sound
+from tests.tiers.helpers import refusal
 from tiers import Pool, TierError, Volume
 from tiers.bypass import LEAST_BYTES, Bypass
 from tiers.layout import BLOCK_BYTES, SLOT_BITS
@@ -381,3 +382,21 @@ def crash_in_a_stream(seed: int) -> Machine:
 
     machine.run(main)
     return machine
+
+
+def test_a_stream_that_comes_while_the_pool_is_being_closed_gets_an_error() -> None:
+    machine = machine_of()
+    told: list[int | None] = []
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery, opened(machine) as (_, volume, bypass):
+            await stream(volume, 5)
+
+            async def go_on() -> None:
+                with trio.fail_after(60):
+                    told.append((await refusal(lambda: bypass.write(volume, 0, memoryview(piece(1))))).errno)
+
+            machine.on_hit["close.sealed"] = lambda: nursery.start_soon(go_on)
+        assert told == [errno.EIO]
+
+    machine.run(main)

@@ -4,12 +4,17 @@ import errno
 import random
 from array import array
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+import tiers.checkpoint
+import tiers.cleaner
 from tests.tiers.helpers import QUIET, assert_sound, flip, fresh_pool, make_pool, read, refusal, run, settle
+from tests.tiers.test_evacuate import TWO, filled, machine_with
 from tiers import Pool, Volume
 from tiers.layout import BLOCK_BYTES, MIB, SLOT_MASK
+from tiers.record import Kind
 
 NOISE = random.Random(9).randbytes(BLOCK_BYTES - 16)
 BATCH = 128
@@ -177,3 +182,32 @@ def test_an_idle_pool_with_room_moves_nothing(tmp_path: Path) -> None:
             assert pool.status().blocks_moved == 0
 
     run(body)
+
+
+def test_a_victim_whose_blocks_a_deleted_volume_still_counts_is_no_leak() -> None:
+    machine = machine_with(TWO)
+
+    async def main() -> None:
+        async with filled(machine) as (pool, _):
+            engine, cleaner = pool._engine, pool._cleaner
+            engine.log.roll()
+            await pool.checkpoint()
+            with (
+                mock.patch.object(tiers.checkpoint, "DEAD_PAGES_A_CHECKPOINT", 0),
+                mock.patch.object(tiers.cleaner, "UNREUSED_DIVISOR", 1 << 30),
+                mock.patch.object(engine.space, "rest_ratio", lambda: 1.0),
+            ):
+                await pool.delete_volume("v")
+                victims = [s for s in engine.segments.by_id.values() if s.kind is Kind.LOG and not s.open and s.live]
+                for victim in victims:
+                    await cleaner.mover.move_segment(victim, "fast")
+                await cleaner.mover.apply_staged()
+                cleaner._emptied = victims
+                await cleaner._give_back(pressed=False)
+                assert engine.dead, "a long list, which takes more than one checkpoint"
+                assert victims and not any(victim.leaks for victim in victims)
+            await settle(pool)
+            assert not engine.dead and engine.segments.live == 0
+            await assert_sound(pool)
+
+    machine.run(main)

@@ -7,6 +7,8 @@ import errno
 import random
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import trio
@@ -324,6 +326,43 @@ def test_a_failing_device_is_emptied_of_what_still_reads_and_the_rest_is_listed(
             assert all("lost to a device error" in problem for problem in report.problems), report.problems
             await volume.write(0, content)
             assert await pool.losses() == []
+            await assert_sound(pool)
+
+    machine.run(main)
+
+
+def test_a_map_page_that_fails_while_a_damaged_segment_is_searched_does_not_end_the_pool() -> None:
+    machine = machine_with((Disk("fast", 60), Disk("fast", 60)))
+
+    async def main() -> None:
+        async with filled(machine) as (pool, content):
+            engine, volume, mover = pool._engine, pool.volume("v"), pool.evacuator.mover
+            index = max((0, 1), key=lambda i: len(places_of(pool, i, (Kind.LOG,))))
+            medium = machine.media[index]
+            segment = next(s for s in engine.segments.on_device(engine.devices[index]) if s.kind is Kind.LOG and s.live)
+            medium.flip(segment.offset(1) + 8)  # its first batch header: only the map tells what is in it
+            move_blocks, failures = mover.move_blocks, 0
+
+            async def fail_once(*args: Any) -> None:
+                """The page cache is too small, and the device with the map fails for once."""
+                nonlocal failures
+                failures += 1
+                places = [frozenset(places_of(pool, i, (Kind.MAP,))) for i in (0, 1)]
+                if failures == 1:
+                    volume.tree.forget()
+                    for one, there in zip(machine.media, places, strict=True):
+                        one.on_read = lambda offset, length, there=there: errno.EIO if offset in there else None
+                try:
+                    await move_blocks(*args)
+                finally:
+                    for one in machine.media:
+                        one.on_read = lambda offset, length: None
+
+            with mock.patch.object(mover, "move_blocks", fail_once):
+                await pool.evacuator.start(medium.path)
+                ended = await finished(pool, medium.path)
+            assert failures and ended.state == "removed", ended.problem
+            assert await read_all(volume) == content
             await assert_sound(pool)
 
     machine.run(main)
