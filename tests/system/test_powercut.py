@@ -269,15 +269,15 @@ def test_a_second_power_cut_during_recovery_takes_no_more_than_the_first(tmp_pat
     assert images > 8
 
 
-def skipping_flush_in(caller: str) -> Any:
-    """A flusher that does nothing when this function of the engine asks."""
-    honest = Flusher.flush
+def skipping(method: str, caller: str) -> Any:
+    """A flusher that does nothing when this function of the engine asks in this way."""
+    honest = getattr(Flusher, method)
 
     async def flush(self: Flusher) -> None:
         if sys._getframe(1).f_code.co_name != caller:
             await honest(self)
 
-    return mock.patch.object(Flusher, "flush", flush)
+    return mock.patch.object(Flusher, method, flush)
 
 
 async def always(self: object, found: object) -> bool:
@@ -285,8 +285,8 @@ async def always(self: object, found: object) -> bool:
 
 
 MUTANTS = {
-    "a checkpoint that commits before its pages are durable": lambda: skipping_flush_in("_attempt"),
-    "a volume flush that returns at once": lambda: skipping_flush_in("flush"),
+    "a checkpoint that commits before its pages are durable": lambda: skipping("flush_all", "_attempt"),
+    "a volume flush that returns at once": lambda: skipping("flush", "flush"),
     "a replay that takes torn batches": lambda: mock.patch.object(_LogReader, "is_on_medium", always),
     "a disk that forgets what it flushed": contextlib.nullcontext,
 }

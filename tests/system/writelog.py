@@ -24,7 +24,7 @@ from unittest import mock
 
 import tiers.device
 import tiers.host
-import tiers.pool
+import tiers.newdevices
 from tests.simulation.oracle import Model, Op
 from tiers import DeviceSpec, Pool
 from tiers.catalog import CATALOG_NAME, Catalog, Change
@@ -142,8 +142,8 @@ async def create_small_pool(home: Path, sizes: dict[Path, tuple[str, int]]) -> N
         for path, (tier, segments) in sizes.items()
     ]
     with (
-        mock.patch.object(tiers.pool, "MIN_DEVICE_BYTES", 1),
-        mock.patch.object(tiers.pool, "segment_bytes_for", lambda size: SEGMENT_BYTES),
+        mock.patch.object(tiers.newdevices, "MIN_DEVICE_BYTES", 1),
+        mock.patch.object(tiers.newdevices, "segment_bytes_for", lambda size: SEGMENT_BYTES),
     ):
         await Pool.create(home, "cut", specs)
 
