@@ -16,6 +16,7 @@ import trio
 
 from tiers.failpoint import hit
 from tiers.frames import MAX_FRAME_BLOCKS
+from tiers.heat import Ints
 from tiers.layout import BLOCK_BYTES, SLOT_BITS
 from tiers.maptree import FANOUT_BITS, LEVEL_SHIFT, ROOT_LEVEL
 from tiers.mover import HEADERS_A_TURN, Candidate, DamagedMapError, Mover, OutputFullError
@@ -93,9 +94,7 @@ class Cleaner:
                 await trio.sleep(0.5)
 
     def _are_hot(self, blocks: list[Candidate]) -> list[bool]:
-        volumes = np.fromiter((volume.id for volume, _, _, _ in blocks), np.int64, len(blocks))
-        numbers = np.fromiter((block for _, block, _, _ in blocks), np.int64, len(blocks))
-        hot: list[bool] = self._engine.temperature.is_hot(volumes, numbers).tolist()
+        hot: list[bool] = self._engine.temperature.is_hot(*_columns(blocks)).tolist()
         return hot
 
     async def _pace(self) -> None:
@@ -209,8 +208,7 @@ class Cleaner:
         if not live:
             return []
         count = len(live)
-        volumes = np.fromiter((volume.id for volume, _, _, _ in live), np.int64, count)
-        blocks = np.fromiter((block for _, block, _, _ in live), np.int64, count)
+        volumes, blocks = _columns(live)
         pressed = not engine.space.rest_ratio()
         fast = engine.space.tier_use("fast")
         excess = fast.live - int(fast.total * FAST_TARGET_SHARE)
@@ -404,6 +402,13 @@ def _is_worth_moving(segment: Segment) -> bool:
         # As full as frames make it: its copies would leave such a tail as well, so only what is dead in it is gained.
         return segment.used - segment.wanted_slots > max(2.0, segment.slots * MIN_GAIN_SHARE)
     return segment.wanted_slots < _worth_moving_below(segment.slots)
+
+
+def _columns(blocks: list[Candidate]) -> tuple[Ints, Ints]:
+    """Volume ids and blocks, as heat is asked for them."""
+    count = len(blocks)
+    volumes = np.fromiter((volume.id for volume, _, _, _ in blocks), np.int64, count)
+    return volumes, np.fromiter((block for _, block, _, _ in blocks), np.int64, count)
 
 
 def _worth_moving_below(slots: int) -> float:

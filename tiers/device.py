@@ -110,12 +110,11 @@ async def read_what_can_be_read(
     return data, unreadable
 
 
-class FileDevice:
-    """A device on a file or block device of this host. Open it with `open_device`."""
+class LabelledDevice:
+    """What every device is by its label, and what is counted of it; who does the IO adds that."""
 
-    def __init__(self, path: str, fd: int, direct_fd: int | None, label: Label, offload: Offload) -> None:
+    def __init__(self, path: str, label: Label) -> None:
         self.path = path
-        self.fd = fd
         self.label = label
         self.segment_count = (label.size_bytes - LABEL_AREA_BYTES) // label.segment_bytes
         self.free: list[int] = []
@@ -125,9 +124,6 @@ class FileDevice:
         self.poisoned: str | None = None
         self.state: DeviceState = "online"
         self.error_count = 0
-        self._direct_fd = direct_fd
-        self._offload = offload
-        self._bounces: list[mmap.mmap] = []
 
     @property
     def index(self) -> int:
@@ -147,6 +143,17 @@ class FileDevice:
     def segment_offset(self, physical_index: int) -> int:
         """Byte offset of a segment."""
         return LABEL_AREA_BYTES + physical_index * self.label.segment_bytes
+
+
+class FileDevice(LabelledDevice):
+    """A device on a file or block device of this host. Open it with `open_device`."""
+
+    def __init__(self, path: str, fd: int, direct_fd: int | None, label: Label, offload: Offload) -> None:
+        super().__init__(path, label)
+        self.fd = fd
+        self._direct_fd = direct_fd
+        self._offload = offload
+        self._bounces: list[mmap.mmap] = []
 
     def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
         """Write `buffers` (at most 1,023) one after the other at `offset`, into the page cache.

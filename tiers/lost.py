@@ -11,51 +11,24 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from tiers.catalog import DeviceRow
-from tiers.device import Buffer, DeviceState
+from tiers.device import Buffer, LabelledDevice
 from tiers.errors import TierError
 from tiers.label import Label, Tier
-from tiers.layout import LABEL_AREA_BYTES
 
 T = TypeVar("T")
 
 
-class LostDevice:
+class LostDevice(LabelledDevice):
     """Implements `tiers.device.Device`."""
 
     def __init__(self, row: DeviceRow, pool_name: str, pool_uuid: bytes) -> None:
         tier: Tier = "fast" if row.tier == "fast" else "base"
-        self.label = Label(
+        label = Label(
             tier, row.index, pool_uuid, row.uuid, row.size_bytes, row.segment_bytes, 0, 0, frozenset(), pool_name
         )
-        self.path = row.path
+        super().__init__(row.path, label)
         self.fd = -1
-        self.segment_count = (row.size_bytes - LABEL_AREA_BYTES) // row.segment_bytes
-        self.free: list[int] = []
-        self.unsynced_bytes = 0
-        self.unnamed_bytes = 0
-        self.written_bytes = 0
-        self.poisoned: str | None = None
-        self.state: DeviceState = "lost"
-        self.error_count = 0
-
-    @property
-    def index(self) -> int:
-        """Position among the pool's devices; never reused."""
-        return self.label.device_index
-
-    @property
-    def tier(self) -> Tier:
-        """`fast` or `base`."""
-        return self.label.tier
-
-    @property
-    def segment_bytes(self) -> int:
-        """Size of the segments that it had."""
-        return self.label.segment_bytes
-
-    def segment_offset(self, physical_index: int) -> int:
-        """Byte offset of a segment."""
-        return LABEL_AREA_BYTES + physical_index * self.label.segment_bytes
+        self.state = "lost"
 
     def _gone(self) -> TierError:
         return TierError(errno.EIO, f"{self.path} was given up as lost")

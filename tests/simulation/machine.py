@@ -32,7 +32,7 @@ import trio.testing
 
 from tests.simulation.medium import SECTOR, Medium
 from tiers.catalog import CATALOG_NAME, Catalog, Change, DeviceRow, Position, State
-from tiers.device import DeviceState, Offload
+from tiers.device import LabelledDevice, Offload
 from tiers.errors import TierError
 from tiers.failpoint import watching
 from tiers.host import CatalogStore
@@ -63,39 +63,15 @@ class PowerCutError(TierError):
         super().__init__(errno.EIO, "the simulated machine is off")
 
 
-class SimDevice:
+class SimDevice(LabelledDevice):
     """`tiers.device.Device` over a medium, for as long as one process has it open."""
 
     def __init__(self, machine: Machine, medium: Medium) -> None:
+        super().__init__(medium.path, newest_label([medium.cache[o : o + LABEL_BYTES] for o in LABEL_OFFSETS]))
         self.medium = medium
         self.machine = machine
-        self.path = medium.path
-        self.label = newest_label([medium.cache[o : o + LABEL_BYTES] for o in LABEL_OFFSETS])
         self.fd = -next(_fds)
-        self.segment_count = (self.label.size_bytes - LABEL_AREA_BYTES) // self.label.segment_bytes
-        self.free: list[int] = []
-        self.unsynced_bytes = 0
-        self.unnamed_bytes = 0
-        self.written_bytes = 0
-        self.poisoned: str | None = None
-        self.state: DeviceState = "online"
-        self.error_count = 0
         self.machine.by_fd[self.fd] = self
-
-    @property
-    def index(self) -> int:
-        return self.label.device_index
-
-    @property
-    def tier(self) -> Tier:
-        return self.label.tier
-
-    @property
-    def segment_bytes(self) -> int:
-        return self.label.segment_bytes
-
-    def segment_offset(self, physical_index: int) -> int:
-        return LABEL_AREA_BYTES + physical_index * self.label.segment_bytes
 
     def _check_writable(self) -> None:
         if self.poisoned:
