@@ -372,14 +372,14 @@ class Api:
         body = await _body(request, CreateVolumeBody)
         with self._pools.using(request.path_params["pool"]) as pool:
             await pool.create_volume(body.name, body.size, body.policy)
-            return JSONResponse(self._volume(pool.name, body.name), HTTPStatus.CREATED)
+            return JSONResponse(_volume(pool, body.name), HTTPStatus.CREATED)
 
     async def show_volume(self, request: Request) -> Response:
         name = request.path_params["volume"]
         with self._pools.using(request.path_params["pool"]) as pool:
             pool.volume(name)
             await _count_exactly(pool)
-            return JSONResponse(self._volume(pool.name, name))
+            return JSONResponse(_volume(pool, name))
 
     async def resize_volume(self, request: Request) -> Response:
         body = await _body(request, ResizeBody)
@@ -393,7 +393,7 @@ class Api:
                     "discards everything behind that for good; say --shrink if that is meant",
                 )
             await pool.resize_volume(name, body.size)
-            return JSONResponse(self._volume(pool.name, name))
+            return JSONResponse(_volume(pool, name))
 
     async def delete_volume(self, request: Request) -> Response:
         with self._pools.using(request.path_params["pool"]) as pool:
@@ -405,7 +405,7 @@ class Api:
         name = request.path_params["volume"]
         with self._pools.using(request.path_params["pool"]) as pool:
             await pool.set_policy(name, body.policy)
-            return JSONResponse(self._volume(pool.name, name))
+            return JSONResponse(_volume(pool, name))
 
     async def show_heat(self, request: Request) -> Response:
         given = request.query_params.get("ranges", str(DEFAULT_RANGES))
@@ -424,11 +424,11 @@ class Api:
     async def reload_policies(self, request: Request) -> Response:
         return JSONResponse(_plain(await self._definitions.reload()))
 
-    def _volume(self, pool_name: str, volume_name: str) -> Any:
-        """One volume's status. Raises ENOENT."""
-        pool = self._pools.pool(pool_name)
-        name = pool.volume(volume_name).name
-        return next(status for status in _plain(pool.status())["volumes"] if status["name"] == name)
+
+def _volume(pool: Pool, volume_name: str) -> Any:
+    """One volume's status. Raises ENOENT."""
+    name = pool.volume(volume_name).name
+    return next(status for status in _plain(pool.status())["volumes"] if status["name"] == name)
 
 
 async def _evacuations(pool: Pool) -> dict[str, Any]:
@@ -486,7 +486,7 @@ class _CheckStream(Response):
             nursery.start_soon(report_progress)
             nursery.start_soon(watch_client, nursery.cancel_scope)
             try:
-                with self._pools.using(self._name) as pool:
+                with self._pools.occupying(self._name) as pool:
                     result = {"report": _plain(await pool.check(self._full, progress))}
             except OSError as error:
                 result = _error_body(error)

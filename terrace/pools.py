@@ -32,7 +32,10 @@ class Slot:
     pool: Pool | None = None
     error: OSError | None = None
     users: int = 0
-    """Operations that are under way on it; while there are any it is neither closed nor deleted by request."""
+    """Long operations that are under way on it; while there are any it is neither closed nor deleted by request."""
+    requests: int = 0
+    """Requests that have the pool in hand and answer soon; a request to close it waits for them."""
+    answered: trio.Event = field(default_factory=trio.Event)
     close: trio.Event = field(default_factory=trio.Event)
     closed: trio.Event = field(default_factory=trio.Event)
 
@@ -106,7 +109,20 @@ class Pools:
 
     @contextmanager
     def using(self, name: str) -> Iterator[Pool]:
-        """The open pool, which nobody closes by request in the meantime."""
+        """The open pool, for a request that is answered soon: who wants to close the pool waits for that."""
+        pool = self.pool(name)
+        slot = self._slots[name]
+        slot.requests += 1
+        try:
+            yield pool
+        finally:
+            slot.requests -= 1
+            if not slot.requests:
+                slot.answered.set()
+
+    @contextmanager
+    def occupying(self, name: str) -> Iterator[Pool]:
+        """The open pool, for an operation that may take hours: who wants to close the pool gets EBUSY."""
         pool = self.pool(name)
         slot = self._slots[name]
         slot.users += 1
@@ -165,7 +181,7 @@ class Pools:
         was_open = slot.pool is not None
         slot.users += 1
         try:
-            await self._close(slot)
+            await self._retire(slot)
             await self._open(slot, truncate_log=truncate_log, give_up=[device])
             refusal = slot.error if slot.pool is None else None
             if refusal is not None and was_open:
@@ -194,7 +210,7 @@ class Pools:
             raise TierError(errno.EBUSY, f"pool {name!r} is in use: an operation on it is running; try again later")
         slot.users += 1
         try:
-            await self._close(slot)
+            await self._retire(slot)
             await self._engine.destroy(slot.directory)
             _remove_directory(slot.directory)
         except OSError as error:
@@ -224,6 +240,18 @@ class Pools:
         slot.error = None
         slot.close, slot.closed = trio.Event(), trio.Event()
         await self._nursery.start(partial(self._run, slot, truncate_log=truncate_log, give_up=give_up))
+
+    async def _retire(self, slot: Slot) -> None:
+        """Close the pool once the requests that have it in hand are answered; new ones don't find it."""
+        if slot.pool is not None:
+            slot.pool = None
+            try:
+                while slot.requests:
+                    slot.answered = trio.Event()
+                    await slot.answered.wait()
+            finally:
+                slot.close.set()
+            await slot.closed.wait()
 
     async def _close(self, slot: Slot) -> None:
         if slot.pool is not None:

@@ -7,6 +7,7 @@ true there. What the real one does only in bad luck, this one does on demand, by
     bad-log         opening raises EIO unless the log may be truncated
     slow-open       opening takes as many seconds as its text says
     fail-later      once the file appears, the running pool fails with its text
+    slow-checkpoint a checkpoint takes as many seconds as its text says
     slow-check      a check takes as many seconds as its text says, with progress
     stuck-close     closing takes as many seconds as its text says
     slow-scrub      a scrub takes as many seconds as its text says, for as long as the file is there
@@ -524,7 +525,8 @@ class FakePool:
         self._save()
 
     async def checkpoint(self) -> None:
-        await trio.lowlevel.checkpoint()
+        slow = self._directory / "slow-checkpoint"
+        await trio.sleep(float(slow.read_text()) if slow.exists() else 0)
 
     async def check(self, full: bool, progress: Callable[[int, int], None]) -> CheckReport:
         used_bytes = sum(volume.mapped_bytes() for volume in self.volumes())

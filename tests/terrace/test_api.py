@@ -284,6 +284,24 @@ def test_a_connection_that_the_http_server_fails_over_takes_no_request_with_it(o
     assert b"uptime_s" in answer
 
 
+def test_a_pool_is_deleted_though_somebody_looks_at_it_who_gets_an_answer(
+    own_daemon: FakeDaemon, tmp_path: Path
+) -> None:
+    own_daemon.start()
+    device = {"path": f"{tmp_path}/d", "tier": "fast", "size": 64 << 20}
+    own_daemon.api("POST", "/v1/pools", {"name": "p", "devices": [device]})
+    own_daemon.api("POST", "/v1/pools/p/volumes", {"name": "v", "size": 1 << 20})
+    slow = own_daemon.directory("p") / "slow-checkpoint"
+    slow.write_text("1.5")
+    with ThreadPoolExecutor(2) as pool:
+        shown = pool.submit(own_daemon.api, "GET", "/v1/pools/p/volumes/v")
+        time.sleep(0.5)
+        assert not shown.done()
+        assert own_daemon.api("DELETE", "/v1/pools/p") is None
+        assert shown.result(timeout=10)["name"] == "p/v"
+    assert own_daemon.api("GET", "/v1/pools") == []
+
+
 def test_a_client_that_attaches_while_its_pool_is_being_deleted_is_refused_and_nobody_hangs(
     own_daemon: FakeDaemon, tmp_path: Path
 ) -> None:
@@ -297,6 +315,7 @@ def test_a_client_that_attaches_while_its_pool_is_being_deleted_is_refused_and_n
         deleting = pool.submit(own_daemon.api, "DELETE", "/v1/pools/going")
         attempts = 0
         while own_daemon.api("GET", "/v1/pools/going")["state"] != "busy":
+            assert not deleting.done(), deleting.result()
             time.sleep(0.01)
         while not deleting.done():
             try:
