@@ -22,8 +22,9 @@ from tiers.device import Device
 from tiers.errors import TierError
 from tiers.failpoint import hit
 from tiers.frames import MAX_FRAME_BLOCKS, Buffer, Packed, pack_all
-from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, SLOT_BITS, ZERO_CHECK, check_of
-from tiers.record import Kind, Op, encode_batch, frame_words, frames_that_fit, header_slots_for, places_of
+from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, ZERO_CHECK, check_of
+from tiers.outputs import append_copies
+from tiers.record import Kind, Op, frames_that_fit, header_slots_for
 from tiers.segments import Segment
 
 if TYPE_CHECKING:
@@ -266,46 +267,26 @@ class Bypass:
         copies: list[_Copies],
     ) -> None:
         """Write a batch to a segment that has room for it; with `frames` to one of packed data."""
-        engine = self._engine
-        slot = segment.used
-        header, header_check = encode_batch(
-            segment.kind,
-            engine.pool_uuid,
-            segment.id,
-            slot,
-            engine.log.incarnation,
-            engine.log.seq,
-            0,
-            engine.flusher.durable_seq,
-            [Op.WRITE << 56 | write.volume.id, write.block + at, count],
-            write.checks[at : at + count],
-            frame_words(frame.described for frame in frames or ()),
-        )
-        first = slot + (len(header) >> BLOCK_SHIFT)
-        segment.pins += 1
+        described = None if frames is None else [frame.described for frame in frames]
+        checks = write.checks[at : at + count]
         try:
-            await segment.device.write_behind(segment.offset(slot), [header, *buffers])
+            written = await append_copies(
+                self._engine,
+                segment,
+                [Op.WRITE << 56 | write.volume.id, write.block + at, count],
+                checks,
+                described,
+                buffers,
+            )
         except BaseException:
-            segment.pins -= 1
-            self._leave(segment.kind)  # `used` stays before what failed: the headers stay a chain
+            self._leave(segment.kind)
             raise
-        # In the same breath as `write_behind` has counted them: no client's flush needs what no record names yet.
-        segment.device.unnamed_bytes += len(header) + sum(map(len, buffers))
-        base = segment.id << SLOT_BITS
-        if frames is None:
-            segment.used = first + count
-            runs = [(base | first, count)]
-        else:
-            segment.used = first + sum(frame.slots for frame in frames)
-            segment.blocks += count
-            engine.segments.settle_saved(segment)
-            runs = []
-            places = places_of(first, count, [frame.described for frame in frames])
-            done = 0
-            for frame in frames:
-                runs.append((base | places[done], frame.blocks))
-                done += frame.blocks
-        copies.append(_Copies(write, at, count, segment, slot, header_check, runs))
+        runs = []
+        done = 0
+        for part in [count] if frames is None else [frame.blocks for frame in frames]:
+            runs.append((written.addresses[done], part))
+            done += part
+        copies.append(_Copies(write, at, count, segment, written.slot, written.header_check, runs))
         hit("bypass.copied")
 
     def _output(self, kind: Kind, least: int) -> Segment:

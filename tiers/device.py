@@ -325,8 +325,11 @@ def lock_or_refuse(fd: int, path: str) -> None:
         ) from None
 
 
-def open_device(path: Path, offload: Offload) -> FileDevice:
-    """Open and lock a labelled device. Raises BadLabelError if its label can't be used, TierError for the rest."""
+def open_device(path: Path) -> FileDevice:
+    """Open and lock a labelled device. Raises BadLabelError if its label can't be used, TierError for the rest.
+
+    It gets workers of its own: who waits for a slow device must not delay what a fast one does.
+    """
     flags = os.O_RDWR | os.O_CLOEXEC
     try:
         fd = os.open(path, flags)
@@ -352,14 +355,14 @@ def open_device(path: Path, offload: Offload) -> FileDevice:
             direct_fd = os.open(path, flags | os.O_DIRECT)
         except OSError:
             direct_fd = None  # tmpfs before Linux 6.6, some FUSE filesystems
-        return FileDevice(str(path), fd, direct_fd, label, offload)
+        return FileDevice(str(path), fd, direct_fd, label, new_workers())
     except BaseException:
         os.close(fd)
         raise
 
 
 def new_workers() -> Offload:
-    """A pool's worker threads, bounded."""
+    """Worker threads of a pool or of a device, at most 16 at a time."""
     limiter = trio.CapacityLimiter(_WORKERS)
 
     def offload(function: Callable[[*Ts], T], *args: *Ts) -> Awaitable[T]:

@@ -52,7 +52,7 @@ class Host(Protocol):
     def open_catalog(self, directory: Path) -> CatalogStore:
         """Open a pool's catalog. Blocks; raises TierError."""
 
-    def open_device(self, path: Path, offload: Offload) -> Device:
+    def open_device(self, path: Path) -> Device:
         """Open and lock a labelled device. Blocks; raises BadLabelError if its label can't be used, or TierError."""
 
     def label_devices(
@@ -89,8 +89,8 @@ class RealHost:
     def open_catalog(self, directory: Path) -> CatalogStore:
         return Catalog(directory)
 
-    def open_device(self, path: Path, offload: Offload) -> Device:
-        return open_device(path, offload)
+    def open_device(self, path: Path) -> Device:
+        return open_device(path)
 
     def label_devices(
         self,

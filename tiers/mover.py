@@ -32,6 +32,7 @@ from tiers.failpoint import hit
 from tiers.frames import MAX_FRAME_BLOCKS, Frame, Packed, block_at, frame_of, pack_all, unpack_all
 from tiers.layout import BAD, BLOCK_BYTES, BLOCK_SHIFT, SLOT_BITS, check_of
 from tiers.maptree import FANOUT_BITS
+from tiers.outputs import append_copies
 from tiers.overlay import Entry
 from tiers.record import (
     BadRecordError,
@@ -39,12 +40,9 @@ from tiers.record import (
     Kind,
     Op,
     decode_batch,
-    encode_batch,
-    frame_words,
     frames_that_fit,
     header_slots_for,
     peek_header_slots,
-    places_of,
 )
 from tiers.segments import Segment, is_given_out
 from tiers.volume import Volume
@@ -397,44 +395,21 @@ class Mover:
                 ops[-1] += 1
             else:
                 ops += (word, block, 1)
-        slot = segment.used
-        log = engine.log
-        header, header_check = encode_batch(
-            segment.kind,
-            engine.pool_uuid,
-            segment.id,
-            slot,
-            log.incarnation,
-            log.seq,
-            0,
-            engine.flusher.durable_seq,
-            ops,
-            [check for _, _, _, check in blocks],
-            frame_words(frames),
-        )
-        first = slot + (len(header) >> BLOCK_SHIFT)
-        segment.pins += 1
+        checks = [check for _, _, _, check in blocks]
+        segment.pins += 1  # nobody leaves it while its device has no room yet
         try:
             await engine.flusher.room_on(segment.device)
-            await segment.device.write_behind(segment.offset(slot), [header, *buffers])
+            packed = frames if segment.kind is Kind.PACKED else None
+            written = await append_copies(engine, segment, ops, checks, packed, buffers)
         except BaseException:
-            # Only copies that were written may be made true. `used` stays before them: the headers stay a chain.
+            # Only copies that were written may be made true.
             segment.pins -= 1
             for key in [key for key, output in self._outputs.items() if output is segment]:
                 self._seal(key)
             raise
-        if frames:
-            segment.blocks += len(blocks)
-            segment.used = first + sum(frame.slots for frame in frames)
-            engine.segments.settle_saved(segment)
-        else:
-            segment.used = first + len(blocks)
-        # In the same breath as `write_behind` has counted them: until the record nobody else needs these bytes.
-        segment.device.unnamed_bytes += len(header) + sum(map(len, buffers))
+        segment.pins -= 1
         hit("move.copied")
-        base = segment.id << SLOT_BITS
-        places = places_of(first, len(blocks), frames if segment.kind is Kind.PACKED else None)
-        self._staged.append(Copies(segment, slot, header_check, [base | place for place in places], blocks))
+        self._staged.append(Copies(segment, written.slot, written.header_check, written.addresses, blocks))
 
     def _output(self, stream: Stream, least: int) -> Segment:
         """The open segment of a stream, with room for a header and `least` slots more if a fresh one has it."""

@@ -207,7 +207,7 @@ class Pool:
             catalog = await offload(host.open_catalog, directory)
             stack.callback(catalog.close)
             state = await offload(catalog.load)
-            devices = await offload(_open_devices, host, state, offload, give_up)
+            devices = await offload(_open_devices, host, state, give_up)
             stack.callback(_close_devices, devices)
             pool = await _recover(
                 directory, state, devices, catalog, settings, host, offload, truncate_log=truncate_log, events=events
@@ -217,7 +217,7 @@ class Pool:
             await pool.recorder.load()
             await offload(pool._engine.losses.load, directory, pool._engine.pool_uuid)
             if pool._engine.space.read_only is None:
-                await offload(_wipe_removed, host, pool._engine.removed_devices, offload)
+                await offload(_wipe_removed, host, pool._engine.removed_devices)
             pool.evacuator.resume()
             failure: Exception | None = None
             try:
@@ -454,7 +454,7 @@ class Pool:
             opened: list[Device] = []
             try:
                 for row in added:
-                    device = await engine.offload(self._host.open_device, Path(row.path), engine.offload)
+                    device = await engine.offload(self._host.open_device, Path(row.path))
                     opened.append(device)
             except BaseException:
                 for device in opened:
@@ -590,11 +590,11 @@ def _close_devices(devices: list[Device]) -> None:
         device.close()
 
 
-def _open_devices(host: Host, state: State, offload: Offload, give_up: Collection[str]) -> list[Device]:
+def _open_devices(host: Host, state: State, give_up: Collection[str]) -> list[Device]:
     """Open every device of the catalog, or none; but not those that were given up as lost, or are given up now."""
     rows = [row for row in state.devices if row.state != "removed"]
     for path in give_up:
-        _require_lost(host, state, rows, path, offload)
+        _require_lost(host, state, rows, path)
     if all(row.state == "lost" or row.path in give_up for row in rows):
         raise TierError(
             errno.EINVAL,
@@ -606,11 +606,11 @@ def _open_devices(host: Host, state: State, offload: Offload, give_up: Collectio
         for row in rows:
             if row.state == "lost" or row.path in give_up:
                 if row.state == "lost":
-                    _warn_if_back(host, row, offload)
+                    _warn_if_back(host, row)
                 opened.append(LostDevice(row, state.pool_name, state.pool_uuid))
                 continue
             try:
-                device = host.open_device(Path(row.path), offload)
+                device = host.open_device(Path(row.path))
             except BadLabelError as error:
                 raise TierError(
                     errno.EIO, f"{row.path} can't be opened as device {row.index} of pool {state.pool_name}: {error}"
@@ -631,7 +631,7 @@ def _open_devices(host: Host, state: State, offload: Offload, give_up: Collectio
     return opened
 
 
-def _require_lost(host: Host, state: State, rows: list[DeviceRow], path: str, offload: Offload) -> None:
+def _require_lost(host: Host, state: State, rows: list[DeviceRow], path: str) -> None:
     """Raise TierError unless a device of the pool may be given up: who can still read it evacuates it."""
     row = next((row for row in rows if row.path == path), None)
     if row is None:
@@ -640,7 +640,7 @@ def _require_lost(host: Host, state: State, rows: list[DeviceRow], path: str, of
     if row.poisoned or row.state == "lost":
         return
     try:
-        device = host.open_device(Path(path), offload)
+        device = host.open_device(Path(path))
     except (BadLabelError, OSError):
         return
     uuid = device.label.device_uuid
@@ -653,9 +653,9 @@ def _require_lost(host: Host, state: State, rows: list[DeviceRow], path: str, of
         )
 
 
-def _warn_if_back(host: Host, row: DeviceRow, offload: Offload) -> None:
+def _warn_if_back(host: Host, row: DeviceRow) -> None:
     with contextlib.suppress(BadLabelError, OSError):
-        device = host.open_device(Path(row.path), offload)
+        device = host.open_device(Path(row.path))
         uuid = device.label.device_uuid
         device.close()
         if uuid == row.uuid:
@@ -665,13 +665,13 @@ def _warn_if_back(host: Host, row: DeviceRow, offload: Offload) -> None:
             )
 
 
-def _wipe_removed(host: Host, rows: Sequence[DeviceRow], offload: Offload) -> None:
+def _wipe_removed(host: Host, rows: Sequence[DeviceRow]) -> None:
     """A crash may have come between the checkpoint that removed an empty device and the wiping of its label."""
     for row in rows:
         if row.poisoned is not None:
             continue
         with contextlib.suppress(BadLabelError, OSError):
-            device = host.open_device(Path(row.path), offload)
+            device = host.open_device(Path(row.path))
             try:
                 if device.label.device_uuid == row.uuid:
                     device.erase_label_now()

@@ -178,7 +178,7 @@ class _Devices:
             device.close()
 
     def _open(self, path: Path) -> FileDevice:
-        return open_device(path.absolute(), self._offload)  # not resolved: /dev/disk/by-id outlives /dev/sdb
+        return open_device(path.absolute())  # not resolved: /dev/disk/by-id outlives /dev/sdb
 
     def _judge(self, device: FileDevice, path: Path, *, given: bool) -> bool:
         label = device.label

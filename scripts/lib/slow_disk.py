@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tiers.device import Buffer, FileDevice, Offload, open_device
+from tiers.device import Buffer, FileDevice, Offload, new_workers, open_device
 from tiers.host import RealHost
 
 SEEK_S = 0.008
@@ -110,6 +110,6 @@ class SlowDevice(FileDevice):
 class SlowHost(RealHost):
     """This machine, with base devices at a disk's pace."""
 
-    def open_device(self, path: Path, offload: Offload) -> FileDevice:
-        device = open_device(path, offload)
-        return SlowDevice(device, offload) if device.tier == "base" else device
+    def open_device(self, path: Path) -> FileDevice:
+        device = open_device(path)
+        return SlowDevice(device, new_workers()) if device.tier == "base" else device

@@ -419,7 +419,7 @@ class Machine:
             Catalog.create(real, state.pool_name, state.pool_uuid, state.devices, state.position)
         return Catalog(real)
 
-    def open_device(self, path: Path, offload: Offload) -> SimDevice:
+    def open_device(self, path: Path) -> SimDevice:
         """The device as a process sees it that opens it now."""
         for medium in self.media:
             if medium.path == str(path) and not medium.missing:

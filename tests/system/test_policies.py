@@ -10,7 +10,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,34 +44,34 @@ def own(tmp_path: Path) -> Iterator[Daemon]:
         yield daemon
 
 
-def fio(daemon: Daemon, export: str, *options: str) -> Any:
-    """What fio's NBD engine gets in five seconds, behind the first of them."""
+def fio(daemon: Daemon, export: str, *options: str, depths: tuple[int, ...]) -> list[Any]:
+    """What fio's NBD engine gets in five seconds, behind the first of them: a job for each depth, begun together."""
     program = shutil.which("fio")
     assert program is not None, "fio is missing (Debian: fio)"
-    command = [program, "--name=t", "--ioengine=nbd", f"--uri={daemon.uri(export)}", "--output-format=json"]
+    command = [program, "--ioengine=nbd", f"--uri={daemon.uri(export)}", "--output-format=json"]
     command += ["--time_based", "--ramp_time=1", "--runtime=5", "--size=4M", *options]
+    for depth in depths:
+        command += [f"--name=depth{depth}", f"--iodepth={depth}"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, cwd="/")
-    return json.loads(result.stdout[result.stdout.index("{") :])["jobs"][0]
+    jobs: list[Any] = json.loads(result.stdout[result.stdout.index("{") :])["jobs"]
+    return jobs
 
 
 def test_a_real_client_gets_as_much_as_the_policy_says(own: Daemon) -> None:
     own.cli("volume", "create", "p/v", "16M", "--policy", "iops")
-    job = fio(own, "p/v", "--rw=randrw", "--bs=4k", "--iodepth=32")
+    (job,) = fio(own, "p/v", "--rw=randrw", "--bs=4k", depths=(32,))
     total = job["read"]["iops"] + job["write"]["iops"]
-    assert total == pytest.approx(1000, rel=0.1)
+    assert 700 < total < 1100, total  # a busy machine may be slower than the limit, never faster
     own.cli("volume", "policy", "p/v", "bandwidth")
-    job = fio(own, "p/v", "--rw=write", "--bs=64k", "--iodepth=8")
-    assert job["write"]["bw_bytes"] == pytest.approx(8 * MIB, rel=0.1)
+    (job,) = fio(own, "p/v", "--rw=write", "--bs=64k", depths=(8,))
+    assert 5.6 * MIB < job["write"]["bw_bytes"] < 8.8 * MIB
 
 
 def test_connections_of_a_volume_share_its_limit_and_a_change_counts_for_requests_that_wait(own: Daemon) -> None:
     own.cli("volume", "create", "p/v", "16M", "--policy", "iops")
-    with ThreadPoolExecutor() as threads:
-        jobs = [
-            threads.submit(fio, own, "p/v", "--rw=randread", "--bs=4k", f"--iodepth={depth}") for depth in (16, 120)
-        ]
-        modest, greedy = (job.result()["read"]["iops"] for job in jobs)
-    assert modest + greedy == pytest.approx(1000, rel=0.1)
+    jobs = fio(own, "p/v", "--rw=randread", "--bs=4k", depths=(16, 120))
+    modest, greedy = (job["read"]["iops"] for job in jobs)
+    assert 700 < modest + greedy < 1100, (modest, greedy)
     assert modest == pytest.approx(greedy, rel=0.25)
 
     own.cli("volume", "policy", "p/v", "slow")

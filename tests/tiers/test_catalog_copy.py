@@ -36,7 +36,7 @@ from tiers.catalogcopy import (
     state_of,
 )
 from tiers.copies import copies_in, read_parts
-from tiers.device import new_workers, open_device
+from tiers.device import open_device
 from tiers.layout import BLOCK_BYTES, MIB, check_of
 from tiers.record import Kind
 
@@ -275,7 +275,7 @@ async def copies_on(path: Path) -> list[tuple[int, int, list[Copy]]]:
     """(segment id, byte offset, copies) for each CATALOG segment on a device."""
     from tiers.rebuild import _headers
 
-    device = open_device(path, new_workers())
+    device = open_device(path)
     try:
         found = []
         for index, header in await _headers(device, range(device.segment_count), device.label.pool_uuid):
