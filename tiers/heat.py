@@ -47,8 +47,11 @@ SLICE_ROWS = 128
 """Rows that one step of a slow pass handles: 1 MiB."""
 
 MIN_SKETCH_BITS, MAX_SKETCH_BITS = 10, 22
-"""A byte for each block of a pool, and at most 16 MiB for both sketches: what counts is not how many blocks there
-are, but how many are touched between two halvings."""
+"""Two bytes or more for each block of a pool, and at most 16 MiB for both sketches: what counts is not how many blocks
+there are, but how many are touched between two halvings."""
+WRITE_PATIENCE = 4
+"""Writes are remembered for longer, where they go to few enough blocks: two or three writes don't tell what is written
+four times as often as the rest."""
 
 EXACT = 16
 _GROWTH = 1 + 1 / 16
@@ -280,17 +283,23 @@ class Sketch:
     _MULTIPLIERS = (np.uint64(_FIRST), np.uint64(_SECOND))
     _VOLUME = 0x165667B19E3779F9
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, patience: int = 1) -> None:
         self.bits = bits
         self.rows: list[Bytes] = [np.zeros(1 << bits, np.uint8) for _ in range(self.ROWS)]
         self.noted = 0
         """Touches since the counts were last halved."""
         self.halvings = 0
+        self._patience = patience
+        self._fresh = 0
+        """Blocks that were new to it since then."""
 
     @property
     def is_due(self) -> bool:
-        """So much was counted that old counts must fade, or all blocks would seem hot. Measured: architecture.md."""
-        return self.noted >= 1 << self.bits
+        """So much was counted that old counts must fade, or all blocks would seem hot. Measured: architecture.md.
+
+        With `patience` up to so many times as much, while few blocks share it.
+        """
+        return self._fresh >= 1 << self.bits or self.noted >= self._patience << self.bits
 
     def _places(self, volume_ids: int | Ints, blocks: Ints) -> list[npt.NDArray[np.uint64]]:
         mixed = blocks.astype(np.uint64) * self._MULTIPLIERS[0]
@@ -306,10 +315,12 @@ class Sketch:
         """Count touches of distinct blocks of one volume."""
         places = self._places(volume_id, blocks)
         seen = [row[place] for row, place in zip(self.rows, places, strict=True)]
-        count = np.minimum(np.minimum(*seen) + counts, 255).astype(np.uint8)
+        known = np.minimum(*seen)
+        count = np.minimum(known + counts, 255).astype(np.uint8)
         for row, place in zip(self.rows, places, strict=True):
             np.maximum.at(row, place, count)  # two of these blocks may have the same place
         self.noted += int(counts.sum())
+        self._fresh += len(known) - int(np.count_nonzero(known))
 
     def estimates(self, volume_ids: int | Ints, blocks: Ints) -> Bytes:
         """How often each of these blocks was touched lately: 0 to 255, at least the truth, rarely more."""
@@ -327,7 +338,7 @@ class Sketch:
 
     def halve(self) -> Iterator[None]:
         """Halve all counts, a MiB a step."""
-        self.noted = 0
+        self.noted = self._fresh = 0
         self.halvings += 1
         for row in self.rows:
             for first in range(0, len(row), 1 << 20):
@@ -411,8 +422,8 @@ class Heat:
 
     def __init__(self, max_bytes: int, slots: int) -> None:
         self.extents = Extents(max_bytes)
-        bits = min(MAX_SKETCH_BITS, max(MIN_SKETCH_BITS, slots.bit_length()))
-        self.sketches = (Sketch(bits), Sketch(bits))
+        bits = min(MAX_SKETCH_BITS, max(MIN_SKETCH_BITS, slots.bit_length() + 1))
+        self.sketches = (Sketch(bits), Sketch(bits, WRITE_PATIENCE))
         """By `Touch`."""
 
     def note(self, touch: Touch, volume_id: int, starts: Ints, counts: Ints) -> None:

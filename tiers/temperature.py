@@ -16,6 +16,7 @@ a set of hot blocks that has moved finds its way in. All of it was tried out bef
 docs/architecture.md, "Heat and promotion"; `terrace policy simulate` runs these very functions.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,8 @@ RISE = 0.1
 """So much of the way to a higher threshold is taken with each round of demotion."""
 TURNED_AWAY = 0.9 ** (1 / 4096)
 """What each block that was touched often enough, but is too cold, leaves of the threshold."""
-MEAN_MEMORY = 0.9
+MEAN_BLOCKS = 4096
+"""Means of writes are over about so many blocks."""
 
 Policies = Mapping[int, Policy]
 """The policies of volumes by id; the default's are not needed."""
@@ -44,7 +46,8 @@ class Temperature:
         self._heat = heat
         self._threshold = 0.0
         self._halvings = heat.halvings
-        self._mean_writes = 0.0
+        self._mean_writes = [0.0, 2.0]
+        """Of the blocks that were moved lately, those taken for cold and those taken for hot."""
         self.turned_away = 0
         """Blocks that were touched often enough, but were colder than what is on fast."""
 
@@ -123,11 +126,18 @@ class Temperature:
     def is_hot(self, volume_ids: Ints, blocks: Ints) -> Mask:
         """Which of the blocks being moved will be overwritten sooner than most: they belong in a segment together."""
         writes = self._heat.write_estimates(volume_ids, blocks)
-        if not len(writes):
-            return np.zeros(0, np.bool_)
-        self._mean_writes += (float(writes.mean()) - self._mean_writes) * (1 - MEAN_MEMORY)
-        hot: Mask = writes > max(1.0, self._mean_writes)
+        hot: Mask = writes > max(1.0, self._boundary())
+        for which, mask in enumerate((~hot, hot)):
+            count = int(np.count_nonzero(mask))
+            if count:
+                share = min(1.0, count / MEAN_BLOCKS)
+                self._mean_writes[which] += (float(writes[mask].mean()) - self._mean_writes[which]) * share
         return hot
+
+    def _boundary(self) -> float:
+        """So many writes are as likely in either class, if both are Poisson."""
+        cold, hot = (max(0.1, mean) for mean in self._mean_writes)
+        return (hot - cold) / math.log(hot / cold) if hot > 1.01 * cold else hot
 
 
 def _ranks(volume_ids: Ints, heat: Ints, policies: Policies, idle_s: Floats | None) -> Ints:
