@@ -15,9 +15,10 @@ is data of the batch itself, on the record's own device. A crash before the reco
 durable or not. What is written in any other way (the log, map pages, copies of the catalog, labels) counts as named at
 once. That is what keeps demotion to a slow base device out of the way of clients' flushes.
 
-Unsynced bytes are bounded for each device: past `early_bytes` a round starts by itself, and at `cap_bytes` those are
-held back who would write there: clients by `room`, if it is a device that holds named bytes, the mover by `room_on`. A
-device whose sync fails is poisoned, and every flush from then on fails.
+Unsynced bytes are bounded for each device by `cap_bytes`, and where it is slow by what it syncs in `MOST_SYNC_S`: who
+needs a round waits for the one that is running, too. Past a quarter of the bound a round starts by itself, and at the
+bound those are held back who would write there: clients by `room`, if it is a device that holds named bytes, the mover
+by `room_on`. A device whose sync fails is poisoned, and every flush from then on fails.
 """
 
 import errno
@@ -32,15 +33,23 @@ from tiers.failpoint import hit
 
 logger = logging.getLogger(__name__)
 
+MOST_SYNC_S = 0.4
+"""What a device may have to sync takes it so long at most, as fast as it was lately."""
+LEAST_CAP_BYTES = 8 << 20
+MEASURED_BYTES = 1 << 20
+"""A round of less says more of the seeks than of the rate."""
+
 
 class _Lane:
     """The rounds of one device."""
 
-    __slots__ = ("begun", "ended", "in_flight", "names", "running", "wanted")
+    __slots__ = ("begun", "cap", "ended", "in_flight", "names", "running", "wanted")
 
-    def __init__(self) -> None:
+    def __init__(self, cap: int) -> None:
         self.begun = 0
         self.ended = 0
+        self.cap = cap
+        """Bytes that may be unsynced."""
         self.in_flight = 0
         """Bytes that the running round covers: not safe yet."""
         self.names = False
@@ -67,7 +76,6 @@ class Flusher:
         self.failure: TierError | None = None
         self._seq = seq
         self._cap = cap_bytes
-        self._early = cap_bytes // 4
         self._on_poison = on_poison
         self._on_round = on_round
         self._round_done = trio.lowlevel.ParkingLot()
@@ -81,7 +89,7 @@ class Flusher:
         Starts a round early if need be.
         """
         for device in self.devices:
-            if device.unsynced_bytes >= self._early:
+            if device.unsynced_bytes >= self._lane(device).cap // 4:
                 self._want(device)
                 if self._is_full(device) and self._names(device):
                     return False
@@ -154,7 +162,7 @@ class Flusher:
     def _lane(self, device: Device) -> _Lane:
         lane = self._lanes.get(device.index)
         if lane is None:
-            lane = self._lanes[device.index] = _Lane()
+            lane = self._lanes[device.index] = _Lane(self._cap)
         return lane
 
     def _names(self, device: Device) -> bool:
@@ -162,7 +170,8 @@ class Flusher:
         return device.unsynced_bytes > device.unnamed_bytes or self._lane(device).names
 
     def _is_full(self, device: Device) -> bool:
-        return device.unsynced_bytes + self._lane(device).in_flight >= self._cap
+        lane = self._lane(device)
+        return device.unsynced_bytes + lane.in_flight >= lane.cap
 
     def _want(self, device: Device) -> None:
         self._lane(device).wanted = True
@@ -188,6 +197,12 @@ class Flusher:
             if lane.wanted:
                 self._wanted.set()
 
+    def _measure(self, lane: _Lane, took_s: float) -> None:
+        """Let what a round took say how much may be unsynced; half of what it says, so that one of them isn't all."""
+        if lane.in_flight >= MEASURED_BYTES:
+            wanted = self._cap if took_s <= 0 else int(min(self._cap, lane.in_flight / took_s * MOST_SYNC_S))
+            lane.cap = min(self._cap, max(LEAST_CAP_BYTES, (lane.cap + wanted) // 2))
+
     async def _round(self, device: Device, lane: _Lane) -> None:
         # No checkpoint between here and the sync: a round covers what is dirty at one moment.
         lane.begun += 1
@@ -195,6 +210,7 @@ class Flusher:
         lane.in_flight, device.unsynced_bytes = device.unsynced_bytes, 0
         lane.names, device.unnamed_bytes = lane.names or lane.in_flight > device.unnamed_bytes, 0
         hit("flush.begun")
+        begun_s = trio.current_time()
         failed: OSError | None = None
         # Shielded: the kernel tells of a failed sync once, so its answer must be heard even while the pool closes.
         try:
@@ -219,6 +235,7 @@ class Flusher:
             with trio.CancelScope(shield=True):
                 async with self._poisoning:
                     await self._on_poison(device)
+        self._measure(lane, trio.current_time() - begun_s)
         lane.in_flight = 0
         lane.names = False
         self.rounds += 1

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import trio
+import trio.testing
 
 from tests.simulation.machine import Disk, Machine
 from tests.simulation.oracle import BLOCK
 from tests.tiers.helpers import QUIET
 from tests.tiers.test_rules_log import block, crash, get, opened, put
 from tiers import Pool, PoolSettings
+from tiers.device import Device
+from tiers.flush import Flusher
 from tiers.record import Kind
 
 TIERS = (Disk("fast", 48), Disk("base", 48))
@@ -146,3 +151,54 @@ def test_unnamed_bytes_are_synced_by_who_asks_for_all(everything: bool) -> None:
             await crash(machine)
 
     machine.run(main)
+
+
+class Disc:
+    """As much of a device as its rounds look at, with a rate."""
+
+    def __init__(self, index: int, bytes_a_second: int) -> None:
+        self.index = index
+        self.path = f"disc{index}"
+        self.unsynced_bytes = self.unnamed_bytes = 0
+        self.poisoned: str | None = None
+        self._rate = bytes_a_second
+        self._pending = 0
+
+    def write(self, length: int) -> None:
+        self.unsynced_bytes += length
+        self._pending += length
+
+    async def sync(self) -> None:
+        pending, self._pending = self._pending, 0
+        await trio.sleep(pending / self._rate)
+
+
+def test_a_slow_device_may_have_only_what_it_syncs_soon_and_a_fast_one_all_of_the_cap() -> None:
+    slow, fast = Disc(0, 50 << 20), Disc(1, 1 << 30)
+
+    async def poisoned(_: object) -> None:
+        raise AssertionError
+
+    async def main() -> None:
+        devices = cast(list[Device], [slow, fast])
+        flusher = Flusher(devices, lambda: 0, cap_bytes=128 << 20, on_poison=poisoned, on_round=lambda: None)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(flusher.run)
+            longest_s, most = 0.0, {slow: 0, fast: 0}
+            for number in range(60):
+                for disc in (slow, fast):
+                    while flusher.room():
+                        disc.write(1 << 20)
+                        if disc.unsynced_bytes >= most[disc]:
+                            most[disc] = disc.unsynced_bytes
+                    begun_s = trio.current_time()
+                    await flusher.flush()
+                    longest_s = max(longest_s, trio.current_time() - begun_s) if number > 20 else 0.0
+                if number == 20:
+                    most = {slow: 0, fast: 0}
+            nursery.cancel_scope.cancel()
+        assert longest_s < 0.5, longest_s
+        assert 16 << 20 <= most[slow] <= 24 << 20, most[slow]
+        assert most[fast] == 128 << 20, most[fast]
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
