@@ -150,6 +150,11 @@ class Bypass:
             size += len(writes[-1].data)
         try:
             await self._round(writes)
+        except BaseException:
+            # Whatever it was that ends the task: nothing may be answered as good that isn't surely in the log.
+            for write in writes:
+                write.error = self._closing()
+            raise
         finally:
             for write in writes:
                 write.done.set()
@@ -185,10 +190,6 @@ class Bypass:
                 for write in writes:
                     write.error = error
                 return
-            except BaseException:
-                for write in writes:
-                    write.error = self._closing()
-                raise
             for item in copies:
                 if item.write.refused or item.write.error is not None:
                     continue

@@ -248,6 +248,36 @@ def test_a_write_that_base_refuses_fails_and_changes_nothing_that_was_answered()
     machine.run(main)
 
 
+def test_a_write_whose_record_an_unexpected_error_keeps_out_of_the_log_is_not_answered() -> None:
+    machine = machine_of()
+    answered: list[int] = []
+
+    async def write(volume: Volume, number: int) -> None:
+        with contextlib.suppress(TierError):
+            await volume.write(number * PIECE, piece(number))
+            answered.append(number)
+
+    async def main() -> None:
+        with pytest.raises(ExceptionGroup) as caught:
+            async with trio.open_nursery() as clients, opened(machine) as (pool, volume, bypass):
+                await stream(volume, 6)
+                written = bypass.written_bytes
+
+                def no_memory(*_: object) -> None:
+                    raise MemoryError
+
+                pool._engine.append_record = no_memory  # type: ignore[method-assign]
+                volume._stream = (0, 8 * PIECE)
+                for number in (6, 7):
+                    clients.start_soon(write, volume, number)
+                await trio.sleep_forever()
+        assert caught.group_contains(MemoryError)
+        assert bypass.written_bytes == written
+        assert not answered
+
+    machine.run(main)
+
+
 def test_a_deleted_volume_gets_nothing() -> None:
     machine = machine_of()
 
