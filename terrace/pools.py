@@ -22,6 +22,9 @@ from tiers.policy import DEFAULT, DEFAULT_NAME
 
 log = logging.getLogger(__name__)
 
+ANSWER_S = 30.0
+"""Who wants to close a pool waits so long for the requests that have it in hand."""
+
 
 @dataclass
 class Slot:
@@ -211,11 +214,12 @@ class Pools:
         slot.users += 1
         try:
             await self._retire(slot)
-            await self._engine.destroy(slot.directory)
-            _remove_directory(slot.directory)
-        except OSError as error:
-            slot.error = error
-            raise
+            try:
+                await self._engine.destroy(slot.directory)
+                _remove_directory(slot.directory)
+            except OSError as error:
+                slot.error = error
+                raise
         finally:
             slot.users -= 1
         del self._slots[name]
@@ -242,16 +246,31 @@ class Pools:
         await self._nursery.start(partial(self._run, slot, truncate_log=truncate_log, give_up=give_up))
 
     async def _retire(self, slot: Slot) -> None:
-        """Close the pool once the requests that have it in hand are answered; new ones don't find it."""
-        if slot.pool is not None:
-            slot.pool = None
-            try:
+        """Close the pool once the requests that have it in hand are answered; new ones don't find it.
+
+        Raises EBUSY if one takes too long, as the creation of a volume does that waits for room in a full pool: what
+        would help it must find the pool, which goes on then, as it does when this is cancelled while it waits.
+        """
+        pool, slot.pool = slot.pool, None
+        if pool is None:
+            return
+        try:
+            with trio.fail_after(ANSWER_S):
                 while slot.requests:
                     slot.answered = trio.Event()
                     await slot.answered.wait()
-            finally:
-                slot.close.set()
-            await slot.closed.wait()
+        except BaseException as error:
+            if not slot.closed.is_set():
+                slot.pool = pool
+            if isinstance(error, trio.TooSlowError):
+                raise TierError(
+                    errno.EBUSY,
+                    f"pool {slot.name!r} is in use: a request to it has waited for more than {ANSWER_S:g} s; see "
+                    f"`terrace pool show {slot.name}`, and try again later",
+                ) from None
+            raise
+        slot.close.set()
+        await slot.closed.wait()
 
     async def _close(self, slot: Slot) -> None:
         if slot.pool is not None:

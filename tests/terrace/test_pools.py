@@ -1,0 +1,109 @@
+"""Pools of a home that are closed by request while others have them in hand."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from terrace.pools import Pools, open_pools
+from tests.terrace.fakepool import FakePool
+from tiers import DeviceSpec, PoolSettings, TierError
+
+
+def with_a_pool(tmp_path: Path, body: Callable[[Pools], Awaitable[None]]) -> None:
+    """Run `body` with the pool "p"; time passes at once when nobody does anything."""
+    home = tmp_path / "pools"
+    home.mkdir()
+
+    async def main() -> None:
+        with trio.fail_after(3600):
+            async with open_pools(home, PoolSettings(), cast(Any, FakePool)) as pools:
+                await pools.create("p", [DeviceSpec(tmp_path / "device", "fast", 64 << 20)], force=False)
+                await body(pools)
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+async def _hold(pools: Pools, until: trio.Event, *, task_status: trio.TaskStatus[None]) -> None:
+    """A request that waits for something, as the creation of a volume waits for room in a full pool."""
+    with pools.using("p"):
+        task_status.started()
+        await until.wait()
+
+
+def test_a_pool_whose_request_does_not_end_is_not_deleted_and_is_served_on(tmp_path: Path) -> None:
+    async def body(pools: Pools) -> None:
+        ended = trio.Event()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(_hold, pools, ended)
+            pool = pools.pool("p")
+            with pytest.raises(TierError, match="in use") as caught:
+                await pools.delete("p")
+            assert caught.value.errno == errno.EBUSY
+            # What would end the request, such as more devices for a full pool, must find it.
+            assert pools.pool("p") is pool
+            assert pools.slot("p").error is None
+            await pool.create_volume("v", 1 << 20)
+            ended.set()
+        await pools.delete("p")
+        assert pools.slots() == []
+
+    with_a_pool(tmp_path, body)
+
+
+def test_a_deletion_that_is_cancelled_while_it_waits_leaves_the_pool_as_it_was(tmp_path: Path) -> None:
+    async def body(pools: Pools) -> None:
+        ended = trio.Event()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(_hold, pools, ended)
+            pool = pools.pool("p")
+            with trio.move_on_after(0.1) as waiting:
+                await pools.delete("p")
+            assert waiting.cancelled_caught
+            ended.set()
+        await trio.sleep(1)
+        assert pools.pool("p") is pool
+        await pools.delete("p")
+
+    with_a_pool(tmp_path, body)
+
+
+def test_a_pool_that_fails_while_its_deletion_waits_is_deleted(tmp_path: Path) -> None:
+    async def body(pools: Pools) -> None:
+        ended = trio.Event()
+        directory = pools.slot("p").directory
+        async with trio.open_nursery() as nursery:
+            await nursery.start(_hold, pools, ended)
+            nursery.start_soon(pools.delete, "p")
+            await trio.sleep(0.1)
+            (directory / "fail-later").write_text("its device is on fire")
+            await trio.sleep(1)
+            assert pools.slot("p").closed.is_set()
+            ended.set()
+        assert pools.slots() == []
+
+    with_a_pool(tmp_path, body)
+
+
+def test_a_pool_that_fails_while_its_deletion_waits_in_vain_is_not_brought_back(tmp_path: Path) -> None:
+    async def body(pools: Pools) -> None:
+        ended = trio.Event()
+        directory = pools.slot("p").directory
+        async with trio.open_nursery() as nursery:
+            await nursery.start(_hold, pools, ended)
+            with trio.move_on_after(2):
+                async with trio.open_nursery() as deleting:
+                    deleting.start_soon(pools.delete, "p")
+                    await trio.sleep(0.1)
+                    (directory / "fail-later").write_text("its device is on fire")
+            with pytest.raises(TierError, match="its device is on fire"):
+                pools.pool("p")
+            ended.set()
+
+    with_a_pool(tmp_path, body)
