@@ -65,6 +65,8 @@ class Space:
         self.frozen_weight = 0
         self.active_charge = 0
         self.frozen_charge = 0
+        self.passing_charge = 0
+        """Of streams on their way to base: a freeze doesn't cover them, the map doesn't name them yet."""
         self.staged_entries = 0
         """Blocks that the cleaner is about to move: entries to come."""
         self.evacuated_entries = 0
@@ -160,7 +162,8 @@ class Space:
     @property
     def charged(self) -> int:
         """Upper bound of the slots that live data blocks stand for."""
-        return self._segments.live - self._segments.saved + self.active_charge + self.frozen_charge
+        logged = self.active_charge + self.frozen_charge + self.passing_charge
+        return self._segments.live - self._segments.saved + logged
 
     @property
     def available(self) -> int:

@@ -771,8 +771,16 @@ class Volume:
             return False
         charge = await self._admission(offset >> BLOCK_SHIFT, len(data) >> BLOCK_SHIFT)
         self._require_alive()
-        self._engine.space.active_charge += charge
-        return await self._engine.bypass.write(self, offset >> BLOCK_SHIFT, data)
+        space = self._engine.space
+        space.passing_charge += charge
+        may_be_logged = True
+        try:
+            may_be_logged = await self._engine.bypass.write(self, offset >> BLOCK_SHIFT, data)
+        finally:
+            space.passing_charge -= charge
+            if may_be_logged:  # so it may where it was cancelled
+                space.active_charge += charge
+        return may_be_logged
 
     async def _write_piece(self, offset: int, data: memoryview, *, keep_zeroes: bool) -> None:
         first = offset >> BLOCK_SHIFT

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import random
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 import trio
@@ -274,6 +275,33 @@ def test_a_write_whose_record_an_unexpected_error_keeps_out_of_the_log_is_not_an
         assert caught.group_contains(MemoryError)
         assert bypass.written_bytes == written
         assert not answered
+
+    machine.run(main)
+
+
+def test_a_write_that_is_on_its_way_while_a_checkpoint_freezes_stays_counted() -> None:
+    machine = machine_of()
+
+    async def main() -> None:
+        async with opened(machine, replace(STREAMS, compression_level=0)) as (pool, volume, bypass):
+            await stream(volume, 6)
+            await pool.checkpoint()
+            space, segments = pool._engine.space, pool._engine.segments
+            written = bypass.written_bytes
+            gate = trio.Event()
+            machine.media[1].before_sync = gate.wait
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(stream, volume, 1, 6)
+                await trio.sleep(0.1)  # its copies wait for the flush
+                before = space.charged
+                nursery.start_soon(pool.checkpoint)
+                await trio.sleep(0.1)  # frozen, and waiting for the same flush
+                assert space.charged == before
+                machine.media[1].before_sync = None
+                gate.set()
+            assert bypass.written_bytes == written + PIECE
+            assert segments.pending == PIECE // BLOCK_BYTES, "of no checkpoint yet"
+            assert space.charged >= segments.live + segments.pending
 
     machine.run(main)
 
