@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiers.heat import Bytes, Floats, Heat, Ints, Mask
+from tiers.heat import Bytes, Floats, Heat, Ints, Mask, Touch
 from tiers.policy import DEFAULT, Policy
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Temperature:
         self._halvings = heat.halvings
         self._mean_writes = [0.0, 2.0]
         """Of the blocks that were moved lately, those taken for cold and those taken for hot."""
+        self._writes_halvings = heat.sketches[Touch.WRITE].halvings
         self.turned_away = 0
         """Blocks that were touched often enough, but were colder than what is on fast."""
 
@@ -126,6 +127,10 @@ class Temperature:
     def is_hot(self, volume_ids: Ints, blocks: Ints) -> Mask:
         """Which of the blocks being moved will be overwritten sooner than most: they belong in a segment together."""
         writes = self._heat.write_estimates(volume_ids, blocks)
+        # They fade with the counts: after a busy time nothing might ever come up to that time's mean again.
+        halvings = self._heat.sketches[Touch.WRITE].halvings
+        self._mean_writes = [mean * 0.5 ** (halvings - self._writes_halvings) for mean in self._mean_writes]
+        self._writes_halvings = halvings
         hot: Mask = writes > max(1.0, self._boundary())
         for which, mask in enumerate((~hot, hot)):
             count = int(np.count_nonzero(mask))

@@ -169,6 +169,32 @@ def test_what_is_overwritten_often_is_told_from_what_is_not() -> None:
     assert float(hot[blocks >= 2000].mean()) < 0.05, "reads don't count here"
 
 
+def test_what_is_hot_is_found_again_after_calmer_times() -> None:
+    blocks = np.concatenate([np.arange(200), np.arange(5000, 5800)])
+    heat = heated({})
+    temperature = Temperature(heat)
+    writes = heat.sketches[Touch.WRITE]
+
+    def written(times: int, rounds: int) -> float:
+        """The share of the hot ones that are taken for hot, at the end of rounds with so many writes each."""
+        share = 0.0
+        for _ in range(rounds):
+            writes.note(V, blocks[:200], np.full(200, times))
+            share = float(temperature.is_hot(np.full(1000, V), blocks)[:200].mean())
+        return share
+
+    assert written(12, 20) == 1.0
+    for _ in range(8):
+        list(writes.halve())
+    writes.rows[0][:] = writes.rows[1][:] = 0
+    for _ in range(20):
+        temperature.is_hot(np.full(1000, V), blocks)  # nothing is hot now
+    for _ in range(4):
+        share = written(1, 6)
+        list(writes.halve())
+    assert share == 1.0, "colder than what was hot once, and yet hotter than the rest"
+
+
 def test_what_was_hardly_written_is_cold() -> None:
     temperature = Temperature(heated({1: 1, 2: 1}, Touch.WRITE))
     assert temperature.is_hot(np.full(3, V), ints(1, 2, 3)).tolist() == [False] * 3
