@@ -618,15 +618,16 @@ class Evacuator:
                 engine.space.measure_devices()
                 raise
             hit("evacuate.removed")
+            # Nobody else closes it: it is no longer among the pool's devices.
             with trio.CancelScope(shield=True):
                 await engine.flusher.device_left(device)
-            run.state, run.finished_at, run.problem = "removed", time.time(), None
-            try:
-                await engine.offload(device.erase_label_now)
-            except OSError as error:
-                logger.warning("the label of %s can't be wiped: %s", device.path, error)
-            hit("evacuate.wiped")
-            device.close()
+                run.state, run.finished_at, run.problem = "removed", time.time(), None
+                try:
+                    await engine.offload(device.erase_label_now)
+                except OSError as error:
+                    logger.warning("the label of %s can't be wiped: %s", device.path, error)
+                hit("evacuate.wiped")
+                device.close()
         ending = "is forgotten" if lost else "is empty and no longer part of the pool"
         bad = f"; {run.bad_blocks} blocks could not be read" if run.bad_blocks else ""
         logger.info("pool %s: %s %s%s", engine.pool_name, device.path, ending, bad)

@@ -17,6 +17,9 @@ from tests.simulation.machine import Disk, Machine, PowerCutError
 from tests.simulation.oracle import read_all, read_what_can_be
 from tests.tiers.helpers import QUIET, assert_sound, fresh_pool, refusal, run
 from tiers import DeviceSpec, EvacuationStatus, Pool, PoolSettings, TierError
+from tiers.device import open_device
+from tiers.failpoint import watching
+from tiers.label import BadLabelError
 from tiers.layout import BLOCK_BYTES, MIB
 from tiers.probe import read_label
 from tiers.record import Kind
@@ -111,6 +114,25 @@ def test_a_real_device_is_removed_and_its_index_is_never_given_again(tmp_path: P
         async with Pool.open(tmp_path / "pool-p", settings=QUIET) as pool:
             assert await read_all(pool.volume("v")) == content
             assert [device.index for device in pool._engine.devices] == [2, 3]
+
+    run(main)
+
+
+def test_a_pool_that_closes_while_a_device_is_removed_lets_go_of_it(tmp_path: Path) -> None:
+    async def main() -> None:
+        async def open_until_removed() -> None:
+            async with fresh_pool(tmp_path, fast_mib=64, base_mib=64) as pool:
+                paths.extend(device.path for device in pool.status().devices)
+                await fill(pool)
+                await pool.evacuator.start(paths[1])
+                await finished(pool, paths[1])
+
+        paths: list[str] = []
+        with trio.CancelScope() as scope, watching(lambda name: scope.cancel() if name == "evacuate.removed" else None):
+            await open_until_removed()
+        assert scope.cancelled_caught
+        with pytest.raises(BadLabelError):  # wiped, and nobody holds its lock
+            open_device(Path(paths[1]))
 
     run(main)
 
