@@ -158,7 +158,7 @@ class Mover:
             victim.damaged = True
             logger.error("segment %d can't be emptied and is set aside: %s", victim.id, error)
         finally:
-            self._unpacked.clear()
+            self._leave_data()
             victim.pins -= 1
 
     async def survey(self, victim: Segment) -> list[Candidate]:
@@ -201,8 +201,14 @@ class Mover:
                 await self.pace()
             await self._pack_waiting(least=1)
         finally:
-            self._unpacked.clear()
+            self._leave_data()
             victim.pins -= 1
+
+    def _leave_data(self) -> None:
+        """A victim is done with: what waits of it keeps its own blocks, not all that was read."""
+        self._unpacked.clear()
+        for waiting in self._gathered.values():
+            waiting[:] = [(block, bytes(view) if isinstance(view, memoryview) else view) for block, view in waiting]
 
     def _candidates(self, victim: Segment, data: memoryview) -> Iterator[list[Candidate]]:
         """The blocks that were written into a segment, batch by batch."""

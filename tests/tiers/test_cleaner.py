@@ -14,6 +14,7 @@ from tests.tiers.helpers import QUIET, assert_sound, flip, fresh_pool, make_pool
 from tests.tiers.test_evacuate import TWO, filled, machine_with
 from tiers import Pool, Volume
 from tiers.layout import BLOCK_BYTES, MIB, SLOT_MASK
+from tiers.mover import Mover
 from tiers.record import Kind
 
 NOISE = random.Random(9).randbytes(BLOCK_BYTES - 16)
@@ -211,3 +212,33 @@ def test_a_victim_whose_blocks_a_deleted_volume_still_counts_is_no_leak() -> Non
             await assert_sound(pool)
 
     machine.run(main)
+
+
+def test_a_few_blocks_of_many_victims_wait_without_keeping_all_that_was_read(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path, fast_mib=128, settings=QUIET) as pool:
+            volume = await pool.create_volume("v", 16 * MIB)
+            writer = Overwriter(volume, list(range(4096)), seed=3)
+            await writer.fill()
+            await writer.write([i for i in range(4096) if i % 100])  # what stays is scattered over all segments
+            await pool.checkpoint()
+            engine = pool._engine
+            victims = [
+                s for s in engine.segments.by_id.values() if s.kind is Kind.LOG and not s.open and 0 < s.live < 9
+            ]
+            assert len(victims) > 10
+            mover = Mover(engine)
+            for victim in victims:
+                await mover.move_segment(victim, "fast")
+            waiting = [view for group in mover._gathered.values() for _, view in group]
+            kept = {id(held): len(held) for held in (memoryview(view).obj for view in waiting)}
+            assert len(waiting) == sum(victim.live for victim in victims)
+            assert sum(kept.values()) <= len(waiting) * BLOCK_BYTES
+            await mover.apply_staged()
+            mover.seal_all()
+            await pool.checkpoint()
+            assert all(victim.id not in engine.segments.by_id for victim in victims)
+            await writer.verify()
+            await assert_sound(pool)
+
+    run(body)
