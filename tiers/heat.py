@@ -336,6 +336,20 @@ class Sketch:
         first, second = self.rows
         return min(int(first[(mixed * _FIRST & _WORD) >> shift]), int(second[(mixed * _SECOND & _WORD) >> shift]))
 
+    def recall(self, rows: list[Bytes], noted: int) -> None:
+        """Take over what another one counted, maybe one of another size: a place is the upper bits of a hash.
+
+        What one with fewer places says too much, this one says too.
+        """
+        more = self.bits - (len(rows[0]).bit_length() - 1)
+        if more > 0:
+            rows = [np.repeat(row, 1 << more) for row in rows]
+        elif more < 0:
+            rows = [row.reshape(-1, 1 << -more).max(axis=1) for row in rows]
+        self.rows = rows
+        self.noted = min(noted, self._patience << self.bits)
+        self._fresh = int(np.count_nonzero(rows[0])) >> max(0, more)
+
     def halve(self) -> Iterator[None]:
         """Halve all counts, a MiB a step."""
         self.noted = self._fresh = 0

@@ -201,9 +201,7 @@ class Recorder:
         for volume in volumes.values():
             extents.forget(volume.id, -(-volume.size_bytes // BLOCK_BYTES))
         for sketch, saved_rows, noted in zip(self.heat.sketches, saved.sketches, saved.noted, strict=True):
-            if sketch.bits == saved.bits:
-                sketch.rows = saved_rows
-                sketch.noted = min(noted, 1 << sketch.bits)
+            sketch.recall(saved_rows, noted)
 
     async def save(self) -> None:
         """Write the file anew. A failure is told of, and changes nothing."""

@@ -249,3 +249,33 @@ def test_the_table_of_streams_stays_small() -> None:
         earning(streams, [(int(block), 1) for block in rng.integers(0, 1 << 38, 500)] + [(i * 4, 4)])
         assert len(streams._ends) <= Streams.TABLE
     assert not earning(streams, [(800, 4)])[0], "and a stream that goes on is still in it"
+
+
+@pytest.mark.parametrize("bits", [10, 12, 13, 14, 16])
+def test_a_sketch_of_another_size_says_too_much_at_most(bits: int) -> None:
+    saved, sketch = Sketch(13), Sketch(bits)
+    blocks = np.arange(0, 30_000, 100)
+    counts = np.arange(len(blocks)) % 7 + 1
+    saved.note(5, blocks, counts)
+    sketch.recall(saved.rows, saved.noted)
+    found = sketch.estimates(5, blocks)
+    assert (found >= counts).all()
+    if bits >= saved.bits:
+        assert found.tolist() == saved.estimates(5, blocks).tolist()
+    assert [sketch.estimate(5, int(block)) for block in blocks[:20]] == found[:20].tolist()
+    sketch.note(5, blocks, counts)
+    assert (sketch.estimates(5, blocks) >= 2 * counts).all()
+
+
+def test_a_sketch_that_is_saved_and_recalled_again_and_again_is_due_all_the_same() -> None:
+    for step in (1, 100):
+        sketch = Sketch(10, 4)
+        for life in range(100):
+            blocks = np.arange(100) * step + life * 10_000 * (step > 1)
+            sketch.note(5, blocks, np.ones(100, np.int64))
+            recalled = Sketch(10, 4)
+            recalled.recall(sketch.rows, sketch.noted)
+            sketch = recalled
+            if sketch.is_due:
+                break
+        assert sketch.is_due and life < 50

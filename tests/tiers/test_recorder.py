@@ -12,7 +12,7 @@ import trio
 import trio.testing
 
 from tests.tiers.helpers import QUIET, fresh_pool, make_pool, read, run
-from tiers import Pool, PoolSettings, Volume
+from tiers import DeviceSpec, Pool, PoolSettings, Volume
 from tiers.heat import Touch
 from tiers.heatfile import FILE_NAME
 from tiers.host import RealHost
@@ -248,6 +248,20 @@ def test_heat_outlives_a_restart(tmp_path: Path) -> None:
             await read(volume, 7 * BLOCK_BYTES, BLOCK_BYTES)
         async with Pool.open(home, settings=QUIET) as pool:
             assert estimates(pool, pool.volume("v"), 7) == [4]
+
+    run(body)
+
+
+def test_heat_outlives_a_change_of_the_pool_s_size(tmp_path: Path) -> None:
+    async def body() -> None:
+        home = await make_pool(tmp_path)
+        async with warm(home) as pool:
+            bits = pool.recorder.heat.sketches[0].bits
+            await pool.grow([DeviceSpec(tmp_path / "more", "fast", 256 * MIB)])
+            await read(pool.volume("v"), 8 * BLOCK_BYTES, BLOCK_BYTES)
+        async with Pool.open(home, settings=QUIET) as pool:
+            assert pool.recorder.heat.sketches[0].bits > bits
+            assert estimates(pool, pool.volume("v"), 7, 8, 900) == [3, 1, 0]
 
     run(body)
 
