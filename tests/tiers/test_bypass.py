@@ -7,6 +7,7 @@ import errno
 import random
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import trio
@@ -264,14 +265,11 @@ def test_a_write_whose_record_an_unexpected_error_keeps_out_of_the_log_is_not_an
                 await stream(volume, 6)
                 written = bypass.written_bytes
 
-                def no_memory(*_: object) -> None:
-                    raise MemoryError
-
-                pool._engine.append_record = no_memory  # type: ignore[method-assign]
                 volume._stream = (0, 8 * PIECE)
-                for number in (6, 7):
-                    clients.start_soon(write, volume, number)
-                await trio.sleep_forever()
+                with mock.patch.object(pool._engine, "append_record", side_effect=MemoryError):
+                    for number in (6, 7):
+                        clients.start_soon(write, volume, number)
+                    await trio.sleep_forever()
         assert caught.group_contains(MemoryError)
         assert bypass.written_bytes == written
         assert not answered

@@ -231,7 +231,7 @@ def test_a_few_blocks_of_many_victims_wait_without_keeping_all_that_was_read(tmp
             for victim in victims:
                 await mover.move_segment(victim, "fast")
             waiting = [view for group in mover._gathered.values() for _, view in group]
-            kept = {id(held): len(held) for held in (memoryview(view).obj for view in waiting)}
+            kept = {id(held): memoryview(held).nbytes for held in (memoryview(view).obj for view in waiting)}
             assert len(waiting) == sum(victim.live for victim in victims)
             assert sum(kept.values()) <= len(waiting) * BLOCK_BYTES
             await mover.apply_staged()
