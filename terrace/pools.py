@@ -261,6 +261,7 @@ class Pools:
                     await slot.answered.wait()
         except BaseException as error:
             if not slot.closed.is_set():
+                pool.define_policies(self.policies)  # it may have missed a change
                 slot.pool = pool
             if isinstance(error, trio.TooSlowError):
                 raise TierError(

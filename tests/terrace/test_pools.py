@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from trio.testing import MockClock
 from terrace.pools import Pools, open_pools
 from tests.terrace.fakepool import FakePool
 from tiers import DeviceSpec, PoolSettings, TierError
+from tiers.policy import DEFAULT
 
 
 def with_a_pool(tmp_path: Path, body: Callable[[Pools], Awaitable[None]]) -> None:
@@ -62,10 +64,16 @@ def test_a_deletion_that_is_cancelled_while_it_waits_leaves_the_pool_as_it_was(t
         ended = trio.Event()
         async with trio.open_nursery() as nursery:
             await nursery.start(_hold, pools, ended)
+            pools.define_policies({**pools.policies, "slow": replace(DEFAULT, name="slow", iops_limit=5)})
             pool = pools.pool("p")
+            volume = await pool.create_volume("v", 1 << 20, "slow")
             with trio.move_on_after(0.1) as waiting:
-                await pools.delete("p")
+                async with trio.open_nursery() as deleting:
+                    deleting.start_soon(pools.delete, "p")
+                    await trio.sleep(0.05)
+                    pools.define_policies({**pools.policies, "slow": replace(DEFAULT, name="slow", iops_limit=7)})
             assert waiting.cancelled_caught
+            assert volume.policy.iops_limit == 7, "it doesn't miss what came meanwhile"
             ended.set()
         await trio.sleep(1)
         assert pools.pool("p") is pool
