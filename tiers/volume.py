@@ -218,6 +218,8 @@ class Volume:
             found = self.entries_now(block, length >> BLOCK_SHIFT)
             if found is None or not self._read_entries_now(found[0], found[1], into):
                 return False
+            if (segment := self._segments.get(found[0][0] >> 24)) is not None and segment.fd == -1:
+                self._offer(block, found[0], found[1], into, [])
             self._note_read(~(block << RUN_SHIFT | min(length >> BLOCK_SHIFT, RUN_MASK)))
             return True
         entry = self.entry_now(block)
@@ -235,6 +237,8 @@ class Volume:
         except (OSError, KeyError):
             if not self._read_kept_frame_now(address, [check], into):
                 return False
+            # What is read most would stay among the kept frames, and so on base, for ever.
+            self._offer(block, [address], [check], into, [])
             self._note_read(block)
             return True
         # A mismatch is not judged here: `read` looks again, on the device.
@@ -332,8 +336,7 @@ class Volume:
         """Read whole blocks: those whose entry changed under the read are read again, those that fail twice are EIO."""
         addresses, checks = await self.entries(block, count)
         suspects = await self._read_runs(addresses, checks, into)
-        if count <= LARGEST_READ_BLOCKS:
-            self._offer(block, addresses, checks, into, suspects)
+        self._offer(block, addresses, checks, into, suspects)
         self._note_slow(addresses[0])
         self._note_read(
             ~(block << RUN_SHIFT | SLOW | count)
@@ -352,7 +355,7 @@ class Volume:
     ) -> None:
         """Offer what was read from base for promotion."""
         promoter = self._engine.promoter
-        if not promoter.has_room():
+        if len(addresses) > LARGEST_READ_BLOCKS or not promoter.has_room():
             return
         for i, address in enumerate(addresses):
             segment = self._segments.get(address >> SLOT_BITS)

@@ -88,6 +88,28 @@ def test_a_block_that_is_read_from_base_comes_to_the_fast_tier() -> None:
     machine.run(main)
 
 
+def test_a_block_that_is_served_from_a_kept_frame_comes_to_the_fast_tier_too() -> None:
+    machine = machine_of()
+
+    async def main() -> None:
+        async with demoted(machine) as (pool, volume, promoter):
+            asked: list[int] = []
+            promoter._judge = lambda volume, block: bool(asked.append(block)) or block in (5, 6, 7)
+            assert await read(volume, 3) == content(1, 3)  # brings the frame
+            into = memoryview(bytearray(3 * BLOCK_BYTES))
+            assert volume.read_now(5 * BLOCK_BYTES, BLOCK_BYTES, into[:BLOCK_BYTES])
+            assert volume.read_now(6 * BLOCK_BYTES, 2 * BLOCK_BYTES, into[BLOCK_BYTES:])
+            assert into == content(1, 5) + content(1, 6) + content(1, 7)
+            assert asked == [3, 5, 6, 7]
+            await trio.sleep(1)
+            assert promoter.promoted_blocks == 3
+            assert tiers_of(volume, range(5, 8)) == {"fast"}
+            assert tiers_of(volume, range(5)) == {"base"}
+            await require_sound(pool)
+
+    machine.run(main)
+
+
 def test_a_log_that_went_to_base_is_led_back_for_promotion_where_there_is_room_again() -> None:
     machine = machine_of()
 
