@@ -61,18 +61,20 @@ class Packer:
         age = self._engine.settings.pack_after_s
         while True:
             await trio.sleep(age / 2)
+            pause = 0.0
             try:
                 while self._is_quiet() and (victims := await self._victims(age)) and await self._round(victims):
                     pass
             except OutputFullError:
-                await trio.sleep(age)
+                pause = age
             except OSError as error:
                 logger.error("packing on the base tier of pool %s: %s", self._engine.pool_name, error)
-                await trio.sleep(age)
+                pause = age
             finally:
                 for mover in (self.mover, self.placer):
                     mover.drop_staged()
                     mover.seal_all()
+            await trio.sleep(pause)
 
     def _is_quiet(self) -> bool:
         """Whether space is nobody's concern, and some volume's blocks may be moved now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 
 import pytest
@@ -12,6 +13,7 @@ from tests.simulation.oracle import BLOCK, read_all, require_sound
 from tests.tiers.test_packed import text
 from tiers import Policy, Pool, PoolSettings, Volume
 from tiers.layout import SLOT_BITS
+from tiers.mover import OutputFullError
 from tiers.record import Kind
 
 SETTINGS = PoolSettings(checkpoint_interval_s=1.0, overlay_entries=1 << 15, pack_after_s=5.0)
@@ -201,6 +203,35 @@ def test_a_volume_of_placement_base_leaves_the_fast_tier_and_others_stay() -> No
             await trio.sleep(100)
             assert pool.status().blocks_moved == moved, "nothing is moved twice"
             assert await read_all(cold) == await read_all(plain) == NOISE
+            await require_sound(pool)
+
+    machine.run(main)
+
+
+@pytest.mark.parametrize("refusal", [OutputFullError(errno.ENOSPC, "full"), OSError(errno.EIO, "a bad device")])
+def test_what_it_could_not_finish_holds_no_segment_while_it_rests(refusal: OSError) -> None:
+    machine = machine_of()
+
+    async def main() -> None:
+        async with machine.open() as pool:
+            packer = pool._packer
+            apply = packer.mover.apply_staged
+            refused: list[float] = []
+
+            async def refuse() -> None:
+                packer.mover.apply_staged = apply  # type: ignore[method-assign]
+                assert packer.mover.has_staged
+                refused.append(trio.current_time())
+                raise refusal
+
+            packer.mover.apply_staged = refuse  # type: ignore[method-assign]
+            volume = await spill(pool, TEXT)
+            while not refused:
+                await trio.sleep(0.1)
+            assert trio.current_time() - refused[0] < 1
+            packed = [s for s in pool._engine.segments.by_id.values() if s.kind is Kind.PACKED]
+            assert not any(segment.open or segment.pins for segment in packed), "a checkpoint may free them"
+            assert await read_all(volume) == TEXT
             await require_sound(pool)
 
     machine.run(main)
