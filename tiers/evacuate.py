@@ -46,11 +46,12 @@ from tiers.cleaner import Cleaner
 from tiers.device import Device
 from tiers.errors import TierError
 from tiers.failpoint import hit
-from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, FIRST_ADDRESS, SLOT_BITS, SLOT_MASK, check_of
+from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, FIRST_ADDRESS, MIB, SLOT_BITS, SLOT_MASK, check_of
 from tiers.maptree import BAD_PAGE, EMPTY_PAGE, FANOUT, FANOUT_BITS, ROOT_LEVEL, page_key, page_of, read_pages
 from tiers.mover import DamagedMapError, Mover, OutputFullError
 from tiers.record import Kind
 from tiers.segments import Segment
+from tiers.units import format_size
 from tiers.volume import Volume
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ class Evacuator:
                 raise
             hit("evacuate.begun")
             self._begin(device, resumed=False)
-            text = f"{device.path} is being emptied, {self._left(device) * BLOCK_BYTES} bytes"
+            text = f"{device.path} is being emptied, {format_size(self._left(device) * BLOCK_BYTES)}"
             logger.info("pool %s: %s", engine.pool_name, text)
             self._events("evacuation", device.path, text)
             return self._status(self._runs[device.index])
@@ -228,11 +229,12 @@ class Evacuator:
         space = self._engine.space
         pool = self._engine.pool_name
         if space.charged > space.capacity:
+            missing = -(-(space.charged - space.capacity) * BLOCK_BYTES // MIB) * MIB
             raise TierError(
                 errno.ENOSPC,
-                f"{device.path} can't be evacuated: {space.charged * BLOCK_BYTES} bytes live in pool {pool}, and its "
-                f"other devices have a capacity of {space.capacity * BLOCK_BYTES}: grow it by "
-                f"{(space.charged - space.capacity) * BLOCK_BYTES} bytes or more, or delete or trim something",
+                f"{device.path} can't be evacuated: {format_size(space.charged * BLOCK_BYTES)} live in pool {pool}, "
+                f"and its other devices have a capacity of {format_size(space.capacity * BLOCK_BYTES)}: grow it by "
+                f"{format_size(missing)} or more, or delete or trim something",
             )
         # As much as the cleaner would see to, so that clients, who lose the free space of this device, go on as well.
         most = max(device.segment_bytes >> BLOCK_SHIFT, PIECE_BLOCKS)
@@ -241,9 +243,9 @@ class Evacuator:
         if free < needed:
             raise TierError(
                 errno.ENOSPC,
-                f"{device.path} can't be evacuated now: of pool {pool} {free * BLOCK_BYTES} bytes are free on other "
-                f"devices, and moving takes {needed * BLOCK_BYTES} with the reserve: trim or delete something, or "
-                "grow it",
+                f"{device.path} can't be evacuated now: of pool {pool} {format_size(free * BLOCK_BYTES)} are free on "
+                f"other devices, and moving takes {format_size(needed * BLOCK_BYTES)} with the reserve: trim or delete "
+                "something, or grow it",
             )
 
     def _set_state(self, device: Device, state: Literal["online", "evacuating"]) -> None:

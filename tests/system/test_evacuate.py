@@ -126,6 +126,7 @@ def test_what_cannot_be_is_refused(pool: Daemon, tmp_path: Path) -> None:
     ):
         refused = pool.cli("pool", "evacuate", "p", *arguments, status=1)
         assert refused.returncode == 1 and text in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
+    assert "can't be opened" not in pool.cli("events").stdout, "the refusal is for who asked"
     pool.cli("pool", "evacuate", "p", status=2)
     assert read_back(pool) == CONTENT, "the pool is open again after the refusal of --lost"
 
