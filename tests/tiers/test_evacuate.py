@@ -232,7 +232,7 @@ def test_what_cannot_be_is_refused_with_the_figures_and_nothing_changes() -> Non
             volume = await pool.create_volume("more", 400 * BLOCK_BYTES)
             await volume.write(0, random.Random(3).randbytes(400 * BLOCK_BYTES))
             error = await refusal(lambda: pool.evacuator.start(fast))
-            assert error.errno == errno.ENOSPC and " bytes " in str(error) and fast in str(error)
+            assert error.errno == errno.ENOSPC and "KiB" in str(error) and fast in str(error)
             assert [device.state for device in pool.status().devices] == ["online", "online"]
             await pool.evacuator.start(base)
             assert (await finished(pool, base)).state == "removed"
