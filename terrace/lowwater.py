@@ -31,6 +31,11 @@ def judge(percent: float, told: float, levels: Sequence[float]) -> float:
     return max((level for level in levels if level <= told and percent > level - HYSTERESIS), default=0.0)
 
 
+def passed_down(level: float, levels: Sequence[float]) -> float:
+    """The lowest of the levels that a pool left which is at `level` now, and was above that."""
+    return min(above for above in levels if above > level)
+
+
 async def keep_watch(pools: Pools, levels: Sequence[float], events: Events) -> NoReturn:
     """Runs as long as the daemon serves."""
     told: dict[str, float] = {}
@@ -48,7 +53,7 @@ async def keep_watch(pools: Pools, levels: Sequence[float], events: Events) -> N
                 log.warning("%s", text)
                 events.add("space", slot.name, text)
             elif level < before:
-                text = f"pool {slot.name} is below {before:g} % again: {figures}"
+                text = f"pool {slot.name} is below {passed_down(level, levels):g} % again: {figures}"
                 log.info("%s", text)
                 events.add("space", slot.name, text)
         for name in set(told) - {slot.name for slot in pools.slots()}:

@@ -19,13 +19,13 @@ from terrace.schema import (
     Size,
     Window,
     duration_seconds,
-    exact_size,
     format_duration,
     format_window,
     window_minutes,
 )
 from tiers import Policy, PolicyError
 from tiers.policy import DEFAULT, Placement, WhenFull, require_possible
+from tiers.units import exact_size
 
 
 def _plain(value: Any) -> Any:

@@ -316,7 +316,8 @@ class Pools:
         except Exception as error:
             slot.error = _as_oserror(error)
             what = "failed" if opened else "can't be opened"
-            self._events("pool", slot.name, f"pool {slot.name} {what}: {slot.error}")
+            if opened or not give_up:  # a refusal to give a device up is for who asked
+                self._events("pool", slot.name, f"pool {slot.name} {what}: {slot.error}")
             # A refusal speaks for itself; anything else is a bug, whose traceback belongs into the report.
             log.error("pool %s %s: %s", slot.name, what, slot.error, exc_info=None if error is slot.error else error)
         finally:

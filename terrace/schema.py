@@ -140,14 +140,6 @@ def format_window(window: tuple[int, int] | None) -> str:
     return "" if window is None else "-".join(f"{minute // 60:02}:{minute % 60:02}" for minute in window)
 
 
-def exact_size(size_bytes: int) -> str:
-    """As `parse_size` reads it, in the largest unit that gives a whole number: `0`, `512`, `4M`."""
-    power = 0
-    while size_bytes and size_bytes % 1024 == 0 and power < 6:
-        size_bytes, power = size_bytes // 1024, power + 1
-    return f"{size_bytes}{' KMGTPE'[power].strip()}"
-
-
 def line_of(text: str, key: Sequence[str]) -> int:
     """The line, from 1, on which `key` (a path of names) begins; `text` must be TOML that has it.
 
@@ -191,8 +183,9 @@ def explain(model: type[BaseModel], detail: Any) -> str:
         return f"{_shown(value)} is not {'a size such as 64M' if is_size else _TYPE_NAMES[kind]}"
     if kind == "list_type":
         return f'{_shown(value)} is not a list such as ["127.0.0.1:10809"]'
-    if kind == "model_type":
-        return f"{_shown(value)} is not a section; write [{'.'.join(map(str, detail['loc']))}] on a line of its own"
+    if kind in ("model_type", "dict_type"):
+        heading = ".".join(map(str, detail["loc"])) + (".NAME" if kind == "dict_type" else "")
+        return f"{_shown(value)} is not a section; write [{heading}] on a line of its own"
     for limit, words in (("ge", "at least"), ("gt", "more than"), ("le", "at most")):
         if limit in context:
             bound = format_size(context[limit]) if is_size else f"{context[limit]:g}"

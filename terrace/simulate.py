@@ -21,6 +21,7 @@ from tiers.heat import Heat, Ints, Mask, Streams, Touch, expanded
 from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, MIN_DEVICE_BYTES, segment_bytes_for
 from tiers.policy import Policy
 from tiers.temperature import Temperature
+from tiers.units import format_size
 
 BATCH_REQUESTS = 256
 HEAT_BYTES = 256 << 20
@@ -87,7 +88,7 @@ class _Tier:
 
     def __init__(self, name: str, size_bytes: int, first_segment: int) -> None:
         if size_bytes < MIN_DEVICE_BYTES:
-            raise TierError(errno.EINVAL, f"a {name} tier of {size_bytes} bytes is too small: give 32M or more")
+            raise TierError(errno.EINVAL, f"a {name} tier of {format_size(size_bytes)} is too small: give 32M or more")
         segment_bytes = segment_bytes_for(size_bytes)
         self.name = name
         self.slots = segment_bytes >> BLOCK_SHIFT
@@ -132,8 +133,8 @@ class Simulation:
         if len(self._ids) > room:
             raise TierError(
                 errno.ENOSPC,
-                f"the trace touches {len(self._ids) * BLOCK_BYTES} bytes and these tiers hold {room * BLOCK_BYTES} "
-                f"at {LIVE_SHARE:.0%} full: give larger --fast or --base",
+                f"the trace touches {format_size(len(self._ids) * BLOCK_BYTES)} and these tiers hold "
+                f"{format_size(room * BLOCK_BYTES)} at {LIVE_SHARE:.0%} full: give larger --fast or --base",
             )
         self.figures.optimal_fast_blocks = int(np.sort(self._reads)[::-1][: self._fast.limit].sum())
         self._place = np.full(len(self._ids), -1, np.int64)

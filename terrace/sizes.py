@@ -8,6 +8,10 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from tiers.units import format_size
+
+__all__ = ["format_size", "parse_size"]
+
 _BLOCK_BYTES = 4096
 _UNITS = "KMGTPE"
 _SIZE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?) ?(?P<unit>[KMGTPE]?)(?P<suffix>i?B?)", re.IGNORECASE)
@@ -34,18 +38,3 @@ def parse_size(text: str) -> int:
         above = -(-size_bytes // _BLOCK_BYTES) * _BLOCK_BYTES
         raise ValueError(f"{text!r} is not a whole number of bytes; the next one of 4 KiB blocks is {above}")
     return int(size_bytes)
-
-
-def format_size(size_bytes: int) -> str:
-    """At most four significant characters and a unit: `0 B`, `10 GiB`, `1.46 TiB`. Rounded, for people only."""
-    if abs(size_bytes) < 1024:
-        return f"{size_bytes} B"
-    value, power = size_bytes / 1024, 0
-    # 1023.6 would print as 1024 of the smaller unit.
-    while abs(value) >= 1023.5 and power < len(_UNITS) - 1:
-        value, power = value / 1024, power + 1
-    digits = 0 if value == int(value) or abs(value) >= 100 else 1 if abs(value) >= 10 else 2
-    text = f"{value:.{digits}f}"
-    if "." in text:
-        text = text.rstrip("0").rstrip(".")
-    return f"{text} {_UNITS[power]}iB"

@@ -30,9 +30,9 @@ by a walk over all maps (`check.find_leaks`), which lists what is lost on the wa
 import errno
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Set
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -46,11 +46,12 @@ from tiers.cleaner import Cleaner
 from tiers.device import Device
 from tiers.errors import TierError
 from tiers.failpoint import hit
-from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, FIRST_ADDRESS, SLOT_BITS, SLOT_MASK, check_of
+from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, FIRST_ADDRESS, MIB, SLOT_BITS, SLOT_MASK, check_of
 from tiers.maptree import BAD_PAGE, EMPTY_PAGE, FANOUT, FANOUT_BITS, ROOT_LEVEL, page_key, page_of, read_pages
 from tiers.mover import DamagedMapError, Mover, OutputFullError
 from tiers.record import Kind
 from tiers.segments import Segment
+from tiers.units import format_size
 from tiers.volume import Volume
 
 if TYPE_CHECKING:
@@ -118,7 +119,10 @@ class _Run:
     problem: str | None = None
     finished_at: float | None = None
     bad_blocks: int = 0
-    spent_s: float = 0.0
+    left_at_end: int = 0
+    """Blocks, when it was cancelled."""
+    emptied: set[int] = field(default_factory=set)
+    """Segments whose copies are true, and whose counts the next checkpoint will bring down."""
 
 
 class Evacuator:
@@ -174,7 +178,7 @@ class Evacuator:
                 raise
             hit("evacuate.begun")
             self._begin(device, resumed=False)
-            text = f"{device.path} is being emptied, {self._left(device) * BLOCK_BYTES} bytes"
+            text = f"{device.path} is being emptied, {format_size(self._left(device) * BLOCK_BYTES)}"
             logger.info("pool %s: %s", engine.pool_name, text)
             self._events("evacuation", device.path, text)
             return self._status(self._runs[device.index])
@@ -198,6 +202,7 @@ class Evacuator:
                     self._set_state(device, "evacuating")
                 raise
             hit("evacuate.cancelled")
+            run.left_at_end = self._left(device, run.emptied)
             run.state, run.finished_at = "cancelled", time.time()
             self._events("evacuation", device.path, f"the evacuation of {device.path} was cancelled")
             return self._status(run)
@@ -224,11 +229,12 @@ class Evacuator:
         space = self._engine.space
         pool = self._engine.pool_name
         if space.charged > space.capacity:
+            missing = -(-(space.charged - space.capacity) * BLOCK_BYTES // MIB) * MIB
             raise TierError(
                 errno.ENOSPC,
-                f"{device.path} can't be evacuated: {space.charged * BLOCK_BYTES} bytes live in pool {pool}, and its "
-                f"other devices have a capacity of {space.capacity * BLOCK_BYTES}: grow it by "
-                f"{(space.charged - space.capacity) * BLOCK_BYTES} bytes or more, or delete or trim something",
+                f"{device.path} can't be evacuated: {format_size(space.charged * BLOCK_BYTES)} live in pool {pool}, "
+                f"and its other devices have a capacity of {format_size(space.capacity * BLOCK_BYTES)}: grow it by "
+                f"{format_size(missing)} or more, or delete or trim something",
             )
         # As much as the cleaner would see to, so that clients, who lose the free space of this device, go on as well.
         most = max(device.segment_bytes >> BLOCK_SHIFT, PIECE_BLOCKS)
@@ -237,9 +243,9 @@ class Evacuator:
         if free < needed:
             raise TierError(
                 errno.ENOSPC,
-                f"{device.path} can't be evacuated now: of pool {pool} {free * BLOCK_BYTES} bytes are free on other "
-                f"devices, and moving takes {needed * BLOCK_BYTES} with the reserve: trim or delete something, or "
-                "grow it",
+                f"{device.path} can't be evacuated now: of pool {pool} {format_size(free * BLOCK_BYTES)} are free on "
+                f"other devices, and moving takes {format_size(needed * BLOCK_BYTES)} with the reserve: trim or delete "
+                "something, or grow it",
             )
 
     def _set_state(self, device: Device, state: Literal["online", "evacuating"]) -> None:
@@ -253,14 +259,15 @@ class Evacuator:
         """Those of this life of the pool, the newest last."""
         return [self._status(run) for run in self._runs.values()]
 
-    def _left(self, device: Device) -> int:
-        return sum(segment.live + segment.pending for segment in self._engine.segments.on_device(device))
+    def _left(self, device: Device, emptied: Set[int] = frozenset()) -> int:
+        segments = self._engine.segments.on_device(device)
+        return sum(segment.live + segment.pending for segment in segments if segment.id not in emptied)
 
     def _status(self, run: _Run) -> EvacuationStatus:
         over = run.state in ("removed", "cancelled")
-        left = 0 if over else self._left(run.device)
+        left = run.left_at_end if over else self._left(run.device, run.emptied)
         total = max(run.total_blocks, left)
-        done = total - left if run.state != "cancelled" else 0
+        done = total - left
         passed = trio.current_time() - run.began
         speed = done * BLOCK_BYTES / passed if passed >= MIN_SPEED_S and not over else 0.0
         eta = left * BLOCK_BYTES / speed if speed and run.state == "running" else None
@@ -317,6 +324,7 @@ class Evacuator:
         while self._goes_on(run):
             await self._leave(device)
             await engine.checkpoint()
+            run.emptied.clear()
             engine.space.evacuated_entries = 0
             segments = engine.segments.on_device(device)
             if not segments and not run.recount:
@@ -482,12 +490,13 @@ class Evacuator:
         """Move what lives in these segments."""
         by_id = self._engine.segments.by_id
         staged = 0
+        copied: set[int] = set()
         for victim in sorted(segments, key=lambda segment: segment.index):
             if victim.kind in (Kind.MAP, Kind.CATALOG) or victim.given_out or victim.open:
                 continue
             blocks = victim.live + victim.pending
             if staged and (staged + blocks > STAGED_BLOCKS or not self._may_stage(staged + blocks)):
-                await self._apply(run)
+                await self._apply(run, copied)
                 staged = 0
             if not await self._room(run, blocks):
                 break
@@ -497,20 +506,23 @@ class Evacuator:
             self._engine.space.evacuated_entries = staged
             try:
                 await self.mover.move_segment(victim, self._tier_for(run.device))
+                if not victim.damaged and not victim.given_out:
+                    copied.add(victim.id)
             except OutputFullError:
                 self._engine.space.kick_cleaner.set()
-                await self._apply(run)
+                await self._apply(run, copied)
                 staged = 0
-        await self._apply(run)
+        await self._apply(run, copied)
 
     def _may_stage(self, blocks: int) -> bool:
         settings = self._engine.settings
         space = self._engine.space
         return blocks + space.active_weight + space.frozen_weight < settings.overlay_entries // 2
 
-    async def _apply(self, run: _Run) -> None:
+    async def _apply(self, run: _Run, copied: Set[int] = frozenset()) -> None:
         bad_before = self.mover.bad_blocks
         await self.mover.apply_staged()
+        run.emptied |= copied
         run.bad_blocks += self.mover.bad_blocks - bad_before
         self._engine.space.evacuated_entries = 0
         hit("evacuate.moved")

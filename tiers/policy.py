@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from tiers.names import validate_name
+from tiers.units import exact_size
 
 Placement = Literal["auto", "fast", "base"]
 WhenFull = Literal["enospc", "queue"]
@@ -87,9 +88,11 @@ class Policy:
                     burst_field, f"{burst} is a burst above no limit; give {limit_field} too, or leave it out"
                 )
             if burst and burst < limit:
+                show = exact_size if burst_field == "bandwidth_burst_bytes" else str
                 raise PolicyError(
                     burst_field,
-                    f"{burst} is less than what {limit_field} gives in a second; the nearest possible is {limit}",
+                    f"{show(burst)} is less than what {limit_field} gives in a second; "
+                    f"the nearest possible is {show(limit)}",
                 )
         if self.when_full == "queue" and self.queue_timeout_s == 0:
             raise PolicyError(
@@ -149,16 +152,16 @@ def _one_of(*valid: str) -> Callable[[Any], None]:
     return judge
 
 
-def _between(least: int, most: int, *, or_zero: str = "") -> Callable[[Any], None]:
-    """From `least` to `most`; or 0 as well, where a meaning of it is given."""
+def _between(least: int, most: int, *, or_zero: str = "", show: Callable[[Any], str] = str) -> Callable[[Any], None]:
+    """From `least` to `most`; or 0 as well, where a meaning of it is given. `show` writes numbers."""
 
     def judge(value: Any) -> None:
         if (or_zero and value == 0) or (math.isfinite(value) and least <= value <= most):
             return
         nearest = most if value > most else 0 if or_zero and value < 0 else least
         raise ValueError(
-            f"{value} is not possible; it must be from {least} to {most}{or_zero and f', or 0: {or_zero}'}; "
-            f"the nearest is {nearest}"
+            f"{show(value)} is not possible; it must be from {show(least)} to {show(most)}"
+            f"{or_zero and f', or 0: {or_zero}'}; the nearest is {show(nearest)}"
         )
 
     return judge
@@ -171,15 +174,15 @@ RULES: dict[str, Callable[[Any], None]] = {
     "demote_heat": _between(0, HEAT_LIMIT - 1),
     "demote_idle_s": _between(0, YEAR_S),
     "compression_level": _between(0, COMPRESSION_LIMIT),
-    "migration_rate_bytes": _between(MIN_RATE_BYTES, RATE_LIMIT, or_zero="no limit"),
+    "migration_rate_bytes": _between(MIN_RATE_BYTES, RATE_LIMIT, or_zero="no limit", show=exact_size),
     "migration_window": _possible_window,
     "iops_limit": _between(1, RATE_LIMIT, or_zero="no limit"),
     "iops_burst": _between(0, RATE_LIMIT),
-    "bandwidth_limit_bytes": _between(MIN_RATE_BYTES, RATE_LIMIT, or_zero="no limit"),
-    "bandwidth_burst_bytes": _between(0, RATE_LIMIT),
+    "bandwidth_limit_bytes": _between(MIN_RATE_BYTES, RATE_LIMIT, or_zero="no limit", show=exact_size),
+    "bandwidth_burst_bytes": _between(0, RATE_LIMIT, show=exact_size),
     "when_full": _one_of(*get_args(WhenFull)),
     "queue_timeout_s": _between(0, YEAR_S),
-    "stream_cutoff_bytes": _between(0, RATE_LIMIT),
+    "stream_cutoff_bytes": _between(0, RATE_LIMIT, show=exact_size),
 }
 """What each field may be, whatever the others are."""
 _BURSTS = (("iops_burst", "iops_limit"), ("bandwidth_burst_bytes", "bandwidth_limit_bytes"))

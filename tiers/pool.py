@@ -48,6 +48,7 @@ from tiers.scrub import Scrubber, ScrubStatus
 from tiers.scrubstate import ScrubFile
 from tiers.segments import is_free
 from tiers.settings import PoolSettings
+from tiers.units import format_size
 from tiers.volume import Volume
 
 logger = logging.getLogger(__name__)
@@ -309,7 +310,7 @@ class Pool:
                     f"there is a volume {self.name}/{name} already: choose another name, or delete it first",
                 )
             policy = self._engine.require_policy(policy)
-            self._require_commitment(size_bytes, f"a volume {self.name}/{name} of {size_bytes} bytes")
+            self._require_commitment(size_bytes, f"a volume {self.name}/{name} of {format_size(size_bytes)}")
             volume_id = self._engine.next_volume_id
             created_at = int(self._host.now())
             ops = [Op.CREATE << 56 | volume_id, size_bytes, created_at << 8 | len(name)]
@@ -364,7 +365,7 @@ class Pool:
             else:
                 await self._engine.admit_release()
                 more = size_bytes - volume.size_bytes
-                self._require_commitment(more, f"{volume.name} with {more} bytes more")
+                self._require_commitment(more, f"{volume.name} with {format_size(more)} more")
                 self._engine.append_record(Op.RESIZE, volume.id, size_bytes)
                 self._engine.resized(volume, size_bytes)
             hit("resize.logged")
@@ -381,9 +382,10 @@ class Pool:
         if limit and more_bytes > 0 and nominal + more_bytes > limit * capacity:
             raise TierError(
                 errno.ENOSPC,
-                f"{what} would be more than pool {self.name} may promise: its volumes have {nominal} bytes of at most "
-                f"{int(limit * capacity)}, {limit:g} times its capacity of {capacity} bytes (overcommit_limit under "
-                "[pool] in the configuration): grow the pool, or delete or shrink a volume",
+                f"{what} would be more than pool {self.name} may promise: its volumes have {format_size(nominal)} of "
+                f"at most {format_size(int(limit * capacity))}, {limit:g} times its capacity of "
+                f"{format_size(capacity)} (overcommit_limit under [pool] in the configuration): grow the pool, or "
+                "delete or shrink a volume",
             )
 
     def use(self) -> tuple[int, int]:

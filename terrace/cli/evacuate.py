@@ -191,7 +191,7 @@ def show_losses(losses: list[dict[str, Any]]) -> None:
     click.echo()
     shown = losses[:_SHOWN_RANGES]
     rows = [(one["volume"], one["offset"], one["offset"] + one["length"] - 1) for one in shown]
-    show_table(("Lost", ">From byte", ">To byte"), rows)
+    show_table(("Lost of", ">From byte", ">To byte"), rows)
     if len(losses) > len(shown):
         click.echo(f"... and {len(losses) - len(shown)} more: -o json lists them all.")
     click.echo("\nThese ranges read as EIO. Write or trim them and they are sound again; restore them from a copy.")

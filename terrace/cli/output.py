@@ -10,9 +10,11 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
+
+from terrace.sizes import format_size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +34,12 @@ def output_option(command: CommandT) -> CommandT:
         show_default=True,
         help="For people, or for programs.",
     )(command)
+
+
+def complain(sentence: str) -> None:
+    """An error on one line, and without what a name from elsewhere could do to a terminal."""
+    line = "".join(char if char.isprintable() else " " for char in sentence)
+    click.echo(f"Error: {' '.join(line.split())}", err=True)
 
 
 def show_json(value: object) -> None:
@@ -74,8 +82,9 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, titl
     ruled = Box("    \n    \n ── \n    \n    \n    \n    \n    \n", ascii=False)
     table = Table(box=ruled, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
     for column in columns:
-        right = column.startswith(">")
-        table.add_column(column.removeprefix(">"), justify="right" if right else "left", no_wrap=True, overflow="fold")
+        side: Literal["left", "right"] = "right" if column.startswith(">") else "left"
+        heading = Text(column.removeprefix(">"))  # as it is: "[policy.x]" would be markup
+        table.add_column(heading, justify=side, no_wrap=True, overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell), STATE_STYLES.get(str(cell), "")) for cell in row))
     out.print(table)
@@ -107,7 +116,14 @@ def duration(seconds: float) -> str:
     parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
     while len(parts) > 1 and parts[0][0] == 0:
         parts.pop(0)
-    return " ".join(f"{count} {unit}" for count, unit in parts[:2])
+    shown = parts[:2] if len(parts) > 1 and parts[1][0] else parts[:1]
+    return " ".join(f"{count} {unit}" for count, unit in shown)
+
+
+def speed_text(bytes_per_s: float, left_s: float | None) -> str:
+    """`38 MiB/s, ETA 6 s`."""
+    eta = f", ETA {duration(left_s)}" if left_s is not None else ""
+    return f"{format_size(int(bytes_per_s))}/s{eta}"
 
 
 @contextlib.contextmanager
@@ -124,6 +140,16 @@ def patience(what: str) -> Iterator[Callable[[int, int], None]]:
         return
 
     from rich import progress
+    from rich.text import Text
+
+    class Speed(progress.ProgressColumn):
+        """Bytes a second and the time left, in the units of the tables."""
+
+        def render(self, task: progress.Task) -> Text:
+            speed = task.finished_speed or task.speed
+            if not speed:
+                return Text("")
+            return Text(speed_text(speed, task.time_remaining))
 
     unknown = progress.Progress(
         progress.SpinnerColumn(), progress.TextColumn(what), progress.TimeElapsedColumn(), console=err, transient=True
@@ -133,9 +159,7 @@ def patience(what: str) -> Iterator[Callable[[int, int], None]]:
         progress.BarColumn(),
         progress.TaskProgressColumn(),
         progress.DownloadColumn(binary_units=True),
-        progress.TransferSpeedColumn(),
-        progress.TextColumn("ETA"),
-        progress.TimeRemainingColumn(),
+        Speed(),
         console=err,
         transient=True,
     )

@@ -11,7 +11,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from terrace.cli.context import Context, ask, pass_context
-from terrace.cli.output import output_option, show_json, show_table
+from terrace.cli.output import complain, output_option, show_json, show_table
 from terrace.cli.simulate import simulate
 
 
@@ -50,7 +50,10 @@ def check(file: Path, output: str) -> None:
     try:
         config = load_config(file)
     except ConfigError as error:
-        raise click.ClickException("; ".join(error.problems)) from None
+        *others, last = error.problems
+        for problem in others:
+            complain(problem)
+        raise click.ClickException(last) from None
     if output == "json":
         show_json([dataclasses.asdict(config.show_policy(name)) for name in config.policy])
     else:

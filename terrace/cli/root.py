@@ -13,6 +13,7 @@ import click
 from terrace.cli.completion import completion
 from terrace.cli.context import Context
 from terrace.cli.events import events
+from terrace.cli.output import complain
 from terrace.cli.policy import policy
 from terrace.cli.pool import pool
 from terrace.cli.status import status
@@ -33,13 +34,13 @@ class Root(click.Group):
             status = 2
         except click.UsageError as error:
             command = error.ctx.command_path if error.ctx else "terrace"
-            _complain(f"{error.format_message().rstrip('.')}; see {command} --help")
+            complain(f"{error.format_message().rstrip('.')}; see {command} --help")
             status = 2
         except click.ClickException as error:
-            _complain(error.format_message())
+            complain(error.format_message())
             status = 1
         except click.Abort:
-            _complain("stopped")
+            complain("stopped")
             status = 1
         except OSError as error:
             failure, status = error, 1
@@ -52,14 +53,8 @@ class Root(click.Group):
         if failure is not None and failure.errno != errno.EPIPE:
             # All that has no sentence of its own, nor a file, is our output.
             bare = type(failure) is OSError and failure.filename is None
-            _complain(f"writing to standard output: {failure.strerror}" if bare else str(failure))
+            complain(f"writing to standard output: {failure.strerror}" if bare else str(failure))
         sys.exit(status)
-
-
-def _complain(sentence: str) -> None:
-    """On one line, and without what a name from elsewhere could do to a terminal."""
-    line = "".join(char if char.isprintable() else " " for char in sentence)
-    click.echo(f"Error: {' '.join(line.split())}", err=True)
 
 
 @click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

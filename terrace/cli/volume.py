@@ -139,7 +139,7 @@ def delete(context: Context, volume: tuple[str, str], yes: bool, output: str) ->
 
 def _waiting(volume: dict[str, Any]) -> str:
     counts = ((volume["throttled"], "for the limits of the policy"), (volume["queued"], "for room in the pool"))
-    return ", ".join(f"{count} requests {what}" for count, what in counts if count)
+    return ", ".join(f"{count} request{'s'[: count != 1]} {what}" for count, what in counts if count)
 
 
 volume.add_command(heat)

@@ -14,6 +14,7 @@ import pytest
 import trio
 from click.testing import CliRunner, Result
 
+from terrace.cli.output import duration, show_table, speed_text
 from terrace.cli.pool import _one_option_each
 from terrace.cli.root import root
 from terrace.home import Home
@@ -347,3 +348,21 @@ def test_output_that_can_not_be_written_is_one_line_and_status_1(cli: Cli, comma
         )
     assert result.returncode == 1
     assert result.stderr == "Error: writing to standard output: No space left on device\n"
+
+
+def test_a_table_shows_headings_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    show_table(("[policy.slow]", ">Value"), [("iops_limit", 5)])
+    assert capsys.readouterr().out.splitlines()[0].split() == ["[policy.slow]", "Value"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (59.6, "59 s"), (90, "1 min 30 s"), (3600, "1 h"), (3660, "1 h 1 min"), (86400, "1 d")],
+)
+def test_a_time_has_at_most_two_units_and_none_that_is_zero_at_its_end(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_the_speed_beside_a_bar_is_in_the_units_of_its_sizes() -> None:
+    assert speed_text(38 << 20, 66.0) == "38 MiB/s, ETA 1 min 6 s"
+    assert speed_text(1000.0, None) == "1000 B/s"

@@ -10,7 +10,7 @@ import trio
 
 from terrace import events as module
 from terrace.events import Events
-from terrace.lowwater import judge
+from terrace.lowwater import judge, passed_down
 
 
 async def keep(events: Events, count: int, first: int = 0) -> None:
@@ -98,3 +98,8 @@ def test_each_level_is_told_once_when_it_is_passed_and_left_only_well_below_it()
 
 def test_without_levels_nothing_is_told() -> None:
     assert judge(100, 0.0, []) == 0.0
+
+
+@pytest.mark.parametrize(("level", "told"), [(85, 95), (70, 85), (0, 70)])
+def test_what_is_told_of_a_pool_that_left_several_levels_at_once_is_the_lowest(level: float, told: float) -> None:
+    assert passed_down(level, [85.0, 70.0, 95.0]) == told

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from terrace.cli.root import root
 from terrace.config import Config, parse_config
 from terrace.policies import KEYS, PolicyConfig
-from terrace.schema import ConfigError, duration_seconds, exact_size, format_duration
+from terrace.schema import ConfigError, duration_seconds, format_duration
 from terrace.sizes import parse_size
 from tiers import Policy
 from tiers.policy import DEFAULT
+from tiers.units import exact_size
 
 EVERY_KEY = """
 [policy.gold]
@@ -97,7 +98,10 @@ def test_what_is_shown_says_what_was_given_and_can_be_written_again() -> None:
         ("demote_idle = 'soon'", 'demote_idle: "soon" is not a time; write one such as "30s", "10m", "24h" or "7d"'),
         ("demote_idle = 5", "demote_idle: 5 is not a string in quotes"),
         ("demote_idle = '9999w'", "demote_idle: "),
-        ("migration_rate = '1K'", "migration_rate: 1024 is not possible; it must be from 65536 "),
+        (
+            "migration_rate = '1K'",
+            "migration_rate: 1K is not possible; it must be from 64K to 1P, or 0: ",
+        ),
         ("migration_rate = '50MB'", "migration_rate: '50MB' is ambiguous"),
         ("migration_rate = -1", "migration_rate: -1 is not possible"),
         ("migration_window = '22-6'", 'migration_window: "22-6" is not a window of hours'),
@@ -105,7 +109,7 @@ def test_what_is_shown_says_what_was_given_and_can_be_written_again() -> None:
         ("iops_limit = 5\niops_burst = 4", "iops_burst: 4 is less than what iops_limit gives in a second; "),
         (
             "bandwidth_limit = '1M'\nbandwidth_burst = '64K'",
-            "bandwidth_burst: 65536 is less than what bandwidth_limit gives in a second; the nearest possible is",
+            "bandwidth_burst: 64K is less than what bandwidth_limit gives in a second; the nearest possible is 1M",
         ),
         ("when_full = 'queue'\nqueue_timeout = 0", "queue_timeout: 0 is no time to wait in"),
     ],
@@ -119,7 +123,7 @@ def test_an_error_names_file_line_table_and_key_and_what_would_be_right(line: st
 def test_a_name_that_no_policy_can_have_is_refused() -> None:
     assert problem("[policy.'a b']").startswith("t.toml:1: policy.a b: 'a b' can't name a policy")
     assert problem("[policy]\ngold = 1").startswith("t.toml:2: policy.gold: 1 is not a section; write [policy.gold]")
-    assert problem("policy = 1").startswith("t.toml:1: policy: ")
+    assert problem("policy = 1").startswith("t.toml:1: policy: 1 is not a section; write [policy.NAME]")
 
 
 def test_every_problem_of_every_policy_is_told() -> None:
@@ -155,5 +159,9 @@ def test_a_file_is_checked_without_a_daemon(tmp_path: Path) -> None:
     bad = run("policy", "check", str(file))
     assert bad.exit_code == 1
     assert bad.stderr == f'Error: {file}:3: policy.gold.placment: unknown key; did you mean "placement"?\n'
+    file.write_text("[policy.a]\nx = 1\n[policy.b]\niops_limit = -1\n")
+    first, second = run("policy", "check", str(file)).stderr.splitlines()
+    assert first.startswith(f"Error: {file}:2: policy.a.x: unknown key")
+    assert second.startswith(f"Error: {file}:4: policy.b.iops_limit: -1 is not possible")
     missing = run("policy", "check", str(tmp_path / "none"))
     assert (missing.exit_code, "can't be read" in missing.stderr) == (1, True)

@@ -103,8 +103,8 @@ def test_the_same_trace_gives_the_same_figures_and_they_add_up() -> None:
 @pytest.mark.parametrize(
     ("fast", "base", "why"),
     [
-        (MIB, None, "a fast tier of 1048576 bytes is too small: give 32M or more"),
-        (32 * MIB, MIB, "a base tier of 1048576 bytes is too small"),
+        (MIB, None, "a fast tier of 1 MiB is too small: give 32M or more"),
+        (32 * MIB, MIB, "a base tier of 1 MiB is too small"),
         (32 * MIB, 32 * MIB, "give larger --fast or --base"),
     ],
 )

@@ -162,6 +162,36 @@ def test_clients_go_on_while_a_device_is_emptied() -> None:
     machine.run(main)
 
 
+def test_what_was_moved_is_told_before_a_checkpoint_has_counted_it_and_after_cancelling() -> None:
+    machine = machine_with(TWO)
+    path = machine.media[0].path
+
+    async def main() -> None:
+        async with filled(machine) as (pool, content):
+            evacuator = pool.evacuator
+            await evacuator.start(path)
+            apply, applied = evacuator._apply, trio.Event()
+
+            async def stop_after(*args: Any) -> None:
+                await apply(*args)
+                applied.set()
+                await trio.sleep(60)
+
+            with mock.patch.object(evacuator, "_apply", stop_after):
+                await applied.wait()
+                checkpoints = pool.status().checkpoints
+                await trio.sleep(6)
+                during = evacuator.status()[0]
+                assert pool.status().checkpoints == checkpoints
+                assert 0 < during.done_bytes <= during.total_bytes and during.bytes_per_s > 0
+                assert during.eta_s is not None
+                cancelled = await evacuator.cancel(path)
+            assert cancelled.state == "cancelled" and cancelled.done_bytes == during.done_bytes
+            assert await read_all(pool.volume("v")) == content
+
+    machine.run(main)
+
+
 def test_nothing_new_is_put_on_a_device_that_is_being_emptied_and_cancelling_lets_it_be_used_again() -> None:
     machine = machine_with(TWO)
     path = machine.media[1].path
@@ -202,7 +232,7 @@ def test_what_cannot_be_is_refused_with_the_figures_and_nothing_changes() -> Non
             volume = await pool.create_volume("more", 400 * BLOCK_BYTES)
             await volume.write(0, random.Random(3).randbytes(400 * BLOCK_BYTES))
             error = await refusal(lambda: pool.evacuator.start(fast))
-            assert error.errno == errno.ENOSPC and " bytes " in str(error) and fast in str(error)
+            assert error.errno == errno.ENOSPC and "KiB" in str(error) and fast in str(error)
             assert [device.state for device in pool.status().devices] == ["online", "online"]
             await pool.evacuator.start(base)
             assert (await finished(pool, base)).state == "removed"
