@@ -94,7 +94,12 @@ def test_a_block_that_is_served_from_a_kept_frame_comes_to_the_fast_tier_too() -
     async def main() -> None:
         async with demoted(machine) as (pool, volume, promoter):
             asked: list[int] = []
-            promoter._judge = lambda volume, block: bool(asked.append(block)) or block in (5, 6, 7)
+
+            def judge(volume: Volume, block: int) -> bool:
+                asked.append(block)
+                return block in (5, 6, 7)
+
+            promoter._judge = judge
             assert await read(volume, 3) == content(1, 3)  # brings the frame
             into = memoryview(bytearray(3 * BLOCK_BYTES))
             assert volume.read_now(5 * BLOCK_BYTES, BLOCK_BYTES, into[:BLOCK_BYTES])
