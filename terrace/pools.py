@@ -127,12 +127,8 @@ class Pools:
     def occupying(self, name: str) -> Iterator[Pool]:
         """The open pool, for an operation that may take hours: who wants to close the pool gets EBUSY."""
         pool = self.pool(name)
-        slot = self._slots[name]
-        slot.users += 1
-        try:
+        with _occupied(self._slots[name]):
             yield pool
-        finally:
-            slot.users -= 1
 
     async def create(self, name: str, devices: Sequence[DeviceSpec], *, force: bool) -> Pool:
         """Label the devices and open the new pool. Nothing is left behind when it fails."""
@@ -182,15 +178,12 @@ class Pools:
         if slot.users or (slot.pool is None and slot.error is None):
             raise TierError(errno.EBUSY, f"pool {name!r} is in use: an operation on it is running; try again later")
         was_open = slot.pool is not None
-        slot.users += 1
-        try:
+        with _occupied(slot):
             await self._retire(slot)
             await self._open(slot, truncate_log=truncate_log, give_up=[device])
             refusal = slot.error if slot.pool is None else None
             if refusal is not None and was_open:
                 await self._open(slot)
-        finally:
-            slot.users -= 1
         if refusal is not None:
             raise refusal
         self._events("device", device, f"{device} of pool {name} was given up as lost")
@@ -211,8 +204,7 @@ class Pools:
             self._require_unused(slot)
         if slot.users or (slot.pool is None and slot.error is None):
             raise TierError(errno.EBUSY, f"pool {name!r} is in use: an operation on it is running; try again later")
-        slot.users += 1
-        try:
+        with _occupied(slot):
             await self._retire(slot)
             try:
                 await self._engine.destroy(slot.directory)
@@ -220,8 +212,6 @@ class Pools:
             except OSError as error:
                 slot.error = error
                 raise
-        finally:
-            slot.users -= 1
         del self._slots[name]
 
     async def open_all(self) -> None:
@@ -347,6 +337,16 @@ async def open_pools(
             await pools.open_all()
         yield pools
         await pools.close_all()
+
+
+@contextmanager
+def _occupied(slot: Slot) -> Iterator[None]:
+    """A long operation is under way on a pool."""
+    slot.users += 1
+    try:
+        yield
+    finally:
+        slot.users -= 1
 
 
 def _as_oserror(error: BaseException) -> OSError:

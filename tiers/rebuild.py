@@ -25,7 +25,7 @@ import trio
 from tiers.catalog import CATALOG_NAME, Catalog, DeviceRow, State, device_row, judge_state
 from tiers.catalogcopy import BadCopyError, newest_chain, state_of
 from tiers.copies import Part, copies_in, read_parts
-from tiers.device import Device, FileDevice, lock_or_refuse, new_workers, open_device
+from tiers.device import Device, FileDevice, lock_or_refuse, open_device
 from tiers.errors import TierError
 from tiers.host import LOCK_NAME
 from tiers.label import BadLabelError
@@ -137,7 +137,6 @@ class _Devices:
         self.opened: list[FileDevice] = []
         self._old_uuid = self.uuid
         self._seen: set[Path] = set()
-        self._offload = new_workers()
 
     def close(self) -> None:
         for device in self.opened:
