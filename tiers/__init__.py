@@ -13,6 +13,7 @@ from tiers.rebuild import Rebuilt, rebuild_catalog
 from tiers.scrub import DeviceScrub, ScrubStatus
 from tiers.scrubstate import Damage, Result
 from tiers.settings import PoolSettings
+from tiers.snapshot import Snapshot
 from tiers.volume import Volume
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Rebuilt",
     "Result",
     "ScrubStatus",
+    "Snapshot",
     "TierError",
     "Volume",
     "VolumeStatus",

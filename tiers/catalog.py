@@ -8,7 +8,10 @@ a power cut; it is written only after the data that it names was made durable.
     meta      key, value          format_version, pool_name, pool_uuid, incarnation, checkpoint_seq, log_segment,
                                   log_slot, log_prev_check, next_segment_id, next_volume_id
     devices   idx, uuid, path, tier, size_bytes, segment_bytes, poisoned, state
-    volumes   id, name, size_bytes, root_address, root_check, mapped_blocks, created_at, policy
+    volumes   id, name, size_bytes, root_address, root_check, mapped_blocks, created_at, policy, family, origin,
+              layered, retired, heir, referenced
+    snapshots id, volume, name, size_bytes, root_address, root_check, mapped_blocks, referenced, created_at, state,
+              held
     segments  id, device, idx, kind, open, used, live, last_seq, blocks
     dead      address, check_value, level, volume   subtrees that no volume has any more, to be walked in slices
 
@@ -43,7 +46,8 @@ from tiers.layout import (
 from tiers.names import MAX_VOLUME_BYTES, validate_name, validate_volume_size
 from tiers.record import MAX_TIME_S, Kind
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+SNAPSHOT_STATES = ("visible", "hidden", "deleted")
 CATALOG_NAME = "catalog.sqlite"
 BALLAST_NAME = "ballast"
 BALLAST_BYTES = 4 << 20
@@ -53,9 +57,14 @@ CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE devices (idx INTEGER PRIMARY KEY, uuid BLOB NOT NULL, path TEXT NOT NULL, tier TEXT NOT NULL,
     size_bytes INTEGER NOT NULL, segment_bytes INTEGER NOT NULL, poisoned TEXT,
     state TEXT NOT NULL);
-CREATE TABLE volumes (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, size_bytes INTEGER NOT NULL,
+CREATE TABLE volumes (id INTEGER PRIMARY KEY, name TEXT NOT NULL, size_bytes INTEGER NOT NULL,
     root_address INTEGER NOT NULL, root_check INTEGER NOT NULL, mapped_blocks INTEGER NOT NULL,
-    created_at REAL NOT NULL, policy TEXT NOT NULL);
+    created_at REAL NOT NULL, policy TEXT NOT NULL, family INTEGER NOT NULL, origin INTEGER NOT NULL,
+    layered INTEGER NOT NULL, retired INTEGER NOT NULL, heir INTEGER NOT NULL, referenced INTEGER NOT NULL);
+CREATE TABLE snapshots (id INTEGER PRIMARY KEY, volume INTEGER NOT NULL, name TEXT NOT NULL,
+    size_bytes INTEGER NOT NULL, root_address INTEGER NOT NULL, root_check INTEGER NOT NULL,
+    mapped_blocks INTEGER NOT NULL, referenced INTEGER NOT NULL, created_at REAL NOT NULL, state TEXT NOT NULL,
+    held INTEGER NOT NULL);
 CREATE TABLE segments (id INTEGER PRIMARY KEY, device INTEGER NOT NULL, idx INTEGER NOT NULL, kind INTEGER NOT NULL,
     open INTEGER NOT NULL, used INTEGER NOT NULL, live INTEGER NOT NULL, last_seq INTEGER NOT NULL,
     blocks INTEGER NOT NULL);
@@ -94,6 +103,35 @@ class VolumeRow:
     created_at: float
     policy: str = ""
     """The name of its policy; empty: the default."""
+    family: int = 0
+    """The id of the first volume of its name; 0: this one."""
+    origin: int = 0
+    """The id of the snapshot that it is a clone of; 0: none."""
+    layered: bool = False
+    """Its map may have entries that only mean something with an origin."""
+    retired: bool = False
+    """No client sees it, and it has no name."""
+    heir: int = 0
+    """The volume that has its blocks now; 0: none."""
+    referenced: int = 0
+    """Blocks with data that clients see."""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotRow:
+    """A snapshot and the root of what it keeps."""
+
+    id: int
+    volume: int
+    name: str
+    size_bytes: int
+    root_address: int
+    root_check: int
+    mapped_blocks: int
+    referenced: int
+    created_at: float
+    state: str
+    held: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +178,9 @@ class Change:
     dead_added: list[DeadRow] = field(default_factory=list)
     dead_removed: list[int] = field(default_factory=list)
     devices: list[DeviceRow] = field(default_factory=list)
+    snapshots: list[SnapshotRow] = field(default_factory=list)
+    """Those that are new or have changed."""
+    snapshots_removed: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +194,7 @@ class State:
     volumes: list[VolumeRow]
     segments: list[SegmentRow]
     dead: list[DeadRow]
+    snapshots: list[SnapshotRow] = field(default_factory=list)
 
 
 def judge_state(state: State) -> None:
@@ -193,13 +235,27 @@ def judge_state(state: State) -> None:
         places[device.index] = (device.size_bytes - LABEL_AREA_BYTES) // device.segment_bytes
         slots[device.index] = device.segment_bytes // BLOCK_BYTES
     names: set[str] = set()
+    snapshot_ids = {snapshot.id for snapshot in state.snapshots}
+    volume_ids = {volume.id for volume in state.volumes}
     for volume in state.volumes:
         _within("a volume's id", volume.id, 1, (1 << 56) - 1)
         what = f"volume {volume.id}"
-        validate_name("volume", _text(f"{what}: the name", volume.name))
-        if volume.name in names:
-            raise ValueError(f"two volumes are named {volume.name}")
-        names.add(volume.name)
+        for name, flag in (("layered", volume.layered), ("retired", volume.retired)):
+            _within(f"{what}: {name}", flag, 0, 1)
+        if volume.retired:
+            if _text(f"{what}: the name", volume.name):
+                raise ValueError(f"{what} is retired and has a name")
+        else:
+            validate_name("volume", _text(f"{what}: the name", volume.name))
+            if volume.name in names:
+                raise ValueError(f"two volumes are named {volume.name}")
+            names.add(volume.name)
+        _within(f"{what}: family", volume.family, 0, (1 << 56) - 1)
+        _within(f"{what}: referenced", volume.referenced, 0, MAX_VOLUME_BYTES // BLOCK_BYTES)
+        if volume.origin and (volume.origin not in snapshot_ids or not volume.layered):
+            raise ValueError(f"{what} is a clone of snapshot {volume.origin!r:.80}, which isn't there")
+        if volume.heir and (volume.heir not in volume_ids or volume.heir == volume.id or not volume.retired):
+            raise ValueError(f"{what} has the heir {volume.heir!r:.80}, which can't be")
         _within(f"{what}: size_bytes", volume.size_bytes, 0, MAX_VOLUME_BYTES)
         validate_volume_size(volume.size_bytes)
         _within(f"{what}: root_address", volume.root_address, 0, _U64)
@@ -209,6 +265,8 @@ def judge_state(state: State) -> None:
             validate_name("policy", volume.policy)
         if not isinstance(volume.created_at, int | float) or not 0 <= volume.created_at <= MAX_TIME_S:
             raise ValueError(f"{what}: created_at is {volume.created_at!r}")
+    _judge_snapshots(state, volume_ids)
+    _judge_descent(state)
     for segment in state.segments:
         _within("a segment's id", segment.id, 1, MAX_SEGMENT_ID)
         what = f"segment {segment.id}"
@@ -225,6 +283,54 @@ def judge_state(state: State) -> None:
         _within("the check of a dead subtree", check, 0, _U64)
         _within("the level of a dead subtree", level, 0, 4)
         _within("the volume of a dead subtree", volume_id, 0, (1 << 56) - 1)
+
+
+def _judge_snapshots(state: State, volume_ids: set[int]) -> None:
+    families = {volume.id: volume.family or volume.id for volume in state.volumes}
+    names: set[tuple[int, str]] = set()
+    for snapshot in state.snapshots:
+        _within("a snapshot's id", snapshot.id, 1, (1 << 56) - 1)
+        what = f"snapshot {snapshot.id}"
+        if snapshot.id in volume_ids:
+            raise ValueError(f"{what} has the id of a volume")
+        if snapshot.volume not in families:
+            raise ValueError(f"{what} is one of volume {snapshot.volume!r:.80}, which isn't there")
+        validate_name("snapshot", _text(f"{what}: the name", snapshot.name))
+        if snapshot.state not in SNAPSHOT_STATES:
+            raise ValueError(f"{what}: the state {snapshot.state!r:.80} is unknown")
+        if snapshot.state == "visible":
+            name = families[snapshot.volume], snapshot.name
+            if name in names:
+                raise ValueError(f"two snapshots of one volume are named {snapshot.name}")
+            names.add(name)
+        _within(f"{what}: size_bytes", snapshot.size_bytes, 0, MAX_VOLUME_BYTES)
+        validate_volume_size(snapshot.size_bytes)
+        _within(f"{what}: root_address", snapshot.root_address, 0, _U64)
+        _within(f"{what}: root_check", snapshot.root_check, 0, _U64)
+        _within(f"{what}: mapped_blocks", snapshot.mapped_blocks, 0, MAX_VOLUME_BYTES // BLOCK_BYTES)
+        _within(f"{what}: referenced", snapshot.referenced, 0, MAX_VOLUME_BYTES // BLOCK_BYTES)
+        _within(f"{what}: held", snapshot.held, 0, 1)
+        if not isinstance(snapshot.created_at, int | float) or not 0 <= snapshot.created_at <= MAX_TIME_S:
+            raise ValueError(f"{what}: created_at is {snapshot.created_at!r}")
+
+
+def _judge_descent(state: State) -> None:
+    """Nothing descends from itself, or inherits from itself."""
+    home = {snapshot.id: snapshot.volume for snapshot in state.snapshots}
+    for name, parents in (
+        ("origin", {volume.id: home.get(volume.origin, 0) for volume in state.volumes}),
+        ("heir", {volume.id: volume.heir for volume in state.volumes}),
+    ):
+        sound: set[int] = {0}
+        for start in parents:
+            path: list[int] = []
+            at = start
+            while at not in sound:
+                if at in path:
+                    raise ValueError(f"volume {start} is its own {name}")
+                path.append(at)
+                at = parents[at]
+            sound.update(path)
 
 
 _U64 = (1 << 64) - 1
@@ -357,10 +463,8 @@ class Catalog:
                 position,
                 [DeviceRow(*row) for row in db.execute("SELECT * FROM devices ORDER BY idx")],
                 [
-                    VolumeRow(i, name, size, _unsigned(address), _unsigned(check), mapped, created, policy)
-                    for i, name, size, address, check, mapped, created, policy in db.execute(
-                        "SELECT * FROM volumes ORDER BY id"
-                    )
+                    VolumeRow(i, name, size, _unsigned(address), _unsigned(check), *more)
+                    for i, name, size, address, check, *more in db.execute("SELECT * FROM volumes ORDER BY id")
                 ],
                 [
                     SegmentRow(i, device, index, kind, bool(is_open), used, live, last, blocks)
@@ -371,6 +475,12 @@ class Catalog:
                 [
                     (_unsigned(address), _unsigned(check), level, volume)
                     for address, check, level, volume in db.execute("SELECT * FROM dead")
+                ],
+                [
+                    SnapshotRow(i, volume, name, size, _unsigned(address), _unsigned(check), *more)
+                    for i, volume, name, size, address, check, *more in db.execute(
+                        "SELECT * FROM snapshots ORDER BY id"
+                    )
                 ],
             )
         except KeyError as error:
@@ -484,7 +594,14 @@ def _build(directory: Path, state: State) -> None:
             "INSERT INTO meta VALUES (?, ?)",
             [("format_version", FORMAT_VERSION), ("pool_name", state.pool_name), ("pool_uuid", state.pool_uuid)],
         )
-        change = Change(state.position, state.volumes, state.segments, dead_added=state.dead, devices=state.devices)
+        change = Change(
+            state.position,
+            state.volumes,
+            state.segments,
+            dead_added=state.dead,
+            devices=state.devices,
+            snapshots=state.snapshots,
+        )
         _write_change(db, change)
         db.execute("COMMIT")
     finally:
@@ -510,7 +627,7 @@ def _write_change(db: sqlite3.Connection, change: Change) -> None:
     _write_position(db, change.position)
     db.execute("DELETE FROM volumes")
     db.executemany(
-        "INSERT INTO volumes VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO volumes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         [
             (
                 v.id,
@@ -521,8 +638,34 @@ def _write_change(db: sqlite3.Connection, change: Change) -> None:
                 v.mapped_blocks,
                 v.created_at,
                 v.policy,
+                v.family,
+                v.origin,
+                int(v.layered),
+                int(v.retired),
+                v.heir,
+                v.referenced,
             )
             for v in change.volumes
+        ],
+    )
+    db.executemany("DELETE FROM snapshots WHERE id = ?", [(i,) for i in change.snapshots_removed])
+    db.executemany(
+        "INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        [
+            (
+                s.id,
+                s.volume,
+                s.name,
+                s.size_bytes,
+                _signed(s.root_address),
+                _signed(s.root_check),
+                s.mapped_blocks,
+                s.referenced,
+                s.created_at,
+                s.state,
+                int(s.held),
+            )
+            for s in change.snapshots
         ],
     )
     db.executemany("DELETE FROM segments WHERE id = ?", [(i,) for i in change.freed_segments])

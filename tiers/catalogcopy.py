@@ -10,7 +10,7 @@ Little-endian.
 
     offset size type  field
       0     8   bytes  magic "TRCCATA1"
-      8     2   u16    format version (2); another version is refused
+      8     2   u16    format version (3); another version is refused
      10     2   u16    kind: 1 full, 2 delta
      12     4   u32    0
      16     8   u64    incarnation of the pool that wrote it
@@ -22,19 +22,23 @@ Little-endian.
      64     7 x u64    position: incarnation, checkpoint_seq, log_segment, log_slot, log_prev_check, next_segment_id,
                        next_volume_id
     120     2   u16    length of the pool's name, which follows in UTF-8
-    ...                four tables: devices, volumes, segments, dead
+    ...                five tables: devices, volumes, segments, dead, snapshots
 
     table:   u32 removed keys (0 in a full copy), u32 rows, then the keys (u64 each), then the rows
     device:  u16 index, u16 tier (1 fast, 2 base), u32 state (0 online, 1 evacuating, 2 lost), u64 size, u64 segment
              size, 16 bytes uuid, u16 length of the path, u16 length of why it is poisoned (65535: it isn't), then both
              in UTF-8
-    volume:  u64 id, u64 size, u64 root address, u64 root check, u64 mapped blocks, f64 creation time, u16 length of the
-             name, u16 length of the policy's name, then both in UTF-8
+    volume:  u64 id, u64 size, u64 root address, u64 root check, u64 mapped blocks, f64 creation time, u64 family, u64
+             origin, u64 heir, u64 referenced blocks, u16 flags (1 layered, 2 retired), u16 length of the name, u16
+             length of the policy's name, then both in UTF-8
     segment: u64 id, u32 device, u32 place, u16 kind, u16 open, u32 used, u32 live, u32 blocks, u64 last_seq
     dead:    u64 address, u64 check, u64 level, u64 volume
+    snapshot: u64 id, u64 volume, u64 size, u64 root address, u64 root check, u64 mapped blocks, u64 referenced blocks,
+             f64 creation time, u16 state (0 visible, 1 hidden, 2 deleted), u16 held, u16 length of the name, which
+             follows in UTF-8
 
-Rows replace those of the same key (device index, volume id, segment id, address). A copy whose write was torn lacks
-blocks, or fails its check; then the copy before it counts, whose time has not passed.
+Rows replace those of the same key (device index, volume id, segment id, address, snapshot id). A copy whose write was
+torn lacks blocks, or fails its check; then the copy before it counts, whose time has not passed.
 """
 
 import struct
@@ -42,12 +46,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
-from tiers.catalog import Change, DeadRow, DeviceRow, Position, SegmentRow, State, VolumeRow
+from tiers.catalog import (
+    SNAPSHOT_STATES,
+    Change,
+    DeadRow,
+    DeviceRow,
+    Position,
+    SegmentRow,
+    SnapshotRow,
+    State,
+    VolumeRow,
+)
 from tiers.device import DEVICE_STATES
 from tiers.layout import BLOCK_BYTES, check_of
+from tiers.names import NAME_LIMIT
 
 MAGIC = b"TRCCATA1"
-COPY_VERSION = 2
+COPY_VERSION = 3
 
 _HEADER = struct.Struct("<8sHHIQQQQQQ")
 _POSITION = struct.Struct("<7Q")
@@ -55,14 +70,16 @@ _COUNTS = struct.Struct("<II")
 _LENGTH = struct.Struct("<H")
 _CHECK = struct.Struct("<Q")
 _DEVICE = struct.Struct("<HHIQQ16sHH")
-_VOLUME = struct.Struct("<QQQQQdHH")
+_VOLUME = struct.Struct("<QQQQQdQQQQHHH")
 _SEGMENT = struct.Struct("<QIIHHIIIQ")
 _DEAD = struct.Struct("<QQQQ")
+_SNAPSHOT = struct.Struct("<QQQQQQQdHHH")
 assert _HEADER.size == 64
 assert _POSITION.size == 56
-assert (_DEVICE.size, _VOLUME.size, _SEGMENT.size, _DEAD.size) == (44, 52, 40, 32)
+assert (_DEVICE.size, _VOLUME.size, _SEGMENT.size, _DEAD.size, _SNAPSHOT.size) == (44, 86, 40, 32, 70)
 _CHECK_OFFSET = 56
 _SOUND = 0xFFFF
+_LAYERED, _RETIRED = 1, 2
 _TIERS = ("fast", "base")
 
 Table = dict[int, bytes]
@@ -146,11 +163,36 @@ def _pack_volume(row: VolumeRow) -> bytes:
             row.root_check,
             row.mapped_blocks,
             float(row.created_at),
+            row.family,
+            row.origin,
+            row.heir,
+            row.referenced,
+            bool(row.layered) * _LAYERED | bool(row.retired) * _RETIRED,
             len(name),
             len(policy),
         )
         + name
         + policy
+    )
+
+
+def _pack_snapshot(row: SnapshotRow) -> bytes:
+    name = row.name.encode()
+    return (
+        _SNAPSHOT.pack(
+            row.id,
+            row.volume,
+            row.size_bytes,
+            row.root_address,
+            row.root_check,
+            row.mapped_blocks,
+            row.referenced,
+            float(row.created_at),
+            SNAPSHOT_STATES.index(row.state),
+            row.held,
+            len(name),
+        )
+        + name
     )
 
 
@@ -173,10 +215,27 @@ def _unpack_device(data: bytes) -> DeviceRow:
 
 
 def _unpack_volume(data: bytes) -> VolumeRow:
-    number, size, address, check, mapped, created, length, _ = _VOLUME.unpack_from(data)
+    number, size, address, check, mapped, created, family, origin, heir, referenced, flags, length, _ = (
+        _VOLUME.unpack_from(data)
+    )
     end = _VOLUME.size + length
     name, policy = data[_VOLUME.size : end].decode(), data[end:].decode()
-    return VolumeRow(number, name, size, address, check, mapped, created, policy)
+    if flags & ~(_LAYERED | _RETIRED):
+        raise BadCopyError(f"a volume with unknown flags {flags:#x}")
+    layered, retired = bool(flags & _LAYERED), bool(flags & _RETIRED)
+    return VolumeRow(
+        number, name, size, address, check, mapped, created, policy, family, origin, layered, retired, heir, referenced
+    )
+
+
+def _unpack_snapshot(data: bytes) -> SnapshotRow:
+    number, volume, size, address, check, mapped, referenced, created, state, held, _ = _SNAPSHOT.unpack_from(data)
+    if state >= len(SNAPSHOT_STATES):
+        raise BadCopyError(f"a snapshot in an unknown state {state}")
+    name = data[_SNAPSHOT.size :].decode()
+    return SnapshotRow(
+        number, volume, name, size, address, check, mapped, referenced, created, SNAPSHOT_STATES[state], bool(held)
+    )
 
 
 def _unpack_segment(data: bytes) -> SegmentRow:
@@ -202,9 +261,14 @@ def _dead_length(data: memoryview, at: int) -> int:
     return _DEAD.size
 
 
+def _snapshot_length(data: memoryview, at: int) -> int:
+    *_, name_length = _SNAPSHOT.unpack_from(data, at)
+    return int(_SNAPSHOT.size + name_length)
+
+
 _KEY_OF_DEVICE = struct.Struct("<H")
-_LENGTHS = (_device_length, _volume_length, _segment_length, _dead_length)
-_KEYS = (_KEY_OF_DEVICE, _CHECK, _CHECK, _CHECK)
+_LENGTHS = (_device_length, _volume_length, _segment_length, _dead_length, _snapshot_length)
+_KEYS = (_KEY_OF_DEVICE, _CHECK, _CHECK, _CHECK, _CHECK)
 
 
 # -- the catalog in memory ---------------------------------------------------------------------------------------------
@@ -216,17 +280,18 @@ class Mirror:
     def __init__(self, state: State) -> None:
         self.pool_name = state.pool_name
         self.position = state.position
-        self.tables: tuple[Table, Table, Table, Table] = (
+        self.tables: tuple[Table, Table, Table, Table, Table] = (
             {row.index: _pack_device(row) for row in state.devices},
             {row.id: _pack_volume(row) for row in state.volumes},
             {row.id: _pack_segment(row) for row in state.segments},
             {row[0]: _dead(row) for row in state.dead},
+            {row.id: _pack_snapshot(row) for row in state.snapshots},
         )
         self._poisoned = {row.index: row.poisoned for row in state.devices}
 
     def apply(self, change: Change) -> list[TableChange]:
         """Do what a commit did; return what is different now, by table."""
-        devices, volumes, segments, dead = self.tables
+        devices, volumes, segments, dead, snapshots = self.tables
         self.position = change.position
         delta: list[TableChange] = []
         rows = []
@@ -253,6 +318,8 @@ class Mirror:
         )
         added = ((row[0], _dead(row)) for row in change.dead_added)
         delta.append((_remove(dead, change.dead_removed), _put(dead, added)))
+        rows = [(row.id, _pack_snapshot(row)) for row in change.snapshots]
+        delta.append((_remove(snapshots, change.snapshots_removed), _put(snapshots, rows)))
         return delta
 
     def whole(self) -> list[TableChange]:
@@ -282,7 +349,12 @@ def _remove(table: Table, keys: Iterable[int]) -> list[int]:
 
 
 def bound_bytes(
-    name: str, devices: Iterable[DeviceRow], volumes: Iterable[tuple[str, str]], segments: int, dead: int
+    name: str,
+    devices: Iterable[DeviceRow],
+    volumes: Iterable[tuple[str, str]],
+    segments: int,
+    dead: int,
+    snapshots: int,
 ) -> int:
     """At most so long is a full copy of a catalog with these rows. `volumes`: names, and those of their policies."""
     return (
@@ -290,11 +362,12 @@ def bound_bytes(
         + _POSITION.size
         + _LENGTH.size
         + len(name.encode())
-        + 4 * _COUNTS.size
+        + len(_KEYS) * _COUNTS.size
         + sum(len(_pack_device(row)) for row in devices)
         + sum(_VOLUME.size + len(name.encode()) + len(policy.encode()) for name, policy in volumes)
         + segments * _SEGMENT.size
         + dead * _DEAD.size
+        + snapshots * (_SNAPSHOT.size + NAME_LIMIT)
     )
 
 
@@ -442,7 +515,7 @@ def tables_of(chain: Sequence[Copy]) -> list[Table]:
 def state_of(chain: Sequence[Copy], pool_uuid: bytes) -> State:
     """The catalog that a chain of copies describes. Raises BadCopyError."""
     newest = chain[-1]
-    devices, volumes, segments, dead = tables_of(chain)
+    devices, volumes, segments, dead, snapshots = tables_of(chain)
     try:
         return State(
             newest.pool_name,
@@ -452,6 +525,7 @@ def state_of(chain: Sequence[Copy], pool_uuid: bytes) -> State:
             [_unpack_volume(volumes[number]) for number in sorted(volumes)],
             [_unpack_segment(data) for data in segments.values()],
             [_DEAD.unpack(data) for data in dead.values()],
+            [_unpack_snapshot(snapshots[number]) for number in sorted(snapshots)],
         )
     except (struct.error, UnicodeDecodeError) as error:
         raise BadCopyError(f"a copy of a catalog with impossible values ({error})") from None

@@ -34,6 +34,7 @@ from tiers.frames import INDEX_BITS, MAX_FRAME_BLOCKS
 from tiers.layout import BAD, BLOCK_BYTES, BLOCK_SHIFT, FIRST_ADDRESS, SLOT_BITS, SLOT_MASK
 from tiers.losses import MAX_RANGES
 from tiers.maptree import FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL, read_pages
+from tiers.merge import Owner
 from tiers.overlay import RangeSet
 from tiers.record import (
     MAX_HEADER_SLOTS,
@@ -45,12 +46,13 @@ from tiers.record import (
     peek_header_slots,
 )
 from tiers.segments import Segment
+from tiers.snapshot import Snapshot
+from tiers.volume import Volume
 
 if TYPE_CHECKING:
     from tiers.checkpoint import Checkpointer
     from tiers.device import Device
     from tiers.engine import Engine
-    from tiers.volume import Volume
 
 CHUNK_PAGES = 64
 """Pages looked at without a checkpoint of trio in between."""
@@ -132,8 +134,8 @@ async def check_pool(engine: "Engine", checkpointer: "Checkpointer", *, full: bo
     for segment_id, why in suspects.items():
         if segment_id not in left_behind:
             report.problem(why)
-    for volume, _, _ in walk.moment.roots:
-        await _check_data(volume, every, report, advance)
+    for owner, _, _ in walk.moment.roots:
+        await _check_data(owner, every, report, advance)
     progress(total, total)
     return report
 
@@ -144,7 +146,7 @@ class Leaks:
 
     live: dict[int, int]
     """Blocks too many, by segment id."""
-    mapped: "list[tuple[Volume, int]]"
+    mapped: "list[tuple[Owner, int]]"
 
 
 async def find_leaks(engine: "Engine", checkpointer: "Checkpointer") -> Leaks | None:
@@ -178,8 +180,8 @@ async def find_leaks(engine: "Engine", checkpointer: "Checkpointer") -> Leaks | 
 class _Moment:
     """A checkpoint's state: roots, and what was counted for them. The columns from `ids` on belong together."""
 
-    roots: "list[tuple[Volume, tuple[int, int], int]]"
-    """(volume, root, mapped blocks by the catalog's count)"""
+    roots: "list[tuple[Owner, tuple[int, int], int]]"
+    """(volume or snapshot, root, mapped blocks by the catalog's count)"""
     segments: "list[Segment]"
     free: "list[tuple[Device, list[int]]]"
     ids: U64
@@ -223,7 +225,7 @@ async def _take_moment(engine: "Engine", deleted: "list[Volume]") -> _Moment:
     """Copy the tables, in slices: while checkpoints are held off roots, live counts and the dead list don't change."""
     # What was deleted since the checkpoint is still counted: a read-only pool never gets to the next one. In one step
     # with the rest of what has no slices: a volume that is deleted meanwhile must be in one of the two.
-    roots = [(volume, volume.tree.root, volume.tree.mapped_blocks) for volume in [*engine.volumes.values(), *deleted]]
+    roots = [(owner, owner.tree.root, owner.tree.mapped_blocks) for owner in [*engine.owners(), *deleted]]
     reused = np.array(sorted(engine.segments.reused), np.uint64)
     segments = sorted(engine.segments.by_id.values(), key=lambda segment: segment.id)
     free = [(device, list(device.free)) for device in engine.devices]
@@ -272,10 +274,10 @@ class _Walk:
         """Blocks that are mapped, by segment."""
         self.unread = 0
         """Pages that could not be read: what lies below them was not seen."""
-        self.mapped_too_many: list[tuple[Volume, int]] = []
-        self._lost: dict[Volume, RangeSet] = {}
-        self._lost_blocks: dict[Volume, int] = {}
-        self._volume: Volume | None = None
+        self.mapped_too_many: list[tuple[Owner, int]] = []
+        self._lost: dict[Owner, RangeSet] = {}
+        self._lost_blocks: dict[Owner, int] = {}
+        self._owner: Owner | None = None
         self._highest = np.zeros(len(moment.ids), np.int64)
         # Bit of a segment's slot 0, over all segments; on whole bytes, so that parts end on them.
         bits = np.where(moment.is_packed, MAX_FRAME_BLOCKS, 1) * moment.used
@@ -307,18 +309,18 @@ class _Walk:
         """The first time everything is judged; later times only whether places are shared."""
         report, moment = self._report, self.moment
         owing = set(np.unique(moment.dead[:, 3]).tolist())
-        for volume, root, mapped in moment.roots:
+        for owner, root, mapped in moment.roots:
             entries = np.array([(*root, 0)] if root[0] else [], np.uint64).reshape(-1, 3)
-            self._volume = volume
-            leaves, found = await self._subtree(volume.name, entries, ROOT_LEVEL)
-            self._volume = None
+            self._owner = owner
+            leaves, found = await self._subtree(owner.name, entries, ROOT_LEVEL)
+            self._owner = None
             if self._first_part:
                 self.leaf_counts.append(leaves)
-                report.volumes += 1
+                report.volumes += isinstance(owner, Volume) and not owner.retired
                 report.blocks_mapped += found
-                if found != mapped and volume.id not in owing:
-                    self.mapped_too_many.append((volume, mapped - found))
-                    report.problem(f"{volume.name}: the catalog counts {mapped} mapped blocks, its map has {found}")
+                if found != mapped and owner.id not in owing:
+                    self.mapped_too_many.append((owner, mapped - found))
+                    report.problem(f"{owner.name}: the catalog counts {mapped} mapped blocks, its map has {found}")
         for level in range(ROOT_LEVEL + 1):
             rows = moment.dead[moment.dead[:, 2] == level][:, [0, 1, 3]]
             await self._subtree("a deleted range", rows, level, is_dead=True)
@@ -378,7 +380,7 @@ class _Walk:
                 self._place(words[used], name, is_map=False, is_dead=is_dead)
                 leaves += len(pages)
                 rows, columns = np.nonzero(words[:, :FANOUT] == BAD)
-                mapped += len(used[0]) - len(rows)
+                mapped += int(np.count_nonzero(words[:, :FANOUT] >= np.uint64(FIRST_ADDRESS)))
                 if len(rows):
                     first = np.array(indices, np.uint64)[rows] << np.uint64(FANOUT_BITS)
                     self._note_lost(first | columns.astype(np.uint64), 0)
@@ -410,18 +412,18 @@ class _Walk:
             return pages, indices
 
     def _note_lost(self, indices: U64, shift: int) -> None:
-        """Blocks, or with `shift` ranges of blocks, of the volume in hand are BAD."""
-        volume = self._volume
-        if volume is None or not self._first_part:
+        """Blocks, or with `shift` ranges of blocks, of the map in hand are BAD."""
+        owner = self._owner
+        if owner is None or not self._first_part:
             return
-        end = volume.size_bytes + BLOCK_BYTES - 1 >> BLOCK_SHIFT
-        ranges = self._lost.setdefault(volume, RangeSet())
+        end = owner.size_bytes + BLOCK_BYTES - 1 >> BLOCK_SHIFT
+        ranges = self._lost.setdefault(owner, RangeSet())
         # In runs: a lost device may have taken millions.
         breaks = np.flatnonzero(np.diff(indices) != 1) + 1
         for run in np.split(indices, breaks):
             start, stop = int(run[0]) << shift, min(int(run[-1]) + 1 << shift, end)
             if start < stop:
-                self._lost_blocks[volume] = self._lost_blocks.get(volume, 0) + stop - start
+                self._lost_blocks[owner] = self._lost_blocks.get(owner, 0) + stop - start
                 if len(ranges) < MAX_RANGES:
                     ranges.add(start, stop)
 
@@ -429,16 +431,16 @@ class _Walk:
         """Report what was lost, range by range, and list it for the pool's status."""
         losses = self._engine.losses
         losses.clear()
-        for volume, ranges in self._lost.items():
+        for owner, ranges in self._lost.items():
             blocks = 0
             for start, stop in zip(ranges.starts, ranges.ends, strict=True):
-                losses.add(volume.id, start, stop - start)
+                losses.add(owner.id, start, stop - start)
                 blocks += stop - start
                 what = "the block was" if stop - start == 1 else f"{stop - start} blocks were"
-                self._report.problem(f"{volume.name} at byte {start << BLOCK_SHIFT}: {what} lost to a device error")
-            if blocks < self._lost_blocks.get(volume, 0):
-                more = self._lost_blocks[volume] - blocks
-                self._report.problem(f"{volume.name}: {more} more blocks were lost to a device error")
+                self._report.problem(f"{owner.name} at byte {start << BLOCK_SHIFT}: {what} lost to a device error")
+            if blocks < self._lost_blocks.get(owner, 0):
+                more = self._lost_blocks[owner] - blocks
+                self._report.problem(f"{owner.name}: {more} more blocks were lost to a device error")
 
     def _place(self, addresses: U64, name: str, *, is_map: bool, is_dead: bool) -> None:
         """Count addresses by segment; each must lie in the written part of one of the right kind, and be unique.
@@ -542,12 +544,12 @@ async def _left_behind(engine: "Engine", suspects: Collection[int]) -> set[int]:
         return set()
     by_id = engine.segments.by_id
     left = {i for i in suspects if i in by_id and by_id[i].kind in (Kind.LOG, Kind.MOVED, Kind.PACKED)}
-    for volume in list(engine.volumes.values()):
-        async with contextlib.aclosing(_leaves(volume)) as pages:
+    for owner in engine.owners():
+        async with contextlib.aclosing(_leaves(owner)) as pages:
             async for leaves in pages:
                 for index in leaves:
                     with contextlib.suppress(OSError):  # the walk has named that page
-                        addresses, _ = await volume.entries(index << FANOUT_BITS, FANOUT)
+                        addresses, _ = await owner.entries(index << FANOUT_BITS, FANOUT)
                         left.difference_update({address >> SLOT_BITS for address in addresses})
     return left
 
@@ -627,18 +629,21 @@ def _batches_in(engine: "Engine", segment: "Segment", slot: int, data: bytearray
 # -- data --------------------------------------------------------------------------------------------------
 
 
-async def _check_data(volume: "Volume", every: int, report: CheckReport, advance: Callable[[int], None]) -> None:
+async def _check_data(owner: "Owner", every: int, report: CheckReport, advance: Callable[[int], None]) -> None:
     """Read one leaf in `every` the way clients do and let the checks speak."""
     into = memoryview(bytearray(READ_BLOCKS * BLOCK_BYTES))
     number = 0
-    async with contextlib.aclosing(_leaves(volume)) as pages:
+    async with contextlib.aclosing(_leaves(owner)) as pages:
         async for leaves in pages:
             for index in leaves:
                 number += 1
-                if volume.deleted or (number - 1) % every:
+                if owner.gone or (number - 1) % every:
                     continue
                 try:
-                    addresses, _ = await volume.entries(index << FANOUT_BITS, FANOUT)
+                    addresses, _ = await owner.entries(index << FANOUT_BITS, FANOUT)
+                    if isinstance(owner, Snapshot):  # what it shows and others name is read with theirs
+                        own = (await owner.tree.load(0, [index]))[index]
+                        addresses = [a if own[i] >= FIRST_ADDRESS else 0 for i, a in enumerate(addresses)]
                 except OSError as error:
                     if report.ok:  # else the walk has named that page
                         report.problem(str(error))
@@ -646,24 +651,24 @@ async def _check_data(volume: "Volume", every: int, report: CheckReport, advance
                 for first, count in _mapped_runs(addresses):
                     start = (index << FANOUT_BITS) + first << BLOCK_SHIFT
                     try:
-                        await volume.read(start, count << BLOCK_SHIFT, into[: count << BLOCK_SHIFT])
+                        await owner.read(start, count << BLOCK_SHIFT, into[: count << BLOCK_SHIFT])
                     except OSError:
-                        await _name_bad_blocks(volume, start, count, report)
+                        await _name_bad_blocks(owner, start, count, report)
                     report.bytes_checked += count << BLOCK_SHIFT
                 advance(FANOUT)
 
 
-async def _leaves(volume: "Volume") -> AsyncGenerator[list[int], None]:
+async def _leaves(owner: "Owner") -> AsyncGenerator[list[int], None]:
     """The leaf pages that the committed tree has by now, in order, a level-1 page's at a time.
 
     What lies below a damaged page is passed over: the walk has named it.
     """
     at = 0  # index of the next level-1 page
-    while at < 1 << FANOUT_BITS * (ROOT_LEVEL - 1) and not volume.deleted and volume.tree.root[0] > BAD:
+    while at < 1 << FANOUT_BITS * (ROOT_LEVEL - 1) and not owner.gone and owner.tree.root[0] > BAD:
         for level in range(ROOT_LEVEL, 0, -1):
             index = at >> FANOUT_BITS * (level - 1)
             try:
-                page = (await volume.tree.load(level, [index]))[index]
+                page = (await owner.tree.load(level, [index]))[index]
             except OSError:
                 at = index + 1 << FANOUT_BITS * (level - 1)
                 break
@@ -683,7 +688,7 @@ async def _leaves(volume: "Volume") -> AsyncGenerator[list[int], None]:
 def _mapped_runs(addresses: list[int]) -> list[tuple[int, int]]:
     runs: list[tuple[int, int]] = []
     for i, address in enumerate(addresses):
-        if address > BAD:  # what was lost before is told of already
+        if address >= FIRST_ADDRESS:  # what was lost before is told of already
             if runs and runs[-1][0] + runs[-1][1] == i:
                 runs[-1] = (runs[-1][0], runs[-1][1] + 1)
             else:
@@ -691,10 +696,10 @@ def _mapped_runs(addresses: list[int]) -> list[tuple[int, int]]:
     return runs
 
 
-async def _name_bad_blocks(volume: "Volume", start: int, count: int, report: CheckReport) -> None:
+async def _name_bad_blocks(owner: "Owner", start: int, count: int, report: CheckReport) -> None:
     into = memoryview(bytearray(BLOCK_BYTES))
     for offset in range(start, start + (count << BLOCK_SHIFT), BLOCK_BYTES):
         try:
-            await volume.read(offset, BLOCK_BYTES, into)
+            await owner.read(offset, BLOCK_BYTES, into)
         except OSError as error:
             report.problem(str(error))

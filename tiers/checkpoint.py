@@ -1,8 +1,9 @@
 """The checkpoint: turns what the log has done since the last one into map pages, and commits that as one transaction.
 
 1. Freeze, without a checkpoint of trio in between: the log's sequence and position, and every volume's overlay.
-2. For each volume, merge the frozen overlay into copies of the pages it touches, level by level up to the root, in
-   chunks of 256 pages. Readers go on with the frozen overlay over the old tree.
+   What was asked of snapshots and clones (`tiers.lineage`) happens in this step too.
+2. Merge the frozen overlays into copies of the pages they touch (`tiers.merge`). Readers go on with the frozen overlay
+   over the old tree.
 3. Flush: everything that the new trees point to is durable.
 4. Commit the catalog.
 5. Without a checkpoint in between: switch the roots, drop the frozen overlays, apply the counts.
@@ -20,64 +21,39 @@ walked afterwards in slices to give back what lies below. So trimming terabytes 
 import errno
 import itertools
 import logging
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import trio
 
-from tiers.catalog import Change, DeadRow, Position, SegmentRow, VolumeRow, device_row
+from tiers.catalog import Change, DeadRow, Position, SegmentRow, SnapshotRow, VolumeRow, device_row
 from tiers.copies import CopyWriter
 from tiers.errors import TierError
 from tiers.failpoint import hit
-from tiers.layout import BAD, BLOCK_BYTES, FIRST_ADDRESS, SLOT_BITS
-from tiers.maptree import (
-    EMPTY_PAGE,
-    FANOUT,
-    FANOUT_BITS,
-    FANOUT_MASK,
-    LEVEL_SHIFT,
-    ROOT_LEVEL,
-    MapTree,
-    Page,
-    page_key,
-    page_of,
-    read_pages,
-)
+from tiers.layout import FIRST_ADDRESS
+from tiers.maptree import FANOUT, ROOT_LEVEL, Page, read_pages
 from tiers.mapwriter import MapWriter
-from tiers.overlay import UNSET, Overlay, Patch
+from tiers.merge import SLICE_ENTRIES, U64, FrozenVolume, Merge, Merger, arrays_of, forget_patches
+from tiers.overlay import Overlay
+from tiers.relocation import Relocation
 from tiers.segments import Segment, is_free
+from tiers.snapshot import Snapshot
 from tiers.volume import Volume
 
 if TYPE_CHECKING:
     from tiers.engine import Engine
+    from tiers.lineage import Request
 
 logger = logging.getLogger(__name__)
 
-U64 = Any
-"""A NumPy array of uint64."""
-
-CHUNK_PAGES = 256
 DEAD_SLICE_PAGES = 64
 """Dead pages walked without a checkpoint of trio in between: an inner one yields up to 256 more."""
-SLICE_ENTRIES = 4096
 DEAD_PAGES_A_CHECKPOINT = 8192
 RETRY_S = 1.0
 IDLE_S = 0.005
 MAX_FAILURES = 3
-
-
-@dataclass
-class FrozenVolume:
-    """One volume at the moment of the freeze."""
-
-    volume: Volume
-    size_bytes: int
-    policy_name: str
-    overlay: Overlay | None
-    forced: set[int]
 
 
 @dataclass
@@ -93,47 +69,21 @@ class Frozen:
     volumes: list[FrozenVolume]
     graveyard: list[Volume]
     log_was_broken: bool
-
-
-@dataclass
-class Merge:
-    """What a try has worked out so far; takes effect at the commit."""
-
-    live: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-    pending: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-    dead: dict[int, tuple[int, int, int]] = field(default_factory=dict)
-    """Subtrees that come on the dead list."""
-    dead_removed: list[int] = field(default_factory=list)
-    roots: dict[int, tuple[int, int]] = field(default_factory=dict)
-    mapped: dict[int, int] = field(default_factory=dict)
-    inner: dict[int, dict[int, Page]] = field(default_factory=dict)
-    detached: set[int] = field(default_factory=set)
-    free: list[int] = field(default_factory=list)
-
-    def count_live(self, addresses: U64, sign: int) -> None:
-        """Count each address that lies in a segment as one live block more or less."""
-        _count(self.live, addresses, sign)
-
-    def count_pending(self, addresses: U64, sign: int) -> None:
-        """The same for overlay entries."""
-        _count(self.pending, addresses, sign)
-
-
-def _copied_page(data: memoryview, row: int) -> Page:
-    """One page out of many, in memory of its own: a cached page must not keep its neighbours."""
-    return page_of(bytes(data[row * BLOCK_BYTES : (row + 1) * BLOCK_BYTES]))
-
-
-def _mapped(addresses: U64) -> int:
-    """How many of these entries have data: not those of holes and of lost blocks."""
-    return int(np.count_nonzero(addresses > np.uint64(BAD)))
-
-
-def _count(counts: dict[int, int], addresses: U64, sign: int) -> None:
-    ids, numbers = np.unique(addresses >> np.uint64(24), return_counts=True)
-    for segment_id, number in zip(ids.tolist(), numbers.tolist(), strict=True):
-        if segment_id:
-            counts[segment_id] += sign * number
+    relocations: list[tuple[int, Relocation]]
+    forced: list[tuple[Snapshot, set[int]]]
+    """Pages of snapshots that must be written elsewhere."""
+    requests: "list[Request]"
+    """What was asked of snapshots and clones, and was not refused."""
+    taken: list[Snapshot] = field(default_factory=list)
+    """New snapshots."""
+    made: list[Volume] = field(default_factory=list)
+    """New volumes that clients can't see yet."""
+    retiring: set[Volume] = field(default_factory=set)
+    renamed: dict[Volume, str] = field(default_factory=dict)
+    origins: dict[Volume, Snapshot | None] = field(default_factory=dict)
+    changed: set[Snapshot] = field(default_factory=set)
+    """Snapshots whose rows are others now."""
+    on_commit: list[Callable[[], None]] = field(default_factory=list)
 
 
 class Checkpointer:
@@ -151,11 +101,10 @@ class Checkpointer:
         self._committed = 0
         self._last_seq = -1
         self._failures = 0
+        self._more_deleted = True
+        """Deleted snapshots may have something left to be sorted out."""
         self._taken_changes: set[int] = set()
         self._taken_gone: set[int] = set()
-        self._kept_ids: U64 | None = None
-        """While a device is lost: the segments that are not on it."""
-        self._writing: trio.Nursery
 
     async def run(self) -> None:
         """The task: a checkpoint when one is asked for, and at the interval while there is something to record."""
@@ -202,6 +151,9 @@ class Checkpointer:
             or engine.graveyard
             or engine.dead
             or engine.forced
+            or engine.lineage.requests
+            or engine.relocations
+            or self._more_deleted
             or self.copies.behind
             or any(is_free(segment, self._last_seq) for segment in engine.segments.idle())
         )
@@ -273,17 +225,18 @@ class Checkpointer:
         merge = Merge()
         self._taken_changes, self._taken_gone = set(), set()
         segments = self._engine.segments
-        self._kept_ids = None
+        kept_ids: U64 | None = None
         if any(device.state == "lost" for device in segments.devices):
             # All that frozen overlays and committed trees may name is there by now.
             kept = [segment.id for segment in segments.by_id.values() if segment.device.state != "lost"]
-            self._kept_ids = np.array(sorted(kept), np.uint64)
+            kept_ids = np.array(sorted(kept), np.uint64)
+        merger = Merger(self._engine, self.writer, merge, kept_ids)
         for item in frozen.volumes:
             item.volume.tree.loaded = set()
             merge.mapped[item.volume.id] = item.volume.tree.mapped_blocks
         committing = False
         try:
-            await self._merge_volumes(frozen, merge)
+            await merger.run(frozen.volumes, frozen.relocations, frozen.forced)
             hit("checkpoint.merged")
             for volume in frozen.graveyard:
                 await self._bury(volume, merge)
@@ -291,7 +244,7 @@ class Checkpointer:
             hit("checkpoint.walked")
             await self._engine.flusher.flush_all()
             hit("checkpoint.flushed")
-            self.copies.prepare(len(self._engine.dead) + len(merge.dead))
+            self.copies.prepare(len(self._engine.dead) + len(merge.dead), len(frozen.taken) + len(frozen.made))
             change = self._change(frozen, merge)
             committing = True
             with trio.CancelScope(shield=True):
@@ -299,6 +252,9 @@ class Checkpointer:
         except BaseException as error:
             for item in frozen.volumes:
                 item.volume.tree.forget()
+            for owner_id in merge.roots:
+                if (snapshot := self._engine.lineage.snapshots.get(owner_id)) is not None:
+                    snapshot.tree.forget()
             self._engine.segments.changed |= self._taken_changes
             self._engine.segments.gone |= self._taken_gone
             self._engine.space.kick_checkpoint.set()
@@ -308,6 +264,8 @@ class Checkpointer:
             if isinstance(error, OSError):
                 self._failed(error)
             raise
+        finally:
+            merger.close()
         self._committed = self._begun
         hit("checkpoint.committed")
         await self._apply(frozen, merge, change)
@@ -343,13 +301,20 @@ class Checkpointer:
                 overlay, volume.active = volume.active, volume.new_overlay()
                 volume.frozen = overlay
             forced = engine.forced.pop(volume.id, set())
-            volumes.append(FrozenVolume(volume, volume.size_bytes, volume.policy_name, overlay, forced))
+            item = FrozenVolume(volume, volume.size_bytes, volume.policy_name, overlay, forced)
+            item.keeper = next((s for s in reversed(volume.snapshots) if s.state != "deleted"), None)
+            if item.keeper is not None:
+                item.blockers = volume.snapshots[volume.snapshots.index(item.keeper) + 1 :]
+            volumes.append(item)
+        there = engine.lineage.snapshots
+        forced_snapshots = [(there[i], keys) for i, keys in engine.forced.items() if i in there]
         engine.forced.clear()
         graveyard, engine.graveyard = engine.graveyard, []
         space = engine.space
         space.frozen_weight, space.active_weight = space.active_weight, 0
         space.frozen_charge, space.active_charge = space.active_charge, 0
-        return Frozen(
+        space.frozen_pages, space.active_pages = space.active_pages, 0
+        frozen = Frozen(
             log.seq,
             log.head.id,
             log.head.used,
@@ -359,206 +324,21 @@ class Checkpointer:
             volumes,
             graveyard,
             was_broken,
+            engine.relocations.freeze(),
+            forced_snapshots,
+            [],
         )
-
-    # -- merging -------------------------------------------------------------------------------------------------
-
-    async def _merge_volumes(self, frozen: Frozen, merge: Merge) -> None:
-        """Work out the new trees. When this returns their pages are written."""
-        failure: OSError | None = None
-        try:
-            async with trio.open_nursery() as self._writing:
-                try:
-                    for item in frozen.volumes:
-                        if item.overlay is not None or item.forced:
-                            await self._merge_volume(item, merge)
-                    await self.writer.settle()
-                except OSError as error:
-                    failure = error  # raised outside the nursery, which would wrap it in a group
-        finally:
-            self.writer.settled()
-        if failure is not None:
-            raise failure
-
-    async def _merge_volume(self, item: FrozenVolume, merge: Merge) -> None:
-        """Work out the new tree of one volume, writing its new pages."""
-        volume = item.volume
-        overlay = item.overlay or Overlay(small=True)
-        keys, addresses, checks = await _arrays_of(overlay)
-        merge.count_pending(addresses, -1)
-        self._forget_patches(overlay, merge)
-        tombs, detached = await self._engine.offload(decompose_ranges, overlay)
-        if detached:
-            merge.detached.add(volume.id)
-        keys, addresses, checks = await self._engine.offload(_combine, tombs, keys, addresses, checks)
-        forced: dict[int, set[int]] = defaultdict(set)
-        for key in item.forced:
-            forced[key >> LEVEL_SHIFT].add(key & ((1 << LEVEL_SHIFT) - 1))
-        merge.inner[volume.id] = {}
-        for level in range(ROOT_LEVEL + 1):
-            patches = overlay.patches if level == 0 else {}
-            keys, addresses, checks = await self._merge_level(
-                volume, level, keys, addresses, checks, patches, detached, forced[level], merge
-            )
-        old_root = volume.tree.root
-        if len(keys):
-            root = (int(addresses[0]), int(checks[0]))
-            if old_root[0]:
-                merge.live[old_root[0] >> 24] -= 1
-            merge.roots[volume.id] = root
-
-    async def _merge_level(
-        self,
-        volume: Volume,
-        level: int,
-        keys: U64,
-        addresses: U64,
-        checks: U64,
-        patches: dict[int, Patch],
-        detached: dict[int, set[int]],
-        forced: set[int],
-        merge: Merge,
-    ) -> tuple[U64, U64, U64]:
-        """Apply sorted updates, then patches, to the pages of one level; return the updates for the level above."""
-        indices = np.unique(keys >> np.uint64(FANOUT_BITS)) if len(keys) else keys
-        cut = detached.get(level, set()) if level else set()
-        more = forced | {key >> FANOUT_BITS for key in cut} | patches.keys()
-        if more:
-            indices = np.union1d(indices, np.fromiter(more, np.uint64, len(more)))
-        up_addresses, up_checks = np.zeros(len(indices), np.uint64), np.zeros(len(indices), np.uint64)
-        cached = volume.tree.holds_leaves(len(indices))
-        for start in range(0, len(indices), CHUNK_PAGES):
-            chunk = indices[start : start + CHUNK_PAGES]
-            lo = int(np.searchsorted(keys, chunk[0] << np.uint64(FANOUT_BITS)))
-            hi = int(np.searchsorted(keys, (chunk[-1] + np.uint64(1)) << np.uint64(FANOUT_BITS)))
-            page_indices = chunk.tolist()
-            matrix = await self._base_pages(volume.tree, level, page_indices, detached)
-            if cut:
-                self._detach(volume, level, cut, page_indices, matrix, merge)
-            rows = np.searchsorted(chunk, keys[lo:hi] >> np.uint64(FANOUT_BITS))
-            columns = (keys[lo:hi] & np.uint64(FANOUT_MASK)).astype(np.int64)
-            old = matrix[rows, columns]
-            matrix[rows, columns] = addresses[lo:hi]
-            matrix[rows, FANOUT + columns] = checks[lo:hi]
-            merge.count_live(old, -1)
-            merge.count_live(addresses[lo:hi], +1)
-            if level == 0:
-                merge.mapped[volume.id] += _mapped(addresses[lo:hi]) - _mapped(old)
-            if patches:
-                self._apply_patches(volume, patches, page_indices, matrix, merge)
-            if self._kept_ids is not None and level == 0:
-                self._give_up_lost(volume, matrix, merge)
-            kept = np.flatnonzero(matrix[:, :FANOUT].any(axis=1))
-            indices_kept = page_indices
-            if len(kept) < len(page_indices):
-                matrix = matrix[kept]
-                indices_kept = [page_indices[i] for i in kept.tolist()]
-            data = memoryview(matrix.reshape(-1)).cast("B") if indices_kept else memoryview(b"")
-            new_addresses, new_checks = await self.writer.write(self._writing, volume.id, level, indices_kept, data)
-            up_addresses[start + kept] = np.array(new_addresses, np.uint64)
-            up_checks[start + kept] = np.array(new_checks, np.uint64)
-            if level:
-                for row, index in enumerate(indices_kept):
-                    merge.inner[volume.id][page_key(level, index)] = _copied_page(data, row)
-                for index in set(page_indices).difference(indices_kept):
-                    merge.inner[volume.id][page_key(level, index)] = EMPTY_PAGE
-            else:
-                self._cache_leaves(volume.tree, page_indices, indices_kept, data, all_of_them=cached)
-            if level == ROOT_LEVEL:
-                # Below the root the level above counts its children; nobody is above the root.
-                for address in new_addresses:
-                    merge.live[address >> 24] += 1
-            await trio.lowlevel.checkpoint()
-        return indices, up_addresses, up_checks
-
-    @staticmethod
-    def _cache_leaves(
-        tree: MapTree, indices: list[int], kept: list[int], data: memoryview, *, all_of_them: bool
-    ) -> None:
-        """Cache new leaves at once (the frozen overlay agrees with them), or only those whose old version is cached."""
-        for row, index in enumerate(kept):
-            if all_of_them or tree.has_leaf(index):
-                tree.replace_page(0, index, _copied_page(data, row))
-        if len(kept) < len(indices):
-            for index in set(indices).difference(kept):
-                tree.replace_page(0, index, EMPTY_PAGE)
-
-    async def _base_pages(self, tree: MapTree, level: int, indices: list[int], detached: dict[int, set[int]]) -> U64:
-        """The present pages as a matrix of 512 columns; zeros for holes and for what a trim detached."""
-        if not tree.root[0]:
-            return np.zeros((len(indices), 2 * FANOUT), np.uint64)
-        wanted = indices
-        if detached:
-            wanted = [i for i in indices if not _is_detached(level, i, detached)]
-        pages = await tree.load(level, wanted)
-        matrix = np.zeros((len(indices), 2 * FANOUT), np.uint64)
-        for row, index in enumerate(indices):
-            page = pages.get(index, EMPTY_PAGE)
-            if page is not EMPTY_PAGE:
-                matrix[row] = page
-        return matrix
-
-    @staticmethod
-    def _forget_patches(overlay: Overlay, merge: Merge) -> None:
-        """The entries of a frozen overlay's patches cease to be pending."""
-        patches = list(overlay.patches.values())
-        for start in range(0, len(patches), CHUNK_PAGES):
-            words = np.array(patches[start : start + CHUNK_PAGES], np.uint64)
-            merge.count_pending(words[:, :FANOUT].ravel(), -1)
-
-    @staticmethod
-    def _apply_patches(
-        volume: Volume, patches: dict[int, Patch], indices: list[int], matrix: U64, merge: Merge
-    ) -> None:
-        """Lay patches over leaf pages: every entry that isn't UNSET."""
-        rows = [row for row, index in enumerate(indices) if index in patches]
-        if not rows:
-            return
-        words = np.array([patches[indices[row]] for row in rows], np.uint64)
-        says = words[:, :FANOUT] != UNSET
-        new = words[:, :FANOUT][says]
-        addresses, checks = matrix[rows, :FANOUT], matrix[rows, FANOUT:]
-        old = addresses[says]
-        addresses[says] = new
-        checks[says] = words[:, FANOUT:][says]
-        matrix[rows, :FANOUT], matrix[rows, FANOUT:] = addresses, checks
-        merge.count_live(old, -1)
-        merge.count_live(new, +1)
-        merge.mapped[volume.id] += _mapped(new) - _mapped(old)
-
-    def _give_up_lost(self, volume: Volume, matrix: U64, merge: Merge) -> None:
-        """While a device is lost: leaf entries that name a place on it, or a segment that isn't there, become BAD."""
-        assert self._kept_ids is not None
-        addresses, checks = matrix[:, :FANOUT], matrix[:, FANOUT:]
-        lost = (addresses >= np.uint64(FIRST_ADDRESS)) & ~np.isin(addresses >> np.uint64(SLOT_BITS), self._kept_ids)
-        if lost.any():
-            merge.count_live(addresses[lost], -1)
-            merge.mapped[volume.id] -= int(np.count_nonzero(lost))
-            addresses[lost] = BAD
-            checks[lost] = 0
-            hit("checkpoint.given_up")
-
-    @staticmethod
-    def _detach(volume: Volume, level: int, cut: set[int], indices: list[int], matrix: U64, merge: Merge) -> None:
-        """Zero the entries of detached subtrees; their roots go on the dead list."""
-        rows = {index: row for row, index in enumerate(indices)}
-        for key in cut:
-            row = rows.get(key >> FANOUT_BITS)
-            if row is not None:
-                column = key & FANOUT_MASK
-                address = int(matrix[row, column])
-                if address >= FIRST_ADDRESS:
-                    merge.dead[address] = (int(matrix[row, FANOUT + column]), level - 1, volume.id)
-                    hit("checkpoint.detached")
-                matrix[row, column] = matrix[row, FANOUT + column] = 0
+        engine.lineage.obey(frozen)
+        frozen.next_volume_id = engine.next_volume_id
+        return frozen
 
     # -- giving space back ---------------------------------------------------------------------------------------
 
     async def _bury(self, volume: Volume, merge: Merge) -> None:
         """A volume was deleted: its map goes on the dead list, its overlay entries cease to count."""
-        _, addresses, _ = await _arrays_of(volume.active)
+        _, addresses, _ = await arrays_of(volume.active)
         merge.count_pending(addresses, -1)
-        self._forget_patches(volume.active, merge)
+        forget_patches(volume.active, merge)
         address, check = volume.tree.root
         if address >= FIRST_ADDRESS:
             merge.dead[address] = (check, ROOT_LEVEL, volume.id)
@@ -583,7 +363,7 @@ class Checkpointer:
                 if page is None:
                     continue
                 words = np.frombuffer(page, np.uint64)
-                used = np.flatnonzero(words[:FANOUT] > np.uint64(BAD))
+                used = np.flatnonzero(words[:FANOUT] >= np.uint64(FIRST_ADDRESS))
                 if level == 0:
                     merge.count_live(words[used], -1)
                     if volume_id in merge.mapped:
@@ -628,8 +408,14 @@ class Checkpointer:
                 segments.next_id,
                 frozen.next_volume_id,
             ),
-            [self._volume_row(item, merge) for item in frozen.volumes],
+            self._volume_rows(frozen, merge),
         )
+        there = engine.lineage.snapshots
+        snapshots = {s.id: s for s in [*frozen.changed, *frozen.taken]}
+        snapshots |= {i: there[i] for i in merge.roots.keys() | merge.mapped.keys() if i in there}
+        gone = {snapshot.id for snapshot in merge.gone}
+        change.snapshots = [self._snapshot_row(s, frozen, merge) for i, s in snapshots.items() if i not in gone]
+        change.snapshots_removed = sorted(gone)
         for segment_id, count in merge.live.items():
             known = segments.by_id.get(segment_id)
             if known is not None and known.live + count < 0:
@@ -673,21 +459,61 @@ class Checkpointer:
         change.devices = [*map(device_row, engine.devices), *engine.removed_devices]
         return change
 
+    def _volume_rows(self, frozen: Frozen, merge: Merge) -> list[VolumeRow]:
+        buried = {volume.id for volume in merge.buried}
+        heirs = {volume.id: volume.heir for volume in self._engine.volumes.values()} | merge.heirs
+        rows: list[VolumeRow] = []
+        for volume, size_bytes, policy_name in [
+            *((item.volume, item.size_bytes, item.policy_name) for item in frozen.volumes),
+            *((volume, volume.size_bytes, volume.policy_name) for volume in frozen.made),
+        ]:
+            if volume.id in buried:
+                continue
+            root = merge.roots.get(volume.id, volume.tree.root)
+            origin = merge.origins.get(volume.id, frozen.origins.get(volume, volume.origin))
+            heir = heirs.get(volume.id)
+            if heir is not None and (heir.id in buried or heir.gone):
+                heir = None
+            retired = volume.retired or volume in frozen.retiring
+            rows.append(
+                VolumeRow(
+                    volume.id,
+                    "" if retired else frozen.renamed.get(volume, volume.short_name),
+                    size_bytes,
+                    root[0],
+                    root[1],
+                    # Below zero only if the catalog was damaged, which `pool check` tells of; nothing rests on it.
+                    max(0, merge.mapped.get(volume.id, volume.tree.mapped_blocks)),
+                    volume.created_at,
+                    policy_name,
+                    volume.family,
+                    0 if origin is None else origin.id,
+                    volume.layered,
+                    retired,
+                    0 if heir is None else heir.id,
+                    max(0, merge.referenced.get(volume.id, volume.referenced_blocks)),
+                )
+            )
+        return rows
+
     @staticmethod
-    def _volume_row(item: FrozenVolume, merge: Merge) -> VolumeRow:
-        volume = item.volume
-        root = merge.roots.get(volume.id, volume.tree.root)
-        # Below zero only if the catalog was damaged, which `pool check` tells of; nothing rests on this count.
-        mapped = max(0, merge.mapped[volume.id])
-        return VolumeRow(
-            volume.id,
-            volume.short_name,
-            item.size_bytes,
+    def _snapshot_row(snapshot: Snapshot, frozen: Frozen, merge: Merge) -> SnapshotRow:
+        root = merge.root_of(snapshot)
+        referenced = snapshot.referenced_blocks
+        if snapshot in frozen.taken:
+            referenced = merge.referenced.get(snapshot.volume.id, snapshot.volume.referenced_blocks)
+        return SnapshotRow(
+            snapshot.id,
+            snapshot.volume.id,
+            snapshot.short_name,
+            snapshot.size_bytes,
             root[0],
             root[1],
-            mapped,
-            volume.created_at,
-            item.policy_name,
+            max(0, merge.mapped.get(snapshot.id, snapshot.tree.mapped_blocks)),
+            max(0, referenced),
+            snapshot.created_at,
+            snapshot.state,
+            snapshot.held,
         )
 
     async def _apply(self, frozen: Frozen, merge: Merge, change: Change) -> None:
@@ -705,16 +531,20 @@ class Checkpointer:
         overlays = []
         for item in frozen.volumes:
             volume = item.volume
-            volume.tree.mapped_blocks = merge.mapped[volume.id]
+            volume.tree.mapped_blocks = merge.mapped.get(volume.id, volume.tree.mapped_blocks)
+            volume.referenced_blocks = merge.referenced.get(volume.id, volume.referenced_blocks)
             if volume.id in merge.detached:
                 volume.tree.forget()  # cached leaves may lie below what was cut off
-            volume.tree.commit(merge.roots.get(volume.id, volume.tree.root), merge.inner.get(volume.id, {}))
+            root = merge.roots.get(volume.id, volume.tree.root)
+            volume.tree.commit(root, merge.inner.get(volume.id, {}), merge.stale.get(volume.id, ()))
             if volume.frozen is not None:
                 overlays.append(volume.frozen)
                 volume.frozen = None
         for volume in frozen.graveyard:
             overlays.append(volume.active)
             volume.tree.close()
+        engine.lineage.committed(frozen, merge)
+        self._more_deleted = merge.more_deleted or bool(frozen.retiring)
         for segment_id, count in merge.pending.items():
             segments.ceased_pending(segment_id, -count)
         for segment_id, count in merge.live.items():
@@ -726,7 +556,7 @@ class Checkpointer:
         if not engine.dead:
             engine.dead = {}  # one that was emptied piece by piece keeps its memory: 80 MiB after a million
         engine.checkpoint_log_mark = frozen.log_mark
-        engine.space.frozen_weight = engine.space.frozen_charge = 0
+        engine.space.frozen_weight = engine.space.frozen_charge = engine.space.frozen_pages = 0
         engine.log.checkpoint_seq = frozen.seq
         await _dispose(overlays)
 
@@ -750,78 +580,12 @@ class Checkpointer:
                     device.unnamed_bytes += device.unsynced_bytes - before
         hit("checkpoint.labelled")
         engine.space.changed()
-        if engine.dead:
+        if engine.dead or self._more_deleted:
             engine.space.kick_checkpoint.set()
 
 
 def _dead_row(address: int, value: tuple[int, int, int]) -> DeadRow:
     return address, *value
-
-
-def decompose_ranges(overlay: Overlay) -> tuple[U64, dict[int, set[int]]]:
-    """Split unmapped ranges by what of the tree they cover: single blocks, and whole subtrees by level.
-
-    Returns the blocks (sorted, none twice) and, for each level from 1 up, the entries (child indices) to be detached
-    in pages of that level.
-    """
-    singles: list[U64] = []
-    detached: dict[int, set[int]] = {}
-    for start, end in zip(overlay.ranges.starts, overlay.ranges.ends, strict=True):
-        level = 0
-        while start < end:
-            lower, upper = -(-start // FANOUT) * FANOUT, end // FANOUT * FANOUT
-            if lower >= upper or level == ROOT_LEVEL:
-                edges = [(start, end)]
-                start = end = 0
-            else:
-                edges = [(start, lower), (upper, end)]
-                start, end = lower >> FANOUT_BITS, upper >> FANOUT_BITS
-            for lo, hi in edges:
-                if level == 0:
-                    singles.append(np.arange(lo, hi, dtype=np.uint64))
-                elif lo < hi:
-                    detached.setdefault(level, set()).update(range(lo, hi))
-            level += 1
-    return (np.concatenate(singles) if singles else np.empty(0, np.uint64)), detached
-
-
-def _is_detached(level: int, index: int, detached: dict[int, set[int]]) -> bool:
-    """Whether a page lies in a subtree that is being detached.
-
-    Entries of level j are children, pages of level j - 1.
-    """
-    return any(
-        (index >> FANOUT_BITS * (upper - 1 - level)) in keys for upper, keys in detached.items() if upper > level
-    )
-
-
-async def _arrays_of(overlay: Overlay) -> tuple[U64, U64, U64]:
-    """The points of a frozen overlay as arrays, taken in slices so that the loop goes on."""
-    count = len(overlay.points)
-    keys = np.empty(count, np.uint64)
-    entries = np.empty((count, 2), np.uint64)
-    source = iter(overlay.points.items())
-    at = 0
-    while at < count:
-        part = list(itertools.islice(source, SLICE_ENTRIES))
-        keys[at : at + len(part)] = np.fromiter((key for key, _ in part), np.uint64, len(part))
-        flat = itertools.chain.from_iterable(entry for _, entry in part)
-        entries[at : at + len(part)] = np.fromiter(flat, np.uint64, 2 * len(part)).reshape(-1, 2)
-        at += len(part)
-        await trio.lowlevel.checkpoint()
-    return keys, entries[:, 0], entries[:, 1]
-
-
-def _combine(tombs: U64, keys: U64, addresses: U64, checks: U64) -> tuple[U64, U64, U64]:
-    """Sort the points, with zero entries for the tombs that no point overrides. Runs in a worker."""
-    if len(tombs):
-        tombs = tombs[~np.isin(tombs, keys)]
-        zeros = np.zeros(len(tombs), np.uint64)
-        keys = np.concatenate([keys, tombs])
-        addresses = np.concatenate([addresses, zeros])
-        checks = np.concatenate([checks, zeros])
-    order = np.argsort(keys, kind="stable")
-    return keys[order], addresses[order], checks[order]
 
 
 async def _dispose(overlays: Iterable[Overlay]) -> None:

@@ -376,21 +376,21 @@ class Cleaner:
                 if number % HEADERS_A_TURN == 0:
                     await trio.lowlevel.checkpoint()
                 first = victim.id << SLOT_BITS | batch.slot + batch.header_slots
-                for i, (op, volume_id, key, _) in enumerate(batch.operations()):
-                    volume = engine.volumes.get(volume_id)
-                    if op is not Op.PAGE or volume is None:
+                for i, (op, owner_id, key, _) in enumerate(batch.operations()):
+                    owner = engine.owner_of(owner_id)
+                    if op is not Op.PAGE or owner is None:
                         continue
                     level, index = key >> LEVEL_SHIFT, key & ((1 << LEVEL_SHIFT) - 1)
                     if level < ROOT_LEVEL:
                         try:
-                            await volume.tree.load(level + 1, [index >> FANOUT_BITS])
+                            await owner.tree.load(level + 1, [index >> FANOUT_BITS])
                         except OSError as error:
                             victim.damaged = True
                             logger.error("map segment %d is set aside: %s", victim.id, error)
                             return
-                    entry = volume.tree.entry_of_page_now(level, index)
+                    entry = owner.tree.entry_of_page_now(level, index)
                     if entry is not None and entry[0] == first + i:
-                        engine.forced.setdefault(volume_id, set()).add(key)
+                        engine.forced.setdefault(owner_id, set()).add(key)
                         hit("move.page_forced")
         finally:
             victim.pins -= 1

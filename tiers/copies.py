@@ -42,6 +42,7 @@ from tiers.device import Device
 from tiers.errors import TierError
 from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT
 from tiers.names import NAME_LIMIT
+from tiers.reader import checks_of
 from tiers.record import (
     BadRecordError,
     Batch,
@@ -53,7 +54,6 @@ from tiers.record import (
     peek_header_slots,
 )
 from tiers.segments import Segment, is_free
-from tiers.volume import checks_of
 
 if TYPE_CHECKING:
     from tiers.engine import Engine
@@ -62,8 +62,8 @@ logger = logging.getLogger(__name__)
 
 MAX_BATCH_BLOCKS = 512
 READ_SLOTS = 256
-VOLUME_BYTES = 192
-"""More than a volume's row takes, whatever its name."""
+VOLUME_BYTES = 256
+"""More than the row of a volume or snapshot takes, whatever its name."""
 DELTA_OVERHEAD = 400
 """Bytes at most of a copy without its rows, or slightly more."""
 
@@ -99,13 +99,13 @@ class CopyWriter:
 
     # -- a checkpoint ------------------------------------------------------------------------------------------------
 
-    def prepare(self, dead: int) -> None:
+    def prepare(self, dead: int, more: int = 0) -> None:
         """Before a commit: have room for a full copy, in segments that the commit will tell of. Raises ENOSPC.
 
-        `dead`: the rows of the dead list.
+        `dead`: the rows of the dead list; `more`: volumes and snapshots that are about to be committed.
         """
         engine = self._engine
-        blocks = self._bound_blocks(len(engine.segments.by_id) + len(self._open) + 1, dead)
+        blocks = self._bound_blocks(len(engine.segments.by_id) + len(self._open) + 1, dead, more)
         self._bound = blocks
         self._reserve(blocks)
         if any(segment.device.state != "online" for segment in self._open):
@@ -125,13 +125,14 @@ class CopyWriter:
             self._open.append(segment)
             room += _room(segment.slots - segment.used)
 
-    def _bound_blocks(self, segments: int, dead: int) -> int:
+    def _bound_blocks(self, segments: int, dead: int, more: int) -> int:
         engine = self._engine
         names = ((volume.short_name, volume.policy_name) for volume in engine.volumes.values())
         devices = [*map(device_row, engine.devices), *engine.removed_devices]
-        length = bound_bytes(engine.pool_name, devices, names, segments, dead)
-        length += VOLUME_BYTES * len(engine.graveyard)  # deleted since the freeze: the copy still has them
-        length += NAME_LIMIT * len(engine.volumes)  # given another policy since then: the copy still has the old name
+        snapshots = len(engine.lineage.snapshots)
+        length = bound_bytes(engine.pool_name, devices, names, segments, dead, snapshots)
+        length += VOLUME_BYTES * (len(engine.graveyard) + more)  # deleted since the freeze: the copy still has them
+        length += 2 * NAME_LIMIT * len(engine.volumes)  # given another name or policy: the copy still has the old one
         return -(-length // BLOCK_BYTES)
 
     def _reserve(self, blocks: int) -> None:

@@ -20,7 +20,8 @@ from tiers.flush import Flusher
 from tiers.frames import FrameCache
 from tiers.heat import Heat
 from tiers.host import CatalogStore, Preadv
-from tiers.layout import BLOCK_MASK, BLOCK_SHIFT
+from tiers.layout import BAD, BLOCK_MASK, BLOCK_SHIFT
+from tiers.lineage import Lineage
 from tiers.log import Log
 from tiers.losses import Losses
 from tiers.maptree import FANOUT_BITS, ROOT_LEVEL, MapTree, PageCache
@@ -28,14 +29,19 @@ from tiers.migration import Migration
 from tiers.policy import DEFAULT, DEFAULT_NAME, Policy
 from tiers.promotion import Promoter
 from tiers.record import Kind, Op
+from tiers.relocation import Relocations
 from tiers.segments import Segment, SegmentTable
 from tiers.settings import PoolSettings
+from tiers.snapshot import Snapshot, Views
 from tiers.space import Space
 from tiers.temperature import Temperature, judge_of
 from tiers.volume import Volume
 
 logger = logging.getLogger(__name__)
 
+
+VIEWS_DIVISOR = 4
+"""Leaves that snapshots and clones were composed of may take this part of the map's cache, besides it."""
 
 Dead = tuple[int, int, int]
 """(check, level, volume) of the root page of a detached subtree."""
@@ -85,6 +91,9 @@ class Engine:
         self.log.pick_first_device = self._pick_first_device
         self.log.on_broken = lambda: self.space.kick_checkpoint.set()
         self.cache = PageCache(settings.map_cache_bytes)
+        self.views = Views(settings.map_cache_bytes // VIEWS_DIVISOR)
+        self.relocations = Relocations(self.segments)
+        self.lineage = Lineage(self)
         self.policies: dict[str, Policy] = {}
         """What the names of policies mean; a name that isn't here means the default."""
         self.heat = Heat(settings.heat_bytes, sum(d.segment_count * d.segment_bytes >> BLOCK_SHIFT for d in devices))
@@ -110,34 +119,72 @@ class Engine:
 
     def volume_named(self, name: str) -> Volume | None:
         """The volume of that short name."""
-        return next((volume for volume in self.volumes.values() if volume.short_name == name), None)
+        volumes = self.volumes.values()
+        return next((volume for volume in volumes if volume.short_name == name and not volume.retired), None)
 
     def add_volume(
         self, volume_id: int, name: str, size_bytes: int, root: tuple[int, int], created_at: float
     ) -> Volume:
         """Enter a volume into the tables: created, or told of by the catalog or the log."""
-        tree = MapTree(f"{self.pool_name}/{name}", self.segments, self.cache, root)
-        volume = Volume(self, volume_id, name, size_bytes, tree, created_at)
-        self.volumes[volume_id] = volume
-        self.next_volume_id = max(self.next_volume_id, volume_id + 1)
-        self._count_leaf_pages()
+        volume = self.make_volume(volume_id, name, size_bytes, root, created_at)
+        self.enter_volume(volume)
         return volume
+
+    def make_volume(
+        self, volume_id: int, name: str, size_bytes: int, root: tuple[int, int], created_at: float
+    ) -> Volume:
+        """A volume that isn't in the tables yet; its id is taken."""
+        tree = MapTree(f"{self.pool_name}/{name}", self.segments, self.cache, root)
+        self.next_volume_id = max(self.next_volume_id, volume_id + 1)
+        return Volume(self, volume_id, name, size_bytes, tree, created_at)
+
+    def enter_volume(self, volume: Volume) -> None:
+        """Enter a volume into the tables."""
+        self.volumes[volume.id] = volume
+        self.apply_policy(volume)
+        self.count_leaf_pages()
+
+    def owner_of(self, owner_id: int) -> Volume | Snapshot | None:
+        """The volume or snapshot of that id, whose tree has the pages that bear it."""
+        return self.volumes.get(owner_id) or self.lineage.snapshots.get(owner_id)
+
+    def owners(self) -> list[Volume | Snapshot]:
+        """All that have a tree."""
+        return [*self.volumes.values(), *self.lineage.snapshots.values()]
+
+    def relocate(self, volume: Volume, block: int, old: int, address: int, check: int) -> None:
+        """A block lies elsewhere, whoever of the volume and its snapshots names it. Also the replay's way in.
+
+        No checkpoint of trio since the record was logged.
+        """
+        space = self.space
+        entry = volume.active.get(block)
+        if entry is not None and entry[0] == old:
+            before = volume.active.weight
+            volume.active.put(block, address, check)
+            self.segments.drop_pending([old])
+            if address != BAD:
+                self.segments.add_pending(address, 1)
+            space.active_weight += volume.active.weight - before
+        else:
+            space.active_weight += self.relocations.add(volume, block, old, address, check)
 
     def remove_volume(self, volume: Volume) -> None:
         """Take a volume out of the tables; the next checkpoint gives its map to the dead list."""
-        volume.deleted = True
+        volume.deleted = volume.gone = True
         del self.volumes[volume.id]
+        self.lineage.disinherit(volume)
         self.heat.extents.forget(volume.id)
         self.migration.forget(volume.id)
         self.graveyard.append(volume)
-        self._count_leaf_pages()
+        self.count_leaf_pages()
 
     def resized(self, volume: Volume, size_bytes: int) -> None:
         """A RESIZE record took effect."""
         if size_bytes < volume.size_bytes:
             self.heat.extents.forget(volume.id, size_bytes + BLOCK_MASK >> BLOCK_SHIFT)
         volume.size_bytes = size_bytes
-        self._count_leaf_pages()
+        self.count_leaf_pages()
 
     def require_policy(self, name: str) -> str:
         """How a policy of that name is recorded: as itself, the default one as nothing. Raises ENOENT."""
@@ -181,12 +228,14 @@ class Engine:
         level = self.settings.compression_level
         return volume.policy.compression_level if level is None else level
 
-    def _count_leaf_pages(self) -> None:
+    def count_leaf_pages(self) -> None:
         total = 0
         for volume in self.volumes.values():
             leaves = (volume.size_bytes >> 20) + 1
-            total += leaves + leaves // 200 + 5
+            pages = leaves + leaves // 200 + 5
+            total += 2 * pages if volume.has_history else pages  # those of the snapshot that keeps what was there
         self.space.leaf_pages = total
+        self.space.trees_touched = 2 if any(volume.has_history for volume in self.volumes.values()) else 1
 
     # -- the log -------------------------------------------------------------------------------------------------
 

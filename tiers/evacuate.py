@@ -48,9 +48,11 @@ from tiers.errors import TierError
 from tiers.failpoint import hit
 from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, FIRST_ADDRESS, MIB, SLOT_BITS, SLOT_MASK, check_of
 from tiers.maptree import BAD_PAGE, EMPTY_PAGE, FANOUT, FANOUT_BITS, ROOT_LEVEL, page_key, page_of, read_pages
+from tiers.merge import Owner
 from tiers.mover import DamagedMapError, Mover, OutputFullError
 from tiers.record import Kind
 from tiers.segments import Segment
+from tiers.snapshot import Snapshot
 from tiers.units import format_size
 from tiers.volume import Volume
 
@@ -389,7 +391,7 @@ class Evacuator:
                 return (addresses >= np.uint64(FIRST_ADDRESS)) & ~np.isin(addresses >> np.uint64(SLOT_BITS), kept)
 
         forced = 0
-        for volume in list(engine.volumes.values()):
+        for volume in engine.owners():
             async with aclosing(self._pages_of(run, volume, leaves=lost)) as pages:
                 async for level, index, addresses in pages:
                     found: list[int] = []
@@ -409,20 +411,20 @@ class Evacuator:
                         if not await self._room(run, engine.space.evacuated_entries + len(found) + ROOT_LEVEL):
                             return False
                         engine.space.evacuated_entries += len(found) + ROOT_LEVEL
-                        if not volume.deleted:
+                        if not volume.gone:
                             engine.forced.setdefault(volume.id, set()).update(found)
                             hit("evacuate.page_forced")
                     if forced >= FORCED_PAGES:
                         return False
         return True
 
-    async def _pages_of(self, run: _Run, volume: Volume, *, leaves: bool) -> AsyncGenerator[tuple[int, int, U64], None]:
+    async def _pages_of(self, run: _Run, volume: Owner, *, leaves: bool) -> AsyncGenerator[tuple[int, int, U64], None]:
         """The inner pages of a volume's tree (and its leaves), each above what is below it: (level, index, addresses).
 
         What lies below a damaged page on another device is passed over.
         """
         stack = [(ROOT_LEVEL, 0)] if volume.tree.root[0] >= FIRST_ADDRESS else []
-        while stack and not volume.deleted:
+        while stack and not volume.gone:
             level, index = stack.pop()
             try:
                 page = (await volume.tree.load(level, [index]))[index]
@@ -443,7 +445,7 @@ class Evacuator:
                 below = np.flatnonzero(addresses >= np.uint64(FIRST_ADDRESS)).tolist()
                 stack += [(level - 1, index << FANOUT_BITS | slot) for slot in reversed(below)]
 
-    async def _rescue(self, run: _Run, volume: Volume, level: int, indices: list[int]) -> None:
+    async def _rescue(self, run: _Run, volume: Owner, level: int, indices: list[int]) -> None:
         """See that pages on a failing device can be had: by reading past the page cache, or by giving them up."""
         segments = self._engine.segments
         entries = [(index, volume.tree.entry_of_page_now(level, index)) for index in indices]
@@ -554,7 +556,7 @@ class Evacuator:
     async def _search(self, run: _Run, there: dict[int, Segment]) -> None:
         """Move what the map says is in these segments: their own headers don't tell all."""
         ids = np.array(sorted(there), np.uint64)
-        for volume in list(self._engine.volumes.values()):
+        for volume in self._engine.owners():
             async with aclosing(self._pages_of(run, volume, leaves=True)) as pages:
                 async for level, index, addresses in pages:
                     if level or not np.isin(addresses >> np.uint64(SLOT_BITS), ids).any():
@@ -564,10 +566,12 @@ class Evacuator:
                     except OSError:
                         continue
                     by_segment: dict[int, list[tuple[Volume, int, int, int]]] = {}
+                    # What a snapshot shows and later ones name is found with these.
+                    home: Volume = volume.volume if isinstance(volume, Snapshot) else volume
                     for i, address in enumerate(found):
                         if address >> SLOT_BITS in there:
                             block = index << FANOUT_BITS | i
-                            candidate = (volume, block, address, checks[i])
+                            candidate = (home, block, address, checks[i])
                             by_segment.setdefault(address >> SLOT_BITS, []).append(candidate)
                     for segment_id, candidates in by_segment.items():
                         victim = there[segment_id]

@@ -8,8 +8,10 @@ Address of a block (64 bits):
     bits 24-63   segment id (1 ...; 0 is no segment)
     bits  0-23   slot within the segment
 
-Two addresses lie in no segment: UNMAPPED (0, reads as zeros) and BAD (1, reads as EIO: the data was found damaged
-when it had to be moved).
+Four addresses lie in no segment: UNMAPPED (0: this map says nothing of the block, which reads as zeros unless the
+volume or snapshot has something below it), BAD (1, reads as EIO: the data was found damaged when it had to be moved),
+ZEROED (3: reads as zeros, whatever lies below) and INHERITED (4, in the maps of snapshots: what the origin of the
+volume has there). No map page has 2.
 """
 
 from collections.abc import Callable
@@ -24,6 +26,8 @@ SLOT_BITS = 24
 SLOT_MASK = (1 << SLOT_BITS) - 1
 UNMAPPED = 0
 BAD = 1
+ZEROED = 3
+INHERITED = 4
 FIRST_ADDRESS = 1 << SLOT_BITS
 MAX_SEGMENT_ID = (1 << (64 - SLOT_BITS)) - 1
 

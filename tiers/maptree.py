@@ -205,10 +205,17 @@ class MapTree:
             self.loaded.discard(key)
         self._insert(key, page)
 
-    def commit(self, root: tuple[int, int], inner: dict[int, Page]) -> None:
-        """The checkpoint is committed: from now on this is the tree. `inner` are its new inner pages by key."""
+    def commit(self, root: tuple[int, int], inner: dict[int, Page], stale: Sequence[Iterable[int]] = ()) -> None:
+        """The checkpoint is committed: from now on this is the tree.
+
+        `inner` are its new inner pages by key; `stale` are leaves that are others now, and were not `replace_page`d.
+        """
         self.root = root
         self._generation += 1
+        for leaves in stale:
+            for index in leaves:
+                self._young.pop(int(index), None)
+                self._old.pop(int(index), None)
         for key in self.loaded or ():
             self._young.pop(key, None)
             self._old.pop(key, None)

@@ -17,9 +17,9 @@ from tiers.errors import TierError
 from tiers.failpoint import hit
 from tiers.layout import BLOCK_SHIFT, SLOT_BITS
 from tiers.maptree import LEVEL_SHIFT
+from tiers.reader import checks_of
 from tiers.record import Kind, Op, encode_batch, header_slots_for
 from tiers.segments import Segment
-from tiers.volume import checks_of
 
 if TYPE_CHECKING:
     from tiers.engine import Engine

@@ -31,7 +31,7 @@ from tiers.errors import TierError
 from tiers.failpoint import hit
 from tiers.frames import MAX_FRAME_BLOCKS, Frame, Packed, block_at, frame_of, pack_all, unpack_all
 from tiers.layout import BAD, BLOCK_BYTES, BLOCK_SHIFT, SLOT_BITS, check_of
-from tiers.maptree import FANOUT_BITS
+from tiers.maptree import FANOUT_BITS, MapTree
 from tiers.outputs import append_copies
 from tiers.overlay import Entry
 from tiers.record import (
@@ -234,11 +234,17 @@ class Mover:
             if number % TURN_BLOCKS == 0:
                 await trio.lowlevel.checkpoint()
             volume, block, address, check = candidate
+            if volume.has_history or volume.retired:
+                while (names := volume.names_now(block)) is None:
+                    await self._load_leaves([(volume, block)])
+                if address in names and not volume.gone:
+                    live.append(candidate)
+                continue
             entry = volume.entry_now(block)
             if entry is None:  # its leaf was evicted again: a small cache, or many volumes
                 (found_address,), (found_check,) = await volume.entries(block, 1)
                 entry = (found_address, found_check)
-            if entry == (address, check) and not volume.deleted:
+            if entry == (address, check) and not volume.gone:
                 live.append(candidate)
         return live
 
@@ -459,13 +465,15 @@ class Mover:
             self._seal(stream)
 
     async def _load_leaves(self, places: list[tuple[Volume, int]]) -> None:
-        wanted: dict[Volume, set[int]] = {}
+        wanted: dict[MapTree, set[int]] = {}
         for volume, leaf in dict.fromkeys((volume, block >> FANOUT_BITS) for volume, block in places):
-            if volume.tree.leaf_now(leaf) is None:
-                wanted.setdefault(volume, set()).add(leaf)
-        for volume, missing in wanted.items():
+            owners = volume.owners() if volume.has_history or volume.retired else (volume,)
+            for owner in owners:
+                if owner.tree.leaf_now(leaf) is None:
+                    wanted.setdefault(owner.tree, set()).add(leaf)
+        for tree, missing in wanted.items():
             try:
-                await volume.tree.load(0, missing)
+                await tree.load(0, missing)
             except OSError as error:
                 raise DamagedMapError(str(error)) from error
 
@@ -519,49 +527,65 @@ class Mover:
             part = range(start, min(start + count, len(copies.blocks)))
             with contextlib.suppress(DamagedMapError):  # then those copies don't take effect
                 await self._load_leaves([copies.blocks[i][:2] for i in part])
-            if all(copies.blocks[i][0].entry_now(copies.blocks[i][1]) is not None for i in part):
+            if all(_is_known(*copies.blocks[i][:2]) for i in part):
                 break
         self._apply(copies, part)
         return len(part)
 
     def _apply(self, copies: Copies, part: range) -> None:
-        """Log which copies take effect and let the overlay name them. No checkpoint of trio in here."""
+        """Log which copies take effect and let the map name them. No checkpoint of trio in here."""
         engine = self._engine
-        effective = []
+        moves: list[int] = []
+        relocations: list[int] = []
         for i in part:
             volume, block, old, check = copies.blocks[i]
-            if volume.deleted:
+            if volume.gone:
+                continue
+            if volume.has_history or volume.retired:
+                names = volume.names_now(block)
+                if names is None:
+                    self.unresolved.add(old >> SLOT_BITS)
+                elif old in names:
+                    relocations.append(i)
                 continue
             entry = volume.entry_now(block)
             if entry == (old, check):
-                effective.append(i)
+                moves.append(i)
             elif entry is None:
                 self.unresolved.add(old >> SLOT_BITS)
-        if not effective:
-            return
-        words = [0] * -(-len(copies.blocks) // 64)
-        for i in effective:
-            words[i // 64] |= 1 << i % 64
         segment = copies.segment
-        extra = [segment.device.index << 32 | segment.index, *words]
-        engine.append_record(Op.MOVE, segment.id, copies.slot << 32 | len(copies.blocks), copies.header_check, extra)
-        segment.last_seq = engine.log.seq
-        if segment.kind is not Kind.PACKED:
-            # What was packed and isn't any more takes slots that no client has asked for.
-            kind_of = engine.segments.kind_of
-            engine.space.active_charge += sum(
-                1 for i in effective if kind_of(copies.blocks[i][2] >> SLOT_BITS, Kind.MOVED) is Kind.PACKED
-            )
-        put_moved(
-            engine,
-            [(copies.blocks[i][0], copies.blocks[i][1], copies.addresses[i], copies.blocks[i][3]) for i in effective],
-        )
-        engine.moved_blocks += len(effective)
-        hit("move.logged")
+        for op, effective in ((Op.MOVE, moves), (Op.RELOCATE, relocations)):
+            if not effective:
+                continue
+            words = [0] * -(-len(copies.blocks) // 64)
+            for i in effective:
+                words[i // 64] |= 1 << i % 64
+            extra = [segment.device.index << 32 | segment.index, *words]
+            if op is Op.RELOCATE:
+                extra += [copies.blocks[i][2] for i in effective]
+            engine.append_record(op, segment.id, copies.slot << 32 | len(copies.blocks), copies.header_check, extra)
+            segment.last_seq = engine.log.seq
+            if segment.kind is not Kind.PACKED:
+                # What was packed and isn't any more takes slots that no client has asked for.
+                kind_of = engine.segments.kind_of
+                engine.space.active_charge += sum(
+                    1 for i in effective if kind_of(copies.blocks[i][2] >> SLOT_BITS, Kind.MOVED) is Kind.PACKED
+                )
+            engine.moved_blocks += len(effective)
+        if moves:
+            put_moved(engine, [(*copies.blocks[i][:2], copies.addresses[i], copies.blocks[i][3]) for i in moves])
+            hit("move.logged")
+        for i in relocations:
+            volume, block, old, check = copies.blocks[i]
+            engine.relocate(volume, block, old, copies.addresses[i], check)
+        if relocations:
+            hit("move.relocated")
 
     def _log_bad(self, volume: Volume, block: int, entry: Entry, victim: Segment) -> None:
-        if volume.deleted or volume.entry_now(block) != entry:
-            if volume.entry_now(block) is None:
+        historic = volume.has_history or volume.retired
+        names = volume.names_now(block) if historic else None
+        if volume.gone or (entry[0] not in (names or ()) if historic else volume.entry_now(block) != entry):
+            if (names if historic else volume.entry_now(block)) is None:
                 self.unresolved.add(victim.id)
             return
         logger.error(
@@ -574,9 +598,20 @@ class Mover:
         self._engine.segments.count_damage(entry[0])
         self._engine.losses.add(volume.id, block)
         self.bad_blocks += 1
-        self._engine.append_record(Op.BAD, volume.id, block, 1)
-        put_moved(self._engine, [(volume, block, BAD, 0)])
+        if historic:
+            self._engine.append_record(Op.LOST, volume.id, block, entry[0])
+            self._engine.relocate(volume, block, entry[0], BAD, 0)
+        else:
+            self._engine.append_record(Op.BAD, volume.id, block, 1)
+            put_moved(self._engine, [(volume, block, BAD, 0)])
         hit("move.bad")
+
+
+def _is_known(volume: Volume, block: int) -> bool:
+    """Whether it can be told without reading what names a block."""
+    if volume.has_history or volume.retired:
+        return volume.names_now(block) is not None
+    return volume.entry_now(block) is not None
 
 
 def put_moved(engine: "Engine", moves: list[tuple[Volume, int, int, int]]) -> None:

@@ -21,7 +21,7 @@ import trio
 
 from tiers.catalog import CATALOG_NAME, Catalog, DeviceRow, Position, State
 from tiers.check import CheckReport, check_pool
-from tiers.checkpoint import Checkpointer
+from tiers.checkpoint import Checkpointer, Frozen
 from tiers.cleaner import Cleaner
 from tiers.device import Device, Offload
 from tiers.engine import Engine
@@ -48,11 +48,14 @@ from tiers.scrub import Scrubber, ScrubStatus
 from tiers.scrubstate import ScrubFile
 from tiers.segments import is_free
 from tiers.settings import PoolSettings
+from tiers.snapshot import Snapshot
 from tiers.units import format_size
 from tiers.volume import Volume
 
 logger = logging.getLogger(__name__)
 
+SNAPSHOT_ROOM_SLOTS = 256
+"""1 MiB: so much must be available in a pool for each snapshot that is taken."""
 SHOWN_DAMAGE = 10
 """Damaged ranges in a pool's status; `Pool.scrubber.status()` has all that are kept."""
 
@@ -284,7 +287,8 @@ class Pool:
 
     def volumes(self) -> list[Volume]:
         """All volumes, by name."""
-        return sorted(self._engine.volumes.values(), key=lambda volume: volume.short_name)
+        there = [volume for volume in self._engine.volumes.values() if not volume.retired]
+        return sorted(there, key=lambda volume: volume.short_name)
 
     def volume(self, name: str) -> Volume:
         """The volume of that name (without the pool's). Raises TierError ENOENT."""
@@ -377,7 +381,7 @@ class Pool:
         """Raise ENOSPC if all volumes together would have more than the limit lets be promised."""
         engine = self._engine
         limit = engine.settings.overcommit_limit
-        nominal = sum(volume.size_bytes for volume in engine.volumes.values())
+        nominal = sum(volume.size_bytes for volume in self.volumes())
         capacity = engine.space.capacity * BLOCK_BYTES
         if limit and more_bytes > 0 and nominal + more_bytes > limit * capacity:
             raise TierError(
@@ -409,10 +413,26 @@ class Pool:
                 volume.shrink_logged(size_bytes, last)
                 return
 
-    async def delete_volume(self, name: str) -> None:
-        """Delete a volume that nobody uses; durable when this returns, its space comes back afterwards in slices."""
+    async def delete_volume(self, name: str, *, snapshots: bool = False) -> None:
+        """Delete a volume that nobody uses; durable when this returns, its space comes back afterwards in slices.
+
+        `snapshots`: and all its snapshots; without this a volume that has some isn't deleted (EBUSY). Clones live on.
+        """
         async with self._ddl:
             volume = self.volume(name)
+            self._require_unused(volume, "deleted")
+            family = self._engine.lineage.of_family(volume)
+            if family and not snapshots:
+                raise TierError(
+                    errno.EBUSY,
+                    f"{volume.name} has {len(family)} snapshot{'s' * (len(family) > 1)}: delete them first, or with it "
+                    f"(`terrace volume delete --snapshots {volume.name}`)",
+                )
+            if volume.has_history:
+                await self._engine.lineage.ask(partial(self._retire_all, volume))
+                return
+            if family:
+                await self._engine.lineage.ask(partial(self._delete_all, family))
             self._require_unused(volume, "deleted")
             await self._engine.admit_release()
             self._require_unused(volume, "deleted")
@@ -423,6 +443,17 @@ class Pool:
             await self._engine.flusher.flush()
             hit("delete.durable")
 
+    def _retire_all(self, volume: Volume, frozen: Frozen) -> None:
+        self._require_unused(volume, "deleted")
+        self._delete_all(self._engine.lineage.of_family(volume), frozen)
+        self._engine.lineage.retire(frozen, volume)
+
+    def _delete_all(self, snapshots: list[Snapshot], frozen: Frozen) -> None:
+        for snapshot in snapshots:
+            self._require_free(snapshot)
+        for snapshot in snapshots:
+            self._engine.lineage.delete(frozen, snapshot)
+
     @staticmethod
     def _require_unused(volume: Volume, done: str) -> None:
         if volume.open_count:
@@ -431,6 +462,174 @@ class Pool:
                 f"{volume.name} is in use by {volume.open_count} connection{'s' * (volume.open_count > 1)} "
                 f"and can't be {done}: disconnect its clients first",
             )
+
+    # -- snapshots and clones ------------------------------------------------------------------------------------------
+
+    def snapshots(self, volume: str | None = None) -> list[Snapshot]:
+        """The snapshots that can be seen, of one volume or of all; by volume, then oldest first. Raises ENOENT."""
+        volumes = self.volumes() if volume is None else [self.volume(volume)]
+        return [snapshot for one in volumes for snapshot in self._engine.lineage.of_family(one)]
+
+    def snapshot(self, volume: str, name: str) -> Snapshot:
+        """The snapshot of that name. Raises TierError ENOENT."""
+        found = self._snapshot_of(self.volume(volume), name)
+        if found is None:
+            raise TierError(
+                errno.ENOENT,
+                f"{self.name}/{volume} has no snapshot {name!r}: see `terrace snapshot list {self.name}/{volume}`",
+            )
+        return found
+
+    def _snapshot_of(self, volume: Volume, name: str) -> Snapshot | None:
+        return next((s for s in self._engine.lineage.of_family(volume) if s.short_name == name), None)
+
+    async def take_snapshots(self, wanted: Sequence[tuple[str, str]]) -> list[Snapshot]:
+        """Snapshots (volume, name) of one instant: all of them, or none. They are durable when this returns.
+
+        Raises TierError: ENOENT, EEXIST, EINVAL for a name, ENOSPC for a pool that is too full to keep what its
+        clients will overwrite.
+        """
+        for _, name in wanted:
+            validate_name("snapshot", name)
+        taken: list[Snapshot] = []
+
+        def act(frozen: Frozen) -> None:
+            volumes = [self.volume(volume) for volume, _ in wanted]
+            for volume, (_, name) in zip(volumes, wanted, strict=True):
+                self._require_new_snapshot(volume, name)
+            if len({volume.id for volume in volumes}) < len(volumes):
+                raise TierError(errno.EINVAL, "a volume is named twice: one snapshot of it is enough")
+            now = self._host.now()
+            for volume, (_, name) in zip(volumes, wanted, strict=True):
+                taken.append(self._engine.lineage.take(frozen, volume, name, now))
+
+        async with self._ddl:
+            self._require_snapshot_room(len(wanted))
+            await self._engine.lineage.ask(act)
+        return taken
+
+    def _require_new_snapshot(self, volume: Volume, name: str) -> None:
+        if self._snapshot_of(volume, name) is not None:
+            raise TierError(
+                errno.EEXIST,
+                f"there is a snapshot {volume.name}@{name} already: choose another name, or delete it first",
+            )
+        if volume.taking is not None:
+            raise TierError(errno.EBUSY, f"another snapshot of {volume.name} is being taken: try again")
+
+    def _require_snapshot_room(self, count: int) -> None:
+        """A snapshot takes no space by itself, but in a full pool the next overwrite would be refused."""
+        space = self._engine.space
+        needed = SNAPSHOT_ROOM_SLOTS * count
+        if space.available < needed:
+            raise TierError(
+                errno.ENOSPC,
+                f"the pool {self.name} is too full for a snapshot: what is overwritten from then on takes space, and "
+                f"{format_size(space.available * BLOCK_BYTES)} of the {format_size(needed * BLOCK_BYTES)} that must be "
+                f"there are left, so {format_size((needed - space.available) * BLOCK_BYTES)} are missing: delete "
+                "snapshots or volumes, trim, or grow it",
+            )
+
+    async def delete_snapshot(self, volume: str, name: str) -> None:
+        """Delete a snapshot; durable when this returns. Its space comes back afterwards, in slices.
+
+        Raises TierError: ENOENT, EBUSY while somebody reads it or it is held.
+        """
+
+        def act(frozen: Frozen) -> None:
+            snapshot = self.snapshot(volume, name)
+            self._require_free(snapshot)
+            self._engine.lineage.delete(frozen, snapshot)
+
+        async with self._ddl:
+            await self._engine.lineage.ask(act)
+
+    @staticmethod
+    def _require_free(snapshot: Snapshot) -> None:
+        if snapshot.held:
+            raise TierError(
+                errno.EBUSY,
+                f"{snapshot.name} is held and can't be deleted: release it with `terrace snapshot release "
+                f"{snapshot.name}`",
+            )
+        if snapshot.open_count:
+            raise TierError(
+                errno.EBUSY,
+                f"{snapshot.name} is in use by {snapshot.open_count} connection{'s' * (snapshot.open_count > 1)} "
+                "and can't be deleted: disconnect its clients first",
+            )
+
+    async def change_snapshot(
+        self, volume: str, name: str, *, new_name: str | None = None, held: bool | None = None
+    ) -> Snapshot:
+        """Rename a snapshot, or have it held (not to be deleted) or released; durable when this returns."""
+        if new_name is not None:
+            validate_name("snapshot", new_name)
+        changed: list[Snapshot] = []
+
+        def act(frozen: Frozen) -> None:
+            snapshot = self.snapshot(volume, name)
+            if new_name is not None and new_name != name:
+                self._require_new_snapshot(snapshot.volume, new_name)
+                snapshot.short_name = new_name
+            if held is not None:
+                snapshot.held = held
+            frozen.changed.add(snapshot)
+            self._engine.lineage.name_family(snapshot.volume.family)
+            changed.append(snapshot)
+
+        async with self._ddl:
+            await self._engine.lineage.ask(act)
+        return changed[0]
+
+    async def clone(self, volume: str, name: str, new_volume: str, policy: str = "") -> Volume:
+        """A writable volume that begins as a snapshot is; durable when this returns. Costs the same at any size."""
+        validate_name("volume", new_volume)
+        made: list[Volume] = []
+
+        def act(frozen: Frozen) -> None:
+            snapshot = self.snapshot(volume, name)
+            if self._engine.volume_named(new_volume) is not None:
+                raise TierError(
+                    errno.EEXIST,
+                    f"there is a volume {self.name}/{new_volume} already: choose another name, or delete it first",
+                )
+            self._require_commitment(snapshot.size_bytes, f"a clone {self.name}/{new_volume}")
+            recorded = self._engine.require_policy(policy)
+            made.append(self._engine.lineage.clone(frozen, snapshot, new_volume, int(self._host.now()), recorded))
+
+        async with self._ddl:
+            await self._engine.lineage.ask(act)
+        return made[0]
+
+    async def rollback(self, volume: str, name: str, *, keep_as: str | None, force: bool = False) -> Volume:
+        """Let a volume be again what it was at a snapshot; durable when this returns. Costs the same at any size.
+
+        `keep_as`: a snapshot of this name keeps what it was before. `force`: even while it is in use, whose connections
+        get ESTALE from then on. Raises TierError: ENOENT, EEXIST, EBUSY.
+        """
+        if keep_as is not None:
+            validate_name("snapshot", keep_as)
+        made: list[Volume] = []
+
+        def act(frozen: Frozen) -> None:
+            lineage = self._engine.lineage
+            snapshot = self.snapshot(volume, name)
+            old = self.volume(volume)
+            if not force:
+                self._require_unused(old, "rolled back")
+            now = self._host.now()
+            if keep_as is not None:
+                self._require_new_snapshot(old, keep_as)
+                lineage.take(frozen, old, keep_as, now)
+            new = lineage.clone(frozen, snapshot, old.short_name, old.created_at, old.policy_name)
+            new.family = old.family
+            lineage.retire(frozen, old)
+            made.append(new)
+
+        async with self._ddl:
+            await self._engine.lineage.ask(act)
+        return made[0]
 
     # -- the pool itself -----------------------------------------------------------------------------------------------
 
@@ -521,7 +720,7 @@ class Pool:
             available_bytes=space.available * BLOCK_BYTES,
             metadata_bytes=segments.map_live * BLOCK_BYTES,
             reserve_bytes=space.reserve * BLOCK_BYTES,
-            nominal_bytes=sum(volume.size_bytes for volume in engine.volumes.values()),
+            nominal_bytes=sum(volume.size_bytes for volume in self.volumes()),
             pending_free_bytes=pending_free * BLOCK_BYTES,
             log_seq=engine.log.seq,
             durable_seq=engine.flusher.durable_seq,

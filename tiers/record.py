@@ -60,6 +60,9 @@ Operations are (kind << 56 | id, a, b):
    10 CATALOG first of the copy's blocks that follow, sequence of the checkpoint, count: takes the next `count` data
               blocks, which are a part of a copy of the catalog (see catalogcopy)
    11 POLICY  volume, length of the UTF-8 name in the extra words: the policy that the volume has; 0: the default one
+   12 RELOCATE as MOVE, for volumes that may have snapshots; the old address of each copy that takes effect follows the
+              bitmap in the extra words: whoever names that one, the volume or a snapshot, names the copy from now on
+   13 LOST    volume, block, address: what lay there, for the volume or a snapshot, was found damaged when moved
 
 Log batches hold all of these but PAGE, batches of moved and packed data only WRITE, batches of map pages only PAGE. An
 operation that no release can have written (a block past the largest volume, a segment id past the 40 bits of an
@@ -129,6 +132,8 @@ class Op(IntEnum):
     BAD = 9
     CATALOG = 10
     POLICY = 11
+    RELOCATE = 12
+    LOST = 13
 
 
 WRITE_WORD = Op.WRITE << 56
@@ -445,7 +450,7 @@ def _validate_ops(batch: Batch) -> None:
             blocks += 1
         elif op == Op.CATALOG and kind is Kind.CATALOG:
             blocks += b
-        elif not Op.WRITE <= op <= Op.POLICY:
+        elif not Op.WRITE <= op <= Op.LOST:
             raise BadRecordError(f"unknown operation {op}")
         elif kind is not Kind.LOG or op in (Op.PAGE, Op.CATALOG):
             raise BadRecordError(f"the operation {Op(op).name} in a batch of kind {kind.name}")
@@ -467,10 +472,10 @@ def _validate_log_op(op: Op, subject: int, a: int, b: int, words: list[int], at:
         except (TierError, UnicodeDecodeError) as error:
             raise BadRecordError(f"a volume's name is damaged: {error}") from None
         return count
-    if op is Op.MOVE:
+    if op in (Op.MOVE, Op.RELOCATE):
         if not 1 <= subject <= MAX_SEGMENT_ID or a >> 32 >= MAX_SLOTS or a & 0xFFFFFFFF > MAX_SLOTS:
             raise BadRecordError(f"a move into segment {subject}, slot {a >> 32}, which can't be")
-        return 1 + -(-(a & 0xFFFFFFFF) // 64)
+        return extra_words_of_move(op, a & 0xFFFFFFFF, words, at)
     if op is Op.LINK:
         if not 1 <= subject <= MAX_SEGMENT_ID:
             raise BadRecordError(f"a link to segment {subject}, which can't be")
@@ -483,9 +488,19 @@ def _validate_log_op(op: Op, subject: int, a: int, b: int, words: list[int], at:
         except (TierError, UnicodeDecodeError) as error:
             raise BadRecordError(f"a policy's name is damaged: {error}") from None
         return count
+    elif op is Op.LOST and a >= MAX_BLOCKS:
+        raise BadRecordError(f"a lost block {a}, which no volume has")
     elif op is Op.BAD and (a + b > MAX_BLOCKS or b > MAX_SLOTS):
         raise BadRecordError(f"{b} bad blocks from {a} on, which no volume has")
     return 0
+
+
+def extra_words_of_move(op: Op, count: int, words: list[int], at: int) -> int:
+    """How many extra words a record of `count` copies takes, the first of which is words[at]."""
+    length = 1 + -(-count // 64)
+    if op is Op.RELOCATE:
+        length += sum(word.bit_count() for word in words[at + 1 : at + length])
+    return length
 
 
 def _require_size(size_bytes: int) -> None:

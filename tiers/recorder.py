@@ -21,8 +21,9 @@ from tiers.heat import Ints, Mask, Streams, Touch
 from tiers.heatfile import EXTENTS, SKETCH, HeatFile, SavedHeat
 from tiers.host import Host
 from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, FIRST_ADDRESS, MIB, SLOT_BITS
+from tiers.reader import RUN_MASK, RUN_SHIFT, SLOW
 from tiers.record import OP_WORDS, WRITE_WORD
-from tiers.volume import MAX_RECORDED, RUN_MASK, RUN_SHIFT, SLOW, Volume
+from tiers.volume import MAX_RECORDED, Volume
 
 if TYPE_CHECKING:
     from tiers.engine import Engine

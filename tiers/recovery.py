@@ -17,7 +17,7 @@ earlier life, so a batch that survived where its predecessor was lost can't come
 import errno
 import logging
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import trio
 
@@ -26,7 +26,9 @@ from tiers.device import Device, read_what_can_be_read
 from tiers.errors import TierError
 from tiers.failpoint import hit
 from tiers.layout import BAD, BLOCK_BYTES, BLOCK_SHIFT, SLOT_BITS
+from tiers.maptree import MapTree
 from tiers.mover import put_moved
+from tiers.reader import checks_of
 from tiers.record import (
     ID_MASK,
     MAX_BLOCKS,
@@ -39,10 +41,12 @@ from tiers.record import (
     SegmentHeader,
     decode_batch,
     decode_segment_header,
+    extra_words_of_move,
     name_from_words,
     peek_header_slots,
 )
-from tiers.volume import Volume, checks_of
+from tiers.snapshot import Snapshot, SnapshotState
+from tiers.volume import Volume
 
 if TYPE_CHECKING:
     from tiers.engine import Engine
@@ -93,7 +97,9 @@ class Lost:
         self.blocks += len(batch.checks)
         self.first_seq = min(self.first_seq or batch.seq, batch.seq)
         self.last_seq = max(self.last_seq, batch.seq)
-        self.volume_ids |= {subject for op, subject, _, _ in batch.operations() if op not in (Op.LINK, Op.MOVE)}
+        self.volume_ids |= {
+            subject for op, subject, _, _ in batch.operations() if op not in (Op.LINK, Op.MOVE, Op.RELOCATE)
+        }
 
 
 def _given_up(engine: "Engine", lost: Lost, end_seq: int, proof: int) -> str:
@@ -130,10 +136,36 @@ def restore(engine: "Engine", state: State) -> None:
             volume_row.created_at,
         )
         volume.tree.mapped_blocks = volume_row.mapped_blocks
+        volume.referenced_blocks = volume_row.referenced or volume_row.mapped_blocks
         volume.policy_name = volume_row.policy
+        volume.family = volume_row.family or volume_row.id
+        volume.layered = bool(volume_row.layered)
+        volume.retired = volume.deleted = bool(volume_row.retired)
+    _restore_snapshots(engine, state)
     engine.dead = {address: (check, level, volume_id) for address, check, level, volume_id in state.dead}
     engine.next_volume_id = max(engine.next_volume_id, state.position.next_volume_id)
     engine.segments.next_id = max(engine.segments.next_id, state.position.next_segment_id)
+
+
+def _restore_snapshots(engine: "Engine", state: State) -> None:
+    snapshots = engine.lineage.snapshots
+    for row in state.snapshots:
+        volume = engine.volumes[row.volume]
+        tree = MapTree(row.name, engine.segments, engine.cache, (row.root_address, row.root_check))
+        tree.mapped_blocks = row.mapped_blocks
+        snapshot = Snapshot(engine, row.id, volume, row.name, row.size_bytes, tree, row.created_at)
+        snapshot.state = cast(SnapshotState, row.state)  # the catalog was judged
+        snapshot.held = bool(row.held)
+        snapshot.referenced_blocks = row.referenced
+        volume.snapshots.append(snapshot)  # ids rise
+        snapshots[row.id] = snapshot
+        engine.next_volume_id = max(engine.next_volume_id, row.id + 1)
+    for volume_row in state.volumes:
+        volume = engine.volumes[volume_row.id]
+        volume.origin = snapshots.get(volume_row.origin)
+        volume.heir = engine.volumes.get(volume_row.heir)
+    for family in {volume.family for volume in engine.volumes.values()}:
+        engine.lineage.name_family(family)
 
 
 async def replay(engine: "Engine", state: State, *, truncate_log: bool = False) -> Replayed:
@@ -489,12 +521,15 @@ async def _apply(engine: "Engine", found: Found, result: Replayed, *, truncate_l
             engine.remove_volume(engine.volumes[subject])
         elif op is Op.BAD and subject in engine.volumes:
             put_moved(engine, [(engine.volumes[subject], block, BAD, 0) for block in range(a, a + b)])
-        elif op is Op.MOVE:
+        elif op is Op.LOST and subject in engine.volumes:
+            engine.relocate(engine.volumes[subject], a, b, BAD, 0)
+        elif op in (Op.MOVE, Op.RELOCATE):
             count = a & 0xFFFFFFFF
-            words = batch.extra[extra_at : extra_at + 1 + -(-count // 64)]
-            extra_at += len(words)
+            length = extra_words_of_move(op, count, batch.extra, extra_at)
+            words = batch.extra[extra_at : extra_at + length]
+            extra_at += length
             try:
-                await _apply_move(engine, subject, a >> 32, count, b, words, batch.seq, result.packed_batches)
+                await _apply_move(engine, op, subject, a >> 32, count, b, words, batch.seq, result.packed_batches)
             except (OSError, BadRecordError) as error:
                 # The old places may have been given out since: what was moved may be nowhere but in these copies. And
                 # they may be a stream that went past the log (`tiers.bypass`): then the old places hold old bytes. So
@@ -523,6 +558,7 @@ async def _read_in_some_way(device: Device, offset: int, length: int) -> bytearr
 
 async def _apply_move(
     engine: "Engine",
+    op: Op,
     segment_id: int,
     slot: int,
     count: int,
@@ -559,11 +595,18 @@ async def _apply_move(
     base = segment_id << SLOT_BITS
     places = batch.places()
     moves: list[tuple[Volume, int, int, int]] = []
+    olds = iter(words[1 + -(-count // 64) :])
     at = 0
     for _, volume_id, start, run in batch.operations():
         volume = engine.volumes.get(volume_id)
         for i in range(run):
-            if words[1 + at // 64] >> at % 64 & 1 and volume is not None:
-                moves.append((volume, start + i, base | places[at], batch.checks[at]))
+            if words[1 + at // 64] >> at % 64 & 1:
+                old = next(olds, 0)
+                if volume is None:
+                    pass
+                elif op is Op.RELOCATE:
+                    engine.relocate(volume, start + i, old, base | places[at], batch.checks[at])
+                else:
+                    moves.append((volume, start + i, base | places[at], batch.checks[at]))
             at += 1
     put_moved(engine, moves)

@@ -30,12 +30,16 @@ from tiers.record import Op
 from tiers.scrubscan import Gap, Owner, Scan, Suspect, owner_of
 from tiers.scrubstate import Damage, DeviceRun, Run
 from tiers.segments import Segment
+from tiers.snapshot import Snapshot
 from tiers.volume import Volume
 
 if TYPE_CHECKING:
     from tiers.engine import Engine
 
 logger = logging.getLogger(__name__)
+
+Holder = Volume | Snapshot
+"""Whose map it is."""
 
 PIECE_BYTES = 8 << 20
 READ_OVER_BYTES = 256 << 10
@@ -105,7 +109,7 @@ class _Target:
     """What a live slot means: bytes of a volume, and the check that the map has."""
 
     kind: str
-    volume: Volume
+    volume: "Holder"
     offset: int
     length: int
     check: int
@@ -369,25 +373,23 @@ class Pass:
 
     async def _target(self, owner: Owner, address: int) -> _Target | None:
         """What the map says of a place now; None if it names it no more, or can't tell (its page is damaged itself)."""
-        volume = self._engine.volumes.get(owner.volume_id)
-        if volume is None:
+        there = self._engine.owner_of(owner.volume_id)
+        if there is None:
             return None
         try:
             if owner.op is Op.WRITE:
-                (now,), (check,) = await volume.entries(owner.key, 1)
-                target = _data_target(volume, owner.key, check)
+                found = await _who_names(there, owner.key, address)
+                return None if found is None else _data_target(found[0], owner.key, found[1])
+            level, index = owner.key >> LEVEL_SHIFT, owner.key & ((1 << LEVEL_SHIFT) - 1)
+            if level == ROOT_LEVEL:
+                now, check = there.tree.root
             else:
-                level, index = owner.key >> LEVEL_SHIFT, owner.key & ((1 << LEVEL_SHIFT) - 1)
-                if level == ROOT_LEVEL:
-                    now, check = volume.tree.root
-                else:
-                    parent = index >> FANOUT_BITS
-                    page = (await volume.tree.load(level + 1, [parent]))[parent]
-                    now, check = page[index & FANOUT_MASK], page[FANOUT + (index & FANOUT_MASK)]
-                target = _page_target(volume, level, index, check)
+                parent = index >> FANOUT_BITS
+                page = (await there.tree.load(level + 1, [parent]))[parent]
+                now, check = page[index & FANOUT_MASK], page[FANOUT + (index & FANOUT_MASK)]
         except OSError:
             return None
-        return target if now == address and not volume.deleted else None
+        return _page_target(there, level, index, check) if now == address and not there.gone else None
 
     def _record_block(self, damage: list[Damage], segment: Segment, address: int, target: _Target, reason: str) -> None:
         place = (segment.device.path, segment.place(address)[0])
@@ -428,9 +430,9 @@ class Pass:
                 gaps[segment_id].append((first, end))
         told: set[tuple[int, int]] = set()
         if gaps:
-            for volume in list(self._engine.volumes.values()):
+            for there in self._engine.owners():
                 damage: list[Damage] = []
-                async with contextlib.aclosing(self._entries_into(volume, gaps)) as entries:
+                async with contextlib.aclosing(self._entries_into(there, gaps)) as entries:
                     async for owner, address in entries:
                         segment = by_id.get(address >> 24)
                         if segment is None:
@@ -457,23 +459,21 @@ class Pass:
             segment.pins -= 1
 
     async def _entries_into(
-        self, volume: Volume, gaps: dict[int, list[tuple[int, int]]]
+        self, there: Holder, gaps: dict[int, list[tuple[int, int]]]
     ) -> AsyncGenerator[tuple[Owner, int], None]:
-        """Everything of a volume's map that points into these segments, from the root down."""
-        named = set(volume.active.named_leaves())
-        if volume.frozen is not None:
-            named |= volume.frozen.named_leaves()
-        if volume.tree.root[0] >> 24 in gaps:
-            yield Owner(Op.PAGE, volume.id, ROOT_LEVEL << LEVEL_SHIFT), volume.tree.root[0]
-        pages = [(ROOT_LEVEL, 0)] if volume.tree.root[0] else []
+        """Everything of a volume's or snapshot's map that points into these segments, from the root down."""
+        named = set(there.named_leaves())
+        if there.tree.root[0] >> 24 in gaps:
+            yield Owner(Op.PAGE, there.id, ROOT_LEVEL << LEVEL_SHIFT), there.tree.root[0]
+        pages = [(ROOT_LEVEL, 0)] if there.tree.root[0] else []
         while pages or named:
             level, index = pages.pop() if pages else (0, named.pop())
             await self._let_others()
-            if volume.deleted:
+            if there.gone:
                 return
             try:
                 if level:
-                    addresses = (await volume.tree.load(level, [index]))[index][:FANOUT].tolist()
+                    addresses = (await there.tree.load(level, [index]))[index][:FANOUT].tolist()
                     op, base = Op.PAGE, (level - 1) << LEVEL_SHIFT | index << FANOUT_BITS
                     pages += [
                         (level - 1, index << FANOUT_BITS | slot) for slot, address in enumerate(addresses) if address
@@ -481,20 +481,33 @@ class Pass:
                 else:
                     named.discard(index)
                     op, base = Op.WRITE, index << FANOUT_BITS
-                    addresses, _ = await volume.entries(base, FANOUT)
+                    addresses, _ = await there.entries(base, FANOUT)
             except OSError:
                 continue  # a damaged page, which the pass has named
             for slot, address in enumerate(addresses):
                 if address >= FIRST_ADDRESS and address >> 24 in gaps:
-                    yield Owner(op, volume.id, base + slot), address
+                    yield Owner(op, there.id, base + slot), address
 
 
-def _data_target(volume: Volume, block: int, check: int) -> _Target:
+async def _who_names(there: Holder, block: int, address: int) -> tuple[Holder, int] | None:
+    """Who names a place that was written for a block of this volume (or snapshot), and the check it has for it."""
+    (now,), (check,) = await there.entries(block, 1)
+    if now == address and not there.gone:
+        return there, check
+    volume = there.volume if isinstance(there, Snapshot) else there
+    for owner in volume.owners() if volume.has_history or volume.retired else ():
+        (now,), (check,) = await owner.entries(block, 1)
+        if now == address and not owner.gone:
+            return owner, check
+    return None
+
+
+def _data_target(volume: Holder, block: int, check: int) -> _Target:
     offset = block << BLOCK_SHIFT
     return _Target("data", volume, offset, max(0, min(BLOCK_BYTES, volume.size_bytes - offset)), check)
 
 
-def _page_target(volume: Volume, level: int, index: int, check: int) -> _Target:
+def _page_target(volume: Holder, level: int, index: int, check: int) -> _Target:
     """A page stands for all blocks below it."""
     shift = BLOCK_SHIFT + FANOUT_BITS * (level + 1)
     offset = index << shift

@@ -18,6 +18,7 @@ import xxhash
 
 from tiers.frames import Frame
 from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT
+from tiers.reader import checks_of
 from tiers.record import (
     BadRecordError,
     Batch,
@@ -27,7 +28,6 @@ from tiers.record import (
     decode_segment_header,
     peek_header_slots,
 )
-from tiers.volume import checks_of
 
 UNIT = 1024
 """Blocks verified without a checkpoint of trio in between: about 0.7 ms."""

@@ -65,12 +65,17 @@ class Space:
         self.frozen_weight = 0
         self.active_charge = 0
         self.frozen_charge = 0
+        self.active_pages = 0
+        self.frozen_pages = 0
+        """Map pages besides: what long trims may make of what snapshots keep."""
         self.passing_charge = 0
         """Of streams on their way to base: a freeze doesn't cover them, the map doesn't name them yet."""
         self.staged_entries = 0
         """Blocks that the cleaner is about to move: entries to come."""
         self.evacuated_entries = 0
         """The same for evacuations, and the map pages that are to be written elsewhere."""
+        self.trees_touched = 1
+        """Trees in which an entry may touch pages: two where there are snapshots, which keep what was there."""
         self.leaf_pages = 0
         """Leaf pages that all volumes together could have: a bound on what a checkpoint writes."""
         self.wanted_slots = 0
@@ -105,13 +110,14 @@ class Space:
     def next_pages(self, more_entries: int = 0) -> int:
         """Slots that the next checkpoints take for map pages at the worst, once `more_entries` have been added.
 
-        An entry may touch a leaf of its own and an inner page; no more pages can be touched than there are. Entries
-        come after the space was given out, so as many pages as all volumes have (within reason) are kept always.
+        An entry may touch a leaf of its own and an inner page, in each of the trees that it concerns; no more pages can
+        be touched than there are. Entries come after the space was given out, so as many pages as all volumes have
+        (within reason) are kept always.
         """
         entries = self.active_weight + self.frozen_weight + self.staged_entries + self.evacuated_entries + more_entries
         always = self._segments.total_slots // ALWAYS_KEPT_DIVISOR
-        pages = min(max(2 * entries, always), self.leaf_pages) + 64
-        return pages + pages // 16
+        pages = min(max(2 * self.trees_touched * entries, always), self.leaf_pages) + 64
+        return pages + pages // 16 + self.active_pages + self.frozen_pages
 
     def map_reserve(self, more_entries: int = 0) -> int:
         """Slots that map segments may still come to take in the long run.

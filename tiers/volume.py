@@ -10,32 +10,28 @@ are logged as unmapped and take no space. A write that covers a block in part me
 what an earlier write of the same batch put there); where that has to be read first, the merge is applied only if the
 map still has the entry that was read.
 
-On the base tier blocks may be packed into frames (`tiers.frames`). These are always read in a worker, which unpacks
-them, and kept for a while: what a cached frame holds is served without waiting.
+A volume that is a clone has below its own map the snapshot that it was made of, its `origin`: what its map says nothing
+of is there. What its snapshots keep of earlier times, and why a write never touches it, is in `tiers.snapshot`.
+
+How blocks are read is in `tiers.reader`.
 """
 
-import contextlib
 import errno
-from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
-from os import RWF_NOWAIT
 from typing import TYPE_CHECKING
 
 import trio
 
 from tiers.bypass import LEAST_BYTES
 from tiers.errors import NoRoomError, TierError
-from tiers.frames import frame_of, index_of, unpack_all
 from tiers.layout import (
-    BAD,
     BLOCK_BYTES,
     BLOCK_MASK,
     BLOCK_SHIFT,
     FIRST_ADDRESS,
     SLOT_BITS,
-    SLOT_MASK,
     UNMAPPED,
     ZERO_BLOCK,
     ZERO_CHECK,
@@ -43,25 +39,22 @@ from tiers.layout import (
 )
 from tiers.limits import Limits, operations_of
 from tiers.log import MAX_BATCH_BLOCKS
-from tiers.maptree import FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL, MapTree
+from tiers.maptree import EMPTY_PAGE, FANOUT, FANOUT_BITS, FANOUT_MASK, MapTree, Page
 from tiers.overlay import LEAF_BITS, Entry, Overlay
 from tiers.policy import DEFAULT, Policy
 from tiers.promotion import LARGEST_READ_BLOCKS
+from tiers.reader import PIECE_BYTES, Buffer, Reader, checks_of, hole_in
 from tiers.record import OP_WORDS, UNMAP_WORD, WRITE_WORD, Kind, Op, header_slots_for
+from tiers.snapshot import Snapshot, compose
 
 if TYPE_CHECKING:
     from tiers.engine import Engine
 
-Buffer = bytes | bytearray | memoryview
 Edges = dict[int, tuple[Entry, bytes]]
 """Blocks read beforehand for a merge: block -> (the entry it was read through, its bytes)."""
 
 SYNC_WRITE_BYTES = 4 << 20
 """More than this in one go would hold the loop up for too long."""
-PIECE_BYTES = 1 << 20
-FRAMES_A_READ = 32
-"""Frames read and unpacked in one go: 4 MiB of memory."""
-READ_ATTEMPTS = 8
 MERGE_ATTEMPTS = 4
 WAKE_ROOM_BLOCKS = 64
 """Who has had to wait for room goes on when there is so much more than it needs: in the last scraps of room each block
@@ -69,69 +62,91 @@ would go alone, with a header of its own."""
 MAX_TRIMS = 160
 """So many operations fit a header of one slot."""
 
-RUN_SHIFT = 14
-SLOW = 1 << RUN_SHIFT - 1
-RUN_MASK = SLOW - 1
-"""In `Volume.reads` a request for one block is its number, one for more is ~(block << RUN_SHIFT | blocks), with SLOW
-where it had to wait for a device."""
 MAX_RECORDED = 1 << 15
 """Requests that are remembered until the next drain; older ones are forgotten, which only costs warmth."""
 
-_BLOCK_SLICES = [slice(i, i + BLOCK_BYTES) for i in range(0, PIECE_BYTES, BLOCK_BYTES)]
-"""Ready-made: a quarter of the cost of checking 1 MiB was making these."""
 
-EXTENT_HOLE = 1
-EXTENT_ZERO = 2
-
-
-class Volume:
+class Volume(Reader):
     """One thin volume. Implements nbd's `Export` structurally."""
 
-    description = ""
     read_only = False
-    rotational = False
-    can_multi_conn = True
-    minimum_block_size = 1
-    preferred_block_size = BLOCK_BYTES
-    maximum_payload = 32 << 20
 
     def __init__(
         self, engine: "Engine", volume_id: int, short_name: str, size_bytes: int, tree: MapTree, created_at: float
     ) -> None:
-        self.id = volume_id
+        super().__init__(engine, volume_id, f"{engine.pool_name}/{short_name}", size_bytes, tree, created_at)
         self.short_name = short_name
-        self.name = f"{engine.pool_name}/{short_name}"
-        self.size_bytes = size_bytes
-        self.tree = tree
-        self.created_at = created_at
         self.policy_name = ""
         """Empty: the default policy."""
         self.policy = DEFAULT
         """What that name means, now: another object as soon as it means something else."""
         self.policy_missing = False
         """The name means nothing, so the default holds."""
-        self._limits: Limits | None = None
         self.queued = 0
         """Writes that wait for room in the pool."""
-        self._engine = engine
-        self._preadv = engine.preadv
         self.active = self.new_overlay()
         self.frozen: Overlay | None = None
-        self.open_count = 0
-        self.deleted = False
+        self.snapshots: list[Snapshot] = []
+        """Those that a checkpoint has committed, oldest first; deleted ones until what they kept is sorted out."""
+        self.taking: Snapshot | None = None
+        """The one that the checkpoint under way is about to commit."""
+        self.origin: Snapshot | None = None
+        """What lies below the map of a clone."""
+        self.layered = False
+        """Its map may have entries that only mean something with an origin, or had one."""
+        self.retired = False
+        """No client will ever see it again, but snapshots or clones need what it holds."""
+        self.heir: Volume | None = None
+        """Who takes over the blocks that a retired volume has. Their headers go on naming this one."""
+        self.family = volume_id
+        """The id of the first volume of that name: a rollback makes another one, which takes name and family over."""
+        self.referenced_blocks = 0
+        """Blocks with data as clients see them at the last checkpoint: for a clone, those of its origin too."""
         self._merge_lock = trio.Lock()
         self._merging = False
         self._stream = (0, 0)
         """(start, end) in bytes of the run of large writes that came last."""
-        self._segments = engine.segments.by_id
         self._write_word = WRITE_WORD | volume_id
         self._unmap_word = UNMAP_WORD | volume_id
-        # What clients did lately, for `tiers.recorder`: appending is all that it may cost a request.
-        self.reads: deque[int] = deque(maxlen=MAX_RECORDED)
+        self.reads = deque(maxlen=MAX_RECORDED)
+        self._note_read = self.reads.append
         self.writes: deque[int] = deque(maxlen=MAX_RECORDED * OP_WORDS)
         """Operations as they were logged, word by word."""
-        self._note_read = self.reads.append
-        self.slow_reads: dict[str, int] = {"fast": 0, "base": 0}
+
+    @property
+    def has_history(self) -> bool:
+        """Whether what is overwritten may have to be kept for a snapshot."""
+        return bool(self.snapshots) or self.taking is not None
+
+    def owners(self) -> "list[Volume | Snapshot]":
+        """Whose trees may name a block that was written to this volume: the likeliest first."""
+        found: list[Volume | Snapshot] = [self, *reversed(self.snapshots)]
+        return found if self.heir is None else [*self.heir.owners(), *found]
+
+    def names_now(self, block: int) -> list[int] | None:
+        """The present addresses by which a block of the volume is named, by anybody; None if a page must be loaded."""
+        found: list[int] = []
+        index, slot = block >> FANOUT_BITS, block & FANOUT_MASK
+        for layer in (self.active, self.frozen):
+            entry = None if layer is None else layer.get(block)
+            if entry is not None:
+                found.append(entry[0])
+        if self.heir is not None:
+            inherited = self.heir.names_now(block)
+            if inherited is None:
+                return None
+            found += inherited
+        for owner in (self, *self.snapshots):
+            page = owner.tree.leaf_now(index)
+            if page is None:
+                return None
+            found.append(page[slot])
+        return [self._moved.get(address, address) for address in found if address >= FIRST_ADDRESS]
+
+    def rename(self, short_name: str) -> None:
+        """Have another name from now on."""
+        self.short_name = short_name
+        self.name = f"{self._engine.pool_name}/{short_name}"
 
     def obey(self, policy: Policy) -> None:
         """This policy holds from now on, also for requests that wait."""
@@ -155,25 +170,21 @@ class Volume:
 
     # -- the map, layer by layer ---------------------------------------------------------------------------------
 
-    def acquire(self) -> None:
-        """Somebody uses the volume: it can't be deleted or shrunk."""
-        self.open_count += 1
-
-    def release(self) -> None:
-        """The use that `acquire` began has ended."""
-        self.open_count -= 1
-
     def entry_now(self, block: int) -> Entry | None:
         """The entry of a block; None if a map page has to be loaded first."""
         entry = self.active.get(block)
-        if entry is None and self.frozen is not None:
-            entry = self.frozen.get(block)
         if entry is None:
-            page = self.tree.leaf_now(block >> FANOUT_BITS)
-            if page is None:
-                return None
-            slot = block & FANOUT_MASK
-            return page[slot], page[FANOUT + slot]
+            if self.frozen is not None:
+                entry = self.frozen.get(block)
+            if entry is None:
+                index = block >> FANOUT_BITS
+                page = self.layered_leaf_now(index) if self.layered else self.tree.leaf_now(index)
+                if page is None:
+                    return None
+                slot = block & FANOUT_MASK
+                entry = page[slot], page[FANOUT + slot]
+            if self._moved and (moved := self._moved.get(entry[0])) is not None:
+                return moved, entry[1]
         return entry
 
     def entries_now(self, block: int, count: int) -> tuple[list[int], list[int]] | None:
@@ -182,8 +193,9 @@ class Volume:
         checks: list[int] = []
         end = block + count
         at = block
+        leaf_now = self.layered_leaf_now if self.layered else self.tree.leaf_now
         while at < end:
-            page = self.tree.leaf_now(at >> FANOUT_BITS)
+            page = leaf_now(at >> FANOUT_BITS)
             if page is None:
                 return None
             lo = at & FANOUT_MASK
@@ -193,307 +205,61 @@ class Volume:
             at += hi - lo
         if self.frozen is not None:
             self.frozen.patch(block, addresses, checks)
+        if self._moved:
+            addresses = [self._moved.get(address, address) for address in addresses]
         if self.active:
             self.active.patch(block, addresses, checks)
         return addresses, checks
 
-    async def entries(self, block: int, count: int) -> tuple[list[int], list[int]]:
-        """As `entries_now`, loading what is missing. `count` is at most a few thousand."""
-        while (found := self.entries_now(block, count)) is None:
-            await self.tree.load(0, range(block >> FANOUT_BITS, (block + count - 1 >> FANOUT_BITS) + 1))
-        return found
+    def layered_leaf_now(self, index: int) -> Page | None:
+        """A leaf of the committed map with what the origin has below it; None if a page has to be loaded first."""
+        views = self._engine.views
+        page = views.get(self.id, index)
+        if page is None:
+            own = self.tree.leaf_now(index)
+            below = EMPTY_PAGE if self.origin is None else self.origin.leaf_now(index)
+            if own is None or below is None:
+                return None
+            page = views.put(self.id, index, compose([own], below))
+        return page
 
-    # -- reading -------------------------------------------------------------------------------------------------
+    async def layered_leaf(self, index: int) -> Page:
+        """The same, reading what is missing. Raises TierError EIO for a damaged page."""
+        views = self._engine.views
+        while (page := self.layered_leaf_now(index)) is None:
+            moment = views.moment
+            own = (await self.tree.load(0, [index]))[index]
+            below = EMPTY_PAGE if self.origin is None else await self.origin.leaf(index)
+            if moment == views.moment:
+                return views.put(self.id, index, compose([own], below))
+        return page
 
-    def read_now(self, offset: int, length: int, into: memoryview) -> bool:
-        """Fill `into` with verified bytes if no device has to be waited for. False means: ask `read`."""
-        if self._limits is not None:
-            return self._read_limited_now(self._limits, offset, length, into)
-        if (offset | length) & BLOCK_MASK:
-            return self._read_unaligned_now(offset, length, into)
-        block = offset >> BLOCK_SHIFT
-        if length != BLOCK_BYTES:
-            if not length:
-                return True
-            found = self.entries_now(block, length >> BLOCK_SHIFT)
-            if found is None or not self._read_entries_now(found[0], found[1], into):
-                return False
-            if (segment := self._segments.get(found[0][0] >> 24)) is not None and segment.fd == -1:
-                self._offer(block, found[0], found[1], into, [])
-            self._note_read(~(block << RUN_SHIFT | min(length >> BLOCK_SHIFT, RUN_MASK)))
-            return True
-        entry = self.entry_now(block)
-        if entry is None:
-            return False
-        address, check = entry
-        if address < FIRST_ADDRESS:
-            if address == BAD:
-                raise self._bad(block)
-            into[:] = ZERO_BLOCK
-            return True
-        try:
-            segment = self._segments[address >> 24]
-            count = self._preadv(segment.fd, [into], segment.base + ((address & SLOT_MASK) << BLOCK_SHIFT), RWF_NOWAIT)
-        except (OSError, KeyError):
-            if not self._read_kept_frame_now(address, [check], into):
-                return False
-            # What is read most would stay among the kept frames, and so on base, for ever.
-            self._offer(block, [address], [check], into, [])
-            self._note_read(block)
-            return True
-        # A mismatch is not judged here: `read` looks again, on the device.
-        if count == BLOCK_BYTES and check_of(into) == check:
-            self._note_read(block)
-            return True
-        return False
+    async def load_leaves(self, first: int, last: int) -> None:
+        if not self.layered:
+            await self.tree.load(0, range(first, last + 1))
+            return
+        for index in range(first, last + 1):
+            await self.layered_leaf(index)
 
-    def _read_limited_now(self, limits: Limits, offset: int, length: int, into: memoryview) -> bool:
-        operations = operations_of(length)
-        if not limits.may_go(operations, length):
-            return False
-        with self._unlimited():
-            done = self.read_now(offset, length, into)
-        if done:
-            limits.spend(operations, length)
-        return done
+    async def hole_at(self, block: int) -> int:
+        hole = await hole_in(self.tree, block)
+        return min(hole, await self.origin.hole_at(block)) if hole and self.origin is not None else hole
 
-    @contextlib.contextmanager
-    def _unlimited(self) -> Iterator[None]:
-        """What is done in here is part of a request that has paid. There must be no checkpoint of trio in it."""
-        limits, self._limits = self._limits, None
-        try:
-            yield
-        finally:
-            self._limits = limits
+    def named_leaves(self) -> list[int]:
+        layers = (self.active, self.frozen) if self.frozen is not None else (self.active,)
+        return sorted(set().union(*(layer.named_leaves() for layer in layers)))
 
-    def _read_entries_now(self, addresses: list[int], checks: list[int], into: memoryview) -> bool:
-        for first, count in runs_of(addresses):
-            address = addresses[first]
-            lo, hi = first << BLOCK_SHIFT, first + count << BLOCK_SHIFT
-            part = into[lo:hi]
-            if address < FIRST_ADDRESS:
-                if address == BAD:
-                    return False
-                part[:] = bytes(hi - lo)
-                continue
-            segment = self._segments.get(address >> 24)
-            if segment is None:
-                return False
-            if segment.fd == -1:
-                if not self._read_kept_frame_now(address, checks[first : first + count], part):
-                    return False
-                continue
-            if not segment.device.read_now(segment.base + ((address & SLOT_MASK) << BLOCK_SHIFT), part):
-                return False
-            if checks_of(part) != checks[first : first + count]:
-                return False
-        return True
-
-    def _read_kept_frame_now(self, address: int, checks: list[int], into: memoryview) -> bool:
-        """Blocks with consecutive addresses, if they lie in a frame that is kept and are what they should be."""
-        content = self._engine.frames.get(address)
-        if content is None:
-            return False
-        at = index_of(address) << BLOCK_SHIFT
-        data = content[at : at + len(into)]
-        if len(data) != len(into):
-            return False
-        into[:] = data
-        return checks_of(into) == checks
-
-    def _read_unaligned_now(self, offset: int, length: int, into: memoryview) -> bool:
-        if not length:
-            return True
-        start = offset & ~BLOCK_MASK
-        end = offset + length + BLOCK_MASK & ~BLOCK_MASK
-        whole = memoryview(bytearray(end - start))
-        if not self.read_now(start, end - start, whole):
-            return False
-        into[:] = whole[offset - start : offset - start + length]
-        return True
-
-    async def read(self, offset: int, length: int, into: memoryview) -> None:
-        """Fill `into` with verified bytes. Raises TierError EIO for a block that can't be read or fails its check."""
-        if self._limits is not None:
-            await self._limits.take(operations_of(length), length)
-        await self._read_pieces(offset, length, into)
-
-    async def _read_pieces(self, offset: int, length: int, into: memoryview) -> None:
-        start = offset & ~BLOCK_MASK
-        end = offset + length + BLOCK_MASK & ~BLOCK_MASK
-        for at in range(start, end, PIECE_BYTES):
-            piece_end = min(at + PIECE_BYTES, end)
-            lo, hi = max(at, offset), min(piece_end, offset + length)
-            target = into[lo - offset : hi - offset]
-            if (lo, hi) == (at, piece_end):
-                await self._read_blocks(at >> BLOCK_SHIFT, piece_end - at >> BLOCK_SHIFT, target)
-            else:
-                whole = memoryview(bytearray(piece_end - at))
-                await self._read_blocks(at >> BLOCK_SHIFT, piece_end - at >> BLOCK_SHIFT, whole)
-                target[:] = whole[lo - at : hi - at]
-
-    async def _read_blocks(self, block: int, count: int, into: memoryview) -> None:
-        """Read whole blocks: those whose entry changed under the read are read again, those that fail twice are EIO."""
-        addresses, checks = await self.entries(block, count)
-        suspects = await self._read_runs(addresses, checks, into)
-        self._offer(block, addresses, checks, into, suspects)
-        self._note_slow(addresses[0])
-        self._note_read(
-            ~(block << RUN_SHIFT | SLOW | count)
-        )  # behind the offer: what judges it counts this read by itself
-        for i in suspects:
-            await self._read_suspect(block + i, into[i << BLOCK_SHIFT : i + 1 << BLOCK_SHIFT])
-
-    def _note_slow(self, address: int) -> None:
-        """Count a read that had to wait by the tier of its first block: a drain may come after its promotion."""
-        segment = self._segments.get(address >> SLOT_BITS)
-        if segment is not None:
-            self.slow_reads[segment.device.tier] += 1
-
-    def _offer(
-        self, block: int, addresses: list[int], checks: list[int], into: memoryview, suspects: list[int]
-    ) -> None:
+    def offer(self, block: int, addresses: list[int], checks: list[int], into: memoryview, suspects: list[int]) -> None:
         """Offer what was read from base for promotion."""
         promoter = self._engine.promoter
+        if self.has_history or self.layered:
+            return  # a promotion is a write: what a snapshot or an origin keeps would be there twice
         if len(addresses) > LARGEST_READ_BLOCKS or not promoter.has_room():
             return
         for i, address in enumerate(addresses):
             segment = self._segments.get(address >> SLOT_BITS)
             if segment is not None and segment.device.tier == "base" and i not in suspects:
                 promoter.offer(self, block + i, (address, checks[i]), into[i << BLOCK_SHIFT : i + 1 << BLOCK_SHIFT])
-
-    async def _read_runs(self, addresses: list[int], checks: list[int], into: memoryview) -> list[int]:
-        """Read every run, in one worker a device; return the positions whose bytes did not match.
-
-        Frames are read in a worker of their own.
-        """
-        suspects: list[int] = []
-        by_device: dict[int, list[tuple[int, int]]] = {}
-        packed: list[tuple[int, int]] = []
-        for first, count in runs_of(addresses):
-            address = addresses[first]
-            if address == BAD or (address != UNMAPPED and address >> 24 not in self._segments):
-                suspects += range(first, first + count)
-            elif address == UNMAPPED:
-                into[first << BLOCK_SHIFT : first + count << BLOCK_SHIFT] = bytes(count << BLOCK_SHIFT)
-            elif self._segments[address >> 24].kind is Kind.PACKED:
-                packed.append((first, count))
-            else:
-                by_device.setdefault(self._segments[address >> 24].device.index, []).append((first, count))
-        # All segments are pinned before the first wait: a checkpoint may free what is not.
-        all_runs = [*packed, *(run for runs in by_device.values() for run in runs)]
-        segments = {first: self._segments[addresses[first] >> 24] for first, _ in all_runs}
-        for segment in segments.values():
-            segment.pins += 1
-        try:
-            for runs in by_device.values():
-                ranges = [
-                    (segments[first].offset(addresses[first] & SLOT_MASK), count << BLOCK_SHIFT)
-                    for first, count in runs
-                ]
-                try:
-                    blocks = await segments[runs[0][0]].device.read_many(ranges)
-                except OSError:
-                    for first, count in runs:
-                        suspects += range(first, first + count)
-                    continue
-                for (first, count), data in zip(runs, blocks, strict=True):
-                    into[first << BLOCK_SHIFT : first + count << BLOCK_SHIFT] = data
-                    found = checks_of(memoryview(data))
-                    suspects += [first + i for i in range(count) if found[i] != checks[first + i]]
-            if packed:
-                suspects += await self._read_frames(packed, addresses, checks, into)
-        finally:
-            for segment in segments.values():
-                segment.pins -= 1
-        return suspects
-
-    async def _read_frames(
-        self, runs: list[tuple[int, int]], addresses: list[int], checks: list[int], into: memoryview
-    ) -> list[int]:
-        """Read runs that lie in frames, each frame once; return the positions whose bytes did not match.
-
-        Their segments are pinned.
-        """
-        suspects: list[int] = []
-        kept = self._engine.frames
-        missing: dict[int, list[int]] = {}
-        by_frame: dict[int, list[tuple[int, int]]] = {}
-        for run in runs:
-            by_frame.setdefault(frame_of(addresses[run[0]]), []).append(run)
-
-        def take(key: int, content: bytes) -> None:
-            for first, count in by_frame[key]:
-                at = index_of(addresses[first]) << BLOCK_SHIFT
-                data = content[at : at + (count << BLOCK_SHIFT)]
-                into[first << BLOCK_SHIFT : (first << BLOCK_SHIFT) + len(data)] = data
-                found = checks_of(data)
-                if found != checks[first : first + count]:
-                    suspects.extend(first + i for i in range(count) if found[i : i + 1] != [checks[first + i]])
-
-        for key in by_frame:
-            content = kept.get(key)
-            if content is not None:
-                take(key, content)
-            else:
-                missing.setdefault(self._segments[key >> 24].device.index, []).append(key)
-        for keys in missing.values():
-            device = self._segments[keys[0] >> 24].device
-            for start in range(0, len(keys), FRAMES_A_READ):
-                part = keys[start : start + FRAMES_A_READ]
-                places = [self._segments[key >> 24].place(key) for key in part]
-                try:
-                    contents = await device.read_then(places, unpack_all)
-                except OSError:
-                    contents = [b""] * len(part)
-                for key, content in zip(part, contents, strict=True):
-                    take(key, content)
-                    if content:
-                        kept.put(key, content)
-        return suspects
-
-    async def _read_suspect(self, block: int, into: memoryview) -> None:
-        """Read one block past the page cache; EIO if its entry stays the same and its bytes stay wrong."""
-        for _ in range(READ_ATTEMPTS):
-            (address,), (check,) = await self.entries(block, 1)
-            if address == UNMAPPED:
-                into[:] = ZERO_BLOCK
-                return
-            if address == BAD:
-                raise self._bad(block)
-            segment = self._segments.get(address >> 24)
-            if segment is None:
-                raise TierError(
-                    errno.EIO,
-                    f"{self.name} at byte {block << BLOCK_SHIFT}: its map names segment {address >> 24}, which is not "
-                    "in use: run `terrace pool check`",
-                )
-            segment.pins += 1
-            try:
-                data = await segment.read_direct(address)
-            except OSError as error:
-                raise TierError(
-                    error.errno or errno.EIO, f"{self.name} at byte {block << BLOCK_SHIFT}: {error}"
-                ) from error
-            finally:
-                segment.pins -= 1
-            if check_of(data) == check:
-                into[:] = data
-                return
-            if self.entry_now(block) == (address, check):
-                self._engine.segments.count_damage(address)
-                offset, _ = segment.place(address)
-                raise TierError(
-                    errno.EIO,
-                    f"{self.name} at byte {block << BLOCK_SHIFT}: the block on {segment.device.path} at "
-                    f"{offset} fails its checksum",
-                )
-        raise TierError(
-            errno.EIO, f"{self.name} at byte {block << BLOCK_SHIFT}: the block kept changing while it was read"
-        )
-
-    def _bad(self, block: int) -> TierError:
-        return TierError(errno.EIO, f"{self.name} at byte {block << BLOCK_SHIFT}: the block was lost to a device error")
 
     # -- writing -------------------------------------------------------------------------------------------------
 
@@ -532,7 +298,7 @@ class Volume:
             count = (offset + len(data) + BLOCK_MASK >> BLOCK_SHIFT) - first
             blocks += count
             found = self.entries_now(first, count)
-            new += count if found is None else sum(map(self._needs_a_slot, found[0]))
+            new += count if found is None else self._new_blocks(first, found[0])
         return blocks, new
 
     def _write_limited_now(self, limits: Limits, writes: Sequence[tuple[int, Buffer]]) -> bool:
@@ -838,7 +604,7 @@ class Volume:
             if found is None:
                 await self.entries(first, count)
                 continue
-            new = sum(1 for address in found[0] if self._needs_a_slot(address))
+            new = self._new_blocks(first, found[0])
             if space.charged + new > space.capacity and new:
                 if checkpoints == 2 or not (space.active_weight or space.frozen_weight):
                     raise NoRoomError(
@@ -851,6 +617,27 @@ class Volume:
                 return new
             else:
                 await space.wait()
+
+    def _new_blocks(self, first: int, addresses: list[int]) -> int:
+        """How many of the blocks from `first` on, which lie at these addresses, a write over them takes space for."""
+        if not (self.has_history or self.layered):
+            return sum(map(self._needs_a_slot, addresses))
+        return sum(
+            self._needs_a_slot(address) or not self._is_own(block) for block, address in enumerate(addresses, first)
+        )
+
+    def _is_own(self, block: int) -> bool:
+        """Whether what a block holds dies when it is overwritten: no snapshot and no origin keeps it, surely."""
+        entry = self.active.get(block)
+        if entry is not None:
+            return True
+        index, slot = block >> FANOUT_BITS, block & FANOUT_MASK
+        if self.taking is not None or (self.layered and not ((leaf := self.tree.leaf_now(index)) and leaf[slot])):
+            return False
+        if not self.snapshots:
+            return True
+        kept = self.snapshots[-1].tree.leaf_now(index)
+        return bool(kept and kept[slot])
 
     def _needs_a_slot(self, address: int) -> bool:
         """Whether a write over what lies there takes more space than the volume has for it: of a hole, or unpacked."""
@@ -969,103 +756,6 @@ class Volume:
         engine.appended()
         engine.space.released()
 
-    async def cache(self, offset: int, length: int) -> None:
-        """Bring the range into the page cache: read what is mapped of it, a piece at a time."""
-        into = memoryview(bytearray(min(length, PIECE_BYTES)))
-        at, end = offset, offset + length
-        while at < end:
-            (span, flags), *_ = await self.extents(at, end - at, 1)
-            stop = at + span
-            if flags & EXTENT_HOLE:
-                at = stop
-            while at < stop:
-                piece = min(PIECE_BYTES, stop - at)
-                await self.read(at, piece, into[:piece])
-                await trio.lowlevel.checkpoint()
-                at += piece
-
-    async def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
-        """Describe a prefix of the range as (bytes, flags): HOLE|ZERO where nothing is mapped, 0 where data is.
-
-        At most `limit` of them, neighbours differ, and terabytes of nothing cost a few page look-ups.
-        """
-        result: list[tuple[int, int]] = []
-        at, end = offset, offset + length
-        named: list[int] | None = None
-        while at < end:
-            block = at >> BLOCK_SHIFT
-            most = (end - 1 >> BLOCK_SHIFT) + 1 - block
-            hole = min(await self.tree_hole(block), most) if most > FANOUT else 0
-            if hole > FANOUT:
-                if named is None:
-                    # Later writes are concurrent with this request; what it must know is in the layers by now.
-                    layers = (self.active, self.frozen) if self.frozen is not None else (self.active,)
-                    named = sorted(set().union(*(layer.named_leaves() for layer in layers)))
-                next_leaf = bisect_left(named, block >> FANOUT_BITS)
-                if next_leaf < len(named):
-                    hole = min(hole, (named[next_leaf] << FANOUT_BITS) - block)
-            if hole > FANOUT:
-                runs = [(hole, False)]
-            else:
-                addresses, _ = await self.entries(block, min(most, FANOUT - (block & FANOUT_MASK)))
-                runs = _run_lengths([address != UNMAPPED for address in addresses])
-            for count, is_mapped in runs:
-                block += count
-                stop = min(end, block << BLOCK_SHIFT)
-                flags = 0 if is_mapped else EXTENT_HOLE | EXTENT_ZERO
-                if result and result[-1][1] == flags:
-                    result[-1] = (result[-1][0] + stop - at, flags)
-                elif len(result) == limit:
-                    return result
-                else:
-                    result.append((stop - at, flags))
-                at = stop
-            await trio.lowlevel.checkpoint()
-        return result
-
-    async def tree_hole(self, block: int) -> int:
-        """How many blocks from `block` on the committed tree certainly has no page for; 0 if there is a leaf."""
-        tree = self.tree
-        if not tree.root[0]:
-            return 1 << FANOUT_BITS * (ROOT_LEVEL + 1)
-        for level in range(ROOT_LEVEL, 0, -1):
-            index = block >> FANOUT_BITS * (level + 1)
-            page = (await tree.load(level, [index]))[index]
-            shift = FANOUT_BITS * level
-            slot = block >> shift & FANOUT_MASK
-            if not page[slot]:
-                last = slot
-                while last + 1 < FANOUT and not page[last + 1]:
-                    last += 1
-                return (((block >> shift) + last - slot + 1) << shift) - block
-        return 0
-
-
-def runs_of(addresses: list[int]) -> list[tuple[int, int]]:
-    """Group positions into runs (first, count) that one read serves: consecutive addresses, or all unmapped."""
-    count = len(addresses)
-    first = addresses[0]
-    if first > BAD and addresses[-1] == first + count - 1 and addresses == list(range(first, first + count)):
-        return [(0, count)]
-    runs = []
-    start = 0
-    for i in range(1, count):
-        step = 1 if addresses[start] > BAD else 0
-        if addresses[i] != addresses[i - 1] + step:
-            runs.append((start, i - start))
-            start = i
-    runs.append((start, count - start))
-    return runs
-
-
-def checks_of(data: Buffer) -> list[int]:
-    """The check of each block of `data`."""
-    view = memoryview(data)
-    count = len(view) >> BLOCK_SHIFT
-    if count <= len(_BLOCK_SLICES):
-        return [check_of(view[part]) for part in _BLOCK_SLICES[:count]]
-    return [check_of(view[i : i + BLOCK_BYTES]) for i in range(0, len(view), BLOCK_BYTES)]
-
 
 def _data_runs(data: Buffer, checks: list[int], *, keep_zeroes: bool) -> list[tuple[int, int, bool]]:
     """Split blocks into runs (first, count, whether it is all zeros and may become a hole)."""
@@ -1083,7 +773,3 @@ def _data_runs(data: Buffer, checks: list[int], *, keep_zeroes: bool) -> list[tu
 def is_zero(data: Buffer, block: int) -> bool:
     """Whether a block of `data` is all zeros: the check is asked first, but only the bytes decide."""
     return memoryview(data)[block << BLOCK_SHIFT : block + 1 << BLOCK_SHIFT] == ZERO_BLOCK
-
-
-def _run_lengths(values: list[bool]) -> list[tuple[int, bool]]:
-    return [(sum(1 for _ in run), value) for value, run in groupby(values)]

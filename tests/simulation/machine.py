@@ -244,6 +244,8 @@ def _changed(state: State, change: Change) -> State:
     removed = set(change.dead_removed)
     dead = {row[0]: row for row in state.dead if row[0] not in removed}
     dead.update((row[0], row) for row in change.dead_added)
+    snapshots = {row.id: row for row in state.snapshots if row.id not in set(change.snapshots_removed)}
+    snapshots.update((row.id, row) for row in change.snapshots)
     devices = {row.index: row for row in state.devices}
     for row in change.devices:
         old = devices.get(row.index)
@@ -256,6 +258,7 @@ def _changed(state: State, change: Change) -> State:
         sorted(change.volumes, key=lambda row: row.id),
         list(segments.values()),
         list(dead.values()),
+        [snapshots[number] for number in sorted(snapshots)],
     )
 
 

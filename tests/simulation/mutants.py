@@ -28,11 +28,12 @@ import tiers.recovery
 import tiers.segments
 from tests.simulation.machine import Machine
 from tiers.bypass import Bypass
-from tiers.checkpoint import Checkpointer, Merge
+from tiers.checkpoint import Checkpointer
 from tiers.engine import Engine
 from tiers.evacuate import Evacuator
 from tiers.flush import Flusher
 from tiers.log import Log
+from tiers.merge import Merge
 from tiers.mover import Mover
 from tiers.pool import Pool
 from tiers.promotion import Promoter

@@ -104,7 +104,7 @@ def test_a_full_copy_says_what_the_catalog_said(state: State) -> None:
     assert in_order(state_of([copy], UUID)) == in_order(state)
     names = [(volume.name, volume.policy) for volume in state.volumes]
     assert len(data) - BLOCK_BYTES < bound_bytes(
-        state.pool_name, state.devices, names, len(state.segments), len(state.dead)
+        state.pool_name, state.devices, names, len(state.segments), len(state.dead), len(state.snapshots)
     )
 
 
@@ -214,7 +214,7 @@ def test_a_sound_copy_of_a_newer_version_is_told_from_a_damaged_one() -> None:
     with pytest.raises(BadCopyError) as damaged:
         decode_copy(data)
     assert not damaged.value.newer
-    with pytest.raises(BadCopyError, match="format version 99 and this release reads 2") as newer:
+    with pytest.raises(BadCopyError, match="format version 99 and this release reads 3") as newer:
         decode_copy(sealed(data))
     assert newer.value.newer
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tests.tiers.helpers import QUIET, assert_sound, block, fresh_pool, make_pool, read, refusal, run, settle
 from tiers import Pool, PoolSettings, TierError, Volume, checkpoint
 from tiers.catalog import Catalog
-from tiers.checkpoint import decompose_ranges
 from tiers.layout import BLOCK_BYTES, MIB
 from tiers.maptree import FANOUT, FANOUT_BITS, ROOT_LEVEL
+from tiers.merge import decompose_ranges
 from tiers.overlay import Overlay
 
 TINY = PoolSettings(checkpoint_interval_s=3600.0, map_cache_bytes=0)
@@ -217,7 +217,7 @@ def test_a_dead_subtree_that_is_not_walked_yet_survives_reopening(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tiers.checkpoint.DEAD_PAGES_A_CHECKPOINT", 1)
-    monkeypatch.setattr("tiers.checkpoint.CHUNK_PAGES", 64)
+    monkeypatch.setattr("tiers.merge.CHUNK_PAGES", 64)
 
     async def body() -> None:
         home = await make_pool(tmp_path)

@@ -10,7 +10,7 @@ import pytest
 from tests.tiers.helpers import block, fresh_pool, run
 from tiers import Volume
 from tiers.layout import BLOCK_BYTES, MIB
-from tiers.volume import EXTENT_HOLE, EXTENT_ZERO
+from tiers.reader import EXTENT_HOLE, EXTENT_ZERO
 
 HOLE = EXTENT_HOLE | EXTENT_ZERO
 ANY = 1 << 20

@@ -18,8 +18,9 @@ from tiers.heatfile import FILE_NAME
 from tiers.host import RealHost
 from tiers.layout import BLOCK_BYTES, MIB
 from tiers.policy import Policy
+from tiers.reader import RUN_MASK
 from tiers.recorder import _slices
-from tiers.volume import MAX_RECORDED, RUN_MASK
+from tiers.volume import MAX_RECORDED
 
 
 async def filled(pool: Pool, name: str = "v", size: int = 16 * MIB) -> Volume:

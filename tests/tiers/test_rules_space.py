@@ -557,7 +557,7 @@ def test_trimming_ten_tebibytes_is_one_record_and_its_space_returns_in_slices(mo
             assert await get(volume, 5 * (32 << 30) // BLOCK) == 77
             assert await get(volume, 6 * (32 << 30) // BLOCK) == 0
             monkeypatch.setattr("tiers.checkpoint.DEAD_PAGES_A_CHECKPOINT", 1)
-            monkeypatch.setattr("tiers.checkpoint.CHUNK_PAGES", 16)
+            monkeypatch.setattr("tiers.merge.CHUNK_PAGES", 16)
             await pool._checkpointer._attempt()
             assert pool._engine.dead, "the walk should take several checkpoints"
             await require_sound(pool)
@@ -579,7 +579,7 @@ def test_trimming_ten_tebibytes_is_one_record_and_its_space_returns_in_slices(mo
 
 def test_a_crash_while_the_dead_list_is_walked_gives_every_block_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tiers.checkpoint.DEAD_PAGES_A_CHECKPOINT", 3)
-    monkeypatch.setattr("tiers.checkpoint.CHUNK_PAGES", 3)
+    monkeypatch.setattr("tiers.merge.CHUNK_PAGES", 3)
     machine = machine_of(Disk("fast", 60))
 
     async def main() -> None:

@@ -1,0 +1,263 @@
+"""Random programs over volumes, snapshots and clones on a simulated machine, and the model that judges them.
+
+A volume or snapshot is a list of stamps, one a block; a block holds its stamp, over and over, or zeros for 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from dataclasses import dataclass, field
+
+import trio
+
+from tests.simulation.machine import Disk, Machine, PowerCutError
+from tests.simulation.oracle import require_sound
+from tiers import Pool, PoolSettings, TierError
+from tiers.layout import BLOCK_BYTES
+from tiers.mover import Mover
+from tiers.reader import Reader
+from tiers.record import Kind
+
+Stamps = list[int]
+
+
+def block_of(stamp: int) -> bytes:
+    """A block's bytes."""
+    return stamp.to_bytes(8, "little") * (BLOCK_BYTES // 8)
+
+
+@dataclass
+class Line:
+    """A volume that clients see, and its snapshots."""
+
+    stamps: Stamps
+    snapshots: dict[str, Stamps] = field(default_factory=dict)
+
+
+async def read_stamps(reader: Reader) -> Stamps:
+    """The whole of a volume or snapshot. Asserts that each block is one stamp, over and over."""
+    into = bytearray(reader.size_bytes)
+    await reader.read(0, len(into), memoryview(into))
+    stamps = []
+    for at in range(0, len(into), BLOCK_BYTES):
+        stamp = int.from_bytes(into[at : at + 8], "little")
+        assert into[at : at + BLOCK_BYTES] == block_of(stamp), f"block {at // BLOCK_BYTES} of {reader.name} is torn"
+        stamps.append(stamp)
+    return stamps
+
+
+class Versions:
+    """A program that runs, crashes now and then, and is compared with its model."""
+
+    def __init__(self, seed: int, *, blocks: int = 700, base: bool = True, small: bool = True) -> None:
+        self.rng = random.Random(seed)
+        self.blocks = blocks
+        disks = (Disk("fast", 40, 256 << 10), Disk("base", 60, 256 << 10)) if base else (Disk("fast", 80, 256 << 10),)
+        self.machine = Machine(
+            disks,
+            seed=seed,
+            settings=PoolSettings(
+                overlay_entries=2048, unsynced_cap_bytes=1 << 20, small_volume_leaves=8192 if small else 0
+            ),
+        )
+        self.lines: dict[str, Line] = {}
+        self.stamp = 0
+        self.names = 0
+        self.crashes = 0
+        self.seen: list[str] = []
+
+    def name(self, prefix: str) -> str:
+        self.names += 1
+        return f"{prefix}{self.names}"
+
+    async def run(self, steps: int) -> None:
+        """So many steps, with a crash after every few dozen, and a comparison of everything after each crash."""
+        left = steps
+        while left > 0:
+            flushed = False
+            with contextlib.suppress(PowerCutError):
+                async with self.machine.open() as pool:
+                    await self.compare(pool)
+                    for _ in range(min(left, self.rng.randrange(5, 40))):
+                        left -= 1
+                        await self.step(pool)
+                        if self.rng.random() < 0.1:
+                            await self.compare(pool)
+                    await self.compare(pool)
+                    if self.rng.random() < 0.5:
+                        flushed = True
+                        for volume in pool.volumes():
+                            await volume.flush()
+                    if self.rng.random() < 0.8:
+                        self.machine.stop()
+                        await trio.lowlevel.checkpoint()
+            self.crashes += 1
+            if flushed:
+                self.machine.power_cut()
+            else:
+                self.machine.kill()
+        async with self.machine.open() as pool:
+            await self.compare(pool)
+            await self.empty(pool)
+
+    async def step(self, pool: Pool) -> None:
+        """One operation."""
+        rng = self.rng
+        kinds = ["write"] * 8 + ["trim"] * 2 + ["snapshot"] * 3 + ["drop"] * 2 + ["checkpoint"] * 2 + ["clean"] * 2
+        kinds += ["clone", "rollback", "delete", "group", "rename", "settle", "evacuate"]
+        kind = rng.choice(kinds) if self.lines else "create"
+        self.seen.append(kind)
+        with contextlib.suppress(TierError) if kind in ("clean", "evacuate") else contextlib.nullcontext():
+            await getattr(self, f"do_{kind}")(pool)
+
+    def any_line(self) -> str:
+        return self.rng.choice(sorted(self.lines))
+
+    def any_snapshot(self) -> tuple[str, str] | None:
+        found = [(name, snap) for name, line in sorted(self.lines.items()) for snap in sorted(line.snapshots)]
+        return self.rng.choice(found) if found else None
+
+    async def do_create(self, pool: Pool) -> None:
+        name = self.name("v")
+        await pool.create_volume(name, self.blocks * BLOCK_BYTES)
+        self.lines[name] = Line([0] * self.blocks)
+
+    async def do_write(self, pool: Pool) -> None:
+        name = self.any_line()
+        stamps = self.lines[name].stamps
+        volume = pool.volume(name)
+        for _ in range(self.rng.randrange(1, 6)):
+            at = self.rng.randrange(len(stamps))
+            count = min(self.rng.choice((1, 1, 2, 17, 40)), len(stamps) - at)
+            self.stamp += 1
+            stamp = 0 if self.rng.random() < 0.1 else self.stamp
+            await volume.write(at * BLOCK_BYTES, block_of(stamp) * count)
+            stamps[at : at + count] = [stamp] * count
+
+    async def do_trim(self, pool: Pool) -> None:
+        name = self.any_line()
+        stamps = self.lines[name].stamps
+        at = self.rng.choice((0, self.rng.randrange(len(stamps))))
+        count = min(self.rng.choice((1, 30, 300, len(stamps))), len(stamps) - at)
+        await pool.volume(name).trim(at * BLOCK_BYTES, count * BLOCK_BYTES)
+        stamps[at : at + count] = [0] * count
+
+    async def do_snapshot(self, pool: Pool) -> None:
+        name = self.any_line()
+        snap = self.name("s")
+        await pool.take_snapshots([(name, snap)])
+        self.lines[name].snapshots[snap] = list(self.lines[name].stamps)
+
+    async def do_group(self, pool: Pool) -> None:
+        snap = self.name("g")
+        await pool.take_snapshots([(name, snap) for name in self.lines])
+        for line in self.lines.values():
+            line.snapshots[snap] = list(line.stamps)
+
+    async def do_drop(self, pool: Pool) -> None:
+        found = self.any_snapshot()
+        if found is not None:
+            await pool.delete_snapshot(*found)
+            del self.lines[found[0]].snapshots[found[1]]
+
+    async def do_rename(self, pool: Pool) -> None:
+        found = self.any_snapshot()
+        if found is not None:
+            new = self.name("r")
+            await pool.change_snapshot(*found, new_name=new)
+            snapshots = self.lines[found[0]].snapshots
+            snapshots[new] = snapshots.pop(found[1])
+
+    async def do_clone(self, pool: Pool) -> None:
+        found = self.any_snapshot()
+        if found is not None and len(self.lines) < 6:
+            new = self.name("c")
+            await pool.clone(*found, new)
+            self.lines[new] = Line(list(self.lines[found[0]].snapshots[found[1]]))
+
+    async def do_rollback(self, pool: Pool) -> None:
+        found = self.any_snapshot()
+        if found is not None:
+            line = self.lines[found[0]]
+            keep = self.name("k") if self.rng.random() < 0.5 else None
+            await pool.rollback(*found, keep_as=keep)
+            if keep is not None:
+                line.snapshots[keep] = list(line.stamps)
+            line.stamps = list(line.snapshots[found[1]])
+
+    async def do_delete(self, pool: Pool) -> None:
+        if len(self.lines) > 1:
+            name = self.any_line()
+            await pool.delete_volume(name, snapshots=True)
+            del self.lines[name]
+
+    async def do_checkpoint(self, pool: Pool) -> None:
+        await pool.checkpoint()
+
+    async def do_settle(self, pool: Pool) -> None:
+        for _ in range(4):
+            await pool.checkpoint()
+
+    async def do_clean(self, pool: Pool) -> None:
+        """Empty a few segments, as the cleaner would; sometimes their places are given out at once."""
+        engine = pool._engine
+        mover = Mover(engine)  # of its own: the cleaner's is the cleaner's
+        victims = [
+            s for s in engine.segments.by_id.values() if not s.open and s.kind.name in ("LOG", "MOVED", "PACKED")
+        ]
+        self.rng.shuffle(victims)
+        emptied = []
+        for victim in victims[:3]:
+            if engine.segments.by_id.get(victim.id) is victim and not victim.pins:
+                mover.unresolved.clear()
+                await mover.move_segment(victim, self.rng.choice(("fast", "base")))
+                if not victim.given_out and not victim.damaged:
+                    emptied.append(victim)
+        await mover.apply_staged()
+        mover.seal_all()
+        if self.rng.random() < 0.5:
+            await engine.reuse([victim for victim in emptied if victim.id not in mover.unresolved])
+
+    async def do_evacuate(self, pool: Pool) -> None:
+        """Have all live pages of some map segment written elsewhere."""
+        engine = pool._engine
+        segments = [s for s in engine.segments.by_id.values() if s.kind is Kind.MAP and not s.open]
+        if segments:
+            await pool._cleaner._force_pages(self.rng.choice(segments))
+            await pool.checkpoint()
+
+    async def compare(self, pool: Pool) -> None:
+        """Every version reads as the model has it, in full, and the pool is sound."""
+        assert sorted(volume.short_name for volume in pool.volumes()) == sorted(self.lines)
+        for name, line in self.lines.items():
+            found = await read_stamps(pool.volume(name))
+            assert found == line.stamps, _difference(name, found, line.stamps)
+            assert sorted(s.short_name for s in pool.snapshots(name)) == sorted(line.snapshots)
+            for snap, stamps in line.snapshots.items():
+                snapshot = pool.snapshot(name, snap)
+                assert snapshot.name == f"sim/{name}@{snap}"
+                found = await read_stamps(snapshot)
+                assert found == stamps, _difference(snapshot.name, found, stamps)
+        await require_sound(pool)
+
+    async def empty(self, pool: Pool) -> None:
+        """Delete everything, in any order: nothing is left, and nothing is counted."""
+        names = sorted(self.lines)
+        self.rng.shuffle(names)
+        for name in names:
+            await pool.delete_volume(name, snapshots=True)
+            del self.lines[name]
+            await self.compare(pool)
+        for _ in range(20):
+            await pool.checkpoint()
+        assert not pool._engine.volumes
+        assert not pool._engine.lineage.snapshots
+        assert pool._engine.segments.live == 0
+        assert pool._engine.segments.pending == 0
+        await require_sound(pool)
+
+
+def _difference(name: str, found: Stamps, wanted: Stamps) -> str:
+    wrong = [(i, a, b) for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b]
+    return f"{name}: {len(wrong)} blocks differ, (block, found, wanted): {wrong[:5]}"
