@@ -8,7 +8,7 @@ from tiers.losses import Loss
 from tiers.names import validate_name, validate_volume_size
 from tiers.newdevices import DeviceSpec
 from tiers.policy import Policy, PolicyError
-from tiers.pool import DeviceStatus, Pool, PoolStatus, VolumeStatus
+from tiers.pool import DeviceStatus, Pool, PoolStatus, SnapshotStatus, VolumeStatus
 from tiers.rebuild import Rebuilt, rebuild_catalog
 from tiers.scrub import DeviceScrub, ScrubStatus
 from tiers.scrubstate import Damage, Result
@@ -34,6 +34,7 @@ __all__ = [
     "Result",
     "ScrubStatus",
     "Snapshot",
+    "SnapshotStatus",
     "TierError",
     "Volume",
     "VolumeStatus",

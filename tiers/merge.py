@@ -657,7 +657,9 @@ class _Keeping:
                 if page is not EMPTY_PAGE:
                     # What is lost there must stay in sight, like data.
                     below[row] = np.frombuffer(page, np.uint64)[:FANOUT] != 0
-            zeroed = said & (addresses == 0) & below
+            # What was its own once never becomes nothing again: a snapshot may say INHERITED there, and only one entry
+            # can take over what the origin has (`_absorb`).
+            zeroed = said & (addresses == 0) & (below | (old != 0))
             addresses[zeroed] = ZEROED
         changed = addresses != old
         data_before = np.where(old == 0, below, old >= FIRST_ADDRESS)

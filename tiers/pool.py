@@ -30,6 +30,7 @@ from tiers.evacuate import EvacuationStatus, Evacuator, Events, no_events
 from tiers.failpoint import hit
 from tiers.heatfile import HeatFile
 from tiers.heatmap import HeatMap, heat_map
+from tiers.history import exclusive_blocks
 from tiers.host import REAL_HOST, CatalogStore, Host, locked
 from tiers.label import BadLabelError, Label
 from tiers.layout import BLOCK_BYTES, BLOCK_MASK, BLOCK_SHIFT
@@ -96,6 +97,31 @@ class VolumeStatus:
     """Requests that wait for the limits of the policy."""
     queued: int = 0
     """Writes that wait for room in the pool."""
+    origin: str | None = None
+    """The snapshot that it is a clone of."""
+    snapshots: int = 0
+    referenced_bytes: int = 0
+    """What its clients see; for a clone `mapped_bytes` is what is its own."""
+
+
+@dataclass(frozen=True)
+class SnapshotStatus:
+    """A snapshot as `terrace snapshot list` tells it. Bytes, before they were packed."""
+
+    name: str
+    volume: str
+    snapshot: str
+    id: int
+    size_bytes: int
+    referenced_bytes: int
+    """What it shows."""
+    exclusive_bytes: int
+    """Of that, what nobody else has: its deletion gives back so much."""
+    shared_bytes: int
+    created_at: float
+    held: bool
+    open_count: int
+    clones: list[str]
 
 
 @dataclass(frozen=True)
@@ -483,6 +509,33 @@ class Pool:
     def _snapshot_of(self, volume: Volume, name: str) -> Snapshot | None:
         return next((s for s in self._engine.lineage.of_family(volume) if s.short_name == name), None)
 
+    async def snapshot_status(self, volume: str | None = None) -> list[SnapshotStatus]:
+        """What `snapshots` lists, with their sizes: metadata only, and remembered. Raises ENOENT."""
+        lineage = self._engine.lineage
+        found: list[SnapshotStatus] = []
+        for snapshot in self.snapshots(volume):
+            if snapshot.gone:
+                continue
+            exclusive = await exclusive_blocks(snapshot)
+            head = lineage.head_of(snapshot.volume)
+            found.append(
+                SnapshotStatus(
+                    name=snapshot.name,
+                    volume=head.name,
+                    snapshot=snapshot.short_name,
+                    id=snapshot.id,
+                    size_bytes=snapshot.size_bytes,
+                    referenced_bytes=snapshot.referenced_blocks * BLOCK_BYTES,
+                    exclusive_bytes=exclusive * BLOCK_BYTES,
+                    shared_bytes=max(0, snapshot.referenced_blocks - exclusive) * BLOCK_BYTES,
+                    created_at=snapshot.created_at,
+                    held=snapshot.held,
+                    open_count=snapshot.open_count,
+                    clones=[clone.name for clone in lineage.clones_of(snapshot) if not clone.retired],
+                )
+            )
+        return found
+
     async def take_snapshots(self, wanted: Sequence[tuple[str, str]]) -> list[Snapshot]:
         """Snapshots (volume, name) of one instant: all of them, or none. They are durable when this returns.
 
@@ -758,10 +811,21 @@ class Pool:
                     v.policy_missing,
                     v.throttled,
                     v.queued,
+                    _origin_name(v),
+                    len(engine.lineage.of_family(v)),
+                    (v.referenced_blocks if v.layered else v.tree.mapped_blocks) * BLOCK_BYTES,
                 )
                 for v in self.volumes()
             ],
         )
+
+
+def _origin_name(volume: Volume) -> str | None:
+    """The snapshot below a clone; one that is hidden has no name that anybody knows."""
+    origin = volume.origin
+    if origin is None:
+        return None
+    return origin.name if origin.state == "visible" else "(a deleted snapshot)"
 
 
 def _device_status(device: Device, live: int, saved: int) -> DeviceStatus:

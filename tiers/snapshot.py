@@ -27,11 +27,13 @@ tables, without a name, and its map moves to its newest snapshot as if it were o
 What a snapshot shows are committed trees only: nothing of the log, and nothing that overlays say, concerns it.
 """
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from tiers.history import changed_extents
 from tiers.layout import INHERITED, ZEROED
 from tiers.maptree import EMPTY_PAGE, FANOUT, FANOUT_BITS, FANOUT_MASK, MapTree, Page, page_of
 from tiers.overlay import Entry
@@ -40,6 +42,9 @@ from tiers.reader import Reader, hole_in
 if TYPE_CHECKING:
     from tiers.engine import Engine
     from tiers.volume import Volume
+
+DIFF_CONTEXT = "terrace:diff:"
+"""The metadata context of NBD that tells what has changed since the snapshot whose name follows."""
 
 SnapshotState = Literal["visible", "hidden", "deleted"]
 
@@ -208,6 +213,33 @@ class Snapshot(Reader):
                 return 0
         origin = self.volume.origin
         return hole if origin is None else min(hole, await origin.hole_at(block))
+
+    # -- what changed ----------------------------------------------------------------------------------------------
+
+    def contexts(self, prefix: str) -> Iterator[str]:
+        """The metadata contexts that begin with `prefix`: the differences from each other snapshot of the volume."""
+        for other in self._engine.lineage.of_family(self.volume):
+            name = DIFF_CONTEXT + other.short_name
+            if other is not self and name.startswith(prefix):
+                yield name
+
+    def has_context(self, name: str) -> bool:
+        """Whether there is such a context now."""
+        return self._compared(name) is not None
+
+    def _compared(self, context: str) -> "Snapshot | None":
+        if not context.startswith(DIFF_CONTEXT):
+            return None
+        name = context[len(DIFF_CONTEXT) :]
+        family = self._engine.lineage.of_family(self.volume)
+        return next((other for other in family if other.short_name == name and other is not self), None)
+
+    async def context_extents(self, context: str, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+        """What has changed since another snapshot: (bytes, 1 for changed, else 0). FileNotFoundError: it is gone."""
+        other = self._compared(context)
+        if other is None:
+            raise FileNotFoundError(errno.ENOENT, f"{self.name} offers no {context!r}: that snapshot is gone")
+        return await changed_extents(other, self, offset, length, limit)
 
     # -- what it refuses -------------------------------------------------------------------------------------------
 

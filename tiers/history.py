@@ -1,0 +1,150 @@
+"""What snapshots share, and what changed between them: both from their trees alone, without reading any data.
+
+A snapshot is seen through a chain of trees (`tiers.snapshot`): its own, those of later snapshots, its volume's, those
+of the volume's origin. The chains of two snapshots that are related end in the same trees, and in those nothing can
+differ. So only leaves that exist in the other trees are looked at: the cost is that of the changes, not of the size.
+"""
+
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import trio
+
+from tiers.layout import BLOCK_SHIFT, FIRST_ADDRESS
+from tiers.maptree import BAD_PAGE, EMPTY_PAGE, FANOUT, FANOUT_BITS, MapTree, Page
+from tiers.reader import hole_in
+
+if TYPE_CHECKING:
+    from tiers.snapshot import Snapshot
+
+CHANGED = 1
+"""The flag of a changed extent."""
+CHUNK_LEAVES = 64
+
+
+def chain_of(snapshot: "Snapshot") -> list[MapTree]:
+    """All trees that it is seen through, in order, those of the origin's too."""
+    trees = snapshot.layers()
+    origin = snapshot.volume.origin
+    return trees if origin is None else trees + chain_of(origin)
+
+
+def differing_trees(one: "Snapshot", other: "Snapshot") -> list[MapTree]:
+    """The trees that only one of two snapshots is seen through."""
+    first, second = chain_of(one), chain_of(other)
+    while first and second and first[-1] is second[-1]:
+        first.pop()
+        second.pop()
+    return first + second
+
+
+async def changed_extents(
+    before: "Snapshot", after: "Snapshot", offset: int, length: int, limit: int
+) -> list[tuple[int, int]]:
+    """Describe a prefix of the range as (bytes, CHANGED or 0): what `after` has that `before` hadn't.
+
+    At most `limit` extents, neighbours differ. Raises TierError EIO for a damaged map page.
+    """
+    result: list[tuple[int, int]] = []
+    end = offset + length
+    at = offset
+    trees = differing_trees(before, after)
+    while at < end:
+        block = at >> BLOCK_SHIFT
+        hole = min([await hole_in(tree, block) for tree in trees], default=1 << 62)
+        if hole:
+            runs = [(hole, 0)]
+        else:
+            index = block >> FANOUT_BITS
+            changed = _differences(await before.leaf(index), await after.leaf(index))
+            runs = _runs(changed[block - (index << FANOUT_BITS) :])
+        for count, flags in runs:
+            block += count
+            stop = min(end, block << BLOCK_SHIFT)
+            if result and result[-1][1] == flags:
+                result[-1] = (result[-1][0] + stop - at, flags)
+            elif len(result) == limit:
+                return result
+            else:
+                result.append((stop - at, flags))
+            at = stop
+            if at >= end:
+                break
+        await trio.lowlevel.checkpoint()
+    return result
+
+
+def _differences(before: Page, after: Page) -> list[bool]:
+    """Which blocks of a leaf differ. A block that is lost in one of them counts as changed."""
+    old, new = np.frombuffer(before, np.uint64), np.frombuffer(after, np.uint64)
+    differs: list[bool] = (old[:FANOUT] != new[:FANOUT]).tolist()
+    return differs
+
+
+def _runs(values: list[bool]) -> list[tuple[int, int]]:
+    runs: list[tuple[int, int]] = []
+    for value in values:
+        flags = CHANGED if value else 0
+        if runs and runs[-1][1] == flags:
+            runs[-1] = (runs[-1][0] + 1, flags)
+        else:
+            runs.append((1, flags))
+    return runs
+
+
+async def exclusive_blocks(snapshot: "Snapshot") -> int:
+    """Blocks that no other version has: what its deletion would give back. 0 while clones need it.
+
+    Remembered until a checkpoint changes what it is counted from. Raises TierError EIO for a damaged map page.
+    """
+    engine = snapshot._engine
+    if engine.lineage.clones_of(snapshot):
+        return 0
+    while True:
+        if snapshot.exclusive_blocks is not None:
+            return snapshot.exclusive_blocks
+        moment = engine.views.moment
+        snapshots = snapshot.volume.snapshots
+        older = snapshots[: snapshots.index(snapshot)] if snapshot in snapshots else []
+        count = await _count(snapshot.tree, older[-1].tree if older else None)
+        if moment == engine.views.moment:
+            snapshot.exclusive_blocks = count
+
+
+async def _count(tree: MapTree, older: MapTree | None) -> int:
+    """Entries with data, but for those that the older snapshot sees too, since it has none of its own there."""
+    if older is None:
+        return tree.mapped_blocks
+    count = 0
+    async for indices in leaves_of(tree):
+        own = await tree.load(0, indices)
+        below = await older.load(0, indices)
+        for index in indices:
+            if below[index] is not EMPTY_PAGE:
+                data = np.frombuffer(own[index], np.uint64)[:FANOUT] >= np.uint64(FIRST_ADDRESS)
+                count += int(np.count_nonzero(data & (np.frombuffer(below[index], np.uint64)[:FANOUT] != 0)))
+        await trio.lowlevel.checkpoint()
+    return count
+
+
+async def leaves_of(tree: MapTree) -> AsyncIterator[list[int]]:
+    """The leaves of a tree, in order, some at a time. What lies below lost pages is left out."""
+    at = 0
+    while True:
+        hole = await hole_in(tree, at << FANOUT_BITS)
+        if hole:
+            at += hole >> FANOUT_BITS
+            if at >> FANOUT_BITS * 4:
+                return
+            continue
+        parent = at >> FANOUT_BITS
+        page = (await tree.load(1, [parent]))[parent]
+        if page is BAD_PAGE:
+            at = parent + 1 << FANOUT_BITS
+            continue
+        slots = np.flatnonzero(np.frombuffer(page, np.uint64)[:FANOUT] >= np.uint64(FIRST_ADDRESS))
+        indices = [parent << FANOUT_BITS | slot for slot in slots.tolist() if parent << FANOUT_BITS | slot >= at]
+        for start in range(0, len(indices), CHUNK_LEAVES):
+            yield indices[start : start + CHUNK_LEAVES]
+        at = parent + 1 << FANOUT_BITS
