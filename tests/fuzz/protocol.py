@@ -21,18 +21,28 @@ import trio.testing
 
 from nbd import wire
 from nbd.connection import ARENA_BYTES, INBOX_BYTES, Connection, Limits, Workshop
-from nbd.handshake import MAX_OPTION_BYTES, NEED_DATA, Handshake, Hangup, Send, WantExport, WantList
+from nbd.handshake import (
+    MAX_OPTION_BYTES,
+    MAX_SELECTED_CONTEXTS,
+    NEED_DATA,
+    Handshake,
+    Hangup,
+    Send,
+    WantExport,
+    WantList,
+)
 from nbd.transmission import Session, block_status, failure, judge, read_header
 from tests.fuzz.engine import Target
 from tests.nbd.client import info_bytes, meta_bytes, option_bytes, request_bytes
-from tests.nbd.memory import GRAIN, MemoryExport, MemoryExports
+from tests.nbd.memory import GRAIN, ContextExport, MemoryExport, MemoryExports
 
 SIZE = 256 << 10
+CONTEXT = "terrace:diff:a"
 FLAGS = struct.pack(">I", 3)
 HELLO = (
     FLAGS
     + option_bytes(wire.OPT_STRUCTURED_REPLY)
-    + option_bytes(wire.OPT_SET_META_CONTEXT, meta_bytes("mem", "base:allocation"))
+    + option_bytes(wire.OPT_SET_META_CONTEXT, meta_bytes("mem", "base:allocation", CONTEXT))
     + option_bytes(wire.OPT_GO, info_bytes("mem"))
 )
 PLAIN_HELLO = FLAGS + option_bytes(wire.OPT_EXPORT_NAME, b"mem")
@@ -45,7 +55,9 @@ REFUSALS = (errno.ENOENT, errno.EACCES, errno.ESHUTDOWN, errno.EIO)
 def run_handshake(data: bytes) -> None:
     """Any bytes in any pieces. Input: flags, a seed for the pieces, what the client sends."""
     flags, seed, rest = (data[0], data[1], data[2:]) if len(data) > 1 else (0, 0, b"")
-    export = MemoryExport(size_bytes=SIZE, read_only=bool(flags & 1), minimum_block_size=4096 if flags & 2 else 1)
+    export = ContextExport(size_bytes=SIZE, read_only=bool(flags & 1), minimum_block_size=4096 if flags & 2 else 1)
+    names = [*(f"terrace:diff:{name}" for name in "abcdefghijklmnopqrstuvwxyz"), "x:" + "y" * 4090]
+    export.flags = {name: [0] for name in names}
     machine = Handshake()
     machine.shutting_down = bool(flags & 4)
     pieces = _pieces(rest, seed)
@@ -85,6 +97,9 @@ def run_handshake(data: bytes) -> None:
     else:
         raise AssertionError("the handshake makes no progress")
     _judge_handshake(bytes(out), begun=machine.begun)
+    selected = machine.session.contexts
+    assert len(selected) == len(dict(selected)) == len({name for _, name in selected}) <= MAX_SELECTED_CONTEXTS
+    assert all(name in export.flags or name == wire.META_ALLOCATION for _, name in selected)
 
 
 def _pieces(data: bytes, seed: int) -> Iterator[bytes]:
@@ -122,6 +137,13 @@ def _handshake_seeds() -> list[bytes]:
         + option_bytes(99, bytes(100))
         + option_bytes(wire.OPT_EXTENDED_HEADERS),
         FLAGS + option_bytes(wire.OPT_STRUCTURED_REPLY) + option_bytes(wire.OPT_LIST_META_CONTEXT, meta_bytes("mem")),
+        FLAGS
+        + option_bytes(wire.OPT_STRUCTURED_REPLY)
+        + option_bytes(wire.OPT_LIST_META_CONTEXT, meta_bytes("mem", "terrace:", "terrace:diff:", "base:"))
+        + option_bytes(
+            wire.OPT_SET_META_CONTEXT, meta_bytes("mem", *(f"terrace:diff:{name}" for name in "abcdefghijklmnopq"))
+        )
+        + HELLO[4:],
         FLAGS + option_bytes(wire.OPT_LIST, b"x") + option_bytes(wire.OPT_EXPORT_NAME, b"no"),
         FLAGS + struct.pack(">QII", wire.IHAVEOPT, wire.OPT_GO, 70000) + bytes(70000 - 65536),
         struct.pack(">I", 0) + option_bytes(wire.OPT_EXPORT_NAME, b""),
@@ -170,7 +192,8 @@ def run_request(data: bytes) -> None:
     """Headers of requests, one after the other; the first byte says what was negotiated."""
     flags = data[0] if data else 0
     terms = Terms(bool(flags & 1), flags & 3 == 3, bool(flags & 4), 4096 if flags & 8 else 1)
-    session = Session(terms.structured, 1 if terms.contexts else None)
+    contexts = ((1, wire.META_ALLOCATION), (2, CONTEXT))[: 2 if flags & 16 else 1]
+    session = Session(terms.structured, contexts if terms.contexts else ())
     export = MemoryExport(size_bytes=SIZE, read_only=terms.read_only, minimum_block_size=terms.minimum)
     for at in range(1, len(data) - wire.REQUEST.size + 1, wire.REQUEST.size):
         head, cookie, offset, length = wire.REQUEST.unpack_from(data, at)
@@ -182,7 +205,8 @@ def run_request(data: bytes) -> None:
             reply = failure(session, cookie, verdict, str(head))
         elif command == wire.CMD_BLOCK_STATUS:
             only = bool(bits & wire.CMD_FLAG_REQ_ONE)
-            reply = block_status(session, cookie, [(length // 2 + 1, 3), (1 << 40, 0)], length=length, only_one=only)
+            extents = [(length // 2 + 1, 3), (1 << 40, 0)]
+            reply = block_status(cookie, [(one, extents) for one, _ in contexts], length=length, only_one=only)
         else:
             reply = read_header(session, cookie, offset, length)
         magic = int.from_bytes(reply[:4])
@@ -230,9 +254,10 @@ def run_connection(data: bytes) -> None:
     """A server's connection over a socket pair. Input: flags, a seed for the pieces, the stream behind a handshake."""
     flags, seed, stream = (data[0], data[1], data[2:]) if len(data) > 1 else (0, 0, b"")
     terms = Terms(bool(flags & 1), bool(flags & 1), bool(flags & 2), 512 if flags & 4 else 1)
-    export = MemoryExport(
+    export = ContextExport(
         size_bytes=SIZE, read_only=terms.read_only, minimum_block_size=terms.minimum, slow=bool(flags & 8)
     )
+    export.flags = {CONTEXT: [0, 1] * (SIZE // GRAIN // 2)}
     initial = np.resize(np.arange(1, 252, dtype=np.uint8), SIZE)
     export.data[:] = initial.tobytes()
     raw = bool(flags & 16)  # no handshake of ours: the input is all that the client says
@@ -402,7 +427,11 @@ _OPTIONS = [struct.pack(">QI", wire.IHAVEOPT, option) for option in range(12)]
 
 PROTOCOL = [
     Target(
-        "handshake", run_handshake, _handshake_seeds, [*_OPTIONS, b"base:allocation", b"mem", bytes(4)], examples=300
+        "handshake",
+        run_handshake,
+        _handshake_seeds,
+        [*_OPTIONS, b"base:allocation", b"terrace:diff:a", b"mem", bytes(4)],
+        examples=300,
     ),
     Target(
         "request",
