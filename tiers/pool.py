@@ -493,8 +493,10 @@ class Pool:
 
     def snapshots(self, volume: str | None = None) -> list[Snapshot]:
         """The snapshots that can be seen, of one volume or of all; by volume, then oldest first. Raises ENOENT."""
-        volumes = self.volumes() if volume is None else [self.volume(volume)]
-        return [snapshot for one in volumes for snapshot in self._engine.lineage.of_family(one)]
+        if volume is not None:
+            return self._engine.lineage.of_family(self.volume(volume))
+        by_family = self._engine.lineage.by_family()
+        return [snapshot for one in self.volumes() for snapshot in by_family.get(one.family, ())]
 
     def snapshot(self, volume: str, name: str) -> Snapshot:
         """The snapshot of that name. Raises TierError ENOENT."""
@@ -509,11 +511,12 @@ class Pool:
     def _snapshot_of(self, volume: Volume, name: str) -> Snapshot | None:
         return next((s for s in self._engine.lineage.of_family(volume) if s.short_name == name), None)
 
-    async def snapshot_status(self, volume: str | None = None) -> list[SnapshotStatus]:
-        """What `snapshots` lists, with their sizes: metadata only, and remembered. Raises ENOENT."""
+    async def snapshot_status(self, volume: str | None = None, name: str | None = None) -> list[SnapshotStatus]:
+        """What `snapshots` lists, or one, with their sizes: metadata only, and remembered. Raises ENOENT."""
         lineage = self._engine.lineage
         found: list[SnapshotStatus] = []
-        for snapshot in self.snapshots(volume):
+        of = self.snapshots(volume) if volume is None or name is None else [self.snapshot(volume, name)]
+        for snapshot in of:
             if snapshot.gone:
                 continue
             exclusive = await exclusive_blocks(snapshot)
@@ -760,6 +763,7 @@ class Pool:
         space = engine.space
         segments = engine.segments
         losses = engine.losses.listed(engine.volumes)
+        snapshots = engine.lineage.by_family()
         pending_free = sum(segment.slots for segment in segments.idle() if is_free(segment, engine.log.seq))
         return PoolStatus(
             name=self.name,
@@ -812,7 +816,7 @@ class Pool:
                     v.throttled,
                     v.queued,
                     _origin_name(v),
-                    len(engine.lineage.of_family(v)),
+                    len(snapshots.get(v.family, ())),
                     (v.referenced_blocks if v.layered else v.tree.mapped_blocks) * BLOCK_BYTES,
                 )
                 for v in self.volumes()
