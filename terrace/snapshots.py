@@ -115,9 +115,7 @@ class Snapshots:
         """A new volume that begins as the snapshot is; with the policy of the snapshot's volume if none is given."""
         snapshot = self.find(pool, volume, name)
         origin = snapshot.name
-        made = await pool.clone(
-            volume, name, new_volume, pool.volume(volume).policy_name if policy is None else policy
-        )
+        made = await pool.clone(volume, name, new_volume, pool.volume(volume).policy_name if policy is None else policy)
         self._tell("snapshot", made.name, f"volume {made.name} was made as a clone of {origin}")
         return made
 
@@ -140,9 +138,7 @@ class Snapshots:
         if export.open_count and (clients := self._clients(export.name)):
             several = len(clients) > 1
             what = step(several) if step else f"disconnect {'them' if several else 'it'} first"
-            raise TierError(
-                errno.EBUSY, f"{export.name} is in use by {named(clients)} and can't be {done}: {what}"
-            )
+            raise TierError(errno.EBUSY, f"{export.name} is in use by {named(clients)} and can't be {done}: {what}")
 
     @staticmethod
     def _step_of_force(several: bool) -> str:
