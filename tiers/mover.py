@@ -218,7 +218,7 @@ class Mover:
             found: list[Candidate] = []
             at = 0
             for op, volume_id, block, count in batch.operations():
-                if op is not Op.WRITE:
+                if op not in (Op.WRITE, Op.REWRITE):
                     continue
                 volume = self._engine.volumes.get(volume_id)
                 if volume is not None:

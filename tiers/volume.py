@@ -59,6 +59,8 @@ MERGE_ATTEMPTS = 4
 WAKE_ROOM_BLOCKS = 64
 """Who has had to wait for room goes on when there is so much more than it needs: in the last scraps of room each block
 would go alone, with a header of its own."""
+MAX_REWRITTEN = 64
+"""So many blocks, each with an operation, a check and an old address, fit a header of one slot."""
 MAX_TRIMS = 160
 """So many operations fit a header of one slot."""
 
@@ -252,8 +254,6 @@ class Volume(Reader):
     def offer(self, block: int, addresses: list[int], checks: list[int], into: memoryview, suspects: list[int]) -> None:
         """Offer what was read from base for promotion."""
         promoter = self._engine.promoter
-        if self.has_history or self.layered:
-            return  # a promotion is a write: what a snapshot or an origin keeps would be there twice
         if len(addresses) > LARGEST_READ_BLOCKS or not promoter.has_room():
             return
         for i, address in enumerate(addresses):
@@ -417,12 +417,42 @@ class Volume(Reader):
 
     def rewrite(self, writes: Sequence[tuple[int, Buffer]]) -> None:
         """Log whole blocks that hold what they held before, in a new place. Admission is the caller's."""
+        if self.has_history:
+            self._rewrite_history(writes)
+            return
         written, noted = self._engine.client_written_bytes, self.writes
         self.writes = deque(maxlen=0)
         try:
             self._log_blocks(writes, keep_zeroes=True)
         finally:
             self._engine.client_written_bytes, self.writes = written, noted  # no client wrote this
+
+    def _rewrite_history(self, writes: Sequence[tuple[int, Buffer]]) -> None:
+        """The same where snapshots may name these blocks too: each block's old address is logged with it."""
+        engine = self._engine
+        at = 0
+        while at < len(writes):
+            part = writes[at : at + min(self._batch_room(), MAX_REWRITTEN)]
+            blocks = [offset >> BLOCK_SHIFT for offset, _ in part]
+            entries = [self.entry_now(block) for block in blocks]
+            olds = [entry[0] for entry in entries if entry is not None]
+            assert len(olds) == len(part), "a block is rewritten of which it isn't known where it is"
+            checks = [check_of(data) for _, data in part]
+            ops = [word for block in blocks for word in (Op.REWRITE << 56 | self.id, block, 1)]
+            address = engine.log.append(ops, checks, [data for _, data in part], olds)
+            for i, (block, old) in enumerate(zip(blocks, olds, strict=True)):
+                engine.relocate(self, block, old, address + i, checks[i])
+            engine.appended()
+            at += len(part)
+
+    def owns_now(self, block: int) -> bool:
+        """Whether a block that isn't a hole is the volume's own, not its origin's."""
+        if not self.layered or self.active.get(block) is not None:
+            return True
+        if self.frozen is not None and self.frozen.get(block) is not None:
+            return True
+        page = self.tree.leaf_now(block >> FANOUT_BITS)
+        return page is not None and page[block & FANOUT_MASK] >= FIRST_ADDRESS
 
     def _batch_room(self) -> int:
         """How many blocks, each with an operation and a buffer of its own, the next batch may have; at least one."""
