@@ -131,6 +131,15 @@ def judge(streams: Sequence[tuple[str, Header]], held: Held | None, target: str)
             raise _gap(name, header, f"{target} would be at {_named(before.snapshot)} by then")
 
 
+def remaining(headers: Sequence[Header], held: Held | None) -> int:
+    """How many of a chain's streams a target has already, by its marker."""
+    if held is not None and held.marker is not None:
+        for number, header in enumerate(headers, 1):
+            if Marker.of(header, header.snapshot) == held.marker:
+                return number
+    return 0
+
+
 def _gap(name: str, header: Header, state: str) -> BackupError:
     assert header.base is not None
     base = header.base
@@ -152,15 +161,15 @@ async def restore(
     streams: Sequence[StreamReader],
     destination: Destination,
     state: RestoredState,
+    held: Held | None,
     *,
     target: str,
     progress: Callable[[int], None] | None = None,
 ) -> list[Totals]:
-    """Apply streams in order. `progress` hears of the bytes of all streams read so far.
+    """Apply streams in order to a target that holds `held`. `progress` hears of the bytes of all streams read so far.
 
-    Raises BackupError; when its `incomplete` in the sentence says so, the target holds a part of a stream.
+    Raises BackupError; where it says that the target is incomplete, that holds a part of a stream.
     """
-    held = await state.held()
     judge([(stream.stream, stream.header) for stream in streams], held, target)
     done: list[Totals] = []
     for stream in streams:
@@ -175,9 +184,10 @@ async def restore(
         async with destination.open(stream.header.size_bytes) as volume:
             try:
                 totals = await _apply(stream, volume, target, advance, skip_zeros=skip_zeros)
-            except OSError as error:
-                left = incomplete(stream.header, held, target)
-                raise BackupError(error.errno or errno.EIO, f"{error}; {left}") from None
+            except (OSError, KeyboardInterrupt) as error:
+                why = "stopped" if isinstance(error, KeyboardInterrupt) else str(error)
+                number = getattr(error, "errno", None) or errno.EINTR
+                raise BackupError(number, f"{why}; {incomplete(stream.header, held, target)}") from None
         await state.mark(Marker.of(stream.header, stream.header.snapshot))
         done.append(totals)
         held = Held(Marker.of(stream.header, stream.header.snapshot), unchanged=True)

@@ -108,6 +108,47 @@ class FakeVolume:
         self.markers.append((marker, bytes(self.image)))
 
 
+@dataclass
+class FakeOrigin:
+    """A live volume with snapshots."""
+
+    image: bytearray
+    pool: str = "demo"
+    volume: str = "vol"
+    volume_id: str = "pool:v"
+    versions: list[tuple[Snapshot, bytes]] = field(default_factory=list)
+    taken: int = 0
+    fail_drop: str = ""
+    on_read: Callable[[int], None] = lambda offset: None
+
+    async def snapshots(self) -> Sequence[Snapshot]:
+        await trio.lowlevel.checkpoint()
+        return [one for one, _ in self.versions]
+
+    async def take(self, name: str) -> Snapshot:
+        await trio.lowlevel.checkpoint()
+        self.taken += 1
+        made = Snapshot(name, f"pool:{self.taken}", (1_700_000_000 + 3600 * self.taken) * 1_000_000)
+        self.versions.append((made, bytes(self.image)))
+        return made
+
+    async def drop(self, name: str) -> None:
+        await trio.lowlevel.checkpoint()
+        if name == self.fail_drop:
+            raise OSError(16, "it is held")
+        self.versions = [one for one in self.versions if one[0].name != name]
+
+    @contextlib.asynccontextmanager
+    async def open(self, snapshot: Snapshot, base: Snapshot | None) -> AsyncIterator[FakeSource]:
+        await trio.lowlevel.checkpoint()
+        images = {one.id: image for one, image in self.versions}
+        yield FakeSource(images[snapshot.id], images[base.id] if base else None, on_read=self.on_read)
+
+    @property
+    def names(self) -> list[str]:
+        return [one.name for one, _ in self.versions]
+
+
 def snapshot(number: int) -> Snapshot:
     return Snapshot(f"s{number}", f"pool:{number}", (1_700_000_000 + 3600 * number) * 1_000_000)
 

@@ -46,7 +46,11 @@ def chain_of(versions: list[bytes], step: int = 1 << 40) -> list[bytes]:
 
 def apply(volume: FakeVolume, *streams: bytes) -> None:
     readers = [reader(stream, f"stream{number}") for number, stream in enumerate(streams, 1)]
-    trio.run(lambda: restore(readers, volume, volume, target="demo/new"))
+
+    async def main() -> None:
+        await restore(readers, volume, volume, await volume.held(), target="demo/new")
+
+    trio.run(main)
 
 
 def refused(volume: FakeVolume, *streams: bytes) -> str:
