@@ -25,38 +25,15 @@ from terrace.backup.stream import (
     StreamEncoder,
     Zeros,
     encode_header,
-    encode_payload,
     read_end,
     verify,
 )
+from tests.terrace.backupstreams import encoded, parts_of, resealed
 from tests.terrace.fakevolume import BLOCK, header, reader, stream_of
 
 GOLDEN = Path(__file__).with_name("golden") / "v1-backup.hex"
 TEXT = b"".join(b"line %d of many\n" % i for i in range(1000))[: 2 * BLOCK]
 NOISE = random.Random(7).randbytes(BLOCK)
-
-
-def parts_of(stream: bytes) -> list[bytes]:
-    """The header, and each record with its payload."""
-    length = int.from_bytes(stream[12:16], "little")
-    parts, at = [stream[:length]], length
-    while at < len(stream):
-        end = at + RECORD_BYTES + int.from_bytes(stream[at + 4 : at + 8], "little")
-        parts.append(stream[at:end])
-        at = end
-    return parts
-
-
-def encoded(size: int, base: int | None, *records: Record, level: int = 1) -> bytes:
-    encoder = StreamEncoder(header(size, 1 if base is None else base + 1, base))
-    parts = [encoder.begin()]
-    for record in records:
-        if isinstance(record, Data):
-            parts.append(encoder.data(record.offset, record.data, *encode_payload(record.data, level)))
-        else:
-            parts.append(encoder.zeros(record.offset, record.length))
-    parts.append(encoder.end()[0])
-    return b"".join(parts)
 
 
 def example() -> bytes:
@@ -78,20 +55,6 @@ def fault(stream: bytes) -> BadStreamError:
     assert "\n" not in str(caught.value) and str(caught.value).startswith("FILE ")
     assert 0 <= caught.value.offset <= len(stream)
     return caught.value
-
-
-def resealed(stream: bytes) -> bytes:
-    """With every check right, as far as the parts make sense: what a hostile writer would send."""
-    parts = parts_of(stream)
-    chain = xxhash.xxh3_128_digest(parts[0][:-16])
-    out = [parts[0][:-16] + chain]
-    for part in parts[1:]:
-        payload = part[RECORD_BYTES:]
-        check = xxhash.xxh3_64_intdigest(payload) if payload else 0
-        body = part[:24] + struct.pack("<Q", check)
-        chain = xxhash.xxh3_128_digest(chain + body)
-        out.append(body + chain + payload)
-    return b"".join(out)
 
 
 def test_what_goes_in_comes_out() -> None:
