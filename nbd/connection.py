@@ -43,13 +43,13 @@ from typing import Final
 import trio
 
 from nbd import wire
-from nbd.export import Export, Exports
+from nbd.export import Export, Exports, OffersContexts
 from nbd.handshake import NEED_DATA, Handshake, Hangup, Send, WantExport, WantList
 from nbd.transmission import (
-    EXTENT_LIMIT,
     Session,
     block_status,
     error_value,
+    extent_limit,
     failure,
     judge,
     payload_limit,
@@ -958,8 +958,12 @@ class Connection:
                 await export.cache(offset, length)
             else:
                 only_one = bool(flags & wire.CMD_FLAG_REQ_ONE)
-                extents = await export.extents(offset, length, 1 if only_one else EXTENT_LIMIT)
-                reply = block_status(self._session, cookie, extents, length=length, only_one=only_one)
+                limit = extent_limit(self._session, only_one=only_one)
+                statuses = [
+                    (context_id, await self._extents(context, offset, length, limit))
+                    for context_id, context in self._session.contexts
+                ]
+                reply = block_status(cookie, statuses, length=length, only_one=only_one)
             if flags & wire.CMD_FLAG_FUA and command in (wire.CMD_TRIM, wire.CMD_WRITE_ZEROES):
                 await export.flush()
         except OSError as error:
@@ -967,6 +971,17 @@ class Connection:
         else:
             self._count(command)
         await self._deliver(reply, 1, 0)
+
+    async def _extents(self, context: str, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+        export = self._export
+        if context == wire.META_ALLOCATION:
+            return await export.extents(offset, length, limit)
+        try:
+            if isinstance(export, OffersContexts):
+                return await export.context_extents(context, offset, length, limit)
+        except FileNotFoundError as error:
+            raise OSError(errno.EINVAL, error.strerror or f"the context {context} is gone") from error
+        raise OSError(errno.EINVAL, f"the export has no context {context} any more")
 
     # --- sending ---
 

@@ -7,7 +7,8 @@ The server judges every request first (``nbd.transmission``), so an implementati
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable
+from typing import Protocol, runtime_checkable
 
 
 class Export(Protocol):
@@ -97,6 +98,31 @@ class Export(Protocol):
 
         Flags are ``STATE_HOLE`` and ``STATE_ZERO``. At most ``limit`` extents, each longer than
         nothing, equal neighbours merged, never past ``offset + length``.
+        """
+
+
+@runtime_checkable
+class OffersContexts(Protocol):
+    """What an ``Export`` has besides, if it offers metadata contexts other than ``base:allocation``.
+
+    A name is ``namespace:leaf``, at most 4,096 bytes of UTF-8, and doesn't end in a colon, as that
+    is how clients ask for all that begins so. The namespace ``base`` is the protocol's own.
+    """
+
+    def contexts(self, prefix: str) -> Iterable[str]:
+        """The names that begin with ``prefix``, for a client that lists them; ``""`` is all.
+
+        The server stops taking names when it has as many as it answers with.
+        """
+
+    def has_context(self, name: str) -> bool:
+        """Whether a client may select this context now; listed or not. Any string may be asked."""
+
+    async def context_extents(self, context: str, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+        """Like ``Export.extents``, with the 32 bits of flags that the context defines.
+
+        Raises FileNotFoundError when the context has gone since the client selected it: that
+        request fails with EINVAL and the error's sentence, and the connection goes on.
         """
 
 

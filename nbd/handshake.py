@@ -15,25 +15,34 @@ event          the caller's part
 
 It speaks fixed newstyle only. What a client may make it hold is bounded: a name by 4,096 bytes, an
 option by ``MAX_OPTION_BYTES``; longer data is skipped as it arrives and answered with an error,
-and an option that announces more than ``MAX_SKIPPED_BYTES`` ends the connection.
+and an option that announces more than ``MAX_SKIPPED_BYTES`` ends the connection. Of metadata
+contexts it may query ``MAX_QUERIES`` at a time, select ``MAX_SELECTED_CONTEXTS``, and gets to see
+``MAX_LISTED_CONTEXTS`` of an export that offers more.
 """
 
 from __future__ import annotations
 
 import enum
 import errno
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 from nbd import wire
-from nbd.export import Export
+from nbd.export import Export, OffersContexts
 from nbd.transmission import Session, clip_utf8, payload_limit, transmission_flags
 
 MAX_OPTION_BYTES: Final = 64 << 10
 MAX_SKIPPED_BYTES: Final = 1 << 20
 
+MAX_QUERIES: Final = 256
+MAX_LISTED_CONTEXTS: Final = 4096
+MAX_SELECTED_CONTEXTS: Final = 16
+"""Each costs a walk of its own for every BLOCK_STATUS."""
+
 ALLOCATION_CONTEXT_ID: Final = 1
+_FIRST_OTHER_CONTEXT_ID: Final = 2
 
 OPTION_NAMES: Final = {
     wire.OPT_EXPORT_NAME: "EXPORT_NAME",
@@ -111,7 +120,8 @@ class Handshake:
         self._no_zeroes = False
         self._fixed = False
         self._structured = False
-        self._context_for: str | None = None  # the export for which base:allocation was selected
+        self._contexts_for = ""  # the export for which these were selected
+        self._contexts: tuple[tuple[int, str], ...] = ()
         self._question: _Question | None = None
         self._skip = 0
         self._after_skip: Callable[[], Event] = self._read_option
@@ -236,7 +246,7 @@ class Handshake:
 
     def _rejected(self, option: int, reply: int, text: str) -> Event:
         if option == wire.OPT_SET_META_CONTEXT:
-            self._context_for = None  # it replaces the selection even when it fails
+            self._contexts = ()  # it replaces the selection even when it fails
         return Send(_error(option, reply, text))
 
     def _export_name(self, option: int, data: bytes) -> Event:
@@ -295,32 +305,37 @@ class Handshake:
     def _meta_context(self, option: int, data: bytes) -> Event:
         selecting = option == wire.OPT_SET_META_CONTEXT
         if selecting:
-            self._context_for = None  # whatever follows, the old selection is gone
+            self._contexts = ()  # whatever follows, the old selection is gone
         if not self._structured:
             raise _Invalid("negotiate structured replies first")
         reader = _Reader(data)
         name = reader.string("the export name")
-        queries = [reader.string("a query") for _ in range(reader.u32())]
+        count = reader.u32()
+        if count > MAX_QUERIES:
+            raise _TooBig(f"more than {MAX_QUERIES} queries")
+        queries = [reader.string("a query") for _ in range(count)]
         reader.end()
-        # Unknown namespaces and leaf names are ignored; "base:" is a wildcard only in LIST.
-        found = wire.META_ALLOCATION in queries
-        if not selecting:
-            found = found or not queries or wire.META_NAMESPACE in queries
 
         def answer(export: Export) -> bytes:
-            if selecting and found:
-                self._context_for = name
-            context_id = ALLOCATION_CONTEXT_ID if selecting else 0
-            reply = wire.U32.pack(context_id) + wire.META_ALLOCATION.encode()
-            contexts = _reply(option, wire.REP_META_CONTEXT, reply) if found else b""
-            return contexts + _reply(option, wire.REP_ACK)
+            if not selecting:
+                listed = dict.fromkeys(_listed_contexts(export, queries))
+                return _context_replies(option, [(0, found) for found in islice(listed, MAX_LISTED_CONTEXTS)])
+            selected = [query for query in dict.fromkeys(queries) if _has_context(export, query)]
+            if len(selected) > MAX_SELECTED_CONTEXTS:
+                return _error(option, wire.REP_ERR_TOO_BIG, f"more than {MAX_SELECTED_CONTEXTS} contexts at a time")
+            others = [found for found in selected if found != wire.META_ALLOCATION]
+            numbered = list(enumerate(others, _FIRST_OTHER_CONTEXT_ID))
+            if len(others) < len(selected):
+                numbered.insert(0, (ALLOCATION_CONTEXT_ID, wire.META_ALLOCATION))
+            self._contexts_for, self._contexts = name, tuple(numbered)
+            return _context_replies(option, numbered)
 
         self._question = _Question(option, answer)
         return WantExport(name, enters=False)
 
     def _begin(self, name: str) -> None:
-        selected = self._structured and self._context_for == name
-        self.session = Session(self._structured, ALLOCATION_CONTEXT_ID if selected else None)
+        # They count only for the export they were selected for.
+        self.session = Session(self._structured, self._contexts if self._contexts_for == name else ())
         self.begun = True
 
     # --- answers ---
@@ -361,6 +376,35 @@ class Handshake:
         assert question is not None
         self._question = None
         return question
+
+
+def _has_context(export: Export, query: str) -> bool:
+    """Whether SET_META_CONTEXT selects something by this: a whole name, never the beginning of one."""
+    if query == wire.META_ALLOCATION:
+        return True
+    if query.startswith(wire.META_NAMESPACE) or query.endswith(":") or ":" not in query:
+        return False
+    return isinstance(export, OffersContexts) and export.has_context(query)
+
+
+def _listed_contexts(export: Export, queries: list[str]) -> Iterator[str]:
+    """What LIST_META_CONTEXT answers: all, or what is named, or what begins with a query that ends in a colon.
+
+    A name may come more than once. Unknown namespaces and names are ignored.
+    """
+    for query in dict.fromkeys(queries or [""]):
+        prefix = query.endswith(":") or not queries
+        if wire.META_ALLOCATION.startswith(query) if prefix else _has_context(export, query):
+            yield wire.META_ALLOCATION if prefix else query
+        if prefix and query != wire.META_NAMESPACE and isinstance(export, OffersContexts):
+            yield from islice(export.contexts(query), MAX_LISTED_CONTEXTS)
+
+
+def _context_replies(option: int, contexts: Sequence[tuple[int, str]]) -> bytes:
+    replies = [
+        _reply(option, wire.REP_META_CONTEXT, wire.U32.pack(number) + name.encode()) for number, name in contexts
+    ]
+    return b"".join(replies) + _reply(option, wire.REP_ACK)
 
 
 class _Reader:

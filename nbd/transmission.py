@@ -43,15 +43,15 @@ _ERRORS: Final = {
 }
 
 EXTENT_LIMIT: Final = 1 << 14
-"""Most extents in one BLOCK_STATUS reply: 128 KiB of reply, far below the protocol's 2^20."""
+"""Most extents in one BLOCK_STATUS reply, all contexts together: 128 KiB, far below the protocol's 2^20 for each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What the handshake settled: how replies look and whether BLOCK_STATUS may be asked."""
+    """What the handshake settled: how replies look, and what BLOCK_STATUS tells."""
 
     structured: bool = False
-    context_id: int | None = None  # of base:allocation
+    contexts: tuple[tuple[int, str], ...] = ()  # id and name of each that was selected
 
 
 def transmission_flags(export: Export, *, structured: bool) -> int:
@@ -87,7 +87,7 @@ def judge(
         return wire.EINVAL
     if flags & wire.CMD_FLAG_DF and not session.structured:
         return wire.EINVAL
-    if command == wire.CMD_BLOCK_STATUS and session.context_id is None:
+    if command == wire.CMD_BLOCK_STATUS and not session.contexts:
         return wire.EINVAL
     if draining:
         return wire.ESHUTDOWN
@@ -146,27 +146,41 @@ def failure(session: Session, cookie: int, error: int, message: str = "") -> byt
     )
 
 
-def block_status(
-    session: Session, cookie: int, extents: Sequence[tuple[int, int]], *, length: int, only_one: bool
-) -> bytes:
-    """The reply to BLOCK_STATUS: one chunk, as there is one context.
+def extent_limit(session: Session, *, only_one: bool) -> int:
+    """How many extents to ask the export for, for each context of a BLOCK_STATUS."""
+    return 1 if only_one else EXTENT_LIMIT // max(1, len(session.contexts))
 
-    ``extents`` is what the export said; it is cut to ``length``, so no descriptor is empty, and
-    none reaches past the request.
+
+def block_status(
+    cookie: int, statuses: Sequence[tuple[int, Sequence[tuple[int, int]]]], *, length: int, only_one: bool
+) -> bytes:
+    """The reply to BLOCK_STATUS: one chunk for each selected context, and only the last is marked DONE.
+
+    ``statuses`` has a context's id and what the export said of it; that is cut to ``length``, so no
+    descriptor is empty, and none reaches past the request. Contexts may describe the range to
+    different points.
     """
-    assert session.context_id is not None
+    assert statuses
+    chunks = []
+    for index, (context_id, extents) in enumerate(statuses, 1):
+        payload = wire.U32.pack(context_id) + _descriptors(extents[:1] if only_one else extents, length)
+        head = wire.STATUS_HEAD if index == len(statuses) else wire.PART_STATUS_HEAD
+        chunks.append(wire.CHUNK.pack(head, cookie, len(payload)) + payload)
+    return b"".join(chunks)
+
+
+def _descriptors(extents: Sequence[tuple[int, int]], length: int) -> bytes:
     descriptors = []
     left = min(length, 0xFFFFFFFF)
-    for extent_length, flags in extents[: 1 if only_one else EXTENT_LIMIT]:
+    for extent_length, flags in extents[:EXTENT_LIMIT]:
         taken = min(extent_length, left)
         if taken <= 0:
             break
-        descriptors.append(wire.DESCRIPTOR.pack(taken, flags & (wire.STATE_HOLE | wire.STATE_ZERO)))
+        descriptors.append(wire.DESCRIPTOR.pack(taken, flags & 0xFFFFFFFF))
         left -= taken
     if not descriptors:
         raise ValueError(f"an export gave no extents for {length} bytes: {extents!r}")
-    payload = wire.U32.pack(session.context_id) + b"".join(descriptors)
-    return wire.CHUNK.pack(wire.STATUS_HEAD, cookie, len(payload)) + payload
+    return b"".join(descriptors)
 
 
 def clip_utf8(text: str, limit_bytes: int) -> bytes:

@@ -168,7 +168,7 @@ assert ERROR_PAYLOAD.size == 6
 
 # Payload of REPLY_TYPE_BLOCK_STATUS: a u32 context id, then descriptors
 #        0    4 u32  length of the extent in bytes, not 0
-#        4    4 u32  flags (STATE_*)
+#        4    4 u32  flags, as the context defines them (base:allocation: STATE_*)
 DESCRIPTOR: Final = Struct(">II")
 assert DESCRIPTOR.size == 8
 
@@ -214,3 +214,4 @@ PART_HEAD: Final = CHUNK_HEAD | REPLY_TYPE_OFFSET_DATA  # data, and more chunks 
 DONE_HEAD: Final = CHUNK_HEAD | REPLY_FLAG_DONE << 16 | REPLY_TYPE_NONE
 ERROR_HEAD: Final = CHUNK_HEAD | REPLY_FLAG_DONE << 16 | REPLY_TYPE_ERROR
 STATUS_HEAD: Final = CHUNK_HEAD | REPLY_FLAG_DONE << 16 | REPLY_TYPE_BLOCK_STATUS
+PART_STATUS_HEAD: Final = CHUNK_HEAD | REPLY_TYPE_BLOCK_STATUS  # of one context, and others follow

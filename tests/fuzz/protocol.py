@@ -1,4 +1,5 @@
-"""Fuzz targets of the NBD protocol: the handshake machine, the judge of requests, and a whole connection.
+"""Fuzz targets of the NBD protocol: the handshake machine, the judge of requests, a whole connection, and the two
+parts of the client that judge a server.
 
 The connection is held against a model of the requests that are well-formed and stand before the first garbage: it must
 change nothing but what these ask for, answer each of them once, and end.
@@ -21,18 +22,30 @@ import trio.testing
 
 from nbd import wire
 from nbd.connection import ARENA_BYTES, INBOX_BYTES, Connection, Limits, Workshop
-from nbd.handshake import MAX_OPTION_BYTES, NEED_DATA, Handshake, Hangup, Send, WantExport, WantList
+from nbd.handshake import (
+    MAX_OPTION_BYTES,
+    MAX_SELECTED_CONTEXTS,
+    NEED_DATA,
+    Handshake,
+    Hangup,
+    Send,
+    WantExport,
+    WantList,
+)
+from nbd.negotiate import MAX_REPLY_BYTES, negotiate
+from nbd.replies import Pending, Replies
 from nbd.transmission import Session, block_status, failure, judge, read_header
 from tests.fuzz.engine import Target
 from tests.nbd.client import info_bytes, meta_bytes, option_bytes, request_bytes
-from tests.nbd.memory import GRAIN, MemoryExport, MemoryExports
+from tests.nbd.memory import GRAIN, ContextExport, MemoryExport, MemoryExports
 
 SIZE = 256 << 10
+CONTEXT = "terrace:diff:a"
 FLAGS = struct.pack(">I", 3)
 HELLO = (
     FLAGS
     + option_bytes(wire.OPT_STRUCTURED_REPLY)
-    + option_bytes(wire.OPT_SET_META_CONTEXT, meta_bytes("mem", "base:allocation"))
+    + option_bytes(wire.OPT_SET_META_CONTEXT, meta_bytes("mem", "base:allocation", CONTEXT))
     + option_bytes(wire.OPT_GO, info_bytes("mem"))
 )
 PLAIN_HELLO = FLAGS + option_bytes(wire.OPT_EXPORT_NAME, b"mem")
@@ -45,7 +58,9 @@ REFUSALS = (errno.ENOENT, errno.EACCES, errno.ESHUTDOWN, errno.EIO)
 def run_handshake(data: bytes) -> None:
     """Any bytes in any pieces. Input: flags, a seed for the pieces, what the client sends."""
     flags, seed, rest = (data[0], data[1], data[2:]) if len(data) > 1 else (0, 0, b"")
-    export = MemoryExport(size_bytes=SIZE, read_only=bool(flags & 1), minimum_block_size=4096 if flags & 2 else 1)
+    export = ContextExport(size_bytes=SIZE, read_only=bool(flags & 1), minimum_block_size=4096 if flags & 2 else 1)
+    names = [*(f"terrace:diff:{name}" for name in "abcdefghijklmnopqrstuvwxyz"), "x:" + "y" * 4090]
+    export.flags = {name: [0] for name in names}
     machine = Handshake()
     machine.shutting_down = bool(flags & 4)
     pieces = _pieces(rest, seed)
@@ -85,6 +100,9 @@ def run_handshake(data: bytes) -> None:
     else:
         raise AssertionError("the handshake makes no progress")
     _judge_handshake(bytes(out), begun=machine.begun)
+    selected = machine.session.contexts
+    assert len(selected) == len(dict(selected)) == len({name for _, name in selected}) <= MAX_SELECTED_CONTEXTS
+    assert all(name in export.flags or name == wire.META_ALLOCATION for _, name in selected)
 
 
 def _pieces(data: bytes, seed: int) -> Iterator[bytes]:
@@ -122,6 +140,13 @@ def _handshake_seeds() -> list[bytes]:
         + option_bytes(99, bytes(100))
         + option_bytes(wire.OPT_EXTENDED_HEADERS),
         FLAGS + option_bytes(wire.OPT_STRUCTURED_REPLY) + option_bytes(wire.OPT_LIST_META_CONTEXT, meta_bytes("mem")),
+        FLAGS
+        + option_bytes(wire.OPT_STRUCTURED_REPLY)
+        + option_bytes(wire.OPT_LIST_META_CONTEXT, meta_bytes("mem", "terrace:", "terrace:diff:", "base:"))
+        + option_bytes(
+            wire.OPT_SET_META_CONTEXT, meta_bytes("mem", *(f"terrace:diff:{name}" for name in "abcdefghijklmnopq"))
+        )
+        + HELLO[4:],
         FLAGS + option_bytes(wire.OPT_LIST, b"x") + option_bytes(wire.OPT_EXPORT_NAME, b"no"),
         FLAGS + struct.pack(">QII", wire.IHAVEOPT, wire.OPT_GO, 70000) + bytes(70000 - 65536),
         struct.pack(">I", 0) + option_bytes(wire.OPT_EXPORT_NAME, b""),
@@ -170,7 +195,8 @@ def run_request(data: bytes) -> None:
     """Headers of requests, one after the other; the first byte says what was negotiated."""
     flags = data[0] if data else 0
     terms = Terms(bool(flags & 1), flags & 3 == 3, bool(flags & 4), 4096 if flags & 8 else 1)
-    session = Session(terms.structured, 1 if terms.contexts else None)
+    contexts = ((1, wire.META_ALLOCATION), (2, CONTEXT))[: 2 if flags & 16 else 1]
+    session = Session(terms.structured, contexts if terms.contexts else ())
     export = MemoryExport(size_bytes=SIZE, read_only=terms.read_only, minimum_block_size=terms.minimum)
     for at in range(1, len(data) - wire.REQUEST.size + 1, wire.REQUEST.size):
         head, cookie, offset, length = wire.REQUEST.unpack_from(data, at)
@@ -182,7 +208,8 @@ def run_request(data: bytes) -> None:
             reply = failure(session, cookie, verdict, str(head))
         elif command == wire.CMD_BLOCK_STATUS:
             only = bool(bits & wire.CMD_FLAG_REQ_ONE)
-            reply = block_status(session, cookie, [(length // 2 + 1, 3), (1 << 40, 0)], length=length, only_one=only)
+            extents = [(length // 2 + 1, 3), (1 << 40, 0)]
+            reply = block_status(cookie, [(one, extents) for one, _ in contexts], length=length, only_one=only)
         else:
             reply = read_header(session, cookie, offset, length)
         magic = int.from_bytes(reply[:4])
@@ -230,9 +257,10 @@ def run_connection(data: bytes) -> None:
     """A server's connection over a socket pair. Input: flags, a seed for the pieces, the stream behind a handshake."""
     flags, seed, stream = (data[0], data[1], data[2:]) if len(data) > 1 else (0, 0, b"")
     terms = Terms(bool(flags & 1), bool(flags & 1), bool(flags & 2), 512 if flags & 4 else 1)
-    export = MemoryExport(
+    export = ContextExport(
         size_bytes=SIZE, read_only=terms.read_only, minimum_block_size=terms.minimum, slow=bool(flags & 8)
     )
+    export.flags = {CONTEXT: [0, 1] * (SIZE // GRAIN // 2)}
     initial = np.resize(np.arange(1, 252, dtype=np.uint8), SIZE)
     export.data[:] = initial.tobytes()
     raw = bool(flags & 16)  # no handshake of ours: the input is all that the client says
@@ -395,6 +423,133 @@ def _connection_seeds() -> list[bytes]:
     return seeds
 
 
+# -- the client's side -------------------------------------------------------------------------------------------------
+
+
+def run_replies(data: bytes) -> None:
+    """A server's replies to five requests. Input: flags, a seed for the pieces, what the server sends.
+
+    Whatever it is, the pieces in which it comes must not matter; and what is answered well must be complete.
+    """
+    flags, seed, stream = (data[0], data[1], data[2:]) if len(data) > 1 else (0, 0, b"")
+    assert _answers(flags, [stream]) == _answers(flags, list(_pieces(stream, seed | 1)))
+
+
+def _answers(flags: int, pieces: list[bytes]) -> list[object]:
+    """What each request was answered, in the order of the answers, and whether the protocol was broken."""
+    replies = Replies(structured=bool(flags & 1), context_ids=(1, 2) if flags & 2 else (1,))
+    for cookie, command in enumerate(
+        (wire.CMD_READ, wire.CMD_READ, wire.CMD_BLOCK_STATUS, wire.CMD_WRITE, wire.CMD_FLUSH)
+    ):
+        into = memoryview(bytearray(4096 if command == wire.CMD_READ else 0))
+        replies.expect(Pending(7 + cookie, command, 1000, 4096, into))
+    answered: list[Pending] = []
+    broken = False
+    try:
+        for piece in pieces:
+            sink = replies.sink()
+            if sink and flags & 4:
+                direct = min(len(sink), len(piece))
+                sink[:direct] = piece[:direct]
+                answered += replies.filled(direct)
+                piece = piece[direct:]
+            answered += replies.feed(memoryview(piece))
+    except OSError as error:
+        assert error.errno == errno.EPROTO and error.strerror
+        broken = True
+        answered = []  # what was complete before the break in the same piece is lost with it
+    for request in answered:
+        assert request.error or request.command != wire.CMD_READ or request.cover.total == request.length
+        for extents in request.extents.values():
+            assert all(length for length, _ in extents) and sum(length for length, _ in extents) <= request.length
+        assert request.message.isprintable() and request.error in (0, *errno.errorcode)
+    return [broken, *((one.cookie, one.error, one.message, bytes(one.into), one.extents) for one in answered)]
+
+
+def _reply_seeds() -> list[bytes]:
+    kinds = [
+        (wire.REPLY_TYPE_NONE, b""),
+        (wire.REPLY_TYPE_OFFSET_DATA, struct.pack(">Q", 1000) + b"x" * 4096),
+        (wire.REPLY_TYPE_OFFSET_DATA, struct.pack(">Q", 1000) + b"x" * 100),
+        (wire.REPLY_TYPE_OFFSET_HOLE, struct.pack(">QI", 1100, 3996)),
+        (wire.REPLY_TYPE_OFFSET_HOLE, struct.pack(">QI", 1000, 4096)),
+        (wire.REPLY_TYPE_BLOCK_STATUS, struct.pack(">IIIII", 1, 96, 0, 8000, 3)),
+        (wire.REPLY_TYPE_BLOCK_STATUS, struct.pack(">III", 2, 4096, 1)),
+        (wire.REPLY_TYPE_ERROR, struct.pack(">IH", wire.EIO, 3) + b"bad"),
+        (wire.REPLY_TYPE_ERROR_OFFSET, struct.pack(">IHQ", wire.EIO, 0, 1001)),
+    ]
+
+    def chunk(index: int, cookie: int, done: bool) -> bytes:
+        kind, payload = kinds[index]
+        return struct.pack(">IHHQI", wire.STRUCTURED_REPLY_MAGIC, done, kind, cookie, len(payload)) + payload
+
+    simple = [struct.pack(">IIQ", wire.SIMPLE_REPLY_MAGIC, error, cookie) for cookie in (7, 10, 11) for error in (0, 5)]
+    streams = [
+        chunk(2, 7, False) + chunk(4, 8, False) + chunk(3, 7, True) + chunk(0, 8, True),
+        chunk(1, 8, True) + chunk(7, 7, True) + simple[2] + chunk(0, 11, True),
+        chunk(6, 9, False) + chunk(5, 9, True),
+        chunk(5, 9, True),
+        chunk(8, 7, False) + chunk(2, 7, True) + simple[5],
+        simple[0] + b"y" * 4096 + simple[3] + simple[4],
+    ]
+    return [bytes([flags, 3]) + stream for stream in streams for flags in range(8)]
+
+
+def run_negotiation(data: bytes) -> None:
+    """What a server says in the handshake: our client agrees on sound terms, wants more, or says what is wrong."""
+    steps = negotiate("mem", ["base:allocation", CONTEXT])
+    at = 0
+    try:
+        step = next(steps)
+        for _ in range(len(data) + 10_000):
+            if isinstance(step, int):
+                assert 0 < step <= MAX_REPLY_BYTES, "it wants to hold too much"
+                if at + step > len(data):
+                    return
+                at += step
+                step = steps.send(data[at - step : at])
+            else:
+                step = steps.send(b"")
+        raise AssertionError("the handshake makes no progress")
+    except StopIteration as end:
+        terms = end.value
+    except OSError as error:
+        assert error.errno in errno.errorcode and error.strerror and error.strerror.isprintable()
+        return
+    assert terms.flags & wire.HAS_FLAGS and terms.size_bytes < 1 << 63
+    assert terms.minimum_block_size <= terms.maximum_payload <= wire.MAX_PAYLOAD_BYTES
+    assert (
+        terms.maximum_payload % terms.minimum_block_size == terms.preferred_block_size % terms.minimum_block_size == 0
+    )
+    assert not terms.contexts or terms.structured
+
+
+def _negotiation_seeds() -> list[bytes]:
+    def reply(option: int, kind: int, data: bytes = b"") -> bytes:
+        return struct.pack(">QIII", wire.REP_MAGIC, option, kind, len(data)) + data
+
+    greeting = b"NBDMAGICIHAVEOPT\0"
+    structured = reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ACK)
+    simple = reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ERR_UNSUP, b"no")
+    context = reply(wire.OPT_SET_META_CONTEXT, wire.REP_META_CONTEXT, b"\0\0\0\1base:allocation")
+    context += reply(wire.OPT_SET_META_CONTEXT, wire.REP_ACK)
+    size = reply(wire.OPT_GO, wire.REP_INFO, struct.pack(">HQH", 0, 1 << 20, 1))
+    blocks = reply(wire.OPT_GO, wire.REP_INFO, struct.pack(">HIII", 3, 512, 4096, 65536))
+    ack = reply(wire.OPT_GO, wire.REP_ACK)
+    return [
+        greeting + b"\3" + structured + context + size + blocks + ack,
+        greeting + b"\3" + simple + blocks + size + ack,
+        greeting
+        + b"\1"
+        + simple
+        + reply(wire.OPT_GO, wire.REP_ERR_UNSUP)
+        + struct.pack(">QH", 1 << 20, 1)
+        + bytes(124),
+        greeting + b"\3" + structured + reply(wire.OPT_SET_META_CONTEXT, wire.REP_ERR_UNKNOWN) + size + ack,
+        greeting + b"\3" + simple + reply(wire.OPT_GO, wire.REP_ERR_TLS_REQD, b"TLS, please"),
+    ]
+
+
 _WORDS = [
     struct.pack(">IHH", wire.REQUEST_MAGIC, flags, command) for command in range(9) for flags in (0, 1, 2, 4, 8, 16)
 ]
@@ -402,7 +557,11 @@ _OPTIONS = [struct.pack(">QI", wire.IHAVEOPT, option) for option in range(12)]
 
 PROTOCOL = [
     Target(
-        "handshake", run_handshake, _handshake_seeds, [*_OPTIONS, b"base:allocation", b"mem", bytes(4)], examples=300
+        "handshake",
+        run_handshake,
+        _handshake_seeds,
+        [*_OPTIONS, b"base:allocation", b"terrace:diff:a", b"mem", bytes(4)],
+        examples=300,
     ),
     Target(
         "request",
@@ -412,6 +571,27 @@ PROTOCOL = [
         examples=300,
     ),
     Target("connection", run_connection, _connection_seeds, _WORDS, examples=120),
+    Target(
+        "replies",
+        run_replies,
+        _reply_seeds,
+        [
+            *(struct.pack(">IHHQ", wire.STRUCTURED_REPLY_MAGIC, done, kind, 7) for done in (0, 1) for kind in range(7)),
+            *(
+                struct.pack(">IIQ", wire.SIMPLE_REPLY_MAGIC, error, cookie)
+                for error in (0, 5)
+                for cookie in range(7, 12)
+            ),
+        ],
+        examples=200,
+    ),
+    Target(
+        "negotiation",
+        run_negotiation,
+        _negotiation_seeds,
+        [struct.pack(">QII", wire.REP_MAGIC, option, kind) for option in (7, 8, 10) for kind in (1, 3, 4, 0x80000001)],
+        examples=200,
+    ),
 ]
 
 logging.getLogger("nbd.server").addHandler(logging.NullHandler())

@@ -6,7 +6,7 @@ It knows no more of the protocol than the test needs and shares only the constan
 from __future__ import annotations
 
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +37,21 @@ class Reply:
 
     @property
     def extents(self) -> list[tuple[int, int]]:
-        ((_, kind, payload),) = self.chunks
-        assert kind == wire.REPLY_TYPE_BLOCK_STATUS
-        assert struct.unpack_from(">I", payload)[0] == 1
-        return [struct.unpack_from(">II", payload, at) for at in range(4, len(payload), 8)]
+        ((context_id, extents),) = self.statuses.items()
+        assert context_id == 1
+        return extents
+
+    @property
+    def statuses(self) -> dict[int, list[tuple[int, int]]]:
+        """By context id. Each has one chunk, and only the last chunk is DONE."""
+        assert [flags for flags, _, _ in self.chunks] == [0] * (len(self.chunks) - 1) + [wire.REPLY_FLAG_DONE]
+        statuses = {}
+        for _, kind, payload in self.chunks:
+            assert kind == wire.REPLY_TYPE_BLOCK_STATUS
+            (context_id,) = struct.unpack_from(">I", payload)
+            assert context_id not in statuses
+            statuses[context_id] = [struct.unpack_from(">II", payload, at) for at in range(4, len(payload), 8)]
+        return statuses
 
 
 class RawClient:
@@ -96,14 +107,15 @@ class RawClient:
             if kind == wire.REP_ACK or kind & 1 << 31:
                 return replies
 
-    async def go(self, name: str = "mem", *, structured: bool = False, status: bool = False) -> int:
-        """Negotiate; returns the transmission flags."""
+    async def go(self, name: str = "mem", *, structured: bool = False, status: bool | Sequence[str] = False) -> int:
+        """Negotiate; returns the transmission flags. ``status``: the contexts, or True for base:allocation."""
         await self.hello()
         if structured or status:
             assert (await self.option(wire.OPT_STRUCTURED_REPLY))[-1][0] == wire.REP_ACK
             self.structured = True
         if status:
-            await self.option(wire.OPT_SET_META_CONTEXT, meta_bytes(name, wire.META_ALLOCATION))
+            queries = (wire.META_ALLOCATION,) if status is True else status
+            await self.option(wire.OPT_SET_META_CONTEXT, meta_bytes(name, *queries))
         replies = await self.option(wire.OPT_GO, info_bytes(name))
         assert replies[-1][0] == wire.REP_ACK, replies
         kind, payload = replies[0]

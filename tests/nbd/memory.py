@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import trio
@@ -130,12 +130,16 @@ class MemoryExport:
     async def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
         await self._pause()
         self._begin("extents", offset, length)
+        hole = wire.STATE_HOLE | wire.STATE_ZERO
+        return self._runs([0 if used else hole for used in self.allocated], offset, length, limit)
+
+    def _runs(self, grains: list[int], offset: int, length: int, limit: int) -> list[tuple[int, int]]:
         extents: list[tuple[int, int]] = []
         position = offset
         while position < offset + length:
             grain = position // GRAIN
             until = min((grain + 1) * GRAIN, offset + length)
-            flags = 0 if self.allocated[grain] else wire.STATE_HOLE | wire.STATE_ZERO
+            flags = grains[grain]
             if extents and extents[-1][1] == flags:
                 extents[-1] = (extents[-1][0] + until - position, flags)
             elif len(extents) == limit:
@@ -144,6 +148,27 @@ class MemoryExport:
                 extents.append((until - position, flags))
             position = until
         return extents
+
+
+@dataclass
+class ContextExport(MemoryExport):
+    """It offers contexts of its own: for each name, the flags of each grain. Some are told only to who knows them."""
+
+    flags: dict[str, list[int]] = field(default_factory=dict)
+    unlisted: set[str] = field(default_factory=set)
+
+    def contexts(self, prefix: str) -> Iterable[str]:
+        return (name for name in self.flags if name.startswith(prefix) and name not in self.unlisted)
+
+    def has_context(self, name: str) -> bool:
+        return name in self.flags
+
+    async def context_extents(self, context: str, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+        await self._pause()
+        self._begin(context, offset, length)
+        if context not in self.flags:
+            raise FileNotFoundError(errno.ENOENT, f"{context} is gone")
+        return self._runs(self.flags[context], offset, length, limit)
 
 
 class MemoryExports:

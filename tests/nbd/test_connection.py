@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
@@ -18,7 +18,7 @@ import trio
 from nbd import wire
 from nbd.connection import BATCH_WRITES, INBOX_BYTES, INLINE_READ_BYTES, Limits
 from tests.nbd.client import Closed, RawClient, Served, info_bytes, request_bytes, run, serving
-from tests.nbd.memory import MemoryExport
+from tests.nbd.memory import ContextExport, MemoryExport
 
 SIZE = 1 << 20
 both_speeds = pytest.mark.parametrize("slow", [False, True], ids=["at-once", "slow"])
@@ -27,7 +27,11 @@ both_forms = pytest.mark.parametrize("structured", [False, True], ids=["simple",
 
 @asynccontextmanager
 async def attached(
-    export: MemoryExport, *, structured: bool = False, status: bool = False, limits: Limits | None = None
+    export: MemoryExport,
+    *,
+    structured: bool = False,
+    status: bool | Sequence[str] = False,
+    limits: Limits | None = None,
 ) -> AsyncIterator[tuple[RawClient, Served]]:
     async with serving(export, limits=limits) as served:
         client = await served.connect()
@@ -382,6 +386,51 @@ def test_block_status_tells_holes_in_one_chunk_and_req_one_gives_one_extent() ->
             reply = await client.ask(wire.CMD_BLOCK_STATUS, 0, SIZE, flags=wire.CMD_FLAG_REQ_ONE)
             assert reply.extents == [(8192, 3)]
             assert (await client.ask(wire.CMD_BLOCK_STATUS, SIZE, 1)).error == wire.EINVAL
+
+    run(test)
+
+
+def test_block_status_gives_one_chunk_a_selected_context() -> None:
+    async def test() -> None:
+        export = ContextExport(size_bytes=SIZE)
+        export.flags = {"t:diff:a": [0] * 256, "t:diff:b": [0xFFFFFFFF] * 256, "t:diff:c": [0] * 256}
+        export.flags["t:diff:a"][2:4] = [1, 1]
+        async with attached(export, status=("t:diff:b", "base:allocation", "t:diff:a")) as (client, _):
+            reply = await client.ask(wire.CMD_BLOCK_STATUS, 4096, 16384)
+            assert reply.statuses == {
+                1: [(16384, 3)],
+                2: [(16384, 0xFFFFFFFF)],
+                3: [(4096, 0), (8192, 1), (4096, 0)],
+            }
+            reply = await client.ask(wire.CMD_BLOCK_STATUS, 8193, SIZE - 8193, flags=wire.CMD_FLAG_REQ_ONE)
+            assert reply.statuses == {1: [(SIZE - 8193, 3)], 2: [(SIZE - 8193, 0xFFFFFFFF)], 3: [(8191, 1)]}
+
+    run(test)
+
+
+def test_base_allocation_need_not_be_among_the_contexts() -> None:
+    async def test() -> None:
+        export = ContextExport(size_bytes=SIZE, flags={"t:diff:a": [1] * 256})
+        async with attached(export, status=["t:diff:a"]) as (client, _):
+            assert (await client.ask(wire.CMD_BLOCK_STATUS, 0, SIZE)).statuses == {2: [(SIZE, 1)]}
+            assert "extents" not in [name for name, _, _ in export.calls]
+
+    run(test)
+
+
+def test_a_context_that_went_away_fails_the_request_and_nothing_else() -> None:
+    async def test() -> None:
+        export = ContextExport(size_bytes=SIZE, flags={"t:diff:a": [1] * 256})
+        async with attached(export, status=["base:allocation", "t:diff:a"]) as (client, served):
+            assert (await client.ask(wire.CMD_BLOCK_STATUS, 0, SIZE)).error == 0
+            del export.flags["t:diff:a"]
+            reply = await client.ask(wire.CMD_BLOCK_STATUS, 0, SIZE)
+            assert reply.error == wire.EINVAL and reply.message == "t:diff:a is gone" and len(reply.chunks) == 1
+            assert (await client.ask(wire.CMD_READ, 0, 512)).error == 0
+            # Without it, base:allocation is still to be had.
+            other = await served.connect()
+            await other.go(status=["base:allocation", "t:diff:a"])
+            assert (await other.ask(wire.CMD_BLOCK_STATUS, 0, SIZE)).statuses == {1: [(SIZE, 3)]}
 
     run(test)
 

@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 
 from nbd import wire
 from nbd.handshake import (
+    MAX_LISTED_CONTEXTS,
     MAX_OPTION_BYTES,
+    MAX_QUERIES,
+    MAX_SELECTED_CONTEXTS,
     MAX_SKIPPED_BYTES,
     NEED_DATA,
     Handshake,
@@ -23,7 +26,7 @@ from nbd.handshake import (
     WantList,
 )
 from tests.nbd.client import info_bytes, meta_bytes, option_bytes
-from tests.nbd.memory import MemoryExport
+from tests.nbd.memory import ContextExport, MemoryExport
 
 EXPORT = MemoryExport(name="mem", description="bytes in memory", size_bytes=1 << 20)
 
@@ -31,7 +34,8 @@ EXPORT = MemoryExport(name="mem", description="bytes in memory", size_bytes=1 <<
 class Talk:
     """Drives a machine as the server does, with one export called ``mem``."""
 
-    def __init__(self, flags: int = 3) -> None:
+    def __init__(self, flags: int = 3, export: MemoryExport = EXPORT) -> None:
+        self.export = export
         self.machine = Handshake()
         self.sent = b""
         self.end: Hangup | None = None
@@ -51,7 +55,7 @@ class Talk:
                 self.sent += self.machine.listed([(EXPORT.name, EXPORT.description)])
             elif isinstance(event, WantExport):
                 if event.name == EXPORT.name:
-                    self.sent += self.machine.described(EXPORT)
+                    self.sent += self.machine.described(self.export)
                 else:
                     self.sent += self.machine.refused(FileNotFoundError(errno.ENOENT, "no such export"))
             elif isinstance(event, Hangup):
@@ -244,8 +248,8 @@ def contexts(replies: list[tuple[int, bytes]]) -> list[bytes]:
     return [data for _, data in replies[:-1]]
 
 
-def structured_talk() -> Talk:
-    talk = Talk()
+def structured_talk(export: MemoryExport = EXPORT) -> Talk:
+    talk = Talk(export=export)
     talk.option(wire.OPT_STRUCTURED_REPLY)
     return talk
 
@@ -276,7 +280,65 @@ def test_base_is_a_wildcard_only_in_list_and_unknown_contexts_are_ignored(
     found = contexts(talk.option(wire.OPT_SET_META_CONTEXT, meta_bytes("mem", *queries)))
     assert found == ([b"\0\0\0\x01base:allocation"] if selected else [])
     talk.option(wire.OPT_GO, info_bytes("mem"))
-    assert talk.machine.session.context_id == (1 if selected else None)
+    assert talk.machine.session.contexts == (((1, "base:allocation"),) if selected else ())
+
+
+DIFF = ContextExport(
+    flags={"terrace:diff:a": [], "terrace:diff:b": [], "terrace:heat": [], "qemu:x": [], "terrace:diff:hidden": []},
+    unlisted={"terrace:diff:hidden"},
+)
+
+
+@pytest.mark.parametrize(
+    ("queries", "listed", "selected"),
+    [
+        ([], "base:allocation terrace:diff:a terrace:diff:b terrace:heat qemu:x", ""),
+        (["base:"], "base:allocation", ""),
+        (["terrace:"], "terrace:diff:a terrace:diff:b terrace:heat", ""),
+        (["terrace:diff:"], "terrace:diff:a terrace:diff:b", ""),
+        (["terrace:diff:", "terrace:", "base:"], "terrace:diff:a terrace:diff:b terrace:heat base:allocation", ""),
+        (["terrace", "terrace:diff", "terrace:d", "a:", ":"], "", ""),
+        (["terrace:diff:b"], "terrace:diff:b", "2=terrace:diff:b"),
+        (["terrace:diff:hidden"], "terrace:diff:hidden", "2=terrace:diff:hidden"),
+        (["terrace:diff:gone", "other:x", "terrace:heat"], "terrace:heat", "2=terrace:heat"),
+        (
+            ["terrace:diff:b", "base:allocation", "terrace:diff:a", "terrace:diff:b"],
+            "terrace:diff:b base:allocation terrace:diff:a",
+            "1=base:allocation 2=terrace:diff:b 3=terrace:diff:a",
+        ),
+    ],
+)
+def test_an_exports_own_contexts_are_listed_by_prefix_and_selected_by_name(
+    queries: list[str], listed: str, selected: str
+) -> None:
+    talk = structured_talk(DIFF)
+    found = contexts(talk.option(wire.OPT_LIST_META_CONTEXT, meta_bytes("mem", *queries)))
+    assert found == [b"\0\0\0\0" + name.encode() for name in listed.split()]
+    found = contexts(talk.option(wire.OPT_SET_META_CONTEXT, meta_bytes("mem", *queries)))
+    chosen = tuple((int(number), name) for number, name in (one.split("=") for one in selected.split()))
+    assert found == [struct.pack(">I", number) + name.encode() for number, name in chosen]
+    talk.option(wire.OPT_GO, info_bytes("mem"))
+    assert talk.machine.session.contexts == chosen
+
+
+def test_contexts_that_are_listed_or_selected_at_once_are_bounded() -> None:
+    many = ContextExport(flags={f"terrace:diff:{number}": [] for number in range(MAX_LISTED_CONTEXTS + 10)})
+    talk = structured_talk(many)
+    for queries in ([], ["terrace:"], ["terrace:", "terrace:diff:"]):
+        found = contexts(talk.option(wire.OPT_LIST_META_CONTEXT, meta_bytes("mem", *queries)))
+        assert len(found) == len(set(found)) == MAX_LISTED_CONTEXTS
+    names = [f"terrace:diff:{number}" for number in range(MAX_SELECTED_CONTEXTS + 1)]
+    assert len(contexts(talk.option(wire.OPT_SET_META_CONTEXT, meta_bytes("mem", *names[1:])))) == MAX_SELECTED_CONTEXTS
+    assert final(talk.option(wire.OPT_SET_META_CONTEXT, meta_bytes("mem", *names))) == wire.REP_ERR_TOO_BIG
+    talk.option(wire.OPT_GO, info_bytes("mem"))
+    assert talk.machine.begun and talk.machine.session.contexts == ()
+
+
+def test_too_many_queries_are_refused() -> None:
+    talk = structured_talk()
+    assert contexts(talk.option(wire.OPT_LIST_META_CONTEXT, meta_bytes("mem", *["base:allocation"] * MAX_QUERIES)))
+    for option in (wire.OPT_LIST_META_CONTEXT, wire.OPT_SET_META_CONTEXT):
+        assert final(talk.option(option, meta_bytes("mem", *["x:y"] * (MAX_QUERIES + 1)))) == wire.REP_ERR_TOO_BIG
 
 
 @pytest.mark.parametrize(
@@ -287,6 +349,7 @@ def test_base_is_a_wildcard_only_in_list_and_unknown_contexts_are_ignored(
         meta_bytes("mem"),
         b"",
         meta_bytes("mem", "base:" + "x" * 5000),
+        meta_bytes("mem", *["base:allocation"] * (MAX_QUERIES + 1)),
         bytes(MAX_OPTION_BYTES + 1),
     ],
 )
@@ -295,7 +358,7 @@ def test_set_meta_context_replaces_the_contexts_even_when_it_fails(failing: byte
     assert contexts(talk.option(wire.OPT_SET_META_CONTEXT, meta_bytes("mem", "base:allocation")))
     talk.option(wire.OPT_SET_META_CONTEXT, failing)
     talk.option(wire.OPT_GO, info_bytes("mem"))
-    assert talk.machine.begun and talk.machine.session.context_id is None
+    assert talk.machine.begun and talk.machine.session.contexts == ()
 
 
 def test_list_meta_context_does_not_touch_the_selection() -> None:
@@ -303,7 +366,7 @@ def test_list_meta_context_does_not_touch_the_selection() -> None:
     talk.option(wire.OPT_SET_META_CONTEXT, meta_bytes("mem", "base:allocation"))
     talk.option(wire.OPT_LIST_META_CONTEXT, meta_bytes("mem"))
     talk.option(wire.OPT_GO, info_bytes("mem"))
-    assert talk.machine.session.context_id == 1
+    assert talk.machine.session.contexts == ((1, "base:allocation"),)
 
 
 def test_contexts_selected_for_another_export_do_not_count() -> None:
@@ -317,7 +380,7 @@ def test_contexts_selected_for_another_export_do_not_count() -> None:
     while not machine.begun:
         if isinstance(machine.next_event(), WantExport):
             machine.described(EXPORT)
-    assert machine.session.structured and machine.session.context_id is None
+    assert machine.session.structured and machine.session.contexts == ()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import trio
 from nbd.listen import open_tcp
 from nbd.server import serve
 from tests.nbd.client import Served, run, serving
-from tests.nbd.memory import MemoryExport, MemoryExports
+from tests.nbd.memory import GRAIN, ContextExport, MemoryExport, MemoryExports
 
 SIZE = 16 << 20
 
@@ -91,6 +91,40 @@ def test_nbdinfo_maps_holes() -> None:
         ]
 
     served(test)
+
+
+def changed_since_a() -> ContextExport:
+    """The grains 16 to 31 are what changed since the snapshot a, and all of it since b."""
+    export = ContextExport("demo/vol@c", SIZE)
+    export.flags = {"terrace:diff:a": [0] * (SIZE // GRAIN), "terrace:diff:b": [1] * (SIZE // GRAIN)}
+    export.flags["terrace:diff:a"][16:32] = [1] * 16
+    return export
+
+
+def test_nbdinfo_lists_and_maps_an_exports_own_contexts() -> None:
+    async def test(server: Served, export: MemoryExport) -> None:
+        uri = server.uri("demo/vol@c")
+        info = json.loads(await tool(server.directory, "nbdinfo", "--json", uri))
+        assert info["exports"][0]["contexts"] == ["base:allocation", "terrace:diff:a", "terrace:diff:b"]
+        extents = json.loads(await tool(server.directory, "nbdinfo", "--map=terrace:diff:a", "--json", uri))
+        assert [(one["offset"], one["length"], one["type"]) for one in extents] == [
+            (0, 65536, 0),
+            (65536, 65536, 1),
+            (131072, SIZE - 131072, 0),
+        ]
+
+    served(test, changed_since_a())
+
+
+def test_qemu_img_maps_a_context_as_a_dirty_bitmap() -> None:
+    async def test(server: Served, export: MemoryExport) -> None:
+        image = f"driver=nbd,server.type=unix,server.path={server.listener.address},export=demo/vol@c"
+        command = ("qemu-img", "map", "--output=json", "--image-opts", f"{image},x-dirty-bitmap=terrace:diff:a")
+        mapped = json.loads(await tool(server.directory, *command))
+        # QEMU shows what is dirty as what has no data.
+        assert [(one["start"], one["length"]) for one in mapped if not one["data"]] == [(65536, 65536)]
+
+    served(test, changed_since_a())
 
 
 @both_speeds

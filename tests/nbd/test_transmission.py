@@ -8,10 +8,12 @@ import pytest
 
 from nbd import wire
 from nbd.transmission import (
+    EXTENT_LIMIT,
     Session,
     block_status,
     clip_utf8,
     error_value,
+    extent_limit,
     failure,
     judge,
     read_header,
@@ -22,7 +24,7 @@ from tests.nbd.memory import MemoryExport
 
 SIZE = 1 << 20
 SIMPLE = Session()
-STRUCTURED = Session(structured=True, context_id=1)
+STRUCTURED = Session(structured=True, contexts=((1, wire.META_ALLOCATION),))
 COMMANDS = [
     wire.CMD_READ,
     wire.CMD_WRITE,
@@ -91,7 +93,7 @@ def test_df_without_structured_replies_is_einval() -> None:
 
 
 def test_block_status_without_a_context_is_einval() -> None:
-    assert judge(Session(True, None), MemoryExport(), wire.CMD_BLOCK_STATUS, 0, 0, 512) == wire.EINVAL
+    assert judge(Session(True), MemoryExport(), wire.CMD_BLOCK_STATUS, 0, 0, 512) == wire.EINVAL
 
 
 def test_length_zero_is_fine_but_has_no_block_status() -> None:
@@ -165,18 +167,42 @@ def test_the_bytes_of_the_replies() -> None:
     data = b"\x66\x8e\x33\xef\0\x01\0\x01" + tag + b"\0\0\x10\x08\0\0\0\0\0\0\x02\0"
     assert read_header(STRUCTURED, cookie, 512, 4096) == data
     assert read_header(STRUCTURED, cookie, 512, 0) == b"\x66\x8e\x33\xef\0\x01\0\0" + tag + b"\0\0\0\0"
-    assert block_status(STRUCTURED, cookie, [(512, 0), (3584, 3)], length=4096, only_one=False) == (
+    assert block_status(cookie, [(1, [(512, 0), (3584, 3)])], length=4096, only_one=False) == (
         b"\x66\x8e\x33\xef\0\x01\0\x05" + tag + b"\0\0\0\x14\0\0\0\x01\0\0\x02\0\0\0\0\0\0\0\x0e\0\0\0\0\x03"
     )
 
 
 def test_block_status_is_cut_to_the_request_and_never_empty() -> None:
-    reply = block_status(STRUCTURED, 1, [(1 << 40, 3)], length=4096, only_one=True)
+    reply = block_status(1, [(1, [(1 << 40, 3)])], length=4096, only_one=True)
     assert reply[24:] == b"\0\0\x10\0\0\0\0\x03"
-    assert len(block_status(STRUCTURED, 1, [(512, 0), (512, 3)], length=1024, only_one=True)) == 32
-    assert len(block_status(STRUCTURED, 1, [(512, 0), (512, 3)], length=512, only_one=False)) == 32
+    assert len(block_status(1, [(1, [(512, 0), (512, 3)])], length=1024, only_one=True)) == 32
+    assert len(block_status(1, [(1, [(512, 0), (512, 3)])], length=512, only_one=False)) == 32
     with pytest.raises(ValueError, match="no extents"):
-        block_status(STRUCTURED, 1, [], length=512, only_one=False)
+        block_status(1, [(1, [(512, 0)]), (2, [])], length=512, only_one=False)
+
+
+def test_block_status_has_one_chunk_a_context_and_only_the_last_is_done() -> None:
+    statuses = [(1, [(512, 0), (512, 3)]), (7, [(1 << 40, 0xFFFFFFFF)]), (2, [(256, 1)])]
+    tag = b"\0" * 7 + b"\x09"
+    head = b"\x66\x8e\x33\xef\0"
+    assert block_status(9, statuses, length=1024, only_one=False) == (
+        head + b"\0\0\x05" + tag + b"\0\0\0\x14\0\0\0\x01\0\0\x02\0\0\0\0\0\0\0\x02\0\0\0\0\x03"
+        + head + b"\0\0\x05" + tag + b"\0\0\0\x0c\0\0\0\x07\0\0\x04\0\xff\xff\xff\xff"
+        + head + b"\x01\0\x05" + tag + b"\0\0\0\x0c\0\0\0\x02\0\0\x01\0\0\0\0\x01"
+    )  # fmt: skip
+    assert len(block_status(9, statuses, length=1024, only_one=True)) == 3 * 32
+
+
+def test_a_length_of_64_bits_is_clamped_to_the_32_of_the_reply() -> None:
+    reply = block_status(1, [(1, [(1 << 40, 1)])], length=1 << 40, only_one=False)
+    assert reply[24:] == b"\xff\xff\xff\xff\0\0\0\x01"
+
+
+def test_all_contexts_together_stay_within_the_limit_of_extents() -> None:
+    for count in range(1, 20):
+        session = Session(True, tuple((number, f"x:{number}") for number in range(count)))
+        assert 0 < extent_limit(session, only_one=False) * count <= EXTENT_LIMIT
+        assert extent_limit(session, only_one=True) == 1
 
 
 def test_messages_are_cut_between_characters() -> None:

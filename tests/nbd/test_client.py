@@ -1,0 +1,887 @@
+"""The client against our own server, and against servers that do what no server should."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import socket
+import struct
+import tracemalloc
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import trio
+import trio.testing
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nbd import wire
+from nbd.client import Client, ClientLimits, _pieces, connect
+from nbd.handshake import NEED_DATA, Handshake, Send, WantExport
+from nbd.listen import open_tcp
+from nbd.negotiate import MAX_SIZE_BYTES, Terms, negotiate
+from nbd.server import serve
+from nbd.transmission import transmission_flags
+from nbd.uri import Address, parse_uri
+from tests.nbd.client import Served, run, serving
+from tests.nbd.memory import ContextExport, MemoryExport, MemoryExports
+
+SIZE = 1 << 20
+both_speeds = pytest.mark.parametrize("slow", [False, True], ids=["at-once", "slow"])
+
+
+@asynccontextmanager
+async def attached(
+    export: MemoryExport, *, contexts: Sequence[str] = (), limits: ClientLimits | None = None
+) -> AsyncIterator[tuple[Client, Served]]:
+    async with serving(export) as served:
+        async with connect(served.uri(export.name), contexts=contexts, limits=limits) as client:
+            yield client, served
+        # It said DISC, so the server is done with it before it is torn down.
+        while served.server.status().connections:
+            await trio.sleep(0.001)
+
+
+@contextmanager
+def fails(number: int, text: str = "") -> Iterator[None]:
+    """The body raises an OSError with this errno, and with this text in its sentence."""
+    with pytest.raises(OSError) as caught:
+        yield
+    assert caught.value.errno == number, caught.value
+    assert text in str(caught.value)
+
+
+# --- against our server ---
+
+
+@both_speeds
+def test_what_was_written_is_read(slow: bool) -> None:
+    async def test() -> None:
+        export = MemoryExport(size_bytes=SIZE, slow=slow)
+        async with attached(export) as (client, _):
+            assert client.size_bytes == SIZE
+            for offset, length in [(0, 4096), (1, 1), (4095, 3), (SIZE - 513, 513), (100_000, 900_000), (5, 0)]:
+                data = os.urandom(length)
+                await client.write(offset, data)
+                found = await client.read(offset, length)
+                assert found == data
+                found += b"it is the caller's alone"
+            await client.write(0, memoryview(struct.pack("4I", 1, 2, 3, 4)).cast("I"), fua=True)
+            assert export.data[:16] == struct.pack("4I", 1, 2, 3, 4) and export.calls[-1][0] == "flush"
+
+    run(test)
+
+
+@both_speeds
+def test_any_number_of_tasks_share_a_connection(slow: bool) -> None:
+    async def test() -> None:
+        export = MemoryExport(size_bytes=SIZE, slow=slow)
+        async with attached(export) as (client, served):
+
+            async def work(number: int) -> None:
+                data = bytes([number]) * 1000
+                await client.write(number * 1000, data)
+                assert await client.read(number * 1000, 1000) == data
+
+            async with trio.open_nursery() as nursery:
+                for number in range(250):
+                    nursery.start_soon(work, number)
+            assert served.server.status().total.requests == 500
+
+    run(test)
+
+
+def test_requests_in_flight_are_bounded_and_keep_their_order() -> None:
+    async def test() -> None:
+        hold = trio.Event()
+        export = MemoryExport(size_bytes=SIZE, slow=True, hold=hold)
+        limits = ClientLimits(inflight_requests=4, inflight_bytes=9000)
+        async with attached(export, limits=limits) as (client, _):
+            async with trio.open_nursery() as nursery:
+                for number in range(2):
+                    nursery.start_soon(client.read, number, 3000)
+                await trio.sleep(0.05)
+                nursery.start_soon(client.read, 10, 9000)
+                await trio.sleep(0.05)
+                assert export.running == 2
+                nursery.start_soon(client.read, 20, 1)  # there would be room, but 9000 bytes came first
+                await trio.sleep(0.05)
+                assert export.running == 2
+                hold.set()
+            sizes = [length for name, _, length in export.calls]
+            assert sizes == [3000, 3000, 9000, 1]
+
+    run(test)
+
+
+def test_what_is_longer_than_a_payload_is_split_and_what_has_none_is_not() -> None:
+    async def test() -> None:
+        export = MemoryExport(size_bytes=SIZE, maximum_payload=65536)
+        async with attached(export) as (client, _):
+            assert client.maximum_payload == 65536
+            data = os.urandom(300_000)
+            await client.write(5000, data, fua=True)
+            writes = sorted(call for call in export.calls if call[0] == "write_now")
+            assert len(writes) == 5 and all(length <= 65536 for _, _, length in writes)
+            assert all(offset % 4096 == 0 for _, offset, _ in writes[1:]), "pieces end on preferred blocks"
+            assert await client.read(5000, 300_000) == data
+            await client.write_zeroes(0, SIZE)
+            assert export.calls[-1] == ("zero", 0, SIZE)
+            await client.trim(0, SIZE)
+            await client.cache(0, 4096)
+            await client.flush()
+            assert [name for name, _, _ in export.calls[-3:]] == ["trim", "cache", "flush"]
+
+    run(test)
+
+
+def test_a_read_longer_than_all_that_may_be_in_flight_is_served() -> None:
+    async def test() -> None:
+        export = MemoryExport(size_bytes=4 << 20)
+        export.data[:] = os.urandom(4 << 20)
+        async with attached(export, limits=ClientLimits(inflight_requests=1, inflight_bytes=1000)) as (client, _):
+            assert await client.read(3, (4 << 20) - 3) == export.data[3:]
+
+    run(test)
+
+
+@both_speeds
+def test_an_error_is_that_of_the_request_and_the_connection_goes_on(slow: bool) -> None:
+    async def test() -> None:
+        export = MemoryExport(size_bytes=SIZE, slow=slow)
+        async with attached(export) as (client, _):
+            for number in (errno.EIO, errno.ENOMEM, errno.ENOSPC, errno.EPERM, errno.EINVAL):
+                export.fail = lambda operation, offset, length, number=number: number if offset == 8192 else 0
+                with fails(number, f"mem: READ of 512 bytes at 8192: {os.strerror(number)}"):
+                    await client.read(8192, 512)
+                with fails(number, "WRITE of 512 bytes at 8192"):
+                    await client.write(8192, bytes(512))
+                await client.write(0, b"fine")
+                assert await client.read(0, 4) == b"fine"
+            export.fail = lambda operation, offset, length: errno.EIO if operation == "flush" else 0
+            with fails(errno.EIO, "mem: FLUSH: "):
+                await client.flush()
+            with fails(errno.EIO):
+                await client.write(0, b"fine", fua=True)
+
+    run(test)
+
+
+def test_an_error_in_one_piece_fails_the_call() -> None:
+    async def test() -> None:
+        export = MemoryExport(size_bytes=SIZE, maximum_payload=65536)
+        export.fail = lambda operation, offset, length: errno.EIO if offset == 3 * 65536 else 0
+        async with attached(export) as (client, _):
+            with fails(errno.EIO, f"at {3 * 65536}"):
+                await client.read(0, SIZE)
+            with fails(errno.EIO, f"at {3 * 65536}"):
+                await client.write(0, bytes(SIZE))
+            assert await client.read(0, 65536) == bytes(65536)
+
+    run(test)
+
+
+def test_ranges_outside_the_export_or_unaligned_are_refused_without_asking() -> None:
+    async def test() -> None:
+        export = MemoryExport(size_bytes=SIZE, minimum_block_size=512)
+        async with attached(export, contexts=["base:allocation"]) as (client, served):
+            calls: list[tuple[Callable[[], Awaitable[object]], int]] = [
+                (lambda: client.read(SIZE, 512), errno.EINVAL),
+                (lambda: client.read(-512, 512), errno.EINVAL),
+                (lambda: client.write(SIZE, bytes(512)), errno.ENOSPC),
+                (lambda: client.trim(0, SIZE + 512), errno.ENOSPC),
+                (lambda: client.write_zeroes(SIZE, 512), errno.ENOSPC),
+                (lambda: client.cache(SIZE, 512), errno.EINVAL),
+                (lambda: client.block_status(SIZE, 512), errno.EINVAL),
+                (lambda: client.block_status(0, 0), errno.EINVAL),
+                (lambda: client.read(1, 512), errno.EINVAL),
+                (lambda: client.write(0, b"x"), errno.EINVAL),
+            ]
+            for call, number in calls:
+                with fails(number):
+                    await call()
+            assert served.server.status().total.requests == 0
+
+    run(test)
+
+
+def test_the_flags_of_the_server_are_respected() -> None:
+    async def test() -> None:
+        async with attached(MemoryExport(size_bytes=SIZE, read_only=True, can_multi_conn=False)) as (client, served):
+            assert client.read_only and client.can_flush and not client.can_trim and not client.can_multi_conn
+            with fails(errno.EROFS, "read-only"):
+                await client.write(0, b"x")
+            for call in (client.trim, client.write_zeroes):
+                with fails(errno.EROFS, "read-only"):
+                    await call(0, 4096)
+            with fails(errno.ENOTSUP, "offers no BLOCK_STATUS"):
+                await client.block_status(0, 512)
+            assert served.server.status().total.requests == 0
+        async with attached(MemoryExport(size_bytes=SIZE)) as (client, _):
+            assert client.can_fua and client.can_trim and client.can_write_zeroes and client.can_fast_zero
+            assert client.can_cache and client.can_multi_conn and not client.read_only and not client.rotational
+            assert client.flags == transmission_flags(MemoryExport(), structured=True)
+
+    run(test)
+
+
+def test_block_status_answers_for_each_context_the_server_has() -> None:
+    async def test() -> None:
+        export = ContextExport(size_bytes=SIZE, flags={"t:diff:a": [0] * 256})
+        export.flags["t:diff:a"][2:4] = [1, 1]
+        wanted = ["t:diff:a", "t:diff:none", "base:allocation", "t:diff:a"]
+        async with attached(export, contexts=wanted) as (client, _):
+            assert sorted(client.contexts) == ["base:allocation", "t:diff:a"]
+            await client.write(0, bytes(4096))
+            assert await client.block_status(0, 16384) == {
+                "base:allocation": [(4096, 0), (12288, 3)],
+                "t:diff:a": [(8192, 0), (8192, 1)],
+            }
+            with fails(errno.ENOTSUP):
+                async for _ in client.extents("t:diff:none"):
+                    pass
+            del export.flags["t:diff:a"]
+            with fails(errno.EINVAL, "t:diff:a is gone"):
+                await client.block_status(0, SIZE)
+            assert await client.read(0, 1) == b"\0"
+
+    run(test)
+
+
+@given(st.lists(st.integers(0, 1), min_size=1, max_size=40), st.integers(1, 5))
+def test_extents_walks_the_whole_range_in_merged_runs(grains: list[int], limit: int) -> None:
+    async def test() -> None:
+        size = 4096 * len(grains)
+        export = ContextExport(size_bytes=size, flags={"t:x": grains})
+        whole = export.context_extents
+
+        async def few(context: str, offset: int, length: int, most: int) -> list[tuple[int, int]]:
+            return await whole(context, offset, min(length, 4096 * limit), min(most, 2))
+
+        export.context_extents = few  # type: ignore[method-assign,assignment]
+        async with attached(export, contexts=["t:x"]) as (client, _):
+            runs = [run async for run in client.extents("t:x", 100, size - 200)]
+            assert runs[0][0] == 100 and sum(length for _, length, _ in runs) == size - 200
+            for (offset, length, flags), following in itertools.pairwise(runs):
+                assert offset + length == following[0] and flags != following[2]
+            for offset, length, flags in runs:
+                assert set(grains[offset // 4096 : -(-(offset + length) // 4096)]) == {flags}
+
+    run(test)
+
+
+@both_speeds
+def test_a_cancelled_request_leaves_the_others_and_its_late_reply_is_dropped(slow: bool) -> None:
+    async def test() -> None:
+        hold = trio.Event()
+        export = MemoryExport(size_bytes=SIZE, slow=True)
+        export.data[:] = bytes(range(256)) * (SIZE // 256)
+        async with attached(export) as (client, _):
+            export.hold = hold
+            for cancel in range(5):
+                with trio.move_on_after(0.01 * cancel) as scope:
+                    await client.read(cancel, 100_000)
+                assert scope.cancelled_caught
+                with trio.move_on_after(0.01 * cancel) as scope:
+                    await client.write(SIZE - 10, b"late")
+                assert scope.cancelled_caught
+            hold.set()
+            export.slow = slow
+            for offset in range(10):
+                assert await client.read(offset, 5000) == export.data[offset : offset + 5000]
+            assert not client._requests and not client._room._requests and not client._room._bytes
+
+    run(test)
+
+
+def test_a_request_that_is_cancelled_in_the_queue_is_not_sent() -> None:
+    async def test() -> None:
+        hold = trio.Event()
+        export = MemoryExport(size_bytes=64 << 20, slow=True, hold=hold)
+        export.recording = False
+        async with attached(export) as (client, served):
+            async with trio.open_nursery() as nursery:
+                for number in range(2):
+                    # The server takes in no more than 64 MiB that wait, and then the socket is full.
+                    nursery.start_soon(client.write, number << 25, bytes(32 << 20))
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                with trio.move_on_after(0.05) as scope:
+                    await client.write(0, b"x" * 100)
+                assert scope.cancelled_caught
+                hold.set()
+            assert served.server.status().total.writes == 2
+
+    run(test, timeout_s=30)
+
+
+def test_what_the_body_raises_comes_out_as_it_is() -> None:
+    async def test() -> None:
+        async with serving(MemoryExport()) as served:
+            with pytest.raises(ZeroDivisionError):
+                async with connect(served.uri()):
+                    raise ZeroDivisionError
+            with trio.move_on_after(0.01) as scope:
+                async with connect(served.uri()):
+                    await trio.sleep_forever()
+            assert scope.cancelled_caught
+            while served.server.status().connections:
+                await trio.sleep(0.001)
+
+    run(test)
+
+
+def test_calls_of_other_tasks_fail_when_the_context_is_left() -> None:
+    async def test() -> None:
+        export = MemoryExport(slow=True, hold=trio.Event())
+        async with serving(export) as served, trio.open_nursery() as nursery:
+
+            async def reader(client: Client) -> None:
+                with fails(errno.ESHUTDOWN, "has left"):
+                    await client.read(0, 512)
+
+            async with connect(served.uri()) as client:
+                nursery.start_soon(reader, client)
+                await trio.sleep(0.02)
+            with fails(errno.ESHUTDOWN):
+                await client.read(0, 512)
+            assert export.hold is not None
+            export.hold.set()
+
+    run(test)
+
+
+def test_a_server_that_goes_away_is_econnreset_for_all_who_wait_and_who_come_later() -> None:
+    async def test() -> None:
+        export = MemoryExport("mem", slow=True, hold=trio.Event())
+        async with serving(export) as served, connect(served.uri()) as client:
+
+            async def reader() -> None:
+                with fails(errno.ECONNRESET, str(served.listener.address)):
+                    await client.read(0, 512)
+
+            async with trio.open_nursery() as nursery:
+                for _ in range(200):
+                    nursery.start_soon(reader)
+                await trio.sleep(0.02)
+                assert served.server.disconnect("mem") == 1
+            await reader()
+
+    run(test)
+
+
+def test_a_server_that_shuts_down_answers_eshutdown() -> None:
+    async def test() -> None:
+        async with serving(MemoryExport()) as served, connect(served.uri()) as client:
+            await client.read(0, 1)
+            served.server.start_drain(0.5)
+            with fails(errno.ESHUTDOWN):
+                await client.read(0, 1)
+
+    run(test)
+
+
+def test_tcp_and_every_form_of_an_address_work() -> None:
+    async def main() -> None:
+        (listener,) = await open_tcp("127.0.0.1", 0)
+        async with trio.open_nursery() as nursery:
+            server = await nursery.start(serve, MemoryExports(MemoryExport("demo/vol")), [listener])
+            targets: list[tuple[str | Address, str | None]] = [
+                (listener.uri("demo/vol"), None),
+                (listener.uri("other"), "demo/vol"),
+                (listener.uri(), None),
+                (("127.0.0.1", listener.port), "demo/vol"),
+                (("localhost", listener.port), None),
+            ]
+            for address, export in targets:
+                async with connect(address, export) as client:
+                    assert await client.read(0, 4) == bytes(4)
+            await server.drain(0)
+        with fails(errno.ECONNREFUSED, listener.address):
+            async with connect(listener.uri()):
+                pass
+        async with serving(MemoryExport()) as served, connect(Path(served.listener.address)) as client:
+            assert await client.read(0, 4) == bytes(4)
+
+    run(main)
+
+
+def test_an_export_that_is_not_there_is_enoent() -> None:
+    async def test() -> None:
+        async with serving(MemoryExport()) as served:
+            for contexts in ([], ["base:allocation"]):
+                with fails(errno.ENOENT, "no export 'other'"):
+                    async with connect(served.uri("other"), contexts=contexts):
+                        pass
+            served.exports.error = errno.EACCES
+            with fails(errno.EACCES):
+                async with connect(served.uri()):
+                    pass
+            with fails(errno.ENOENT):
+                async with connect(served.directory / "no-socket"):
+                    pass
+            with fails(errno.EINVAL):
+                async with connect(Path("/" + "x" * 200)):
+                    pass
+
+    run(test)
+
+
+# --- against hostile servers ---
+
+Handler = Callable[[trio.SocketStream], Awaitable[None]]
+
+
+@asynccontextmanager
+async def hostile(handler: Handler) -> AsyncIterator[Path]:
+    """A server that does what the handler does with each connection, on a Unix socket."""
+
+    async def guarded(stream: trio.SocketStream) -> None:
+        try:
+            async with stream:
+                await handler(stream)
+        except trio.BrokenResourceError:
+            pass
+
+    with TemporaryDirectory(prefix="nbd-test-") as name:
+        path = Path(name) / "sock"
+        with trio.socket.socket(socket.AF_UNIX) as sock:
+            await sock.bind(str(path))
+            sock.listen(5)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.serve_listeners, guarded, [trio.SocketListener(sock)])
+                yield path
+                nursery.cancel_scope.cancel()
+
+
+async def shake_hands(stream: trio.SocketStream, export: MemoryExport) -> None:
+    machine = Handshake()
+    while not machine.begun:
+        event = machine.next_event()
+        if event is NEED_DATA:
+            data = await stream.receive_some(65536)
+            if not data:
+                raise trio.BrokenResourceError
+            machine.feed(data)
+        elif isinstance(event, Send):
+            await stream.send_all(event.data)
+        elif isinstance(event, WantExport):
+            await stream.send_all(machine.described(export))
+
+
+def answering(*answers: bytes, export: MemoryExport | None = None) -> Handler:
+    """A sound handshake, then an answer for each time that something arrives, then the end."""
+
+    async def handler(stream: trio.SocketStream) -> None:
+        await shake_hands(stream, export or MemoryExport())
+        for answer in answers:
+            if not await stream.receive_some(1 << 20):
+                return
+            await stream.send_all(answer)
+
+    return handler
+
+
+def read_reply(cookie: int, offset: int, data: bytes) -> bytes:
+    return (
+        struct.pack(
+            ">IHHQIQ", wire.STRUCTURED_REPLY_MAGIC, 1, wire.REPLY_TYPE_OFFSET_DATA, cookie, len(data) + 8, offset
+        )
+        + data
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "number", "match"),
+    [
+        (b"", errno.ECONNRESET, "closed the connection"),
+        (read_reply(1, 0, b"x" * 512)[:100], errno.ECONNRESET, "closed the connection"),
+        (read_reply(2, 0, b"x" * 512), errno.EPROTO, "cookie"),
+        (read_reply(1, 512, b"x" * 512), errno.EPROTO, "not asked for"),
+        (b"\0" * 16, errno.EPROTO, "not an NBD reply"),
+        (struct.pack(">IIQ", wire.SIMPLE_REPLY_MAGIC, 0, 1) + b"x" * 512, errno.EPROTO, "simple reply to READ"),
+    ],
+)
+def test_a_broken_reply_ends_the_connection_with_a_sentence(answer: bytes, number: int, match: str) -> None:
+    async def test() -> None:
+        async with hostile(answering(answer)) as path, connect(path) as client:
+            with fails(number, match):
+                await client.read(0, 512)
+            with fails(number, match):
+                await client.write(0, b"x")
+
+    run(test)
+
+
+def test_a_broken_reply_fails_all_that_is_in_flight() -> None:
+    async def test() -> None:
+        async with hostile(answering(b"", b"", b"garbage of 16 by")) as path, connect(path) as client:
+
+            async def reader(number: int) -> None:
+                with fails(errno.EPROTO, "not an NBD reply"):
+                    await client.read(number, 512)
+
+            async with trio.open_nursery() as nursery:
+                for number in range(3):
+                    nursery.start_soon(reader, number)
+                    await trio.sleep(0.01)
+            assert client._room._requests == client._room._bytes == 0
+
+    run(test)
+
+
+def test_a_reply_before_its_request_is_refused() -> None:
+    async def handler(stream: trio.SocketStream) -> None:
+        await shake_hands(stream, MemoryExport())
+        await stream.send_all(read_reply(1, 0, b"x" * 512))
+        await stream.receive_some(1)
+
+    async def test() -> None:
+        async with hostile(handler) as path, connect(path) as client:
+            await trio.sleep(0.02)
+            with fails(errno.EPROTO, "cookie"):
+                await client.read(0, 512)
+
+    run(test)
+
+
+@pytest.mark.parametrize("greeting", [b"", b"NBDMAGIC", b"NBDMAGICIHAVEOPT\0\3"])
+def test_a_silent_server_is_etimedout(greeting: bytes) -> None:
+    async def handler(stream: trio.SocketStream) -> None:
+        await stream.send_all(greeting)
+        await trio.sleep_forever()
+
+    async def test() -> None:
+        async with hostile(handler) as path:
+            with fails(errno.ETIMEDOUT, "within 0.05 s"):
+                async with connect(path, limits=ClientLimits(handshake_timeout_s=0.05)):
+                    pass
+
+    run(test)
+
+
+def test_a_server_that_drips_its_handshake_is_etimedout() -> None:
+    async def handler(stream: trio.SocketStream) -> None:
+        await stream.send_all(b"NBDMAGICIHAVEOPT\0\3")
+        while True:
+            await stream.send_all(struct.pack(">QIII", wire.REP_MAGIC, 0, 0, 1)[:1])
+            await trio.sleep(0.01)
+
+    async def test() -> None:
+        async with hostile(handler) as path:
+            with fails(errno.ETIMEDOUT):
+                async with connect(path, limits=ClientLimits(handshake_timeout_s=0.1)):
+                    pass
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("greeting", "number"),
+    [
+        (b"SSH-2.0-OpenSSH_9.2\r\n", errno.EPROTO),
+        (b"NBDMAGIC" + bytes(10), errno.EPROTO),
+        (b"NBDMAGIC" + struct.pack(">Q", 0x00420281861253) + bytes(136), errno.EPROTONOSUPPORT),
+        (b"NBDMAGICIHAVEOPT\0\0", errno.EPROTONOSUPPORT),
+        (b"NBDMAGIC", errno.ECONNRESET),
+        (b"NBDMAGICIHAVEOPT\0\3" + bytes(20), errno.EPROTO),
+    ],
+)
+def test_who_is_no_server_of_this_protocol_is_told_so(greeting: bytes, number: int) -> None:
+    async def handler(stream: trio.SocketStream) -> None:
+        await stream.send_all(greeting)
+        await stream.send_eof()
+        while await stream.receive_some(1000):
+            pass
+
+    async def test() -> None:
+        async with hostile(handler) as path:
+            with fails(number, str(path)):
+                async with connect(path):
+                    pass
+
+    run(test)
+
+
+def test_without_fua_durable_writes_are_flushed() -> None:
+    export = MemoryExport()
+    flags = transmission_flags(export, structured=False) & ~wire.SEND_FUA
+    size = struct.pack(">HQH", wire.INFO_EXPORT, export.size_bytes, flags)
+    seen: list[int] = []
+
+    async def handler(stream: trio.SocketStream) -> None:
+        await stream.send_all(b"NBDMAGICIHAVEOPT\0\3")
+        await receive(stream, 4 + 16)
+        await stream.send_all(option_reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ERR_UNSUP))
+        await receive(stream, 16 + 8)
+        await stream.send_all(option_reply(wire.OPT_GO, wire.REP_INFO, size) + option_reply(wire.OPT_GO, wire.REP_ACK))
+        while True:
+            _, flags, command, cookie, _, length = struct.unpack(">IHHQQI", await receive(stream, 28))
+            assert not flags
+            seen.append(command)
+            if command == wire.CMD_DISC:
+                return
+            if command == wire.CMD_WRITE:
+                await receive(stream, length)
+            await stream.send_all(struct.pack(">IIQ", wire.SIMPLE_REPLY_MAGIC, 0, cookie))
+
+    async def test() -> None:
+        async with hostile(handler) as path:
+            async with connect(path) as client:
+                assert not client.can_fua and not client.terms.structured
+                await client.write(0, b"data", fua=True)
+                await client.write(0, b"data")
+            while len(seen) < 4:
+                await trio.sleep(0.001)
+            assert seen == [wire.CMD_WRITE, wire.CMD_FLUSH, wire.CMD_WRITE, wire.CMD_DISC]
+
+    run(test)
+
+
+async def receive(stream: trio.SocketStream, length: int) -> bytes:
+    data = b""
+    while len(data) < length:
+        part = await stream.receive_some(length - len(data))
+        if not part:
+            raise trio.BrokenResourceError
+        data += part
+    return data
+
+
+def test_gigabytes_that_a_server_announces_take_no_memory() -> None:
+    huge = struct.pack(">IHHQI", wire.STRUCTURED_REPLY_MAGIC, 0, wire.REPLY_TYPE_OFFSET_DATA, 1, 0xFFFFFFFF)
+
+    async def test() -> None:
+        async with hostile(answering(huge + bytes(8))) as path, connect(path) as client:
+            tracemalloc.start()
+            with fails(errno.EPROTO):
+                await client.read(0, 512)
+            assert tracemalloc.get_traced_memory()[1] < 8 << 20
+            tracemalloc.stop()
+
+    run(test)
+
+
+# --- the handshake, without IO ---
+
+
+def option_reply(option: int, kind: int, data: bytes = b"") -> bytes:
+    return struct.pack(">QIII", wire.REP_MAGIC, option, kind, len(data)) + data
+
+
+GREETING = b"NBDMAGICIHAVEOPT\0\3"
+NO_STRUCTURED = option_reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ERR_UNSUP)
+STRUCTURED = option_reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ACK)
+ACK = option_reply(wire.OPT_GO, wire.REP_ACK)
+EXPORT = option_reply(wire.OPT_GO, wire.REP_INFO, struct.pack(">HQH", 0, 1 << 30, wire.HAS_FLAGS))
+
+
+def blocks(minimum: int, preferred: int, maximum: int) -> bytes:
+    return option_reply(wire.OPT_GO, wire.REP_INFO, struct.pack(">HIII", 3, minimum, preferred, maximum))
+
+
+def context(number: int, name: str) -> bytes:
+    data = struct.pack(">I", number) + name.encode()
+    return option_reply(wire.OPT_SET_META_CONTEXT, wire.REP_META_CONTEXT, data)
+
+
+CONTEXT_ACK = option_reply(wire.OPT_SET_META_CONTEXT, wire.REP_ACK)
+
+
+def talk(server: bytes, contexts: Sequence[str] = ("a:b",)) -> tuple[Terms, bytes]:
+    """Negotiate with what a server says; returns the terms and what was said to it. EOFError if it wants more."""
+    steps = negotiate("mem", contexts)
+    said = b""
+    step = next(steps)
+    while True:
+        try:
+            if isinstance(step, bytes):
+                said += step
+                step = steps.send(b"")
+            else:
+                assert 0 < step <= 65536
+                if len(server) < step:
+                    raise EOFError
+                part, server = server[:step], server[step:]
+                step = steps.send(part)
+        except StopIteration as end:
+            assert server == b"", "bytes behind the handshake belong to transmission"
+            return end.value, said
+
+
+def test_without_go_the_old_way_is_taken() -> None:
+    flags = wire.HAS_FLAGS | wire.SEND_FLUSH
+    for greeting, padding in [(GREETING, b""), (b"NBDMAGICIHAVEOPT\0\1", bytes(124))]:
+        server = greeting + NO_STRUCTURED + option_reply(wire.OPT_GO, wire.REP_ERR_UNSUP)
+        terms, said = talk(server + struct.pack(">QH", 1 << 20, flags) + padding)
+        assert terms == Terms(1 << 20, flags) and said.endswith(b"\0\0\0\1\0\0\0\3mem")
+        assert said[:4] == struct.pack(">I", 1 if padding else 3)
+
+
+def test_the_block_sizes_of_the_server_are_taken_and_its_payload_is_capped() -> None:
+    terms, _ = talk(GREETING + NO_STRUCTURED + EXPORT + blocks(512, 65536, 0xFFFFFFFF) + ACK)
+    assert (terms.minimum_block_size, terms.preferred_block_size, terms.maximum_payload) == (512, 65536, 32 << 20)
+    terms, _ = talk(GREETING + NO_STRUCTURED + EXPORT + blocks(1, 4096, 65536) + ACK)
+    assert terms.maximum_payload == 65536
+
+
+def test_unknown_informations_are_passed_over() -> None:
+    unknown = option_reply(wire.OPT_GO, wire.REP_INFO, b"\0\x63whatever")
+    terms, _ = talk(GREETING + NO_STRUCTURED + unknown + EXPORT + unknown + ACK)
+    assert terms.size_bytes == 1 << 30
+
+
+def test_contexts_that_the_server_lacks_are_left_out() -> None:
+    wanted = ["a:b", "a:c", "a:b"]
+    terms, _ = talk(GREETING + STRUCTURED + context(77, "a:c") + CONTEXT_ACK + EXPORT + ACK, wanted)
+    assert terms.contexts == {77: "a:c"} and terms.structured
+    for refusal in (wire.REP_ERR_UNSUP, wire.REP_ERR_UNKNOWN, wire.REP_ERR_INVALID):
+        refused = option_reply(wire.OPT_SET_META_CONTEXT, refusal)
+        assert talk(GREETING + STRUCTURED + refused + EXPORT + ACK, wanted)[0].contexts == {}
+    assert talk(GREETING + NO_STRUCTURED + EXPORT + ACK, wanted)[0].contexts == {}
+
+
+@pytest.mark.parametrize(
+    ("refusal", "number"),
+    [
+        (wire.REP_ERR_UNKNOWN, errno.ENOENT),
+        (wire.REP_ERR_POLICY, errno.EACCES),
+        (wire.REP_ERR_TLS_REQD, errno.EPROTONOSUPPORT),
+        (wire.REP_ERR_SHUTDOWN, errno.ESHUTDOWN),
+        (wire.REP_ERR_BLOCK_SIZE_REQD, errno.EINVAL),
+        (0x80001234, errno.EPROTO),
+    ],
+)
+def test_a_refusal_of_go_says_why(refusal: int, number: int) -> None:
+    with fails(number, "because\ufffd"):
+        talk(GREETING + NO_STRUCTURED + option_reply(wire.OPT_GO, refusal, b"because\x07"))
+
+
+@pytest.mark.parametrize(
+    "server",
+    [
+        struct.pack(">QIII", 1, wire.OPT_STRUCTURED_REPLY, 1, 0),
+        option_reply(wire.OPT_GO, wire.REP_ACK),
+        struct.pack(">QIII", wire.REP_MAGIC, wire.OPT_STRUCTURED_REPLY, 1, 1 << 31),
+        option_reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ACK, b"x"),
+        option_reply(wire.OPT_STRUCTURED_REPLY, wire.REP_INFO),
+        STRUCTURED + context(1, "a:other"),
+        STRUCTURED + context(1, "a:b") + context(1, "a:b"),
+        STRUCTURED + option_reply(wire.OPT_SET_META_CONTEXT, wire.REP_META_CONTEXT, b"\0\0\0"),
+        STRUCTURED + option_reply(wire.OPT_SET_META_CONTEXT, wire.REP_INFO),
+        NO_STRUCTURED + ACK,
+        NO_STRUCTURED + option_reply(wire.OPT_GO, wire.REP_INFO, b"\0"),
+        NO_STRUCTURED + option_reply(wire.OPT_GO, wire.REP_INFO, bytes(11)),
+        NO_STRUCTURED + option_reply(wire.OPT_GO, wire.REP_INFO, b"\0\3" + bytes(11)),
+        NO_STRUCTURED + option_reply(wire.OPT_GO, wire.REP_SERVER),
+        NO_STRUCTURED + option_reply(wire.OPT_GO, wire.REP_INFO, b"\0\x63") * 1100,
+        NO_STRUCTURED + option_reply(wire.OPT_GO, wire.REP_INFO, struct.pack(">HQH", 0, MAX_SIZE_BYTES + 1, 1)) + ACK,
+        NO_STRUCTURED + option_reply(wire.OPT_GO, wire.REP_INFO, struct.pack(">HQH", 0, 4096, 0)) + ACK,
+        *(
+            NO_STRUCTURED + EXPORT + blocks(*sizes) + ACK
+            for sizes in [(0, 4096, 65536), (3, 4096, 65536), (1 << 17, 1 << 17, 1 << 20), (512, 0, 65536)]
+        ),
+        NO_STRUCTURED + EXPORT + blocks(512, 1000, 65536) + ACK,
+        NO_STRUCTURED + EXPORT + blocks(4096, 4096, 512) + ACK,
+    ],
+)
+def test_a_handshake_that_breaks_the_protocol_is_eproto(server: bytes) -> None:
+    with fails(errno.EPROTO):
+        talk(GREETING + server)
+
+
+@given(st.data())
+def test_a_garbled_handshake_ends_or_is_eproto(data: st.DataObject) -> None:
+    sound = GREETING + STRUCTURED + context(77, "a:b") + CONTEXT_ACK + EXPORT + blocks(1, 4096, 65536) + ACK
+    raw = bytearray(sound)
+    for at in data.draw(st.lists(st.integers(0, len(raw) - 1), min_size=1, max_size=4)):
+        raw[at] = data.draw(st.integers(0, 255))
+    try:
+        talk(bytes(raw))
+    except (EOFError, AssertionError):
+        pass  # it waits for more, or something is left, which is for transmission to judge
+    except OSError as error:
+        assert error.errno and error.strerror
+
+
+def test_names_that_the_protocol_forbids_are_not_sent() -> None:
+    for name in ("x" * 4097, "a\0b"):
+        with fails(errno.EINVAL):
+            steps = negotiate(name, ())
+            next(steps)
+            steps.send(b"NBDMAGIC")
+            steps.send(b"IHAVEOPT\0\3")
+            steps.send(b"")
+
+
+# --- addresses and pieces ---
+
+
+@pytest.mark.parametrize(
+    ("uri", "address", "export"),
+    [
+        ("nbd://host/pool/vol", ("host", 10809), "pool/vol"),
+        ("nbd://host:1234", ("host", 1234), ""),
+        ("nbd://[::1]:5/a%20b%3f", ("::1", 5), "a b?"),
+        ("nbd://host/pool/vol@snap", ("host", 10809), "pool/vol@snap"),
+        ("nbd+unix:///pool/vol?socket=/run/x%20y.sock", Path("/run/x y.sock"), "pool/vol"),
+        ("nbd+unix://?socket=rel", Path("rel"), ""),
+    ],
+)
+def test_uris(uri: str, address: object, export: str) -> None:
+    assert parse_uri(uri) == (address, export)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "",
+        "/run/nbd.sock",
+        "http://host/x",
+        "nbd:///x",
+        "nbd://host:99999/x",
+        "nbd://host:x/y",
+        "nbd://[::1/x",
+        "nbd://me@host/x",
+        "nbd://host/x?socket=/y",
+        "nbd://host/x#y",
+        "nbd://host/%ff",
+        "nbd+unix:///x",
+        "nbd+unix:///x?socket=",
+        "nbd+unix:///x?socket=/a&socket=/b",
+        "nbd+unix:///x?socket=/a&tls-certificates=/b",
+        "nbd+unix://host/x?socket=/a",
+    ],
+)
+def test_bad_uris_are_einval(uri: str) -> None:
+    with fails(errno.EINVAL):
+        parse_uri(uri)
+
+
+def test_tls_uris_are_refused_as_what_they_are() -> None:
+    for uri in ("nbds://host/x", "nbds+unix:///x?socket=/y"):
+        with fails(errno.EPROTONOSUPPORT, "TLS"):
+            parse_uri(uri)
+
+
+@given(
+    st.integers(0, 1 << 20),
+    st.integers(0, 1 << 20),
+    st.sampled_from([1, 512, 4096]),
+    st.integers(1, 200),
+    st.sampled_from([1, 16, 1 << 10]),
+)
+def test_pieces_cover_the_range_once_and_are_aligned(
+    offset: int, length: int, minimum: int, payload: int, preferred: int
+) -> None:
+    offset, length = offset // minimum * minimum, length // minimum * minimum
+    longest = max(payload, length // minimum // 50 + 1) * minimum
+    terms = Terms(1 << 30, 1, False, {}, minimum, preferred * minimum, longest)
+    at = offset
+    for start, size in _pieces(offset, length, terms):
+        assert start == at and 0 < size <= longest and size % minimum == 0
+        at += size
+    assert at == offset + length
