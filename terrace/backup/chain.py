@@ -193,7 +193,8 @@ def expired(catalogue: Catalogue, volume_id: str, keep: int) -> list[Backup]:
 
 def choose(catalogue: Catalogue, directory: Path, volume: str | None, at: str | None) -> list[Backup]:
     """The files that restore a volume's newest snapshot, or the one named `at`. Raises BackupError."""
-    whole = [backup for backup in catalogue.whole if volume in (None, backup.header.volume, _full_name(backup))]
+    matching = [backup for backup in catalogue.backups if volume in (None, backup.header.volume, _full_name(backup))]
+    whole = sorted((backup for backup in matching if backup.totals is not None), key=_age)
     if not whole:
         what = f"backup of {volume}" if volume is not None else "whole backup"
         raise BackupError(errno.ENOENT, f"{directory} has no {what}; terrace backup list {directory} shows what it has")
@@ -211,6 +212,14 @@ def choose(catalogue: Catalogue, directory: Path, volume: str | None, at: str | 
     if at is not None and len({backup.key for backup in chosen}) > 1:
         ids = ", ".join(sorted({backup.header.snapshot.id for backup in chosen}))
         raise BackupError(errno.EINVAL, f"{directory} has several snapshots called {at}; say which by its id: {ids}")
+    newer = [backup for backup in matching if backup.totals is None and _age(backup) > _age(chosen[-1])]
+    if newer and at is None:
+        cut = max(newer, key=_age).path
+        raise BackupError(
+            errno.EBADMSG,
+            f"{cut} has no end, so the newest snapshot can't be restored; put a whole copy there, or "
+            f"restore an older snapshot with --at {chosen[-1].header.snapshot.name}",
+        )
     path = catalogue.path(catalogue.restorable(chosen[-1].key) or chosen[-1])
     if isinstance(path, Gap):
         raise BackupError(

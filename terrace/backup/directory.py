@@ -13,8 +13,8 @@ import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from terrace.backup.chain import SUFFIXES, Backup, Catalogue
 from terrace.backup.errors import BackupError
@@ -24,15 +24,27 @@ from terrace.backup.stream import END_BYTES, RECORD_BYTES, StreamReader, read_en
 
 @dataclass(frozen=True)
 class Listing:
-    """What is in a directory; `problems` are sentences about files that are no backups though they are named so."""
+    """What is in a directory; `unreadable` are sentences about files that are no backups though they are named so."""
 
     catalogue: Catalogue
-    problems: Sequence[str]
+    unreadable: Sequence[str]
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong with single files, as far as their headers and ends tell."""
+        return [
+            *self.unreadable,
+            *(
+                f"{one.path} has no end: it is cut short, or still being copied; terrace backup verify tells where"
+                for one in self.catalogue.backups
+                if one.totals is None
+            ),
+        ]
 
 
 def read_directory(directory: Path) -> Listing:
     """The backups of a directory, by header and end record. Blocks; raises BackupError if it can't be read."""
-    backups, problems = [], []
+    backups, unreadable = [], []
     try:
         paths = sorted(p for p in directory.iterdir() if p.name.endswith(SUFFIXES) and not p.name.startswith("."))
     except OSError as error:
@@ -41,16 +53,10 @@ def read_directory(directory: Path) -> Listing:
         ) from None
     for path in paths:
         try:
-            backup = read_backup(path)
+            backups.append(read_backup(path))
         except OSError as error:
-            problems.append(str(error))
-            continue
-        backups.append(backup)
-        if backup.totals is None:
-            problems.append(
-                f"{backup.path} has no end: it is cut short, or still being copied; terrace backup verify tells where"
-            )
-    return Listing(Catalogue(backups), problems)
+            unreadable.append(str(error))
+    return Listing(Catalogue(backups), unreadable)
 
 
 def read_backup(path: Path) -> Backup:
@@ -62,10 +68,11 @@ def read_backup(path: Path) -> Backup:
         return Backup(path, header, read_end(tail, header, file_bytes), file_bytes)
 
 
-def open_backup(path: Path) -> BinaryIO:
+def open_backup(path: Path) -> FileIO:
     """The file, to be read. Blocks; raises BackupError."""
     try:
-        return path.open("rb")
+        # Unbuffered, so that it can be closed while a read of it that was left behind still waits for a pipe.
+        return path.open("rb", buffering=0)
     except OSError as error:
         raise BackupError(
             error.errno or errno.EIO, f"{path} can't be read: {error.strerror}; name a file of terrace backup"

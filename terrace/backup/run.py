@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
 
@@ -88,9 +88,16 @@ async def back_up(
     async with origin.open(snapshot, base) as source:
         header = Header(
             *(origin.pool, origin.volume, origin.volume_id, snapshot, base, source.size_bytes),
-            *(int(time.time() * 1e6), f"terrace {version('terrace')}", new_stream_id()),
+            *(int(time.time() * 1e6), _tool(), new_stream_id()),
         )
         return header, await write_stream(source, sink, header, level=level, progress=progress)
+
+
+def _tool() -> str:
+    try:
+        return f"terrace {version('terrace')}"
+    except PackageNotFoundError:
+        return "terrace"
 
 
 @dataclass(frozen=True)

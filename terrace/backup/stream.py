@@ -352,9 +352,9 @@ def _encode_end(totals: Totals, stream_id: bytes) -> bytes:
 
 
 class ByteSource(Protocol):
-    """A file or pipe: `read` gives up to so many bytes, none at the end. It may block."""
+    """A file or pipe: `read` gives up to so many bytes, none at the end. It blocks: None, would block, is refused."""
 
-    def read(self, size: int, /) -> bytes: ...
+    def read(self, size: int, /) -> bytes | None: ...
 
 
 class _RecordHeader(NamedTuple):
@@ -463,6 +463,8 @@ class StreamReader:
         while missing:
             try:
                 part = self._source.read(missing)
+                if part is None:
+                    raise BlockingIOError(errno.EAGAIN, "it doesn't wait for data (O_NONBLOCK)")
             except OSError as error:
                 at = self.position + length - missing
                 raise BackupError(

@@ -16,13 +16,13 @@ import trio
 
 from terrace.backup.errors import BackupError, alone
 from terrace.backup.extents import Extent, Need, pieces
-from terrace.backup.stream import MAX_DATA_BYTES, Encoding, Header, StreamEncoder, Totals, encode_payload
+from terrace.backup.stream import BLOCK_BYTES, MAX_DATA_BYTES, Encoding, Header, StreamEncoder, Totals, encode_payload
 from tiers.names import SECTOR_BYTES
 
 IN_FLIGHT = 16
 DEFAULT_LEVEL = 3
-SURVEY_BYTES = 1 << 30
-"""How much of a volume is asked about at a time."""
+SURVEY_BYTES = (1 << 32) - BLOCK_BYTES
+"""How much of a volume is asked about at a time: whole blocks that an NBD request can name."""
 _INLINE_BYTES = 8 << 10
 """What is so small is compressed where it is: a worker's round trip costs more."""
 _NOTHING = bytes(MAX_DATA_BYTES)

@@ -144,6 +144,8 @@ def test_the_newest_snapshot_is_restored_or_the_one_that_was_named() -> None:
     assert "no backup of x" in refused(chain, volume="x")
     assert "no whole backup" in refused([])
     assert "v-3-2-0 needs a backup of v@s2" in refused([chain[0], chain[2]])
+    assert "v-5-4-0 has no end, so the newest" in refused([*chain, backup(5, 4, whole=False)])
+    assert chosen([*chain, backup(5, 4, whole=False)], at="s4") == names[3:]
     twin = replace(chain[1].header, snapshot=replace(snapshot(7), name="s1"))
     assert "several snapshots called s1" in refused([*chain, replace(chain[1], header=twin)], at="s1")
 
@@ -225,7 +227,7 @@ def test_a_directory_is_read_from_its_files_alone(tmp_path: Path) -> None:
     (tmp_path / "e.full.tbk").mkdir()
     found = read_directory(tmp_path)
     assert [one.path.name for one in found.catalogue.whole] == ["a.full.tbk"]
-    cut, garbage, directory = found.problems
+    garbage, directory, cut = found.problems
     assert "b.inc.tbk has no end: it is cut short" in cut
     assert "d.full.tbk is not a backup" in garbage
     assert "e.full.tbk can't be read" in directory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import struct
 from dataclasses import replace
@@ -264,6 +265,15 @@ def test_a_source_that_fails_is_named_with_the_byte() -> None:
 
     with pytest.raises(BackupError, match=r"FILE can't be read at byte 1[0-9]{3}: Input/output error"):
         verify(Failing(example()), "FILE")
+
+
+def test_a_pipe_that_does_not_wait_is_not_taken_for_one_that_ended() -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    os.write(writing, example()[:100])
+    with os.fdopen(reading, "rb", buffering=0) as source, pytest.raises(BackupError, match=r"byte 100: .*O_NONBLOCK"):
+        verify(source, "FILE")
+    os.close(writing)
 
 
 @pytest.mark.parametrize("level", [1, 3, 19])
