@@ -454,11 +454,9 @@ class Pool:
                     f"{volume.name} has {len(family)} snapshot{'s' * (len(family) > 1)}: delete them first, or with it "
                     f"(`terrace volume delete --snapshots {volume.name}`)",
                 )
-            if volume.has_history:
+            if volume.has_history or family:
                 await self._engine.lineage.ask(partial(self._retire_all, volume))
                 return
-            if family:
-                await self._engine.lineage.ask(partial(self._delete_all, family))
             self._require_unused(volume, "deleted")
             await self._engine.admit_release()
             self._require_unused(volume, "deleted")
