@@ -32,6 +32,7 @@ from tiers.heatfile import HeatFile
 from tiers.heatmap import HeatMap, heat_map
 from tiers.history import exclusive_blocks
 from tiers.host import REAL_HOST, CatalogStore, Host, locked
+from tiers.kept import index_of
 from tiers.label import BadLabelError, Label
 from tiers.layout import BLOCK_BYTES, BLOCK_MASK, BLOCK_SHIFT
 from tiers.losses import Loss
@@ -278,6 +279,16 @@ class Pool:
             nursery.start_soon(self._engine.promoter.run)
             nursery.start_soon(self._engine.bypass.run)
             nursery.start_soon(self.evacuator.run)
+        nursery.start_soon(self._index_snapshots)
+
+    async def _index_snapshots(self) -> None:
+        """Learn which snapshots have something of which leaf. Without that all of them are asked, which takes longer."""
+        for volume in list(self._engine.volumes.values()):
+            if volume.kept is None:
+                try:
+                    await index_of(volume)
+                except OSError as error:
+                    logger.error("the snapshots of %s are not indexed: %s", volume.name, error)
 
     async def _close(self) -> None:
         """Leave nothing to replay."""

@@ -158,6 +158,7 @@ def _restore_snapshots(engine: "Engine", state: State) -> None:
         snapshot.held = bool(row.held)
         snapshot.referenced_blocks = row.referenced
         volume.snapshots.append(snapshot)  # ids rise
+        volume.kept = None  # to be made, when there is time
         snapshots[row.id] = snapshot
         engine.next_volume_id = max(engine.next_volume_id, row.id + 1)
     for volume_row in state.volumes:

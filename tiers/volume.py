@@ -26,6 +26,7 @@ import trio
 
 from tiers.bypass import LEAST_BYTES
 from tiers.errors import NoRoomError, TierError
+from tiers.kept import KeptLeaves
 from tiers.layout import (
     BLOCK_BYTES,
     BLOCK_MASK,
@@ -90,6 +91,10 @@ class Volume(Reader):
         self.frozen: Overlay | None = None
         self.snapshots: list[Snapshot] = []
         """Those that a checkpoint has committed, oldest first; deleted ones until what they kept is sorted out."""
+        self.kept: KeptLeaves | None = KeptLeaves()
+        """Which of them have which leaves; None while that isn't known yet."""
+        self.indexing: KeptLeaves | None = None
+        """What is going to be `kept`."""
         self.taking: Snapshot | None = None
         """The one that the checkpoint under way is about to commit."""
         self.origin: Snapshot | None = None
@@ -120,10 +125,22 @@ class Volume(Reader):
         """Whether what is overwritten may have to be kept for a snapshot."""
         return bool(self.snapshots) or self.taking is not None
 
+    def snapshots_at(self, index: int) -> list[Snapshot]:
+        """Those that may have a leaf of their own there, oldest first."""
+        if self.kept is None:
+            return self.snapshots
+        known = self._engine.lineage.snapshots
+        return [known[i] for i in self.kept.ids(index) if i in known]
+
     def owners(self) -> "list[Volume | Snapshot]":
         """Whose trees may name a block that was written to this volume: the likeliest first."""
         found: list[Volume | Snapshot] = [self, *reversed(self.snapshots)]
         return found if self.heir is None else [*self.heir.owners(), *found]
+
+    def owners_at(self, index: int) -> "list[Volume | Snapshot]":
+        """The same, but for those that have nothing of this leaf."""
+        found: list[Volume | Snapshot] = [self, *reversed(self.snapshots_at(index))]
+        return found if self.heir is None else [*self.heir.owners_at(index), *found]
 
     def names_now(self, block: int) -> list[int] | None:
         """The present addresses by which a block of the volume is named, by anybody; None if a page must be loaded."""
@@ -138,7 +155,7 @@ class Volume(Reader):
             if inherited is None:
                 return None
             found += inherited
-        for owner in (self, *self.snapshots):
+        for owner in (self, *self.snapshots_at(index)):
             page = owner.tree.leaf_now(index)
             if page is None:
                 return None
