@@ -16,6 +16,7 @@ of is there. What its snapshots keep of earlier times, and why a write never tou
 How blocks are read is in `tiers.reader`.
 """
 
+import contextlib
 import errno
 from collections import deque
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ from tiers.layout import (
 )
 from tiers.limits import Limits, operations_of
 from tiers.log import MAX_BATCH_BLOCKS
-from tiers.maptree import EMPTY_PAGE, FANOUT, FANOUT_BITS, FANOUT_MASK, MapTree, Page
+from tiers.maptree import EMPTY_PAGE, FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL, MapTree, Page
 from tiers.overlay import LEAF_BITS, Entry, Overlay
 from tiers.policy import DEFAULT, Policy
 from tiers.promotion import LARGEST_READ_BLOCKS
@@ -62,6 +63,8 @@ WAKE_ROOM_BLOCKS = 64
 would go alone, with a header of its own."""
 MAX_REWRITTEN = 64
 """So many blocks, each with an operation, a check and an old address, fit a header of one slot."""
+LONG_TRIM_BLOCKS = 16 * FANOUT
+"""From here on what snapshots keep of an unmapped range has its map pages counted beforehand."""
 MAX_TRIMS = 160
 """So many operations fit a header of one slot."""
 
@@ -462,6 +465,36 @@ class Volume(Reader):
             engine.appended()
             at += len(part)
 
+    async def copy_up(self, first: int, count: int) -> int:
+        """Make blocks that are the origin's the volume's own, by writing what they hold; return how many were.
+
+        Blocks that clients change meanwhile are theirs. Raises TierError EIO, ENOSPC.
+        """
+        before = await self.entries(first, count)
+        data = memoryview(bytearray(count << BLOCK_SHIFT))
+        await self._read_pieces(first << BLOCK_SHIFT, len(data), data)
+        charge = await self._admission(first, count)
+        self._require_alive()
+        now = self.entries_now(first, count)
+        if now is None:
+            return 0  # a checkpoint has come in between: the next call goes on with them
+        writes: list[tuple[int, Buffer]] = [
+            (first + i << BLOCK_SHIFT, data[i << BLOCK_SHIFT : i + 1 << BLOCK_SHIFT])
+            for i in range(count)
+            if (now[0][i], now[1][i]) == (before[0][i], before[1][i])
+            and now[0][i] >= FIRST_ADDRESS
+            and not self.owns_now(first + i)
+        ]
+        if writes:
+            written, noted = self._engine.client_written_bytes, self.writes
+            self.writes = deque(maxlen=0)
+            try:
+                self._log_blocks(writes, keep_zeroes=True)
+            finally:
+                self._engine.client_written_bytes, self.writes = written, noted  # no client wrote this
+            self._engine.space.active_charge += charge
+        return len(writes)
+
     def owns_now(self, block: int) -> bool:
         """Whether a block that isn't a hole is the volume's own, not its origin's."""
         if not self.layered or self.active.get(block) is not None:
@@ -469,7 +502,7 @@ class Volume(Reader):
         if self.frozen is not None and self.frozen.get(block) is not None:
             return True
         page = self.tree.leaf_now(block >> FANOUT_BITS)
-        return page is not None and page[block & FANOUT_MASK] >= FIRST_ADDRESS
+        return page is not None and page[block & FANOUT_MASK] != 0
 
     def _batch_room(self) -> int:
         """How many blocks, each with an operation and a buffer of its own, the next batch may have; at least one."""
@@ -718,6 +751,8 @@ class Volume(Reader):
                 spans[-1] = (spans[-1][0], end)
             elif start < end:
                 spans.append((start, end))
+        if any(self.pages_to_keep(end - start) for start, end in spans):
+            return False
         if spans:
             self._engine.log_room()
             self._append([word for start, end in spans for word in (self._unmap_word, start, end - start)], [], [])
@@ -725,10 +760,15 @@ class Volume(Reader):
         return True
 
     async def trim(self, offset: int, length: int) -> None:
-        """Give the whole blocks inside the range back; they read as zeros. The rest of the range is left as it is."""
+        """Give the whole blocks inside the range back; they read as zeros. The rest of the range is left as it is.
+
+        Where snapshots keep what was there, and the pool has no room for the map of that, nothing happens: it would not
+        give back anything.
+        """
         start, end = self._whole_blocks(offset, length)
         if start < end:
-            await self._unmap(start, end - start)
+            with contextlib.suppress(NoRoomError):
+                await self._unmap(start, end - start)
         else:
             await trio.lowlevel.checkpoint()
 
@@ -767,8 +807,18 @@ class Volume(Reader):
         if end_whole < end:
             await self.write(end_whole, bytes(end - end_whole))
 
+    def pages_to_keep(self, count: int) -> int:
+        """Map pages at most that unmapping so many blocks takes besides: for what snapshots keep, or hides an origin.
+
+        Few blocks are covered by what is kept for the next checkpoint in any case.
+        """
+        if count < LONG_TRIM_BLOCKS or not (self.has_history or self.layered):
+            return 0
+        leaves = min((count >> FANOUT_BITS) + 2, self.referenced_blocks or self.tree.mapped_blocks)
+        return leaves + leaves // 128 + 2 * ROOT_LEVEL
+
     async def _unmap(self, block: int, count: int) -> None:
-        await self._engine.admit_release()
+        await self._engine.admit_release(self.pages_to_keep(count))
         self._require_alive()
         self._engine.log_room()
         self._append([self._unmap_word, block, count], [], [])

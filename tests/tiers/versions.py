@@ -150,7 +150,7 @@ class Versions:
         """One operation."""
         rng = self.rng
         kinds = ["write"] * 8 + ["trim"] * 2 + ["snapshot"] * 3 + ["drop"] * 2 + ["checkpoint"] * 2 + ["clean"] * 2
-        kinds += ["clone", "rollback", "delete", "group", "rename", "settle", "evacuate"]
+        kinds += ["clone", "rollback", "delete", "group", "rename", "settle", "evacuate", "promote"]
         kind = rng.choice(kinds) if self.lines else "create"
         self.seen.append(kind)
         with contextlib.suppress(TierError) if kind in ("clean", "evacuate") else contextlib.nullcontext():
@@ -230,6 +230,13 @@ class Versions:
                 line.snapshots[keep] = list(line.stamps)
             line.stamps = list(line.snapshots[found[1]])
             await pool.rollback(*found, keep_as=keep)
+
+    async def do_promote(self, pool: Pool) -> None:
+        for volume in pool.volumes():
+            if volume.origin is not None and not volume.snapshots:
+                await pool.promote(volume.short_name)
+                assert volume.origin is None
+                return
 
     async def do_delete(self, pool: Pool) -> None:
         if len(self.lines) > 1:
