@@ -544,7 +544,7 @@ class Checkpointer:
             overlays.append(volume.active)
             volume.tree.close()
         engine.lineage.committed(frozen, merge)
-        self._more_deleted = merge.more_deleted or bool(frozen.retiring)
+        self._more_deleted = merge.more_deleted or bool(frozen.retiring or frozen.origins)
         for segment_id, count in merge.pending.items():
             segments.ceased_pending(segment_id, -count)
         for segment_id, count in merge.live.items():

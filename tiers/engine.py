@@ -14,7 +14,7 @@ import trio
 from tiers.bypass import Bypass
 from tiers.catalog import DeviceRow
 from tiers.device import Device, Offload
-from tiers.errors import TierError
+from tiers.errors import NoRoomError, TierError
 from tiers.failpoint import hit
 from tiers.flush import Flusher
 from tiers.frames import FrameCache
@@ -40,6 +40,8 @@ from tiers.volume import Volume
 logger = logging.getLogger(__name__)
 
 
+MOST_CHECKPOINTS = 2
+"""So many are made to find room for map pages before it is given up."""
 VIEWS_DIVISOR = 4
 """Leaves that snapshots and clones were composed of may take this part of the map's cache, besides it."""
 
@@ -267,13 +269,30 @@ class Engine:
         ):
             space.kick_checkpoint.set()
 
-    async def admit_release(self) -> None:
-        """Wait until a trim, delete or the like may be logged. Raises EROFS, or ENOSPC if a full pool is stuck."""
+    async def admit_release(self, pages: int = 0) -> None:
+        """Wait until a trim, delete or the like may be logged. Raises EROFS.
+
+        `pages`: so many map pages it may take besides; raises NoRoomError if there is no room for them. When this
+        returns nothing has happened since that was found.
+        """
+        checkpoints = 0
         while True:
             self.space.require_writable()
-            if self.may_release():
+            if not self.may_release():
+                await self.space.wait(for_release=True)
+            elif not pages:
                 return
-            await self.space.wait(for_release=True)
+            elif self.space.has_room_for_pages(pages):
+                self.space.active_pages += pages
+                return
+            elif checkpoints == MOST_CHECKPOINTS:
+                raise NoRoomError(
+                    f"the pool {self.pool_name} has no room for the map of what snapshots keep of so long a range "
+                    f"({pages} pages): delete snapshots, or grow it (`terrace pool grow`)"
+                )
+            else:
+                checkpoints += 1
+                await self.checkpoint()
 
     def may_release(self) -> bool:
         """Whether a trim, delete or the like may be logged now."""

@@ -5,7 +5,8 @@ of the volume's origin. The chains of two snapshots that are related end in the 
 differ. So only leaves that exist in the other trees are looked at: the cost is that of the changes, not of the size.
 """
 
-from collections.abc import AsyncIterator
+from bisect import bisect_left
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,10 +50,10 @@ async def changed_extents(
     result: list[tuple[int, int]] = []
     end = offset + length
     at = offset
-    trees = differing_trees(before, after)
+    look = _look_out(before, after, offset >> BLOCK_SHIFT, (end - 1 >> BLOCK_SHIFT) + 1)
     while at < end:
         block = at >> BLOCK_SHIFT
-        hole = min([await hole_in(tree, block) for tree in trees], default=1 << 62)
+        hole = await look(block)
         if hole:
             runs = [(hole, 0)]
         else:
@@ -73,6 +74,26 @@ async def changed_extents(
                 break
         await trio.lowlevel.checkpoint()
     return result
+
+
+def _look_out(before: "Snapshot", after: "Snapshot", start: int, end: int) -> Callable[[int], Awaitable[int]]:
+    """A function that tells how many blocks from one on, of those from `start` to before `end`, surely don't differ."""
+    kept = after.volume.kept
+    if before.volume is after.volume and kept is not None:
+        first, last = sorted((before.id, after.id))
+        leaves = kept.leaves_of(first, last, start >> FANOUT_BITS, (end >> FANOUT_BITS) + 1)
+
+        async def by_index(block: int) -> int:
+            at = bisect_left(leaves, block >> FANOUT_BITS)
+            return max(0, (leaves[at] << FANOUT_BITS) - block) if at < len(leaves) else end - block
+
+        return by_index
+    trees = differing_trees(before, after)
+
+    async def by_trees(block: int) -> int:
+        return min([await hole_in(tree, block) for tree in trees], default=end - block)
+
+    return by_trees
 
 
 def _differences(before: Page, after: Page) -> list[bool]:

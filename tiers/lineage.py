@@ -169,6 +169,10 @@ class Lineage:
                 tree.mapped_blocks = merge.mapped.get(owner_id, tree.mapped_blocks)
                 tree.commit(root, merge.inner.get(owner_id, {}), merge.stale.get(owner_id, ()))
                 self._count_again(snapshot_)
+                for index in (snapshot_.volume.kept, snapshot_.volume.indexing):
+                    if index is not None and root[0]:
+                        for leaves in merge.stale.get(owner_id, ()):
+                            index.add(owner_id, leaves)
         for volume_id, heir in merge.heirs.items():
             engine.volumes[volume_id].heir = heir
         for volume, origin in frozen.origins.items():
@@ -180,6 +184,8 @@ class Lineage:
         for snapshot in merge.gone:
             self._count_again(snapshot)
             snapshot.volume.snapshots.remove(snapshot)
+            if snapshot.volume.kept is not None:
+                snapshot.volume.kept.forget({snapshot.id})
             del self.snapshots[snapshot.id]
             snapshot.deleted = snapshot.gone = True
             snapshot.tree.close()

@@ -405,12 +405,19 @@ class Merger:
         self._merge.count_pending(columns[:, 2], -1)
         if volume.gone:
             return
-        for owner in volume.owners():
-            found = await self._naming(self._tree(owner), columns)
+        leaves = columns[:, 0] >> np.uint64(FANOUT_BITS)
+        there: dict[int, tuple[Owner, list[int]]] = {}
+        for leaf in np.unique(leaves).tolist():
+            for owner in volume.owners_at(leaf):
+                there.setdefault(owner.id, (owner, []))[1].append(leaf)
+        left = np.ones(len(columns), bool)
+        for owner, indices in there.values():
+            rows_there = np.flatnonzero(left & np.isin(leaves, np.array(indices, np.uint64)))
+            found = await self._naming(self._tree(owner), columns[rows_there])
             if found.any():
-                await self._relocate_in(owner, columns[found])
-                columns = columns[~found]
-            if not len(columns):
+                await self._relocate_in(owner, columns[rows_there[found]])
+                left[rows_there[found]] = False
+            if not left.any():
                 return
         # What is left over was overwritten, or deleted, since: its copies are dead.
 

@@ -218,7 +218,7 @@ class Mover:
             found: list[Candidate] = []
             at = 0
             for op, volume_id, block, count in batch.operations():
-                if op is not Op.WRITE:
+                if op not in (Op.WRITE, Op.REWRITE):
                     continue
                 volume = self._engine.volumes.get(volume_id)
                 if volume is not None:
@@ -467,7 +467,7 @@ class Mover:
     async def _load_leaves(self, places: list[tuple[Volume, int]]) -> None:
         wanted: dict[MapTree, set[int]] = {}
         for volume, leaf in dict.fromkeys((volume, block >> FANOUT_BITS) for volume, block in places):
-            owners = volume.owners() if volume.has_history or volume.retired else (volume,)
+            owners = volume.owners_at(leaf) if volume.has_history or volume.retired else [volume]
             for owner in owners:
                 if owner.tree.leaf_now(leaf) is None:
                     wanted.setdefault(owner.tree, set()).add(leaf)

@@ -28,10 +28,12 @@ from tiers.engine import Engine
 from tiers.errors import TierError
 from tiers.evacuate import EvacuationStatus, Evacuator, Events, no_events
 from tiers.failpoint import hit
+from tiers.flatten import flatten
 from tiers.heatfile import HeatFile
 from tiers.heatmap import HeatMap, heat_map
 from tiers.history import exclusive_blocks
 from tiers.host import REAL_HOST, CatalogStore, Host, locked
+from tiers.kept import index_of
 from tiers.label import BadLabelError, Label
 from tiers.layout import BLOCK_BYTES, BLOCK_MASK, BLOCK_SHIFT
 from tiers.losses import Loss
@@ -278,6 +280,16 @@ class Pool:
             nursery.start_soon(self._engine.promoter.run)
             nursery.start_soon(self._engine.bypass.run)
             nursery.start_soon(self.evacuator.run)
+        nursery.start_soon(self._index_snapshots)
+
+    async def _index_snapshots(self) -> None:
+        """Learn which snapshots have something of which leaf. Without that all of them are asked."""
+        for volume in list(self._engine.volumes.values()):
+            if volume.kept is None:
+                try:
+                    await index_of(volume)
+                except OSError as error:
+                    logger.error("the snapshots of %s are not indexed: %s", volume.name, error)
 
     async def _close(self) -> None:
         """Leave nothing to replay."""
@@ -431,7 +443,7 @@ class Pool:
         while True:
             self._require_unused(volume, "shrunk")
             entry, data = await volume.edge(block) if partial else (HOLE, b"")
-            await self._engine.admit_release()
+            await self._engine.admit_release(volume.pages_to_keep((volume.size_bytes >> BLOCK_SHIFT) - block))
             self._require_unused(volume, "shrunk")
             # No checkpoint of trio from here on.
             if not partial or volume.entry_now(block) == entry:
@@ -454,11 +466,9 @@ class Pool:
                     f"{volume.name} has {len(family)} snapshot{'s' * (len(family) > 1)}: delete them first, or with it "
                     f"(`terrace volume delete --snapshots {volume.name}`)",
                 )
-            if volume.has_history:
+            if volume.has_history or family:
                 await self._engine.lineage.ask(partial(self._retire_all, volume))
                 return
-            if family:
-                await self._engine.lineage.ask(partial(self._delete_all, family))
             self._require_unused(volume, "deleted")
             await self._engine.admit_release()
             self._require_unused(volume, "deleted")
@@ -686,6 +696,48 @@ class Pool:
         async with self._ddl:
             await self._engine.lineage.ask(act)
         return made[0]
+
+    async def promote(self, name: str, progress: Callable[[int, int], None] = lambda done, total: None) -> Volume:
+        """Make a clone independent of its origin: what it shares is copied, which takes that much space; durable then.
+
+        Clients go on meanwhile; one that was interrupted goes on where it was when it is called again. `progress`:
+        bytes copied, of how many. Raises TierError: EINVAL, EBUSY while it has snapshots, ENOSPC.
+        """
+        volume = self.volume(name)
+        if volume.origin is None:
+            raise TierError(errno.EINVAL, f"{volume.name} is no clone: it doesn't depend on any snapshot")
+        own = self._engine.lineage.of_family(volume)
+        if volume.snapshots:
+            raise TierError(
+                errno.EBUSY,
+                f"{volume.name} has {len(own)} snapshot{'s' * (len(own) > 1)}, which depend on its origin as well: "
+                "delete them first, or promote it before snapshots are taken",
+            )
+        shared = max(0, volume.referenced_blocks - volume.tree.mapped_blocks)
+        if self._engine.space.available < shared:
+            missing = shared - self._engine.space.available
+            raise TierError(
+                errno.ENOSPC,
+                f"the pool {self.name} has no room for the {format_size(shared * BLOCK_BYTES)} that {volume.name} "
+                f"shares with its origin: {format_size(missing * BLOCK_BYTES)} are missing; delete or trim something, "
+                "or grow it",
+            )
+        volume.acquire()
+        try:
+            await flatten(volume, lambda done: progress(done * BLOCK_BYTES, shared * BLOCK_BYTES))
+
+            def act(frozen: Frozen) -> None:
+                if volume.has_history:
+                    raise TierError(
+                        errno.EBUSY, f"a snapshot of {volume.name} was taken meanwhile, which depends on its origin"
+                    )
+                frozen.origins[volume] = None
+
+            async with self._ddl:
+                await self._engine.lineage.ask(act)
+        finally:
+            volume.release()
+        return volume
 
     # -- the pool itself -----------------------------------------------------------------------------------------------
 

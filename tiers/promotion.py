@@ -3,7 +3,9 @@
 The bytes are at hand when the judgement falls: a client's read has just brought them, and they were verified. So a
 promotion costs the base device nothing. It is a write of what is there already, by the rule for all that is prepared
 outside: it is logged only if the map entry is still the one that was read through, in the same step of the loop. Nobody
-can tell the volume from what it was before, whatever crashes; what lay on base is dead from then on.
+can tell the volume from what it was before, whatever crashes; what lay on base is dead from then on. Where snapshots
+may need the block it is a move all the same (a REWRITE record): they see it at its new place too. What a clone shares
+with its origin is left where it is.
 
 Reads offer, and never wait: an offer that finds the queue full, the log on base, or the pool short of room is dropped.
 The block will be offered again when it is read again.
@@ -101,7 +103,7 @@ class Promoter:
         engine = self._engine
         writes: dict[Volume, dict[int, bytes]] = {}
         for volume, block, entry, data in offers:
-            if not volume.deleted and volume.entry_now(block) == entry:
+            if not volume.deleted and volume.entry_now(block) == entry and volume.owns_now(block):
                 writes.setdefault(volume, {})[block] = data
         for volume, blocks in writes.items():
             count = len(blocks)

@@ -63,6 +63,8 @@ Operations are (kind << 56 | id, a, b):
    12 RELOCATE as MOVE, for volumes that may have snapshots; the old address of each copy that takes effect follows the
               bitmap in the extra words: whoever names that one, the volume or a snapshot, names the copy from now on
    13 LOST    volume, block, address: what lay there, for the volume or a snapshot, was found damaged when moved
+   14 REWRITE volume, first block, count: takes the next `count` data blocks, as WRITE, which are what lay at the
+              addresses in the extra words, one a block: who names one of these names the new place from now on
 
 Log batches hold all of these but PAGE, batches of moved and packed data only WRITE, batches of map pages only PAGE. An
 operation that no release can have written (a block past the largest volume, a segment id past the 40 bits of an
@@ -134,6 +136,7 @@ class Op(IntEnum):
     POLICY = 11
     RELOCATE = 12
     LOST = 13
+    REWRITE = 14
 
 
 WRITE_WORD = Op.WRITE << 56
@@ -446,11 +449,16 @@ def _validate_ops(batch: Batch) -> None:
             blocks += b
             if a + b > MAX_BLOCKS:
                 raise BadRecordError(f"a write of blocks from {a} on, which no volume has")
+        elif op == Op.REWRITE and kind is Kind.LOG:
+            blocks += b
+            extra += b
+            if a + b > MAX_BLOCKS or b > MAX_SLOTS:
+                raise BadRecordError(f"a write of blocks from {a} on, which no volume has")
         elif op == Op.PAGE and kind is Kind.MAP:
             blocks += 1
         elif op == Op.CATALOG and kind is Kind.CATALOG:
             blocks += b
-        elif not Op.WRITE <= op <= Op.LOST:
+        elif not Op.WRITE <= op <= Op.REWRITE:
             raise BadRecordError(f"unknown operation {op}")
         elif kind is not Kind.LOG or op in (Op.PAGE, Op.CATALOG):
             raise BadRecordError(f"the operation {Op(op).name} in a batch of kind {kind.name}")

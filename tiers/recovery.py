@@ -158,6 +158,7 @@ def _restore_snapshots(engine: "Engine", state: State) -> None:
         snapshot.held = bool(row.held)
         snapshot.referenced_blocks = row.referenced
         volume.snapshots.append(snapshot)  # ids rise
+        volume.kept = None  # to be made, when there is time
         snapshots[row.id] = snapshot
         engine.next_volume_id = max(engine.next_volume_id, row.id + 1)
     for volume_row in state.volumes:
@@ -497,6 +498,13 @@ async def _apply(engine: "Engine", found: Found, result: Replayed, *, truncate_l
                 at += b
             continue
         flush_group()
+        if op is Op.REWRITE:
+            olds = batch.extra[extra_at : extra_at + b]
+            extra_at += b
+            volume = engine.volumes.get(subject)
+            for i, old in enumerate(olds if volume is not None else ()):
+                engine.relocate(cast(Volume, volume), a + i, old, address + at + i, batch.checks[at + i])
+            at += b
         group_start = at
         if op is Op.CREATE:
             length = b & 0xFF

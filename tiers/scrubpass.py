@@ -495,7 +495,7 @@ async def _who_names(there: Holder, block: int, address: int) -> tuple[Holder, i
     if now == address and not there.gone:
         return there, check
     volume = there.volume if isinstance(there, Snapshot) else there
-    for owner in volume.owners() if volume.has_history or volume.retired else ():
+    for owner in volume.owners_at(block >> FANOUT_BITS) if volume.has_history or volume.retired else ():
         (now,), (check,) = await owner.entries(block, 1)
         if now == address and not owner.gone:
             return owner, check

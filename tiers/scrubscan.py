@@ -67,9 +67,9 @@ def owner_of(batch: Batch, index: int) -> Owner | None:
     """What the `index`-th data block of a batch was written for; None where an operation's meaning isn't known."""
     at = 0
     for op, volume_id, a, b in batch.operations():
-        if op is Op.WRITE:
+        if op in (Op.WRITE, Op.REWRITE):
             if index < at + b:
-                return Owner(op, volume_id, a + index - at)
+                return Owner(Op.WRITE, volume_id, a + index - at)
             at += b
         elif op is Op.PAGE:
             if index == at:

@@ -35,7 +35,7 @@ import numpy as np
 
 from tiers.history import changed_extents
 from tiers.layout import INHERITED, ZEROED
-from tiers.maptree import EMPTY_PAGE, FANOUT, FANOUT_BITS, FANOUT_MASK, MapTree, Page, page_of
+from tiers.maptree import EMPTY_PAGE, FANOUT, FANOUT_BITS, FANOUT_MASK, MapTree, Page, page_of, read_pages
 from tiers.overlay import Entry
 from tiers.reader import Reader, hole_in
 
@@ -145,13 +145,20 @@ class Snapshot(Reader):
         later = volume.snapshots[volume.snapshots.index(self) :]
         return [*(snapshot.tree for snapshot in later if snapshot.tree.root[0]), volume.tree]
 
+    def layers_at(self, index: int) -> list[MapTree]:
+        """Those of them that may say something of a leaf."""
+        volume = self.volume
+        if volume.kept is None:
+            return self.layers()
+        return [*(snapshot.tree for snapshot in volume.snapshots_at(index) if snapshot.id >= self.id), volume.tree]
+
     def leaf_now(self, index: int) -> Page | None:
         """A leaf as the snapshot shows it; None if a page has to be loaded first."""
         views = self._engine.views
         page = views.get(self.id, index)
         if page is None:
             pages: list[Page] = []
-            for tree in self.layers():
+            for tree in self.layers_at(index):
                 found = tree.leaf_now(index)
                 if found is None:
                     return None
@@ -168,12 +175,24 @@ class Snapshot(Reader):
         views = self._engine.views
         while (page := self.leaf_now(index)) is None:
             moment = views.moment
-            pages = [(await tree.load(0, [index]))[index] for tree in self.layers()]
+            pages = await self._read_leaf(self.layers_at(index), index)
             origin = self.volume.origin
             below = EMPTY_PAGE if origin is None else await origin.leaf(index)
             if moment == views.moment:
                 return views.put(self.id, index, compose(pages, below))
         return page
+
+    async def _read_leaf(self, trees: list[MapTree], index: int) -> list[Page]:
+        """One leaf of several trees, with one read for all that isn't cached."""
+        pages = {tree: tree.leaf_now(index) for tree in trees}
+        missing: dict[MapTree, tuple[int, int]] = {}
+        for tree in [tree for tree, page in pages.items() if page is None]:
+            parent = (await tree.load(1, [index >> FANOUT_BITS]))[index >> FANOUT_BITS]
+            slot = index & FANOUT_MASK
+            missing[tree] = parent[slot], parent[FANOUT + slot]
+        what = f"that {self.name} is seen through, index {index}"
+        found = await read_pages(self._engine.segments, list(missing.values()), what)
+        return [page or EMPTY_PAGE for page in (pages | dict(zip(missing, found, strict=True))).values()]
 
     def entry_now(self, block: int) -> Entry | None:
         page = self.leaf_now(block >> FANOUT_BITS)
@@ -206,11 +225,19 @@ class Snapshot(Reader):
             await self.leaf(index)
 
     async def hole_at(self, block: int) -> int:
-        hole = 1 << 62
-        for tree in self.layers():
-            hole = min(hole, await hole_in(tree, block))
-            if not hole:
-                return 0
+        hole = await hole_in(self.volume.tree, block)
+        if not hole:
+            return 0
+        kept = self.volume.kept
+        if kept is not None:
+            leaf = kept.next_leaf(block >> FANOUT_BITS)
+            if leaf is not None:
+                hole = min(hole, max(0, (leaf << FANOUT_BITS) - block))
+        else:
+            for tree in self.layers()[:-1]:
+                hole = min(hole, await hole_in(tree, block))
+        if not hole:
+            return 0
         origin = self.volume.origin
         return hole if origin is None else min(hole, await origin.hole_at(block))
 

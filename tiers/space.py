@@ -204,6 +204,11 @@ class Space:
         kept = self.keep_slots(Kind.LOG) + 64
         return self.read_only is None and self._flusher.room() and self._room_for(1, kept)
 
+    def has_room_for_pages(self, pages: int) -> bool:
+        """Whether the next checkpoint may take so many more slots for map pages."""
+        kept = self.keep_slots(Kind.LOG) + pages // 16 + 2 * self.largest_segment_slots
+        return self._segments.free_slots - kept >= pages
+
     def _room_for(self, blocks: int, reserve: int) -> bool:
         self.short = not self._has_slots(blocks, reserve)
         if self._log.broken:

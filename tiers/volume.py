@@ -16,6 +16,7 @@ of is there. What its snapshots keep of earlier times, and why a write never tou
 How blocks are read is in `tiers.reader`.
 """
 
+import contextlib
 import errno
 from collections import deque
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ import trio
 
 from tiers.bypass import LEAST_BYTES
 from tiers.errors import NoRoomError, TierError
+from tiers.kept import KeptLeaves
 from tiers.layout import (
     BLOCK_BYTES,
     BLOCK_MASK,
@@ -39,7 +41,7 @@ from tiers.layout import (
 )
 from tiers.limits import Limits, operations_of
 from tiers.log import MAX_BATCH_BLOCKS
-from tiers.maptree import EMPTY_PAGE, FANOUT, FANOUT_BITS, FANOUT_MASK, MapTree, Page
+from tiers.maptree import EMPTY_PAGE, FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL, MapTree, Page
 from tiers.overlay import LEAF_BITS, Entry, Overlay
 from tiers.policy import DEFAULT, Policy
 from tiers.promotion import LARGEST_READ_BLOCKS
@@ -59,6 +61,10 @@ MERGE_ATTEMPTS = 4
 WAKE_ROOM_BLOCKS = 64
 """Who has had to wait for room goes on when there is so much more than it needs: in the last scraps of room each block
 would go alone, with a header of its own."""
+MAX_REWRITTEN = 64
+"""So many blocks, each with an operation, a check and an old address, fit a header of one slot."""
+LONG_TRIM_BLOCKS = 16 * FANOUT
+"""From here on what snapshots keep of an unmapped range has its map pages counted beforehand."""
 MAX_TRIMS = 160
 """So many operations fit a header of one slot."""
 
@@ -88,6 +94,10 @@ class Volume(Reader):
         self.frozen: Overlay | None = None
         self.snapshots: list[Snapshot] = []
         """Those that a checkpoint has committed, oldest first; deleted ones until what they kept is sorted out."""
+        self.kept: KeptLeaves | None = KeptLeaves()
+        """Which of them have which leaves; None while that isn't known yet."""
+        self.indexing: KeptLeaves | None = None
+        """What is going to be `kept`."""
         self.taking: Snapshot | None = None
         """The one that the checkpoint under way is about to commit."""
         self.origin: Snapshot | None = None
@@ -118,10 +128,22 @@ class Volume(Reader):
         """Whether what is overwritten may have to be kept for a snapshot."""
         return bool(self.snapshots) or self.taking is not None
 
+    def snapshots_at(self, index: int) -> list[Snapshot]:
+        """Those that may have a leaf of their own there, oldest first."""
+        if self.kept is None:
+            return self.snapshots
+        known = self._engine.lineage.snapshots
+        return [known[i] for i in self.kept.ids(index) if i in known]
+
     def owners(self) -> "list[Volume | Snapshot]":
         """Whose trees may name a block that was written to this volume: the likeliest first."""
         found: list[Volume | Snapshot] = [self, *reversed(self.snapshots)]
         return found if self.heir is None else [*self.heir.owners(), *found]
+
+    def owners_at(self, index: int) -> "list[Volume | Snapshot]":
+        """The same, but for those that have nothing of this leaf."""
+        found: list[Volume | Snapshot] = [self, *reversed(self.snapshots_at(index))]
+        return found if self.heir is None else [*self.heir.owners_at(index), *found]
 
     def names_now(self, block: int) -> list[int] | None:
         """The present addresses by which a block of the volume is named, by anybody; None if a page must be loaded."""
@@ -136,7 +158,7 @@ class Volume(Reader):
             if inherited is None:
                 return None
             found += inherited
-        for owner in (self, *self.snapshots):
+        for owner in (self, *self.snapshots_at(index)):
             page = owner.tree.leaf_now(index)
             if page is None:
                 return None
@@ -252,8 +274,6 @@ class Volume(Reader):
     def offer(self, block: int, addresses: list[int], checks: list[int], into: memoryview, suspects: list[int]) -> None:
         """Offer what was read from base for promotion."""
         promoter = self._engine.promoter
-        if self.has_history or self.layered:
-            return  # a promotion is a write: what a snapshot or an origin keeps would be there twice
         if len(addresses) > LARGEST_READ_BLOCKS or not promoter.has_room():
             return
         for i, address in enumerate(addresses):
@@ -417,12 +437,72 @@ class Volume(Reader):
 
     def rewrite(self, writes: Sequence[tuple[int, Buffer]]) -> None:
         """Log whole blocks that hold what they held before, in a new place. Admission is the caller's."""
+        if self.has_history:
+            self._rewrite_history(writes)
+            return
         written, noted = self._engine.client_written_bytes, self.writes
         self.writes = deque(maxlen=0)
         try:
             self._log_blocks(writes, keep_zeroes=True)
         finally:
             self._engine.client_written_bytes, self.writes = written, noted  # no client wrote this
+
+    def _rewrite_history(self, writes: Sequence[tuple[int, Buffer]]) -> None:
+        """The same where snapshots may name these blocks too: each block's old address is logged with it."""
+        engine = self._engine
+        at = 0
+        while at < len(writes):
+            part = writes[at : at + min(self._batch_room(), MAX_REWRITTEN)]
+            blocks = [offset >> BLOCK_SHIFT for offset, _ in part]
+            entries = [self.entry_now(block) for block in blocks]
+            olds = [entry[0] for entry in entries if entry is not None]
+            assert len(olds) == len(part), "a block is rewritten of which it isn't known where it is"
+            checks = [check_of(data) for _, data in part]
+            ops = [word for block in blocks for word in (Op.REWRITE << 56 | self.id, block, 1)]
+            address = engine.log.append(ops, checks, [data for _, data in part], olds)
+            for i, (block, old) in enumerate(zip(blocks, olds, strict=True)):
+                engine.relocate(self, block, old, address + i, checks[i])
+            engine.appended()
+            at += len(part)
+
+    async def copy_up(self, first: int, count: int) -> int:
+        """Make blocks that are the origin's the volume's own, by writing what they hold; return how many were.
+
+        Blocks that clients change meanwhile are theirs. Raises TierError EIO, ENOSPC.
+        """
+        before = await self.entries(first, count)
+        data = memoryview(bytearray(count << BLOCK_SHIFT))
+        await self._read_pieces(first << BLOCK_SHIFT, len(data), data)
+        charge = await self._admission(first, count)
+        self._require_alive()
+        now = self.entries_now(first, count)
+        if now is None:
+            return 0  # a checkpoint has come in between: the next call goes on with them
+        writes: list[tuple[int, Buffer]] = [
+            (first + i << BLOCK_SHIFT, data[i << BLOCK_SHIFT : i + 1 << BLOCK_SHIFT])
+            for i in range(count)
+            if (now[0][i], now[1][i]) == (before[0][i], before[1][i])
+            and now[0][i] >= FIRST_ADDRESS
+            and not self.owns_now(first + i)
+        ]
+        if writes:
+            written, noted = self._engine.client_written_bytes, self.writes
+            self.writes = deque(maxlen=0)
+            try:
+                self._log_blocks(writes, keep_zeroes=True)
+            finally:
+                self._engine.client_written_bytes, self.writes = written, noted  # no client wrote this
+            self._engine.space.active_charge += charge
+        return len(writes)
+
+    def owns_now(self, block: int) -> bool:
+        """Whether a block that isn't a hole is the volume's own, not its origin's."""
+        if not self.layered or self.active.get(block) is not None:
+            return True
+        if self.frozen is not None and self.frozen.get(block) is not None:
+            return True
+        page = self.tree.leaf_now(block >> FANOUT_BITS)
+        return page is not None and page[block & FANOUT_MASK] != 0
 
     def _batch_room(self) -> int:
         """How many blocks, each with an operation and a buffer of its own, the next batch may have; at least one."""
@@ -671,6 +751,8 @@ class Volume(Reader):
                 spans[-1] = (spans[-1][0], end)
             elif start < end:
                 spans.append((start, end))
+        if any(self.pages_to_keep(end - start) for start, end in spans):
+            return False
         if spans:
             self._engine.log_room()
             self._append([word for start, end in spans for word in (self._unmap_word, start, end - start)], [], [])
@@ -678,10 +760,15 @@ class Volume(Reader):
         return True
 
     async def trim(self, offset: int, length: int) -> None:
-        """Give the whole blocks inside the range back; they read as zeros. The rest of the range is left as it is."""
+        """Give the whole blocks inside the range back; they read as zeros. The rest of the range is left as it is.
+
+        Where snapshots keep what was there, and the pool has no room for the map of that, nothing happens: it would not
+        give back anything.
+        """
         start, end = self._whole_blocks(offset, length)
         if start < end:
-            await self._unmap(start, end - start)
+            with contextlib.suppress(NoRoomError):
+                await self._unmap(start, end - start)
         else:
             await trio.lowlevel.checkpoint()
 
@@ -720,8 +807,18 @@ class Volume(Reader):
         if end_whole < end:
             await self.write(end_whole, bytes(end - end_whole))
 
+    def pages_to_keep(self, count: int) -> int:
+        """Map pages at most that unmapping so many blocks takes besides: for what snapshots keep, or hides an origin.
+
+        Few blocks are covered by what is kept for the next checkpoint in any case.
+        """
+        if count < LONG_TRIM_BLOCKS or not (self.has_history or self.layered):
+            return 0
+        leaves = min((count >> FANOUT_BITS) + 2, self.referenced_blocks or self.tree.mapped_blocks)
+        return leaves + leaves // 128 + 2 * ROOT_LEVEL
+
     async def _unmap(self, block: int, count: int) -> None:
-        await self._engine.admit_release()
+        await self._engine.admit_release(self.pages_to_keep(count))
         self._require_alive()
         self._engine.log_room()
         self._append([self._unmap_word, block, count], [], [])

@@ -10,12 +10,14 @@ from typing import Any
 
 import click
 
+from terrace.cli.backup import backup
 from terrace.cli.completion import completion
 from terrace.cli.context import Context
 from terrace.cli.events import events
 from terrace.cli.output import complain
 from terrace.cli.policy import policy
 from terrace.cli.pool import pool
+from terrace.cli.restore import restore
 from terrace.cli.snapshot import snapshot
 from terrace.cli.status import status
 from terrace.cli.volume import volume
@@ -71,7 +73,7 @@ def root(context: click.Context, home: str | None) -> None:
     context.obj = Context(home)
 
 
-for command in (pool, volume, snapshot, policy, status, events, completion):
+for command in (pool, volume, snapshot, policy, backup, restore, status, events, completion):
     root.add_command(command)
 
 

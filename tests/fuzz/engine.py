@@ -1,9 +1,9 @@
 """A small coverage-guided fuzzer: inputs that reach new lines are kept and mutated further.
 
 A target is a function of bytes that returns if all is well, and raises anything else. Coverage is the set of pairs of
-lines that ran one after the other in `nbd/` and `tiers/`, by `sys.settrace`. That is slow beside a compiled fuzzer,
-but needs nothing installed, runs wherever the project runs, and in the test process. Everything random comes from a
-seed.
+lines that ran one after the other in `nbd/`, `tiers/` and `terrace/backup/`, by `sys.settrace`. That is slow beside a
+compiled fuzzer, but needs nothing installed, runs wherever the project runs, and in the test process. Everything random
+comes from a seed.
 
 Each run is bounded in time (an alarm) and in memory (the address space), so a hang or a bomb is a finding too.
 """
@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CORPUS = Path(__file__).with_name("corpus")
-TRACED = (f"{REPOSITORY}/nbd/", f"{REPOSITORY}/tiers/")
+TRACED = (f"{REPOSITORY}/nbd/", f"{REPOSITORY}/tiers/", f"{REPOSITORY}/terrace/backup/")
 MAX_INPUT_BYTES = 16 << 10
 TIME_LIMIT_S = 60.0
 MEMORY_LIMIT_BYTES = 1 << 30

@@ -33,7 +33,7 @@ async def running(*command: str, socket: Path) -> AsyncIterator[Path]:
                 await trio.sleep(0.02)
             yield socket
         finally:
-            process.kill()  # qemu-nbd forgets a SIGTERM that comes while it starts
+            process.kill()  # qemu-nbd does not always end on SIGTERM
 
 
 async def greets(path: Path) -> bool:

@@ -21,7 +21,17 @@ from tests.tiers.helpers import QUIET, assert_sound, block, flip, make_pool, ope
 from tests.tiers.test_rebuild_simulated import lose_catalog
 from tests.tiers.test_record import golden
 from tiers import DeviceSpec, Pool, TierError, rebuild_catalog
-from tiers.catalog import CATALOG_NAME, Change, DeviceRow, Position, SegmentRow, State, VolumeRow
+from tiers.catalog import (
+    CATALOG_NAME,
+    SNAPSHOT_STATES,
+    Change,
+    DeviceRow,
+    Position,
+    SegmentRow,
+    SnapshotRow,
+    State,
+    VolumeRow,
+)
 from tiers.catalogcopy import (
     BadCopyError,
     Copy,
@@ -59,7 +69,15 @@ DEVICES = st.builds(
     U64,
     st.none() | st.text(max_size=60),
 )
-VOLUMES = st.builds(VolumeRow, U64, NAMES, U64, U64, U64, U64, st.integers(0, 2**40).map(float))
+TIMES = st.integers(0, 2**40).map(float)
+VOLUMES = st.builds(
+    VolumeRow,
+    *(U64, NAMES, U64, U64, U64, U64, TIMES, st.text("abc.äß", max_size=20)),
+    *(U64, U64, st.booleans(), st.booleans(), U64, U64),
+)
+SNAPSHOTS = st.builds(
+    SnapshotRow, U64, U64, NAMES, U64, U64, U64, U64, U64, TIMES, st.sampled_from(SNAPSHOT_STATES), st.booleans()
+)
 SEGMENTS = st.builds(
     SegmentRow, U64, st.integers(0, 255), U32, st.sampled_from(list(Kind)).map(int), st.booleans(), U32, U32, U64
 )
@@ -80,6 +98,7 @@ STATES = st.builds(
     st.lists(VOLUMES, max_size=6).map(lambda rows: by(rows, lambda row: row.id)),
     st.lists(SEGMENTS, max_size=8).map(lambda rows: by(rows, lambda row: row.id)),
     st.lists(DEAD, max_size=6).map(lambda rows: by(rows, lambda row: row[0])),
+    st.lists(SNAPSHOTS, max_size=6).map(lambda rows: by(rows, lambda row: row.id)),
 )
 
 
@@ -156,13 +175,32 @@ def sample(seq: int = 41, volumes: int = 3, incarnation: int = 2) -> State:
         UUID,
         Position(incarnation, seq, 7, 1, 0xDEADBEEF, 12, 6),
         devices,
-        [VolumeRow(i, f"v{i}", 1 << 30, 3 << 24 | 1, 77, 5, 1700000000.0, "archive") for i in range(volumes)],
+        [
+            VolumeRow(
+                i,
+                f"v{i}",
+                1 << 30,
+                3 << 24 | 1,
+                77,
+                5,
+                1700000000.0,
+                "archive",
+                2,
+                9 if i == 2 else 0,
+                i == 2,
+                i == 1,
+                2 if i == 1 else 0,
+                3 + i,
+            )
+            for i in range(volumes)
+        ],
         [
             SegmentRow(3, 0, 9, Kind.MAP, False, 20, 6, 40, 300),
             SegmentRow(7, 0, 2, Kind.LOG, True, 1, 0, 0),
             SegmentRow(8, 0, 3, Kind.CATALOG, True, 5, 0, 0),
         ],
         [(3 << 24 | 5, 99, 1, 4)],
+        [SnapshotRow(9, 1, "monday", 1 << 30, 3 << 24 | 2, 78, 4, 6, 1700000001.5, "hidden", True)],
     )
 
 
@@ -219,8 +257,8 @@ def test_a_sound_copy_of_a_newer_version_is_told_from_a_damaged_one() -> None:
     assert newer.value.newer
 
 
-def test_version_2_has_these_bytes() -> None:
-    assert full(sample())[0] == golden("v2-catalog-copy.hex", BLOCK_BYTES)
+def test_version_3_has_these_bytes() -> None:
+    assert full(sample())[0] == golden("v3-catalog-copy.hex", BLOCK_BYTES)
 
 
 # -- chains ------------------------------------------------------------------------------------------------------------

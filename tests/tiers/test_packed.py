@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import trio
 
-import tiers.volume
+import tiers.reader
 from tests.simulation.machine import Disk, Machine, PowerCutError
 from tests.simulation.medium import SECTOR
 from tests.simulation.oracle import BLOCK, Model, Op, read_all, require_sound
@@ -188,7 +188,7 @@ def test_a_sequential_reader_unpacks_each_frame_once_and_what_is_kept_is_bounded
             await load(volume)
             frames = {frame_of(address) for address in packed_blocks(volume).values()}
             into = memoryview(bytearray(BLOCK))
-            with mock.patch.object(tiers.volume, "unpack_all", counted):
+            with mock.patch.object(tiers.reader, "unpack_all", counted):
                 for at in range(0, size, BLOCK):
                     if not volume.read_now(at, BLOCK, into):
                         await volume.read(at, BLOCK, into)

@@ -53,11 +53,17 @@ def operation(draw: st.DrawFn, kind: Kind) -> tuple[list[int], int, list[int]]:
     """(three words, data blocks, extra words) of a sound operation."""
     op = draw(st.sampled_from(OPS[kind]))
     a, b = draw(U64), draw(U64)
-    subject = draw(SEGMENT if op in (Op.LINK, Op.MOVE) else VOLUME)
+    subject = draw(SEGMENT if op in (Op.LINK, Op.MOVE, Op.RELOCATE) else VOLUME)
     blocks, extra = 0, []
     if op in (Op.WRITE, Op.CATALOG):
         b = blocks = draw(st.integers(0, 40))
         a = draw(st.integers(0, MAX_BLOCKS - b))
+    elif op is Op.REWRITE:
+        b = blocks = draw(st.integers(0, 40))
+        a = draw(st.integers(0, MAX_BLOCKS - b))
+        extra = draw(st.lists(U64, min_size=b, max_size=b))
+    elif op is Op.LOST:
+        a = draw(st.integers(0, MAX_BLOCKS - 1))
     elif op is Op.BAD:
         b = draw(st.integers(0, MAX_SLOTS))
         a = draw(st.integers(0, MAX_BLOCKS - b))
@@ -73,10 +79,13 @@ def operation(draw: st.DrawFn, kind: Kind) -> tuple[list[int], int, list[int]]:
     elif op is Op.POLICY:
         policy = draw(st.from_regex(r"([A-Za-z0-9][A-Za-z0-9._-]{0,63})?", fullmatch=True))
         a, extra = len(policy), words_from_name(policy)
-    elif op is Op.MOVE:
+    elif op in (Op.MOVE, Op.RELOCATE):
         count = draw(st.integers(0, 300))
         a = draw(st.integers(0, MAX_SLOTS - 1)) << 32 | count
         extra = draw(st.lists(U64, min_size=1 + -(-count // 64), max_size=1 + -(-count // 64)))
+        if op is Op.RELOCATE:
+            olds = sum(word.bit_count() for word in extra[1:])
+            extra = extra + draw(st.lists(U64, min_size=olds, max_size=olds))
     return [op << 56 | subject, a, b], blocks, extra
 
 
@@ -253,7 +262,7 @@ def rewritten(offset: int, layout: str, value: int) -> Callable[[bytearray], Non
         (rewritten(84, "<I", 3), "do not match"),
         (rewritten(84, "<I", 2**31), "impossible counts"),
         (rewritten(88, "<I", 1), "do not match"),
-        (rewritten(104, "<Q", 12 << 56 | 1), "unknown operation 12"),
+        (rewritten(104, "<Q", 15 << 56 | 1), "unknown operation 15"),
         (rewritten(104, "<Q", 1), "unknown operation 0"),
         (rewritten(104 + 16, "<Q", 3), "do not match"),
         (rewritten(104 + 16, "<Q", 2**64 - 1), "no volume has"),
@@ -393,6 +402,22 @@ BATCHES = {
         [],
         [NAME, *words_of(b"gold-fast")],
     ),
+    "v1-batch-relocate.hex": (
+        Kind.LOG,
+        7,
+        11,
+        2,
+        1006,
+        0xDEADBEEFCAFEF00D,
+        990,
+        [
+            *(Op.RELOCATE << 56 | 99, 33 << 32 | 70, 0xFFEEDDCCBBAA9988),
+            *(Op.LOST << 56 | 5, 12, 7 << 24 | 9),
+            *(Op.REWRITE << 56 | 5, 100, 2),
+        ],
+        [0xE, 0xF],
+        [1 << 32 | 8, 0x8000000000000001, 0x20, 3 << 24 | 1, 3 << 24 | 2, 3 << 24 | 3, 4 << 24 | 1, 4 << 24 | 2],
+    ),
     "v1-batch-packed.hex": (
         Kind.PACKED,
         14,
@@ -441,7 +466,7 @@ def test_the_batches_of_version_1_are_these_bytes(name: str) -> None:
 
 
 def test_the_golden_log_batch_has_every_operation_of_the_log() -> None:
-    later = {Op.POLICY}  # which has an image of its own
+    later = {Op.POLICY, Op.RELOCATE, Op.LOST, Op.REWRITE}  # which have images of their own
     assert {Op(first >> 56) for first, _, _ in LOG_OPS} == set(Op) - {Op.PAGE, Op.CATALOG} - later
 
 

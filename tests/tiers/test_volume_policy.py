@@ -113,10 +113,10 @@ def test_a_policy_that_vanishes_while_its_volume_waits_for_room_is_not_given(tmp
             engine = pool._engine
             honest, waiting = engine.admit_release, trio.Event()
 
-            async def admit() -> None:
+            async def admit(pages: int = 0) -> None:
                 waiting.set()
                 await trio.sleep(0.05)
-                await honest()
+                await honest(pages)
 
             engine.admit_release = admit  # type: ignore[method-assign]
             async with trio.open_nursery() as nursery:

@@ -6,6 +6,7 @@ A volume or snapshot is a list of stamps, one a block; a block holds its stamp, 
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 from dataclasses import dataclass, field
 
@@ -66,6 +67,13 @@ class Versions:
         self.names = 0
         self.crashes = 0
         self.seen: list[str] = []
+        self.before: dict[str, Line] | None = None
+        """What was before the step that a crash may have come in."""
+
+    @property
+    def torn(self) -> bool:
+        """Whether the last step may have happened in part."""
+        return self.seen[-1] in ("write", "trim")
 
     def name(self, prefix: str) -> str:
         self.names += 1
@@ -78,7 +86,7 @@ class Versions:
             flushed = False
             with contextlib.suppress(PowerCutError):
                 async with self.machine.open() as pool:
-                    await self.compare(pool)
+                    await self.judge(pool)
                     for _ in range(min(left, self.rng.randrange(5, 40))):
                         left -= 1
                         await self.step(pool)
@@ -89,6 +97,8 @@ class Versions:
                         flushed = True
                         for volume in pool.volumes():
                             await volume.flush()
+                    if flushed and self.rng.random() < 0.7:
+                        await self.crash_within(pool)
                     if self.rng.random() < 0.8:
                         self.machine.stop()
                         await trio.lowlevel.checkpoint()
@@ -98,14 +108,49 @@ class Versions:
             else:
                 self.machine.kill()
         async with self.machine.open() as pool:
-            await self.compare(pool)
+            await self.judge(pool)
             await self.empty(pool)
+
+    async def crash_within(self, pool: Pool) -> None:
+        """A step in which the machine goes down, wherever it is by then; or the step is done before."""
+        self.before = copy.deepcopy(self.lines)
+        self.machine.countdown = self.rng.randrange(1, self.rng.choice((10, 40, 150)))
+        try:
+            await self.step(pool)
+        except OSError:
+            if not self.machine.is_off:
+                raise
+        finally:
+            self.machine.countdown = None
+
+    async def judge(self, pool: Pool) -> None:
+        """After a crash: the step that it came in has happened, or hasn't; of a write, any of its blocks have."""
+        before, self.before = self.before, None
+        if before is not None:
+            after = self.lines
+            names = {volume.short_name for volume in pool.volumes()}
+            snapshots = {name: {s.short_name for s in pool.snapshots(name)} for name in names}
+            for lines in (after, before):
+                if names == set(lines) and all(snapshots[name] == set(lines[name].snapshots) for name in names):
+                    self.lines = lines
+                    break
+            else:
+                raise AssertionError(f"{snapshots} is neither what was before the crash nor what was to come")
+            other = before if self.lines is after else after
+            for name, line in self.lines.items():
+                found = await read_stamps(pool.volume(name))
+                was = other[name].stamps if name in other else line.stamps
+                for block, (stamp, one, two) in enumerate(zip(found, line.stamps, was, strict=True)):
+                    assert stamp in (one, two), f"{name}: block {block} has {stamp}, and may have {one} or {two}"
+                if self.torn or found == was:
+                    line.stamps = found
+        await self.compare(pool)
 
     async def step(self, pool: Pool) -> None:
         """One operation."""
         rng = self.rng
         kinds = ["write"] * 8 + ["trim"] * 2 + ["snapshot"] * 3 + ["drop"] * 2 + ["checkpoint"] * 2 + ["clean"] * 2
-        kinds += ["clone", "rollback", "delete", "group", "rename", "settle", "evacuate"]
+        kinds += ["clone", "rollback", "delete", "group", "rename", "settle", "evacuate", "promote"]
         kind = rng.choice(kinds) if self.lines else "create"
         self.seen.append(kind)
         with contextlib.suppress(TierError) if kind in ("clean", "evacuate") else contextlib.nullcontext():
@@ -120,77 +165,84 @@ class Versions:
 
     async def do_create(self, pool: Pool) -> None:
         name = self.name("v")
-        await pool.create_volume(name, self.blocks * BLOCK_BYTES)
         self.lines[name] = Line([0] * self.blocks)
+        await pool.create_volume(name, self.blocks * BLOCK_BYTES)
 
     async def do_write(self, pool: Pool) -> None:
         name = self.any_line()
         stamps = self.lines[name].stamps
         volume = pool.volume(name)
-        for _ in range(self.rng.randrange(1, 6)):
+        for _ in range(self.rng.randrange(1, 6) if self.before is None else 1):
             at = self.rng.randrange(len(stamps))
             count = min(self.rng.choice((1, 1, 2, 17, 40)), len(stamps) - at)
             self.stamp += 1
             stamp = 0 if self.rng.random() < 0.1 else self.stamp
-            await volume.write(at * BLOCK_BYTES, block_of(stamp) * count)
             stamps[at : at + count] = [stamp] * count
+            await volume.write(at * BLOCK_BYTES, block_of(stamp) * count)
 
     async def do_trim(self, pool: Pool) -> None:
         name = self.any_line()
         stamps = self.lines[name].stamps
         at = self.rng.choice((0, self.rng.randrange(len(stamps))))
         count = min(self.rng.choice((1, 30, 300, len(stamps))), len(stamps) - at)
-        await pool.volume(name).trim(at * BLOCK_BYTES, count * BLOCK_BYTES)
         stamps[at : at + count] = [0] * count
+        await pool.volume(name).trim(at * BLOCK_BYTES, count * BLOCK_BYTES)
 
     async def do_snapshot(self, pool: Pool) -> None:
         name = self.any_line()
         snap = self.name("s")
-        await pool.take_snapshots([(name, snap)])
         self.lines[name].snapshots[snap] = list(self.lines[name].stamps)
+        await pool.take_snapshots([(name, snap)])
 
     async def do_group(self, pool: Pool) -> None:
         snap = self.name("g")
-        await pool.take_snapshots([(name, snap) for name in self.lines])
         for line in self.lines.values():
             line.snapshots[snap] = list(line.stamps)
+        await pool.take_snapshots([(name, snap) for name in self.lines])
 
     async def do_drop(self, pool: Pool) -> None:
         found = self.any_snapshot()
         if found is not None:
-            await pool.delete_snapshot(*found)
             del self.lines[found[0]].snapshots[found[1]]
+            await pool.delete_snapshot(*found)
 
     async def do_rename(self, pool: Pool) -> None:
         found = self.any_snapshot()
         if found is not None:
             new = self.name("r")
-            await pool.change_snapshot(*found, new_name=new)
             snapshots = self.lines[found[0]].snapshots
             snapshots[new] = snapshots.pop(found[1])
+            await pool.change_snapshot(*found, new_name=new)
 
     async def do_clone(self, pool: Pool) -> None:
         found = self.any_snapshot()
         if found is not None and len(self.lines) < 6:
             new = self.name("c")
-            await pool.clone(*found, new)
             self.lines[new] = Line(list(self.lines[found[0]].snapshots[found[1]]))
+            await pool.clone(*found, new)
 
     async def do_rollback(self, pool: Pool) -> None:
         found = self.any_snapshot()
         if found is not None:
             line = self.lines[found[0]]
             keep = self.name("k") if self.rng.random() < 0.5 else None
-            await pool.rollback(*found, keep_as=keep)
             if keep is not None:
                 line.snapshots[keep] = list(line.stamps)
             line.stamps = list(line.snapshots[found[1]])
+            await pool.rollback(*found, keep_as=keep)
+
+    async def do_promote(self, pool: Pool) -> None:
+        for volume in pool.volumes():
+            if volume.origin is not None and not volume.snapshots:
+                await pool.promote(volume.short_name)
+                assert volume.origin is None
+                return
 
     async def do_delete(self, pool: Pool) -> None:
         if len(self.lines) > 1:
             name = self.any_line()
-            await pool.delete_volume(name, snapshots=True)
             del self.lines[name]
+            await pool.delete_volume(name, snapshots=True)
 
     async def do_checkpoint(self, pool: Pool) -> None:
         await pool.checkpoint()
@@ -246,8 +298,8 @@ class Versions:
         names = sorted(self.lines)
         self.rng.shuffle(names)
         for name in names:
-            await pool.delete_volume(name, snapshots=True)
             del self.lines[name]
+            await pool.delete_volume(name, snapshots=True)
             await self.compare(pool)
         for _ in range(20):
             await pool.checkpoint()
