@@ -24,6 +24,7 @@
     GET    /v1/pools/P/snapshots              those of all volumes, with what each shares and what only it has
     POST   /v1/pools/P/snapshots              {name, volumes}; one of each volume, all of one instant, or none
     GET    /v1/pools/P/volumes/V/snapshots
+    POST   /v1/pools/P/volumes/V/snapshots    {name}
     GET    /v1/pools/P/volumes/V/snapshots/S
     PATCH  /v1/pools/P/volumes/V/snapshots/S  {name?, held?}
     DELETE /v1/pools/P/volumes/V/snapshots/S  tells what comes back
@@ -159,8 +160,11 @@ class PolicyBody(_Body):
     policy: str
 
 
-class TakeBody(_Body):
+class TakeOneBody(_Body):
     name: str
+
+
+class TakeBody(TakeOneBody):
     volumes: list[str] = Field(min_length=1, max_length=4096)
 
 
@@ -295,6 +299,7 @@ class Api:
             self._route("GET", f"{pool}/snapshots", self.list_snapshots),
             self._route("POST", f"{pool}/snapshots", self.take_snapshots),
             self._route("GET", f"{volume}/snapshots", self.list_snapshots),
+            self._route("POST", f"{volume}/snapshots", self.take_snapshot),
             self._route("GET", snapshot, self.show_snapshot),
             self._route("PATCH", snapshot, self.change_snapshot),
             self._route("DELETE", snapshot, self.delete_snapshot),
@@ -476,6 +481,12 @@ class Api:
         with self._pools.using(request.path_params["pool"]) as pool:
             taken = await self._snapshots.create(pool, body.volumes, body.name)
             return JSONResponse(list(map(_plain, taken)), HTTPStatus.CREATED)
+
+    async def take_snapshot(self, request: Request) -> Response:
+        body = await _body(request, TakeOneBody)
+        with self._pools.using(request.path_params["pool"]) as pool:
+            (taken,) = await self._snapshots.create(pool, [request.path_params["volume"]], body.name)
+            return JSONResponse(_plain(taken), HTTPStatus.CREATED)
 
     async def show_snapshot(self, request: Request) -> Response:
         pool_name, volume, name = _snapshot_named(request)

@@ -26,13 +26,13 @@ from terrace.cli.context import VERSION, VOLUME, Context, pass_context
 from terrace.cli.output import complain, output_option, patience, show_json, uris_of
 from terrace.cli.policy import POLICY
 from terrace.sizes import format_size
+from tiers.names import MIN_VOLUME_BYTES, SECTOR_BYTES
 
 if TYPE_CHECKING:
     from terrace.apiclient import ApiClient
 
 FORMATS = ("raw", "qcow2", "vmdk", "vdi", "vhdx", "vpc", "qed")
 PACKAGES = {"qemu-img": "qemu-utils", "nbdcopy": "libnbd-bin"}
-_SECTOR_BYTES = 512
 _LEAVING_S = 5.0
 """The daemon gets so long to notice that a copying program has gone."""
 _PERCENT = re.compile(rb"([0-9]+(?:\.[0-9]+)?)/100")
@@ -135,7 +135,7 @@ def export_volume(
         with _put_when_whole(target) as beside:
             command = _writing(program, uri, image_format, beside)
             _copy(command, size_bytes, advance, progress_fd=program == "nbdcopy")
-            written_bytes = beside.stat().st_blocks * _SECTOR_BYTES
+            written_bytes = beside.stat().st_blocks * SECTOR_BYTES
     if output == "json":
         show_json({"exported": found["name"], "file": str(target), "format": image_format, "size_bytes": size_bytes})
     else:
@@ -160,7 +160,7 @@ def _inspect(image: Path, image_format: str | None) -> tuple[str, int]:
         image_format, size_bytes = str(found["format"]), int(found["virtual-size"])
     if not size_bytes:
         raise click.ClickException(f"{image} is empty: a volume can't have 0 bytes")
-    return image_format, -(-size_bytes // _SECTOR_BYTES) * _SECTOR_BYTES
+    return image_format, max(MIN_VOLUME_BYTES, -(-size_bytes // SECTOR_BYTES) * SECTOR_BYTES)
 
 
 def _require_alone(image: Path, found: dict[str, Any]) -> None:
