@@ -21,6 +21,7 @@
     DELETE /v1/pools/P/volumes/V[?snapshots=1]     and all its snapshots; without this it must have none
     PUT    /v1/pools/P/volumes/V/policy       {policy}
     GET    /v1/pools/P/volumes/V/heat[?ranges=N]   what lies on which tier and how hot it is, in N ranges (1 to 4096)
+    POST   /v1/pools/P/volumes/V/promote      streams as a check does, then {volume}; a clone needs its origin no more
     GET    /v1/pools/P/snapshots              those of all volumes, with what each shares and what only it has
     POST   /v1/pools/P/snapshots              {name, volumes}; one of each volume, all of one instant, or none
     GET    /v1/pools/P/volumes/V/snapshots
@@ -258,6 +259,16 @@ def _plain(status: Any) -> Any:
 
 
 Handler = Callable[[Request], Awaitable[Response]]
+Progress = Callable[[int, int], None]
+"""Takes how many bytes are done, and of how many."""
+
+
+class Work(Protocol):
+    """Something that may take hours; what it returns is the last line of the answer."""
+
+    __name__: str
+
+    async def __call__(self, pool: Pool, progress: Progress) -> dict[str, Any]: ...
 
 
 class Api:
@@ -296,6 +307,7 @@ class Api:
             self._route("DELETE", volume, self.delete_volume),
             self._route("PUT", f"{volume}/policy", self.set_policy),
             self._route("GET", f"{volume}/heat", self.show_heat),
+            self._route("POST", f"{volume}/promote", self.promote_volume),
             self._route("GET", f"{pool}/snapshots", self.list_snapshots),
             self._route("POST", f"{pool}/snapshots", self.take_snapshots),
             self._route("GET", f"{volume}/snapshots", self.list_snapshots),
@@ -366,7 +378,11 @@ class Api:
         body = await _body(request, CheckBody)
         name = request.path_params["pool"]
         self._pools.pool(name)  # what can be refused is refused with a status, before the stream begins
-        return _CheckStream(self._pools, name, full=body.full)
+
+        async def check(pool: Pool, progress: Progress) -> dict[str, Any]:
+            return {"report": _plain(await pool.check(body.full, progress))}
+
+        return _Stream(self._pools, name, check)
 
     async def show_evacuations(self, request: Request) -> Response:
         with self._pools.using(request.path_params["pool"]) as pool:
@@ -526,6 +542,17 @@ class Api:
             await self._snapshots.clone(pool, volume, name, body.name, body.policy)
             return JSONResponse(_volume(pool, body.name), HTTPStatus.CREATED)
 
+    async def promote_volume(self, request: Request) -> Response:
+        pool_name, name = request.path_params["pool"], request.path_params["volume"]
+        self._pools.pool(pool_name).volume(name)  # refused with a status, as above
+
+        async def promote(pool: Pool, progress: Progress) -> dict[str, Any]:
+            await self._snapshots.promote(pool, name, progress)
+            await _count_exactly(pool)
+            return {"volume": _volume(pool, name)}
+
+        return _Stream(self._pools, pool_name, promote)
+
     async def list_policies(self, request: Request) -> Response:
         return JSONResponse(list(map(_plain, self._definitions.show())))
 
@@ -560,17 +587,17 @@ async def _count_exactly(pool: Pool) -> None:
         await pool.checkpoint()
 
 
-class _CheckStream(Response):
-    """Runs a check and streams its progress as lines of JSON. A client that goes away cancels the check."""
+class _Stream(Response):
+    """Does some long work and streams its progress as lines of JSON. A client that goes away cancels it."""
 
     media_type = "application/x-ndjson"
 
-    def __init__(self, pools: Pools, name: str, *, full: bool) -> None:
+    def __init__(self, pools: Pools, name: str, work: Work) -> None:
         super().__init__()
         del self.headers["content-length"]
         self._pools = pools
         self._name = name
-        self._full = full
+        self._work = work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         done = (0, 0)
@@ -604,11 +631,11 @@ class _CheckStream(Response):
             nursery.start_soon(watch_client, nursery.cancel_scope)
             try:
                 with self._pools.occupying(self._name) as pool:
-                    result = {"report": _plain(await pool.check(self._full, progress))}
+                    result = await self._work(pool, progress)
             except OSError as error:
                 result = _error_body(error)
             except Exception as error:
-                log.error("the check of pool %s failed", self._name, exc_info=error)
+                log.error("%s of pool %s failed", self._work.__name__, self._name, exc_info=error)
                 result = _error_body(_internal(error))
             nursery.cancel_scope.cancel()
         if result is not None:

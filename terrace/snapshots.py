@@ -119,6 +119,11 @@ class Snapshots:
         self._tell("snapshot", made.name, f"volume {made.name} was made as a clone of {origin}")
         return made
 
+    async def promote(self, pool: Pool, name: str, progress: Callable[[int, int], None]) -> None:
+        """Copy what a clone shares with its origin, which takes as long as it takes; it depends on nothing then."""
+        volume = await pool.promote(name, progress)
+        self._tell("snapshot", volume.name, f"volume {volume.name} was made independent of its origin")
+
     async def delete_volume(self, pool: Pool, name: str, *, snapshots: bool) -> None:
         """Delete a volume; `snapshots`: with all its snapshots, else it must have none."""
         volume = pool.volume(name)

@@ -65,6 +65,35 @@ def clone(context: Context, name: tuple[str, str, str], new: tuple[str, str], po
         )
 
 
+@volume.command()
+@click.argument("volume", type=VOLUME, metavar="POOL/VOL")
+@output_option
+@pass_context
+def promote(context: Context, volume: tuple[str, str], output: str) -> None:
+    """Make a clone independent of its origin, by copying what it shares with it, while clients use it.
+
+    That takes as much space as is copied. One that is interrupted goes on where it was when it is called again.
+    """
+    pool, name = volume
+    found: dict[str, Any] = {}
+    with context.connect() as client, patience(f"Promoting {pool}/{name}") as advance:
+        origin = client.get("pools", pool, "volumes", name)["origin"]
+        try:
+            for line in client.stream("POST", "pools", pool, "volumes", name, "promote"):
+                if "volume" in line:
+                    found = line["volume"]
+                elif line["total_bytes"]:
+                    advance(line["done_bytes"], line["total_bytes"])
+        except KeyboardInterrupt:
+            raise click.ClickException(
+                f"stopped; {pool}/{name} still needs {origin}: terrace volume promote {pool}/{name} goes on"
+            ) from None
+    if output == "json":
+        show_json(found)
+    else:
+        click.echo(f"Volume {found['name']} needs {origin} no more; {format_size(found['mapped_bytes'])} are its own.")
+
+
 @volume.command("list")
 @click.argument("pool", type=POOL, required=False)
 @output_option

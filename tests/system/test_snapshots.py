@@ -248,6 +248,22 @@ def test_clones_of_clones_live_on_whatever_is_deleted(volumes: Daemon) -> None:
     assert "is sound" in volumes.cli("pool", "check", "p", "--full").stdout
 
 
+def test_a_clone_that_is_promoted_needs_nobody(volumes: Daemon) -> None:
+    create(volumes, "v")
+    fill(volumes, "v", 1, length=4 * MIB)
+    take(volumes, "s", "v")
+    volumes.cli("volume", "clone", "p/v@s", "p/c")
+    fill(volumes, "c", 2, offset=2 * MIB)
+    assert "4 MiB are its own" in volumes.cli("volume", "promote", "p/c").stdout
+    found = volumes.api("GET", "/v1/pools/p/volumes/c")
+    assert (found["origin"], found["mapped_bytes"]) == (None, 4 * MIB)
+    volumes.cli("volume", "delete", "p/v", "--snapshots", "--yes")
+    assert has(volumes, "c", 2, offset=2 * MIB)
+    with Connection(volumes.socket, "p/c") as connection:
+        assert connection.read(0, 2 * MIB) == random.Random(1).randbytes(4 * MIB)[: 2 * MIB]
+    assert "no clone" in volumes.cli("volume", "promote", "p/c", status=1).stderr
+
+
 def test_a_rollback_brings_the_old_bytes_back_and_can_be_undone(volumes: Daemon) -> None:
     create(volumes, "v")
     fill(volumes, "v", 1)

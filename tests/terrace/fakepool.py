@@ -671,6 +671,18 @@ class FakePool:
         self._save()
         return made
 
+    async def promote(self, name: str, progress: Callable[[int, int], None] = lambda done, total: None) -> FakeVolume:
+        volume = self.volume(name)
+        progress(0, volume.size_bytes)
+        await trio.lowlevel.checkpoint()
+        if name not in self._origins:
+            raise TierError(errno.EINVAL, f"{volume.name} is no clone")
+        if self.snapshots(name):
+            raise TierError(errno.EBUSY, f"{volume.name} has snapshots")
+        del self._origins[name]
+        self._save()
+        return volume
+
     async def rollback(self, volume: str, name: str, *, keep_as: str | None, force: bool = False) -> FakeVolume:
         if keep_as is not None:
             validate_name("snapshot", keep_as)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -377,6 +378,21 @@ async def a_snapshot_is_renamed_held_cloned_and_rolled_back_to(engine: Any, tmp_
         assert await content(clone) == PATTERN
         assert (await pool.snapshot_status("v", "u"))[0].clones == ["p/c"]
         assert next(one.origin for one in pool.status().volumes if one.name == "p/c") == "p/v@u"
+        with pytest.raises(TierError) as error:
+            await pool.promote("v")
+        assert refusal(error) == errno.EINVAL
+        await pool.take_snapshots([("c", "s")])
+        with pytest.raises(TierError) as error:
+            await pool.promote("c")
+        assert refusal(error) == errno.EBUSY
+        await pool.delete_snapshot("c", "s")
+        for _ in range(100):  # until what the snapshot kept is sorted out
+            with contextlib.suppress(TierError):
+                await pool.promote("c")
+                break
+            await trio.sleep(0.05)
+        assert next(one.origin for one in pool.status().volumes if one.name == "p/c") is None
+        assert await content(clone) == PATTERN
         await volume.write(0, bytes(len(PATTERN)))
         volume.acquire()
         with pytest.raises(TierError) as error:
