@@ -217,8 +217,9 @@ def patience(what: str) -> Iterator[Callable[[int, int], None]]:
 
     def advance(done_bytes: int, total_bytes: int) -> None:
         nonlocal bar
-        spin.cancel()
         if bar is None and time.monotonic() - started_s >= _PATIENCE_S:
+            spin.cancel()
+            spin.join()
             unknown.stop()
             known.start()
             bar = known.add_task(what, total=total_bytes)

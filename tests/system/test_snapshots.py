@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -432,6 +433,20 @@ def test_an_image_comes_in_without_its_holes_and_goes_out_as_it_came(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["image", "out", "out.qcow2", "raw"]
 
 
+@pytest.mark.parametrize("program", ["nbdcopy", "qemu-img"])
+def test_either_program_copies_raw_images(volumes: Daemon, tmp_path: Path, program: str) -> None:
+    wanted = sparse_image(tmp_path / "raw")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / program).symlink_to(str(shutil.which(program)))
+    only = {"PATH": str(tmp_path / "bin"), "TERRACE_HOME": str(volumes.home)}
+    for arguments in (["import", f"{tmp_path}/raw", "p/v", "--format", "raw"], ["export", "p/v", f"{tmp_path}/out"]):
+        command = [sys.executable, "-m", "terrace.cli", "volume", *arguments]
+        subprocess.run(command, check=True, capture_output=True, env=environment() | only)
+    assert digest(tmp_path / "out") == wanted
+    assert volumes.api("GET", "/v1/pools/p/volumes/v")["mapped_bytes"] == 2 * MIB
+    assert (tmp_path / "out").stat().st_blocks * 512 < 3 * MIB
+
+
 def test_an_image_of_an_odd_size_gets_a_volume_that_holds_it(volumes: Daemon, tmp_path: Path) -> None:
     (tmp_path / "odd").write_bytes(random.Random(3).randbytes(10_001))
     (tmp_path / "tiny").write_bytes(b"tiny")
@@ -556,7 +571,7 @@ def test_a_missing_tool_is_named_with_its_package(volumes: Daemon, tmp_path: Pat
         return result.stderr
 
     assert "qemu-img (Debian package qemu-utils)" in refused("import", f"{tmp_path}/raw", "p/w")
-    assert "nbdcopy (Debian package libnbd-bin) or qemu-img" in refused(
+    assert "qemu-img (Debian package qemu-utils) or nbdcopy (Debian package libnbd-bin)" in refused(
         "import", f"{tmp_path}/raw", "p/w", "--format", "raw"
     )
     assert "nbdcopy (Debian package libnbd-bin)" in refused("export", "p/v", "-")
