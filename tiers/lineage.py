@@ -101,6 +101,14 @@ class Lineage:
         ]
         return sorted(found, key=lambda snapshot: snapshot.id)
 
+    def by_family(self) -> dict[int, list[Snapshot]]:
+        """The visible snapshots of each family, oldest first: for who asks of all volumes."""
+        found: dict[int, list[Snapshot]] = {}
+        for snapshot in sorted(self.snapshots.values(), key=lambda snapshot: snapshot.id):
+            if snapshot.state == "visible":
+                found.setdefault(snapshot.volume.family, []).append(snapshot)
+        return found
+
     def name_family(self, family: int) -> None:
         """Give the snapshots of a family the name that its volume has now."""
         for snapshot in self.snapshots.values():

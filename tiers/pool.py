@@ -503,8 +503,10 @@ class Pool:
 
     def snapshots(self, volume: str | None = None) -> list[Snapshot]:
         """The snapshots that can be seen, of one volume or of all; by volume, then oldest first. Raises ENOENT."""
-        volumes = self.volumes() if volume is None else [self.volume(volume)]
-        return [snapshot for one in volumes for snapshot in self._engine.lineage.of_family(one)]
+        if volume is not None:
+            return self._engine.lineage.of_family(self.volume(volume))
+        by_family = self._engine.lineage.by_family()
+        return [snapshot for one in self.volumes() for snapshot in by_family.get(one.family, ())]
 
     def snapshot(self, volume: str, name: str) -> Snapshot:
         """The snapshot of that name. Raises TierError ENOENT."""
@@ -598,11 +600,13 @@ class Pool:
 
         Raises TierError: ENOENT, EBUSY while somebody reads it or it is held.
         """
+        await self.delete_snapshots([(volume, name)])
+
+    async def delete_snapshots(self, wanted: Sequence[tuple[str, str]]) -> None:
+        """Delete snapshots (volume, name) with one checkpoint: all of them, or none. Else as `delete_snapshot`."""
 
         def act(frozen: Frozen) -> None:
-            snapshot = self.snapshot(volume, name)
-            self._require_free(snapshot)
-            self._engine.lineage.delete(frozen, snapshot)
+            self._delete_all([self.snapshot(volume, name) for volume, name in wanted], frozen)
 
         async with self._ddl:
             await self._engine.lineage.ask(act)
