@@ -96,7 +96,8 @@ def name_of(kind: Kind, now: datetime) -> str:
     return f"{kind}-{now:%Y%m%dT%H%MZ}"
 
 
-_NAME = re.compile(rf"({'|'.join(KINDS)})-([0-9]{{8}}T[0-9]{{4}}Z)")
+# Not strptime, which takes ten times as long: a first look may be at ten thousand.
+_NAME = re.compile(rf"({'|'.join(KINDS)})-([0-9]{{4}})([0-9]{{2}})([0-9]{{2}})T([0-9]{{2}})([0-9]{{2}})Z")
 
 
 @lru_cache(maxsize=1 << 16)
@@ -105,8 +106,9 @@ def parse_name(name: str) -> tuple[Kind, datetime]:
     match = _NAME.fullmatch(name)
     if match is not None:
         try:
-            taken = datetime.strptime(match[2], "%Y%m%dT%H%MZ").replace(tzinfo=UTC)
-            return match[1], KINDS[match[1]](taken)
+            kind, *parts = match.groups()
+            year, month, day, hour, minute = map(int, parts)
+            return kind, KINDS[kind](datetime(year, month, day, hour, minute, tzinfo=UTC))
         except (ValueError, OverflowError):
             pass
     return "", datetime.min.replace(tzinfo=UTC)
