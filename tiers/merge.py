@@ -590,6 +590,7 @@ class Merger:
             merge.gone.append(owner)
         else:
             merge.buried.append(owner)
+            merge.more_deleted = True  # another may have had it as its heir
         hit("checkpoint.dropped")
 
     async def _fold(self, source: Owner, target: Snapshot, budget: int) -> int | None:
