@@ -74,6 +74,8 @@ class Cleaner:
         self._ranked: list[Segment] = []
         """Victims, the best last, as of the checkpoint and the move in `_ranked_for`."""
         self._ranked_for: tuple[int, Move, bool] | None = None
+        self._forced: tuple[int, set[int]] = -1, set()
+        """The last checkpoint, and map segments whose live pages the next one is to write elsewhere."""
 
     async def run(self) -> None:
         """The task: rounds while there is something to do, then wait to be called."""
@@ -363,9 +365,14 @@ class Cleaner:
         live = sum(segment.live for segment in sealed)
         if slots - live <= max(live, 4 * engine.space.largest_segment_slots):
             return
+        # Once for each checkpoint: until then the counts stay as they are, and it would be the same ones each round.
+        if self._forced[0] != engine.log.checkpoint_seq:
+            self._forced = engine.log.checkpoint_seq, set()
+        forced = self._forced[1]
         for victim in sorted(sealed, key=lambda segment: segment.live / segment.slots)[:2]:
-            if 0 < victim.live < victim.slots // 2:
+            if 0 < victim.live < victim.slots // 2 and victim.id not in forced:
                 await self._force_pages(victim)
+                forced.add(victim.id)
 
     async def _force_pages(self, victim: Segment) -> None:
         engine = self._engine
