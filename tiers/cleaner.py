@@ -69,6 +69,8 @@ class Cleaner:
         self._engine = engine
         self._futile_rounds = 0
         self._turn_began = 0.0
+        self._rested_s = 0.0
+        """Of the present round."""
         self._emptied: list[Segment] = []
         """Victims that wait for a checkpoint, or to be reused."""
         self._ranked: list[Segment] = []
@@ -104,7 +106,9 @@ class Cleaner:
         ratio = self._engine.space.rest_ratio()
         worked = trio.current_time() - self._turn_began
         if ratio and worked > 0:
-            await trio.sleep(min(MAX_REST_S, worked * ratio))
+            rest_s = min(MAX_REST_S, worked * ratio)
+            self._rested_s += rest_s
+            await trio.sleep(rest_s)
         else:
             await trio.lowlevel.checkpoint()
         self._turn_began = trio.current_time()
@@ -116,7 +120,8 @@ class Cleaner:
         if space.read_only is not None:
             space.changed()
             return False
-        self._turn_began = trio.current_time()
+        began_s = self._turn_began = trio.current_time()
+        self._rested_s = 0.0
         await self._clean_map()
         gained_before = engine.segments.gained_slots
         moved_before = engine.moved_blocks
@@ -161,6 +166,8 @@ class Cleaner:
         self._futile_rounds = 0 if gained else self._futile_rounds + 1
         space.stuck = pressed and self._futile_rounds >= FUTILE_ROUNDS_PRESSED
         space.spilling = pressed and space.tier_use("fast").free <= fast_before
+        if moved:
+            space.pace.round_took(trio.current_time() - began_s - self._rested_s)
         space.changed()
         limit = FUTILE_ROUNDS_PRESSED if pressed else FUTILE_ROUNDS_IDLE
         return (moved or pressed) and self._futile_rounds < limit and space.cleaning_needed() is not None
