@@ -177,7 +177,7 @@ class Lineage:
                         for leaves in merge.stale.get(owner_id, ()):
                             index.add(owner_id, leaves)
         for volume_id, heir in merge.heirs.items():
-            engine.volumes[volume_id].heir = heir
+            engine.volumes[volume_id].heir = None if heir.gone else heir  # it may have been deleted meanwhile
         for volume, origin in frozen.origins.items():
             volume.origin = origin
         for volume_id, origin in merge.origins.items():
