@@ -521,11 +521,12 @@ class Pool:
     def _snapshot_of(self, volume: Volume, name: str) -> Snapshot | None:
         return next((s for s in self._engine.lineage.of_family(volume) if s.short_name == name), None)
 
-    async def snapshot_status(self, volume: str | None = None) -> list[SnapshotStatus]:
-        """What `snapshots` lists, with their sizes: metadata only, and remembered. Raises ENOENT."""
+    async def snapshot_status(self, volume: str | None = None, name: str | None = None) -> list[SnapshotStatus]:
+        """What `snapshots` lists, or one, with their sizes: metadata only, and remembered. Raises ENOENT."""
         lineage = self._engine.lineage
         found: list[SnapshotStatus] = []
-        for snapshot in self.snapshots(volume):
+        of = self.snapshots(volume) if volume is None or name is None else [self.snapshot(volume, name)]
+        for snapshot in of:
             if snapshot.gone:
                 continue
             exclusive = await exclusive_blocks(snapshot)
@@ -828,6 +829,7 @@ class Pool:
         space = engine.space
         segments = engine.segments
         losses = engine.losses.listed(engine.volumes)
+        snapshots = engine.lineage.by_family()
         pending_free = sum(segment.slots for segment in segments.idle() if is_free(segment, engine.log.seq))
         return PoolStatus(
             name=self.name,
@@ -880,7 +882,7 @@ class Pool:
                     v.throttled,
                     v.queued,
                     _origin_name(v),
-                    len(engine.lineage.of_family(v)),
+                    len(snapshots.get(v.family, ())),
                     (v.referenced_blocks if v.layered else v.tree.mapped_blocks) * BLOCK_BYTES,
                 )
                 for v in self.volumes()

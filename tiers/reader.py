@@ -101,6 +101,11 @@ class Reader:
         """The use that `acquire` began has ended."""
         self.open_count -= 1
 
+    def _require_alive(self) -> None:
+        """Raise ESTALE once it is deleted, or replaced by a rollback: others may take its blocks over from then on."""
+        if self.deleted:
+            raise TierError(errno.ESTALE, f"{self.name} was deleted or rolled back: connect anew")
+
     # -- the map -------------------------------------------------------------------------------------------------
 
     def entry_now(self, block: int) -> Entry | None:
@@ -136,6 +141,7 @@ class Reader:
 
     def read_now(self, offset: int, length: int, into: memoryview) -> bool:
         """Fill `into` with verified bytes if no device has to be waited for. False means: ask `read`."""
+        self._require_alive()
         if self._limits is not None:
             return self._read_limited_now(self._limits, offset, length, into)
         if (offset | length) & BLOCK_MASK:
@@ -243,9 +249,11 @@ class Reader:
 
     async def read(self, offset: int, length: int, into: memoryview) -> None:
         """Fill `into` with verified bytes. Raises TierError EIO for a block that can't be read or fails its check."""
+        self._require_alive()
         if self._limits is not None:
             await self._limits.take(operations_of(length), length)
         await self._read_pieces(offset, length, into)
+        self._require_alive()  # else a rollback may have taken away some of what was looked for
 
     async def _read_pieces(self, offset: int, length: int, into: memoryview) -> None:
         start = offset & ~BLOCK_MASK
@@ -451,6 +459,7 @@ class Reader:
             else:
                 addresses, _ = await self.entries(block, min(most, FANOUT - (block & FANOUT_MASK)))
                 runs = _run_lengths([address != UNMAPPED for address in addresses])
+            self._require_alive()
             for count, is_mapped in runs:
                 block += count
                 stop = min(end, block << BLOCK_SHIFT)

@@ -724,10 +724,6 @@ class Volume(Reader):
         segment = self._segments.get(address >> 24)
         return address == UNMAPPED or (segment is not None and segment.kind is Kind.PACKED)
 
-    def _require_alive(self) -> None:
-        if self.deleted:
-            raise TierError(errno.ESTALE, f"{self.name} was deleted")
-
     async def flush(self) -> None:
         """Return when every write, trim and zero whose call had returned is durable.
 

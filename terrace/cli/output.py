@@ -19,6 +19,8 @@ from terrace.sizes import format_size
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from terrace.apiclient import ApiClient
+
 _PATIENCE_S = 1.0
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
@@ -106,6 +108,20 @@ def percent(part: float, whole: float) -> str:
     if 0 < share < 1:
         return "<1 %"
     return f"{min(share, 99) if part < whole else share:.0f} %"
+
+
+def count(number: int, thing: str) -> str:
+    """`1 client`, `2 clients`."""
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
+def uris_of(client: ApiClient, export: str) -> list[str]:
+    """The NBD URIs of one export, one for each address that the daemon listens on."""
+    uris = []
+    for uri in client.get("status")["nbd"]["uris"]:
+        base, question, query = uri.partition("?")
+        uris.append(f"{base}{export}{question}{query}")
+    return uris
 
 
 def duration(seconds: float) -> str:

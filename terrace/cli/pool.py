@@ -241,6 +241,7 @@ def _space(device: dict[str, Any]) -> tuple[object, ...]:
 
 def show_volumes(volumes: Sequence[dict[str, Any]], empty: str) -> None:
     """The table of volumes."""
+    clones = any(volume["origin"] for volume in volumes)
     rows = [
         (
             volume["name"],
@@ -248,11 +249,14 @@ def show_volumes(volumes: Sequence[dict[str, Any]], empty: str) -> None:
             format_size(volume["mapped_bytes"]),
             percent(volume["mapped_bytes"], volume["size_bytes"]),
             volume["open_count"] or "-",
+            volume["snapshots"] or "-",
             shown_policy(volume),
+            *([volume["origin"] or "-"] if clones else []),
         )
         for volume in volumes
     ]
-    show_table(("Volume", ">Size", ">Mapped", ">Use", ">Clients", "Policy"), rows, empty=empty)
+    columns = ("Volume", ">Size", ">Mapped", ">Use", ">Clients", ">Snapshots", "Policy", *(["Origin"] * clones))
+    show_table(columns, rows, empty=empty)
 
 
 def shown_policy(volume: dict[str, Any], *, remedy: bool = False) -> str:
