@@ -45,7 +45,7 @@ import dataclasses
 import errno
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from http import HTTPStatus
 from pathlib import Path
@@ -76,6 +76,7 @@ log = logging.getLogger(__name__)
 BODY_LIMIT_BYTES = 1 << 20
 _PROGRESS_INTERVAL_S = 0.1
 _REPEAT_S = 5.0
+_LIST_STEP = 100
 DEFAULT_RANGES = 512
 """Of a heat map."""
 
@@ -256,6 +257,16 @@ def pool_summary(slot: Slot) -> dict[str, Any]:
 def _plain(status: Any) -> Any:
     """A dataclass as JSON's types."""
     return json.loads(json.dumps(dataclasses.asdict(status), default=str))
+
+
+async def _long_list(statuses: Sequence[Any]) -> Response:
+    """Dataclasses as a list of JSON; others have their turn meanwhile, since ten thousand take 0.2 s."""
+    parts = []
+    for start in range(0, len(statuses), _LIST_STEP):
+        rows = [dataclasses.asdict(status) for status in statuses[start : start + _LIST_STEP]]
+        parts.append(json.dumps(rows)[1:-1])
+        await trio.lowlevel.checkpoint()
+    return Response(f"[{','.join(parts)}]", media_type="application/json")
 
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -490,7 +501,7 @@ class Api:
             volume = request.path_params.get("volume")
             pool.snapshots(volume)
             await _count_exactly(pool)
-            return JSONResponse(list(map(_plain, await pool.snapshot_status(volume))))
+            return await _long_list(await pool.snapshot_status(volume))
 
     async def take_snapshots(self, request: Request) -> Response:
         body = await _body(request, TakeBody)

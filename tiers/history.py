@@ -114,13 +114,14 @@ def _runs(values: list[bool]) -> list[tuple[int, int]]:
     return runs
 
 
-async def exclusive_blocks(snapshot: "Snapshot") -> int:
+async def exclusive_blocks(snapshot: "Snapshot", *, has_clones: bool | None = None) -> int:
     """Blocks that no other version has: what its deletion would give back. 0 while clones need it.
 
-    Remembered until a checkpoint changes what it is counted from. Raises TierError EIO for a damaged map page.
+    `has_clones`: for who asks of many snapshots, and knows. Remembered until a checkpoint changes what it is counted
+    from. Raises TierError EIO for a damaged map page.
     """
     engine = snapshot._engine
-    if engine.lineage.clones_of(snapshot):
+    if engine.lineage.clones_of(snapshot) if has_clones is None else has_clones:
         return 0
     while True:
         if snapshot.exclusive_blocks is not None:

@@ -84,6 +84,13 @@ class Lineage:
         """The volumes that lie over a snapshot, retired ones too."""
         return [volume for volume in self._engine.volumes.values() if volume.origin is snapshot]
 
+    def clones_by_origin(self) -> dict[Snapshot | None, list[Volume]]:
+        """The same of all snapshots: for who asks of many."""
+        found: dict[Snapshot | None, list[Volume]] = {}
+        for volume in self._engine.volumes.values():
+            found.setdefault(volume.origin, []).append(volume)
+        return found
+
     def head_of(self, volume: Volume) -> Volume:
         """The volume that clients see under the name that the snapshots of `volume` bear."""
         if volume.retired:

@@ -256,7 +256,7 @@ def show_volumes(volumes: Sequence[dict[str, Any]], empty: str) -> None:
         for volume in volumes
     ]
     columns = ("Volume", ">Size", ">Mapped", ">Use", ">Clients", ">Snapshots", "Policy", *(["Origin"] * clones))
-    show_table(columns, rows, empty=empty)
+    show_table(columns, rows, empty=empty, spare=(">Use", ">Clients"))
 
 
 def shown_policy(volume: dict[str, Any], *, remedy: bool = False) -> str:

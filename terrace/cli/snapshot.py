@@ -111,7 +111,8 @@ def list_snapshots(context: Context, place: tuple[str, str | None] | None, outpu
         for one in found
     ]
     columns = ("Snapshot", "Created", ">Age", ">Refers to", ">Shared", ">Exclusive", "Kept by")
-    show_table(columns, rows, empty="There are no snapshots; terrace snapshot create POOL/VOL@SNAP takes one.")
+    empty = "There are no snapshots; terrace snapshot create POOL/VOL@SNAP takes one."
+    show_table(columns, rows, empty=empty, spare=("Created", ">Shared", ">Refers to"))
 
 
 def _kept_by(one: dict[str, Any]) -> str:
