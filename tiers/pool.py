@@ -101,6 +101,8 @@ class VolumeStatus:
     """Requests that wait for the limits of the policy."""
     queued: int = 0
     """Writes that wait for room in the pool."""
+    id: int = 0
+    """Never another volume's of this pool, and the same after a rollback."""
     origin: str | None = None
     """The snapshot that it is a clone of."""
     snapshots: int = 0
@@ -888,6 +890,7 @@ class Pool:
                     v.policy_missing,
                     v.throttled,
                     v.queued,
+                    v.family,
                     _origin_name(v),
                     len(snapshots.get(v.family, ())),
                     (v.referenced_blocks if v.layered else v.tree.mapped_blocks) * BLOCK_BYTES,
