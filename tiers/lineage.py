@@ -122,17 +122,20 @@ class Lineage:
             if snapshot.volume.family == family:
                 snapshot.name = f"{self.head_of(snapshot.volume).name}@{snapshot.short_name}"
 
+    def by_name(self) -> dict[tuple[int, str], Snapshot]:
+        """The visible snapshots by family and name: for who asks of many."""
+        return {(s.volume.family, s.short_name): s for s in self.snapshots.values() if s.state == "visible"}
+
     # -- what may be asked -------------------------------------------------------------------------------------------
 
     def take(self, frozen: "Frozen", volume: Volume, name: str, created_at: float) -> Snapshot:
-        """A snapshot of what the volume is at this freeze."""
+        """A snapshot of what the volume is at this freeze. Who has taken the last one has the leaf pages counted."""
         engine = self._engine
         tree = MapTree(f"{volume.name}@{name}", engine.segments, engine.cache)
         snapshot = Snapshot(engine, engine.next_volume_id, volume, name, volume.size_bytes, tree, created_at)
         snapshot.name = f"{volume.name}@{name}"
         engine.next_volume_id += 1
         volume.taking = snapshot
-        engine.count_leaf_pages()
         frozen.taken.append(snapshot)
         return snapshot
 
@@ -181,7 +184,7 @@ class Lineage:
                         for leaves in merge.stale.get(owner_id, ()):
                             index.add(owner_id, leaves)
         for volume_id, heir in merge.heirs.items():
-            engine.volumes[volume_id].heir = heir
+            engine.volumes[volume_id].heir = None if heir.gone else heir  # it may have been deleted meanwhile
         for volume, origin in frozen.origins.items():
             volume.origin = origin
         for volume_id, origin in merge.origins.items():

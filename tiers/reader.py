@@ -141,7 +141,8 @@ class Reader:
 
     def read_now(self, offset: int, length: int, into: memoryview) -> bool:
         """Fill `into` with verified bytes if no device has to be waited for. False means: ask `read`."""
-        self._require_alive()
+        if self.deleted:
+            self._require_alive()
         if self._limits is not None:
             return self._read_limited_now(self._limits, offset, length, into)
         if (offset | length) & BLOCK_MASK:
@@ -252,10 +253,11 @@ class Reader:
         self._require_alive()
         if self._limits is not None:
             await self._limits.take(operations_of(length), length)
-        await self._read_pieces(offset, length, into)
+        await self.read_anyway(offset, length, into)
         self._require_alive()  # else a rollback may have taken away some of what was looked for
 
-    async def _read_pieces(self, offset: int, length: int, into: memoryview) -> None:
+    async def read_anyway(self, offset: int, length: int, into: memoryview) -> None:
+        """The same without limits, and of what no client sees any more, too."""
         start = offset & ~BLOCK_MASK
         end = offset + length + BLOCK_MASK & ~BLOCK_MASK
         for at in range(start, end, PIECE_BYTES):

@@ -472,7 +472,7 @@ class Volume(Reader):
         """
         before = await self.entries(first, count)
         data = memoryview(bytearray(count << BLOCK_SHIFT))
-        await self._read_pieces(first << BLOCK_SHIFT, len(data), data)
+        await self.read_anyway(first << BLOCK_SHIFT, len(data), data)
         charge = await self._admission(first, count)
         self._require_alive()
         now = self.entries_now(first, count)
@@ -824,7 +824,7 @@ class Volume(Reader):
         """A block's entry and the bytes that were read through it, to prepare a merge with."""
         (address,), (check,) = await self.entries(block, 1)
         into = bytearray(BLOCK_BYTES)
-        await self._read_pieces(block << BLOCK_SHIFT, BLOCK_BYTES, memoryview(into))
+        await self.read_anyway(block << BLOCK_SHIFT, BLOCK_BYTES, memoryview(into))
         return (address, check), bytes(into)
 
     def shrink_logged(self, size_bytes: int, last_block: Buffer | None) -> None:

@@ -246,8 +246,8 @@ def show_volumes(volumes: Sequence[dict[str, Any]], empty: str) -> None:
         (
             volume["name"],
             format_size(volume["size_bytes"]),
-            format_size(volume["mapped_bytes"]),
-            percent(volume["mapped_bytes"], volume["size_bytes"]),
+            format_size(volume["referenced_bytes"]),  # of a clone, and so after a rollback, most is not its own
+            percent(volume["referenced_bytes"], volume["size_bytes"]),
             volume["open_count"] or "-",
             volume["snapshots"] or "-",
             shown_policy(volume),

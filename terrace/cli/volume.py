@@ -124,12 +124,12 @@ def show(context: Context, volume: tuple[str, str], output: str) -> None:
     if output == "json":
         show_json(found | {"uris": uris})
         return
-    size_bytes, mapped_bytes = found["size_bytes"], found["mapped_bytes"]
+    size_bytes, mapped_bytes = found["size_bytes"], found["referenced_bytes"]
     show_facts(
         [
             ("Volume", found["name"]),
             ("Size", f"{format_size(size_bytes)} ({size_bytes} bytes)"),
-            ("Mapped", f"{format_size(mapped_bytes)} ({percent(mapped_bytes, size_bytes)})" + _mapped_by(found)),
+            ("Mapped", f"{format_size(mapped_bytes)} ({percent(mapped_bytes, size_bytes)})" + _own(found)),
             *([("Origin", _origin(found))] if found["origin"] else []),
             ("Snapshots", found["snapshots"]),
             ("Policy", shown_policy(found, remedy=True)),
@@ -217,9 +217,9 @@ def _origin(volume: dict[str, Any]) -> str:
     return f"{volume['origin']}, to which it was rolled back" if rolled_back else str(volume["origin"])
 
 
-def _mapped_by(volume: dict[str, Any]) -> str:
-    """What a clone has besides its own."""
-    return f" of its own, {format_size(volume['referenced_bytes'])} with its origin's" if volume["origin"] else ""
+def _own(volume: dict[str, Any]) -> str:
+    """What of a clone is its own, not its origin's."""
+    return f", of which {format_size(volume['mapped_bytes'])} are its own" if volume["origin"] else ""
 
 
 for command in (heat, import_image, export_volume):
