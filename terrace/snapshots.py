@@ -42,7 +42,7 @@ def meant(name: str, names: Sequence[str]) -> str | None:
 
 
 def named(clients: Sequence[str]) -> str:
-    """`127.0.0.1:4711 and unix client 3`; of many only the first few."""
+    """`127.0.0.1:4711 and unix client 3 (process 815)`; of many only the first few."""
     shown = list(clients[:_NAMED_CLIENTS])
     if len(clients) > len(shown):
         shown.append(f"{len(clients) - len(shown)} more")
