@@ -217,6 +217,23 @@ def test_a_group_is_of_one_instant_under_a_writer_in_lockstep(volumes: Daemon) -
     assert pairs[-1][0] > pairs[0][0]
 
 
+def test_a_snapshot_has_the_size_that_its_volume_had(volumes: Daemon) -> None:
+    create(volumes, "v")
+    fill(volumes, "v", 1, offset=8 * MIB)
+    take(volumes, "large", "v")
+    volumes.cli("volume", "resize", "p/v", "4M", "--shrink")
+    take(volumes, "small", "v")
+    volumes.cli("volume", "resize", "p/v", "32M")
+    fill(volumes, "v", 2, offset=8 * MIB)
+    assert [snapshot(volumes, "v", name)["size_bytes"] for name in ("large", "small")] == [SIZE, 4 * MIB]
+    assert has(volumes, "v@large", 1, offset=8 * MIB)
+    said = volumes.cli("snapshot", "rollback", "p/v@large").stdout
+    assert "It has 16 MiB again, as then; it had 32 MiB." in said
+    assert has(volumes, "v", 1, offset=8 * MIB)
+    volumes.cli("snapshot", "rollback", "p/v@small")
+    assert volumes.api("GET", "/v1/pools/p/volumes/v")["size_bytes"] == 4 * MIB
+
+
 # -- clones, rollbacks, deletions ----------------------------------------------------------------------------
 
 
