@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from nbd.server import Limits
 from terrace.policies import PolicyConfig, ShownPolicy, require_policy_name, shown
+from terrace.schedule import Schedule
 from terrace.schema import ConfigError, Section, Size, Window, interval_seconds, validate, window_minutes
 from terrace.scrubs import Plan
 from tiers import Policy
@@ -154,10 +155,14 @@ class Config(Section):
         """Every policy that volumes may have, by name; that of volumes that name none is always among them."""
         return {DEFAULT_NAME: DEFAULT} | {name: table.policy(name) for name, table in self.policy.items()}
 
+    def schedules(self) -> dict[str, Schedule]:
+        """What snapshots the volumes of each policy get, where a table says so; by policy."""
+        return {name: schedule for name, table in self.policy.items() if (schedule := table.schedule())}
+
     def show_policy(self, name: str, volumes: Sequence[str] = ()) -> ShownPolicy:
         """One of `policies`, for people and programs; `volumes` have it. Raises KeyError."""
         table = self.policy.get(name) or PolicyConfig()
-        return shown(self.policies()[name], table.model_fields_set, volumes)
+        return shown(self.policies()[name], table.schedule(), table.model_fields_set, volumes)
 
 
 def load_config(path: Path | None) -> Config:

@@ -43,6 +43,7 @@ from terrace.httpserver import serve_http
 from terrace.lowwater import keep_watch
 from terrace.pools import Pools, open_pools
 from terrace.reclaim import stand_apart
+from terrace.scheduler import keep_schedules
 from terrace.schema import ConfigError
 from terrace.scrubs import keep_schedule
 from terrace.stall import StallMeter
@@ -176,6 +177,7 @@ async def _serve(
         async with trio.open_nursery() as background:
             background.start_soon(keep_schedule, pools, config.scrub.plan())
             background.start_soon(keep_watch, pools, config.space.levels, events)
+            background.start_soon(keep_schedules, pools, definitions.schedules, events)
             _settle_collector()
             stalls.reset()
             print("terraced is ready:", *daemon.uris(), flush=True)

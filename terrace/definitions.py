@@ -1,4 +1,4 @@
-"""The policies that are in force, and how they are read anew while volumes are served.
+"""The policies that are in force, with their schedules, and how they are read anew while volumes are served.
 
 A reload is all or nothing. A file that can't be read, has an error anywhere, or no longer has a policy that volumes
 use, changes nothing and says why. A good one takes effect in one step for all open pools; a pool that is opened later
@@ -20,8 +20,9 @@ import trio
 from terrace.config import Config, load_config
 from terrace.policies import ShownPolicy
 from terrace.pools import Pools
+from terrace.schedule import Schedule
 from terrace.schema import ConfigError
-from tiers import Policy, TierError
+from tiers import TierError
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Definitions:
     def __init__(self, file: Path | None, config: Config, pools: Pools) -> None:
         self._file = file.absolute() if file is not None else None
         self._started = self._config = config
+        self._schedules = config.schedules()
         self._pools = pools
         self._lock = trio.Lock()
 
@@ -60,6 +62,10 @@ class Definitions:
                 return found
         raise TierError(errno.ENOENT, f"there is no policy {name!r}: `terrace policy list` shows those that exist")
 
+    def schedules(self) -> Mapping[str, Schedule]:
+        """What snapshots the volumes of each policy get; those that get none aren't there."""
+        return self._schedules
+
     async def reload(self) -> Reloaded:
         """Read the configuration file again, and let its policies hold. Raises TierError; then nothing has changed."""
         if self._file is None:
@@ -73,13 +79,12 @@ class Definitions:
                 config = await trio.to_thread.run_sync(load_config, self._file)
             except ConfigError as error:
                 raise TierError(errno.EINVAL, f"nothing was reloaded: {'; '.join(error.problems)}") from None
-            before = self._pools.policies
-            policies = config.policies()
-            self._pools.define_policies(policies)
-            self._config = config
+            before = self._config
+            self._pools.define_policies(config.policies())
+            self._config, self._schedules = config, config.schedules()
         done = Reloaded(
             str(self._file),
-            **_difference(before, policies),
+            **_difference(before, config),
             needs_restart=[
                 section
                 for section in Config.model_fields
@@ -104,9 +109,15 @@ class Definitions:
                 log.error("%s", error)
 
 
-def _difference(before: Mapping[str, Policy], after: Mapping[str, Policy]) -> dict[str, list[str]]:
+def _difference(old: Config, new: Config) -> dict[str, list[str]]:
+    before, after = old.policies(), new.policies()
+    before_kept, after_kept = old.schedules(), new.schedules()
     return {
         "added": sorted(after.keys() - before.keys()),
-        "changed": sorted(name for name in before.keys() & after.keys() if before[name] != after[name]),
+        "changed": sorted(
+            name
+            for name in before.keys() & after.keys()
+            if before[name] != after[name] or before_kept.get(name) != after_kept.get(name)
+        ),
         "removed": sorted(before.keys() - after.keys()),
     }

@@ -1,7 +1,8 @@
 """`[policy.NAME]`: the tables of a configuration file in which policies are written, and how a policy is shown again.
 
 Sizes, times and hours are written as people write them; what a value may be is the engine's to say (`tiers.policy`),
-so that there is one place that knows it.
+so that there is one place that knows it. The schedule of snapshots is no part of the engine's policy: it is carried out
+above it (`terrace.scheduler`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, model_validator
 
+from terrace.schedule import Schedule, format_schedule, parse_schedule
 from terrace.schema import (
     Duration,
     KeyedError,
@@ -57,7 +59,9 @@ KEYS = {
     "queue_timeout": Key("queue_timeout_s", duration_seconds, format_duration),
     "stream_cutoff": Key("stream_cutoff_bytes", write=exact_size),
 }
+"""Those that the engine obeys."""
 KEY_OF_FIELD = {key.field: name for name, key in KEYS.items()}
+SCHEDULE_KEY = "snapshots"
 
 
 def _default(name: str) -> Any:
@@ -77,6 +81,11 @@ def _possible(name: str) -> AfterValidator:
         return value
 
     return AfterValidator(judge)
+
+
+def _is_schedule(text: str) -> str:
+    parse_schedule(text)
+    return text
 
 
 Rate = Annotated[Size, BeforeValidator(_without_per_second)]
@@ -99,6 +108,7 @@ class PolicyConfig(Section):
     when_full: WhenFull = DEFAULT.when_full
     queue_timeout: Annotated[Duration, _possible("queue_timeout")] = _default("queue_timeout")
     stream_cutoff: Annotated[Size, _possible("stream_cutoff")] = DEFAULT.stream_cutoff_bytes
+    snapshots: Annotated[str, AfterValidator(_is_schedule)] = ""
 
     @model_validator(mode="after")
     def _agree(self) -> PolicyConfig:
@@ -114,6 +124,10 @@ class PolicyConfig(Section):
             for known, toml in KEY_OF_FIELD.items():
                 reason = reason.replace(known, toml)
             raise KeyedError(KEY_OF_FIELD[error.field], reason) from None
+
+    def schedule(self) -> Schedule:
+        """What snapshots are taken and kept."""
+        return parse_schedule(self.snapshots)
 
 
 def require_policy_name(name: str) -> None:
@@ -137,7 +151,8 @@ class ShownPolicy:
     """The volumes that have the policy, as POOL/VOL."""
 
 
-def shown(policy: Policy, given: Collection[str], volumes: Sequence[str]) -> ShownPolicy:
-    """How `policy`, of whose keys some were `given`, is told to people and programs."""
+def shown(policy: Policy, schedule: Schedule, given: Collection[str], volumes: Sequence[str]) -> ShownPolicy:
+    """How `policy` and its schedule, of whose keys some were `given`, are told to people and programs."""
     keys = {name: key.write(getattr(policy, key.field)) for name, key in KEYS.items()}
-    return ShownPolicy(policy.name, keys, [name for name in KEYS if name in given], list(volumes))
+    keys[SCHEDULE_KEY] = format_schedule(schedule)
+    return ShownPolicy(policy.name, keys, [name for name in keys if name in given], list(volumes))

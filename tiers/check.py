@@ -645,7 +645,7 @@ async def _check_data(owner: "Owner", every: int, report: CheckReport, advance: 
                         own = (await owner.tree.load(0, [index]))[index]
                         addresses = [a if own[i] >= FIRST_ADDRESS else 0 for i, a in enumerate(addresses)]
                 except OSError as error:
-                    if report.ok:  # else the walk has named that page
+                    if report.ok and not owner.gone:  # else the walk has named that page
                         report.problem(str(error))
                     continue
                 for first, count in _mapped_runs(addresses):
@@ -702,4 +702,5 @@ async def _name_bad_blocks(owner: "Owner", start: int, count: int, report: Check
         try:
             await owner.read(offset, BLOCK_BYTES, into)
         except OSError as error:
-            report.problem(str(error))
+            if not owner.gone:  # what it had may have been given out again since
+                report.problem(str(error))

@@ -69,11 +69,15 @@ class Cleaner:
         self._engine = engine
         self._futile_rounds = 0
         self._turn_began = 0.0
+        self._rested_s = 0.0
+        """Of the present round."""
         self._emptied: list[Segment] = []
         """Victims that wait for a checkpoint, or to be reused."""
         self._ranked: list[Segment] = []
         """Victims, the best last, as of the checkpoint and the move in `_ranked_for`."""
         self._ranked_for: tuple[int, Move, bool] | None = None
+        self._forced: tuple[int, set[int]] = -1, set()
+        """The last checkpoint, and map segments whose live pages the next one is to write elsewhere."""
 
     async def run(self) -> None:
         """The task: rounds while there is something to do, then wait to be called."""
@@ -102,7 +106,9 @@ class Cleaner:
         ratio = self._engine.space.rest_ratio()
         worked = trio.current_time() - self._turn_began
         if ratio and worked > 0:
-            await trio.sleep(min(MAX_REST_S, worked * ratio))
+            rest_s = min(MAX_REST_S, worked * ratio)
+            self._rested_s += rest_s
+            await trio.sleep(rest_s)
         else:
             await trio.lowlevel.checkpoint()
         self._turn_began = trio.current_time()
@@ -114,7 +120,8 @@ class Cleaner:
         if space.read_only is not None:
             space.changed()
             return False
-        self._turn_began = trio.current_time()
+        began_s = self._turn_began = trio.current_time()
+        self._rested_s = 0.0
         await self._clean_map()
         gained_before = engine.segments.gained_slots
         moved_before = engine.moved_blocks
@@ -159,6 +166,8 @@ class Cleaner:
         self._futile_rounds = 0 if gained else self._futile_rounds + 1
         space.stuck = pressed and self._futile_rounds >= FUTILE_ROUNDS_PRESSED
         space.spilling = pressed and space.tier_use("fast").free <= fast_before
+        if moved:
+            space.pace.round_took(trio.current_time() - began_s - self._rested_s)
         space.changed()
         limit = FUTILE_ROUNDS_PRESSED if pressed else FUTILE_ROUNDS_IDLE
         return (moved or pressed) and self._futile_rounds < limit and space.cleaning_needed() is not None
@@ -363,9 +372,14 @@ class Cleaner:
         live = sum(segment.live for segment in sealed)
         if slots - live <= max(live, 4 * engine.space.largest_segment_slots):
             return
+        # Once for each checkpoint: until then the counts stay as they are, and it would be the same ones each round.
+        if self._forced[0] != engine.log.checkpoint_seq:
+            self._forced = engine.log.checkpoint_seq, set()
+        forced = self._forced[1]
         for victim in sorted(sealed, key=lambda segment: segment.live / segment.slots)[:2]:
-            if 0 < victim.live < victim.slots // 2:
+            if 0 < victim.live < victim.slots // 2 and victim.id not in forced:
                 await self._force_pages(victim)
+                forced.add(victim.id)
 
     async def _force_pages(self, victim: Segment) -> None:
         engine = self._engine

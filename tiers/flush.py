@@ -33,7 +33,7 @@ from tiers.failpoint import hit
 
 logger = logging.getLogger(__name__)
 
-MOST_SYNC_S = 0.4
+MOST_SYNC_S = 0.2
 """What a device may have to sync takes it so long at most, as fast as it was lately."""
 LEAST_CAP_BYTES = 8 << 20
 MEASURED_BYTES = 1 << 20

@@ -101,23 +101,34 @@ class Lineage:
         ]
         return sorted(found, key=lambda snapshot: snapshot.id)
 
+    def by_family(self) -> dict[int, list[Snapshot]]:
+        """The visible snapshots of each family, oldest first: for who asks of all volumes."""
+        found: dict[int, list[Snapshot]] = {}
+        for snapshot in sorted(self.snapshots.values(), key=lambda snapshot: snapshot.id):
+            if snapshot.state == "visible":
+                found.setdefault(snapshot.volume.family, []).append(snapshot)
+        return found
+
     def name_family(self, family: int) -> None:
         """Give the snapshots of a family the name that its volume has now."""
         for snapshot in self.snapshots.values():
             if snapshot.volume.family == family:
                 snapshot.name = f"{self.head_of(snapshot.volume).name}@{snapshot.short_name}"
 
+    def by_name(self) -> dict[tuple[int, str], Snapshot]:
+        """The visible snapshots by family and name: for who asks of many."""
+        return {(s.volume.family, s.short_name): s for s in self.snapshots.values() if s.state == "visible"}
+
     # -- what may be asked -------------------------------------------------------------------------------------------
 
     def take(self, frozen: "Frozen", volume: Volume, name: str, created_at: float) -> Snapshot:
-        """A snapshot of what the volume is at this freeze."""
+        """A snapshot of what the volume is at this freeze. Who has taken the last one has the leaf pages counted."""
         engine = self._engine
         tree = MapTree(f"{volume.name}@{name}", engine.segments, engine.cache)
         snapshot = Snapshot(engine, engine.next_volume_id, volume, name, volume.size_bytes, tree, created_at)
         snapshot.name = f"{volume.name}@{name}"
         engine.next_volume_id += 1
         volume.taking = snapshot
-        engine.count_leaf_pages()
         frozen.taken.append(snapshot)
         return snapshot
 

@@ -55,6 +55,8 @@ CHUNK_PAGES = 256
 SLICE_ENTRIES = 4096
 DELETED_LEAVES = 2048
 """Leaves of deleted snapshots that one checkpoint sorts out at most."""
+THIN_BLOCKS = 1024
+"""A hidden snapshot is looked through for what its clones need no more when so many blocks are others."""
 DELETED_SNAPSHOTS = 64
 """Deleted snapshots that one checkpoint looks at, for each volume."""
 
@@ -460,7 +462,7 @@ class Merger:
         """A slice of the work that deleted snapshots and retired volumes leave, each step in a pass of its own."""
         budget = DELETED_LEAVES
         for volume in list(self._engine.volumes.values()):
-            if not volume.retired and not any(snapshot.state == "deleted" for snapshot in volume.snapshots):
+            if not volume.retired and all(snapshot.state == "visible" for snapshot in volume.snapshots):
                 continue
             for _ in range(DELETED_SNAPSHOTS):
                 if budget <= 0:
@@ -482,6 +484,13 @@ class Merger:
                     self._drop(snapshot)
                     return 0
                 return await self._fold(snapshot, there[number - 1], budget)
+        for number, snapshot in enumerate(there):
+            if (
+                snapshot.state == "hidden"
+                and (clones := self._clones_of(snapshot))
+                and self._may_thin(snapshot, clones)
+            ):
+                return await self._thin(snapshot, there[number - 1] if number else None, clones, budget)
         if not volume.retired or volume in merge.buried:
             return None
         if not there:
@@ -490,14 +499,82 @@ class Merger:
             return None
         if merge.root_of(volume)[0]:
             return await self._fold(volume, there[-1], budget)
-        clones = [
-            clone
-            for clone in self._engine.volumes.values()
-            if self._origin_of(clone) is there[-1] and clone not in merge.buried
-        ]
+        clones = self._clones_of(there[-1])
         if len(there) == 1 and there[0].state == "hidden" and len(clones) == 1:
             return await self._absorb(there[0], clones[0], budget)
         return None
+
+    def _clones_of(self, snapshot: Snapshot) -> list[Volume]:
+        volumes = self._engine.volumes.values()
+        return [v for v in volumes if self._origin_of(v) is snapshot and v not in self._merge.buried]
+
+    def _may_thin(self, snapshot: Snapshot, clones: list[Volume]) -> bool:
+        """Whether clones have made so much their own, or the snapshot has come to keep so much, that a look pays."""
+        if snapshot.thinning is not None or snapshot.thinned is None:
+            return True
+        own, kept = snapshot.thinned
+        return self._own_blocks(clones) > own + max(THIN_BLOCKS, own // 8) or (
+            snapshot.tree.mapped_blocks > kept + max(THIN_BLOCKS, kept // 8)
+        )
+
+    def _own_blocks(self, clones: list[Volume]) -> int:
+        return sum(self._merge.mapped.get(clone.id, clone.tree.mapped_blocks) for clone in clones)
+
+    async def _thin(self, snapshot: Snapshot, older: Snapshot | None, clones: list[Volume], budget: int) -> int | None:
+        """What none of its clones needs of a hidden snapshot goes to the next older one that has none, or is dead."""
+        merge = self._merge
+        start = snapshot.thinning or 0
+        leaves = await first_leaves(self._tree(snapshot), budget, start)
+        if leaves is None:
+            return None
+        dropped: dict[int, U64] = {}
+        for at in range(0, len(leaves), CHUNK_PAGES):
+            indices = leaves[at : at + CHUNK_PAGES].tolist()
+            own = (await base_pages(self._tree(snapshot), 0, indices, {}))[:, :FANOUT]
+            needed = np.zeros(own.shape, bool)
+            for clone in clones:
+                needed |= (await base_pages(self._tree(clone), 0, indices, {}))[:, :FANOUT] == 0
+                for later in [later for later in clone.snapshots if later not in merge.gone]:
+                    needed |= (await base_pages(self._tree(later), 0, indices, {}))[:, :FANOUT] == INHERITED
+            drop = (own != 0) & ~needed
+            dropped.update((index, drop[row]) for row, index in enumerate(indices) if drop[row].any())
+            await trio.lowlevel.checkpoint()
+        if dropped:
+            touched = np.array(sorted(dropped), np.uint64)
+
+            async def drop_them(chunk: U64, indices: list[int], matrix: U64) -> None:
+                drop = np.array([dropped[index] for index in indices])
+                addresses, checks = matrix[:, :FANOUT], matrix[:, FANOUT:]
+                merge.mapped_in(snapshot, -mapped_count(addresses[drop]))
+                if older is None:
+                    merge.count_live(addresses[drop], -1)
+                addresses[drop] = checks[drop] = 0
+
+            async def take(chunk: U64, indices: list[int], matrix: U64) -> None:
+                drop = np.array([dropped[index] for index in indices])
+                more = await base_pages(self._tree(snapshot), 0, indices, {})
+                addresses, checks = matrix[:, :FANOUT], matrix[:, FANOUT:]
+                taken = drop & (addresses == 0)
+                merge.count_live(more[:, :FANOUT][drop & ~taken], -1)
+                addresses[taken], checks[taken] = more[:, :FANOUT][taken], more[:, FANOUT:][taken]
+                merge.mapped_in(_owner(older), mapped_count(addresses[taken]))
+
+            async def body() -> None:
+                for owner, edit in ((older, take), (snapshot, drop_them)):
+                    if owner is not None:
+                        tree = self._tree(owner)
+                        written = await self._rewrite_leaves(owner, tree, touched, edit)
+                        await self._rewrite_inner(owner, tree, written, {}, {})
+
+            await self._pass(body)
+            hit("checkpoint.thinned")
+        if len(leaves) < budget:
+            snapshot.thinning = None
+            kept = merge.mapped.get(snapshot.id, snapshot.tree.mapped_blocks)
+            snapshot.thinned = self._own_blocks(clones), kept
+        else:
+            snapshot.thinning = int(leaves[-1]) + 1
+        return len(leaves)
 
     def _origin_of(self, volume: Volume) -> Snapshot | None:
         return self._merge.origins.get(volume.id, volume.origin)
@@ -513,6 +590,7 @@ class Merger:
             merge.gone.append(owner)
         else:
             merge.buried.append(owner)
+            merge.more_deleted = True  # another may have had it as its heir
         hit("checkpoint.dropped")
 
     async def _fold(self, source: Owner, target: Snapshot, budget: int) -> int | None:
@@ -555,7 +633,8 @@ class Merger:
                 more, more_checks = from_source[:, :FANOUT], from_source[:, FANOUT:]
                 addresses, checks = matrix[:, :FANOUT], matrix[:, FANOUT:]
                 merge.mapped_in(source, -mapped_count(more))
-                left = more != 0
+                # INHERITED: what the origin of the snapshot's volume has, which is about to be the clone's origin.
+                left = (more != 0) & (more != INHERITED)
                 # First those that say so. (A retired clone's own map may have moved to its snapshots already.)
                 for snapshot in [snapshot for snapshot in clone.snapshots if snapshot not in merge.gone]:
                     kept = await base_pages(self._tree(snapshot), 0, indices, {})
@@ -797,21 +876,29 @@ def _children(page: Page, index: int) -> U64:
     return np.uint64(index << FANOUT_BITS) | slots.astype(np.uint64)
 
 
-async def first_leaves(tree: MapTree, most: int) -> U64 | None:
-    """The first leaves of a tree, about `most`; None if pages above some of them are lost."""
+def _owner(snapshot: Snapshot | None) -> Snapshot:
+    assert snapshot is not None
+    return snapshot
+
+
+async def first_leaves(tree: MapTree, most: int, start: int = 0) -> U64 | None:
+    """The first leaves of a tree from `start` on, at most so many; None if pages above some of them are lost."""
     if not tree.root[0]:
         return np.empty(0, np.uint64)
     if tree.root[0] < FIRST_ADDRESS:
         return None
     level, indices = ROOT_LEVEL, np.zeros(1, np.uint64)
     while level:
-        # A page of this level leads to at least one leaf.
-        indices = indices[:most]
+        # Each page of this level leads to at least one leaf, but for the first: to one from `start` on.
+        indices = indices[: most + 1]
         pages = await tree.load(level, indices.tolist())
         if any(page is BAD_PAGE or BAD in page[:FANOUT].tolist() for page in pages.values()):
             return None
         indices = np.concatenate([_children(pages[index], index) for index in indices.tolist()])
         level -= 1
+        indices = indices[indices >= np.uint64(start >> FANOUT_BITS * level)]
+        if not len(indices):
+            break
         await trio.lowlevel.checkpoint()
     return indices[:most]
 

@@ -503,8 +503,10 @@ class Pool:
 
     def snapshots(self, volume: str | None = None) -> list[Snapshot]:
         """The snapshots that can be seen, of one volume or of all; by volume, then oldest first. Raises ENOENT."""
-        volumes = self.volumes() if volume is None else [self.volume(volume)]
-        return [snapshot for one in volumes for snapshot in self._engine.lineage.of_family(one)]
+        if volume is not None:
+            return self._engine.lineage.of_family(self.volume(volume))
+        by_family = self._engine.lineage.by_family()
+        return [snapshot for one in self.volumes() for snapshot in by_family.get(one.family, ())]
 
     def snapshot(self, volume: str, name: str) -> Snapshot:
         """The snapshot of that name. Raises TierError ENOENT."""
@@ -557,22 +559,29 @@ class Pool:
         taken: list[Snapshot] = []
 
         def act(frozen: Frozen) -> None:
-            volumes = [self.volume(volume) for volume, _ in wanted]
+            # Clients wait, and there may be many of both: each is found in one pass.
+            heads = {volume.short_name: volume for volume in self.volumes()}
+            volumes = [heads.get(volume) or self.volume(volume) for volume, _ in wanted]
+            known = self._engine.lineage.by_name()
             for volume, (_, name) in zip(volumes, wanted, strict=True):
-                self._require_new_snapshot(volume, name)
+                self._require_new_snapshot(volume, name, known)
             if len({volume.id for volume in volumes}) < len(volumes):
                 raise TierError(errno.EINVAL, "a volume is named twice: one snapshot of it is enough")
             now = self._host.now()
             for volume, (_, name) in zip(volumes, wanted, strict=True):
                 taken.append(self._engine.lineage.take(frozen, volume, name, now))
+            self._engine.count_leaf_pages()
 
         async with self._ddl:
             self._require_snapshot_room(len(wanted))
             await self._engine.lineage.ask(act)
         return taken
 
-    def _require_new_snapshot(self, volume: Volume, name: str) -> None:
-        if self._snapshot_of(volume, name) is not None:
+    def _require_new_snapshot(
+        self, volume: Volume, name: str, known: Mapping[tuple[int, str], Snapshot] | None = None
+    ) -> None:
+        found = self._snapshot_of(volume, name) if known is None else known.get((volume.family, name))
+        if found is not None:
             raise TierError(
                 errno.EEXIST,
                 f"there is a snapshot {volume.name}@{name} already: choose another name, or delete it first",
@@ -598,11 +607,17 @@ class Pool:
 
         Raises TierError: ENOENT, EBUSY while somebody reads it or it is held.
         """
+        await self.delete_snapshots([(volume, name)])
+
+    async def delete_snapshots(self, wanted: Sequence[tuple[str, str]]) -> None:
+        """Delete snapshots (volume, name) with one checkpoint: all of them, or none. Else as `delete_snapshot`."""
 
         def act(frozen: Frozen) -> None:
-            snapshot = self.snapshot(volume, name)
-            self._require_free(snapshot)
-            self._engine.lineage.delete(frozen, snapshot)
+            heads = {volume.short_name: volume.family for volume in self.volumes()}
+            known = self._engine.lineage.by_name()
+            # What isn't known is refused by `snapshot`.
+            found = [known.get((heads.get(volume, -1), name)) or self.snapshot(volume, name) for volume, name in wanted]
+            self._delete_all(found, frozen)
 
         async with self._ddl:
             await self._engine.lineage.ask(act)
@@ -685,6 +700,7 @@ class Pool:
             if keep_as is not None:
                 self._require_new_snapshot(old, keep_as)
                 lineage.take(frozen, old, keep_as, now)
+                self._engine.count_leaf_pages()
             new = lineage.clone(frozen, snapshot, old.short_name, old.created_at, old.policy_name)
             new.family = old.family
             lineage.retire(frozen, old)

@@ -134,6 +134,11 @@ class Snapshot(Reader):
         """Not to be deleted, by schedules or by hand, until it is released."""
         self.referenced_blocks = 0
         """Blocks with data that it shows."""
+        self.thinned: tuple[int, int] | None = None
+        """A hidden one was last looked through for what clones need no more when they had so many blocks of their own,
+        and it kept so many."""
+        self.thinning: int | None = None
+        """The leaf where that goes on, while it is under way."""
         self.exclusive_blocks: int | None = None
         """Of those, the ones that would be given back with it, when that was counted last; None if it has changed."""
 

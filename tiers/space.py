@@ -9,7 +9,8 @@ in a full pool. No capacity means ENOSPC.
 
 Is there *room* now? Free slots must cover the write and a reserve that clients never get: the cleaner's open segments,
 the map pages that the next checkpoint may have to write, and one segment for trims and deletes. No room means waiting:
-the cleaner and the checkpoint are making some.
+the cleaner and the checkpoint are making some. Where that takes them long, writes that there is room for are held to a
+pace (`tiers.pace`), so that none has to wait for all of it.
 """
 
 import errno
@@ -22,6 +23,7 @@ from tiers.errors import NoRoomError, TierError
 from tiers.flush import Flusher
 from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, MIN_SEGMENT_BYTES
 from tiers.log import Log
+from tiers.pace import Pace
 from tiers.placement import FAST_BEGIN_SHARE, Move, TierUse, decide, rest_ratio
 from tiers.record import Kind
 from tiers.segments import SegmentTable
@@ -87,6 +89,13 @@ class Space:
         self._flusher = flusher
         self._settings = settings
         self._changed = trio.lowlevel.ParkingLot()
+        self.pace = Pace()
+        self._line = trio.Lock()
+        """Those who are out of pace, in the order in which they go."""
+        self._out_of_pace = False
+        """The last admission failed for that alone."""
+        self._paid_bytes = 0
+        """How long the log was when the pace was told of it."""
         self.waiters = 0
         self.queued = 0
         """Writes that found the pool full and wait for room, as their volumes' policies say."""
@@ -190,6 +199,7 @@ class Space:
 
         `spare`: so many more there must be room for.
         """
+        self._out_of_pace = False
         if (
             self.read_only is not None
             or self.active_weight + blocks > self._settings.overlay_entries - self.frozen_weight
@@ -197,7 +207,8 @@ class Space:
             or not self._flusher.room()
         ):
             return False
-        return self._room_for(blocks + spare, self.reserve + self.map_reserve(blocks)) and self._fast_room_for(blocks)
+        reserve = self.reserve + self.map_reserve(blocks)
+        return self._room_for(blocks + spare, reserve) and self._fast_room_for(blocks) and self._keeps_pace(reserve)
 
     def admit_release(self) -> bool:
         """Whether a trim or delete may be logged now: these may use the last segment."""
@@ -221,7 +232,29 @@ class Space:
 
     def _has_slots(self, blocks: int, reserve: int) -> bool:
         headers = 2 + blocks // 128
-        return self._segments.free_slots + self._log.head_room - reserve >= blocks + headers
+        return self._room(reserve) >= blocks + headers
+
+    def _room(self, reserve: int) -> int:
+        """Slots that clients may take before they reach what is kept from them."""
+        return self._segments.free_slots + self._log.head_room - reserve
+
+    def _keeps_pace(self, reserve: int) -> bool:
+        """Whether a write that there is room for keeps the pace, where there is one."""
+        room = self._room(reserve)
+        self._pay(room)
+        self._out_of_pace = self._is_paced(room) and not self.pace.may_go(trio.current_time())
+        return not self._out_of_pace
+
+    def _pay(self, room: int) -> None:
+        """Tell the pace what was logged since this was asked last; what came while there was none is free."""
+        logged = self._log.appended_bytes
+        slots, self._paid_bytes = logged - self._paid_bytes >> BLOCK_SHIFT, logged
+        if slots and self._is_paced(room):
+            self.pace.took(slots, room + slots, self._margin(), trio.current_time())
+
+    def _is_paced(self, room: int) -> bool:
+        """Whether so little room is left that the cleaner works to make more, and its rounds are long."""
+        return room < self._margin() and self.pace.spread_s > 0
 
     def _fast_room_for(self, blocks: int) -> bool:
         """Whether the log can stay on the fast tier: base is slow, and clients' flushes should not need it."""
@@ -257,11 +290,31 @@ class Space:
             )
         if self.active_weight * 2 > self._settings.overlay_entries:
             self.kick_checkpoint.set()
+        if self._out_of_pace and not for_release:
+            await self._wait_for_turn()
+            return
         self.waiters += 1
         try:
             await self._changed.park()
         finally:
             self.waiters -= 1
+
+    async def _wait_for_turn(self) -> None:
+        """Wait in the line of those who keep the pace. When this returns, nothing has happened since the turn came."""
+        pace = self.pace
+        pace.waiting += 1
+        try:
+            async with self._line:
+                while self._is_paced(room := self._room(self.reserve + self.map_reserve())):
+                    self._pay(room)
+                    left_s = pace.turn_in_s(trio.current_time())
+                    if left_s <= 0:
+                        break
+                    with trio.move_on_after(left_s):
+                        await self._changed.park()
+                pace.take_turn(trio.current_time())
+        finally:
+            pace.waiting -= 1
 
     async def wait_in_queue(self, blocks: int, at_most_s: float, wanted: Callable[[], bool]) -> None:
         """Wait until there may be room for `blocks` that were refused, for `at_most_s`, while it is `wanted`.
@@ -360,7 +413,7 @@ class Space:
 
     def rest_ratio(self) -> float:
         """How long the cleaner should rest for the time it works: nothing while a writer waits."""
-        if self.waiters:
+        if self.waiters or self.pace.holds_back(trio.current_time()):
             return 0.0
         low = self.low_slots()
         ratio = rest_ratio(self._segments.free_slots, low, low - self._margin())

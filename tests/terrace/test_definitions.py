@@ -95,6 +95,21 @@ def test_policies_are_reloaded_while_a_client_is_served(served: FakeDaemon) -> N
     assert "[nbd], [pool] takes effect when terraced is restarted" in served.cli("policy", "reload").stdout
 
 
+def test_a_schedule_is_shown_and_a_reload_that_changes_only_that_says_so(served: FakeDaemon) -> None:
+    assert served.api("GET", "/v1/policies/gold")["keys"]["snapshots"] == ""
+    rewrite(served, TWO + 'snapshots = "daily=7, hourly=24"\n')
+    done = served.cli_json("policy", "reload")
+    assert (done["added"], done["changed"], done["removed"]) == ([], ["cold"], [])
+    assert 'snapshots = "hourly=24 daily=7"' in served.cli("policy", "list").stdout
+    shown = served.cli("policy", "show", "cold").stdout
+    assert [line.split() for line in shown.splitlines() if "hourly" in line] == [
+        ["snapshots", '"hourly=24', 'daily=7"']
+    ]
+    rewrite(served, TWO + 'snapshots = "daly=7"\n')
+    assert 'policy.cold.snapshots: "daly" is not a kind' in served.cli("policy", "reload", status=1).stderr
+    assert served.api("GET", "/v1/policies/cold")["keys"]["snapshots"] == "hourly=24 daily=7"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from terrace.cli.root import root
 from terrace.config import Config, parse_config
-from terrace.policies import KEYS, PolicyConfig
+from terrace.policies import KEYS, SCHEDULE_KEY, PolicyConfig
 from terrace.schema import ConfigError, duration_seconds, format_duration
 from terrace.sizes import parse_size
 from tiers import Policy
@@ -35,6 +35,7 @@ bandwidth_burst = "1G"
 when_full = "queue"
 queue_timeout = "90s"
 stream_cutoff = "1M"
+snapshots = "hourly=24 daily=7 weekly=4"
 """
 GOLD = Policy(
     "gold",
@@ -64,7 +65,8 @@ def problem(text: str) -> str:
 
 def test_every_key_reaches_the_policy() -> None:
     assert parse_config(EVERY_KEY, "t.toml").policies() == {"default": DEFAULT, "gold": GOLD}
-    assert list(PolicyConfig.model_fields) == list(KEYS)
+    assert parse_config(EVERY_KEY, "t.toml").schedules() == {"gold": {"hourly": 24, "daily": 7, "weekly": 4}}
+    assert list(PolicyConfig.model_fields) == [*KEYS, SCHEDULE_KEY]
 
 
 def test_a_table_without_keys_is_the_defaults_and_default_itself_may_be_given() -> None:
@@ -76,10 +78,12 @@ def test_a_table_without_keys_is_the_defaults_and_default_itself_may_be_given() 
 def test_what_is_shown_says_what_was_given_and_can_be_written_again() -> None:
     config = parse_config(EVERY_KEY, "t.toml")
     found = config.show_policy("gold", ["p/v"])
-    assert (found.name, found.given, found.volumes) == ("gold", list(KEYS), ["p/v"])
+    assert (found.name, found.given, found.volumes) == ("gold", [*KEYS, SCHEDULE_KEY], ["p/v"])
     assert found.keys["migration_rate"] == "50M"
     again = "\n".join(f"{key} = {value!r}" for key, value in found.keys.items())
-    assert parse_config("[policy.gold]\n" + again, "t.toml").policies()["gold"] == GOLD
+    written = parse_config("[policy.gold]\n" + again, "t.toml")
+    assert written.policies()["gold"] == GOLD
+    assert written.schedules() == config.schedules()
     assert config.show_policy("default").given == []
     assert config.show_policy("default").keys["demote_idle"] == "10m"
 
@@ -111,6 +115,12 @@ def test_what_is_shown_says_what_was_given_and_can_be_written_again() -> None:
             "bandwidth_limit = '1M'\nbandwidth_burst = '64K'",
             "bandwidth_burst: 64K is less than what bandwidth_limit gives in a second; the nearest possible is 1M",
         ),
+        ("snapshots = 'hourley=24'", 'snapshots: "hourley" is not a kind of snapshot; did you mean "hourly"?'),
+        ("snapshots = 'hourly=0'", "snapshots: hourly=0 would keep none of what it takes; leave hourly out"),
+        ("snapshots = 'daily=1000000'", "snapshots: daily=1000000 is not possible; it must be from 1 to 10000; "),
+        ("snapshots = 24", "snapshots: 24 is not a string in quotes"),
+        ("snapshots = {hourly = 24}", "snapshots: {'hourly': 24} is not a string in quotes"),
+        ("snapshot = 'hourly=24'", 'snapshot: unknown key; did you mean "snapshots"?'),
         ("when_full = 'queue'\nqueue_timeout = 0", "queue_timeout: 0 is no time to wait in"),
     ],
 )
@@ -155,6 +165,7 @@ def test_a_file_is_checked_without_a_daemon(tmp_path: Path) -> None:
     good = run("--home", str(tmp_path), "policy", "check", str(file))
     assert (good.exit_code, good.output) == (0, f"{file}: good; policies: gold\n")
     assert '"migration_window": "22:00-06:00"' in run("policy", "check", str(file), "-o", "json").output
+    assert '"snapshots": "hourly=24 daily=7 weekly=4"' in run("policy", "check", str(file), "-o", "json").output
     file.write_text(EVERY_KEY.replace("placement", "placment"))
     bad = run("policy", "check", str(file))
     assert bad.exit_code == 1

@@ -15,6 +15,7 @@ from tests.simulation.oracle import BLOCK, Model, Op, read_all, require_sound
 from tests.tiers.test_rules_log import QUIET, block, crash, get, machine_of, opened, put
 from tiers import Pool, PoolSettings, TierError, Volume
 from tiers.record import Kind
+from tiers.segments import Segment
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -386,6 +387,43 @@ def test_map_segments_are_emptied_and_no_crash_takes_a_page_with_them(seed: int)
 
     machine.run(main)
     assert forced
+
+
+def test_map_segments_are_read_for_their_emptying_once_for_each_checkpoint() -> None:
+    """A round of the cleaner comes often, and the segments may lie on a slow device."""
+    machine = Machine((Disk("fast", 90),), settings=QUIET)
+    rng = random.Random(1)
+    read: list[int] = []
+
+    async def main() -> None:
+        async with machine.open() as pool:
+            volume = await pool.create_volume("v", GIB)
+            mover = pool._cleaner.mover
+            read_segment = mover.read_segment
+
+            async def counted(segment: Segment) -> memoryview:
+                read.append(segment.id)
+                return await read_segment(segment)
+
+            mover.read_segment = counted  # type: ignore[method-assign]
+            emptied = 0
+            for _ in range(40):
+                for _ in range(30):
+                    await volume.write(rng.randrange(250) * 512 * BLOCK, block(rng.randrange(1, 250)))
+                read.clear()
+                await pool._cleaner._clean_map()
+                first, forced = list(read), {i: set(keys) for i, keys in pool._engine.forced.items()}
+                await pool._cleaner._clean_map()
+                assert read == first, "read again, to find the same"
+                assert pool._engine.forced == forced
+                await pool.checkpoint()
+                emptied += len(first)
+                assert all(
+                    i not in pool._engine.segments.by_id or not pool._engine.segments.by_id[i].live for i in first
+                )
+            assert emptied > 2, "each checkpoint makes more to empty"
+
+    machine.run(main)
 
 
 # -- rule 9 ------------------------------------------------------------------------------------------------------------
