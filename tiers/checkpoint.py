@@ -103,6 +103,8 @@ class Checkpointer:
         self._failures = 0
         self._more_deleted = True
         """Deleted snapshots may have something left to be sorted out."""
+        self._sorted_out = False
+        """And the next checkpoint will get on with it, for this one did."""
         self._taken_changes: set[int] = set()
         self._taken_gone: set[int] = set()
 
@@ -544,7 +546,9 @@ class Checkpointer:
             overlays.append(volume.active)
             volume.tree.close()
         engine.lineage.committed(frozen, merge)
-        self._more_deleted = merge.more_deleted or bool(frozen.retiring or frozen.origins)
+        begun = bool(frozen.retiring or frozen.origins)
+        self._more_deleted = merge.more_deleted or begun
+        self._sorted_out = merge.sorted_out or begun
         for segment_id, count in merge.pending.items():
             segments.ceased_pending(segment_id, -count)
         for segment_id, count in merge.live.items():
@@ -580,7 +584,7 @@ class Checkpointer:
                     device.unnamed_bytes += device.unsynced_bytes - before
         hit("checkpoint.labelled")
         engine.space.changed()
-        if engine.dead or self._more_deleted:
+        if engine.dead or self._sorted_out:
             engine.space.kick_checkpoint.set()
 
 

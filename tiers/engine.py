@@ -235,7 +235,10 @@ class Engine:
         for volume in self.volumes.values():
             leaves = (volume.size_bytes >> 20) + 1
             pages = leaves + leaves // 200 + 5
-            total += 2 * pages if volume.has_history else pages  # those of the snapshot that keeps what was there
+            total += pages
+            if volume.has_history:  # what keeps what was there; and what moves in the trees of others
+                kept = pages if volume.kept is None else len(volume.kept)
+                total += pages + kept + kept // 64 + (ROOT_LEVEL + 1) * len(volume.snapshots)
         self.space.leaf_pages = total
         self.space.trees_touched = 2 if any(volume.has_history for volume in self.volumes.values()) else 1
 

@@ -33,6 +33,9 @@ class KeptLeaves:
         self._more: dict[int, set[int]] = defaultdict(set)
         self._more_count = 0
 
+    def __len__(self) -> int:
+        return len(self._words) + self._more_count
+
     def add(self, snapshot_id: int, leaves: U64) -> None:
         """A snapshot has these leaves."""
         assert snapshot_id >> ID_BITS == 0

@@ -41,6 +41,7 @@ from tiers.maptree import (
 )
 from tiers.mapwriter import MapWriter
 from tiers.overlay import UNSET, Overlay, Patch
+from tiers.record import Kind
 from tiers.relocation import Relocation
 from tiers.snapshot import Snapshot
 from tiers.volume import Volume
@@ -55,6 +56,10 @@ CHUNK_PAGES = 256
 SLICE_ENTRIES = 4096
 DELETED_LEAVES = 2048
 """Leaves of deleted snapshots that one checkpoint sorts out at most."""
+STEP_SEGMENTS = 2
+PAGES_A_LEAF = 4
+STEP_PAGES = 64
+"""What a step may take: for each leaf, in all trees; for the inner pages above; and segments that are left unfilled."""
 THIN_BLOCKS = 1024
 """A hidden snapshot is looked through for what its clones need no more when so many blocks are others."""
 DELETED_SNAPSHOTS = 64
@@ -108,7 +113,9 @@ class Merge:
     heirs: dict[int, Volume] = field(default_factory=dict)
     """Who takes over the blocks of a retired volume, by its id."""
     more_deleted: bool = False
-    """Something is left for the next checkpoint to sort out."""
+    """Something is left for a later checkpoint to sort out."""
+    sorted_out: bool = False
+    """And something was sorted out, so the next one may come at once."""
 
     def count_live(self, addresses: U64, sign: int) -> None:
         """Count each address that lies in a segment as one live block more or less."""
@@ -465,14 +472,25 @@ class Merger:
             if not volume.retired and all(snapshot.state == "visible" for snapshot in volume.snapshots):
                 continue
             for _ in range(DELETED_SNAPSHOTS):
-                if budget <= 0:
+                most = min(budget, self._leaves_that_fit())
+                if most <= 0:
                     self._merge.more_deleted = True
                     return
-                done = await self._sort_out(volume, budget)
+                done = await self._sort_out(volume, most)
                 if done is None:
                     break
                 budget -= done + 1
-                self._merge.more_deleted = True
+                self._merge.more_deleted = self._merge.sorted_out = True
+
+    def _leaves_that_fit(self) -> int:
+        """How many leaves a step may take, so that what it writes leaves enough for the rest of the checkpoint.
+
+        What is written comes back with a later checkpoint, so in a full pool it goes in small steps. None of this may
+        make a checkpoint fail: it would fail again and again.
+        """
+        space, segments = self._engine.space, self._engine.segments
+        room = segments.free_slots - space.keep_slots(Kind.MAP) - STEP_SEGMENTS * space.largest_segment_slots
+        return (room - STEP_PAGES) // PAGES_A_LEAF
 
     async def _sort_out(self, volume: Volume, budget: int) -> int | None:
         """One step for a volume; returns how many leaves it took, None if there is nothing to do."""
@@ -590,7 +608,7 @@ class Merger:
             merge.gone.append(owner)
         else:
             merge.buried.append(owner)
-            merge.more_deleted = True  # another may have had it as its heir
+            merge.more_deleted = merge.sorted_out = True  # another may have had it as its heir
         hit("checkpoint.dropped")
 
     async def _fold(self, source: Owner, target: Snapshot, budget: int) -> int | None:
