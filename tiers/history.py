@@ -13,7 +13,7 @@ import numpy as np
 import trio
 
 from tiers.layout import BLOCK_SHIFT, FIRST_ADDRESS
-from tiers.maptree import BAD_PAGE, EMPTY_PAGE, FANOUT, FANOUT_BITS, MapTree, Page
+from tiers.maptree import BAD_PAGE, EMPTY_PAGE, FANOUT, FANOUT_BITS, ROOT_LEVEL, MapTree, Page
 from tiers.reader import hole_in
 
 if TYPE_CHECKING:
@@ -152,21 +152,16 @@ async def _count(tree: MapTree, older: MapTree | None) -> int:
 
 async def leaves_of(tree: MapTree) -> AsyncIterator[list[int]]:
     """The leaves of a tree, in order, some at a time. What lies below lost pages is left out."""
-    at = 0
-    while True:
-        hole = await hole_in(tree, at << FANOUT_BITS)
-        if hole:
-            at += hole >> FANOUT_BITS
-            if at >> FANOUT_BITS * 4:
-                return
-            continue
-        parent = at >> FANOUT_BITS
-        page = (await tree.load(1, [parent]))[parent]
-        if page is BAD_PAGE:
-            at = parent + 1 << FANOUT_BITS
-            continue
-        slots = np.flatnonzero(np.frombuffer(page, np.uint64)[:FANOUT] >= np.uint64(FIRST_ADDRESS))
-        indices = [parent << FANOUT_BITS | slot for slot in slots.tolist() if parent << FANOUT_BITS | slot >= at]
-        for start in range(0, len(indices), CHUNK_LEAVES):
-            yield indices[start : start + CHUNK_LEAVES]
-        at = parent + 1 << FANOUT_BITS
+    stack = [(ROOT_LEVEL, 0)] if tree.root[0] >= FIRST_ADDRESS else []
+    while stack:
+        level, index = stack.pop()
+        page = (await tree.load(level, [index]))[index]
+        if page is not BAD_PAGE:
+            slots = np.flatnonzero(np.frombuffer(page, np.uint64)[:FANOUT] >= np.uint64(FIRST_ADDRESS))
+            below = [index << FANOUT_BITS | slot for slot in slots.tolist()]
+            if level == 1:
+                for start in range(0, len(below), CHUNK_LEAVES):
+                    yield below[start : start + CHUNK_LEAVES]
+            else:
+                stack += [(level - 1, child) for child in reversed(below)]
+        await trio.lowlevel.checkpoint()

@@ -678,6 +678,7 @@ class Merger:
             hit("checkpoint.absorbed")
         if not merge.root_of(source)[0]:
             merge.origins[clone.id] = self._origin_of(source.volume)
+            merge.origins[source.volume.id] = None  # it has nothing left to be read, and stays only for its heir's sake
             merge.mapped.pop(source.id, None)
             merge.gone.append(source)
         return len(leaves)

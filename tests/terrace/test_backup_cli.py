@@ -194,7 +194,7 @@ def test_a_directory_with_damage_and_gaps_is_told_of(cli: Cli) -> None:
         (("restore", "demo/new", "-", "there"), 2, "a call of its own"),
         (("restore", "demo/new", "there"), 1, "there is not a backup"),
         (("restore", "demo/new", "directory"), 1, "has no whole backup"),
-        (("restore", "demo/new@snap", "there"), 2, "has an @"),
+        (("restore", "demo/new@snap", "there"), 2, "a volume is needed here"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )

@@ -1,6 +1,9 @@
 """Random programs over volumes, snapshots and clones on a simulated machine, and the model that judges them.
 
 A volume or snapshot is a list of stamps, one a block; a block holds its stamp, over and over, or zeros for 0.
+
+One step comes after another here, so the model knows exactly what each version holds, what has changed between two of
+them, and how much a deletion gives back; what clients do meanwhile is in the search (`tests.simulation.historian`).
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from tiers.layout import BLOCK_BYTES
 from tiers.mover import Mover
 from tiers.reader import Reader
 from tiers.record import Kind
+from tiers.snapshot import DIFF_CONTEXT, Snapshot
 
 Stamps = list[int]
 
@@ -140,10 +144,12 @@ class Versions:
             for name, line in self.lines.items():
                 found = await read_stamps(pool.volume(name))
                 was = other[name].stamps if name in other else line.stamps
-                for block, (stamp, one, two) in enumerate(zip(found, line.stamps, was, strict=True)):
-                    assert stamp in (one, two), f"{name}: block {block} has {stamp}, and may have {one} or {two}"
-                if self.torn or found == was:
-                    line.stamps = found
+                if self.torn:
+                    for block, (stamp, one, two) in enumerate(zip(found, line.stamps, was, strict=True)):
+                        assert stamp in (one, two), f"{name}: block {block} has {stamp}, and may have {one} or {two}"
+                elif found != line.stamps:
+                    assert found == was, f"{name} is neither what it was nor what it was to be"
+                line.stamps = found
         await self.compare(pool)
 
     async def step(self, pool: Pool) -> None:
@@ -151,6 +157,7 @@ class Versions:
         rng = self.rng
         kinds = ["write"] * 8 + ["trim"] * 2 + ["snapshot"] * 3 + ["drop"] * 2 + ["checkpoint"] * 2 + ["clean"] * 2
         kinds += ["clone", "rollback", "delete", "group", "rename", "settle", "evacuate", "promote"]
+        kinds += ["resize", "diff", "diff", "free"]
         kind = rng.choice(kinds) if self.lines else "create"
         self.seen.append(kind)
         with contextlib.suppress(TierError) if kind in ("clean", "evacuate") else contextlib.nullcontext():
@@ -188,6 +195,13 @@ class Versions:
         stamps[at : at + count] = [0] * count
         await pool.volume(name).trim(at * BLOCK_BYTES, count * BLOCK_BYTES)
 
+    async def do_resize(self, pool: Pool) -> None:
+        name = self.any_line()
+        stamps = self.lines[name].stamps
+        count = self.rng.randrange(1, self.blocks * 3 // 2)
+        stamps[:] = (stamps + [0] * count)[:count]
+        await pool.resize_volume(name, count * BLOCK_BYTES)
+
     async def do_snapshot(self, pool: Pool) -> None:
         name = self.any_line()
         snap = self.name("s")
@@ -205,6 +219,65 @@ class Versions:
         if found is not None:
             del self.lines[found[0]].snapshots[found[1]]
             await pool.delete_snapshot(*found)
+
+    async def do_free(self, pool: Pool) -> None:
+        """Delete a snapshot: exactly what it was said to have alone comes back."""
+        found = self.any_snapshot()
+        if found is None:
+            return
+        await self.settle(pool)
+        engine = pool._engine
+        name, snap = found
+        status = next(s for s in await pool.snapshot_status(name) if s.snapshot == snap)
+        # What is hidden for its sake, or only one clone needs from now on, may go as well.
+        more = any(snapshot.state == "hidden" for snapshot in engine.lineage.snapshots.values())
+        more = more or bool(engine.lineage.clones_of(pool.snapshot(name, snap)))
+        before = engine.segments.live
+        del self.lines[name].snapshots[snap]
+        await pool.delete_snapshot(name, snap)
+        await self.settle(pool)
+        freed = (before - engine.segments.live) * BLOCK_BYTES
+        assert freed == status.exclusive_bytes or (more and freed > status.exclusive_bytes), (
+            f"{status.name} had {status.exclusive_bytes} bytes of its own, and gave back {freed}"
+        )
+
+    async def settle(self, pool: Pool) -> None:
+        """Checkpoints until nothing is on the way: no entry in an overlay, no deleted snapshot, nothing dead."""
+        engine = pool._engine
+        for _ in range(200):
+            await pool.checkpoint()
+            deleted = any(snapshot.state == "deleted" for snapshot in engine.lineage.snapshots.values())
+            if not (engine.segments.pending or engine.dead or deleted or pool._checkpointer._more_deleted):
+                return
+        raise AssertionError("deleted snapshots are never sorted out")
+
+    async def do_diff(self, pool: Pool) -> None:
+        """Whatever two snapshots of a family have different is told, both ways."""
+        names = [name for name, line in sorted(self.lines.items()) if len(line.snapshots) > 1]
+        if not names:
+            return
+        name = self.rng.choice(names)
+        snapshots = self.lines[name].snapshots
+        one, two = self.rng.sample(sorted(snapshots), 2)
+        for old, new in ((one, two), (two, one)):
+            snapshot = pool.snapshot(name, new)
+            flags = await self.changed(snapshot, old)
+            assert len(flags) == len(snapshots[new])
+            was = snapshots[old] + [0] * len(flags)
+            missed = [i for i, flag in enumerate(flags) if not flag and snapshots[new][i] != was[i]]
+            assert not missed, f"{snapshot.name} since {old}: blocks {missed[:5]} have changed, and it isn't told"
+
+    async def changed(self, snapshot: Snapshot, since: str) -> list[int]:
+        """The flag of each block, asked for in pieces."""
+        flags: list[int] = []
+        while len(flags) * BLOCK_BYTES < snapshot.size_bytes:
+            at = len(flags) * BLOCK_BYTES
+            length = min(self.rng.choice((snapshot.size_bytes, 100 * BLOCK_BYTES)), snapshot.size_bytes - at)
+            extents = await snapshot.context_extents(DIFF_CONTEXT + since, at, length, self.rng.choice((1, 3, 1000)))
+            assert extents, "a difference without an end"
+            for size, flag in extents:
+                flags += [flag] * (size // BLOCK_BYTES)
+        return flags
 
     async def do_rename(self, pool: Pool) -> None:
         found = self.any_snapshot()
