@@ -99,9 +99,9 @@ def _look_out(before: "Snapshot", after: "Snapshot", start: int, end: int) -> Ca
 
 
 def _differences(before: Page, after: Page) -> list[bool]:
-    """Which blocks of a leaf differ. A block that is lost in one of them counts as changed."""
+    """Which blocks of a leaf differ. One that is lost counts as changed, in both too: what they were isn't known."""
     old, new = np.frombuffer(before, np.uint64), np.frombuffer(after, np.uint64)
-    differs: list[bool] = (old[:FANOUT] != new[:FANOUT]).tolist()
+    differs: list[bool] = ((old[:FANOUT] != new[:FANOUT]) | (new[:FANOUT] == BAD)).tolist()
     return differs
 
 
