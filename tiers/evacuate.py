@@ -605,8 +605,10 @@ class Evacuator:
             for segment_id, count in leaks.live.items():
                 if count > 0:
                     engine.segments.add_live(segment_id, -count)
-            for volume, count in leaks.mapped:
-                volume.tree.mapped_blocks -= count
+            for owner, count in leaks.mapped:
+                owner.tree.mapped_blocks -= count
+                if isinstance(owner, Snapshot):
+                    engine.lineage.recounted.add(owner)
         finally:
             self._checkpointer.let_go()
         run.recount = False

@@ -5,6 +5,7 @@ of the volume's origin. The chains of two snapshots that are related end in the 
 differ. So only leaves that exist in the other trees are looked at: the cost is that of the changes, not of the size.
 """
 
+import errno
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import trio
 
-from tiers.layout import BLOCK_SHIFT, FIRST_ADDRESS
+from tiers.errors import TierError
+from tiers.layout import BAD, BLOCK_SHIFT, FIRST_ADDRESS
 from tiers.maptree import BAD_PAGE, EMPTY_PAGE, FANOUT, FANOUT_BITS, ROOT_LEVEL, MapTree, Page
 from tiers.reader import hole_in
 
@@ -97,9 +99,9 @@ def _look_out(before: "Snapshot", after: "Snapshot", start: int, end: int) -> Ca
 
 
 def _differences(before: Page, after: Page) -> list[bool]:
-    """Which blocks of a leaf differ. A block that is lost in one of them counts as changed."""
+    """Which blocks of a leaf differ. One that is lost counts as changed, in both too: what they were isn't known."""
     old, new = np.frombuffer(before, np.uint64), np.frombuffer(after, np.uint64)
-    differs: list[bool] = (old[:FANOUT] != new[:FANOUT]).tolist()
+    differs: list[bool] = ((old[:FANOUT] != new[:FANOUT]) | (new[:FANOUT] == BAD)).tolist()
     return differs
 
 
@@ -150,12 +152,17 @@ async def _count(tree: MapTree, older: MapTree | None) -> int:
     return count
 
 
-async def leaves_of(tree: MapTree) -> AsyncIterator[list[int]]:
-    """The leaves of a tree, in order, some at a time. What lies below lost pages is left out."""
-    stack = [(ROOT_LEVEL, 0)] if tree.root[0] >= FIRST_ADDRESS else []
+async def leaves_of(tree: MapTree, *, all_of_them: bool = False) -> AsyncIterator[list[int]]:
+    """The leaves of a tree, in order, some at a time. What lies below lost pages is left out.
+
+    `all_of_them`: raises TierError EIO instead.
+    """
+    stack = [(ROOT_LEVEL, 0)] if tree.root[0] else []
     while stack:
         level, index = stack.pop()
         page = (await tree.load(level, [index]))[index]
+        if all_of_them and (page is BAD_PAGE or BAD in page[:FANOUT].tolist()):
+            raise TierError(errno.EIO, f"pages of the map of {tree.name} were lost to a device error")
         if page is not BAD_PAGE:
             slots = np.flatnonzero(np.frombuffer(page, np.uint64)[:FANOUT] >= np.uint64(FIRST_ADDRESS))
             below = [index << FANOUT_BITS | slot for slot in slots.tolist()]

@@ -93,15 +93,16 @@ class KeptLeaves:
 
 
 async def index_of(volume: "Volume") -> None:
-    """Make the index of a volume's snapshots. Raises TierError EIO for a damaged page; then there is none.
+    """Make the index of a volume's snapshots. Raises TierError EIO for a damaged or lost page; then there is none.
 
+    What lay below a lost page isn't known, and must not look as if nothing had been kept there.
     What a checkpoint adds meanwhile it adds to this index as well, so it doesn't matter which of a tree's versions the
     walk has seen.
     """
     index = volume.indexing = KeptLeaves()
     try:
         for snapshot in list(volume.snapshots):
-            async for leaves in leaves_of(snapshot.tree):
+            async for leaves in leaves_of(snapshot.tree, all_of_them=True):
                 index.add(snapshot.id, np.array(leaves, np.uint64))
             await trio.lowlevel.checkpoint()
         volume.kept = index

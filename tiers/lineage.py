@@ -41,6 +41,8 @@ class Lineage:
         self.snapshots: dict[int, Snapshot] = {}
         """Those that a checkpoint has committed, deleted ones that are not sorted out yet included, by id."""
         self.requests: list[Request] = []
+        self.recounted: set[Snapshot] = set()
+        """Snapshots of which a count was put right, which the catalog doesn't know yet."""
         self._engine = engine
 
     async def ask(self, act: "Callable[[Frozen], None]") -> None:
@@ -71,6 +73,8 @@ class Lineage:
                 request.refusal = refusal
             else:
                 frozen.requests.append(request)
+        frozen.changed |= {snapshot for snapshot in self.recounted if not snapshot.gone}
+        self.recounted.clear()
         for snapshot in self.snapshots.values():
             # What only clones that are gone have needed.
             if snapshot.state == "hidden" and not self._has_clones(snapshot, frozen):

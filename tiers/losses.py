@@ -8,7 +8,7 @@ directory, replaced as a whole; if it is gone the next check makes it anew.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from tiers.overlay import RangeSet
 from tiers.scrubstate import replace_file
 
 if TYPE_CHECKING:
-    from tiers.volume import Volume
+    from tiers.reader import Reader
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ PIECE_BLOCKS = 4096
 
 @dataclass(frozen=True)
 class Loss:
-    """A lost range of a volume: bytes."""
+    """A lost range of a volume, or of a snapshot (VOLUME@SNAPSHOT), whose map names it: bytes."""
 
     volume: str
     offset: int
@@ -67,10 +67,10 @@ class Losses:
         self._count = 0
         self.changed = True
 
-    def listed(self, volumes: "Mapping[int, Volume]", most: int | None = None) -> list[Loss]:
-        """The ranges by volume and place, at most so many."""
+    def listed(self, volumes: "Iterable[Reader]", most: int | None = None) -> list[Loss]:
+        """The ranges by volume (or snapshot) and place, at most so many."""
         found: list[Loss] = []
-        for volume in sorted((v for i, v in volumes.items() if i in self._ranges), key=lambda v: v.short_name):
+        for volume in sorted((v for v in volumes if v.id in self._ranges), key=lambda v: v.name):
             ranges = self._ranges[volume.id]
             for start, end in zip(ranges.starts, ranges.ends, strict=True):
                 offset = start << BLOCK_SHIFT
@@ -81,13 +81,14 @@ class Losses:
                     return found
         return found
 
-    async def refresh(self, volumes: "Mapping[int, Volume]") -> None:
-        """Ask the map which of these blocks are lost still."""
+    async def refresh(self, volumes: "Iterable[Reader]") -> None:
+        """Ask the maps of volumes and snapshots which of these blocks are lost still."""
+        there = {volume.id: volume for volume in volumes}
         before = self._ranges
         known = list(before.items())
         fresh: dict[int, RangeSet] = {}
         for volume_id, ranges in known:
-            volume = volumes.get(volume_id)
+            volume = there.get(volume_id)
             if volume is None:
                 continue
             kept = fresh[volume_id] = RangeSet()

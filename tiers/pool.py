@@ -823,9 +823,9 @@ class Pool:
 
     async def losses(self) -> list[Loss]:
         """The byte ranges of volumes that are known to be lost now."""
-        await self._engine.losses.refresh(self._engine.volumes)
+        await self._engine.losses.refresh(self._engine.owners())
         await self._save_losses()
-        return self._engine.losses.listed(self._engine.volumes)
+        return self._engine.losses.listed(self._engine.owners())
 
     async def _save_losses(self) -> None:
         engine = self._engine
@@ -837,7 +837,7 @@ class Pool:
         engine = self._engine
         space = engine.space
         segments = engine.segments
-        losses = engine.losses.listed(engine.volumes)
+        losses = engine.losses.listed(engine.owners())
         snapshots = engine.lineage.by_family()
         pending_free = sum(segment.slots for segment in segments.idle() if is_free(segment, engine.log.seq))
         return PoolStatus(

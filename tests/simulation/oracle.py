@@ -14,7 +14,8 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from tiers import Pool, TierError, Volume
+from tiers import Pool, TierError
+from tiers.reader import Reader
 
 BLOCK = 4096
 Changes = list[tuple[int, bytes]]
@@ -59,6 +60,13 @@ class Model:
         self.first = 0
         self.ops: list[Op] = []
         self.in_flight: Op | None = None
+
+    @classmethod
+    def holding(cls, content: bytes | bytearray, policy: str = "") -> Model:
+        """A volume that holds this already, durably."""
+        model = cls(0, policy)
+        model.adopt(content, policy)
+        return model
 
     @property
     def mark(self) -> int:
@@ -164,15 +172,15 @@ def _part_of(state: bytearray, changes: Changes, found: bytes, unreadable: Colle
     return None
 
 
-async def read_all(volume: Volume) -> bytes:
-    """The whole volume, through the slow path."""
+async def read_all(volume: Reader) -> bytes:
+    """The whole volume or snapshot, through the slow path."""
     into = bytearray(volume.size_bytes)
     await volume.read(0, len(into), memoryview(into))
     return bytes(into)
 
 
-async def read_what_can_be(volume: Volume) -> tuple[bytes, set[int]]:
-    """The whole volume, and which of its blocks are errors."""
+async def read_what_can_be(volume: Reader) -> tuple[bytes, set[int]]:
+    """The whole volume or snapshot, and which of its blocks are errors."""
     try:
         return await read_all(volume), set()
     except TierError as error:

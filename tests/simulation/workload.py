@@ -1,5 +1,7 @@
 """What a seed decides, and the driver that lives it: clients, flushes, crashes, and after each the oracle.
 
+Snapshots and clones are the business of `tests.simulation.historian`, which works beside the clients.
+
 `search(seed)` is one run: a small machine and the faults that its devices have are drawn from the seed, then it goes
 through several lives. A life opens the pool, judges what is there, puts load on it, and ends cleanly or by a crash:
 at an operation of a device, at any step of any task, or at a failpoint, in the recovery just as well as under load.
@@ -15,11 +17,13 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import trio
 
 from tests.simulation.failpoints import failpoint_names
 from tests.simulation.faults import Faults, Injector
+from tests.simulation.historian import Historian
 from tests.simulation.machine import SEGMENT_BYTES, Disk, Machine, PowerCutError
 from tests.simulation.oracle import (
     BLOCK,
@@ -32,9 +36,10 @@ from tests.simulation.oracle import (
 )
 from tiers import DeviceSpec, Policy, Pool, PoolSettings, TierError, Volume
 from tiers.label import Tier
-from tiers.layout import FIRST_ADDRESS, LABEL_AREA_BYTES, SLOT_BITS
-from tiers.maptree import FANOUT_BITS, ROOT_LEVEL
+from tiers.layout import FIRST_ADDRESS, INHERITED, LABEL_AREA_BYTES, SLOT_BITS
+from tiers.maptree import FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL, MapTree
 from tiers.policy import DEFAULT
+from tiers.snapshot import Snapshot
 
 LIFE_S = 3600.0
 """A life that takes longer, by its own clock, hangs."""
@@ -89,7 +94,9 @@ class Driver:
         self.evacuated = 0
         self._device_count = len(machine.media)
         self._crashed = False
-        self._before: tuple[dict[str, Model], dict[str, Model | None]] | None = None
+        self.historian: Historian | None = None
+        """Takes snapshots and what comes of them, where the profile has it."""
+        self._before: tuple[Any, ...] | None = None
         """What was known before a pool was judged that could be opened for reading only."""
         machine.on_medium = self.injector.infect
 
@@ -100,7 +107,8 @@ class Driver:
         self._look_for_losses()  # a sync that the recovery began with may have failed
         if pool.status().state != "online":
             # Recovery made nothing durable: what is seen now may be less after a power cut.
-            self._before = self._before or copy.deepcopy((self.models, self.uncertain))
+            kept = None if self.historian is None else self.historian.saved()
+            self._before = self._before or copy.deepcopy((self.models, self.uncertain, kept))
         names = {volume.short_name for volume in pool.volumes()}
         for name, model in self.uncertain.items():
             if name in names and model is not None:
@@ -108,6 +116,8 @@ class Driver:
             else:
                 self.models.pop(name, None)
         self.uncertain.clear()
+        if self.historian is not None:
+            await self.historian.resolve(pool)
         if names != set(self.models):
             raise OracleError(f"volumes {sorted(names)}, expected {sorted(self.models)}")
         self._require_remembered_poison(pool)
@@ -120,6 +130,8 @@ class Driver:
                 model.judge(found, everything=self.everything, unreadable=unreadable, policy=policy)
             except OracleError as error:
                 raise OracleError(f"{name}: {error}") from None
+        if self.historian is not None:
+            await self.historian.judge(pool)
         await require_sound(pool, known=self._known_problems())
         if self._crashed:
             self.cycles += 1
@@ -335,6 +347,12 @@ class Driver:
             if self.rng.random() < 0.3:
                 await trio.sleep(self.rng.random() * 0.01)
 
+    async def _work(self, pool: Pool, name: str, count: int) -> None:
+        """A volume's client, until it has done its work."""
+        await self._client(pool, name, count)
+        if self.historian is not None:
+            self.historian.busy.discard(name)
+
     async def _flusher(self, pool: Pool) -> None:
         while True:
             await trio.sleep(self.rng.random() * 0.03)
@@ -470,8 +488,8 @@ class Driver:
                             await pool.evacuator.cancel(state.path)
                 await pool.checkpoint()
                 expected = {}
-                for name in self.models:
-                    expected[name] = await blocks_on(pool.volume(name), row.index)
+                for reader in self._readers(pool):
+                    expected[reader.name] = await blocks_on(reader, row.index)
                 head = pool._engine.log.head.device.index
             if head == row.index or row.index not in [r.index for r in machine.state.devices if r.state == "online"]:
                 return
@@ -521,24 +539,29 @@ class Driver:
         if not pool._engine.space.room_to_move(256):
             await self._grow(pool)  # the others were so full that not even a trim may have room
         pool._engine.space.wanted_slots = 0
-        listed = await pool.losses()
-        for name in self.models:
-            volume = pool.volume(name)
-            _, unreadable = await read_what_can_be(volume)
-            if expected is not None and unreadable != expected[name]:
-                raise OracleError(
-                    f"{name}: only on {path} were {sorted(expected[name])[:9]}, lost are {sorted(unreadable)[:9]}"
-                )
-            named = {
-                at // BLOCK
-                for loss in listed
-                if loss.volume == volume.name
-                for at in range(loss.offset, loss.offset + loss.length, BLOCK)
-            }
-            if unreadable != named:
-                raise OracleError(f"{name}: listed as lost {sorted(named)[:9]}, lost {sorted(unreadable)[:9]}")
+        listed: dict[str, set[int]] = {}
+        for loss in await pool.losses():
+            blocks = {at // BLOCK for at in range(loss.offset, loss.offset + loss.length, BLOCK)}
+            listed.setdefault(loss.volume, set()).update(blocks)
+        for reader in self._readers(pool):
+            _, unreadable = await read_what_can_be(reader)
+            if expected is not None and unreadable != expected[reader.name]:
+                was = sorted(expected[reader.name])
+                raise OracleError(f"{reader.name}: only on {path} were {was[:9]}, lost are {sorted(unreadable)[:9]}")
+            # What several versions share is listed once, with the one whose map names it.
+            own = listed.get(reader.name, set())
+            most = own if self.historian is None else set().union(*listed.values())
+            # Past the end of what it was cloned from there was nothing, which nobody lists where the map is lost.
+            end = min(one.size_bytes for one in _line_of(reader)) // BLOCK
+            if not own <= unreadable or not {block for block in unreadable if block < end} <= most:
+                raise OracleError(f"{reader.name}: listed as lost {sorted(own)[:9]}, lost {sorted(unreadable)[:9]}")
         if not self.faults.read_spells:
             await require_sound(pool, known="lost to a device error")
+
+    def _readers(self, pool: Pool) -> list[Volume | Snapshot]:
+        """All volumes and snapshots."""
+        snapshots = [] if self.historian is None else pool.snapshots()
+        return [*(pool.volume(name) for name in self.models), *snapshots]
 
     async def load(self, pool: Pool, count: int) -> None:
         """Clients on every volume, flushes, checkpoints and cleaning, all at once."""
@@ -546,8 +569,13 @@ class Driver:
             background.start_soon(self._flusher, pool)
             background.start_soon(self._nudger, pool)
             async with trio.open_nursery() as clients:
-                for name in [name for name in self.models if not name.startswith("x")]:
-                    clients.start_soon(self._client, pool, name, count)
+                clones = []
+                if self.historian is not None:
+                    clones = self.historian.begin(pool)
+                    background.start_soon(self.historian.read, pool)
+                    clients.start_soon(self.historian.run, pool)
+                for name in [name for name in self.models if name.startswith("v")] + clones:
+                    clients.start_soon(self._work, pool, name, count)
                 clients.start_soon(self._creator, pool)
                 if self.devices_change:
                     clients.start_soon(self._operator, pool)
@@ -618,7 +646,9 @@ class Driver:
         machine = self.machine
         self._look_for_losses()
         if self._before is not None:
-            (self.models, self.uncertain), self._before = self._before, None
+            (self.models, self.uncertain, kept), self._before = self._before, None
+            if self.historian is not None:
+                self.historian.restore(kept)
             self.everything = False
         if machine.is_off and self.rng.random() < 0.7:
             machine.power_cut()
@@ -630,20 +660,41 @@ class Driver:
 # -- what a seed decides -----------------------------------------------------------------------------------------------
 
 
-async def blocks_on(volume: Volume, index: int) -> set[int]:
-    """The blocks of a volume of which the data, or a map page on the way, lie on a device."""
-    segments = volume._engine.segments.by_id
+async def blocks_on(reader: Volume | Snapshot, index: int) -> set[int]:
+    """The blocks of a volume or snapshot of which the data, or a map page on the way, lie on a device."""
+    segments = reader._engine.segments.by_id
     found: set[int] = set()
-    for block in range(-(-volume.size_bytes // BLOCK)):
-        addresses = [(await volume.entries(block, 1))[0][0]]
-        for level in range(ROOT_LEVEL + 1):
-            page = block >> FANOUT_BITS * (level + 1)
-            await volume.tree.load(level, [page])
-            entry = volume.tree.entry_of_page_now(level, page)
-            addresses.append(entry[0] if entry else 0)
+    for block in range(-(-reader.size_bytes // BLOCK)):
+        addresses = [(await reader.entries(block, 1))[0][0]]
+        async for tree in _trees_asked(reader, block):
+            for level in range(ROOT_LEVEL + 1):
+                page = block >> FANOUT_BITS * (level + 1)
+                await tree.load(level, [page])
+                entry = tree.entry_of_page_now(level, page)
+                addresses.append(entry[0] if entry else 0)
         if any(a >= FIRST_ADDRESS and segments[a >> SLOT_BITS].device.index == index for a in addresses):
             found.add(block)
     return found
+
+
+def _line_of(reader: Volume | Snapshot) -> Iterator[Volume | Snapshot]:
+    """A volume or snapshot, what it is a clone of, and so on."""
+    of: Volume | Snapshot | None = reader
+    while of is not None:
+        yield of
+        of = of.origin if isinstance(of, Volume) else of.volume.origin
+
+
+async def _trees_asked(reader: Volume | Snapshot, block: int) -> AsyncIterator[MapTree]:
+    """The trees that are asked for a block, up to the one that says something of it."""
+    for of in _line_of(reader):
+        for tree in [of.tree] if isinstance(of, Volume) else of.layers():
+            yield tree
+            word = (await tree.load(0, [block >> FANOUT_BITS]))[block >> FANOUT_BITS][block & FANOUT_MASK]
+            if word == INHERITED:
+                break
+            if word:
+                return
 
 
 LAYOUTS: tuple[tuple[Disk, ...], ...] = (
@@ -676,6 +727,7 @@ class Profile:
     faults: bool = False
     tight: bool = False
     devices: bool = False
+    versions: bool = False
 
 
 PROFILES = {
@@ -684,7 +736,18 @@ PROFILES = {
     "full": Profile("devices that are too small, and fail", faults=True, tight=True),
     "devices": Profile("devices that are added, emptied and removed, and lost for good", devices=True),
     "failing": Profile("the same with devices that fail", faults=True, devices=True),
+    "versions": Profile("snapshots, clones and rollbacks, over any of these", versions=True),
 }
+
+
+def profile_of(seed: int, name: str) -> Profile:
+    """What a seed of a profile is about: `versions` goes over all others, half of its seeds with sound devices."""
+    kind = PROFILES[name]
+    if not kind.versions:
+        return kind
+    others = [other for other in PROFILES.values() if not other.versions]
+    below = random.Random(seed ^ 0x4E125).choices(others, (4, 1, 1, 1, 1))[0]
+    return replace(below, what=f"{kind.what}: {below.what}", versions=True)
 
 
 def random_machine(seed: int, *, layouts: Sequence[tuple[Disk, ...]] = LAYOUTS) -> Machine:
@@ -747,15 +810,17 @@ def search(
     `failpoints`: where the lives end, in turn, in place of other places. `digest`: keep the hash of all that happens,
     which `Machine.fingerprint` ends.
     """
-    kind = PROFILES[profile]
+    kind = profile_of(seed, profile)
     machine = random_machine(seed, layouts=TIGHT_LAYOUTS if kind.tight else DEVICE_LAYOUTS if kind.devices else LAYOUTS)
     if digest:
         machine.digest = hashlib.sha256()
     faults = random_faults(seed) if kind.faults else Faults()
     sizes = (1 << 20, 3 << 19, 2 << 20) if kind.tight else (512 << 10, 1 << 20, 3 << 19)
     driver = Driver(machine, volume_bytes=random.Random(seed + 1).choice(sizes), faults=faults)
-    driver.may_be_full = kind.tight or kind.devices
+    driver.may_be_full = kind.tight or kind.devices or kind.versions
     driver.devices_change = kind.devices
+    if kind.versions:
+        driver.historian = Historian(driver, seed)
 
     async def main() -> None:
         for i in range(lives):

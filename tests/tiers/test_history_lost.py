@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import pytest
 import trio
 
+from tiers import TierError
 from tiers.history import leaves_of
 from tiers.layout import FIRST_ADDRESS
 from tiers.maptree import BAD_PAGE, FANOUT, ROOT_LEVEL, MapTree, Page, page_of
@@ -45,3 +46,13 @@ def test_what_lies_below_a_lost_page_is_passed_over_at_once(lost_level: int) -> 
 
     assert trio.run(body) == ([] if lost_level == ROOT_LEVEL else [0, 1])
     assert tree.loads <= ROOT_LEVEL + 1
+
+
+@pytest.mark.parametrize("lost_level", range(1, ROOT_LEVEL + 1))
+def test_who_needs_all_leaves_is_told_of_a_lost_page(lost_level: int) -> None:
+    async def body() -> None:
+        async for _ in leaves_of(_Tree(lost_level), all_of_them=True):
+            pass
+
+    with pytest.raises(TierError, match="were lost"):
+        trio.run(body)
