@@ -33,7 +33,7 @@ from tiers.engine import Engine
 from tiers.evacuate import Evacuator
 from tiers.flush import Flusher
 from tiers.log import Log
-from tiers.merge import Merge
+from tiers.merge import Merge, Merger
 from tiers.mover import Mover
 from tiers.pool import Pool
 from tiers.promotion import Promoter
@@ -458,7 +458,7 @@ MUTANTS: dict[str, Mutant] = {
     "a replay that takes the blocks of frames for blocks in slots": Mutant(
         "promise 1",
         "after a crash the map names places in which other blocks lie, or none",
-        _instead(tiers.recovery, "_apply_move", "base | places[at]", "base | places[0] + at"),
+        _instead(tiers.recovery, "_apply_move", "batch.places()", "range(batch.places()[0], 1 << 24)"),
     ),
     "a replay that counts the blocks of frames as slots": Mutant(
         "8",
@@ -499,7 +499,7 @@ MUTANTS: dict[str, Mutant] = {
         _instead(
             Promoter,
             "_promote",
-            "if not volume.deleted and volume.entry_now(block) == entry:",
+            "if not volume.deleted and volume.entry_now(block) == entry and volume.owns_now(block):",
             "if not volume.deleted:",
         ),
     ),
@@ -523,7 +523,7 @@ MUTANTS: dict[str, Mutant] = {
     "a replay that takes every copy of a move": Mutant(
         "9",
         "those whose block was overwritten meanwhile were not to take effect",
-        _instead(tiers.recovery, "_apply_move", "if words[1 + at // 64] >> at % 64 & 1 and volume", "if volume"),
+        _instead(tiers.recovery, "_apply_move", "if words[1 + at // 64] >> at % 64 & 1:", "if volume:"),
     ),
     # Rule 10: shrinking and huge trims.
     "a shrink that leaves the tail of its last block": Mutant(
@@ -586,7 +586,7 @@ MUTANTS: dict[str, Mutant] = {
     "a block of a lost device that becomes a hole": Mutant(
         "promise 2",
         "it reads as zeros",
-        _instead(Checkpointer, "_give_up_lost", "addresses[lost] = BAD", "addresses[lost] = 0"),
+        _instead(Merger, "_give_up_lost", "addresses[lost] = BAD", "addresses[lost] = 0"),
     ),
     # The log says it, the replay must do it.
     "a replay that ignores trims": Mutant(
@@ -607,7 +607,7 @@ MUTANTS: dict[str, Mutant] = {
     "a checkpoint that records the policies of the commit, not of the freeze": Mutant(
         "1",
         "a power cut takes the record and what was written before it, and the policy is there",
-        _instead(Checkpointer, "_volume_row", "item.policy_name", "volume.policy_name"),
+        _instead(Checkpointer, "_volume_rows", "item.policy_name", "item.volume.policy_name"),
     ),
     "a policy that is given before it is durable": Mutant(
         "2",

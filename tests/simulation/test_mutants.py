@@ -658,7 +658,7 @@ def huge_trims(seed: int) -> None:
 
     with (
         mock.patch("tiers.checkpoint.DEAD_PAGES_A_CHECKPOINT", 3),
-        mock.patch("tiers.checkpoint.CHUNK_PAGES", 3),
+        mock.patch("tiers.merge.CHUNK_PAGES", 3),
     ):
         machine.run(main)
 
