@@ -303,7 +303,7 @@ class Checkpointer:
                 overlay, volume.active = volume.active, volume.new_overlay()
                 volume.frozen = overlay
             forced = engine.forced.pop(volume.id, set())
-            item = FrozenVolume(volume, volume.size_bytes, volume.policy_name, overlay, forced)
+            item = FrozenVolume(volume, volume.size_bytes, volume.policy_name, overlay, forced, heir=volume.heir)
             item.keeper = next((s for s in reversed(volume.snapshots) if s.state != "deleted"), None)
             if item.keeper is not None:
                 item.blockers = volume.snapshots[volume.snapshots.index(item.keeper) + 1 :]
@@ -463,7 +463,9 @@ class Checkpointer:
 
     def _volume_rows(self, frozen: Frozen, merge: Merge) -> list[VolumeRow]:
         buried = {volume.id for volume in merge.buried}
-        heirs = {volume.id: volume.heir for volume in self._engine.volumes.values()} | merge.heirs
+        # Who was deleted since the freeze is there still: the record may be lost.
+        there = {item.volume.id for item in frozen.volumes}
+        heirs = {item.volume.id: item.heir for item in frozen.volumes} | merge.heirs
         rows: list[VolumeRow] = []
         for volume, size_bytes, policy_name in [
             *((item.volume, item.size_bytes, item.policy_name) for item in frozen.volumes),
@@ -474,7 +476,7 @@ class Checkpointer:
             root = merge.roots.get(volume.id, volume.tree.root)
             origin = merge.origins.get(volume.id, frozen.origins.get(volume, volume.origin))
             heir = heirs.get(volume.id)
-            if heir is not None and (heir.id in buried or heir.gone):
+            if heir is not None and (heir.id in buried or heir.id not in there):
                 heir = None
             retired = volume.retired or volume in frozen.retiring
             rows.append(

@@ -187,12 +187,14 @@ class Lineage:
                     if index is not None and root[0]:
                         for leaves in merge.stale.get(owner_id, ()):
                             index.add(owner_id, leaves)
+        # A clone without snapshots may have been deleted while the checkpoint was under way.
         for volume_id, heir in merge.heirs.items():
-            engine.volumes[volume_id].heir = None if heir.gone else heir  # it may have been deleted meanwhile
+            engine.volumes[volume_id].heir = None if heir.gone else heir
         for volume, origin in frozen.origins.items():
             volume.origin = origin
         for volume_id, origin in merge.origins.items():
-            engine.volumes[volume_id].origin = origin
+            if volume_id in engine.volumes:
+                engine.volumes[volume_id].origin = origin
         for snapshot in frozen.changed:
             self._count_again(snapshot)
         for snapshot in merge.gone:

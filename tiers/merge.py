@@ -85,6 +85,8 @@ class FrozenVolume:
     """The snapshot that what is overwritten goes to."""
     blockers: list[Snapshot] = field(default_factory=list)
     """Deleted snapshots newer than the keeper: where one of them has an entry, the keeper doesn't see the volume's."""
+    heir: Volume | None = None
+    """Of a retired volume."""
 
 
 @dataclass
