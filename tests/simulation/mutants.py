@@ -40,7 +40,6 @@ from tiers.merge import Merge, Merger, _Keeping
 from tiers.mover import Mover
 from tiers.pool import Pool
 from tiers.promotion import Promoter
-from tiers.relocation import Relocations
 from tiers.segments import Segment, SegmentTable
 from tiers.snapshot import Snapshot
 from tiers.space import Space
@@ -709,11 +708,6 @@ MUTANTS: dict[str, Mutant] = {
             "engine.relocate(volume, start + i, old, base | places[at], batch.checks[at])",
             "pass",
         ),
-    ),
-    "a block that was moved twice and is looked for at its first new place": Mutant(
-        "snapshots",
-        "that place is given to others",
-        _instead(Relocations, "add", "self._active_source.pop(old, None)", "None"),
     ),
     "a cached leaf of a snapshot that outlives a commit": Mutant(
         "snapshots",

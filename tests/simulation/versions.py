@@ -75,6 +75,10 @@ class Versions:
         self.stamp = 0
         self.names = 0
         self.crashes = 0
+        self.kinds = ["write"] * 8 + ["trim"] * 2 + ["snapshot"] * 3 + ["drop"] * 2 + ["checkpoint"] * 2 + ["clean"] * 2
+        self.kinds += ["clone", "rollback", "delete", "group", "rename", "settle", "evacuate", "promote"]
+        self.kinds += ["resize", "diff", "diff", "free"]
+        """What the steps are drawn from."""
         self.seen: list[str] = []
         self.before: dict[str, Line] | None = None
         """What was before the step that a crash may have come in."""
@@ -113,7 +117,8 @@ class Versions:
                         await self.step(pool)
                         if self.rng.random() < 0.1:
                             await self.compare(pool)
-                    await self.compare(pool)
+                    if self.rng.random() < 0.4:
+                        await self.compare(pool)  # which takes a checkpoint, so that there is little to replay
                     if self.rng.random() < 0.5:
                         flushed = True
                         for volume in pool.volumes():
@@ -171,11 +176,7 @@ class Versions:
 
     async def step(self, pool: Pool) -> None:
         """One operation."""
-        rng = self.rng
-        kinds = ["write"] * 8 + ["trim"] * 2 + ["snapshot"] * 3 + ["drop"] * 2 + ["checkpoint"] * 2 + ["clean"] * 2
-        kinds += ["clone", "rollback", "delete", "group", "rename", "settle", "evacuate", "promote"]
-        kinds += ["resize", "diff", "diff", "free"]
-        kind = rng.choice(kinds) if self.lines else "create"
+        kind = self.rng.choice(self.kinds) if self.lines else "create"
         self.seen.append(kind)
         with contextlib.suppress(TierError) if kind in ("clean", "evacuate") else contextlib.nullcontext():
             await getattr(self, f"do_{kind}")(pool)
