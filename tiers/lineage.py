@@ -189,10 +189,9 @@ class Lineage:
                             index.add(owner_id, leaves)
         for volume_id, heir in merge.heirs.items():
             engine.volumes[volume_id].heir = None if heir.gone else heir  # it may have been deleted meanwhile
-        for volume, origin in frozen.origins.items():
-            volume.origin = origin
         for volume_id, origin in merge.origins.items():
-            engine.volumes[volume_id].origin = origin
+            if volume_id in engine.volumes:  # else it was deleted meanwhile
+                engine.volumes[volume_id].origin = origin
         for snapshot in frozen.changed:
             self._count_again(snapshot)
         for snapshot in merge.gone:
