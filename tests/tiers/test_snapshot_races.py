@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -10,8 +11,9 @@ import trio
 
 from tests.simulation.machine import Disk, Machine, PowerCutError
 from tests.simulation.oracle import require_sound
+from tests.tiers.helpers import refusal
 from tests.tiers.test_snapshots import stamps, write
-from tiers import Pool, PoolSettings
+from tiers import Pool, PoolSettings, TierError
 from tiers.catalog import judge_state
 from tiers.failpoint import watching
 from tiers.layout import BLOCK_BYTES
@@ -115,3 +117,85 @@ def test_a_clone_that_is_deleted_while_its_origin_is_sorted_out_is_there_as_a_wh
         await require_sound(pool)
 
     life(machine, after)
+
+
+async def leave(pool: Pool, action: Callable[[], Awaitable[object]]) -> None:
+    """Have something asked for by somebody who leaves right after the freeze of the checkpoint that does it."""
+    with trio.CancelScope() as scope:
+
+        def on(name: str) -> None:
+            if name == "checkpoint.frozen":
+                scope.cancel()
+
+        with watching(on):
+            await action()
+    assert scope.cancelled_caught
+    assert pool._checkpointer._frozen is not None
+
+
+def test_the_name_of_a_clone_that_a_checkpoint_is_about_to_make_is_taken() -> None:
+    machine = quiet_machine()
+
+    async def before(pool: Pool) -> None:
+        await pool.create_volume("v", SIZE_BYTES)
+        await pool.take_snapshots([("v", "s")])
+        await leave(pool, lambda: pool.clone("v", "s", "c"))
+        taken = await refusal(lambda: pool.create_volume("c", SIZE_BYTES))
+        assert taken.errno == errno.EEXIST
+        await pool.checkpoint()
+        assert pool.volume("c").origin is pool.snapshot("v", "s")
+        machine.stop()
+        await trio.lowlevel.checkpoint()
+
+    life(machine, before)
+    machine.kill()
+    judge_state(machine.state)
+
+    async def after(pool: Pool) -> None:
+        assert [volume.short_name for volume in pool.volumes()] == ["c", "v"]
+
+    life(machine, after)
+
+
+def test_what_is_deleted_while_a_rollback_is_under_way_is_the_volume_that_comes_of_it() -> None:
+    machine = quiet_machine()
+
+    async def main(pool: Pool) -> None:
+        await pool.create_volume("v", SIZE_BYTES)
+        await pool.take_snapshots([("v", "s")])
+        await leave(pool, lambda: pool.rollback("v", "s", keep_as=None))
+        await pool.delete_volume("v", snapshots=True)
+        assert pool.volumes() == []
+        for _ in range(4):
+            await pool.checkpoint()
+        assert not pool._engine.volumes
+        assert not pool._engine.lineage.snapshots
+        await require_sound(pool)
+
+    life(machine, main)
+
+
+def test_a_snapshot_that_is_about_to_be_taken_is_not_deleted_with_a_volume_that_had_none() -> None:
+    async def main(pool: Pool) -> None:
+        await pool.create_volume("v", SIZE_BYTES)
+        await leave(pool, lambda: pool.take_snapshots([("v", "s")]))
+        busy = await refusal(lambda: pool.delete_volume("v"))
+        assert busy.errno == errno.EBUSY
+        assert [snapshot.short_name for snapshot in pool.snapshots("v")] == ["s"]
+
+    life(quiet_machine(), main)
+
+
+def test_a_snapshot_is_there_although_the_copy_of_its_checkpoint_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main(pool: Pool) -> None:
+        await pool.create_volume("v", SIZE_BYTES)
+
+        async def refuse() -> None:
+            raise TierError(errno.ENOSPC, "no room for a copy")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(pool._checkpointer.copies, "write", refuse)
+            (taken,) = await pool.take_snapshots([("v", "s")])
+        assert pool.snapshots("v") == [taken]
+
+    life(quiet_machine(), main)
