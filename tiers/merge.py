@@ -81,12 +81,12 @@ class FrozenVolume:
     policy_name: str
     overlay: Overlay | None
     forced: set[int]
+    heir: Volume | None
+    """Of a retired volume."""
     keeper: Snapshot | None = None
     """The snapshot that what is overwritten goes to."""
     blockers: list[Snapshot] = field(default_factory=list)
     """Deleted snapshots newer than the keeper: where one of them has an entry, the keeper doesn't see the volume's."""
-    heir: Volume | None = None
-    """Of a retired volume."""
 
 
 @dataclass
@@ -166,6 +166,8 @@ class Merger:
         """Trees as an earlier pass has written them."""
         self._changed: dict[int, Owner] = {}
         """Whose trees this pass has changed."""
+        self._volumes: dict[int, FrozenVolume] = {}
+        """Those that the checkpoint records, also where one is deleted meanwhile: its record may not be durable yet."""
         self._nursery: trio.Nursery
 
     def close(self) -> None:
@@ -181,6 +183,7 @@ class Merger:
         forced: list[tuple[Snapshot, set[int]]],
     ) -> None:
         """All passes. When this returns the pages of the new trees are written. Raises OSError."""
+        self._volumes = {item.volume.id: item for item in volumes}
         by_volume: dict[Volume, list[tuple[int, int, int, int]]] = defaultdict(list)
         for old, moved in relocations:
             by_volume[moved.volume].append((moved.block, old, moved.address, moved.check))
@@ -414,12 +417,12 @@ class Merger:
         """Let whoever names these (block, old address, address, check) name the new places."""
         columns = np.array(sorted(rows), np.uint64)
         self._merge.count_pending(columns[:, 2], -1)
-        if volume.gone:
-            return
+        if volume.id not in self._volumes:
+            return  # it was deleted before the freeze
         leaves = columns[:, 0] >> np.uint64(FANOUT_BITS)
         there: dict[int, tuple[Owner, list[int]]] = {}
         for leaf in np.unique(leaves).tolist():
-            for owner in volume.owners_at(leaf):
+            for owner in self._owners_at(volume, leaf):
                 there.setdefault(owner.id, (owner, []))[1].append(leaf)
         left = np.ones(len(columns), bool)
         for owner, indices in there.values():
@@ -431,6 +434,12 @@ class Merger:
             if not left.any():
                 return
         # What is left over was overwritten, or deleted, since: its copies are dead.
+
+    def _owners_at(self, volume: Volume, leaf: int) -> list[Owner]:
+        """`Volume.owners_at`, as of the freeze."""
+        found: list[Owner] = [volume, *reversed(volume.snapshots_at(leaf))]
+        heir = self._volumes[volume.id].heir
+        return found if heir is None else [*self._owners_at(heir, leaf), *found]
 
     async def _naming(self, tree: MapTree, columns: U64) -> U64:
         """Which of these rows (block, old address, ...) have their old address in the tree."""
@@ -470,7 +479,7 @@ class Merger:
     async def _sort_out_deleted(self) -> None:
         """A slice of the work that deleted snapshots and retired volumes leave, each step in a pass of its own."""
         budget = DELETED_LEAVES
-        for volume in list(self._engine.volumes.values()):
+        for volume in [item.volume for item in self._volumes.values()]:
             if not volume.retired and all(snapshot.state == "visible" for snapshot in volume.snapshots):
                 continue
             for _ in range(DELETED_SNAPSHOTS):
@@ -514,7 +523,7 @@ class Merger:
         if not volume.retired or volume in merge.buried:
             return None
         if not there:
-            if volume.heir is None and volume.id not in merge.heirs:
+            if self._volumes[volume.id].heir is None and volume.id not in merge.heirs:
                 self._drop(volume)
             return None
         if merge.root_of(volume)[0]:
@@ -525,7 +534,7 @@ class Merger:
         return None
 
     def _clones_of(self, snapshot: Snapshot) -> list[Volume]:
-        volumes = self._engine.volumes.values()
+        volumes = [item.volume for item in self._volumes.values()]
         return [v for v in volumes if self._origin_of(v) is snapshot and v not in self._merge.buried]
 
     def _may_thin(self, snapshot: Snapshot, clones: list[Volume]) -> bool:

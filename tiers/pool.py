@@ -350,7 +350,8 @@ class Pool:
         validate_volume_size(size_bytes)
         async with self._ddl:
             await self._engine.admit_release()
-            if self._engine.volume_named(name) is not None:
+            coming = any(volume.short_name == name for volume in self._engine.lineage.coming)
+            if coming or self._engine.volume_named(name) is not None:
                 raise TierError(
                     errno.EEXIST,
                     f"there is a volume {self.name}/{name} already: choose another name, or delete it first",
@@ -462,20 +463,12 @@ class Pool:
         """
         async with self._ddl:
             volume = self.volume(name)
-            self._require_unused(volume, "deleted")
-            family = self._engine.lineage.of_family(volume)
-            if family and not snapshots:
-                raise TierError(
-                    errno.EBUSY,
-                    f"{volume.name} has {len(family)} snapshot{'s' * (len(family) > 1)}: delete them first, or with it "
-                    f"(`terrace volume delete --snapshots {volume.name}`)",
-                )
-            if volume.has_history or family:
-                await self._engine.lineage.ask(partial(self._retire_all, volume))
+            family = self._require_deletable(volume, snapshots=snapshots)
+            if volume.has_history or volume.deleted or family:
+                await self._engine.lineage.ask(partial(self._retire_all, name, snapshots=snapshots))
                 return
-            self._require_unused(volume, "deleted")
             await self._engine.admit_release()
-            self._require_unused(volume, "deleted")
+            self._require_deletable(volume, snapshots=snapshots)
             self._engine.append_record(Op.DELETE, volume.id)
             self._engine.remove_volume(volume)
             self._engine.space.kick_checkpoint.set()
@@ -483,10 +476,23 @@ class Pool:
             await self._engine.flusher.flush()
             hit("delete.durable")
 
-    def _retire_all(self, volume: Volume, frozen: Frozen) -> None:
-        self._require_unused(volume, "deleted")
-        self._delete_all(self._engine.lineage.of_family(volume), frozen)
+    def _retire_all(self, name: str, frozen: Frozen, *, snapshots: bool) -> None:
+        # Looked for anew: a rollback whose checkpoint was under way has put another volume in its place.
+        volume = self.volume(name)
+        self._delete_all(self._require_deletable(volume, snapshots=snapshots), frozen)
         self._engine.lineage.retire(frozen, volume)
+
+    def _require_deletable(self, volume: Volume, *, snapshots: bool) -> list[Snapshot]:
+        """Raise TierError unless a volume may be deleted; returns its snapshots, which go with it."""
+        self._require_unused(volume, "deleted")
+        family = self._engine.lineage.of_family(volume)
+        if family and not snapshots:
+            raise TierError(
+                errno.EBUSY,
+                f"{volume.name} has {len(family)} snapshot{'s' * (len(family) > 1)}: delete them first, or with it "
+                f"(`terrace volume delete --snapshots {volume.name}`)",
+            )
+        return family
 
     def _delete_all(self, snapshots: list[Snapshot], frozen: Frozen) -> None:
         for snapshot in snapshots:
