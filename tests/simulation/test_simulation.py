@@ -100,7 +100,16 @@ def _seeds_for(name: str) -> Iterator[int]:
     return (seed for seed in range(400) if needed(random_faults(seed)))
 
 
+OF_SNAPSHOTS = (
+    *(f"checkpoint.{step}" for step in ("absorbed", "dropped", "folded", "kept", "relocated", "thinned")),
+    "flatten.",
+    "move.relocated",
+)
+
+
 def _profile_for(name: str) -> str:
+    if name.startswith(OF_SNAPSHOTS):
+        return "versions"
     if name == "evacuate.page_lost":
         return "failing"
     return "devices" if name.startswith(("evacuate.", "grow.", "checkpoint.given_up")) else "full"

@@ -532,7 +532,12 @@ class Driver:
             await self.judge(pool)  # else that is for the next attempt, for it takes longer than what is to crash
             self.everything = True
         with trio.fail_after(3000):
-            await self._gone(pool, path)
+            with trio.move_on_after(300) as patience:
+                await self._gone(pool, path)
+            if patience.cancelled_caught:
+                if self.historian is not None and any(s.state == "waiting" for s in pool.evacuator.status()):
+                    await self._grow(pool)  # the map of what snapshots keep may need more room than there is
+                await self._gone(pool, path)
             for other in [state for state in pool.evacuator.status() if state.state == "running"]:
                 await self._gone(pool, other.path)
         self.machine.disarm()
@@ -569,12 +574,12 @@ class Driver:
             background.start_soon(self._flusher, pool)
             background.start_soon(self._nudger, pool)
             async with trio.open_nursery() as clients:
-                clones = []
+                names = [name for name in self.models if not name.startswith("x")]
                 if self.historian is not None:
-                    clones = self.historian.begin(pool)
+                    names = self.historian.begin(pool)
                     background.start_soon(self.historian.read, pool)
                     clients.start_soon(self.historian.run, pool)
-                for name in [name for name in self.models if name.startswith("v")] + clones:
+                for name in names:
                     clients.start_soon(self._work, pool, name, count)
                 clients.start_soon(self._creator, pool)
                 if self.devices_change:
