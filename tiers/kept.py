@@ -105,6 +105,12 @@ async def index_of(volume: "Volume") -> None:
             async for leaves in leaves_of(snapshot.tree, all_of_them=True):
                 index.add(snapshot.id, np.array(leaves, np.uint64))
             await trio.lowlevel.checkpoint()
-        volume.kept = index
+        if volume.indexing is index:
+            volume.kept = index
     finally:
         volume.indexing = None
+
+
+def forget_index(volume: "Volume") -> None:
+    """A page above the leaves of some snapshot is lost: what was kept below it is lost too, not nothing."""
+    volume.kept = volume.indexing = None
