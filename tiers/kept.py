@@ -8,6 +8,7 @@ has been opened, in the background; until then all trees are asked.
 """
 
 from collections import defaultdict
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -102,8 +103,13 @@ async def index_of(volume: "Volume") -> None:
     index = volume.indexing = KeptLeaves()
     try:
         for snapshot in list(volume.snapshots):
-            async for leaves in leaves_of(snapshot.tree, all_of_them=True):
-                index.add(snapshot.id, np.array(leaves, np.uint64))
+            try:
+                async with aclosing(leaves_of(snapshot.tree, all_of_them=True)) as found:
+                    async for leaves in found:
+                        index.add(snapshot.id, np.array(leaves, np.uint64))
+            except OSError:
+                if not snapshot.gone:  # else its pages may be given back
+                    raise
             await trio.lowlevel.checkpoint()
         if volume.indexing is index:
             volume.kept = index

@@ -12,7 +12,7 @@ import contextlib
 import errno
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from itertools import groupby
 from os import RWF_NOWAIT
 from typing import TYPE_CHECKING
@@ -40,6 +40,7 @@ from tiers.record import Kind
 
 if TYPE_CHECKING:
     from tiers.engine import Engine
+    from tiers.snapshot import Views
 
 Buffer = bytes | bytearray | memoryview
 
@@ -475,6 +476,19 @@ class Reader:
                 at = stop
             await trio.lowlevel.checkpoint()
         return result
+
+
+async def at_one_moment(views: "Views", look: Callable[[], Awaitable[int]]) -> int:
+    """What `look` finds out from several trees, one after the other, while none of them changes.
+
+    Checkpoints move entries from tree to tree, in either direction: what looks into one too late and into the next one
+    too early sees them nowhere.
+    """
+    while True:
+        moment = views.moment
+        found = await look()
+        if moment == views.moment:
+            return found
 
 
 async def hole_in(tree: MapTree, block: int) -> int:

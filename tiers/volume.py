@@ -20,6 +20,7 @@ import contextlib
 import errno
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,7 @@ from tiers.maptree import EMPTY_PAGE, FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEV
 from tiers.overlay import LEAF_BITS, Entry, Overlay
 from tiers.policy import DEFAULT, Policy
 from tiers.promotion import LARGEST_READ_BLOCKS
-from tiers.reader import PIECE_BYTES, Buffer, Reader, checks_of, hole_in
+from tiers.reader import PIECE_BYTES, Buffer, Reader, at_one_moment, checks_of, hole_in
 from tiers.record import OP_WORDS, UNMAP_WORD, WRITE_WORD, Kind, Op, header_slots_for
 from tiers.snapshot import Snapshot, compose
 
@@ -264,6 +265,11 @@ class Volume(Reader):
             await self.layered_leaf(index)
 
     async def hole_at(self, block: int) -> int:
+        if self.origin is None:
+            return await hole_in(self.tree, block)
+        return await at_one_moment(self._engine.views, partial(self._hole_at, block))
+
+    async def _hole_at(self, block: int) -> int:
         hole = await hole_in(self.tree, block)
         return min(hole, await self.origin.hole_at(block)) if hole and self.origin is not None else hole
 

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from types import ModuleType
 
 import pytest
 import trio
 
+import tiers.history
+import tiers.snapshot
 from tests.simulation.machine import Disk, Machine, PowerCutError
 from tests.simulation.oracle import require_sound
 from tests.tiers.helpers import refusal
 from tests.tiers.test_snapshots import stamps, write
-from tiers import Pool, PoolSettings, TierError
+from tiers import Pool, PoolSettings, TierError, Volume
 from tiers.catalog import judge_state
 from tiers.failpoint import watching
-from tiers.layout import BLOCK_BYTES
+from tiers.history import exclusive_blocks
+from tiers.kept import index_of
+from tiers.layout import BLOCK_BYTES, SLOT_BITS
+from tiers.maptree import FANOUT_BITS, MapTree, Page
 from tiers.mover import Mover
+from tiers.reader import hole_in
 from tiers.record import Kind, Op
 
 BLOCKS = 64
@@ -197,5 +204,181 @@ def test_a_snapshot_is_there_although_the_copy_of_its_checkpoint_failed(monkeypa
             patched.setattr(pool._checkpointer.copies, "write", refuse)
             (taken,) = await pool.take_snapshots([("v", "s")])
         assert pool.snapshots("v") == [taken]
+
+    life(quiet_machine(), main)
+
+
+def suspend_at(
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType, tree: MapTree, meanwhile: Callable[[], Awaitable[object]]
+) -> None:
+    """The first look of `module` for a hole in a tree has to wait for a device, and `meanwhile` things happen."""
+    waits = [tree]
+
+    async def slow(other: MapTree, block: int) -> int:
+        if waits and other is waits[0]:
+            waits.clear()
+            await meanwhile()
+        return await hole_in(other, block)
+
+    monkeypatch.setattr(module, "hole_in", slow)
+
+
+async def kept_by_the_second(pool: Pool) -> Volume:
+    """Snapshots a, b, c: what a and b show in block 1000 is kept by b; the volume has nothing any more."""
+    volume = await pool.create_volume("v", 4096 * BLOCK_BYTES)
+    await write(volume, 1000, 7)
+    for name in ("a", "b"):
+        await pool.take_snapshots([("v", name)])
+    await volume.trim(1000 * BLOCK_BYTES, BLOCK_BYTES)
+    await pool.take_snapshots([("v", "c")])
+    volume.kept = None  # as after a start, until the index is made
+    return volume
+
+
+def test_what_moves_from_one_snapshot_to_another_is_no_hole_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main(pool: Pool) -> None:
+        await kept_by_the_second(pool)
+        tree = pool.snapshot("v", "b").tree
+        suspend_at(monkeypatch, tiers.snapshot, tree, lambda: pool.delete_snapshot("v", "b"))
+        first = pool.snapshot("v", "a")
+        extents = await first.extents(0, first.size_bytes, 64)
+        assert (BLOCK_BYTES, 0) in extents
+        assert await stamps(first, 1000) == [7]
+
+    life(quiet_machine(), main)
+
+
+def test_what_moves_from_one_snapshot_to_another_differs_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main(pool: Pool) -> None:
+        await kept_by_the_second(pool)
+        tree = pool.snapshot("v", "b").tree
+        suspend_at(monkeypatch, tiers.history, tree, lambda: pool.delete_snapshot("v", "b"))
+        last = pool.snapshot("v", "c")
+        changed = await last.context_extents("terrace:diff:a", 0, last.size_bytes, 64)
+        assert (BLOCK_BYTES, 1) in changed
+
+    life(quiet_machine(), main)
+
+
+def test_what_a_clone_takes_over_from_its_origin_is_no_hole_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main(pool: Pool) -> None:
+        volume = await kept_by_the_second(pool)
+        tree = pool.snapshot("v", "a").tree
+        await pool.clone("v", "a", "clone")
+        for name in ("a", "c"):
+            await pool.delete_snapshot("v", name)
+        clone = pool.volume("clone")
+        assert clone.origin is not None
+        assert clone.origin.tree is tree
+
+        async def meanwhile() -> None:
+            await pool.delete_volume("v", snapshots=True)
+            for _ in range(4):
+                await pool.checkpoint()
+            assert clone.origin is None
+
+        await pool.delete_snapshot("v", "b")
+        volume.kept = None
+        suspend_at(monkeypatch, tiers.snapshot, tree, meanwhile)
+        extents = await clone.extents(0, clone.size_bytes, 64)
+        assert (BLOCK_BYTES, 0) in extents
+        assert await stamps(clone, 1000) == [7]
+
+    life(quiet_machine(), main)
+
+
+def test_a_snapshot_that_is_being_compared_is_not_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main(pool: Pool) -> None:
+        await kept_by_the_second(pool)
+        tree = pool.snapshot("v", "b").tree
+        refused: list[TierError] = []
+
+        async def meanwhile() -> None:
+            refused.append(await refusal(lambda: pool.delete_snapshot("v", "a")))
+
+        suspend_at(monkeypatch, tiers.history, tree, meanwhile)
+        last = pool.snapshot("v", "c")
+        changed = await last.context_extents("terrace:diff:a", 0, last.size_bytes, 64)
+        assert (BLOCK_BYTES, 1) in changed
+        assert refused[0].errno == errno.EBUSY
+        await pool.delete_snapshot("v", "a")
+
+    life(quiet_machine(), main)
+
+
+async def give_back(pool: Pool, volume: Volume, name: str) -> None:
+    """Delete a snapshot, and have its map pages given back."""
+    await pool.delete_snapshot(volume.short_name, name)
+    pool._checkpointer.writer.seal()
+    await write(volume, 0, 1)
+    for _ in range(3):
+        await pool.checkpoint()
+    for segment in [s for s in pool._engine.segments.by_id.values() if s.kind is Kind.MAP and not s.open]:
+        await pool._cleaner._force_pages(segment)
+    for _ in range(3):
+        await pool.checkpoint()
+
+
+def test_a_page_that_was_given_back_while_others_were_looked_for_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main(pool: Pool) -> None:
+        volume = await kept_by_the_second(pool)
+        first, second = pool.snapshot("v", "a"), pool.snapshot("v", "b")
+        for tree in (volume.tree, first.tree, second.tree):
+            tree.forget()
+        load = MapTree.load
+        waits = [second.tree]
+
+        async def slow(tree: MapTree, level: int, indices: Iterable[int]) -> dict[int, Page]:
+            found = await load(tree, level, indices)
+            if waits and tree is waits[0] and level == 1:
+                waits.clear()
+                where = second.tree.entry_of_page_now(0, 1000 >> FANOUT_BITS)
+                assert where is not None
+                await give_back(pool, volume, "b")
+                assert where[0] >> SLOT_BITS not in pool._engine.segments.by_id
+            return found
+
+        monkeypatch.setattr(MapTree, "load", slow)
+        assert await stamps(first, 1000) == [7]
+
+    life(quiet_machine(), main)
+
+
+@pytest.mark.parametrize("asked", ["the index", "the sizes"])
+def test_a_snapshot_whose_pages_are_given_back_while_they_are_read_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    async def main(pool: Pool) -> None:
+        volume = await kept_by_the_second(pool)
+        await write(volume, 1000, 8)
+        for name in ("a", "c"):
+            await pool.delete_snapshot("v", name)
+        second = pool.snapshot("v", "b")
+        assert volume.snapshots[0] is second
+        for number in (9, 10):  # the last one keeps a block, too
+            await pool.checkpoint()
+            await write(volume, 1001, number)
+            if number == 9:
+                await pool.take_snapshots([("v", "d")])
+        await pool.checkpoint()
+        second.tree.forget()
+        load = MapTree.load
+        waits = [second.tree]
+
+        async def slow(tree: MapTree, level: int, indices: Iterable[int]) -> dict[int, Page]:
+            if waits and tree is waits[0]:
+                waits.clear()
+                await give_back(pool, volume, "b")
+                assert second.gone
+            return await load(tree, level, indices)
+
+        monkeypatch.setattr(MapTree, "load", slow)
+        if asked == "the index":
+            await index_of(volume)
+            assert volume.kept is not None
+        else:
+            last = pool.snapshot("v", "d")
+            assert await exclusive_blocks(last) == last.tree.mapped_blocks == 1
+        assert second.gone
 
     life(quiet_machine(), main)
