@@ -689,16 +689,6 @@ MUTANTS: dict[str, Mutant] = {
         "whoever moves the blocks takes them for dead: their headers name the old volume",
         _instead(Checkpointer, "_volume_rows", "0 if heir is None else heir.id", "0"),
     ),
-    "a victim that is reused before it is known who names what was in it": Mutant(
-        "snapshots",
-        "some snapshot's map may still name that place",
-        _instead(
-            Mover,
-            "_apply",
-            "if names is None:",
-            "if names is None:\n                pass\n            elif names is None:",
-        ),
-    ),
     "a move that no snapshot's map learns of": Mutant(
         "snapshots",
         "it names a place that is given to others",

@@ -22,6 +22,7 @@ from tiers import Pool, PoolSettings, TierError
 from tiers.layout import BLOCK_BYTES
 from tiers.merge import DELETED_LEAVES
 from tiers.mover import Mover
+from tiers.pool import SNAPSHOT_ROOM_SLOTS
 from tiers.reader import Reader
 from tiers.record import Kind
 from tiers.snapshot import DIFF_CONTEXT, Snapshot
@@ -220,8 +221,13 @@ class Versions:
         stamps[:] = (stamps + [0] * count)[:count]
         await pool.resize_volume(name, count * BLOCK_BYTES)
 
+    def has_room(self, pool: Pool, count: int) -> bool:
+        """Whether so many snapshots may be taken."""
+        room = pool._engine.space.available >= SNAPSHOT_ROOM_SLOTS * count
+        return room and len(pool.snapshots()) < self.most_snapshots
+
     async def do_snapshot(self, pool: Pool) -> None:
-        if len(pool.snapshots()) >= self.most_snapshots:
+        if not self.has_room(pool, 1):
             await self.do_drop(pool)
             return
         name = self.any_line()
@@ -230,7 +236,7 @@ class Versions:
         await pool.take_snapshots([(name, snap)])
 
     async def do_group(self, pool: Pool) -> None:
-        if len(pool.snapshots()) >= self.most_snapshots:
+        if not self.has_room(pool, len(self.lines)):
             return
         snap = self.name("g")
         for line in self.lines.values():
@@ -321,7 +327,7 @@ class Versions:
         found = self.any_snapshot()
         if found is not None:
             line = self.lines[found[0]]
-            keep = self.name("k") if self.rng.random() < 0.5 else None
+            keep = self.name("k") if self.rng.random() < 0.5 and self.has_room(pool, 1) else None
             if keep is not None:
                 line.snapshots[keep] = list(line.stamps)
             line.stamps = list(line.snapshots[found[1]])
