@@ -269,7 +269,8 @@ class Merger:
         trimmed = await self._existing_leaves(volume, detached)
         keeping = _Keeping(self, item, trimmed, (keys, addresses, checks), overlay.patches)
         leaves = np.union1d(leaves, trimmed)
-        written = await self._rewrite_leaves(volume, tree, leaves, keeping.edit)
+        # A trim of what is trimmed already changes nothing, and takes no pages.
+        written = await self._rewrite_leaves(volume, tree, leaves, keeping.edit, always=forced[0])
         await self._rewrite_inner(volume, tree, written, forced, {})
         await keeping.finish()
 
@@ -305,9 +306,20 @@ class Merger:
     # -- pages, whoever's they are ---------------------------------------------------------------------------------
 
     async def _rewrite_leaves(
-        self, owner: Owner, tree: MapTree, leaves: U64, edit: Edit, *, detached: Detached | None = None
+        self,
+        owner: Owner,
+        tree: MapTree,
+        leaves: U64,
+        edit: Edit,
+        *,
+        detached: Detached | None = None,
+        always: set[int] | None = None,
     ) -> tuple[U64, U64, U64]:
-        """Let `edit` change these leaves (in order) and write them; return what their parents are to say of them."""
+        """Let `edit` change these leaves (in order) and write them; return what their parents are to say of them.
+
+        `always`: only those that it has changed, and these, are written.
+        """
+        written = np.ones(len(leaves), bool)
         addresses, checks = np.zeros(len(leaves), np.uint64), np.zeros(len(leaves), np.uint64)
         is_plain = isinstance(owner, Volume) and not owner.snapshots and not owner.layered and tree is owner.tree
         cached = is_plain and tree.holds_leaves(len(leaves))
@@ -315,16 +327,23 @@ class Merger:
             chunk = leaves[start : start + CHUNK_PAGES]
             indices = chunk.tolist()
             matrix = await base_pages(tree, 0, indices, detached or {})
+            before = None if always is None else matrix.copy()
             await edit(chunk, indices, matrix)
             if self._kept_ids is not None:
                 self._give_up_lost(owner, matrix)
-            kept, data = await self._write(owner, 0, indices, matrix, start, addresses, checks)
+            places = np.arange(start, start + len(chunk))
+            if always is not None:
+                part = (matrix != before).any(axis=1) | np.array([index in always for index in indices])
+                written[places] = part
+                chunk, matrix, places = chunk[part], matrix[part], places[part]
+                indices = chunk.tolist()
+            kept, data = await self._write(owner, 0, indices, matrix, places, addresses, checks)
             if is_plain:
                 _cache_leaves(tree, indices, kept, data, all_of_them=cached)
             else:
                 self._merge.stale[owner.id].append(chunk)
             await trio.lowlevel.checkpoint()
-        return leaves, addresses, checks
+        return leaves[written], addresses[written], checks[written]
 
     async def _rewrite_inner(
         self,
@@ -356,7 +375,8 @@ class Merger:
                 merge.count_live(addresses[lo:hi], +1)
                 matrix[rows, columns] = addresses[lo:hi]
                 matrix[rows, FANOUT + columns] = checks[lo:hi]
-                kept, data = await self._write(owner, level, indices, matrix, start, up_addresses, up_checks)
+                places = np.arange(start, start + len(chunk))
+                kept, data = await self._write(owner, level, indices, matrix, places, up_addresses, up_checks)
                 for row, index in enumerate(kept):
                     inner[page_key(level, index)] = _copied_page(data, row)
                 for index in set(indices).difference(kept):
@@ -373,9 +393,9 @@ class Merger:
             self._changed[owner.id] = owner
 
     async def _write(
-        self, owner: Owner, level: int, indices: list[int], matrix: U64, start: int, addresses: U64, checks: U64
+        self, owner: Owner, level: int, indices: list[int], matrix: U64, places: U64, addresses: U64, checks: U64
     ) -> tuple[list[int], memoryview]:
-        """Write those of the pages that aren't empty; note where they are, from position `start` on."""
+        """Write those of the pages that aren't empty; note where they are, each at its place in `addresses`."""
         kept = np.flatnonzero(matrix[:, :FANOUT].any(axis=1))
         kept_indices = indices
         if len(kept) < len(indices):
@@ -383,8 +403,8 @@ class Merger:
             kept_indices = [indices[i] for i in kept.tolist()]
         data = memoryview(matrix.reshape(-1)).cast("B") if kept_indices else memoryview(b"")
         found = await self._writer.write(self._nursery, owner.id, level, kept_indices, data)
-        addresses[start + kept] = np.array(found[0], np.uint64)
-        checks[start + kept] = np.array(found[1], np.uint64)
+        addresses[places[kept]] = np.array(found[0], np.uint64)
+        checks[places[kept]] = np.array(found[1], np.uint64)
         return kept_indices, data
 
     def _give_up_lost(self, owner: Owner, matrix: U64) -> None:
@@ -809,7 +829,7 @@ class _Keeping:
             addresses, checks = np.zeros(len(rows), np.uint64), np.zeros(len(rows), np.uint64)
             if merger._kept_ids is not None:
                 merger._give_up_lost(keeper, part)
-            await merger._write(keeper, 0, chosen, part, 0, addresses, checks)
+            await merger._write(keeper, 0, chosen, part, np.arange(len(rows)), addresses, checks)
             self._written.append((np.array(chosen, np.uint64), addresses, checks))
 
     async def finish(self) -> None:

@@ -448,7 +448,7 @@ class Pool:
         while True:
             self._require_unused(volume, "shrunk")
             entry, data = await volume.edge(block) if partial else (HOLE, b"")
-            await self._engine.admit_release(volume.pages_to_keep((volume.size_bytes >> BLOCK_SHIFT) - block))
+            await volume.admit_unmap((volume.size_bytes >> BLOCK_SHIFT) - block)
             self._require_unused(volume, "shrunk")
             # No checkpoint of trio from here on.
             if not partial or volume.entry_now(block) == entry:

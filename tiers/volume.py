@@ -65,7 +65,7 @@ would go alone, with a header of its own."""
 MAX_REWRITTEN = 64
 """So many blocks, each with an operation, a check and an old address, fit a header of one slot."""
 LONG_TRIM_BLOCKS = 16 * FANOUT
-"""From here on what snapshots keep of an unmapped range has its map pages counted beforehand."""
+"""From here on what snapshots keep of an unmapped range takes more map pages than the weight of a range stands for."""
 MAX_TRIMS = 160
 """So many operations fit a header of one slot."""
 
@@ -753,7 +753,9 @@ class Volume(Reader):
                 spans[-1] = (spans[-1][0], end)
             elif start < end:
                 spans.append((start, end))
-        if any(self.pages_to_keep(end - start) for start, end in spans):
+        count = sum(end - start for start, end in spans)
+        pages = self.pages_to_keep(count)
+        if pages and (count >= LONG_TRIM_BLOCKS or not self._engine.space.has_room_for_pages(pages * len(spans))):
             return False
         if spans:
             self._engine.log_room()
@@ -810,17 +812,23 @@ class Volume(Reader):
             await self.write(end_whole, bytes(end - end_whole))
 
     def pages_to_keep(self, count: int) -> int:
-        """Map pages at most that unmapping so many blocks takes besides: for what snapshots keep, or hides an origin.
-
-        Few blocks are covered by what is kept for the next checkpoint in any case.
-        """
-        if count < LONG_TRIM_BLOCKS or not (self.has_history or self.layered):
+        """Map pages at most that unmapping so many blocks takes besides: what snapshots keep, or hides an origin."""
+        if not (self.has_history or self.layered):
             return 0
-        leaves = min((count >> FANOUT_BITS) + 2, self.referenced_blocks or self.tree.mapped_blocks)
-        return leaves + leaves // 128 + 2 * ROOT_LEVEL
+        mapped = self.referenced_blocks or self.tree.mapped_blocks
+        if self.frozen is not None:
+            mapped += self.frozen.weight  # each leaf that it names weighs something
+        leaves = min((count >> FANOUT_BITS) + 2, mapped)
+        if self.has_history and self.layered:
+            leaves *= 2  # the clone says that its origin isn't to be seen there, its snapshot that it was
+        return leaves + leaves // 64 + 4 * ROOT_LEVEL
+
+    async def admit_unmap(self, count: int) -> None:
+        """Wait until so many blocks may be unmapped. Raises EROFS, NoRoomError, as `Engine.admit_release`."""
+        await self._engine.admit_release(self.pages_to_keep(count), kept_anyway=count < LONG_TRIM_BLOCKS)
 
     async def _unmap(self, block: int, count: int) -> None:
-        await self._engine.admit_release(self.pages_to_keep(count))
+        await self.admit_unmap(count)
         self._require_alive()
         self._engine.log_room()
         self._append([self._unmap_word, block, count], [], [])
