@@ -53,7 +53,7 @@ def test_a_clone_with_snapshots_is_zeroed_or_there_is_no_room_for_it(segments: i
             await clone.write_zeroes(0, clone.size_bytes, no_hole=False)
         except TierError as error:
             assert error.errno == errno.ENOSPC
-        for _ in range(3):
+        for _number in range(3):
             await pool.checkpoint()
 
     in_a_pool(segments, main)
@@ -73,7 +73,7 @@ def test_trims_that_come_together_wait_for_room_as_one_does(segments: int) -> No
         # What gives room has room itself.
         await pool.create_volume("other", LEAF_BYTES)
         await pool.delete_volume("other")
-        for _ in range(3):
+        for _number in range(3):
             await pool.checkpoint()
 
     in_a_pool(segments, main)
