@@ -397,6 +397,16 @@ def test_the_speed_beside_a_bar_is_in_the_units_of_its_sizes() -> None:
     assert speed_text(1000.0, None) == "1000 B/s"
 
 
+def test_a_table_that_fits_no_terminal_goes_on_in_the_next_line_and_cuts_no_name(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "20")
+    name = "p/vol@before-rollback-20261129-210546"
+    show_table(("Name", ">Much"), [(name, "1 MiB")], spare=(">Much",))
+    assert name in capsys.readouterr().out
+
+
 def test_a_table_that_is_too_wide_for_a_terminal_leaves_out_what_it_can_spare(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
