@@ -151,6 +151,15 @@ def test_rollbacks_of_one_moment_keep_what_was_under_names_of_their_own(daemon: 
     assert len(set(kept)) == 8
 
 
+def test_a_pool_with_a_held_snapshot_is_not_deleted(daemon: FakeDaemon, cli: Cli, volume: str) -> None:
+    cli.ok("snapshot", "create", "p/v@tuesday")
+    cli.ok("snapshot", "hold", "p/v@tuesday")
+    assert "p/v@tuesday can't be deleted, being held: release" in cli.error("pool", "delete", "p", "--yes")
+    cli.ok("snapshot", "hold", "p/v@monday")
+    assert "p/v@monday and 1 more snapshot can't" in cli.error("pool", "delete", "p", "--yes")
+    assert read(daemon, "p/v@tuesday") == OLD
+
+
 def test_operators_hear_of_what_happened_to_snapshots(daemon: FakeDaemon, volume: str) -> None:
     before = daemon.api("GET", "/v1/events")[-1]["number"]
     daemon.api("POST", "/v1/pools/p/snapshots", {"name": "g", "volumes": ["v", "w"]})
