@@ -11,6 +11,7 @@ import errno
 import logging
 import math
 import socket
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -148,7 +149,7 @@ class Server:
             if isinstance(address, tuple):
                 peer = f"{address[0]}:{address[1]}"
             else:
-                peer = f"unix client {self._serial}"
+                peer = f"unix client {self._serial} (process {_process_of(sock)})"
             if len(self._connections) >= self._limits.connections:
                 self._refused += 1
                 sock.close()
@@ -191,6 +192,12 @@ class Server:
         finally:
             del self._connections[connection]
             self._past.add(connection.counters)
+
+
+def _process_of(sock: socket.socket) -> int:
+    """The process at the other end of a Unix socket (unix(7), SO_PEERCRED); 0 if it is out of our sight."""
+    pid: int = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+    return pid
 
 
 async def serve(

@@ -18,9 +18,19 @@
     POST   /v1/pools/P/volumes                {name, size, policy?}
     GET    /v1/pools/P/volumes/V
     PATCH  /v1/pools/P/volumes/V              {size, shrink?}; a smaller size needs shrink, for it discards data
-    DELETE /v1/pools/P/volumes/V
+    DELETE /v1/pools/P/volumes/V[?snapshots=1]     and all its snapshots; without this it must have none
     PUT    /v1/pools/P/volumes/V/policy       {policy}
     GET    /v1/pools/P/volumes/V/heat[?ranges=N]   what lies on which tier and how hot it is, in N ranges (1 to 4096)
+    POST   /v1/pools/P/volumes/V/promote      streams as a check does, then {volume}; a clone needs its origin no more
+    GET    /v1/pools/P/snapshots              those of all volumes, with what each shares and what only it has
+    POST   /v1/pools/P/snapshots              {name, volumes}; one of each volume, all of one instant, or none
+    GET    /v1/pools/P/volumes/V/snapshots
+    POST   /v1/pools/P/volumes/V/snapshots    {name}
+    GET    /v1/pools/P/volumes/V/snapshots/S
+    PATCH  /v1/pools/P/volumes/V/snapshots/S  {name?, held?}
+    DELETE /v1/pools/P/volumes/V/snapshots/S  tells what comes back
+    POST   /v1/pools/P/volumes/V/snapshots/S/rollback   {keep_as?, safety?, force?}; the volume becomes what it was
+    POST   /v1/pools/P/volumes/V/snapshots/S/clone      {name, policy?}; a new volume
     GET    /v1/policies                       every policy: its keys, which of them are given, and who has it
     GET    /v1/policies/N
     POST   /v1/policies/reload                read them anew from the configuration file; all or nothing
@@ -35,7 +45,7 @@ import dataclasses
 import errno
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from http import HTTPStatus
 from pathlib import Path
@@ -56,6 +66,7 @@ from terrace.events import Events
 from terrace.pools import Pools, Slot
 from terrace.schema import Size
 from terrace.sizes import format_size
+from terrace.snapshots import Snapshots
 from tiers import DeviceSpec, Pool, TierError
 from tiers.heatmap import MAX_RANGES
 from tiers.policy import DEFAULT_NAME
@@ -65,6 +76,7 @@ log = logging.getLogger(__name__)
 BODY_LIMIT_BYTES = 1 << 20
 _PROGRESS_INTERVAL_S = 0.1
 _REPEAT_S = 5.0
+_LIST_STEP = 100
 DEFAULT_RANGES = 512
 """Of a heat map."""
 
@@ -150,6 +162,30 @@ class PolicyBody(_Body):
     policy: str
 
 
+class TakeOneBody(_Body):
+    name: str
+
+
+class TakeBody(TakeOneBody):
+    volumes: list[str] = Field(min_length=1, max_length=4096)
+
+
+class ChangeSnapshotBody(_Body):
+    name: str | None = None
+    held: bool | None = None
+
+
+class RollbackBody(_Body):
+    keep_as: str | None = None
+    safety: bool = True
+    force: bool = False
+
+
+class CloneBody(_Body):
+    name: str
+    policy: str | None = None
+
+
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
 
@@ -223,7 +259,27 @@ def _plain(status: Any) -> Any:
     return json.loads(json.dumps(dataclasses.asdict(status), default=str))
 
 
+async def _long_list(statuses: Sequence[Any]) -> Response:
+    """Dataclasses as a list of JSON; others have their turn meanwhile, since ten thousand take 0.2 s."""
+    parts = []
+    for start in range(0, len(statuses), _LIST_STEP):
+        rows = [dataclasses.asdict(status) for status in statuses[start : start + _LIST_STEP]]
+        parts.append(json.dumps(rows)[1:-1])
+        await trio.lowlevel.checkpoint()
+    return Response(f"[{','.join(parts)}]", media_type="application/json")
+
+
 Handler = Callable[[Request], Awaitable[Response]]
+Progress = Callable[[int, int], None]
+"""Takes how many bytes are done, and of how many."""
+
+
+class Work(Protocol):
+    """Something that may take hours; what it returns is the last line of the answer."""
+
+    __name__: str
+
+    async def __call__(self, pool: Pool, progress: Progress) -> dict[str, Any]: ...
 
 
 class Api:
@@ -234,10 +290,12 @@ class Api:
         self._daemon = daemon
         self._definitions = definitions
         self._events = events
+        self._snapshots = Snapshots(self._clients, self._tell)
 
     def app(self) -> ASGIApp:
         """The ASGI application."""
         pool, volume = "/v1/pools/{pool}", "/v1/pools/{pool}/volumes/{volume}"
+        snapshot = f"{volume}/snapshots/{{snapshot}}"
         routes = [
             self._route("GET", "/v1/status", self.status),
             self._route("GET", "/v1/pools", self.list_pools),
@@ -260,6 +318,16 @@ class Api:
             self._route("DELETE", volume, self.delete_volume),
             self._route("PUT", f"{volume}/policy", self.set_policy),
             self._route("GET", f"{volume}/heat", self.show_heat),
+            self._route("POST", f"{volume}/promote", self.promote_volume),
+            self._route("GET", f"{pool}/snapshots", self.list_snapshots),
+            self._route("POST", f"{pool}/snapshots", self.take_snapshots),
+            self._route("GET", f"{volume}/snapshots", self.list_snapshots),
+            self._route("POST", f"{volume}/snapshots", self.take_snapshot),
+            self._route("GET", snapshot, self.show_snapshot),
+            self._route("PATCH", snapshot, self.change_snapshot),
+            self._route("DELETE", snapshot, self.delete_snapshot),
+            self._route("POST", f"{snapshot}/rollback", self.roll_back),
+            self._route("POST", f"{snapshot}/clone", self.clone_snapshot),
             self._route("GET", "/v1/policies", self.list_policies),
             self._route("GET", "/v1/policies/{policy}", self.show_policy),
             self._route("POST", "/v1/policies/reload", self.reload_policies),
@@ -321,7 +389,11 @@ class Api:
         body = await _body(request, CheckBody)
         name = request.path_params["pool"]
         self._pools.pool(name)  # what can be refused is refused with a status, before the stream begins
-        return _CheckStream(self._pools, name, full=body.full)
+
+        async def check(pool: Pool, progress: Progress) -> dict[str, Any]:
+            return {"report": _plain(await pool.check(body.full, progress))}
+
+        return _Stream(self._pools, name, check)
 
     async def show_evacuations(self, request: Request) -> Response:
         with self._pools.using(request.path_params["pool"]) as pool:
@@ -396,8 +468,9 @@ class Api:
             return JSONResponse(_volume(pool, name))
 
     async def delete_volume(self, request: Request) -> Response:
+        snapshots = request.query_params.get("snapshots") in ("1", "true")
         with self._pools.using(request.path_params["pool"]) as pool:
-            await pool.delete_volume(request.path_params["volume"])
+            await self._snapshots.delete_volume(pool, request.path_params["volume"], snapshots=snapshots)
         return Response(status_code=HTTPStatus.NO_CONTENT)
 
     async def set_policy(self, request: Request) -> Response:
@@ -415,6 +488,82 @@ class Api:
             found = await pool.heat_map(request.path_params["volume"], int(given))
             return JSONResponse(dataclasses.asdict(found))
 
+    def _tell(self, kind: str, subject: str, text: str) -> None:
+        self._events.add(kind, subject, text)
+
+    def _clients(self, export: str) -> list[str]:
+        """Who is connected to an export, now."""
+        connections = self._daemon.status(reset=False)["nbd"]["connections"]
+        return [connection["peer"] for connection in connections if connection["export"] == export]
+
+    async def list_snapshots(self, request: Request) -> Response:
+        with self._pools.using(request.path_params["pool"]) as pool:
+            volume = request.path_params.get("volume")
+            pool.snapshots(volume)
+            await _count_exactly(pool)
+            return await _long_list(await pool.snapshot_status(volume))
+
+    async def take_snapshots(self, request: Request) -> Response:
+        body = await _body(request, TakeBody)
+        with self._pools.using(request.path_params["pool"]) as pool:
+            taken = await self._snapshots.create(pool, body.volumes, body.name)
+            return JSONResponse(list(map(_plain, taken)), HTTPStatus.CREATED)
+
+    async def take_snapshot(self, request: Request) -> Response:
+        body = await _body(request, TakeOneBody)
+        with self._pools.using(request.path_params["pool"]) as pool:
+            (taken,) = await self._snapshots.create(pool, [request.path_params["volume"]], body.name)
+            return JSONResponse(_plain(taken), HTTPStatus.CREATED)
+
+    async def show_snapshot(self, request: Request) -> Response:
+        pool_name, volume, name = _snapshot_named(request)
+        with self._pools.using(pool_name) as pool:
+            self._snapshots.find(pool, volume, name)
+            await _count_exactly(pool)
+            return JSONResponse(_plain((await pool.snapshot_status(volume, name))[0]))
+
+    async def change_snapshot(self, request: Request) -> Response:
+        body = await _body(request, ChangeSnapshotBody)
+        pool_name, volume, name = _snapshot_named(request)
+        with self._pools.using(pool_name) as pool:
+            changed = await self._snapshots.change(pool, volume, name, new_name=body.name, held=body.held)
+            return JSONResponse(_plain(changed))
+
+    async def delete_snapshot(self, request: Request) -> Response:
+        pool_name, volume, name = _snapshot_named(request)
+        with self._pools.using(pool_name) as pool:
+            await _count_exactly(pool)
+            return JSONResponse(await self._snapshots.delete(pool, volume, name))
+
+    async def roll_back(self, request: Request) -> Response:
+        body = await _body(request, RollbackBody)
+        if body.keep_as is not None and not body.safety:
+            raise TierError(errno.EINVAL, "keep_as: it names the safety snapshot, which is not wanted")
+        pool_name, volume, name = _snapshot_named(request)
+        with self._pools.using(pool_name) as pool:
+            done = await self._snapshots.rollback(
+                pool, volume, name, keep_as=body.keep_as, safety=body.safety, force=body.force
+            )
+            return JSONResponse(done | {"volume": _volume(pool, volume)})
+
+    async def clone_snapshot(self, request: Request) -> Response:
+        body = await _body(request, CloneBody)
+        pool_name, volume, name = _snapshot_named(request)
+        with self._pools.using(pool_name) as pool:
+            await self._snapshots.clone(pool, volume, name, body.name, body.policy)
+            return JSONResponse(_volume(pool, body.name), HTTPStatus.CREATED)
+
+    async def promote_volume(self, request: Request) -> Response:
+        pool_name, name = request.path_params["pool"], request.path_params["volume"]
+        self._pools.pool(pool_name).volume(name)  # refused with a status, as above
+
+        async def promote(pool: Pool, progress: Progress) -> dict[str, Any]:
+            await self._snapshots.promote(pool, name, progress)
+            await _count_exactly(pool)
+            return {"volume": _volume(pool, name)}
+
+        return _Stream(self._pools, pool_name, promote)
+
     async def list_policies(self, request: Request) -> Response:
         return JSONResponse(list(map(_plain, self._definitions.show())))
 
@@ -423,6 +572,12 @@ class Api:
 
     async def reload_policies(self, request: Request) -> Response:
         return JSONResponse(_plain(await self._definitions.reload()))
+
+
+def _snapshot_named(request: Request) -> tuple[str, str, str]:
+    """Pool, volume and snapshot of the path."""
+    pool, volume, snapshot = (request.path_params[part] for part in ("pool", "volume", "snapshot"))
+    return pool, volume, snapshot
 
 
 def _volume(pool: Pool, volume_name: str) -> Any:
@@ -443,17 +598,17 @@ async def _count_exactly(pool: Pool) -> None:
         await pool.checkpoint()
 
 
-class _CheckStream(Response):
-    """Runs a check and streams its progress as lines of JSON. A client that goes away cancels the check."""
+class _Stream(Response):
+    """Does some long work and streams its progress as lines of JSON. A client that goes away cancels it."""
 
     media_type = "application/x-ndjson"
 
-    def __init__(self, pools: Pools, name: str, *, full: bool) -> None:
+    def __init__(self, pools: Pools, name: str, work: Work) -> None:
         super().__init__()
         del self.headers["content-length"]
         self._pools = pools
         self._name = name
-        self._full = full
+        self._work = work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         done = (0, 0)
@@ -487,11 +642,11 @@ class _CheckStream(Response):
             nursery.start_soon(watch_client, nursery.cancel_scope)
             try:
                 with self._pools.occupying(self._name) as pool:
-                    result = {"report": _plain(await pool.check(self._full, progress))}
+                    result = await self._work(pool, progress)
             except OSError as error:
                 result = _error_body(error)
             except Exception as error:
-                log.error("the check of pool %s failed", self._name, exc_info=error)
+                log.error("%s of pool %s failed", self._work.__name__, self._name, exc_info=error)
                 result = _error_body(_internal(error))
             nursery.cancel_scope.cancel()
         if result is not None:

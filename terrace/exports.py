@@ -1,8 +1,13 @@
-"""The NBD server's directory of exports: every volume of every open pool, as POOL/VOL."""
+"""The NBD server's directory of exports: every volume of every open pool as POOL/VOL, its snapshots as POOL/VOL@SNAP.
+
+A list names all volumes, but only the newest `LISTED_SNAPSHOTS` snapshots: clients such as `nbdinfo --list` connect to
+each name that they are told, and there may be ten thousand. Any of them can be opened, listed or not.
+"""
 
 from __future__ import annotations
 
 import errno
+import heapq
 from typing import cast
 
 import trio
@@ -10,8 +15,11 @@ import trio
 from nbd.export import Export
 from terrace.pools import Pools
 from terrace.sizes import format_size
-from tiers import TierError, Volume
+from tiers import Snapshot, TierError, Volume
 from tiers.limits import begin_client
+
+LISTED_SNAPSHOTS = 64
+"""Over all pools."""
 
 
 class PoolExports:
@@ -21,33 +29,53 @@ class PoolExports:
         self._pools = pools
 
     def list(self) -> list[tuple[str, str]]:
-        return [(volume.name, f"{format_size(volume.size_bytes)} volume") for volume in self._pools.open_volumes()]
+        """Each volume, followed by those of its snapshots that are among the newest."""
+        snapshots = [one for pool in self._pools.open_pools() for one in pool.snapshots()]
+        if len(snapshots) > LISTED_SNAPSHOTS:
+            newest = heapq.nlargest(LISTED_SNAPSHOTS, snapshots, key=lambda snapshot: snapshot.created_at)
+        else:
+            newest = snapshots
+        by_volume: dict[str, list[Snapshot]] = {}
+        for snapshot in sorted(newest, key=lambda snapshot: snapshot.created_at):
+            by_volume.setdefault(snapshot.name.partition("@")[0], []).append(snapshot)
+        found: list[tuple[str, str]] = []
+        for volume in self._pools.open_volumes():
+            found.append((volume.name, f"{format_size(volume.size_bytes)} volume"))
+            found += [
+                (snapshot.name, f"{format_size(snapshot.size_bytes)} snapshot, read-only")
+                for snapshot in by_volume.get(volume.name, ())
+            ]
+        return found
 
     async def acquire(self, name: str) -> Export:
-        """The empty name is the only volume there is, where there is exactly one."""
+        """The empty name is the only volume there is, where there is exactly one; snapshots don't count."""
         await trio.lowlevel.checkpoint()
         try:
-            volume = self._find(name) if name else self._default()
+            export = self._find(name) if name else self._default()
         except TierError as error:
             if error.errno == errno.ENOENT:
                 raise FileNotFoundError(errno.ENOENT, str(error)) from None
             raise
-        # No checkpoint from the look-up to here: a volume can't be deleted in between.
-        volume.acquire()
+        # No checkpoint from the look-up to here: it can't be deleted in between.
+        export.acquire()
         begin_client()  # this task is the connection's, which starts all others of it
-        return volume
+        return export
 
     def release(self, export: Export) -> None:
-        cast(Volume, export).release()
+        cast("Volume | Snapshot", export).release()
 
-    def _find(self, name: str) -> Volume:
-        pool_name, slash, volume_name = name.partition("/")
+    def _find(self, name: str) -> Volume | Snapshot:
+        pool_name, slash, rest = name.partition("/")
         if not slash:
-            raise FileNotFoundError(errno.ENOENT, f"there is no export {name!r}; exports are named POOL/VOL")
-        return self._pools.pool(pool_name).volume(volume_name)
+            raise FileNotFoundError(
+                errno.ENOENT, f"there is no export {name!r}; exports are named POOL/VOL or POOL/VOL@SNAP"
+            )
+        pool = self._pools.pool(pool_name)
+        volume_name, at, snapshot_name = rest.partition("@")
+        return pool.snapshot(volume_name, snapshot_name) if at else pool.volume(volume_name)
 
     def _default(self) -> Volume:
         volumes = list(self._pools.open_volumes())
         if len(volumes) != 1:
-            raise FileNotFoundError(errno.ENOENT, f"there are {len(volumes)} exports, so none is the default; name one")
+            raise FileNotFoundError(errno.ENOENT, f"there are {len(volumes)} volumes, so none is the default; name one")
         return volumes[0]

@@ -84,11 +84,16 @@ class Pools:
             )
         return slot.pool
 
-    def open_volumes(self) -> Iterator[Volume]:
-        """Every volume of every open pool."""
+    def open_pools(self) -> Iterator[Pool]:
+        """Every pool that is open."""
         for slot in self.slots():
             if slot.pool is not None:
-                yield from slot.pool.volumes()
+                yield slot.pool
+
+    def open_volumes(self) -> Iterator[Volume]:
+        """Every volume of every open pool."""
+        for pool in self.open_pools():
+            yield from pool.volumes()
 
     def define_policies(self, policies: Mapping[str, Policy]) -> None:
         """What the names of policies mean from now on. Raises EBUSY, and changes nothing, if one in use would vanish.
@@ -191,7 +196,8 @@ class Pools:
 
     @staticmethod
     def _require_unused(slot: Slot) -> None:
-        in_use = [volume.name for volume in slot.pool.volumes() if volume.open_count] if slot.pool else []
+        exports = [*slot.pool.volumes(), *slot.pool.snapshots()] if slot.pool else []
+        in_use = [export.name for export in exports if export.open_count]
         if in_use:
             raise TierError(
                 errno.EBUSY, f"pool {slot.name!r} is in use: clients have {', '.join(in_use)}; detach first"

@@ -651,7 +651,7 @@ async def _check_data(owner: "Owner", every: int, report: CheckReport, advance: 
                 for first, count in _mapped_runs(addresses):
                     start = (index << FANOUT_BITS) + first << BLOCK_SHIFT
                     try:
-                        await owner.read(start, count << BLOCK_SHIFT, into[: count << BLOCK_SHIFT])
+                        await owner.read_anyway(start, count << BLOCK_SHIFT, into[: count << BLOCK_SHIFT])
                     except OSError:
                         await _name_bad_blocks(owner, start, count, report)
                     report.bytes_checked += count << BLOCK_SHIFT
@@ -700,7 +700,7 @@ async def _name_bad_blocks(owner: "Owner", start: int, count: int, report: Check
     into = memoryview(bytearray(BLOCK_BYTES))
     for offset in range(start, start + (count << BLOCK_SHIFT), BLOCK_BYTES):
         try:
-            await owner.read(offset, BLOCK_BYTES, into)
+            await owner.read_anyway(offset, BLOCK_BYTES, into)
         except OSError as error:
             if not owner.gone:  # what it had may have been given out again since
                 report.problem(str(error))

@@ -103,6 +103,8 @@ class Checkpointer:
         self._failures = 0
         self._more_deleted = True
         """Deleted snapshots may have something left to be sorted out."""
+        self._sorted_out = False
+        """And the next checkpoint will get on with it, for this one did."""
         self._taken_changes: set[int] = set()
         self._taken_gone: set[int] = set()
 
@@ -231,6 +233,8 @@ class Checkpointer:
             kept = [segment.id for segment in segments.by_id.values() if segment.device.state != "lost"]
             kept_ids = np.array(sorted(kept), np.uint64)
         merger = Merger(self._engine, self.writer, merge, kept_ids)
+        # What is made independent in this very checkpoint needs its origin no more.
+        merge.origins |= {volume.id: origin for volume, origin in frozen.origins.items()}
         for item in frozen.volumes:
             item.volume.tree.loaded = set()
             merge.mapped[item.volume.id] = item.volume.tree.mapped_blocks
@@ -301,7 +305,7 @@ class Checkpointer:
                 overlay, volume.active = volume.active, volume.new_overlay()
                 volume.frozen = overlay
             forced = engine.forced.pop(volume.id, set())
-            item = FrozenVolume(volume, volume.size_bytes, volume.policy_name, overlay, forced, heir=volume.heir)
+            item = FrozenVolume(volume, volume.size_bytes, volume.policy_name, overlay, forced, volume.heir)
             item.keeper = next((s for s in reversed(volume.snapshots) if s.state != "deleted"), None)
             if item.keeper is not None:
                 item.blockers = volume.snapshots[volume.snapshots.index(item.keeper) + 1 :]
@@ -461,8 +465,7 @@ class Checkpointer:
 
     def _volume_rows(self, frozen: Frozen, merge: Merge) -> list[VolumeRow]:
         buried = {volume.id for volume in merge.buried}
-        # Who was deleted since the freeze is there still: the record may be lost.
-        there = {item.volume.id for item in frozen.volumes}
+        # As of the freeze: a volume that was deleted since has a row, and its deletion may never be durable.
         heirs = {item.volume.id: item.heir for item in frozen.volumes} | merge.heirs
         rows: list[VolumeRow] = []
         for volume, size_bytes, policy_name in [
@@ -472,9 +475,9 @@ class Checkpointer:
             if volume.id in buried:
                 continue
             root = merge.roots.get(volume.id, volume.tree.root)
-            origin = merge.origins.get(volume.id, frozen.origins.get(volume, volume.origin))
+            origin = merge.origins.get(volume.id, volume.origin)
             heir = heirs.get(volume.id)
-            if heir is not None and (heir.id in buried or heir.id not in there):
+            if heir is not None and heir.id in buried:
                 heir = None
             retired = volume.retired or volume in frozen.retiring
             rows.append(
@@ -546,7 +549,9 @@ class Checkpointer:
             overlays.append(volume.active)
             volume.tree.close()
         engine.lineage.committed(frozen, merge)
-        self._more_deleted = merge.more_deleted or bool(frozen.retiring or frozen.origins)
+        begun = bool(frozen.retiring or frozen.origins)
+        self._more_deleted = merge.more_deleted or begun
+        self._sorted_out = merge.sorted_out or begun
         for segment_id, count in merge.pending.items():
             segments.ceased_pending(segment_id, -count)
         for segment_id, count in merge.live.items():
@@ -582,7 +587,7 @@ class Checkpointer:
                     device.unnamed_bytes += device.unsynced_bytes - before
         hit("checkpoint.labelled")
         engine.space.changed()
-        if engine.dead or self._more_deleted:
+        if engine.dead or self._sorted_out:
             engine.space.kick_checkpoint.set()
 
 

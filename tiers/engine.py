@@ -235,7 +235,10 @@ class Engine:
         for volume in self.volumes.values():
             leaves = (volume.size_bytes >> 20) + 1
             pages = leaves + leaves // 200 + 5
-            total += 2 * pages if volume.has_history else pages  # those of the snapshot that keeps what was there
+            total += pages
+            if volume.has_history:  # what keeps what was there; and what moves in the trees of others
+                kept = pages if volume.kept is None else len(volume.kept)
+                total += pages + kept + kept // 64 + (ROOT_LEVEL + 1) * len(volume.snapshots)
         self.space.leaf_pages = total
         self.space.trees_touched = 2 if any(volume.has_history for volume in self.volumes.values()) else 1
 
@@ -269,30 +272,32 @@ class Engine:
         ):
             space.kick_checkpoint.set()
 
-    async def admit_release(self, pages: int = 0) -> None:
+    async def admit_release(self, pages: int = 0, *, kept_anyway: bool = False) -> None:
         """Wait until a trim, delete or the like may be logged. Raises EROFS.
 
-        `pages`: so many map pages it may take besides; raises NoRoomError if there is no room for them. When this
-        returns nothing has happened since that was found.
+        `pages`: so many map pages it may take besides, and not give back; raises NoRoomError if there is no room for
+        them, for then it would not help anybody, and what does help would have to wait. `kept_anyway`: they are among
+        those that the next checkpoint has by its entries. When this returns nothing has happened since that was found.
         """
         checkpoints = 0
         while True:
             self.space.require_writable()
-            if not self.may_release():
+            if self.may_release():
+                if not pages:
+                    return
+                if self.space.has_room_for_pages(pages):
+                    self.space.active_pages += 0 if kept_anyway else pages
+                    return
+            elif not (pages and self.space.stuck):
                 await self.space.wait(for_release=True)
-            elif not pages:
-                return
-            elif self.space.has_room_for_pages(pages):
-                self.space.active_pages += pages
-                return
-            elif checkpoints == MOST_CHECKPOINTS:
+                continue
+            if checkpoints == MOST_CHECKPOINTS:
                 raise NoRoomError(
                     f"the pool {self.pool_name} has no room for the map of what snapshots keep of so long a range "
                     f"({pages} pages): delete snapshots, or grow it (`terrace pool grow`)"
                 )
-            else:
-                checkpoints += 1
-                await self.checkpoint()
+            checkpoints += 1
+            await self.checkpoint()
 
     def may_release(self) -> bool:
         """Whether a trim, delete or the like may be logged now."""

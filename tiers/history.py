@@ -7,7 +7,8 @@ differ. So only leaves that exist in the other trees are looked at: the cost is 
 
 import errno
 from bisect import bisect_left
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +17,7 @@ import trio
 from tiers.errors import TierError
 from tiers.layout import BAD, BLOCK_SHIFT, FIRST_ADDRESS
 from tiers.maptree import BAD_PAGE, EMPTY_PAGE, FANOUT, FANOUT_BITS, ROOT_LEVEL, MapTree, Page
-from tiers.reader import hole_in
+from tiers.reader import at_one_moment, hole_in
 
 if TYPE_CHECKING:
     from tiers.snapshot import Snapshot
@@ -90,10 +91,13 @@ def _look_out(before: "Snapshot", after: "Snapshot", start: int, end: int) -> Ca
             return max(0, (leaves[at] << FANOUT_BITS) - block) if at < len(leaves) else end - block
 
         return by_index
-    trees = differing_trees(before, after)
 
     async def by_trees(block: int) -> int:
-        return min([await hole_in(tree, block) for tree in trees], default=end - block)
+        async def look() -> int:
+            trees = differing_trees(before, after)
+            return min([await hole_in(tree, block) for tree in trees], default=end - block)
+
+        return await at_one_moment(after._engine.views, look)
 
     return by_trees
 
@@ -116,21 +120,29 @@ def _runs(values: list[bool]) -> list[tuple[int, int]]:
     return runs
 
 
-async def exclusive_blocks(snapshot: "Snapshot") -> int:
+async def exclusive_blocks(snapshot: "Snapshot", *, has_clones: bool | None = None) -> int:
     """Blocks that no other version has: what its deletion would give back. 0 while clones need it.
 
-    Remembered until a checkpoint changes what it is counted from. Raises TierError EIO for a damaged map page.
+    `has_clones`: for who asks of many snapshots, and knows. Remembered until a checkpoint changes what it is counted
+    from. Raises TierError EIO for a damaged map page.
     """
     engine = snapshot._engine
-    if engine.lineage.clones_of(snapshot):
+    if engine.lineage.clones_of(snapshot) if has_clones is None else has_clones:
         return 0
     while True:
+        if snapshot.gone:
+            return 0
         if snapshot.exclusive_blocks is not None:
             return snapshot.exclusive_blocks
         moment = engine.views.moment
         snapshots = snapshot.volume.snapshots
         older = snapshots[: snapshots.index(snapshot)] if snapshot in snapshots else []
-        count = await _count(snapshot.tree, older[-1].tree if older else None)
+        try:
+            count = await _count(snapshot.tree, older[-1].tree if older else None)
+        except OSError:
+            if moment == engine.views.moment:
+                raise
+            continue  # a checkpoint has given one of them up
         if moment == engine.views.moment:
             snapshot.exclusive_blocks = count
 
@@ -140,18 +152,19 @@ async def _count(tree: MapTree, older: MapTree | None) -> int:
     if older is None:
         return tree.mapped_blocks
     count = 0
-    async for indices in leaves_of(tree):
-        own = await tree.load(0, indices)
-        below = await older.load(0, indices)
-        for index in indices:
-            if below[index] is not EMPTY_PAGE:
-                data = np.frombuffer(own[index], np.uint64)[:FANOUT] >= np.uint64(FIRST_ADDRESS)
-                count += int(np.count_nonzero(data & (np.frombuffer(below[index], np.uint64)[:FANOUT] != 0)))
-        await trio.lowlevel.checkpoint()
+    async with aclosing(leaves_of(tree)) as found:
+        async for indices in found:
+            own = await tree.load(0, indices)
+            below = await older.load(0, indices)
+            for index in indices:
+                if below[index] is not EMPTY_PAGE:
+                    data = np.frombuffer(own[index], np.uint64)[:FANOUT] >= np.uint64(FIRST_ADDRESS)
+                    count += int(np.count_nonzero(data & (np.frombuffer(below[index], np.uint64)[:FANOUT] != 0)))
+            await trio.lowlevel.checkpoint()
     return count
 
 
-async def leaves_of(tree: MapTree, *, all_of_them: bool = False) -> AsyncIterator[list[int]]:
+async def leaves_of(tree: MapTree, *, all_of_them: bool = False) -> AsyncGenerator[list[int], None]:
     """The leaves of a tree, in order, some at a time. What lies below lost pages is left out.
 
     `all_of_them`: raises TierError EIO instead.

@@ -8,6 +8,7 @@ has been opened, in the background; until then all trees are asked.
 """
 
 from collections import defaultdict
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +33,9 @@ class KeptLeaves:
         self._words: U64 = np.empty(0, np.uint64)
         self._more: dict[int, set[int]] = defaultdict(set)
         self._more_count = 0
+
+    def __len__(self) -> int:
+        return len(self._words) + self._more_count
 
     def add(self, snapshot_id: int, leaves: U64) -> None:
         """A snapshot has these leaves."""
@@ -99,8 +103,13 @@ async def index_of(volume: "Volume") -> None:
     index = volume.indexing = KeptLeaves()
     try:
         for snapshot in list(volume.snapshots):
-            async for leaves in leaves_of(snapshot.tree, all_of_them=True):
-                index.add(snapshot.id, np.array(leaves, np.uint64))
+            try:
+                async with aclosing(leaves_of(snapshot.tree, all_of_them=True)) as found:
+                    async for leaves in found:
+                        index.add(snapshot.id, np.array(leaves, np.uint64))
+            except OSError:
+                if not snapshot.gone:  # else its pages may be given back
+                    raise
             await trio.lowlevel.checkpoint()
         if volume.indexing is index:
             volume.kept = index

@@ -43,12 +43,15 @@ class Lineage:
         self.requests: list[Request] = []
         self.recounted: set[Snapshot] = set()
         """Snapshots of which a count was put right, which the catalog doesn't know yet."""
+        self.coming: list[Volume] = []
+        """Volumes that the checkpoint under way is about to make: their names are taken. Who asked may have left."""
         self._engine = engine
 
     async def ask(self, act: "Callable[[Frozen], None]") -> None:
         """Have something done by the next checkpoint; it is true, durably, when this returns.
 
-        Raises TierError if it is refused, or if no checkpoint can be committed.
+        Raises TierError if it is refused, or if no checkpoint can be committed. Then, or where this is cancelled, a
+        checkpoint may be under way that does it nevertheless.
         """
         engine = self._engine
         engine.space.require_writable()
@@ -57,6 +60,9 @@ class Lineage:
         try:
             while not request.is_done and request.refusal is None:
                 await engine.checkpoint()
+        except OSError:
+            if not request.is_done:  # else only the copy of that checkpoint failed
+                raise
         finally:
             if request in self.requests:
                 self.requests.remove(request)  # cancelled, or no checkpoint: it was not begun
@@ -73,6 +79,7 @@ class Lineage:
                 request.refusal = refusal
             else:
                 frozen.requests.append(request)
+        self.coming = frozen.made
         frozen.changed |= {snapshot for snapshot in self.recounted if not snapshot.gone}
         self.recounted.clear()
         for snapshot in self.snapshots.values():
@@ -87,6 +94,13 @@ class Lineage:
     def clones_of(self, snapshot: Snapshot) -> list[Volume]:
         """The volumes that lie over a snapshot, retired ones too."""
         return [volume for volume in self._engine.volumes.values() if volume.origin is snapshot]
+
+    def clones_by_origin(self) -> dict[Snapshot | None, list[Volume]]:
+        """The same of all snapshots: for who asks of many."""
+        found: dict[Snapshot | None, list[Volume]] = {}
+        for volume in self._engine.volumes.values():
+            found.setdefault(volume.origin, []).append(volume)
+        return found
 
     def head_of(self, volume: Volume) -> Volume:
         """The volume that clients see under the name that the snapshots of `volume` bear."""
@@ -180,13 +194,10 @@ class Lineage:
                     if index is not None and root[0]:
                         for leaves in merge.stale.get(owner_id, ()):
                             index.add(owner_id, leaves)
-        # A clone without snapshots may have been deleted while the checkpoint was under way.
         for volume_id, heir in merge.heirs.items():
-            engine.volumes[volume_id].heir = None if heir.gone else heir
-        for volume, origin in frozen.origins.items():
-            volume.origin = origin
+            engine.volumes[volume_id].heir = None if heir.gone else heir  # it may have been deleted meanwhile
         for volume_id, origin in merge.origins.items():
-            if volume_id in engine.volumes:
+            if volume_id in engine.volumes:  # else it was deleted meanwhile
                 engine.volumes[volume_id].origin = origin
         for snapshot in frozen.changed:
             self._count_again(snapshot)
@@ -204,6 +215,7 @@ class Lineage:
             volume.rename(name)
         for volume in frozen.made:
             engine.enter_volume(volume)
+        self.coming = []
         for volume in merge.buried:
             self.bury(volume)
         if frozen.taken or frozen.made or frozen.retiring or frozen.renamed or merge.roots or merge.gone:

@@ -41,6 +41,7 @@ from tiers.maptree import (
 )
 from tiers.mapwriter import MapWriter
 from tiers.overlay import UNSET, Overlay, Patch
+from tiers.record import Kind
 from tiers.relocation import Relocation
 from tiers.snapshot import Snapshot
 from tiers.volume import Volume
@@ -55,6 +56,10 @@ CHUNK_PAGES = 256
 SLICE_ENTRIES = 4096
 DELETED_LEAVES = 2048
 """Leaves of deleted snapshots that one checkpoint sorts out at most."""
+STEP_SEGMENTS = 2
+PAGES_A_LEAF = 4
+STEP_PAGES = 64
+"""What a step may take: for each leaf, in all trees; for the inner pages above; and segments that are left unfilled."""
 THIN_BLOCKS = 1024
 """A hidden snapshot is looked through for what its clones need no more when so many blocks are others."""
 DELETED_SNAPSHOTS = 64
@@ -76,12 +81,12 @@ class FrozenVolume:
     policy_name: str
     overlay: Overlay | None
     forced: set[int]
+    heir: Volume | None
+    """Of a retired volume."""
     keeper: Snapshot | None = None
     """The snapshot that what is overwritten goes to."""
     blockers: list[Snapshot] = field(default_factory=list)
     """Deleted snapshots newer than the keeper: where one of them has an entry, the keeper doesn't see the volume's."""
-    heir: Volume | None = None
-    """Of a retired volume."""
 
 
 @dataclass
@@ -110,7 +115,9 @@ class Merge:
     heirs: dict[int, Volume] = field(default_factory=dict)
     """Who takes over the blocks of a retired volume, by its id."""
     more_deleted: bool = False
-    """Something is left for the next checkpoint to sort out."""
+    """Something is left for a later checkpoint to sort out."""
+    sorted_out: bool = False
+    """And something was sorted out, so the next one may come at once."""
 
     def count_live(self, addresses: U64, sign: int) -> None:
         """Count each address that lies in a segment as one live block more or less."""
@@ -159,6 +166,8 @@ class Merger:
         """Trees as an earlier pass has written them."""
         self._changed: dict[int, Owner] = {}
         """Whose trees this pass has changed."""
+        self._volumes: dict[int, FrozenVolume] = {}
+        """Those that the checkpoint records, also where one is deleted meanwhile: its record may not be durable yet."""
         self._nursery: trio.Nursery
 
     def close(self) -> None:
@@ -174,6 +183,7 @@ class Merger:
         forced: list[tuple[Snapshot, set[int]]],
     ) -> None:
         """All passes. When this returns the pages of the new trees are written. Raises OSError."""
+        self._volumes = {item.volume.id: item for item in volumes}
         by_volume: dict[Volume, list[tuple[int, int, int, int]]] = defaultdict(list)
         for old, moved in relocations:
             by_volume[moved.volume].append((moved.block, old, moved.address, moved.check))
@@ -259,7 +269,8 @@ class Merger:
         trimmed = await self._existing_leaves(volume, detached)
         keeping = _Keeping(self, item, trimmed, (keys, addresses, checks), overlay.patches)
         leaves = np.union1d(leaves, trimmed)
-        written = await self._rewrite_leaves(volume, tree, leaves, keeping.edit)
+        # A trim of what is trimmed already changes nothing, and takes no pages.
+        written = await self._rewrite_leaves(volume, tree, leaves, keeping.edit, always=forced[0])
         await self._rewrite_inner(volume, tree, written, forced, {})
         await keeping.finish()
 
@@ -295,9 +306,20 @@ class Merger:
     # -- pages, whoever's they are ---------------------------------------------------------------------------------
 
     async def _rewrite_leaves(
-        self, owner: Owner, tree: MapTree, leaves: U64, edit: Edit, *, detached: Detached | None = None
+        self,
+        owner: Owner,
+        tree: MapTree,
+        leaves: U64,
+        edit: Edit,
+        *,
+        detached: Detached | None = None,
+        always: set[int] | None = None,
     ) -> tuple[U64, U64, U64]:
-        """Let `edit` change these leaves (in order) and write them; return what their parents are to say of them."""
+        """Let `edit` change these leaves (in order) and write them; return what their parents are to say of them.
+
+        `always`: only those that it has changed, and these, are written.
+        """
+        written = np.ones(len(leaves), bool)
         addresses, checks = np.zeros(len(leaves), np.uint64), np.zeros(len(leaves), np.uint64)
         is_plain = isinstance(owner, Volume) and not owner.snapshots and not owner.layered and tree is owner.tree
         cached = is_plain and tree.holds_leaves(len(leaves))
@@ -305,16 +327,23 @@ class Merger:
             chunk = leaves[start : start + CHUNK_PAGES]
             indices = chunk.tolist()
             matrix = await base_pages(tree, 0, indices, detached or {})
+            before = None if always is None else matrix.copy()
             await edit(chunk, indices, matrix)
             if self._kept_ids is not None:
                 self._give_up_lost(owner, matrix)
-            kept, data = await self._write(owner, 0, indices, matrix, start, addresses, checks)
+            places = np.arange(start, start + len(chunk))
+            if always is not None:
+                part = (matrix != before).any(axis=1) | np.array([index in always for index in indices])
+                written[places] = part
+                chunk, matrix, places = chunk[part], matrix[part], places[part]
+                indices = chunk.tolist()
+            kept, data = await self._write(owner, 0, indices, matrix, places, addresses, checks)
             if is_plain:
                 _cache_leaves(tree, indices, kept, data, all_of_them=cached)
             else:
                 self._merge.stale[owner.id].append(chunk)
             await trio.lowlevel.checkpoint()
-        return leaves, addresses, checks
+        return leaves[written], addresses[written], checks[written]
 
     async def _rewrite_inner(
         self,
@@ -346,7 +375,8 @@ class Merger:
                 merge.count_live(addresses[lo:hi], +1)
                 matrix[rows, columns] = addresses[lo:hi]
                 matrix[rows, FANOUT + columns] = checks[lo:hi]
-                kept, data = await self._write(owner, level, indices, matrix, start, up_addresses, up_checks)
+                places = np.arange(start, start + len(chunk))
+                kept, data = await self._write(owner, level, indices, matrix, places, up_addresses, up_checks)
                 for row, index in enumerate(kept):
                     inner[page_key(level, index)] = _copied_page(data, row)
                 for index in set(indices).difference(kept):
@@ -363,9 +393,9 @@ class Merger:
             self._changed[owner.id] = owner
 
     async def _write(
-        self, owner: Owner, level: int, indices: list[int], matrix: U64, start: int, addresses: U64, checks: U64
+        self, owner: Owner, level: int, indices: list[int], matrix: U64, places: U64, addresses: U64, checks: U64
     ) -> tuple[list[int], memoryview]:
-        """Write those of the pages that aren't empty; note where they are, from position `start` on."""
+        """Write those of the pages that aren't empty; note where they are, each at its place in `addresses`."""
         kept = np.flatnonzero(matrix[:, :FANOUT].any(axis=1))
         kept_indices = indices
         if len(kept) < len(indices):
@@ -373,8 +403,8 @@ class Merger:
             kept_indices = [indices[i] for i in kept.tolist()]
         data = memoryview(matrix.reshape(-1)).cast("B") if kept_indices else memoryview(b"")
         found = await self._writer.write(self._nursery, owner.id, level, kept_indices, data)
-        addresses[start + kept] = np.array(found[0], np.uint64)
-        checks[start + kept] = np.array(found[1], np.uint64)
+        addresses[places[kept]] = np.array(found[0], np.uint64)
+        checks[places[kept]] = np.array(found[1], np.uint64)
         return kept_indices, data
 
     def _give_up_lost(self, owner: Owner, matrix: U64) -> None:
@@ -407,12 +437,12 @@ class Merger:
         """Let whoever names these (block, old address, address, check) name the new places."""
         columns = np.array(sorted(rows), np.uint64)
         self._merge.count_pending(columns[:, 2], -1)
-        if volume.gone:
-            return
+        if volume.id not in self._volumes:
+            return  # it was deleted before the freeze
         leaves = columns[:, 0] >> np.uint64(FANOUT_BITS)
         there: dict[int, tuple[Owner, list[int]]] = {}
         for leaf in np.unique(leaves).tolist():
-            for owner in volume.owners_at(leaf):
+            for owner in self._owners_at(volume, leaf):
                 there.setdefault(owner.id, (owner, []))[1].append(leaf)
         left = np.ones(len(columns), bool)
         for owner, indices in there.values():
@@ -424,6 +454,12 @@ class Merger:
             if not left.any():
                 return
         # What is left over was overwritten, or deleted, since: its copies are dead.
+
+    def _owners_at(self, volume: Volume, leaf: int) -> list[Owner]:
+        """`Volume.owners_at`, as of the freeze."""
+        found: list[Owner] = [volume, *reversed(volume.snapshots_at(leaf))]
+        heir = self._volumes[volume.id].heir
+        return found if heir is None else [*self._owners_at(heir, leaf), *found]
 
     async def _naming(self, tree: MapTree, columns: U64) -> U64:
         """Which of these rows (block, old address, ...) have their old address in the tree."""
@@ -463,18 +499,29 @@ class Merger:
     async def _sort_out_deleted(self) -> None:
         """A slice of the work that deleted snapshots and retired volumes leave, each step in a pass of its own."""
         budget = DELETED_LEAVES
-        for volume in list(self._engine.volumes.values()):
+        for volume in [item.volume for item in self._volumes.values()]:
             if not volume.retired and all(snapshot.state == "visible" for snapshot in volume.snapshots):
                 continue
             for _ in range(DELETED_SNAPSHOTS):
-                if budget <= 0:
+                most = min(budget, self._leaves_that_fit())
+                if most <= 0:
                     self._merge.more_deleted = True
                     return
-                done = await self._sort_out(volume, budget)
+                done = await self._sort_out(volume, most)
                 if done is None:
                     break
                 budget -= done + 1
-                self._merge.more_deleted = True
+                self._merge.more_deleted = self._merge.sorted_out = True
+
+    def _leaves_that_fit(self) -> int:
+        """How many leaves a step may take, so that what it writes leaves enough for the rest of the checkpoint.
+
+        What is written comes back with a later checkpoint, so in a full pool it goes in small steps. None of this may
+        make a checkpoint fail: it would fail again and again.
+        """
+        space, segments = self._engine.space, self._engine.segments
+        room = segments.free_slots - space.keep_slots(Kind.MAP) - STEP_SEGMENTS * space.largest_segment_slots
+        return (room - STEP_PAGES) // PAGES_A_LEAF
 
     async def _sort_out(self, volume: Volume, budget: int) -> int | None:
         """One step for a volume; returns how many leaves it took, None if there is nothing to do."""
@@ -496,7 +543,7 @@ class Merger:
         if not volume.retired or volume in merge.buried:
             return None
         if not there:
-            if volume.heir is None and volume.id not in merge.heirs:
+            if self._volumes[volume.id].heir is None and volume.id not in merge.heirs:
                 self._drop(volume)
             return None
         if merge.root_of(volume)[0]:
@@ -507,7 +554,7 @@ class Merger:
         return None
 
     def _clones_of(self, snapshot: Snapshot) -> list[Volume]:
-        volumes = self._engine.volumes.values()
+        volumes = [item.volume for item in self._volumes.values()]
         return [v for v in volumes if self._origin_of(v) is snapshot and v not in self._merge.buried]
 
     def _may_thin(self, snapshot: Snapshot, clones: list[Volume]) -> bool:
@@ -592,7 +639,7 @@ class Merger:
             merge.gone.append(owner)
         else:
             merge.buried.append(owner)
-            merge.more_deleted = True  # another may have had it as its heir
+            merge.more_deleted = merge.sorted_out = True  # another may have had it as its heir
         hit("checkpoint.dropped")
 
     async def _fold(self, source: Owner, target: Snapshot, budget: int) -> int | None:
@@ -782,7 +829,7 @@ class _Keeping:
             addresses, checks = np.zeros(len(rows), np.uint64), np.zeros(len(rows), np.uint64)
             if merger._kept_ids is not None:
                 merger._give_up_lost(keeper, part)
-            await merger._write(keeper, 0, chosen, part, 0, addresses, checks)
+            await merger._write(keeper, 0, chosen, part, np.arange(len(rows)), addresses, checks)
             self._written.append((np.array(chosen, np.uint64), addresses, checks))
 
     async def finish(self) -> None:

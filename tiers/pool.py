@@ -57,6 +57,8 @@ from tiers.volume import Volume
 
 logger = logging.getLogger(__name__)
 
+STATUS_STEP = 50
+"""Snapshots whose status is told before others have their turn: 1 ms."""
 SNAPSHOT_ROOM_SLOTS = 256
 """1 MiB: so much must be available in a pool for each snapshot that is taken."""
 SHOWN_DAMAGE = 10
@@ -99,6 +101,8 @@ class VolumeStatus:
     """Requests that wait for the limits of the policy."""
     queued: int = 0
     """Writes that wait for room in the pool."""
+    id: int = 0
+    """Never another volume's of this pool, and the same after a rollback."""
     origin: str | None = None
     """The snapshot that it is a clone of."""
     snapshots: int = 0
@@ -346,7 +350,8 @@ class Pool:
         validate_volume_size(size_bytes)
         async with self._ddl:
             await self._engine.admit_release()
-            if self._engine.volume_named(name) is not None:
+            coming = any(volume.short_name == name for volume in self._engine.lineage.coming)
+            if coming or self._engine.volume_named(name) is not None:
                 raise TierError(
                     errno.EEXIST,
                     f"there is a volume {self.name}/{name} already: choose another name, or delete it first",
@@ -443,7 +448,7 @@ class Pool:
         while True:
             self._require_unused(volume, "shrunk")
             entry, data = await volume.edge(block) if partial else (HOLE, b"")
-            await self._engine.admit_release(volume.pages_to_keep((volume.size_bytes >> BLOCK_SHIFT) - block))
+            await volume.admit_unmap((volume.size_bytes >> BLOCK_SHIFT) - block)
             self._require_unused(volume, "shrunk")
             # No checkpoint of trio from here on.
             if not partial or volume.entry_now(block) == entry:
@@ -458,20 +463,12 @@ class Pool:
         """
         async with self._ddl:
             volume = self.volume(name)
-            self._require_unused(volume, "deleted")
-            family = self._engine.lineage.of_family(volume)
-            if family and not snapshots:
-                raise TierError(
-                    errno.EBUSY,
-                    f"{volume.name} has {len(family)} snapshot{'s' * (len(family) > 1)}: delete them first, or with it "
-                    f"(`terrace volume delete --snapshots {volume.name}`)",
-                )
-            if volume.has_history or family:
-                await self._engine.lineage.ask(partial(self._retire_all, volume))
+            family = self._require_deletable(volume, snapshots=snapshots)
+            if volume.has_history or volume.deleted or family:
+                await self._engine.lineage.ask(partial(self._retire_all, name, snapshots=snapshots))
                 return
-            self._require_unused(volume, "deleted")
             await self._engine.admit_release()
-            self._require_unused(volume, "deleted")
+            self._require_deletable(volume, snapshots=snapshots)
             self._engine.append_record(Op.DELETE, volume.id)
             self._engine.remove_volume(volume)
             self._engine.space.kick_checkpoint.set()
@@ -479,10 +476,23 @@ class Pool:
             await self._engine.flusher.flush()
             hit("delete.durable")
 
-    def _retire_all(self, volume: Volume, frozen: Frozen) -> None:
-        self._require_unused(volume, "deleted")
-        self._delete_all(self._engine.lineage.of_family(volume), frozen)
+    def _retire_all(self, name: str, frozen: Frozen, *, snapshots: bool) -> None:
+        # Looked for anew: a rollback whose checkpoint was under way has put another volume in its place.
+        volume = self.volume(name)
+        self._delete_all(self._require_deletable(volume, snapshots=snapshots), frozen)
         self._engine.lineage.retire(frozen, volume)
+
+    def _require_deletable(self, volume: Volume, *, snapshots: bool) -> list[Snapshot]:
+        """Raise TierError unless a volume may be deleted; returns its snapshots, which go with it."""
+        self._require_unused(volume, "deleted")
+        family = self._engine.lineage.of_family(volume)
+        if family and not snapshots:
+            raise TierError(
+                errno.EBUSY,
+                f"{volume.name} has {len(family)} snapshot{'s' * (len(family) > 1)}: delete them first, or with it "
+                f"(`terrace volume delete --snapshots {volume.name}`)",
+            )
+        return family
 
     def _delete_all(self, snapshots: list[Snapshot], frozen: Frozen) -> None:
         for snapshot in snapshots:
@@ -521,14 +531,20 @@ class Pool:
     def _snapshot_of(self, volume: Volume, name: str) -> Snapshot | None:
         return next((s for s in self._engine.lineage.of_family(volume) if s.short_name == name), None)
 
-    async def snapshot_status(self, volume: str | None = None) -> list[SnapshotStatus]:
-        """What `snapshots` lists, with their sizes: metadata only, and remembered. Raises ENOENT."""
+    async def snapshot_status(self, volume: str | None = None, name: str | None = None) -> list[SnapshotStatus]:
+        """What `snapshots` lists, or one, with their sizes: metadata only, and remembered. Raises ENOENT."""
         lineage = self._engine.lineage
         found: list[SnapshotStatus] = []
-        for snapshot in self.snapshots(volume):
-            if snapshot.gone:
+        of = self.snapshots(volume) if volume is None or name is None else [self.snapshot(volume, name)]
+        clones: dict[Snapshot | None, list[Volume]] = {}
+        for index, snapshot in enumerate(of):
+            if not index % STATUS_STEP:
+                await trio.lowlevel.checkpoint()
+                clones = lineage.clones_by_origin()
+            if snapshot.state != "visible":
                 continue
-            exclusive = await exclusive_blocks(snapshot)
+            over = clones.get(snapshot, [])
+            exclusive = await exclusive_blocks(snapshot, has_clones=bool(over))
             head = lineage.head_of(snapshot.volume)
             found.append(
                 SnapshotStatus(
@@ -543,7 +559,7 @@ class Pool:
                     created_at=snapshot.created_at,
                     held=snapshot.held,
                     open_count=snapshot.open_count,
-                    clones=[clone.name for clone in lineage.clones_of(snapshot) if not clone.retired],
+                    clones=[clone.name for clone in over if not clone.retired],
                 )
             )
         return found
@@ -828,6 +844,7 @@ class Pool:
         space = engine.space
         segments = engine.segments
         losses = engine.losses.listed(engine.owners())
+        snapshots = engine.lineage.by_family()
         pending_free = sum(segment.slots for segment in segments.idle() if is_free(segment, engine.log.seq))
         return PoolStatus(
             name=self.name,
@@ -879,8 +896,9 @@ class Pool:
                     v.policy_missing,
                     v.throttled,
                     v.queued,
+                    v.family,
                     _origin_name(v),
-                    len(engine.lineage.of_family(v)),
+                    len(snapshots.get(v.family, ())),
                     (v.referenced_blocks if v.layered else v.tree.mapped_blocks) * BLOCK_BYTES,
                 )
                 for v in self.volumes()

@@ -12,7 +12,7 @@ import contextlib
 import errno
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from itertools import groupby
 from os import RWF_NOWAIT
 from typing import TYPE_CHECKING
@@ -40,6 +40,7 @@ from tiers.record import Kind
 
 if TYPE_CHECKING:
     from tiers.engine import Engine
+    from tiers.snapshot import Views
 
 Buffer = bytes | bytearray | memoryview
 
@@ -101,6 +102,11 @@ class Reader:
         """The use that `acquire` began has ended."""
         self.open_count -= 1
 
+    def _require_alive(self) -> None:
+        """Raise ESTALE once it is deleted, or replaced by a rollback: others may take its blocks over from then on."""
+        if self.deleted:
+            raise TierError(errno.ESTALE, f"{self.name} was deleted or rolled back: connect anew")
+
     # -- the map -------------------------------------------------------------------------------------------------
 
     def entry_now(self, block: int) -> Entry | None:
@@ -136,6 +142,8 @@ class Reader:
 
     def read_now(self, offset: int, length: int, into: memoryview) -> bool:
         """Fill `into` with verified bytes if no device has to be waited for. False means: ask `read`."""
+        if self.deleted:
+            self._require_alive()
         if self._limits is not None:
             return self._read_limited_now(self._limits, offset, length, into)
         if (offset | length) & BLOCK_MASK:
@@ -243,11 +251,14 @@ class Reader:
 
     async def read(self, offset: int, length: int, into: memoryview) -> None:
         """Fill `into` with verified bytes. Raises TierError EIO for a block that can't be read or fails its check."""
+        self._require_alive()
         if self._limits is not None:
             await self._limits.take(operations_of(length), length)
-        await self._read_pieces(offset, length, into)
+        await self.read_anyway(offset, length, into)
+        self._require_alive()  # else a rollback may have taken away some of what was looked for
 
-    async def _read_pieces(self, offset: int, length: int, into: memoryview) -> None:
+    async def read_anyway(self, offset: int, length: int, into: memoryview) -> None:
+        """The same without limits, and of what no client sees any more, too."""
         start = offset & ~BLOCK_MASK
         end = offset + length + BLOCK_MASK & ~BLOCK_MASK
         for at in range(start, end, PIECE_BYTES):
@@ -451,6 +462,7 @@ class Reader:
             else:
                 addresses, _ = await self.entries(block, min(most, FANOUT - (block & FANOUT_MASK)))
                 runs = _run_lengths([address != UNMAPPED for address in addresses])
+            self._require_alive()
             for count, is_mapped in runs:
                 block += count
                 stop = min(end, block << BLOCK_SHIFT)
@@ -464,6 +476,19 @@ class Reader:
                 at = stop
             await trio.lowlevel.checkpoint()
         return result
+
+
+async def at_one_moment(views: "Views", look: Callable[[], Awaitable[int]]) -> int:
+    """What `look` finds out from several trees, one after the other, while none of them changes.
+
+    Checkpoints move entries from tree to tree, in either direction: what looks into one too late and into the next one
+    too early sees them nowhere.
+    """
+    while True:
+        moment = views.moment
+        found = await look()
+        if moment == views.moment:
+            return found
 
 
 async def hole_in(tree: MapTree, block: int) -> int:

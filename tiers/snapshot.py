@@ -29,6 +29,7 @@ What a snapshot shows are committed trees only: nothing of the log, and nothing 
 
 import errno
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -37,7 +38,7 @@ from tiers.history import changed_extents
 from tiers.layout import INHERITED, ZEROED
 from tiers.maptree import EMPTY_PAGE, FANOUT, FANOUT_BITS, FANOUT_MASK, MapTree, Page, page_of, read_pages
 from tiers.overlay import Entry
-from tiers.reader import Reader, hole_in
+from tiers.reader import Reader, at_one_moment, hole_in
 
 if TYPE_CHECKING:
     from tiers.engine import Engine
@@ -145,8 +146,10 @@ class Snapshot(Reader):
     # -- what is seen ----------------------------------------------------------------------------------------------
 
     def layers(self) -> list[MapTree]:
-        """The trees that it is seen through, in order."""
+        """The trees that it is seen through, in order. Once it is gone nothing that is found there means anything."""
         volume = self.volume
+        if self.gone:
+            return [volume.tree]
         later = volume.snapshots[volume.snapshots.index(self) :]
         return [*(snapshot.tree for snapshot in later if snapshot.tree.root[0]), volume.tree]
 
@@ -180,7 +183,12 @@ class Snapshot(Reader):
         views = self._engine.views
         while (page := self.leaf_now(index)) is None:
             moment = views.moment
-            pages = await self._read_leaf(self.layers_at(index), index)
+            try:
+                pages = await self._read_leaf(self.layers_at(index), index)
+            except OSError:
+                if moment == views.moment:
+                    raise
+                continue  # a checkpoint may have freed what an older page named
             origin = self.volume.origin
             below = EMPTY_PAGE if origin is None else await origin.leaf(index)
             if moment == views.moment:
@@ -230,6 +238,10 @@ class Snapshot(Reader):
             await self.leaf(index)
 
     async def hole_at(self, block: int) -> int:
+        hole = await at_one_moment(self._engine.views, partial(self._hole_at, block))
+        return 0 if self.gone else hole
+
+    async def _hole_at(self, block: int) -> int:
         hole = await hole_in(self.volume.tree, block)
         if not hole:
             return 0
@@ -271,7 +283,11 @@ class Snapshot(Reader):
         other = self._compared(context)
         if other is None:
             raise FileNotFoundError(errno.ENOENT, f"{self.name} offers no {context!r}: that snapshot is gone")
-        return await changed_extents(other, self, offset, length, limit)
+        other.acquire()  # what is deleted meanwhile is seen through other trees than those that are compared
+        try:
+            return await changed_extents(other, self, offset, length, limit)
+        finally:
+            other.release()
 
     # -- what it refuses -------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ import contextlib
 import errno
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,7 @@ from tiers.maptree import EMPTY_PAGE, FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEV
 from tiers.overlay import LEAF_BITS, Entry, Overlay
 from tiers.policy import DEFAULT, Policy
 from tiers.promotion import LARGEST_READ_BLOCKS
-from tiers.reader import PIECE_BYTES, Buffer, Reader, checks_of, hole_in
+from tiers.reader import PIECE_BYTES, Buffer, Reader, at_one_moment, checks_of, hole_in
 from tiers.record import OP_WORDS, UNMAP_WORD, WRITE_WORD, Kind, Op, header_slots_for
 from tiers.snapshot import Snapshot, compose
 
@@ -64,7 +65,7 @@ would go alone, with a header of its own."""
 MAX_REWRITTEN = 64
 """So many blocks, each with an operation, a check and an old address, fit a header of one slot."""
 LONG_TRIM_BLOCKS = 16 * FANOUT
-"""From here on what snapshots keep of an unmapped range has its map pages counted beforehand."""
+"""From here on what snapshots keep of an unmapped range takes more map pages than the weight of a range stands for."""
 MAX_TRIMS = 160
 """So many operations fit a header of one slot."""
 
@@ -264,6 +265,11 @@ class Volume(Reader):
             await self.layered_leaf(index)
 
     async def hole_at(self, block: int) -> int:
+        if self.origin is None:
+            return await hole_in(self.tree, block)
+        return await at_one_moment(self._engine.views, partial(self._hole_at, block))
+
+    async def _hole_at(self, block: int) -> int:
         hole = await hole_in(self.tree, block)
         return min(hole, await self.origin.hole_at(block)) if hole and self.origin is not None else hole
 
@@ -472,7 +478,7 @@ class Volume(Reader):
         """
         before = await self.entries(first, count)
         data = memoryview(bytearray(count << BLOCK_SHIFT))
-        await self._read_pieces(first << BLOCK_SHIFT, len(data), data)
+        await self.read_anyway(first << BLOCK_SHIFT, len(data), data)
         charge = await self._admission(first, count)
         self._require_alive()
         now = self.entries_now(first, count)
@@ -724,10 +730,6 @@ class Volume(Reader):
         segment = self._segments.get(address >> 24)
         return address == UNMAPPED or (segment is not None and segment.kind is Kind.PACKED)
 
-    def _require_alive(self) -> None:
-        if self.deleted:
-            raise TierError(errno.ESTALE, f"{self.name} was deleted")
-
     async def flush(self) -> None:
         """Return when every write, trim and zero whose call had returned is durable.
 
@@ -751,7 +753,9 @@ class Volume(Reader):
                 spans[-1] = (spans[-1][0], end)
             elif start < end:
                 spans.append((start, end))
-        if any(self.pages_to_keep(end - start) for start, end in spans):
+        count = sum(end - start for start, end in spans)
+        pages = self.pages_to_keep(count)
+        if pages and (count >= LONG_TRIM_BLOCKS or not self._engine.space.has_room_for_pages(pages * len(spans))):
             return False
         if spans:
             self._engine.log_room()
@@ -808,17 +812,23 @@ class Volume(Reader):
             await self.write(end_whole, bytes(end - end_whole))
 
     def pages_to_keep(self, count: int) -> int:
-        """Map pages at most that unmapping so many blocks takes besides: for what snapshots keep, or hides an origin.
-
-        Few blocks are covered by what is kept for the next checkpoint in any case.
-        """
-        if count < LONG_TRIM_BLOCKS or not (self.has_history or self.layered):
+        """Map pages at most that unmapping so many blocks takes besides: what snapshots keep, or hides an origin."""
+        if not (self.has_history or self.layered):
             return 0
-        leaves = min((count >> FANOUT_BITS) + 2, self.referenced_blocks or self.tree.mapped_blocks)
-        return leaves + leaves // 128 + 2 * ROOT_LEVEL
+        mapped = self.referenced_blocks or self.tree.mapped_blocks
+        if self.frozen is not None:
+            mapped += self.frozen.weight  # each leaf that it names weighs something
+        leaves = min((count >> FANOUT_BITS) + 2, mapped)
+        if self.has_history and self.layered:
+            leaves *= 2  # the clone says that its origin isn't to be seen there, its snapshot that it was
+        return leaves + leaves // 64 + 4 * ROOT_LEVEL
+
+    async def admit_unmap(self, count: int) -> None:
+        """Wait until so many blocks may be unmapped. Raises EROFS, NoRoomError, as `Engine.admit_release`."""
+        await self._engine.admit_release(self.pages_to_keep(count), kept_anyway=count < LONG_TRIM_BLOCKS)
 
     async def _unmap(self, block: int, count: int) -> None:
-        await self._engine.admit_release(self.pages_to_keep(count))
+        await self.admit_unmap(count)
         self._require_alive()
         self._engine.log_room()
         self._append([self._unmap_word, block, count], [], [])
@@ -828,7 +838,7 @@ class Volume(Reader):
         """A block's entry and the bytes that were read through it, to prepare a merge with."""
         (address,), (check,) = await self.entries(block, 1)
         into = bytearray(BLOCK_BYTES)
-        await self._read_pieces(block << BLOCK_SHIFT, BLOCK_BYTES, memoryview(into))
+        await self.read_anyway(block << BLOCK_SHIFT, BLOCK_BYTES, memoryview(into))
         return (address, check), bytes(into)
 
     def shrink_logged(self, size_bytes: int, last_block: Buffer | None) -> None:

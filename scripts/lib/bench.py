@@ -8,6 +8,7 @@
 - `reopen`: the daemon is killed with 1 GiB of random writes in its log since the last checkpoint.
 - `pressure`: random writes for ever into a pool of volume / 0.85: the cleaner and checkpoints at work.
 - `scrub`: scrubs against fio's sequential read of the same device, in turn; then one beside a client.
+- `snapshots`: what they cost, and what asking for changes costs (`bench_snapshots`); not among the default ones.
 - `tiering`: a fast tier over a base device slowed to a hard disk's pace (`bench_tiering`); not among the default ones.
 
 The daemon itself reports the longest stall of its event loop, which is shown for each load. Absolute numbers tell about
@@ -36,6 +37,8 @@ from bench_fio import FioError, Measurement, fio
 from bench_scrub import scrub
 from bench_sections import STALL_TARGET_MS, Result, big, pressure, reopen
 from bench_servers import Server, Terrace, all_servers
+from bench_snapshots import PARTS as SNAPSHOT_PARTS
+from bench_snapshots import snapshots
 from bench_tiering import PARTS, scale_of, tiering
 from rich.console import Console
 from rich.table import Table
@@ -46,7 +49,7 @@ from tests.system.daemon import REPOSITORY, DaemonError
 MIB = 1 << 20
 BASELINE = "qemu-nbd raw"
 SECTIONS = ("throughput", "big", "reopen", "pressure", "scrub")
-ALL_SECTIONS = (*SECTIONS, "tiering")
+ALL_SECTIONS = (*SECTIONS, "tiering", "snapshots")
 WARM_PASSES = (3, 7)  # at least, at most
 console = Console(width=None if sys.stdout.isatty() else 160)
 
@@ -132,6 +135,9 @@ def main() -> int:
             "reopen": lambda: results.extend(reopen(directory, options.reopen_bytes)),
             "pressure": lambda: results.extend(pressure(directory, options.seconds, options.size // 2)),
             "scrub": lambda: results.extend(scrub(directory, options.size)),
+            "snapshots": lambda: results.extend(
+                snapshots(directory, options.snapshot_parts, options.seconds, options.rounds, full=options.full)
+            ),
             "tiering": lambda: results.extend(
                 tiering(directory, options.parts, scale_of(options.seconds, full=options.full), say)
             ),
@@ -171,9 +177,20 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "section", nargs="*", metavar="SECTION", help="the same as --only, as in `scripts/bench tiering`"
     )
-    parser.add_argument("--only", nargs="+", choices=ALL_SECTIONS, default=SECTIONS, help="default: all but tiering")
+    parser.add_argument(
+        "--only", nargs="+", choices=ALL_SECTIONS, default=SECTIONS, help="default: all but tiering and snapshots"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of tiering (default: all)")
-    parser.add_argument("--full", action="store_true", help="tiering with the sizes and lengths of its targets: hours")
+    parser.add_argument(
+        "--snapshot-parts",
+        nargs="+",
+        choices=SNAPSHOT_PARTS,
+        default=SNAPSHOT_PARTS,
+        help="of snapshots (default: all)",
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="tiering and snapshots with the sizes and lengths of its targets: hours"
+    )
     parser.add_argument("--servers", nargs="+", metavar="LABEL", help="only these columns, as 'terrace' 'qemu-nbd raw'")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
     parser.add_argument(

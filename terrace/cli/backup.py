@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from click.shell_completion import CompletionItem
 
-from terrace.cli.context import VOLUME, Context, pass_context
+from terrace.cli.context import VERSION, Context, pass_context
 from terrace.cli.output import output_option, patience, show_facts, show_json, show_table
 from terrace.sizes import format_size
 
@@ -25,28 +24,6 @@ if TYPE_CHECKING:
 _LEVELS = click.IntRange(1, 19)
 
 ResultT = TypeVar("ResultT")
-
-
-class VersionType(click.ParamType[tuple[str, str, str | None]]):
-    """POOL/VOL or POOL/VOL@SNAP as (pool, volume, snapshot or None)."""
-
-    name = "pool/vol[@snap]"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, str, str | None]:
-        if isinstance(value, tuple):
-            return value
-        volume, at, snapshot = value.partition("@")
-        if at and (not snapshot or "@" in snapshot):
-            self.fail(f"{value!r} doesn't name a snapshot; write POOL/VOL@SNAP", param, ctx)
-        return *VOLUME.convert(volume, param, ctx), snapshot or None
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return VOLUME.shell_complete(ctx, param, incomplete)
-
-
-VERSION = VersionType()
 
 
 class BackupGroup(click.Group):

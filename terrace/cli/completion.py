@@ -18,4 +18,7 @@ def completion(context: click.Context, shell: str) -> None:
     """
     complete = get_completion_class(shell)
     assert complete is not None
+    if shell == "bash":
+        # By default bash takes what stands before and after an @ for words of their own.
+        click.echo("COMP_WORDBREAKS=${COMP_WORDBREAKS//@/}")
     click.echo(complete(context.find_root().command, {}, "terrace", "_TERRACE_COMPLETE").source())

@@ -64,8 +64,9 @@ class PoolType(click.ParamType[str]):
     name = "pool"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if "/" in value:
-            self.fail(f"{value!r} is not a pool's name, which has no slash", param, ctx)
+        for sign, called in (("/", "slash"), ("@", "@")):
+            if sign in value:
+                self.fail(f"{value!r} is not a pool's name, which has no {called}", param, ctx)
         return str(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -82,13 +83,85 @@ class VolumeType(click.ParamType[tuple[str, str]]):
         if isinstance(value, tuple):
             return value
         pool, slash, volume = value.partition("/")
+        if "@" in value:
+            self.fail(f"{value!r} has an @, as a snapshot's name has; a volume is needed here: POOL/VOL", param, ctx)
         if not slash or not pool or not volume or "/" in volume:
             self.fail(f"{value!r} doesn't name a volume; write POOL/VOL", param, ctx)
         return pool, volume
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        names = [volume["name"] for pool in ask(ctx, "pools") for volume in pool.get("volumes", ())]
-        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+        return [CompletionItem(name) for name in _volume_names(ctx) if name.startswith(incomplete)]
+
+
+class SnapshotType(click.ParamType[tuple[str, str, str]]):
+    """POOL/VOL@SNAP as (pool, volume, snapshot), completed from those that exist; `new`: only up to the @."""
+
+    name = "pool/vol@snap"
+
+    def __init__(self, *, new: bool = False) -> None:
+        self._new = new
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str, str]:
+        if isinstance(value, tuple):
+            return value
+        volume, at, snapshot = value.partition("@")
+        if "@" in snapshot or "/" in snapshot:
+            self.fail(f"{value!r} doesn't name a snapshot: after the @ comes one name; write POOL/VOL@SNAP", param, ctx)
+        pool, slash, name = volume.partition("/")
+        if not slash or not pool or not name or "/" in name:
+            self.fail(f"{value!r} doesn't name a snapshot; write POOL/VOL@SNAP", param, ctx)
+        if not at or not snapshot:
+            self.fail(f"{value!r} doesn't name a snapshot; write {volume}@SNAP", param, ctx)
+        return pool, name, snapshot
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        volume, at, _ = incomplete.partition("@")
+        if self._new or not at:
+            return [CompletionItem(f"{name}@") for name in _volume_names(ctx) if name.startswith(volume)]
+        return [CompletionItem(name) for name in _snapshot_names(ctx, volume) if name.startswith(incomplete)]
+
+
+class VersionType(click.ParamType[tuple[str, str, str | None]]):
+    """POOL/VOL or POOL/VOL@SNAP: what can be read."""
+
+    name = "pool/vol[@snap]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str, str | None]:
+        if isinstance(value, tuple):
+            return value
+        if "@" in value:
+            return SNAPSHOT.convert(value, param, ctx)
+        return *VOLUME.convert(value, param, ctx), None
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return (SNAPSHOT if "@" in incomplete else VOLUME).shell_complete(ctx, param, incomplete)
+
+
+class PlaceType(click.ParamType[tuple[str, str | None]]):
+    """POOL or POOL/VOL: where snapshots are."""
+
+    name = "pool[/vol]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str | None]:
+        if isinstance(value, tuple):
+            return value
+        if "/" in value:
+            return VOLUME.convert(value, param, ctx)
+        return POOL.convert(value, param, ctx), None
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return (VOLUME if "/" in incomplete else POOL).shell_complete(ctx, param, incomplete)
+
+
+def _volume_names(ctx: click.Context) -> list[str]:
+    return [volume["name"] for pool in ask(ctx, "pools") for volume in pool.get("volumes", ())]
+
+
+def _snapshot_names(ctx: click.Context, volume: str) -> list[str]:
+    pool, _, name = volume.partition("/")
+    return [snapshot["name"] for snapshot in ask(ctx, "pools", pool, "volumes", name, "snapshots")]
 
 
 def ask(ctx: click.Context, *path: str) -> Any:
@@ -129,6 +202,10 @@ def _absolute(path: str) -> str:
 SIZE = SizeType()
 POOL = PoolType()
 VOLUME = VolumeType()
+SNAPSHOT = SnapshotType()
+NEW_SNAPSHOT = SnapshotType(new=True)
+VERSION = VersionType()
+PLACE = PlaceType()
 DEVICE = DeviceType()
 
 

@@ -19,7 +19,13 @@ from terrace.sizes import format_size
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from terrace.apiclient import ApiClient
+
 _PATIENCE_S = 1.0
+_GAP = 3
+"""Between the columns of a table."""
+_DRAWN_ROWS = 500
+"""rich takes 0.7 ms for each."""
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
@@ -67,8 +73,18 @@ STATE_STYLES = {
 }
 
 
-def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "", empty: str = "") -> None:
-    """Columns whose heading begins with `>` are right-aligned. Without rows, `empty` is said instead."""
+def show_table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    title: str = "",
+    empty: str = "",
+    spare: Sequence[str] = (),
+) -> None:
+    """Columns whose heading begins with `>` are right-aligned. Without rows, `empty` is said instead.
+
+    `spare`: columns that are left out, in this order, where the terminal is too narrow for all.
+    """
     from rich.box import Box
     from rich.table import Table
     from rich.text import Text
@@ -79,14 +95,30 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, titl
     if not rows:
         out.print(Text(empty, "dim"))
         return
+    cells = [[str(cell) for cell in row] for row in rows]
+    headings = [column.removeprefix(">") for column in columns]
+    widths = [max(len(heading), *map(len, column)) for heading, *column in zip(headings, *cells, strict=True)]
+    shown = list(range(len(columns)))
+    for column in spare if out.is_terminal else ():
+        if sum(widths[index] + _GAP for index in shown) - _GAP <= out.width:
+            break
+        shown.remove(columns.index(column))
+    if len(rows) > _DRAWN_ROWS:
+        for row in (headings, ["\u2500" * width for width in widths], *cells):
+            aligned = (
+                row[index].rjust(widths[index]) if columns[index].startswith(">") else row[index].ljust(widths[index])
+                for index in shown
+            )
+            click.echo((" " * _GAP).join(aligned).rstrip())
+        return
     ruled = Box("    \n    \n ── \n    \n    \n    \n    \n    \n", ascii=False)
     table = Table(box=ruled, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
-    for column in columns:
-        side: Literal["left", "right"] = "right" if column.startswith(">") else "left"
-        heading = Text(column.removeprefix(">"))  # as it is: "[policy.x]" would be markup
+    for index in shown:
+        side: Literal["left", "right"] = "right" if columns[index].startswith(">") else "left"
+        heading = Text(headings[index])  # as it is: "[policy.x]" would be markup
         table.add_column(heading, justify=side, no_wrap=True, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(str(cell), STATE_STYLES.get(str(cell), "")) for cell in row))
+    for row in cells:
+        table.add_row(*(Text(row[index], STATE_STYLES.get(row[index], "")) for index in shown))
     out.print(table)
 
 
@@ -106,6 +138,20 @@ def percent(part: float, whole: float) -> str:
     if 0 < share < 1:
         return "<1 %"
     return f"{min(share, 99) if part < whole else share:.0f} %"
+
+
+def count(number: int, thing: str) -> str:
+    """`1 client`, `2 clients`."""
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
+def uris_of(client: ApiClient, export: str) -> list[str]:
+    """The NBD URIs of one export, one for each address that the daemon listens on."""
+    uris = []
+    for uri in client.get("status")["nbd"]["uris"]:
+        base, question, query = uri.partition("?")
+        uris.append(f"{base}{export}{question}{query}")
+    return uris
 
 
 def duration(seconds: float) -> str:
@@ -171,8 +217,9 @@ def patience(what: str) -> Iterator[Callable[[int, int], None]]:
 
     def advance(done_bytes: int, total_bytes: int) -> None:
         nonlocal bar
-        spin.cancel()
         if bar is None and time.monotonic() - started_s >= _PATIENCE_S:
+            spin.cancel()
+            spin.join()
             unknown.stop()
             known.start()
             bar = known.add_task(what, total=total_bytes)

@@ -12,7 +12,7 @@ import click
 from terrace.cli.context import DEVICE, POOL, SIZE, Context, confirm, pass_context
 from terrace.cli.evacuate import brief as brief_evacuation
 from terrace.cli.evacuate import evacuate
-from terrace.cli.output import output_option, patience, percent, show_facts, show_json, show_table
+from terrace.cli.output import count, output_option, patience, percent, show_facts, show_json, show_table
 from terrace.cli.scrub import brief, scrub_facts, show_scrub, verdict
 from terrace.sizes import format_size
 
@@ -151,7 +151,8 @@ def show_pool(found: dict[str, Any]) -> None:
         return
     size = {key: format_size(value) for key, value in found.items() if key.endswith("_bytes")}
     client, device = found["client_written_bytes"], found["device_written_bytes"]
-    count = len(found["volumes"])
+    volume_count = len(found["volumes"])
+    snapshot_count = sum(volume["snapshots"] for volume in found["volumes"])
     show_facts(
         [
             ("Pool", found["name"]),
@@ -173,10 +174,11 @@ def show_pool(found: dict[str, Any]) -> None:
             ),
             (
                 "Volumes",
-                f"{count}, {size['nominal_bytes']} nominal, "
+                f"{volume_count}, {size['nominal_bytes']} nominal, "
                 f"{found['nominal_bytes'] / max(found['capacity_bytes'], 1):.2f} x the capacity"
                 + (f" (limit {found['overcommit_limit']:g} x)" if found["overcommit_limit"] else ""),
             ),
+            *([("Snapshots", f"{snapshot_count}: terrace snapshot list {found['name']}")] if snapshot_count else []),
             (
                 "Log",
                 f"sequence {found['log_seq']}, durable to {found['durable_seq']}, "
@@ -241,18 +243,22 @@ def _space(device: dict[str, Any]) -> tuple[object, ...]:
 
 def show_volumes(volumes: Sequence[dict[str, Any]], empty: str) -> None:
     """The table of volumes."""
+    clones = any(volume["origin"] for volume in volumes)
     rows = [
         (
             volume["name"],
             format_size(volume["size_bytes"]),
-            format_size(volume["mapped_bytes"]),
-            percent(volume["mapped_bytes"], volume["size_bytes"]),
+            format_size(volume["referenced_bytes"]),  # of a clone, and so after a rollback, most is not its own
+            percent(volume["referenced_bytes"], volume["size_bytes"]),
             volume["open_count"] or "-",
+            volume["snapshots"] or "-",
             shown_policy(volume),
+            *([volume["origin"] or "-"] if clones else []),
         )
         for volume in volumes
     ]
-    show_table(("Volume", ">Size", ">Mapped", ">Use", ">Clients", "Policy"), rows, empty=empty)
+    columns = ("Volume", ">Size", ">Mapped", ">Use", ">Clients", ">Snapshots", "Policy", *(["Origin"] * clones))
+    show_table(columns, rows, empty=empty, spare=(">Use", ">Clients"))
 
 
 def shown_policy(volume: dict[str, Any], *, remedy: bool = False) -> str:
@@ -465,7 +471,9 @@ def delete(context: Context, name: str, yes: bool, output: str) -> None:
     """Delete a pool and all its volumes. Its device files stay, without their labels."""
     with context.connect() as client:
         volumes = client.get("pools", name).get("volumes", [])
-        losses = f" and its {len(volumes)} volume(s)" if volumes else ""
+        snapshots = sum(volume["snapshots"] for volume in volumes)
+        losses = f" and its {count(len(volumes), 'volume')}" if volumes else ""
+        losses += f" with {count(snapshots, 'snapshot')}" if snapshots else ""
         confirm(f"Delete pool {name}{losses} for good?", yes=yes)
         with patience(f"Deleting pool {name}"):
             client.request("DELETE", "pools", name)

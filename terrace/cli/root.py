@@ -18,6 +18,7 @@ from terrace.cli.output import complain
 from terrace.cli.policy import policy
 from terrace.cli.pool import pool
 from terrace.cli.restore import restore
+from terrace.cli.snapshot import snapshot
 from terrace.cli.status import status
 from terrace.cli.volume import volume
 
@@ -64,14 +65,15 @@ class Root(click.Group):
 @click.version_option(package_name="terrace", message="terrace %(version)s")
 @click.pass_context
 def root(context: click.Context, home: str | None) -> None:
-    """Manage the pools and volumes of a running terraced.
+    """Manage the pools, volumes and snapshots of a running terraced.
 
-    Sizes are powers of 1024: 512, 64M, 10G, 1.5T. Volumes are named POOL/VOL, over NBD too.
+    Sizes are powers of 1024: 512, 64M, 10G, 1.5T. Volumes are named POOL/VOL and snapshots
+    POOL/VOL@SNAP, over NBD too.
     """
     context.obj = Context(home)
 
 
-for command in (pool, volume, policy, backup, restore, status, events, completion):
+for command in (pool, volume, snapshot, policy, backup, restore, status, events, completion):
     root.add_command(command)
 
 

@@ -50,4 +50,4 @@ def status(context: Context, output: str) -> None:
             )
             for connection in nbd["connections"]
         ]
-        show_table(("Volume", "Client", ">Reads", ">Writes", ">Flushes", ">Errors", ">Read", ">Written"), rows)
+        show_table(("Export", "Client", ">Reads", ">Writes", ">Flushes", ">Errors", ">Read", ">Written"), rows)

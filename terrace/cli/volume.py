@@ -1,4 +1,4 @@
-"""`terrace volume`: create, list, show, resize and delete volumes."""
+"""`terrace volume`: create, clone, list, show, resize, import, export and delete volumes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 import click
 
-from terrace.cli.context import POOL, SIZE, VOLUME, Context, SizeCommand, confirm, pass_context
+from terrace.cli.context import POOL, SIZE, SNAPSHOT, VOLUME, Context, SizeCommand, confirm, pass_context
 from terrace.cli.heat import heat
-from terrace.cli.output import output_option, patience, percent, show_facts, show_json
+from terrace.cli.images import export_volume, import_image
+from terrace.cli.output import count, output_option, patience, percent, show_facts, show_json, uris_of
 from terrace.cli.policy import POLICY
 from terrace.cli.pool import show_volumes, shown_policy
 from terrace.sizes import format_size
@@ -31,11 +32,66 @@ def create(context: Context, volume: tuple[str, str], size: int, policy: str, ou
     with context.connect() as client:
         body = {"name": name, "size": size, "policy": policy}
         made = client.request("POST", "pools", pool, "volumes", body=body)
-        uris = _uris(client, made["name"])
+        uris = uris_of(client, made["name"])
     if output == "json":
         show_json(made | {"uris": uris})
     else:
         click.echo(f"Volume {made['name']} has {format_size(made['size_bytes'])}: {uris[0]}")
+
+
+@volume.command()
+@click.argument("name", type=SNAPSHOT, metavar="POOL/VOL@SNAP")
+@click.argument("new", type=VOLUME, metavar="POOL/NEW")
+@click.option("--policy", type=POLICY, help="Default: that of the snapshot's volume.")
+@output_option
+@pass_context
+def clone(context: Context, name: tuple[str, str, str], new: tuple[str, str], policy: str | None, output: str) -> None:
+    """Make a volume that begins as a snapshot is. It costs the same at any size, and takes no space at first."""
+    pool, volume, snapshot = name
+    if new[0] != pool:
+        raise click.UsageError(
+            f"a clone lives in the pool of its snapshot, {pool}: write {pool}/{new[1]}; to have a copy in pool "
+            f"{new[0]}, export the snapshot and import that"
+        )
+    with context.connect() as client:
+        body = {"name": new[1]} | ({"policy": policy} if policy else {})
+        made = client.request("POST", "pools", pool, "volumes", volume, "snapshots", snapshot, "clone", body=body)
+        uris = uris_of(client, made["name"])
+    if output == "json":
+        show_json(made | {"uris": uris})
+    else:
+        click.echo(
+            f"Volume {made['name']} has {format_size(made['size_bytes'])}, a clone of {made['origin']}: {uris[0]}"
+        )
+
+
+@volume.command()
+@click.argument("volume", type=VOLUME, metavar="POOL/VOL")
+@output_option
+@pass_context
+def promote(context: Context, volume: tuple[str, str], output: str) -> None:
+    """Make a clone independent of its origin, by copying what it shares with it, while clients use it.
+
+    That takes as much space as is copied. One that is interrupted goes on where it was when it is called again.
+    """
+    pool, name = volume
+    found: dict[str, Any] = {}
+    with context.connect() as client, patience(f"Promoting {pool}/{name}") as advance:
+        origin = client.get("pools", pool, "volumes", name)["origin"]
+        try:
+            for line in client.stream("POST", "pools", pool, "volumes", name, "promote"):
+                if "volume" in line:
+                    found = line["volume"]
+                elif line["total_bytes"]:
+                    advance(line["done_bytes"], line["total_bytes"])
+        except KeyboardInterrupt:
+            raise click.ClickException(
+                f"stopped; {pool}/{name} still needs {origin}: terrace volume promote {pool}/{name} goes on"
+            ) from None
+    if output == "json":
+        show_json(found)
+    else:
+        click.echo(f"Volume {found['name']} needs {origin} no more; {format_size(found['mapped_bytes'])} are its own.")
 
 
 @volume.command("list")
@@ -64,16 +120,18 @@ def show(context: Context, volume: tuple[str, str], output: str) -> None:
     pool, name = volume
     with context.connect() as client:
         found = client.get("pools", pool, "volumes", name)
-        uris = _uris(client, found["name"])
+        uris = uris_of(client, found["name"])
     if output == "json":
         show_json(found | {"uris": uris})
         return
-    size_bytes, mapped_bytes = found["size_bytes"], found["mapped_bytes"]
+    size_bytes, mapped_bytes = found["size_bytes"], found["referenced_bytes"]
     show_facts(
         [
             ("Volume", found["name"]),
             ("Size", f"{format_size(size_bytes)} ({size_bytes} bytes)"),
-            ("Mapped", f"{format_size(mapped_bytes)} ({percent(mapped_bytes, size_bytes)})"),
+            ("Mapped", f"{format_size(mapped_bytes)} ({percent(mapped_bytes, size_bytes)})" + _own(found)),
+            *([("Origin", _origin(found))] if found["origin"] else []),
+            ("Snapshots", found["snapshots"]),
             ("Policy", shown_policy(found, remedy=True)),
             ("Clients", found["open_count"]),
             *([("Waiting", _waiting(found))] if found["throttled"] or found["queued"] else []),
@@ -120,35 +178,49 @@ def policy(context: Context, volume: tuple[str, str], policy: str | None, output
 
 @volume.command()
 @click.argument("volume", type=VOLUME, metavar="POOL/VOL")
+@click.option("--snapshots", is_flag=True, help="And all its snapshots. Clones of them stay as they are.")
 @click.option("-y", "--yes", is_flag=True, help="Don't ask.")
 @output_option
 @pass_context
-def delete(context: Context, volume: tuple[str, str], yes: bool, output: str) -> None:
+def delete(context: Context, volume: tuple[str, str], snapshots: bool, yes: bool, output: str) -> None:
     """Delete a volume and all its data."""
     pool, name = volume
     with context.connect() as client:
         found = client.get("pools", pool, "volumes", name)
-        confirm(f"Delete volume {found['name']} with {format_size(found['mapped_bytes'])} of data for good?", yes=yes)
+        if found["snapshots"] and not snapshots:
+            raise click.ClickException(
+                f"{found['name']} has {count(found['snapshots'], 'snapshot')}: delete with it what terrace snapshot "
+                f"list {found['name']} shows with --snapshots, or delete these first"
+            )
+        data = f"{format_size(found['mapped_bytes'])} of data"
+        if found["snapshots"]:
+            data += f" and its {count(found['snapshots'], 'snapshot')}"
+        confirm(f"Delete volume {found['name']} with {data} for good?", yes=yes)
         with patience(f"Deleting {found['name']}"):
-            client.request("DELETE", "pools", pool, "volumes", name)
+            query = {"snapshots": "1"} if snapshots else None
+            client.request("DELETE", "pools", pool, "volumes", name, query=query)
     if output == "json":
-        show_json({"deleted": found["name"]})
+        show_json({"deleted": found["name"], "snapshots": found["snapshots"]})
+    elif found["snapshots"]:
+        click.echo(f"Volume {found['name']} and its {count(found['snapshots'], 'snapshot')} are deleted.")
     else:
         click.echo(f"Volume {found['name']} is deleted.")
 
 
 def _waiting(volume: dict[str, Any]) -> str:
     counts = ((volume["throttled"], "for the limits of the policy"), (volume["queued"], "for room in the pool"))
-    return ", ".join(f"{count} request{'s'[: count != 1]} {what}" for count, what in counts if count)
+    return ", ".join(f"{count(number, 'request')} {what}" for number, what in counts if number)
 
 
-volume.add_command(heat)
+def _origin(volume: dict[str, Any]) -> str:
+    rolled_back = volume["origin"].startswith(f"{volume['name']}@")
+    return f"{volume['origin']}, to which it was rolled back" if rolled_back else str(volume["origin"])
 
 
-def _uris(client: Any, export: str) -> list[str]:
-    """The NBD URIs of one export, one for each address that the daemon listens on."""
-    uris = []
-    for uri in client.get("status")["nbd"]["uris"]:
-        base, question, query = uri.partition("?")
-        uris.append(f"{base}{export}{question}{query}")
-    return uris
+def _own(volume: dict[str, Any]) -> str:
+    """What of a clone is its own, not its origin's."""
+    return f", of which {format_size(volume['mapped_bytes'])} are its own" if volume["origin"] else ""
+
+
+for command in (heat, import_image, export_volume):
+    volume.add_command(command)

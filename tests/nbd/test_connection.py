@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import struct
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -539,8 +540,8 @@ def test_a_bug_ends_its_connection_only(caplog: pytest.LogCaptureFixture) -> Non
     with caplog.at_level(logging.ERROR, "nbd"):
         run(test)
     assert [record.message for record in caplog.records] == [
-        "unix client 2: a bug ended this connection",
-        "unix client 3: a bug ended this connection",
+        f"unix client 2 (process {os.getpid()}): a bug ended this connection",
+        f"unix client 3 (process {os.getpid()}): a bug ended this connection",
     ]
 
 

@@ -27,6 +27,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -44,6 +45,7 @@ from tiers import (
     PoolStatus,
     Result,
     ScrubStatus,
+    SnapshotStatus,
     TierError,
     VolumeStatus,
 )
@@ -123,6 +125,22 @@ class FakeVolume:
     async def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
         await trio.lowlevel.checkpoint()
         return [(length, 0)]
+
+
+class FakeSnapshot(FakeVolume):
+    """A copy of a volume's file."""
+
+    read_only = True
+
+    def __init__(self, volume: FakeVolume, path: Path, size_bytes: int, known: Mapping[str, Any]) -> None:
+        super().__init__(volume.name.partition("/")[0], path, size_bytes)
+        self.short_name = self.short_name.partition("@")[2]
+        self.volume = volume
+        self.held: bool = known.get("held", False)
+        self.created_at: float = known.get("created_at", 0.0)
+
+    def known(self) -> dict[str, Any]:
+        return {"size": self.size_bytes, "held": self.held, "created_at": self.created_at}
 
 
 class FakeScrubber:
@@ -319,6 +337,13 @@ class FakePool:
         for name, policy in catalog.get("policies", {}).items():
             self._volumes[name].policy_name = policy
         self._policies: dict[str, Policy] = {}
+        self._origins: dict[str, str] = catalog.get("origins", {})
+        self._snapshots = {
+            name: FakeSnapshot(
+                self._volumes[name.partition("@")[0]], directory / f"{name}.raw", int(known["size"]), known
+            )
+            for name, known in catalog.get("snapshots", {}).items()
+        }
         self.scrubber = FakeScrubber(self, directory)
         self.evacuator = FakeEvacuator(self, directory)
 
@@ -404,7 +429,7 @@ class FakePool:
                     await trio.sleep(float((directory / "stuck-close").read_text()))
                 (directory / "closed-cleanly").touch()
             finally:
-                for volume in pool._volumes.values():
+                for volume in (*pool._volumes.values(), *pool._snapshots.values()):
                     os.close(volume.fd)
 
     @classmethod
@@ -425,6 +450,8 @@ class FakePool:
             "devices": self._devices,
             "volumes": {volume.short_name: volume.size_bytes for volume in self._volumes.values()},
             "policies": {volume.short_name: volume.policy_name for volume in self._volumes.values()},
+            "origins": self._origins,
+            "snapshots": {name: snapshot.known() for name, snapshot in self._snapshots.items()},
         }
         # In place: the lock is on this very file.
         (self._directory / "fake.json").write_text(json.dumps(catalog))
@@ -509,15 +536,170 @@ class FakePool:
             rising[::-1],
         )
 
-    async def delete_volume(self, name: str) -> None:
+    async def delete_volume(self, name: str, *, snapshots: bool = False) -> None:
         volume = self.volume(name)
         await trio.lowlevel.checkpoint()
-        if volume.open_count:
-            raise TierError(errno.EBUSY, f"{volume.name} is in use")
+        self._require_unused(volume)
+        family = self.snapshots(name)
+        if family and not snapshots:
+            raise TierError(errno.EBUSY, f"{volume.name} has {len(family)} snapshot(s): delete them first")
+        for snapshot in family:
+            self._require_free(snapshot)
+        for snapshot in family:
+            self._remove_snapshot(snapshot)
         del self._volumes[name]
+        self._origins.pop(name, None)
         os.close(volume.fd)
         volume.path.unlink()
         self._save()
+
+    @staticmethod
+    def _require_unused(volume: FakeVolume) -> None:
+        if volume.open_count:
+            raise TierError(errno.EBUSY, f"{volume.name} is in use")
+
+    def _require_free(self, snapshot: FakeSnapshot) -> None:
+        self._require_unused(snapshot)
+        if snapshot.held:
+            raise TierError(errno.EBUSY, f"{snapshot.name} is held: release it")
+
+    def _remove_snapshot(self, snapshot: FakeSnapshot) -> None:
+        del self._snapshots[f"{snapshot.volume.short_name}@{snapshot.short_name}"]
+        self._origins = {clone: origin for clone, origin in self._origins.items() if origin != snapshot.name}
+        os.close(snapshot.fd)
+        snapshot.path.unlink()
+
+    def snapshots(self, volume: str | None = None) -> list[FakeSnapshot]:
+        wanted = None if volume is None else self.volume(volume)
+        found = [snapshot for snapshot in self._snapshots.values() if wanted in (None, snapshot.volume)]
+        return sorted(found, key=lambda snapshot: (snapshot.volume.name, snapshot.created_at))
+
+    def snapshot(self, volume: str, name: str) -> FakeSnapshot:
+        self.volume(volume)
+        if f"{volume}@{name}" not in self._snapshots:
+            raise TierError(errno.ENOENT, f"{self.name}/{volume} has no snapshot {name!r}")
+        return self._snapshots[f"{volume}@{name}"]
+
+    async def snapshot_status(self, volume: str | None = None, name: str | None = None) -> list[SnapshotStatus]:
+        await trio.lowlevel.checkpoint()
+        if volume is not None and name is not None:
+            found = [self.snapshot(volume, name)]
+        else:
+            found = self.snapshots(volume)
+        return [self._snapshot_status(snapshot) for snapshot in found]
+
+    def _snapshot_status(self, snapshot: FakeSnapshot) -> SnapshotStatus:
+        clones = [f"{self.name}/{clone}" for clone, origin in self._origins.items() if origin == snapshot.name]
+        exclusive = 0 if clones else snapshot.mapped_bytes() // 2
+        return SnapshotStatus(
+            snapshot.name,
+            snapshot.volume.name,
+            snapshot.short_name,
+            1,
+            snapshot.size_bytes,
+            snapshot.mapped_bytes(),
+            exclusive,
+            snapshot.mapped_bytes() - exclusive,
+            snapshot.created_at,
+            snapshot.held,
+            snapshot.open_count,
+            clones,
+        )
+
+    def _copy(self, source: FakeVolume, name: str) -> Path:
+        path = self._directory / f"{name}.raw"
+        os.fsync(source.fd)
+        shutil.copyfile(source.path, path)
+        return path
+
+    async def take_snapshots(self, wanted: Sequence[tuple[str, str]]) -> list[FakeSnapshot]:
+        await trio.lowlevel.checkpoint()
+        for volume, name in wanted:
+            validate_name("snapshot", name)
+            self.volume(volume)
+            if f"{volume}@{name}" in self._snapshots:
+                raise TierError(errno.EEXIST, f"there is a snapshot {self.name}/{volume}@{name} already")
+        if len(set(wanted)) < len(wanted):
+            raise TierError(errno.EINVAL, "a volume is named twice")
+        return [self._take(self.volume(volume), name) for volume, name in wanted]
+
+    def _take(self, volume: FakeVolume, name: str) -> FakeSnapshot:
+        full_name = f"{volume.short_name}@{name}"
+        path = self._copy(volume, full_name)
+        snapshot = FakeSnapshot(volume, path, volume.size_bytes, {"created_at": time.time()})
+        self._snapshots[full_name] = snapshot
+        self._save()
+        return snapshot
+
+    async def delete_snapshot(self, volume: str, name: str) -> None:
+        await trio.lowlevel.checkpoint()
+        snapshot = self.snapshot(volume, name)
+        self._require_free(snapshot)
+        self._remove_snapshot(snapshot)
+        self._save()
+
+    async def change_snapshot(
+        self, volume: str, name: str, *, new_name: str | None = None, held: bool | None = None
+    ) -> FakeSnapshot:
+        if new_name is not None:
+            validate_name("snapshot", new_name)
+        await trio.lowlevel.checkpoint()
+        snapshot = self.snapshot(volume, name)
+        if new_name is not None and new_name != name:
+            if f"{volume}@{new_name}" in self._snapshots:
+                raise TierError(errno.EEXIST, f"there is a snapshot {self.name}/{volume}@{new_name} already")
+            del self._snapshots[f"{volume}@{name}"]
+            self._snapshots[f"{volume}@{new_name}"] = snapshot
+            snapshot.path = snapshot.path.rename(self._directory / f"{volume}@{new_name}.raw")
+            snapshot.short_name, snapshot.name = new_name, f"{self.name}/{volume}@{new_name}"
+        snapshot.held = snapshot.held if held is None else held
+        self._save()
+        return snapshot
+
+    async def clone(self, volume: str, name: str, new_volume: str, policy: str = "") -> FakeVolume:
+        validate_name("volume", new_volume)
+        await trio.lowlevel.checkpoint()
+        snapshot = self.snapshot(volume, name)
+        if new_volume in self._volumes:
+            raise TierError(errno.EEXIST, f"{self.name}/{new_volume} exists already")
+        policy = self._require_policy(policy)
+        path = self._copy(snapshot, new_volume)
+        made = self._volumes[new_volume] = FakeVolume(self.name, path, snapshot.size_bytes)
+        made.policy_name = policy
+        self._apply_policy(made)
+        self._origins[new_volume] = snapshot.name
+        self._save()
+        return made
+
+    async def promote(self, name: str, progress: Callable[[int, int], None] = lambda done, total: None) -> FakeVolume:
+        volume = self.volume(name)
+        progress(0, volume.size_bytes)
+        await trio.lowlevel.checkpoint()
+        if name not in self._origins:
+            raise TierError(errno.EINVAL, f"{volume.name} is no clone")
+        if self.snapshots(name):
+            raise TierError(errno.EBUSY, f"{volume.name} has snapshots")
+        del self._origins[name]
+        self._save()
+        return volume
+
+    async def rollback(self, volume: str, name: str, *, keep_as: str | None, force: bool = False) -> FakeVolume:
+        if keep_as is not None:
+            validate_name("snapshot", keep_as)
+        await trio.lowlevel.checkpoint()
+        snapshot, there = self.snapshot(volume, name), self.volume(volume)
+        if not force:
+            self._require_unused(there)
+        if keep_as is not None:
+            if f"{volume}@{keep_as}" in self._snapshots:
+                raise TierError(errno.EEXIST, f"there is a snapshot {there.name}@{keep_as} already")
+            self._take(there, keep_as)
+        there.size_bytes = snapshot.size_bytes
+        os.ftruncate(there.fd, there.size_bytes)
+        os.pwrite(there.fd, snapshot.path.read_bytes(), 0)
+        self._origins[volume] = snapshot.name
+        self._save()
+        return there
 
     async def grow(self, devices: Sequence[DeviceSpec], *, force: bool = False) -> None:
         await trio.lowlevel.checkpoint()
@@ -554,6 +736,9 @@ class FakePool:
                 volume.open_count,
                 volume.policy_name or "default",
                 volume.policy_missing,
+                origin=self._origins.get(volume.short_name),
+                snapshots=len(self.snapshots(volume.short_name)),
+                referenced_bytes=volume.mapped_bytes(),
             )
             for volume in self.volumes()
         ]

@@ -170,7 +170,7 @@ def test_a_directory_with_damage_and_gaps_is_told_of(cli: Cli) -> None:
         (("backup", "demo/vol@monday"), 2, "say where to"),
         (("backup", "demo/vol@monday", "f", "--to", "d"), 2, "say where to"),
         (("backup", "demo/vol", "f"), 2, "name a snapshot of demo/vol"),
-        (("backup", "demo/vol@", "f"), 2, "POOL/VOL@SNAP"),
+        (("backup", "demo/vol@", "f"), 2, "write demo/vol@SNAP"),
         (("backup", "demo/vol@a@b", "f"), 2, "POOL/VOL@SNAP"),
         (("backup", "make", "demo", "f"), 2, "POOL/VOL"),
         (("backup", "demo/vol@monday", "f", "--keep", "2"), 2, "go with --to"),
@@ -194,7 +194,7 @@ def test_a_directory_with_damage_and_gaps_is_told_of(cli: Cli) -> None:
         (("restore", "demo/new", "-", "there"), 2, "a call of its own"),
         (("restore", "demo/new", "there"), 1, "there is not a backup"),
         (("restore", "demo/new", "directory"), 1, "has no whole backup"),
-        (("restore", "demo/new@snap", "there"), 1, "there is not a backup"),
+        (("restore", "demo/new@snap", "there"), 2, "a volume is needed here"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )

@@ -366,3 +366,29 @@ def test_a_time_has_at_most_two_units_and_none_that_is_zero_at_its_end(seconds: 
 def test_the_speed_beside_a_bar_is_in_the_units_of_its_sizes() -> None:
     assert speed_text(38 << 20, 66.0) == "38 MiB/s, ETA 1 min 6 s"
     assert speed_text(1000.0, None) == "1000 B/s"
+
+
+def test_a_table_that_is_too_wide_for_a_terminal_leaves_out_what_it_can_spare(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns, row = ("Name", ">Much", ">More"), ("x" * 10, "y" * 10, "z" * 10)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for width, shown in ((40, "xyz"), (36, "xyz"), (35, "xz"), (22, "x")):
+        monkeypatch.setenv("COLUMNS", str(width))
+        show_table(columns, [row], spare=(">Much", ">More"))
+        drawn = capsys.readouterr().out.splitlines()[-1]
+        assert [letter for letter in "xyz" if letter * 10 in drawn] == list(shown)
+    monkeypatch.delenv("FORCE_COLOR")
+    show_table(columns, [row], spare=(">Much", ">More"))
+    assert capsys.readouterr().out.splitlines()[-1].split() == list(row)
+
+
+def test_a_table_of_thousands_of_rows_looks_like_a_short_one(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [(f"row-{number}", number) for number in range(1000, 5000)]
+    show_table(("Name", ">Number"), rows[:3])
+    short = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    show_table(("Name", ">Number"), rows)
+    long = capsys.readouterr().out.splitlines()
+    assert long[0] == short[0]
+    assert long[2:5] == short[2:5]
+    assert len(long) == 4002

@@ -17,7 +17,7 @@ class _Tree(MapTree):
     """It has the leaves 0 and 1, and a second page of `lost_level`, which is lost; or its root is."""
 
     def __init__(self, lost_level: int) -> None:
-        self.name = "a tree"
+        self.name = "tree"
         self.root = FIRST_ADDRESS, 0
         self.lost = lost_level, int(lost_level < ROOT_LEVEL)
         self.loads = 0

@@ -1,0 +1,92 @@
+"""Trims of what snapshots keep, in pools with little room: no checkpoint fails for the map pages that they take."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from tests.simulation.machine import Disk, Machine
+from tests.tiers.test_snapshots import write
+from tiers import Pool, PoolSettings, TierError, Volume
+from tiers.layout import BLOCK_BYTES
+from tiers.maptree import FANOUT
+
+LEAVES = 600
+LEAF_BYTES = FANOUT * BLOCK_BYTES
+SEGMENTS = range(80, 125, 5)
+
+
+def in_a_pool(segments: int, body: Callable[[Pool, Volume], Awaitable[None]]) -> None:
+    """A pool with a volume that has one block in each of many leaves."""
+    settings = PoolSettings(
+        overlay_entries=1 << 16, unsynced_cap_bytes=64 << 20, small_volume_leaves=0, checkpoint_interval_s=3600.0
+    )
+    machine = Machine((Disk("fast", segments),), seed=1, settings=settings)
+
+    async def main() -> None:
+        async with machine.open() as pool:
+            volume = await pool.create_volume("v", LEAVES * LEAF_BYTES)
+            for leaf in range(LEAVES):
+                await write(volume, leaf * FANOUT, leaf + 1)
+            await pool.checkpoint()
+            try:
+                await pool.take_snapshots([("v", "s")])
+            except TierError as error:
+                assert error.errno == errno.ENOSPC
+            else:
+                await body(pool, volume)
+
+    machine.run(main)
+    assert not machine.goes_in_circles
+
+
+@pytest.mark.parametrize("segments", SEGMENTS)
+def test_a_clone_with_snapshots_is_zeroed_or_there_is_no_room_for_it(segments: int) -> None:
+    async def main(pool: Pool, _: Volume) -> None:
+        clone = await pool.clone("v", "s", "c")
+        with contextlib.suppress(TierError):
+            await pool.take_snapshots([("c", "t")])
+        try:
+            await clone.write_zeroes(0, clone.size_bytes, no_hole=False)
+        except TierError as error:
+            assert error.errno == errno.ENOSPC
+        for _number in range(3):
+            await pool.checkpoint()
+
+    in_a_pool(segments, main)
+
+
+@pytest.mark.parametrize("segments", SEGMENTS)
+def test_trims_that_come_together_wait_for_room_as_one_does(segments: int) -> None:
+    async def main(pool: Pool, _: Volume) -> None:
+        clone = await pool.clone("v", "s", "c")
+        with contextlib.suppress(TierError):
+            await pool.take_snapshots([("c", "t")])
+        length = 15 * LEAF_BYTES
+        ranges = [(at, length) for at in range(0, clone.size_bytes, length + LEAF_BYTES)]
+        if not clone.trim_now(ranges):
+            for offset, length in ranges:
+                await clone.trim(offset, length)
+        # What gives room has room itself.
+        await pool.create_volume("other", LEAF_BYTES)
+        await pool.delete_volume("other")
+        for _number in range(3):
+            await pool.checkpoint()
+
+    in_a_pool(segments, main)
+
+
+def test_a_trim_of_what_is_trimmed_already_takes_no_pages() -> None:
+    async def main(pool: Pool, _: Volume) -> None:
+        clone = await pool.clone("v", "s", "c")
+        for number in range(3):
+            before = pool._checkpointer.writer.written_pages
+            await clone.trim(0, clone.size_bytes)
+            await pool.checkpoint()
+            written = pool._checkpointer.writer.written_pages - before
+            assert (written > LEAVES) if number == 0 else (written == 0)
+
+    in_a_pool(200, main)
