@@ -692,12 +692,12 @@ MUTANTS: dict[str, Mutant] = {
     "a move that no snapshot's map learns of": Mutant(
         "snapshots",
         "it names a place that is given to others",
-        _instead(Merger, "_relocate", "in volume.owners_at(leaf):", "in [volume]:"),
+        _instead(Merger, "_relocate", "in self._owners_at(volume, leaf):", "in [volume]:"),
     ),
     "a move that the map of a volume with snapshots doesn't learn of": Mutant(
         "snapshots",
         "it names a place that is given to others",
-        _instead(Merger, "_relocate", "in volume.owners_at(leaf):", "in volume.snapshots_at(leaf):"),
+        _instead(Merger, "_relocate", "in self._owners_at(volume, leaf):", "in volume.snapshots_at(leaf):"),
     ),
     "a move in a volume with snapshots that is logged like a write": Mutant(
         "snapshots",

@@ -960,7 +960,7 @@ CASES: dict[str, Case] = {
     "a clone's snapshot that inherits nothing when the clone takes over": Case(programs, 0, VERDICT),
     "a hidden snapshot that is thinned of what a clone's snapshot inherits": Case(programs, 0, VERDICT),
     "a clone that takes over and isn't remembered as the heir": Case(programs, 0, VERDICT),
-    "an heir that a restart forgets": Case(programs, 3, VERDICT),
+    "an heir that a restart forgets": Case(programs, 50, VERDICT),
     "a move that no snapshot's map learns of": Case(programs, 0, VERDICT),
     "a move that the map of a volume with snapshots doesn't learn of": Case(programs, 0, VERDICT),
     "a move in a volume with snapshots that is logged like a write": Case(programs, 0, VERDICT),
