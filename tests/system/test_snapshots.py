@@ -266,6 +266,24 @@ def test_clones_of_clones_live_on_whatever_is_deleted(volumes: Daemon) -> None:
     assert "is sound" in volumes.cli("pool", "check", "p", "--full").stdout
 
 
+def test_promoting_is_refused_for_the_snapshots_that_are_in_its_way_and_no_others(volumes: Daemon) -> None:
+    create(volumes, "v")
+    fill(volumes, "v", 1)
+    for name in ("old", "older"):
+        take(volumes, name, "v")
+    volumes.cli("snapshot", "rollback", "p/v@old", "--no-safety", "--yes")
+    take(volumes, "since", "v")
+    told = volumes.cli("volume", "promote", "p/v", status=1).stderr
+    assert "has 1 snapshot taken since" in told
+    assert "(since)" in told
+    volumes.cli("volume", "clone", "p/v@since", "p/c")
+    volumes.cli("snapshot", "delete", "p/v@since", "--yes")
+    assert "promote or delete these first" in volumes.cli("volume", "promote", "p/v", status=1).stderr
+    volumes.cli("volume", "promote", "p/c")
+    volumes.cli("volume", "promote", "p/v")
+    assert [one["snapshot"] for one in volumes.api("GET", "/v1/pools/p/volumes/v/snapshots")] == ["old", "older"]
+
+
 def test_a_clone_that_is_promoted_needs_nobody(volumes: Daemon) -> None:
     create(volumes, "v")
     fill(volumes, "v", 1, length=4 * MIB)
