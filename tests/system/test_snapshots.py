@@ -22,6 +22,7 @@ import pytest
 
 from tests.system.daemon import ApiError, Daemon, environment, program
 from tests.system.nbdclient import READ, TRIM, WRITE, Connection
+from tests.terrace.test_cli import on_a_terminal
 
 pytestmark = pytest.mark.system
 MIB = 1 << 20
@@ -282,6 +283,17 @@ def test_promoting_is_refused_for_the_snapshots_that_are_in_its_way_and_no_other
     volumes.cli("volume", "promote", "p/c")
     volumes.cli("volume", "promote", "p/v")
     assert [one["snapshot"] for one in volumes.api("GET", "/v1/pools/p/volumes/v/snapshots")] == ["old", "older"]
+
+
+def test_deleting_a_volume_asks_with_all_that_it_shows(volumes: Daemon) -> None:
+    """What a clone has of its snapshot is gone with it as well."""
+    create(volumes, "v")
+    fill(volumes, "v", 1)
+    take(volumes, "s", "v")
+    volumes.cli("volume", "clone", "p/v@s", "p/c")
+    assert volumes.api("GET", "/v1/pools/p/volumes/c")["mapped_bytes"] == 0
+    _, written = on_a_terminal(volumes.home, "volume", "delete", "p/c", answer="n\n")
+    assert "Delete volume p/c with 1 MiB of data for good?" in written
 
 
 def test_a_clone_that_is_promoted_needs_nobody(volumes: Daemon) -> None:
