@@ -116,6 +116,8 @@ def export_volume(
         if sys.stdout.isatty():
             raise click.UsageError("a disk image doesn't belong on a terminal; name a FILE, or write to a pipe")
     target = Path(file).absolute()
+    if file != "-" and not target.parent.is_dir():
+        raise click.ClickException(f"{target.parent} is not a directory that exists; make it, or name another FILE")
     if file != "-" and (target.exists() or target.is_symlink()):
         if not target.is_file():
             raise click.ClickException(f"{file} is there and no regular file; name a FILE that can be replaced")

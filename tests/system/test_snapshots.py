@@ -296,6 +296,13 @@ def test_deleting_a_volume_asks_with_all_that_it_shows(volumes: Daemon) -> None:
     assert "Delete volume p/c with 1 MiB of data for good?" in written
 
 
+def test_an_image_for_a_directory_that_is_not_there_is_refused_by_its_name(volumes: Daemon, tmp_path: Path) -> None:
+    create(volumes, "v")
+    fill(volumes, "v", 1)
+    told = volumes.cli("volume", "export", "p/v", str(tmp_path / "none" / "image"), status=1).stderr
+    assert told == f"Error: {tmp_path}/none is not a directory that exists; make it, or name another FILE\n"
+
+
 def test_a_clone_that_is_promoted_needs_nobody(volumes: Daemon) -> None:
     create(volumes, "v")
     fill(volumes, "v", 1, length=4 * MIB)
