@@ -250,11 +250,11 @@ def _reason(text: str) -> str:
 
 
 def _discarded(client: ApiClient, pool: str, name: str) -> str:
-    """Delete a volume that was filled in vain; what to say of it."""
+    """Delete a volume that was filled in vain, with what a schedule has taken of it; what to say of it."""
     deadline_s = time.monotonic() + _LEAVING_S
     while True:
         try:
-            client.request("DELETE", "pools", pool, "volumes", name)
+            client.request("DELETE", "pools", pool, "volumes", name, query={"snapshots": "1"})
         except OSError as error:
             if error.errno != errno.EBUSY or time.monotonic() > deadline_s:
                 return f"the half-filled volume {pool}/{name} could not be deleted: {error}"

@@ -501,6 +501,22 @@ def test_either_program_copies_raw_images(volumes: Daemon, tmp_path: Path, progr
     assert (tmp_path / "out").stat().st_blocks * 512 < 3 * MIB
 
 
+def test_a_failed_import_is_deleted_though_a_schedule_has_taken_snapshots_of_it(
+    volumes: Daemon, tmp_path: Path
+) -> None:
+    sparse_image(tmp_path / "raw")
+    (tmp_path / "bin").mkdir()
+    failing = tmp_path / "bin" / "nbdcopy"
+    failing.write_text(f"#!/bin/sh\n{sys.executable} -m terrace.cli snapshot create p/v@hourly || exit 0\nexit 1\n")
+    failing.chmod(0o755)
+    variables = environment() | {"PATH": str(failing.parent), "TERRACE_HOME": str(volumes.home)}
+    command = [sys.executable, "-m", "terrace.cli", "volume", "import", str(tmp_path / "raw"), "p/v", "--format", "raw"]
+    result = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
+    assert result.returncode == 1
+    assert "the half-filled volume p/v was deleted" in result.stderr
+    assert volumes.api("GET", "/v1/pools/p/volumes") == []
+
+
 def test_an_image_of_an_odd_size_gets_a_volume_that_holds_it(volumes: Daemon, tmp_path: Path) -> None:
     (tmp_path / "odd").write_bytes(random.Random(3).randbytes(10_001))
     (tmp_path / "tiny").write_bytes(b"tiny")
