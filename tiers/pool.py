@@ -735,12 +735,20 @@ class Pool:
         volume = self.volume(name)
         if volume.origin is None:
             raise TierError(errno.EINVAL, f"{volume.name} is no clone: it doesn't depend on any snapshot")
-        own = self._engine.lineage.of_family(volume)
         if volume.snapshots:
+            # Those from before a rollback are of the family too, but don't stand in the way.
+            since = [one for one in self._engine.lineage.of_family(volume) if one in volume.snapshots]
+            if not since:
+                raise TierError(
+                    errno.EBUSY,
+                    f"a deleted snapshot of {volume.name} has clones, which depend on its origin as well: promote or "
+                    "delete these first",
+                )
+            shown = ", ".join(one.short_name for one in since[:5]) + f" and {len(since) - 5} more" * (len(since) > 5)
             raise TierError(
                 errno.EBUSY,
-                f"{volume.name} has {len(own)} snapshot{'s' * (len(own) > 1)}, which depend on its origin as well: "
-                "delete them first, or promote it before snapshots are taken",
+                f"{volume.name} has {len(since)} snapshot{'s' * (len(since) > 1)} taken since it depends on its "
+                f"origin, which depend on that as well: delete them first ({shown}), or promote it before any is taken",
             )
         shared = max(0, volume.referenced_blocks - volume.tree.mapped_blocks)
         if self._engine.space.available < shared:

@@ -165,7 +165,8 @@ def decide(
     path = mine.path(base)
     assert not isinstance(path, Gap)
     if len(path) > increments:
-        return Next(None, f"the last one has {len(path) - 1} increments")
+        there = len(path) - 1
+        return Next(None, f"the last one has {there} increment{'s' * (there != 1)}")
     if base.header.snapshot.id not in kept:
         return Next(None, f"the volume has no snapshot {base.header.snapshot.name} (the last one's) any more")
     return Next(base, "")

@@ -116,6 +116,8 @@ def export_volume(
         if sys.stdout.isatty():
             raise click.UsageError("a disk image doesn't belong on a terminal; name a FILE, or write to a pipe")
     target = Path(file).absolute()
+    if file != "-" and not target.parent.is_dir():
+        raise click.ClickException(f"{target.parent} is not a directory that exists; make it, or name another FILE")
     if file != "-" and (target.exists() or target.is_symlink()):
         if not target.is_file():
             raise click.ClickException(f"{file} is there and no regular file; name a FILE that can be replaced")
@@ -248,11 +250,11 @@ def _reason(text: str) -> str:
 
 
 def _discarded(client: ApiClient, pool: str, name: str) -> str:
-    """Delete a volume that was filled in vain; what to say of it."""
+    """Delete a volume that was filled in vain, with what a schedule has taken of it; what to say of it."""
     deadline_s = time.monotonic() + _LEAVING_S
     while True:
         try:
-            client.request("DELETE", "pools", pool, "volumes", name)
+            client.request("DELETE", "pools", pool, "volumes", name, query={"snapshots": "1"})
         except OSError as error:
             if error.errno != errno.EBUSY or time.monotonic() > deadline_s:
                 return f"the half-filled volume {pool}/{name} could not be deleted: {error}"

@@ -189,10 +189,10 @@ def delete(context: Context, volume: tuple[str, str], snapshots: bool, yes: bool
         found = client.get("pools", pool, "volumes", name)
         if found["snapshots"] and not snapshots:
             raise click.ClickException(
-                f"{found['name']} has {count(found['snapshots'], 'snapshot')}: delete with it what terrace snapshot "
-                f"list {found['name']} shows with --snapshots, or delete these first"
+                f"{found['name']} has {count(found['snapshots'], 'snapshot')}, which terrace snapshot list "
+                f"{found['name']} shows: delete them first, or with it, by --snapshots"
             )
-        data = f"{format_size(found['mapped_bytes'])} of data"
+        data = f"{format_size(found['referenced_bytes'])} of data"
         if found["snapshots"]:
             data += f" and its {count(found['snapshots'], 'snapshot')}"
         confirm(f"Delete volume {found['name']} with {data} for good?", yes=yes)

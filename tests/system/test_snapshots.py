@@ -22,6 +22,7 @@ import pytest
 
 from tests.system.daemon import ApiError, Daemon, environment, program
 from tests.system.nbdclient import READ, TRIM, WRITE, Connection
+from tests.terrace.test_cli import on_a_terminal
 
 pytestmark = pytest.mark.system
 MIB = 1 << 20
@@ -272,6 +273,42 @@ def test_clones_of_clones_live_on_whatever_is_deleted(volumes: Daemon) -> None:
     assert "is sound" in volumes.cli("pool", "check", "p", "--full").stdout
 
 
+def test_promoting_is_refused_for_the_snapshots_that_are_in_its_way_and_no_others(volumes: Daemon) -> None:
+    create(volumes, "v")
+    fill(volumes, "v", 1)
+    for name in ("old", "older"):
+        take(volumes, name, "v")
+    volumes.cli("snapshot", "rollback", "p/v@old", "--no-safety", "--yes")
+    take(volumes, "since", "v")
+    told = volumes.cli("volume", "promote", "p/v", status=1).stderr
+    assert "has 1 snapshot taken since" in told
+    assert "(since)" in told
+    volumes.cli("volume", "clone", "p/v@since", "p/c")
+    volumes.cli("snapshot", "delete", "p/v@since", "--yes")
+    assert "promote or delete these first" in volumes.cli("volume", "promote", "p/v", status=1).stderr
+    volumes.cli("volume", "promote", "p/c")
+    volumes.cli("volume", "promote", "p/v")
+    assert [one["snapshot"] for one in volumes.api("GET", "/v1/pools/p/volumes/v/snapshots")] == ["old", "older"]
+
+
+def test_deleting_a_volume_asks_with_all_that_it_shows(volumes: Daemon) -> None:
+    """What a clone has of its snapshot is gone with it as well."""
+    create(volumes, "v")
+    fill(volumes, "v", 1)
+    take(volumes, "s", "v")
+    volumes.cli("volume", "clone", "p/v@s", "p/c")
+    assert volumes.api("GET", "/v1/pools/p/volumes/c")["mapped_bytes"] == 0
+    _, written = on_a_terminal(volumes.home, "volume", "delete", "p/c", answer="n\n")
+    assert "Delete volume p/c with 1 MiB of data for good?" in written
+
+
+def test_an_image_for_a_directory_that_is_not_there_is_refused_by_its_name(volumes: Daemon, tmp_path: Path) -> None:
+    create(volumes, "v")
+    fill(volumes, "v", 1)
+    told = volumes.cli("volume", "export", "p/v", str(tmp_path / "none" / "image"), status=1).stderr
+    assert told == f"Error: {tmp_path}/none is not a directory that exists; make it, or name another FILE\n"
+
+
 def test_a_clone_that_is_promoted_needs_nobody(volumes: Daemon) -> None:
     create(volumes, "v")
     fill(volumes, "v", 1, length=4 * MIB)
@@ -468,6 +505,22 @@ def test_either_program_copies_raw_images(volumes: Daemon, tmp_path: Path, progr
     assert digest(tmp_path / "out") == wanted
     assert volumes.api("GET", "/v1/pools/p/volumes/v")["mapped_bytes"] == 2 * MIB
     assert (tmp_path / "out").stat().st_blocks * 512 < 3 * MIB
+
+
+def test_a_failed_import_is_deleted_though_a_schedule_has_taken_snapshots_of_it(
+    volumes: Daemon, tmp_path: Path
+) -> None:
+    sparse_image(tmp_path / "raw")
+    (tmp_path / "bin").mkdir()
+    failing = tmp_path / "bin" / "nbdcopy"
+    failing.write_text(f"#!/bin/sh\n{sys.executable} -m terrace.cli snapshot create p/v@hourly || exit 0\nexit 1\n")
+    failing.chmod(0o755)
+    variables = environment() | {"PATH": str(failing.parent), "TERRACE_HOME": str(volumes.home)}
+    command = [sys.executable, "-m", "terrace.cli", "volume", "import", str(tmp_path / "raw"), "p/v", "--format", "raw"]
+    result = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
+    assert result.returncode == 1
+    assert "the half-filled volume p/v was deleted" in result.stderr
+    assert volumes.api("GET", "/v1/pools/p/volumes") == []
 
 
 def test_an_image_of_an_odd_size_gets_a_volume_that_holds_it(volumes: Daemon, tmp_path: Path) -> None:

@@ -113,6 +113,7 @@ def test_the_next_backup_is_an_increment_as_long_as_it_can_be() -> None:
     assert decided(chain, 4, {3, 4}) == chain[2].path.name
     assert decided(chain, 4, {3, 4}, full=True) == "that was asked for"
     assert decided(chain, 4, {3, 4}, 2) == "the last one has 2 increments"
+    assert decided(chain[:2], 4, {2, 4}, 0) == "the last one has 1 increment"
     assert decided(chain, 4, {3, 4}, 0) == "the last one has 2 increments"
     assert decided(chain, 4, {2, 4}) == "the volume has no snapshot s3 (the last one's) any more"
     assert "needs a backup of v@s2 (id pool:2, of 2023" in decided([chain[0], chain[2]], 4, {3, 4})

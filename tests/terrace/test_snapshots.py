@@ -356,7 +356,7 @@ def test_a_rollback_under_a_client_says_who_and_what_breaks(daemon: FakeDaemon, 
 
 
 def test_a_volume_with_snapshots_goes_only_with_them(cli: Cli, volume: str) -> None:
-    assert "--snapshots" in cli.error("volume", "delete", "p/v", "--yes")
+    assert "has 1 snapshot, which terrace snapshot list p/v shows" in cli.error("volume", "delete", "p/v", "--yes")
     assert cli.ok("volume", "delete", "p/v", "--snapshots", "--yes") == "Volume p/v and its 1 snapshot are deleted.\n"
     assert "There are no snapshots" in cli.ok("snapshot", "list")
 
