@@ -47,6 +47,7 @@ from terrace.scheduler import keep_schedules
 from terrace.schema import ConfigError
 from terrace.scrubs import keep_schedule
 from terrace.stall import StallMeter
+from terrace.stdio import fill_standard_streams
 from tiers import Pool
 
 log = logging.getLogger("terraced")
@@ -61,6 +62,7 @@ _LEAVING_S = 3.0
 
 def main(arguments: Sequence[str] | None = None, *, engine: type[Pool] = Pool) -> int:
     """The entry point; returns the exit status."""
+    fill_standard_streams(output_matters=False)
     options = _parser().parse_args(arguments)
     try:
         config = load_config(options.config)

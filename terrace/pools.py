@@ -204,10 +204,20 @@ class Pools:
             )
 
     async def delete(self, name: str) -> None:
-        """Close the pool and destroy it with all its volumes. The device files stay. EBUSY while anybody uses it."""
+        """Close the pool and destroy it with all its volumes. The device files stay.
+
+        EBUSY while anybody uses it, and while a snapshot is held: that it can't be deleted holds here too.
+        """
         slot = self.slot(name)
         if slot.pool is not None:
             self._require_unused(slot)
+            if held := [snapshot.name for snapshot in slot.pool.snapshots() if snapshot.held]:
+                more = f" and {len(held) - 1} more snapshot{'s' * (len(held) > 2)}" if len(held) > 1 else ""
+                raise TierError(
+                    errno.EBUSY,
+                    f"{held[0]}{more} can't be deleted, being held: release what is held with `terrace snapshot "
+                    f"release {held[0]}`, then delete the pool",
+                )
         if slot.users or (slot.pool is None and slot.error is None):
             raise TierError(errno.EBUSY, f"pool {name!r} is in use: an operation on it is running; try again later")
         with _occupied(slot):

@@ -102,10 +102,18 @@ class Snapshots:
         if not force:
             self._require_unused(now, "rolled back", step=self._step_of_force)
         clients = list(self._clients(now.name)) if now.open_count else []
-        if safety and keep_as is None:
-            keep_as = safety_name(time.time(), {one.short_name for one in pool.snapshots(volume)})
         wanted = snapshot.name
-        await pool.rollback(volume, name, keep_as=keep_as if safety else None, force=force)
+        given = keep_as
+        while True:
+            if safety and given is None:
+                keep_as = safety_name(time.time(), {one.short_name for one in pool.snapshots(volume)})
+            try:
+                await pool.rollback(volume, name, keep_as=keep_as if safety else None, force=force)
+                break
+            except TierError as error:
+                # Another rollback of the same second may have taken the name since it was chosen.
+                if error.errno != errno.EEXIST or given is not None:
+                    raise
         kept = f"{now.name}@{keep_as}" if safety else None
         before = f"what it was before is {kept}" if kept else "what it was before was not kept"
         self._tell("snapshot", now.name, f"volume {now.name} was rolled back to {wanted}; {before}")

@@ -46,6 +46,7 @@ from tiers.cleaner import Cleaner
 from tiers.device import Device
 from tiers.errors import TierError
 from tiers.failpoint import hit
+from tiers.kept import forget_index
 from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, FIRST_ADDRESS, MIB, SLOT_BITS, SLOT_MASK, check_of
 from tiers.maptree import BAD_PAGE, EMPTY_PAGE, FANOUT, FANOUT_BITS, ROOT_LEVEL, page_key, page_of, read_pages
 from tiers.merge import Owner
@@ -483,6 +484,8 @@ class Evacuator:
                 run.device.path,
             )
             segments.substitutes[address] = BAD_PAGE
+            if level and isinstance(volume, Snapshot):
+                forget_index(volume.volume)
             run.recount = True
             hit("evacuate.page_lost")
 

@@ -111,6 +111,12 @@ async def index_of(volume: "Volume") -> None:
                 if not snapshot.gone:  # else its pages may be given back
                     raise
             await trio.lowlevel.checkpoint()
-        volume.kept = index
+        if volume.indexing is index:
+            volume.kept = index
     finally:
         volume.indexing = None
+
+
+def forget_index(volume: "Volume") -> None:
+    """A page above the leaves of some snapshot is lost: what was kept below it is lost too, not nothing."""
+    volume.kept = volume.indexing = None

@@ -82,6 +82,7 @@ class FrozenVolume:
     overlay: Overlay | None
     forced: set[int]
     heir: Volume | None
+    """Of a retired volume."""
     keeper: Snapshot | None = None
     """The snapshot that what is overwritten goes to."""
     blockers: list[Snapshot] = field(default_factory=list)

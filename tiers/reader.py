@@ -34,7 +34,7 @@ from tiers.layout import (
     check_of,
 )
 from tiers.limits import Limits, operations_of
-from tiers.maptree import FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL, MapTree
+from tiers.maptree import FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL, MapTree, Page
 from tiers.overlay import Entry
 from tiers.record import Kind
 
@@ -489,6 +489,24 @@ async def at_one_moment(views: "Views", look: Callable[[], Awaitable[int]]) -> i
         found = await look()
         if moment == views.moment:
             return found
+
+
+def entries_in(leaf_now: Callable[[int], Page | None], block: int, count: int) -> tuple[list[int], list[int]] | None:
+    """Addresses and checks of `count` blocks, leaf by leaf; None if one of the leaves has to be loaded first."""
+    addresses: list[int] = []
+    checks: list[int] = []
+    end = block + count
+    at = block
+    while at < end:
+        page = leaf_now(at >> FANOUT_BITS)
+        if page is None:
+            return None
+        lo = at & FANOUT_MASK
+        hi = min(FANOUT, lo + end - at)
+        addresses += page[lo:hi].tolist()
+        checks += page[FANOUT + lo : FANOUT + hi].tolist()
+        at += hi - lo
+    return addresses, checks
 
 
 async def hole_in(tree: MapTree, block: int) -> int:

@@ -38,7 +38,7 @@ from tiers.history import changed_extents
 from tiers.layout import INHERITED, ZEROED
 from tiers.maptree import EMPTY_PAGE, FANOUT, FANOUT_BITS, FANOUT_MASK, MapTree, Page, page_of, read_pages
 from tiers.overlay import Entry
-from tiers.reader import Reader, at_one_moment, hole_in
+from tiers.reader import Reader, at_one_moment, entries_in, hole_in
 
 if TYPE_CHECKING:
     from tiers.engine import Engine
@@ -216,22 +216,10 @@ class Snapshot(Reader):
         return self._moved.get(address, address), page[FANOUT + slot]
 
     def entries_now(self, block: int, count: int) -> tuple[list[int], list[int]] | None:
-        addresses: list[int] = []
-        checks: list[int] = []
-        end = block + count
-        at = block
-        while at < end:
-            page = self.leaf_now(at >> FANOUT_BITS)
-            if page is None:
-                return None
-            lo = at & FANOUT_MASK
-            hi = min(FANOUT, lo + end - at)
-            addresses += page[lo:hi].tolist()
-            checks += page[FANOUT + lo : FANOUT + hi].tolist()
-            at += hi - lo
-        if self._moved:
-            addresses = [self._moved.get(address, address) for address in addresses]
-        return addresses, checks
+        found = entries_in(self.leaf_now, block, count)
+        if found is not None and self._moved:
+            return [self._moved.get(address, address) for address in found[0]], found[1]
+        return found
 
     async def load_leaves(self, first: int, last: int) -> None:
         for index in range(first, last + 1):

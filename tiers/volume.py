@@ -46,7 +46,7 @@ from tiers.maptree import EMPTY_PAGE, FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEV
 from tiers.overlay import LEAF_BITS, Entry, Overlay
 from tiers.policy import DEFAULT, Policy
 from tiers.promotion import LARGEST_READ_BLOCKS
-from tiers.reader import PIECE_BYTES, Buffer, Reader, at_one_moment, checks_of, hole_in
+from tiers.reader import PIECE_BYTES, Buffer, Reader, at_one_moment, checks_of, entries_in, hole_in
 from tiers.record import OP_WORDS, UNMAP_WORD, WRITE_WORD, Kind, Op, header_slots_for
 from tiers.snapshot import Snapshot, compose
 
@@ -212,20 +212,10 @@ class Volume(Reader):
 
     def entries_now(self, block: int, count: int) -> tuple[list[int], list[int]] | None:
         """Addresses and checks of `count` blocks; None if a map page has to be loaded first."""
-        addresses: list[int] = []
-        checks: list[int] = []
-        end = block + count
-        at = block
-        leaf_now = self.layered_leaf_now if self.layered else self.tree.leaf_now
-        while at < end:
-            page = leaf_now(at >> FANOUT_BITS)
-            if page is None:
-                return None
-            lo = at & FANOUT_MASK
-            hi = min(FANOUT, lo + end - at)
-            addresses += page[lo:hi].tolist()
-            checks += page[FANOUT + lo : FANOUT + hi].tolist()
-            at += hi - lo
+        found = entries_in(self.layered_leaf_now if self.layered else self.tree.leaf_now, block, count)
+        if found is None:
+            return None
+        addresses, checks = found
         if self.frozen is not None:
             self.frozen.patch(block, addresses, checks)
         if self._moved:
@@ -446,12 +436,16 @@ class Volume(Reader):
         if self.has_history:
             self._rewrite_history(writes)
             return
+        self._log_unnoticed(writes)
+
+    def _log_unnoticed(self, writes: Sequence[tuple[int, Buffer]]) -> None:
+        """Log whole blocks that no client has written: they earn no heat, and aren't counted as clients' bytes."""
         written, noted = self._engine.client_written_bytes, self.writes
         self.writes = deque(maxlen=0)
         try:
             self._log_blocks(writes, keep_zeroes=True)
         finally:
-            self._engine.client_written_bytes, self.writes = written, noted  # no client wrote this
+            self._engine.client_written_bytes, self.writes = written, noted
 
     def _rewrite_history(self, writes: Sequence[tuple[int, Buffer]]) -> None:
         """The same where snapshots may name these blocks too: each block's old address is logged with it."""
@@ -492,12 +486,7 @@ class Volume(Reader):
             and not self.owns_now(first + i)
         ]
         if writes:
-            written, noted = self._engine.client_written_bytes, self.writes
-            self.writes = deque(maxlen=0)
-            try:
-                self._log_blocks(writes, keep_zeroes=True)
-            finally:
-                self._engine.client_written_bytes, self.writes = written, noted  # no client wrote this
+            self._log_unnoticed(writes)
             self._engine.space.active_charge += charge
         return len(writes)
 

@@ -4,6 +4,19 @@ Tables by default, the API's JSON with `-o json`. Errors are one line on standar
 when the command itself was wrong.
 """
 
-from terrace.cli.root import main
+import sys
+
+from terrace.stdio import fill_standard_streams
 
 __all__ = ["main"]
+
+
+def main() -> None:
+    """The entry point. The commands are imported here, where Ctrl-C while they are is no traceback either."""
+    fill_standard_streams(output_matters=True)
+    try:
+        from terrace.cli.root import root
+    except KeyboardInterrupt:
+        print("Error: stopped", file=sys.stderr)
+        sys.exit(1)
+    root()

@@ -103,6 +103,8 @@ def show_table(
         if sum(widths[index] + _GAP for index in shown) - _GAP <= out.width:
             break
         shown.remove(columns.index(column))
+    # What still doesn't fit goes on in the terminal's next line: half a name would be taken for a name.
+    out.width = max(out.width, sum(widths[index] + _GAP for index in shown))
     if len(rows) > _DRAWN_ROWS:
         for row in (headings, ["\u2500" * width for width in widths], *cells):
             aligned = (

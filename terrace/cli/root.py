@@ -75,8 +75,3 @@ def root(context: click.Context, home: str | None) -> None:
 
 for command in (pool, volume, snapshot, policy, backup, restore, status, events, completion):
     root.add_command(command)
-
-
-def main() -> None:
-    """The entry point."""
-    root()

@@ -230,27 +230,28 @@ class Historian:
     # -- load ----------------------------------------------------------------------------------------------------------
 
     def begin(self, pool: Pool) -> list[str]:
-        """A life's load begins; returns the clones that clients write to in it."""
+        """A life's load begins; returns the volumes that clients write to in it. The others are the historian's own."""
         self._pool = pool
-        clones = [name for name in sorted(self.driver.models) if name.startswith("h") and self.rng.random() < 0.5]
-        self.busy = {name for name in self.driver.models if name.startswith("v")} | {*clones}
-        return clones
+        share = {"v": 0.8, "h": 0.4, "x": 0.0}
+        clients = [name for name in sorted(self.driver.models) if self.rng.random() < share[name[0]]]
+        self.busy = {*clients}
+        return clients
 
     async def run(self, pool: Pool) -> None:
         """Change something now and then."""
         rng = self.rng
-        for _ in range(rng.randrange(4, 16)):
+        for _ in range(rng.randrange(6, 20)):
             await trio.sleep(rng.random() * rng.choice((0, 0.01, 0.03)))
             kinds = {
                 "take": 5 if len(self.keys()) < MOST_SNAPSHOTS else 0,
                 "group": 2 if len(self.keys()) < MOST_SNAPSHOTS - 2 else 0,
-                "drop": 4,
+                "drop": 5,
                 "rename": 1,
                 "clone": 3 if len(self._clones()) < MOST_CLONES else 0,
                 "write": 4,
-                "rollback": 3,
+                "rollback": 4,
                 "promote": 1,
-                "remove": 1,
+                "remove": 2,
                 "compare": 2,
             }
             kind = rng.choices(list(kinds), list(kinds.values()))[0]
@@ -387,7 +388,7 @@ class Historian:
                 await self._read_some(pool, new)
 
     async def _write(self, pool: Pool) -> None:
-        names = [name for name in self._idle() if name.startswith("h")]
+        names = self._idle()
         if names:
             await self.driver._client(pool, self.rng.choice(names), self.rng.randrange(1, 8))
 

@@ -22,22 +22,26 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import tiers.kept
 import tiers.maptree
 import tiers.pool
 import tiers.recovery
 import tiers.segments
+import tiers.snapshot
 from tests.simulation.machine import Machine
 from tiers.bypass import Bypass
 from tiers.checkpoint import Checkpointer
 from tiers.engine import Engine
 from tiers.evacuate import Evacuator
 from tiers.flush import Flusher
+from tiers.lineage import Lineage
 from tiers.log import Log
-from tiers.merge import Merge
+from tiers.merge import Merge, Merger, _Keeping
 from tiers.mover import Mover
 from tiers.pool import Pool
 from tiers.promotion import Promoter
 from tiers.segments import Segment, SegmentTable
+from tiers.snapshot import Snapshot
 from tiers.space import Space
 from tiers.volume import Volume
 
@@ -170,6 +174,15 @@ async def _sync_twice(device: Any) -> None:
 
 def _lowest_free_id(table: SegmentTable) -> int:
     return next(i for i in range(1, 1 << 40) if i not in table.by_id)
+
+
+def _late_keeper(checkpointer: Checkpointer, volume: Volume) -> Snapshot | None:
+    """The newest snapshot, but not before the checkpoint after the one that took it."""
+    seen: set[int] = checkpointer.__dict__.setdefault("seen_snapshots", set())
+    there = [snapshot for snapshot in volume.snapshots if snapshot.state != "deleted"]
+    known = [snapshot for snapshot in there if snapshot.id in seen]
+    seen.update(snapshot.id for snapshot in there)
+    return known[-1] if known else None
 
 
 def _merge_of_before(checkpointer: Checkpointer) -> Merge:
@@ -458,7 +471,7 @@ MUTANTS: dict[str, Mutant] = {
     "a replay that takes the blocks of frames for blocks in slots": Mutant(
         "promise 1",
         "after a crash the map names places in which other blocks lie, or none",
-        _instead(tiers.recovery, "_apply_move", "base | places[at]", "base | places[0] + at"),
+        _instead(tiers.recovery, "_apply_move", "batch.places()", "range(batch.places()[0], 1 << 24)"),
     ),
     "a replay that counts the blocks of frames as slots": Mutant(
         "8",
@@ -499,7 +512,7 @@ MUTANTS: dict[str, Mutant] = {
         _instead(
             Promoter,
             "_promote",
-            "if not volume.deleted and volume.entry_now(block) == entry:",
+            "if not volume.deleted and volume.entry_now(block) == entry and volume.owns_now(block):",
             "if not volume.deleted:",
         ),
     ),
@@ -523,7 +536,7 @@ MUTANTS: dict[str, Mutant] = {
     "a replay that takes every copy of a move": Mutant(
         "9",
         "those whose block was overwritten meanwhile were not to take effect",
-        _instead(tiers.recovery, "_apply_move", "if words[1 + at // 64] >> at % 64 & 1 and volume", "if volume"),
+        _instead(tiers.recovery, "_apply_move", "if words[1 + at // 64] >> at % 64 & 1:", "if volume:"),
     ),
     # Rule 10: shrinking and huge trims.
     "a shrink that leaves the tail of its last block": Mutant(
@@ -586,7 +599,130 @@ MUTANTS: dict[str, Mutant] = {
     "a block of a lost device that becomes a hole": Mutant(
         "promise 2",
         "it reads as zeros",
-        _instead(Checkpointer, "_give_up_lost", "addresses[lost] = BAD", "addresses[lost] = 0"),
+        _instead(Merger, "_give_up_lost", "addresses[lost] = BAD", "addresses[lost] = 0"),
+    ),
+    # Snapshots.
+    "an overwritten block that no snapshot keeps": Mutant(
+        "snapshots",
+        "each of them shows what was written after it",
+        _instead(_Keeping, "_keep", "hidden = kept != 0", "hidden = kept == kept"),
+    ),
+    "an overwritten block that the oldest snapshot keeps": Mutant(
+        "snapshots",
+        "newer ones look for it in themselves and in the volume",
+        _instead(Checkpointer, "_freeze", "for s in reversed(volume.snapshots) if", "for s in volume.snapshots if"),
+    ),
+    "a kept block that the next overwrite replaces": Mutant(
+        "snapshots",
+        "a snapshot shows what was written after it",
+        _instead(_Keeping, "_keep", "hidden = kept != 0", "hidden = kept != kept"),
+    ),
+    "a snapshot that begins to keep one checkpoint late": Mutant(
+        "snapshots",
+        "it shows what was written after it, until the checkpoint after its own",
+        _instead(
+            Checkpointer,
+            "_freeze",
+            'next((s for s in reversed(volume.snapshots) if s.state != "deleted"), None)',
+            "late_keeper(self, volume)",
+            late_keeper=_late_keeper,
+        ),
+    ),
+    "a group of snapshots that are taken one after another": Mutant(
+        "snapshots",
+        "they are not of one instant, and a crash leaves some of them",
+        _instead(
+            Pool,
+            "take_snapshots",
+            "async with self._ddl:",
+            "if len(wanted) > 1:\n"
+            "        return [taken for one in wanted for taken in await self.take_snapshots([one])]\n"
+            "    async with self._ddl:",
+        ),
+    ),
+    "a deleted snapshot that keeps what it has to itself": Mutant(
+        "snapshots",
+        "the older one shows what was written after it",
+        _instead(
+            Merger, "_fold", "taken = (addresses == 0) & (more != 0)", "taken = (addresses == 0) & (more == ~more)"
+        ),
+    ),
+    "a deleted snapshot whose blocks all live on": Mutant(
+        "snapshots",
+        "what the older one has of its own is counted twice, and never given back",
+        _instead(Merger, "_fold", "merge.count_live(more[(addresses != 0) & (more != 0)], -1)", "pass"),
+    ),
+    "a deleted snapshot in whose place the volume's old block is kept": Mutant(
+        "snapshots",
+        "the older one has what was written after it, and what is folded comes too late",
+        _instead(_Keeping, "_keep", "for blocker in self._blockers:", "for blocker in ():"),
+    ),
+    "a snapshot that is deleted under its clone": Mutant(
+        "snapshots",
+        "the clone loses what it has not written itself",
+        _instead(Lineage, "delete", '"hidden" if self._has_clones(snapshot, frozen) else "deleted"', '"deleted"'),
+    ),
+    "a hole in a clone that its origin shines through": Mutant(
+        "snapshots",
+        "what was trimmed is back",
+        _instead(tiers.snapshot, "compose", "(addresses == 0) |", "(addresses == 0) | (addresses == ZEROED) |"),
+    ),
+    "a clone's snapshot that inherits nothing when the clone takes over": Mutant(
+        "snapshots",
+        "what it had of the origin is gone with that",
+        _instead(
+            Merger, "_absorb", "inherits = left & (kept[:, :FANOUT] == INHERITED)", "inherits = left & (left == ~left)"
+        ),
+    ),
+    "a hidden snapshot that is thinned of what a clone's snapshot inherits": Mutant(
+        "snapshots",
+        "that one finds nothing there, or what an older one has",
+        _instead(Merger, "_thin", "[:, :FANOUT] == INHERITED", "[:, :FANOUT] == ~INHERITED"),
+    ),
+    "a clone that takes over and isn't remembered as the heir": Mutant(
+        "snapshots",
+        "whoever moves the blocks takes them for dead: their headers name the old volume",
+        _instead(Merger, "_absorb", "merge.heirs[source.volume.id] = clone", "pass"),
+    ),
+    "an heir that a restart forgets": Mutant(
+        "snapshots",
+        "whoever moves the blocks takes them for dead: their headers name the old volume",
+        _instead(Checkpointer, "_volume_rows", "0 if heir is None else heir.id", "0"),
+    ),
+    "a move that no snapshot's map learns of": Mutant(
+        "snapshots",
+        "it names a place that is given to others",
+        _instead(Merger, "_relocate", "in self._owners_at(volume, leaf):", "in [volume]:"),
+    ),
+    "a move that the map of a volume with snapshots doesn't learn of": Mutant(
+        "snapshots",
+        "it names a place that is given to others",
+        _instead(Merger, "_relocate", "in self._owners_at(volume, leaf):", "in volume.snapshots_at(leaf):"),
+    ),
+    "a move in a volume with snapshots that is logged like a write": Mutant(
+        "snapshots",
+        "the old entry becomes history, and names a place that is given to others",
+        _instead(Mover, "_apply", "if volume.has_history or volume.retired:", "if False:"),
+    ),
+    "a replay that ignores moves in volumes with snapshots": Mutant(
+        "snapshots",
+        "the maps name places that were given to others",
+        _instead(
+            tiers.recovery,
+            "_apply_move",
+            "engine.relocate(volume, start + i, old, base | places[at], batch.checks[at])",
+            "pass",
+        ),
+    ),
+    "a cached leaf of a snapshot that outlives a commit": Mutant(
+        "snapshots",
+        "it names blocks that are elsewhere by now",
+        _instead(Lineage, "committed", "engine.views.forget()", "pass"),
+    ),
+    "a lost page of a snapshot's map that reads as if it kept nothing there": Mutant(
+        "promise 2",
+        "other bytes are read in place of an error",
+        _instead(tiers.kept, "index_of", ", all_of_them=True", ""),
     ),
     # The log says it, the replay must do it.
     "a replay that ignores trims": Mutant(
@@ -607,7 +743,7 @@ MUTANTS: dict[str, Mutant] = {
     "a checkpoint that records the policies of the commit, not of the freeze": Mutant(
         "1",
         "a power cut takes the record and what was written before it, and the policy is there",
-        _instead(Checkpointer, "_volume_row", "item.policy_name", "volume.policy_name"),
+        _instead(Checkpointer, "_volume_rows", "item.policy_name", "item.volume.policy_name"),
     ),
     "a policy that is given before it is durable": Mutant(
         "2",

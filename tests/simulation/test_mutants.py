@@ -37,6 +37,7 @@ from tests.simulation.corruption import (
 from tests.simulation.machine import Disk, Machine, PowerCutError
 from tests.simulation.mutants import MUTANTS, PLANTS
 from tests.simulation.oracle import BLOCK, Op, OracleError, read_all, require_sound
+from tests.simulation.versions import Versions
 from tests.simulation.workload import LAYOUTS, Run, search
 from tests.tiers.test_bypass import crash_in_a_stream
 from tests.tiers.test_early_reuse import crowded, lives
@@ -658,7 +659,7 @@ def huge_trims(seed: int) -> None:
 
     with (
         mock.patch("tiers.checkpoint.DEAD_PAGES_A_CHECKPOINT", 3),
-        mock.patch("tiers.checkpoint.CHUNK_PAGES", 3),
+        mock.patch("tiers.merge.CHUNK_PAGES", 3),
     ):
         machine.run(main)
 
@@ -843,6 +844,32 @@ def early_reuse_without_a_copy(seed: int) -> None:
     machine.run(main)
 
 
+def programs(seed: int) -> None:
+    """Snapshots, clones and rollbacks, one step after another."""
+    Versions.live(seed, 60)
+
+
+def slow_deletions(seed: int) -> None:
+    """Snapshots are deleted leaf by leaf, while what they keep is overwritten again."""
+    versions = Versions(seed, base=False)
+    versions.kinds = ["write"] * 4 + ["snapshot", "drop", "checkpoint"]
+    with mock.patch("tiers.merge.DELETED_LEAVES", 1):
+        versions.machine.run(lambda: versions.run(80))
+
+
+def moves_in_history(seed: int) -> None:
+    """What snapshots keep is moved, its place is used again before a checkpoint knows, and then there is a crash."""
+    versions = Versions(seed, narrow=True)
+    versions.machine.settings = replace(versions.machine.settings, map_cache_bytes=seed % 2 << 20)
+    versions.kinds = ["write"] * 6 + ["clean"] * 3 + ["snapshot", "drop", "checkpoint"]
+    versions.machine.run(lambda: versions.run(120))
+
+
+def histories(seed: int) -> None:
+    """The random search, with snapshots and what comes of them."""
+    search(seed, "versions")
+
+
 def crash_at_the_end(seed: int) -> None:
     """A crash while a device that was emptied is removed."""
     crash_while_evacuating(seed + 1, ending=True)
@@ -920,6 +947,26 @@ CASES: dict[str, Case] = {
     "a device that is removed before the checkpoint that shows it empty": Case(crash_at_the_end, 0, READ_ERROR),
     "a lost map page that reads as a hole": Case(lose_a_device, 0, VERDICT),
     "a block of a lost device that becomes a hole": Case(lose_a_device, 0, VERDICT),
+    "an overwritten block that no snapshot keeps": Case(programs, 0, VERDICT),
+    "an overwritten block that the oldest snapshot keeps": Case(programs, 0, VERDICT),
+    "a kept block that the next overwrite replaces": Case(programs, 0, VERDICT),
+    "a snapshot that begins to keep one checkpoint late": Case(histories, 0, VERDICT),
+    "a group of snapshots that are taken one after another": Case(histories, 0, VERDICT),
+    "a deleted snapshot that keeps what it has to itself": Case(programs, 0, VERDICT),
+    "a deleted snapshot whose blocks all live on": Case(programs, 0, VERDICT),
+    "a deleted snapshot in whose place the volume's old block is kept": Case(slow_deletions, 0, VERDICT),
+    "a snapshot that is deleted under its clone": Case(programs, 3, VERDICT),
+    "a hole in a clone that its origin shines through": Case(programs, 0, VERDICT),
+    "a clone's snapshot that inherits nothing when the clone takes over": Case(programs, 0, VERDICT),
+    "a hidden snapshot that is thinned of what a clone's snapshot inherits": Case(programs, 0, VERDICT),
+    "a clone that takes over and isn't remembered as the heir": Case(programs, 0, VERDICT),
+    "an heir that a restart forgets": Case(programs, 50, VERDICT),
+    "a move that no snapshot's map learns of": Case(programs, 0, VERDICT),
+    "a move that the map of a volume with snapshots doesn't learn of": Case(programs, 0, VERDICT),
+    "a move in a volume with snapshots that is logged like a write": Case(programs, 0, VERDICT),
+    "a replay that ignores moves in volumes with snapshots": Case(moves_in_history, 0, VERDICT),
+    "a cached leaf of a snapshot that outlives a commit": Case(programs, 0, VERDICT),
+    "a lost page of a snapshot's map that reads as if it kept nothing there": Case(histories, 147, VERDICT),
     "a replay that ignores trims": Case(search),
     "a replay that ignores policies": Case(search),
     "a checkpoint that records the policies of the commit, not of the freeze": Case(policies),

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import random
 from dataclasses import dataclass, field
+from unittest import mock
 
 import trio
 
@@ -19,7 +20,9 @@ from tests.simulation.machine import Disk, Machine, PowerCutError
 from tests.simulation.oracle import require_sound
 from tiers import Pool, PoolSettings, TierError
 from tiers.layout import BLOCK_BYTES
+from tiers.merge import DELETED_LEAVES
 from tiers.mover import Mover
+from tiers.pool import SNAPSHOT_ROOM_SLOTS
 from tiers.reader import Reader
 from tiers.record import Kind
 from tiers.snapshot import DIFF_CONTEXT, Snapshot
@@ -55,10 +58,13 @@ async def read_stamps(reader: Reader) -> Stamps:
 class Versions:
     """A program that runs, crashes now and then, and is compared with its model."""
 
-    def __init__(self, seed: int, *, blocks: int = 700, base: bool = True, small: bool = True) -> None:
+    def __init__(self, seed: int, *, base: bool = True, small: bool = True, narrow: bool = False) -> None:
         self.rng = random.Random(seed)
-        self.blocks = blocks
+        self.blocks = 40 if narrow else 700
+        self.most_lines, self.most_snapshots = (2, 3) if narrow else (6, 100)
         disks = (Disk("fast", 40, 256 << 10), Disk("base", 60, 256 << 10)) if base else (Disk("fast", 80, 256 << 10),)
+        if narrow:
+            disks = (Disk("fast", 64, 64 << 10),)
         self.machine = Machine(
             disks,
             seed=seed,
@@ -70,9 +76,25 @@ class Versions:
         self.stamp = 0
         self.names = 0
         self.crashes = 0
+        self.kinds = ["write"] * 8 + ["trim"] * 2 + ["snapshot"] * 3 + ["drop"] * 2 + ["checkpoint"] * 2 + ["clean"] * 2
+        self.kinds += ["clone", "rollback", "delete", "group", "rename", "settle", "evacuate", "promote"]
+        self.kinds += ["resize", "diff", "diff", "free"]
+        """What the steps are drawn from."""
         self.seen: list[str] = []
         self.before: dict[str, Line] | None = None
         """What was before the step that a crash may have come in."""
+
+    @staticmethod
+    def live(seed: int, steps: int) -> Versions:
+        """The program of a seed: on one device or on two tiers, with small overlays or without.
+
+        Every fifth has little room, so that all places are soon used again; in every fifth what is deleted goes leaf by
+        leaf.
+        """
+        versions = Versions(seed, base=seed % 3 != 0, small=seed % 4 != 0, narrow=seed % 5 == 3)
+        with mock.patch("tiers.merge.DELETED_LEAVES", 1 if seed % 5 == 4 else DELETED_LEAVES):
+            versions.machine.run(lambda: versions.run(steps))
+        return versions
 
     @property
     def torn(self) -> bool:
@@ -96,7 +118,8 @@ class Versions:
                         await self.step(pool)
                         if self.rng.random() < 0.1:
                             await self.compare(pool)
-                    await self.compare(pool)
+                    if self.rng.random() < 0.4:
+                        await self.compare(pool)  # which takes a checkpoint, so that there is little to replay
                     if self.rng.random() < 0.5:
                         flushed = True
                         for volume in pool.volumes():
@@ -154,11 +177,7 @@ class Versions:
 
     async def step(self, pool: Pool) -> None:
         """One operation."""
-        rng = self.rng
-        kinds = ["write"] * 8 + ["trim"] * 2 + ["snapshot"] * 3 + ["drop"] * 2 + ["checkpoint"] * 2 + ["clean"] * 2
-        kinds += ["clone", "rollback", "delete", "group", "rename", "settle", "evacuate", "promote"]
-        kinds += ["resize", "diff", "diff", "free"]
-        kind = rng.choice(kinds) if self.lines else "create"
+        kind = self.rng.choice(self.kinds) if self.lines else "create"
         self.seen.append(kind)
         with contextlib.suppress(TierError) if kind in ("clean", "evacuate") else contextlib.nullcontext():
             await getattr(self, f"do_{kind}")(pool)
@@ -202,13 +221,23 @@ class Versions:
         stamps[:] = (stamps + [0] * count)[:count]
         await pool.resize_volume(name, count * BLOCK_BYTES)
 
+    def has_room(self, pool: Pool, count: int) -> bool:
+        """Whether so many snapshots may be taken."""
+        room = pool._engine.space.available >= SNAPSHOT_ROOM_SLOTS * count
+        return room and len(pool.snapshots()) < self.most_snapshots
+
     async def do_snapshot(self, pool: Pool) -> None:
+        if not self.has_room(pool, 1):
+            await self.do_drop(pool)
+            return
         name = self.any_line()
         snap = self.name("s")
         self.lines[name].snapshots[snap] = list(self.lines[name].stamps)
         await pool.take_snapshots([(name, snap)])
 
     async def do_group(self, pool: Pool) -> None:
+        if not self.has_room(pool, len(self.lines)):
+            return
         snap = self.name("g")
         for line in self.lines.values():
             line.snapshots[snap] = list(line.stamps)
@@ -289,7 +318,7 @@ class Versions:
 
     async def do_clone(self, pool: Pool) -> None:
         found = self.any_snapshot()
-        if found is not None and len(self.lines) < 6:
+        if found is not None and len(self.lines) < self.most_lines:
             new = self.name("c")
             self.lines[new] = Line(list(self.lines[found[0]].snapshots[found[1]]))
             await pool.clone(*found, new)
@@ -298,7 +327,7 @@ class Versions:
         found = self.any_snapshot()
         if found is not None:
             line = self.lines[found[0]]
-            keep = self.name("k") if self.rng.random() < 0.5 else None
+            keep = self.name("k") if self.rng.random() < 0.5 and self.has_room(pool, 1) else None
             if keep is not None:
                 line.snapshots[keep] = list(line.stamps)
             line.stamps = list(line.snapshots[found[1]])

@@ -532,7 +532,12 @@ class Driver:
             await self.judge(pool)  # else that is for the next attempt, for it takes longer than what is to crash
             self.everything = True
         with trio.fail_after(3000):
-            await self._gone(pool, path)
+            with trio.move_on_after(300) as patience:
+                await self._gone(pool, path)
+            if patience.cancelled_caught:
+                if self.historian is not None and any(s.state == "waiting" for s in pool.evacuator.status()):
+                    await self._grow(pool)  # the map of what snapshots keep may need more room than there is
+                await self._gone(pool, path)
             for other in [state for state in pool.evacuator.status() if state.state == "running"]:
                 await self._gone(pool, other.path)
         self.machine.disarm()
@@ -551,7 +556,7 @@ class Driver:
             # What several versions share is listed once, with the one whose map names it.
             own = listed.get(reader.name, set())
             most = own if self.historian is None else set().union(*listed.values())
-            # Past the end of what it was cloned from there was nothing, which nobody lists where the map is lost.
+            # Past the end of a volume or snapshot nothing is listed, though others look through its map there as well.
             end = min(one.size_bytes for one in _line_of(reader)) // BLOCK
             if not own <= unreadable or not {block for block in unreadable if block < end} <= most:
                 raise OracleError(f"{reader.name}: listed as lost {sorted(own)[:9]}, lost {sorted(unreadable)[:9]}")
@@ -569,12 +574,12 @@ class Driver:
             background.start_soon(self._flusher, pool)
             background.start_soon(self._nudger, pool)
             async with trio.open_nursery() as clients:
-                clones = []
+                names = [name for name in self.models if not name.startswith("x")]
                 if self.historian is not None:
-                    clones = self.historian.begin(pool)
+                    names = self.historian.begin(pool)
                     background.start_soon(self.historian.read, pool)
                     clients.start_soon(self.historian.run, pool)
-                for name in [name for name in self.models if name.startswith("v")] + clones:
+                for name in names:
                     clients.start_soon(self._work, pool, name, count)
                 clients.start_soon(self._creator, pool)
                 if self.devices_change:
@@ -678,23 +683,28 @@ async def blocks_on(reader: Volume | Snapshot, index: int) -> set[int]:
 
 
 def _line_of(reader: Volume | Snapshot) -> Iterator[Volume | Snapshot]:
-    """A volume or snapshot, what it is a clone of, and so on."""
+    """A volume or snapshot, and what it is seen through: later snapshots, the volume, what that is a clone of ..."""
     of: Volume | Snapshot | None = reader
     while of is not None:
-        yield of
-        of = of.origin if isinstance(of, Volume) else of.volume.origin
+        volume = of if isinstance(of, Volume) else of.volume
+        if isinstance(of, Snapshot):
+            yield from volume.snapshots[volume.snapshots.index(of) :]
+        yield volume
+        of = volume.origin
 
 
 async def _trees_asked(reader: Volume | Snapshot, block: int) -> AsyncIterator[MapTree]:
     """The trees that are asked for a block, up to the one that says something of it."""
+    inherits = False
     for of in _line_of(reader):
-        for tree in [of.tree] if isinstance(of, Volume) else of.layers():
-            yield tree
-            word = (await tree.load(0, [block >> FANOUT_BITS]))[block >> FANOUT_BITS][block & FANOUT_MASK]
-            if word == INHERITED:
-                break
-            if word:
+        if not inherits:
+            yield of.tree
+            word = (await of.tree.load(0, [block >> FANOUT_BITS]))[block >> FANOUT_BITS][block & FANOUT_MASK]
+            if word not in (0, INHERITED):
                 return
+            inherits = word == INHERITED
+        if isinstance(of, Volume):
+            inherits = False  # from here on it is what the origin has
 
 
 LAYOUTS: tuple[tuple[Disk, ...], ...] = (

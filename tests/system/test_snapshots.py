@@ -29,11 +29,17 @@ SIZE = 16 * MIB
 
 Run = Callable[..., str]
 
+SLOW = """
+[policy.slow]
+bandwidth_limit = "8M"
+"""
+"""So slow that an import is surely under way when it is interrupted."""
+
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     directory = tmp_path_factory.mktemp("snapshots")
-    with Daemon(directory / "home") as daemon:
+    with Daemon(directory / "home", SLOW) as daemon:
         devices = ["--fast", f"{directory}/fast={256 * MIB}", "--base", f"{directory}/base={512 * MIB}"]
         daemon.cli("pool", "create", "p", *devices)
         yield daemon
@@ -533,10 +539,20 @@ def test_an_import_that_fails_leaves_no_volume_unless_that_is_wanted(tmp_path: P
 
 def test_an_import_that_is_interrupted_leaves_no_volume(volumes: Daemon, tmp_path: Path) -> None:
     with (tmp_path / "large").open("wb") as image:
-        for _ in range(256):
+        for _ in range(64):
             image.write(os.urandom(MIB))
     process = subprocess.Popen(
-        [*program("terrace", "terrace.cli"), "volume", "import", str(tmp_path / "large"), "p/v", "--format", "raw"],
+        [
+            *program("terrace", "terrace.cli"),
+            "volume",
+            "import",
+            str(tmp_path / "large"),
+            "p/v",
+            "--format",
+            "raw",
+            "--policy",
+            "slow",
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -289,6 +289,35 @@ def test_output_into_a_pipe_that_closes_early_is_no_error(daemon: FakeDaemon) ->
     assert result.stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("closed", "command", "said"),
+    [
+        (">&-", "status", "Error: writing to standard output: Bad file descriptor\n"),
+        (">&-", "volume export p/v -", "Bad file descriptor"),
+        ("<&-", "backup verify -", "Error: standard input is empty; name a file that terrace backup has written\n"),
+        ("<&-", "volume delete p/v", "there is no terminal to ask on"),
+        ("2>&-", "volume show p/none", ""),
+        ("<&- >&- 2>&-", "volume show p/none", ""),
+    ],
+)
+def test_a_standard_stream_that_is_closed_is_an_empty_or_a_full_one(
+    daemon: FakeDaemon, volume: str, closed: str, command: str, said: str
+) -> None:
+    script = f"{sys.executable} -m terrace.cli --home {daemon.home} {command} {closed}"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment(), check=False)
+    assert result.returncode in (1, 2)
+    assert said in result.stderr
+    assert result.stderr.count("\n") == (1 if said else 0)
+    assert result.stdout == ""
+
+
+def test_ctrl_c_while_the_commands_are_imported_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text("raise KeyboardInterrupt\n")
+    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from terrace.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", "Error: stopped\n")
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_scripts_are_for_terrace(shell: str) -> None:
     result = CliRunner().invoke(root, ["completion", shell])
@@ -366,6 +395,16 @@ def test_a_time_has_at_most_two_units_and_none_that_is_zero_at_its_end(seconds: 
 def test_the_speed_beside_a_bar_is_in_the_units_of_its_sizes() -> None:
     assert speed_text(38 << 20, 66.0) == "38 MiB/s, ETA 1 min 6 s"
     assert speed_text(1000.0, None) == "1000 B/s"
+
+
+def test_a_table_that_fits_no_terminal_goes_on_in_the_next_line_and_cuts_no_name(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "20")
+    name = "p/vol@before-rollback-20261129-210546"
+    show_table(("Name", ">Much"), [(name, "1 MiB")], spare=(">Much",))
+    assert name in capsys.readouterr().out
 
 
 def test_a_table_that_is_too_wide_for_a_terminal_leaves_out_what_it_can_spare(

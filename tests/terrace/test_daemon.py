@@ -40,6 +40,23 @@ def refused(*options: str) -> str:
     return result.stderr
 
 
+def test_standard_streams_that_are_closed_are_given_to_no_device_and_no_socket(own_daemon: FakeDaemon) -> None:
+    """Else what the C library says before it gives up would be written over somebody's data."""
+    started = ["bash", "-c", 'exec "$@" <&- >&- 2>&-', "-", *command(), "--home", str(own_daemon.home)]
+    with subprocess.Popen(started, env=environment()) as process:
+        try:
+            deadline_s = time.monotonic() + 30
+            while not (own_daemon.home / "nbd.sock").exists():
+                assert time.monotonic() < deadline_s
+                assert process.poll() is None
+                time.sleep(0.05)
+            opened = [Path(f"/proc/{process.pid}/fd/{number}").readlink() for number in range(3)]
+            assert opened == [Path("/dev/null")] * 3
+        finally:
+            process.terminate()
+    assert process.returncode == 0
+
+
 def test_it_says_once_where_it_serves_and_tells_its_supervisor(own_daemon: FakeDaemon, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
         supervisor.bind(str(tmp_path / "notify"))

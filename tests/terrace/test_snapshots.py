@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -141,6 +142,22 @@ def test_a_rollback_keeps_what_was_unless_told_not_to(daemon: FakeDaemon, volume
     assert daemon.api("POST", path, {"safety": False})["kept_as"] is None
     assert refusal(daemon, "POST", path, {"keep_as": "x", "safety": False}).errno == "EINVAL"
     assert refusal(daemon, "POST", path, {"keep_as": "mine"}).errno == "EEXIST"
+
+
+def test_rollbacks_of_one_moment_keep_what_was_under_names_of_their_own(daemon: FakeDaemon, volume: str) -> None:
+    path = f"{VOLUMES}/v/snapshots/monday/rollback"
+    with ThreadPoolExecutor(8) as clients:
+        kept = list(clients.map(lambda _: daemon.api("POST", path)["kept_as"], range(8)))
+    assert len(set(kept)) == 8
+
+
+def test_a_pool_with_a_held_snapshot_is_not_deleted(daemon: FakeDaemon, cli: Cli, volume: str) -> None:
+    cli.ok("snapshot", "create", "p/v@tuesday")
+    cli.ok("snapshot", "hold", "p/v@tuesday")
+    assert "p/v@tuesday can't be deleted, being held: release" in cli.error("pool", "delete", "p", "--yes")
+    cli.ok("snapshot", "hold", "p/v@monday")
+    assert "p/v@monday and 1 more snapshot can't" in cli.error("pool", "delete", "p", "--yes")
+    assert read(daemon, "p/v@tuesday") == OLD
 
 
 def test_operators_hear_of_what_happened_to_snapshots(daemon: FakeDaemon, volume: str) -> None:

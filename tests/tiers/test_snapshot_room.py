@@ -55,7 +55,7 @@ def test_a_clone_with_snapshots_is_zeroed_or_there_is_no_room_for_it(segments: i
             await clone.write_zeroes(0, clone.size_bytes, no_hole=False)
         except TierError as error:
             assert error.errno == errno.ENOSPC
-        for _round in range(3):
+        for _number in range(3):
             await pool.checkpoint()
 
     in_a_pool(segments, main)
@@ -75,7 +75,7 @@ def test_trims_that_come_together_wait_for_room_as_one_does(segments: int) -> No
         # What gives room has room itself.
         await pool.create_volume("other", LEAF_BYTES)
         await pool.delete_volume("other")
-        for _round in range(3):
+        for _number in range(3):
             await pool.checkpoint()
 
     in_a_pool(segments, main)
@@ -135,7 +135,7 @@ def test_what_a_clones_snapshots_take_over_takes_no_more_pages_than_there_is_roo
 
         with watching(on):
             await pool.delete_volume("w", snapshots=True)
-            for _round in range(20):
+            for _number in range(20):
                 await pool.checkpoint()
         assert clone.origin is None
         assert max(absorbed) <= most * PAGES_A_LEAF + STEP_PAGES

@@ -113,10 +113,10 @@ def test_a_policy_that_vanishes_while_its_volume_waits_for_room_is_not_given(tmp
             engine = pool._engine
             honest, waiting = engine.admit_release, trio.Event()
 
-            async def admit(pages: int = 0) -> None:
+            async def admit(pages: int = 0, *, kept_anyway: bool = False) -> None:
                 waiting.set()
                 await trio.sleep(0.05)
-                await honest(pages)
+                await honest(pages, kept_anyway=kept_anyway)
 
             engine.admit_release = admit  # type: ignore[method-assign]
             async with trio.open_nursery() as nursery:
