@@ -10,6 +10,7 @@ when the last snapshot that shows it is deleted, or becomes the clone's own, whe
 (`tiers.merge`).
 """
 
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from tiers.checkpoint import Frozen
     from tiers.engine import Engine
     from tiers.merge import Merge
+
+
+MOST_ORIGINS = 200
+"""A block of a clone of a clone of ... is looked for in each of them, one call within the other."""
 
 
 @dataclass(eq=False)
@@ -154,6 +159,19 @@ class Lineage:
         """Nobody sees it any more; it stays hidden while clones need it."""
         snapshot.state = "hidden" if self._has_clones(snapshot, frozen) else "deleted"
         frozen.changed.add(snapshot)
+
+    def require_descent(self, snapshot: Snapshot) -> None:
+        """Raise TierError if a clone of this snapshot would have too many origins, one below the other."""
+        origins = 1
+        below = snapshot.volume.origin
+        while below is not None:
+            origins, below = origins + 1, below.volume.origin
+        if origins > MOST_ORIGINS:
+            raise TierError(
+                errno.EMLINK,
+                f"{snapshot.name} is one of a clone of a clone, and so on, {origins - 1} deep, which is the most: "
+                "promote one of them (`terrace volume promote`), or delete snapshots that were rolled back to",
+            )
 
     def clone(self, frozen: "Frozen", snapshot: Snapshot, name: str, created_at: float, policy_name: str) -> Volume:
         """A volume that begins as the snapshot is."""

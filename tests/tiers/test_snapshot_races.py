@@ -22,6 +22,7 @@ from tiers.failpoint import watching
 from tiers.history import exclusive_blocks
 from tiers.kept import index_of
 from tiers.layout import BLOCK_BYTES, SLOT_BITS
+from tiers.lineage import MOST_ORIGINS
 from tiers.maptree import FANOUT_BITS, MapTree, Page
 from tiers.mover import Mover
 from tiers.reader import hole_in
@@ -382,3 +383,31 @@ def test_a_snapshot_whose_pages_are_given_back_while_they_are_read_is_passed_ove
         assert second.gone
 
     life(quiet_machine(), main)
+
+
+def test_a_clone_of_a_clone_and_so_on_is_refused_before_it_is_too_deep_to_be_read() -> None:
+    async def main(pool: Pool) -> None:
+        volume = await pool.create_volume("v", SIZE_BYTES)
+        await write(volume, 300, 7)
+        for number in range(MOST_ORIGINS):
+            await pool.take_snapshots([("v", f"s{number}")])
+            await pool.rollback("v", f"s{number}", keep_as=None)
+        await pool.take_snapshots([("v", "last")])
+        for refused in (lambda: pool.rollback("v", "last", keep_as=None), lambda: pool.clone("v", "last", "c")):
+            assert (await refusal(refused)).errno == errno.EMLINK
+        for reader in (pool.volume("v"), pool.snapshot("v", "last")):
+            assert await stamps(reader, 300) == [7]
+            assert (BLOCK_BYTES, 0) in await reader.extents(0, SIZE_BYTES, 10)
+        changed = await pool.snapshot("v", "last").context_extents("terrace:diff:s0", 0, SIZE_BYTES, 10)
+        assert changed == [(SIZE_BYTES, 0)]
+        machine.stop()
+        await trio.lowlevel.checkpoint()
+
+    machine = quiet_machine()
+    life(machine, main)
+    machine.kill()
+
+    async def again(pool: Pool) -> None:
+        assert await stamps(pool.volume("v"), 300) == [7]
+
+    life(machine, again)
