@@ -11,6 +11,7 @@ import pytest
 import trio
 
 import tiers.history
+import tiers.pool
 import tiers.snapshot
 from tests.simulation.machine import Disk, Machine, PowerCutError
 from tests.simulation.oracle import require_sound
@@ -19,6 +20,7 @@ from tests.tiers.test_snapshots import stamps, write
 from tiers import Pool, PoolSettings, TierError, Volume
 from tiers.catalog import judge_state
 from tiers.failpoint import watching
+from tiers.flatten import flatten
 from tiers.history import exclusive_blocks
 from tiers.kept import index_of
 from tiers.layout import BLOCK_BYTES, SLOT_BITS
@@ -411,3 +413,37 @@ def test_a_clone_of_a_clone_and_so_on_is_refused_before_it_is_too_deep_to_be_rea
         assert await stamps(pool.volume("v"), 300) == [7]
 
     life(machine, again)
+
+
+def test_a_clone_is_made_independent_while_a_checkpoint_makes_it_an_heir(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main(pool: Pool) -> None:
+        ground = await pool.create_volume("ground", SIZE_BYTES)
+        for block in range(BLOCKS):
+            await write(ground, block, block + 1)
+        await pool.take_snapshots([("ground", "g")])
+        middle = await pool.clone("ground", "g", "middle")
+        await write(middle, 0, 1001)
+        await pool.take_snapshots([("middle", "m")])
+        clone = await pool.clone("middle", "m", "clone")
+
+        async def flattened(volume: Volume, progress: Callable[[int], None]) -> None:
+            await flatten(volume, progress)
+            # What the next freeze finds is what the deletion has left by then.
+            monkeypatch.undo()
+            await pool.delete_volume("middle", snapshots=True)
+
+        monkeypatch.setattr(tiers.pool, "flatten", flattened)
+        await pool.promote("clone")
+        assert clone.origin is None
+        for _number in range(4):
+            await pool.checkpoint()
+        assert clone.origin is None
+        assert await stamps(clone, *range(BLOCKS)) == [1001, *range(2, BLOCKS + 1)]
+        await pool.delete_volume("ground", snapshots=True)
+        for _number in range(4):
+            await pool.checkpoint()
+        assert list(pool._engine.volumes.values()) == [clone]
+        assert not pool._engine.lineage.snapshots
+        await require_sound(pool)
+
+    life(quiet_machine(), main)
