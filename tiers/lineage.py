@@ -189,6 +189,13 @@ class Lineage:
         volume.deleted = True
         frozen.retiring.add(volume)
 
+    def give_up(self, volume: Volume) -> None:
+        """Replay: a volume was deleted that had no snapshots any more, and has some in an older copy of the catalog."""
+        volume.deleted = volume.retired = True
+        for snapshot in volume.snapshots:
+            snapshot.state = "hidden" if self.clones_of(snapshot) else "deleted"
+            self.recounted.add(snapshot)
+
     # -- the commit --------------------------------------------------------------------------------------------------
 
     def committed(self, frozen: "Frozen", merge: "Merge") -> None:

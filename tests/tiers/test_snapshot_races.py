@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 from collections.abc import Awaitable, Callable, Iterable
 from types import ModuleType
@@ -18,7 +19,7 @@ from tests.simulation.oracle import require_sound
 from tests.tiers.helpers import refusal
 from tests.tiers.test_snapshots import stamps, write
 from tiers import Pool, PoolSettings, TierError, Volume
-from tiers.catalog import judge_state
+from tiers.catalog import State, judge_state
 from tiers.failpoint import watching
 from tiers.flatten import flatten
 from tiers.history import exclusive_blocks
@@ -447,3 +448,43 @@ def test_a_clone_is_made_independent_while_a_checkpoint_makes_it_an_heir(monkeyp
         await require_sound(pool)
 
     life(quiet_machine(), main)
+
+
+def test_a_deletion_is_replayed_over_an_older_copy_in_which_the_volume_has_snapshots() -> None:
+    machine = quiet_machine()
+    older: list[State] = []
+
+    async def before(pool: Pool) -> None:
+        volume = await pool.create_volume("v", SIZE_BYTES)
+        await write(volume, 1, 1)
+        await pool.take_snapshots([("v", "s")])
+        await write(volume, 1, 2)
+        await pool.checkpoint()
+        older.append(copy.deepcopy(machine.state))
+
+        async def deleted_before_the_copy_is_durable() -> None:
+            delete_now(pool, "v")
+            await pool._engine.flusher.flush()
+            machine.off()
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(pool._checkpointer.copies, "write", deleted_before_the_copy_is_durable)
+            await pool.delete_snapshot("v", "s")
+
+    life(machine, before)
+    machine.kill()
+    (machine.state,) = older
+
+    async def after(pool: Pool) -> None:
+        assert pool.volumes() == []
+        await pool.create_volume("v", SIZE_BYTES)
+        judge_state(machine.state)
+        for _number in range(4):
+            await pool.checkpoint()
+        assert len(pool._engine.volumes) == 1
+        assert not pool._engine.lineage.snapshots
+        assert pool._engine.segments.live == 0
+        await require_sound(pool)
+
+    life(machine, after)
+    judge_state(machine.state)
