@@ -262,9 +262,12 @@ class Lineage:
 
     def bury(self, volume: Volume) -> None:
         """A retired volume is no more."""
-        del self._engine.volumes[volume.id]
+        engine = self._engine
+        del engine.volumes[volume.id]
         volume.gone = True
         volume.tree.close()
+        engine.heat.extents.forget(volume.id)
+        engine.migration.forget(volume.id)
         self.disinherit(volume)
 
     def disinherit(self, volume: Volume) -> None:

@@ -488,3 +488,17 @@ def test_a_deletion_is_replayed_over_an_older_copy_in_which_the_volume_has_snaps
 
     life(machine, after)
     judge_state(machine.state)
+
+
+def test_a_volume_that_goes_with_its_snapshots_leaves_no_heat() -> None:
+    async def main(pool: Pool) -> None:
+        volume = await pool.create_volume("v", SIZE_BYTES)
+        await write(volume, 1, 1)
+        await pool.take_snapshots([("v", "s")])
+        await pool.recorder.drain()
+        assert pool._engine.heat.extents.volumes() == {volume.id}
+        await pool.delete_volume("v", snapshots=True)
+        await pool.checkpoint()
+        assert pool._engine.heat.extents.volumes() == set()
+
+    life(quiet_machine(), main)
