@@ -10,6 +10,7 @@ when the last snapshot that shows it is deleted, or becomes the clone's own, whe
 (`tiers.merge`).
 """
 
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from tiers.checkpoint import Frozen
     from tiers.engine import Engine
     from tiers.merge import Merge
+
+
+MOST_ORIGINS = 200
+"""A block of a clone of a clone of ... is looked for in each of them, one call within the other."""
 
 
 @dataclass(eq=False)
@@ -155,6 +160,19 @@ class Lineage:
         snapshot.state = "hidden" if self._has_clones(snapshot, frozen) else "deleted"
         frozen.changed.add(snapshot)
 
+    def require_descent(self, snapshot: Snapshot) -> None:
+        """Raise TierError if a clone of this snapshot would have too many origins, one below the other."""
+        origins = 1
+        below = snapshot.volume.origin
+        while below is not None:
+            origins, below = origins + 1, below.volume.origin
+        if origins > MOST_ORIGINS:
+            raise TierError(
+                errno.EMLINK,
+                f"{snapshot.name} is one of a clone of a clone, and so on, {origins - 1} deep, which is the most: "
+                "promote one of them (`terrace volume promote`), or delete snapshots that were rolled back to",
+            )
+
     def clone(self, frozen: "Frozen", snapshot: Snapshot, name: str, created_at: float, policy_name: str) -> Volume:
         """A volume that begins as the snapshot is."""
         engine = self._engine
@@ -170,6 +188,13 @@ class Lineage:
         """Clients don't see it from now on; what its snapshots need of it stays."""
         volume.deleted = True
         frozen.retiring.add(volume)
+
+    def give_up(self, volume: Volume) -> None:
+        """Replay: a volume was deleted that had no snapshots any more, and has some in an older copy of the catalog."""
+        volume.deleted = volume.retired = True
+        for snapshot in volume.snapshots:
+            snapshot.state = "hidden" if self.clones_of(snapshot) else "deleted"
+            self.recounted.add(snapshot)
 
     # -- the commit --------------------------------------------------------------------------------------------------
 
@@ -237,9 +262,12 @@ class Lineage:
 
     def bury(self, volume: Volume) -> None:
         """A retired volume is no more."""
-        del self._engine.volumes[volume.id]
+        engine = self._engine
+        del engine.volumes[volume.id]
         volume.gone = True
         volume.tree.close()
+        engine.heat.extents.forget(volume.id)
+        engine.migration.forget(volume.id)
         self.disinherit(volume)
 
     def disinherit(self, volume: Volume) -> None:

@@ -106,7 +106,7 @@ class Merge:
     """Leaves whose cached versions the commit makes old."""
     detached: set[int] = field(default_factory=set)
     free: list[int] = field(default_factory=list)
-    gone: list[Snapshot] = field(default_factory=list)
+    gone: set[Snapshot] = field(default_factory=set)
     """Snapshots that are no more: their trees are empty, or on the dead list."""
     buried: list[Volume] = field(default_factory=list)
     """Retired volumes that are no more."""
@@ -503,13 +503,13 @@ class Merger:
             if not volume.retired and all(snapshot.state == "visible" for snapshot in volume.snapshots):
                 continue
             for _ in range(DELETED_SNAPSHOTS):
-                most = min(budget, self._leaves_that_fit())
-                if most <= 0:
+                if budget <= 0:
                     self._merge.more_deleted = True
                     return
-                done = await self._sort_out(volume, most)
+                done = await self._sort_out(volume, max(0, min(budget, self._leaves_that_fit())))
                 if done is None:
                     break
+                await trio.lowlevel.checkpoint()
                 budget -= done + 1
                 self._merge.more_deleted = self._merge.sorted_out = True
 
@@ -523,14 +523,20 @@ class Merger:
         room = segments.free_slots - space.keep_slots(Kind.MAP) - STEP_SEGMENTS * space.largest_segment_slots
         return (room - STEP_PAGES) // PAGES_A_LEAF
 
+    def _wait_for_room(self, leaves: int) -> bool:
+        """Whether not even one leaf can be sorted out now: a later checkpoint will."""
+        if leaves <= 0:
+            self._merge.more_deleted = True
+        return leaves <= 0
+
     async def _sort_out(self, volume: Volume, budget: int) -> int | None:
-        """One step for a volume; returns how many leaves it took, None if there is nothing to do."""
+        """One step for a volume; returns how many leaves it took, None if there is nothing that can be done."""
         merge = self._merge
         there = [snapshot for snapshot in volume.snapshots if snapshot not in merge.gone]
         for number, snapshot in enumerate(there):
             if snapshot.state == "deleted":
                 if number == 0:
-                    self._drop(snapshot)
+                    self._drop(snapshot)  # takes no pages, however little room there is
                     return 0
                 return await self._fold(snapshot, there[number - 1], budget)
         for number, snapshot in enumerate(there):
@@ -572,6 +578,8 @@ class Merger:
     async def _thin(self, snapshot: Snapshot, older: Snapshot | None, clones: list[Volume], budget: int) -> int | None:
         """What none of its clones needs of a hidden snapshot goes to the next older one that has none, or is dead."""
         merge = self._merge
+        if self._wait_for_room(budget):
+            return None
         start = snapshot.thinning or 0
         leaves = await first_leaves(self._tree(snapshot), budget, start)
         if leaves is None:
@@ -636,7 +644,7 @@ class Merger:
             merge.dead[address] = (check, ROOT_LEVEL, owner.id)
         merge.mapped.pop(owner.id, None)
         if isinstance(owner, Snapshot):
-            merge.gone.append(owner)
+            merge.gone.add(owner)
         else:
             merge.buried.append(owner)
             merge.more_deleted = merge.sorted_out = True  # another may have had it as its heir
@@ -645,6 +653,8 @@ class Merger:
     async def _fold(self, source: Owner, target: Snapshot, budget: int) -> int | None:
         """Move entries of `source` to the next older snapshot, where that has none; the others are dead."""
         merge = self._merge
+        if self._wait_for_room(budget):
+            return None
         leaves = await first_leaves(self._tree(source), budget)
         if leaves is None:
             return None  # pages above some were lost with a device, so what lies below isn't known: it stays as it is
@@ -664,12 +674,17 @@ class Merger:
             hit("checkpoint.folded")
         if isinstance(source, Snapshot) and not merge.root_of(source)[0]:
             merge.mapped.pop(source.id, None)
-            merge.gone.append(source)
+            merge.gone.add(source)
         return len(leaves)
 
     async def _absorb(self, source: Snapshot, clone: Volume, budget: int) -> int | None:
         """Nobody but one clone sees a snapshot: what it keeps becomes the clone's own, or its snapshots'."""
         merge = self._merge
+        # Each of a leaf's blocks may go to another of these, with all the pages above it.
+        targets = min(FANOUT, sum(snapshot not in merge.gone for snapshot in clone.snapshots))
+        budget = budget * PAGES_A_LEAF // (PAGES_A_LEAF + (ROOT_LEVEL + 1) * targets)
+        if self._wait_for_room(budget):
+            return None
         leaves = await first_leaves(self._tree(source), budget)
         if leaves is None:
             return None  # pages above some were lost with a device, so what lies below isn't known: it stays as it is
@@ -729,7 +744,7 @@ class Merger:
             merge.origins[clone.id] = self._origin_of(source.volume)
             merge.origins[source.volume.id] = None  # it has nothing left to be read, and stays only for its heir's sake
             merge.mapped.pop(source.id, None)
-            merge.gone.append(source)
+            merge.gone.add(source)
         return len(leaves)
 
     async def _move_leaves(self, source: Owner, leaves: U64, targets: list[tuple[Owner, U64, Edit]]) -> None:

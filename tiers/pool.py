@@ -688,6 +688,7 @@ class Pool:
                     errno.EEXIST,
                     f"there is a volume {self.name}/{new_volume} already: choose another name, or delete it first",
                 )
+            self._engine.lineage.require_descent(snapshot)
             self._require_commitment(snapshot.size_bytes, f"a clone {self.name}/{new_volume}")
             recorded = self._engine.require_policy(policy)
             made.append(self._engine.lineage.clone(frozen, snapshot, new_volume, int(self._host.now()), recorded))
@@ -712,6 +713,7 @@ class Pool:
             old = self.volume(volume)
             if not force:
                 self._require_unused(old, "rolled back")
+            self._engine.lineage.require_descent(snapshot)
             now = self._host.now()
             if keep_as is not None:
                 self._require_new_snapshot(old, keep_as)

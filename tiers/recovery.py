@@ -526,7 +526,11 @@ async def _apply(engine: "Engine", found: Found, result: Replayed, *, truncate_l
             if subject in engine.volumes:
                 engine.volumes[subject].policy_name = name_from_words(words, a)
         elif op is Op.DELETE and subject in engine.volumes:
-            engine.remove_volume(engine.volumes[subject])
+            volume = engine.volumes[subject]
+            if volume.snapshots:
+                engine.lineage.give_up(volume)
+            else:
+                engine.remove_volume(volume)
         elif op is Op.BAD and subject in engine.volumes:
             put_moved(engine, [(engine.volumes[subject], block, BAD, 0) for block in range(a, a + b)])
         elif op is Op.LOST and subject in engine.volumes:

@@ -226,10 +226,11 @@ class Snapshot(Reader):
             await self.leaf(index)
 
     async def hole_at(self, block: int) -> int:
-        hole = await at_one_moment(self._engine.views, partial(self._hole_at, block))
+        hole = await at_one_moment(self._engine.views, partial(self.hole_in_trees, block))
         return 0 if self.gone else hole
 
-    async def _hole_at(self, block: int) -> int:
+    async def hole_in_trees(self, block: int) -> int:
+        """The same, which only means something if no tree has changed by the end."""
         hole = await hole_in(self.volume.tree, block)
         if not hole:
             return 0
@@ -244,7 +245,7 @@ class Snapshot(Reader):
         if not hole:
             return 0
         origin = self.volume.origin
-        return hole if origin is None else min(hole, await origin.hole_at(block))
+        return hole if origin is None else min(hole, await origin.hole_in_trees(block))
 
     # -- what changed ----------------------------------------------------------------------------------------------
 

@@ -261,7 +261,7 @@ class Volume(Reader):
 
     async def _hole_at(self, block: int) -> int:
         hole = await hole_in(self.tree, block)
-        return min(hole, await self.origin.hole_at(block)) if hole and self.origin is not None else hole
+        return min(hole, await self.origin.hole_in_trees(block)) if hole and self.origin is not None else hole
 
     def named_leaves(self) -> list[int]:
         layers = (self.active, self.frozen) if self.frozen is not None else (self.active,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 from collections.abc import Awaitable, Callable, Iterable
 from types import ModuleType
@@ -11,17 +12,20 @@ import pytest
 import trio
 
 import tiers.history
+import tiers.pool
 import tiers.snapshot
 from tests.simulation.machine import Disk, Machine, PowerCutError
 from tests.simulation.oracle import require_sound
 from tests.tiers.helpers import refusal
 from tests.tiers.test_snapshots import stamps, write
 from tiers import Pool, PoolSettings, TierError, Volume
-from tiers.catalog import judge_state
+from tiers.catalog import State, judge_state
 from tiers.failpoint import watching
+from tiers.flatten import flatten
 from tiers.history import exclusive_blocks
 from tiers.kept import index_of
 from tiers.layout import BLOCK_BYTES, SLOT_BITS
+from tiers.lineage import MOST_ORIGINS
 from tiers.maptree import FANOUT_BITS, MapTree, Page
 from tiers.mover import Mover
 from tiers.reader import hole_in
@@ -380,5 +384,121 @@ def test_a_snapshot_whose_pages_are_given_back_while_they_are_read_is_passed_ove
             last = pool.snapshot("v", "d")
             assert await exclusive_blocks(last) == last.tree.mapped_blocks == 1
         assert second.gone
+
+    life(quiet_machine(), main)
+
+
+def test_a_clone_of_a_clone_and_so_on_is_refused_before_it_is_too_deep_to_be_read() -> None:
+    async def main(pool: Pool) -> None:
+        volume = await pool.create_volume("v", SIZE_BYTES)
+        await write(volume, 300, 7)
+        for number in range(MOST_ORIGINS):
+            await pool.take_snapshots([("v", f"s{number}")])
+            await pool.rollback("v", f"s{number}", keep_as=None)
+        await pool.take_snapshots([("v", "last")])
+        for refused in (lambda: pool.rollback("v", "last", keep_as=None), lambda: pool.clone("v", "last", "c")):
+            assert (await refusal(refused)).errno == errno.EMLINK
+        for reader in (pool.volume("v"), pool.snapshot("v", "last")):
+            assert await stamps(reader, 300) == [7]
+            assert (BLOCK_BYTES, 0) in await reader.extents(0, SIZE_BYTES, 10)
+        changed = await pool.snapshot("v", "last").context_extents("terrace:diff:s0", 0, SIZE_BYTES, 10)
+        assert changed == [(SIZE_BYTES, 0)]
+        machine.stop()
+        await trio.lowlevel.checkpoint()
+
+    machine = quiet_machine()
+    life(machine, main)
+    machine.kill()
+
+    async def again(pool: Pool) -> None:
+        assert await stamps(pool.volume("v"), 300) == [7]
+
+    life(machine, again)
+
+
+def test_a_clone_is_made_independent_while_a_checkpoint_makes_it_an_heir(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main(pool: Pool) -> None:
+        ground = await pool.create_volume("ground", SIZE_BYTES)
+        for block in range(BLOCKS):
+            await write(ground, block, block + 1)
+        await pool.take_snapshots([("ground", "g")])
+        middle = await pool.clone("ground", "g", "middle")
+        await write(middle, 0, 1001)
+        await pool.take_snapshots([("middle", "m")])
+        clone = await pool.clone("middle", "m", "clone")
+
+        async def flattened(volume: Volume, progress: Callable[[int], None]) -> None:
+            await flatten(volume, progress)
+            # What the next freeze finds is what the deletion has left by then.
+            monkeypatch.undo()
+            await pool.delete_volume("middle", snapshots=True)
+
+        monkeypatch.setattr(tiers.pool, "flatten", flattened)
+        await pool.promote("clone")
+        assert clone.origin is None
+        for _number in range(4):
+            await pool.checkpoint()
+        assert clone.origin is None
+        assert await stamps(clone, *range(BLOCKS)) == [1001, *range(2, BLOCKS + 1)]
+        await pool.delete_volume("ground", snapshots=True)
+        for _number in range(4):
+            await pool.checkpoint()
+        assert list(pool._engine.volumes.values()) == [clone]
+        assert not pool._engine.lineage.snapshots
+        await require_sound(pool)
+
+    life(quiet_machine(), main)
+
+
+def test_a_deletion_is_replayed_over_an_older_copy_in_which_the_volume_has_snapshots() -> None:
+    machine = quiet_machine()
+    older: list[State] = []
+
+    async def before(pool: Pool) -> None:
+        volume = await pool.create_volume("v", SIZE_BYTES)
+        await write(volume, 1, 1)
+        await pool.take_snapshots([("v", "s")])
+        await write(volume, 1, 2)
+        await pool.checkpoint()
+        older.append(copy.deepcopy(machine.state))
+
+        async def deleted_before_the_copy_is_durable() -> None:
+            delete_now(pool, "v")
+            await pool._engine.flusher.flush()
+            machine.off()
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(pool._checkpointer.copies, "write", deleted_before_the_copy_is_durable)
+            await pool.delete_snapshot("v", "s")
+
+    life(machine, before)
+    machine.kill()
+    (machine.state,) = older
+
+    async def after(pool: Pool) -> None:
+        assert pool.volumes() == []
+        await pool.create_volume("v", SIZE_BYTES)
+        judge_state(machine.state)
+        for _number in range(4):
+            await pool.checkpoint()
+        assert len(pool._engine.volumes) == 1
+        assert not pool._engine.lineage.snapshots
+        assert pool._engine.segments.live == 0
+        await require_sound(pool)
+
+    life(machine, after)
+    judge_state(machine.state)
+
+
+def test_a_volume_that_goes_with_its_snapshots_leaves_no_heat() -> None:
+    async def main(pool: Pool) -> None:
+        volume = await pool.create_volume("v", SIZE_BYTES)
+        await write(volume, 1, 1)
+        await pool.take_snapshots([("v", "s")])
+        await pool.recorder.drain()
+        assert pool._engine.heat.extents.volumes() == {volume.id}
+        await pool.delete_volume("v", snapshots=True)
+        await pool.checkpoint()
+        assert pool._engine.heat.extents.volumes() == set()
 
     life(quiet_machine(), main)
