@@ -54,7 +54,7 @@ log = logging.getLogger("terraced")
 
 # Objects that come and go between two youngest collections. The default of 700 would run the collector thousands of
 # times a second under load; the engine makes no cycles, so there is little to find.
-_GC_THRESHOLDS = (50_000, 20, 50)
+GC_THRESHOLDS = (50_000, 20, 50)
 
 # What clients get to receive their last replies, and API requests to finish, before they are cut off.
 _LEAVING_S = 3.0
@@ -245,7 +245,7 @@ def _settle_collector() -> None:
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(*_GC_THRESHOLDS)
+    gc.set_threshold(*GC_THRESHOLDS)
 
 
 class Daemon:
