@@ -706,7 +706,7 @@ def _write_devices(db: sqlite3.Connection, devices: Iterable[DeviceRow]) -> None
 
 
 def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable."""
+    """Make names that were added to a directory, or removed, durable. Blocks."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

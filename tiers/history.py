@@ -17,7 +17,7 @@ import trio
 from tiers.errors import TierError
 from tiers.layout import BAD, BLOCK_SHIFT, FIRST_ADDRESS
 from tiers.maptree import BAD_PAGE, EMPTY_PAGE, FANOUT, FANOUT_BITS, ROOT_LEVEL, MapTree, Page
-from tiers.reader import at_one_moment, hole_in
+from tiers.reader import add_extent, at_one_moment, hole_in
 
 if TYPE_CHECKING:
     from tiers.snapshot import Snapshot
@@ -66,12 +66,8 @@ async def changed_extents(
         for count, flags in runs:
             block += count
             stop = min(end, block << BLOCK_SHIFT)
-            if result and result[-1][1] == flags:
-                result[-1] = (result[-1][0] + stop - at, flags)
-            elif len(result) == limit:
+            if not add_extent(result, stop - at, flags, limit):
                 return result
-            else:
-                result.append((stop - at, flags))
             at = stop
             if at >= end:
                 break

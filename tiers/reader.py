@@ -467,12 +467,8 @@ class Reader:
                 block += count
                 stop = min(end, block << BLOCK_SHIFT)
                 flags = 0 if is_mapped else EXTENT_HOLE | EXTENT_ZERO
-                if result and result[-1][1] == flags:
-                    result[-1] = (result[-1][0] + stop - at, flags)
-                elif len(result) == limit:
+                if not add_extent(result, stop - at, flags, limit):
                     return result
-                else:
-                    result.append((stop - at, flags))
                 at = stop
             await trio.lowlevel.checkpoint()
         return result
@@ -524,6 +520,17 @@ async def hole_in(tree: MapTree, block: int) -> int:
                 last += 1
             return (((block >> shift) + last - slot + 1) << shift) - block
     return 0
+
+
+def add_extent(extents: list[tuple[int, int]], length: int, flags: int, limit: int) -> bool:
+    """Append (bytes, flags), or make the last one longer. False: it would be one more than `limit`, and isn't there."""
+    if extents and extents[-1][1] == flags:
+        extents[-1] = (extents[-1][0] + length, flags)
+    elif len(extents) == limit:
+        return False
+    else:
+        extents.append((length, flags))
+    return True
 
 
 def runs_of(addresses: list[int]) -> list[tuple[int, int]]:

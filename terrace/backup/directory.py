@@ -18,8 +18,9 @@ from pathlib import Path
 
 from terrace.backup.chain import SUFFIXES, Backup, Catalogue
 from terrace.backup.errors import BackupError
-from terrace.backup.files import PART_SUFFIX, sync_directory
+from terrace.backup.files import PART_SUFFIX
 from terrace.backup.stream import END_BYTES, RECORD_BYTES, StreamReader, read_end
+from tiers.catalog import sync_directory
 
 
 @dataclass(frozen=True)

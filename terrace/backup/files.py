@@ -20,6 +20,7 @@ import trio
 
 from terrace.backup.errors import BackupError
 from terrace.backup.write import Sink
+from tiers.catalog import sync_directory
 
 BUFFER_BYTES = 1 << 20
 PART_SUFFIX = ".part"
@@ -95,15 +96,6 @@ async def _write_special(path: Path, write: Callable[[Sink], Awaitable[ResultT]]
         result = await write(sink)
         await sink.flush()
         return result
-    finally:
-        os.close(descriptor)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make names that were added or removed durable. Blocks."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -249,12 +249,7 @@ def rename(context: Context, name: Name, new_name: str, output: str) -> None:
 @pass_context
 def hold(context: Context, name: Name, output: str) -> None:
     """Protect a snapshot from being deleted, by schedules or by hand, until it is released."""
-    with context.connect() as client:
-        changed = client.request("PATCH", *_path(name), body={"held": True})
-    if output == "json":
-        show_json(changed)
-    else:
-        click.echo(f"Snapshot {changed['name']} is held: it can't be deleted until it is released.")
+    _set_held(context, name, output, held=True)
 
 
 @snapshot.command()
@@ -263,12 +258,17 @@ def hold(context: Context, name: Name, output: str) -> None:
 @pass_context
 def release(context: Context, name: Name, output: str) -> None:
     """Let a held snapshot be deleted again."""
+    _set_held(context, name, output, held=False)
+
+
+def _set_held(context: Context, name: Name, output: str, *, held: bool) -> None:
     with context.connect() as client:
-        changed = client.request("PATCH", *_path(name), body={"held": False})
+        changed = client.request("PATCH", *_path(name), body={"held": held})
     if output == "json":
         show_json(changed)
     else:
-        click.echo(f"Snapshot {changed['name']} is not held.")
+        state = "held: it can't be deleted until it is released" if held else "not held"
+        click.echo(f"Snapshot {changed['name']} is {state}.")
 
 
 @snapshot.command()

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.system.conftest import Run
 from tests.system.daemon import Daemon
 
 pytestmark = pytest.mark.system
 MIB = 1 << 20
 
-Run = Callable[..., str]
 Uri = Callable[[int], str]
 
 
@@ -44,18 +44,6 @@ def volume(daemon: Daemon, request: pytest.FixtureRequest) -> Iterator[Uri]:
     yield make
     for name in made:
         daemon.api("DELETE", f"/v1/pools/p/volumes/{name}")
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """Runs a client in a neutral directory (libnbd's Python module is also called nbd); failure shows what it said."""
-
-    def run_tool(*command: str | Path) -> str:
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-        assert result.returncode == 0, f"{' '.join(map(str, command))}\n{result.stdout}{result.stderr}"
-        return result.stdout
-
-    return run_tool
 
 
 def random_file(path: Path, size_bytes: int) -> str:

@@ -14,12 +14,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.system.conftest import Run
 from tests.system.daemon import ApiError, Daemon, environment, program
 from tests.system.nbdclient import READ, TRIM, WRITE, Connection
 from tests.terrace.test_cli import on_a_terminal
@@ -27,8 +28,6 @@ from tests.terrace.test_cli import on_a_terminal
 pytestmark = pytest.mark.system
 MIB = 1 << 20
 SIZE = 16 * MIB
-
-Run = Callable[..., str]
 
 SLOW = """
 [policy.slow]
@@ -56,18 +55,6 @@ def volumes(daemon: Daemon) -> Iterator[Daemon]:
     for found in daemon.api("GET", "/v1/pools/p/volumes"):
         wait_until_unused(daemon, found["name"])
         daemon.api("DELETE", f"/v1/pools/p/volumes/{found['name'][2:]}?snapshots=1")
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """Runs a client in a neutral directory; failure shows what it said."""
-
-    def run_tool(*command: str | Path) -> str:
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-        assert result.returncode == 0, f"{' '.join(map(str, command))}\n{result.stdout}{result.stderr}"
-        return result.stdout
-
-    return run_tool
 
 
 def wait_until_unused(daemon: Daemon, export: str) -> None:

@@ -137,6 +137,13 @@ async def short_of_room(machine: Machine, share: float = 0.5) -> AsyncIterator[t
         yield pool, volume
 
 
+def write_until_held_back(pool: Pool, volume: Volume) -> None:
+    """A long round, and then writes until the pace refuses one."""
+    pool._engine.space.pace.round_took(0.5)
+    while volume.write_now([(0, block(1))]):
+        pass
+
+
 def machine_of() -> Machine:
     return Machine((Disk("fast", 64, 512 << 10),), settings=QUIET)
 
@@ -178,9 +185,7 @@ def test_who_gives_up_waiting_for_its_turn_leaves_the_line() -> None:
     async def main() -> None:
         async with short_of_room(machine) as (pool, volume):
             space = pool._engine.space
-            space.pace.round_took(0.5)
-            while volume.write_now([(0, block(1))]):
-                pass
+            write_until_held_back(pool, volume)
             with trio.move_on_after(0.001) as scope:
                 await volume.write(0, block(2))
             assert scope.cancelled_caught
@@ -197,9 +202,7 @@ def test_trims_do_not_keep_the_pace_and_room_ends_it() -> None:
     async def main() -> None:
         async with short_of_room(machine) as (pool, volume):
             space = pool._engine.space
-            space.pace.round_took(0.5)
-            while volume.write_now([(0, block(1))]):
-                pass
+            write_until_held_back(pool, volume)
             assert volume.trim_now([(0, BLOCK_BYTES)])
             await volume.trim(0, 1 << 29)
             await pool.checkpoint()
