@@ -15,17 +15,18 @@
     GET    /v1/pools/P/scrub                  the newest scrub, with every damaged range that is kept
     POST   /v1/pools/P/scrub                  {action: "start" | "pause" | "stop", rate?}
     GET    /v1/pools/P/volumes
-    POST   /v1/pools/P/volumes                {name, size, policy?}
+    POST   /v1/pools/P/volumes                {name, size, policy?, filling?}
     GET    /v1/pools/P/volumes/V
     PATCH  /v1/pools/P/volumes/V              {size, shrink?}; a smaller size needs shrink, for it discards data
     DELETE /v1/pools/P/volumes/V[?snapshots=1]     and all its snapshots; without this it must have none
     PUT    /v1/pools/P/volumes/V/policy       {policy}
+    PUT    /v1/pools/P/volumes/V/filling      {filling}; by who fills it: true before the first byte, false at the end
     GET    /v1/pools/P/volumes/V/heat[?ranges=N]   what lies on which tier and how hot it is, in N ranges (1 to 4096)
     POST   /v1/pools/P/volumes/V/promote      streams as a check does, then {volume}; a clone needs its origin no more
     GET    /v1/pools/P/snapshots              those of all volumes, with what each shares and what only it has
     POST   /v1/pools/P/snapshots              {name, volumes}; one of each volume, all of one instant, or none
     GET    /v1/pools/P/volumes/V/snapshots
-    POST   /v1/pools/P/volumes/V/snapshots    {name}
+    POST   /v1/pools/P/volumes/V/snapshots    {name, by_filler?}; by_filler: though it is being filled, it is whole
     GET    /v1/pools/P/volumes/V/snapshots/S
     PATCH  /v1/pools/P/volumes/V/snapshots/S  {name?, held?}
     DELETE /v1/pools/P/volumes/V/snapshots/S  tells what comes back
@@ -151,6 +152,7 @@ class CreateVolumeBody(_Body):
     name: str
     size: Size
     policy: str = DEFAULT_NAME
+    filling: bool = False
 
 
 class ResizeBody(_Body):
@@ -162,11 +164,17 @@ class PolicyBody(_Body):
     policy: str
 
 
+class FillingBody(_Body):
+    filling: bool
+
+
 class TakeOneBody(_Body):
     name: str
+    by_filler: bool = False
 
 
-class TakeBody(TakeOneBody):
+class TakeBody(_Body):
+    name: str
     volumes: list[str] = Field(min_length=1, max_length=4096)
 
 
@@ -317,6 +325,7 @@ class Api:
             self._route("PATCH", volume, self.resize_volume),
             self._route("DELETE", volume, self.delete_volume),
             self._route("PUT", f"{volume}/policy", self.set_policy),
+            self._route("PUT", f"{volume}/filling", self.set_filling),
             self._route("GET", f"{volume}/heat", self.show_heat),
             self._route("POST", f"{volume}/promote", self.promote_volume),
             self._route("GET", f"{pool}/snapshots", self.list_snapshots),
@@ -443,7 +452,7 @@ class Api:
     async def create_volume(self, request: Request) -> Response:
         body = await _body(request, CreateVolumeBody)
         with self._pools.using(request.path_params["pool"]) as pool:
-            await pool.create_volume(body.name, body.size, body.policy)
+            await pool.create_volume(body.name, body.size, body.policy, filling=body.filling)
             return JSONResponse(_volume(pool, body.name), HTTPStatus.CREATED)
 
     async def show_volume(self, request: Request) -> Response:
@@ -480,6 +489,13 @@ class Api:
             await pool.set_policy(name, body.policy)
             return JSONResponse(_volume(pool, name))
 
+    async def set_filling(self, request: Request) -> Response:
+        body = await _body(request, FillingBody)
+        name = request.path_params["volume"]
+        with self._pools.using(request.path_params["pool"]) as pool:
+            await pool.set_filling(name, body.filling)
+            return JSONResponse(_volume(pool, name))
+
     async def show_heat(self, request: Request) -> Response:
         given = request.query_params.get("ranges", str(DEFAULT_RANGES))
         if not (given.isascii() and given.isdigit() and len(given) < 6 and 1 <= int(given) <= MAX_RANGES):
@@ -512,7 +528,8 @@ class Api:
     async def take_snapshot(self, request: Request) -> Response:
         body = await _body(request, TakeOneBody)
         with self._pools.using(request.path_params["pool"]) as pool:
-            (taken,) = await self._snapshots.create(pool, [request.path_params["volume"]], body.name)
+            volume = request.path_params["volume"]
+            (taken,) = await self._snapshots.create(pool, [volume], body.name, by_filler=body.by_filler)
             return JSONResponse(_plain(taken), HTTPStatus.CREATED)
 
     async def show_snapshot(self, request: Request) -> Response:

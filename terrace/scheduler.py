@@ -6,7 +6,8 @@ devices hang keeps no other waiting. Nothing is remembered that a restart would 
 pool, and a cancelled round leaves snapshots that are there or not there.
 
 A volume whose policy isn't defined has the default one's schedule, as it has its other values, but nothing of it is
-deleted: a table that went missing must not cost history.
+deleted: a table that went missing must not cost history. A volume that is being filled has no schedule before it is
+complete: a snapshot of half an image would pass for one of the whole.
 
 Failures are tried again each minute and told once, until they end or become others. Snapshots that were taken are in
 the log only; deletions are summed up, one event a day for a pool, since a list of a thousand events must last.
@@ -88,9 +89,13 @@ async def keep_schedules(
 
 
 def _wanted(pool: Pool, schedules: Schedules) -> dict[str, Schedule]:
-    """The schedules of those volumes that have one."""
+    """The schedules of those volumes that have one, and are complete."""
     known = schedules()
-    return {volume.short_name: known[name] for volume in pool.volumes() if (name := volume.policy.name) in known}
+    return {
+        volume.short_name: known[name]
+        for volume in pool.volumes()
+        if (name := volume.policy.name) in known and not volume.filling
+    }
 
 
 def _tell_deleted(name: str, watch: _Watch, events: Events) -> None:

@@ -68,9 +68,11 @@ class Snapshots:
             )
         return pool.snapshot(volume, name)
 
-    async def create(self, pool: Pool, volumes: Sequence[str], name: str) -> list[SnapshotStatus]:
-        """One of each volume, all of one instant, or none."""
-        taken = await pool.take_snapshots([(volume, name) for volume in volumes])
+    async def create(
+        self, pool: Pool, volumes: Sequence[str], name: str, *, by_filler: bool = False
+    ) -> list[SnapshotStatus]:
+        """One of each volume, all of one instant, or none. `by_filler`: as in `Pool.take_snapshots`."""
+        taken = await pool.take_snapshots([(volume, name) for volume in volumes], by_filler=by_filler)
         which = ", ".join(snapshot.name for snapshot in taken[:10])
         more = f" and {len(taken) - 10} more" if len(taken) > 10 else ""
         self._tell("snapshot", pool.name, f"{which}{more} {'were' if len(taken) > 1 else 'was'} taken")
@@ -96,9 +98,20 @@ class Snapshots:
     async def rollback(
         self, pool: Pool, volume: str, name: str, *, keep_as: str | None, safety: bool, force: bool
     ) -> dict[str, Any]:
-        """Make the volume what it was; what it is now is kept as a snapshot if `safety`, called `keep_as` if given."""
+        """Make the volume what it was; what it is now is kept as a snapshot if `safety`, called `keep_as` if given.
+
+        Of a volume that is being filled nothing is kept: half of something is nothing to go back to.
+        """
         snapshot = self.find(pool, volume, name)
         now = pool.volume(volume)
+        if now.filling:
+            if keep_as is not None:
+                raise TierError(
+                    errno.EBUSY,
+                    f"{now.name} is not complete, so no snapshot can keep what it is now: roll it back "
+                    "without --keep-as",
+                )
+            safety = False
         if not force:
             self._require_unused(now, "rolled back", step=self._step_of_force)
         clients = list(self._clients(now.name)) if now.open_count else []

@@ -9,7 +9,7 @@ a power cut; it is written only after the data that it names was made durable.
                                   log_slot, log_prev_check, next_segment_id, next_volume_id
     devices   idx, uuid, path, tier, size_bytes, segment_bytes, poisoned, state
     volumes   id, name, size_bytes, root_address, root_check, mapped_blocks, created_at, policy, family, origin,
-              layered, retired, heir, referenced
+              layered, retired, heir, referenced, filling
     snapshots id, volume, name, size_bytes, root_address, root_check, mapped_blocks, referenced, created_at, state,
               held
     segments  id, device, idx, kind, open, used, live, last_seq, blocks
@@ -46,7 +46,7 @@ from tiers.layout import (
 from tiers.names import MAX_VOLUME_BYTES, validate_name, validate_volume_size
 from tiers.record import MAX_TIME_S, Kind
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 SNAPSHOT_STATES = ("visible", "hidden", "deleted")
 CATALOG_NAME = "catalog.sqlite"
 BALLAST_NAME = "ballast"
@@ -60,7 +60,8 @@ CREATE TABLE devices (idx INTEGER PRIMARY KEY, uuid BLOB NOT NULL, path TEXT NOT
 CREATE TABLE volumes (id INTEGER PRIMARY KEY, name TEXT NOT NULL, size_bytes INTEGER NOT NULL,
     root_address INTEGER NOT NULL, root_check INTEGER NOT NULL, mapped_blocks INTEGER NOT NULL,
     created_at REAL NOT NULL, policy TEXT NOT NULL, family INTEGER NOT NULL, origin INTEGER NOT NULL,
-    layered INTEGER NOT NULL, retired INTEGER NOT NULL, heir INTEGER NOT NULL, referenced INTEGER NOT NULL);
+    layered INTEGER NOT NULL, retired INTEGER NOT NULL, heir INTEGER NOT NULL, referenced INTEGER NOT NULL,
+    filling INTEGER NOT NULL);
 CREATE TABLE snapshots (id INTEGER PRIMARY KEY, volume INTEGER NOT NULL, name TEXT NOT NULL,
     size_bytes INTEGER NOT NULL, root_address INTEGER NOT NULL, root_check INTEGER NOT NULL,
     mapped_blocks INTEGER NOT NULL, referenced INTEGER NOT NULL, created_at REAL NOT NULL, state TEXT NOT NULL,
@@ -115,6 +116,8 @@ class VolumeRow:
     """The volume that has its blocks now; 0: none."""
     referenced: int = 0
     """Blocks with data that clients see."""
+    filling: bool = False
+    """It is not complete: somebody is filling it, or has begun to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +243,7 @@ def judge_state(state: State) -> None:
     for volume in state.volumes:
         _within("a volume's id", volume.id, 1, (1 << 56) - 1)
         what = f"volume {volume.id}"
-        for name, flag in (("layered", volume.layered), ("retired", volume.retired)):
+        for name, flag in (("layered", volume.layered), ("retired", volume.retired), ("filling", volume.filling)):
             _within(f"{what}: {name}", flag, 0, 1)
         if volume.retired:
             if _text(f"{what}: the name", volume.name):
@@ -627,7 +630,7 @@ def _write_change(db: sqlite3.Connection, change: Change) -> None:
     _write_position(db, change.position)
     db.execute("DELETE FROM volumes")
     db.executemany(
-        "INSERT INTO volumes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO volumes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         [
             (
                 v.id,
@@ -644,6 +647,7 @@ def _write_change(db: sqlite3.Connection, change: Change) -> None:
                 int(v.retired),
                 v.heir,
                 v.referenced,
+                int(v.filling),
             )
             for v in change.volumes
         ],

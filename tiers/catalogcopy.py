@@ -10,7 +10,7 @@ Little-endian.
 
     offset size type  field
       0     8   bytes  magic "TRCCATA1"
-      8     2   u16    format version (3); another version is refused
+      8     2   u16    format version (4); another version is refused
      10     2   u16    kind: 1 full, 2 delta
      12     4   u32    0
      16     8   u64    incarnation of the pool that wrote it
@@ -29,8 +29,8 @@ Little-endian.
              size, 16 bytes uuid, u16 length of the path, u16 length of why it is poisoned (65535: it isn't), then both
              in UTF-8
     volume:  u64 id, u64 size, u64 root address, u64 root check, u64 mapped blocks, f64 creation time, u64 family, u64
-             origin, u64 heir, u64 referenced blocks, u16 flags (1 layered, 2 retired), u16 length of the name, u16
-             length of the policy's name, then both in UTF-8
+             origin, u64 heir, u64 referenced blocks, u16 flags (1 layered, 2 retired, 4 filling), u16 length of the
+             name, u16 length of the policy's name, then both in UTF-8
     segment: u64 id, u32 device, u32 place, u16 kind, u16 open, u32 used, u32 live, u32 blocks, u64 last_seq
     dead:    u64 address, u64 check, u64 level, u64 volume
     snapshot: u64 id, u64 volume, u64 size, u64 root address, u64 root check, u64 mapped blocks, u64 referenced blocks,
@@ -62,7 +62,7 @@ from tiers.layout import BLOCK_BYTES, check_of
 from tiers.names import NAME_LIMIT
 
 MAGIC = b"TRCCATA1"
-COPY_VERSION = 3
+COPY_VERSION = 4
 
 _HEADER = struct.Struct("<8sHHIQQQQQQ")
 _POSITION = struct.Struct("<7Q")
@@ -79,7 +79,7 @@ assert _POSITION.size == 56
 assert (_DEVICE.size, _VOLUME.size, _SEGMENT.size, _DEAD.size, _SNAPSHOT.size) == (44, 86, 40, 32, 70)
 _CHECK_OFFSET = 56
 _SOUND = 0xFFFF
-_LAYERED, _RETIRED = 1, 2
+_LAYERED, _RETIRED, _FILLING = 1, 2, 4
 _TIERS = ("fast", "base")
 
 Table = dict[int, bytes]
@@ -167,7 +167,7 @@ def _pack_volume(row: VolumeRow) -> bytes:
             row.origin,
             row.heir,
             row.referenced,
-            bool(row.layered) * _LAYERED | bool(row.retired) * _RETIRED,
+            bool(row.layered) * _LAYERED | bool(row.retired) * _RETIRED | bool(row.filling) * _FILLING,
             len(name),
             len(policy),
         )
@@ -220,11 +220,24 @@ def _unpack_volume(data: bytes) -> VolumeRow:
     )
     end = _VOLUME.size + length
     name, policy = data[_VOLUME.size : end].decode(), data[end:].decode()
-    if flags & ~(_LAYERED | _RETIRED):
+    if flags & ~(_LAYERED | _RETIRED | _FILLING):
         raise BadCopyError(f"a volume with unknown flags {flags:#x}")
-    layered, retired = bool(flags & _LAYERED), bool(flags & _RETIRED)
     return VolumeRow(
-        number, name, size, address, check, mapped, created, policy, family, origin, layered, retired, heir, referenced
+        number,
+        name,
+        size,
+        address,
+        check,
+        mapped,
+        created,
+        policy,
+        family,
+        origin,
+        layered=bool(flags & _LAYERED),
+        retired=bool(flags & _RETIRED),
+        heir=heir,
+        referenced=referenced,
+        filling=bool(flags & _FILLING),
     )
 
 

@@ -305,7 +305,9 @@ class Checkpointer:
                 overlay, volume.active = volume.active, volume.new_overlay()
                 volume.frozen = overlay
             forced = engine.forced.pop(volume.id, set())
-            item = FrozenVolume(volume, volume.size_bytes, volume.policy_name, overlay, forced, volume.heir)
+            item = FrozenVolume(
+                volume, volume.size_bytes, volume.policy_name, volume.filling, overlay, forced, volume.heir
+            )
             item.keeper = next((s for s in reversed(volume.snapshots) if s.state != "deleted"), None)
             if item.keeper is not None:
                 item.blockers = volume.snapshots[volume.snapshots.index(item.keeper) + 1 :]
@@ -468,9 +470,9 @@ class Checkpointer:
         # As of the freeze: a volume that was deleted since has a row, and its deletion may never be durable.
         heirs = {item.volume.id: item.heir for item in frozen.volumes} | merge.heirs
         rows: list[VolumeRow] = []
-        for volume, size_bytes, policy_name in [
-            *((item.volume, item.size_bytes, item.policy_name) for item in frozen.volumes),
-            *((volume, volume.size_bytes, volume.policy_name) for volume in frozen.made),
+        for volume, size_bytes, policy_name, filling in [
+            *((item.volume, item.size_bytes, item.policy_name, item.filling) for item in frozen.volumes),
+            *((volume, volume.size_bytes, volume.policy_name, volume.filling) for volume in frozen.made),
         ]:
             if volume.id in buried:
                 continue
@@ -497,6 +499,7 @@ class Checkpointer:
                     retired,
                     0 if heir is None else heir.id,
                     max(0, merge.referenced.get(volume.id, volume.referenced_blocks)),
+                    filling and not retired,
                 )
             )
         return rows

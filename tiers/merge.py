@@ -79,6 +79,7 @@ class FrozenVolume:
     volume: Volume
     size_bytes: int
     policy_name: str
+    filling: bool
     overlay: Overlay | None
     forced: set[int]
     heir: Volume | None

@@ -108,6 +108,8 @@ class VolumeStatus:
     snapshots: int = 0
     referenced_bytes: int = 0
     """What its clients see; for a clone `mapped_bytes` is what is its own."""
+    filling: bool = False
+    """It is not complete: somebody is filling it, or has begun to and is gone."""
 
 
 @dataclass(frozen=True)
@@ -341,10 +343,10 @@ class Pool:
             )
         return volume
 
-    async def create_volume(self, name: str, size_bytes: int, policy: str = "") -> Volume:
+    async def create_volume(self, name: str, size_bytes: int, policy: str = "", *, filling: bool = False) -> Volume:
         """Create a thin volume; it is durable when this returns. Costs the same at any size.
 
-        `policy`: the name of one that is defined; empty: the default. Raises ENOENT.
+        `policy`: the name of one that is defined; empty: the default. Raises ENOENT. `filling`: see `set_filling`.
         """
         validate_name("volume", name)
         validate_volume_size(size_bytes)
@@ -363,9 +365,12 @@ class Pool:
             ops = [Op.CREATE << 56 | volume_id, size_bytes, created_at << 8 | len(name)]
             if policy:
                 ops += (Op.POLICY << 56 | volume_id, len(policy), 0)
+            if filling:  # in the same batch: there is no moment at which it is there and complete
+                ops += (Op.FILLING << 56 | volume_id, 1, 0)
             self._engine.append_records(ops, words_from_name(name) + words_from_name(policy))
             volume = self._engine.add_volume(volume_id, name, size_bytes, (0, 0), created_at)
             volume.policy_name = policy
+            volume.filling = filling
             self._engine.apply_policy(volume)
             hit("create.logged")
             await self._engine.flusher.flush()
@@ -394,6 +399,27 @@ class Pool:
             hit("policy.logged")
             await engine.flusher.flush()
             hit("policy.durable")
+            return volume
+
+    async def set_filling(self, name: str, filling: bool) -> Volume:
+        """Mark a volume as being filled, or as complete; durable when this returns. Raises TierError ENOENT.
+
+        Who fills it marks it before the first byte, and as complete when the last one was acknowledged. The mark is a
+        record in the log, so the order is kept by every crash: a volume that is complete holds what was written before
+        it was said to be.
+        """
+        engine = self._engine
+        async with self._ddl:
+            self.volume(name)
+            await engine.admit_release()
+            # No checkpoint of trio from here to the record: a rollback puts another volume in this one's place.
+            volume = self.volume(name)
+            if volume.filling != filling:
+                engine.append_record(Op.FILLING, volume.id, int(filling))
+                volume.filling = filling
+                hit("filling.logged")
+            await engine.flusher.flush()
+            hit("filling.durable")
             return volume
 
     async def heat_map(self, name: str, ranges: int) -> HeatMap:
@@ -564,11 +590,12 @@ class Pool:
             )
         return found
 
-    async def take_snapshots(self, wanted: Sequence[tuple[str, str]]) -> list[Snapshot]:
+    async def take_snapshots(self, wanted: Sequence[tuple[str, str]], *, by_filler: bool = False) -> list[Snapshot]:
         """Snapshots (volume, name) of one instant: all of them, or none. They are durable when this returns.
 
         Raises TierError: ENOENT, EEXIST, EINVAL for a name, ENOSPC for a pool that is too full to keep what its
-        clients will overwrite.
+        clients will overwrite, EBUSY for a volume that is being filled. `by_filler`: who fills it asks, and knows that
+        what it holds at this moment is whole.
         """
         for _, name in wanted:
             validate_name("snapshot", name)
@@ -581,6 +608,8 @@ class Pool:
             known = self._engine.lineage.by_name()
             for volume, (_, name) in zip(volumes, wanted, strict=True):
                 self._require_new_snapshot(volume, name, known)
+                if not by_filler:
+                    self._require_complete(volume)
             if len({volume.id for volume in volumes}) < len(volumes):
                 raise TierError(errno.EINVAL, "a volume is named twice: one snapshot of it is enough")
             now = self._host.now()
@@ -592,6 +621,16 @@ class Pool:
             self._require_snapshot_room(len(wanted))
             await self._engine.lineage.ask(act)
         return taken
+
+    @staticmethod
+    def _require_complete(volume: Volume) -> None:
+        """So that every snapshot is of something whole, and what is made of one is."""
+        if volume.filling:
+            raise TierError(
+                errno.EBUSY,
+                f"{volume.name} is being filled and not complete, so no snapshot of it can be taken: wait until that "
+                f"has ended; if nobody fills it any more, `terrace volume show {volume.name}` says what to do",
+            )
 
     def _require_new_snapshot(
         self, volume: Volume, name: str, known: Mapping[tuple[int, str], Snapshot] | None = None
@@ -700,8 +739,9 @@ class Pool:
     async def rollback(self, volume: str, name: str, *, keep_as: str | None, force: bool = False) -> Volume:
         """Let a volume be again what it was at a snapshot; durable when this returns. Costs the same at any size.
 
-        `keep_as`: a snapshot of this name keeps what it was before. `force`: even while it is in use, whose connections
-        get ESTALE from then on. Raises TierError: ENOENT, EEXIST, EBUSY.
+        `keep_as`: a snapshot of this name keeps what it was before, unless that was being filled (EBUSY). `force`: even
+        while it is in use, whose connections get ESTALE from then on. What it is then is complete, as every snapshot
+        is. Raises TierError: ENOENT, EEXIST, EBUSY.
         """
         if keep_as is not None:
             validate_name("snapshot", keep_as)
@@ -717,6 +757,7 @@ class Pool:
             now = self._host.now()
             if keep_as is not None:
                 self._require_new_snapshot(old, keep_as)
+                self._require_complete(old)
                 lineage.take(frozen, old, keep_as, now)
                 self._engine.count_leaf_pages()
             new = lineage.clone(frozen, snapshot, old.short_name, old.created_at, old.policy_name)
@@ -910,6 +951,7 @@ class Pool:
                     _origin_name(v),
                     len(snapshots.get(v.family, ())),
                     (v.referenced_blocks if v.layered else v.tree.mapped_blocks) * BLOCK_BYTES,
+                    v.filling,
                 )
                 for v in self.volumes()
             ],

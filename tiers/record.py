@@ -65,6 +65,7 @@ Operations are (kind << 56 | id, a, b):
    13 LOST    volume, block, address: what lay there, for the volume or a snapshot, was found damaged when moved
    14 REWRITE volume, first block, count: takes the next `count` data blocks, as WRITE, which are what lay at the
               addresses in the extra words, one a block: who names one of these names the new place from now on
+   15 FILLING volume, 1: it is being filled, and not complete before that has ended; 0: that has ended
 
 Log batches hold all of these but PAGE, batches of moved and packed data only WRITE, batches of map pages only PAGE. An
 operation that no release can have written (a block past the largest volume, a segment id past the 40 bits of an
@@ -137,6 +138,7 @@ class Op(IntEnum):
     RELOCATE = 12
     LOST = 13
     REWRITE = 14
+    FILLING = 15
 
 
 WRITE_WORD = Op.WRITE << 56
@@ -458,7 +460,7 @@ def _validate_ops(batch: Batch) -> None:
             blocks += 1
         elif op == Op.CATALOG and kind is Kind.CATALOG:
             blocks += b
-        elif not Op.WRITE <= op <= Op.REWRITE:
+        elif not Op.WRITE <= op <= Op.FILLING:
             raise BadRecordError(f"unknown operation {op}")
         elif kind is not Kind.LOG or op in (Op.PAGE, Op.CATALOG):
             raise BadRecordError(f"the operation {Op(op).name} in a batch of kind {kind.name}")
@@ -496,6 +498,8 @@ def _validate_log_op(op: Op, subject: int, a: int, b: int, words: list[int], at:
         except (TierError, UnicodeDecodeError) as error:
             raise BadRecordError(f"a policy's name is damaged: {error}") from None
         return count
+    elif op is Op.FILLING and a > 1:
+        raise BadRecordError(f"a mark of being filled that is {a}, which can't be")
     elif op is Op.LOST and a >= MAX_BLOCKS:
         raise BadRecordError(f"a lost block {a}, which no volume has")
     elif op is Op.BAD and (a + b > MAX_BLOCKS or b > MAX_SLOTS):

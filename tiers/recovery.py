@@ -141,6 +141,7 @@ def restore(engine: "Engine", state: State) -> None:
         volume.family = volume_row.family or volume_row.id
         volume.layered = bool(volume_row.layered)
         volume.retired = volume.deleted = bool(volume_row.retired)
+        volume.filling = bool(volume_row.filling)
     _restore_snapshots(engine, state)
     engine.dead = {address: (check, level, volume_id) for address, check, level, volume_id in state.dead}
     engine.next_volume_id = max(engine.next_volume_id, state.position.next_volume_id)
@@ -525,6 +526,8 @@ async def _apply(engine: "Engine", found: Found, result: Replayed, *, truncate_l
             extra_at += len(words)
             if subject in engine.volumes:
                 engine.volumes[subject].policy_name = name_from_words(words, a)
+        elif op is Op.FILLING and subject in engine.volumes:
+            engine.volumes[subject].filling = bool(a)
         elif op is Op.DELETE and subject in engine.volumes:
             volume = engine.volumes[subject]
             if volume.snapshots:

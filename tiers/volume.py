@@ -89,6 +89,8 @@ class Volume(Reader):
         """What that name means, now: another object as soon as it means something else."""
         self.policy_missing = False
         """The name means nothing, so the default holds."""
+        self.filling = False
+        """It is not complete: somebody is filling it, or has begun to. No snapshot is taken of it by itself."""
         self.queued = 0
         """Writes that wait for room in the pool."""
         self.active = self.new_overlay()

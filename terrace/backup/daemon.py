@@ -51,8 +51,9 @@ class _Volume:
         answer = await self.ask("GET", *self._path, "snapshots")
         return sorted(map(self._snapshot, answer), key=lambda snapshot: snapshot.taken_us)
 
-    async def take(self, name: str) -> Snapshot:
-        return self._snapshot(await self.ask("POST", *self._path, "snapshots", body={"name": name}))
+    async def take(self, name: str, *, by_filler: bool = False) -> Snapshot:
+        body = {"name": name} | ({"by_filler": True} if by_filler else {})
+        return self._snapshot(await self.ask("POST", *self._path, "snapshots", body=body))
 
     async def drop(self, name: str) -> None:
         await self.ask("DELETE", *self._path, "snapshots", name)
@@ -92,10 +93,12 @@ class DaemonTarget(_Volume):
         snapshots = await self.snapshots()
         markers = [one for one in snapshots if Marker.parse(one.name) is not None]
         if not markers:
-            return Held(None, unchanged=False)
+            return Held(None, unchanged=False, is_complete=not found["filling"])
         if any(one.name == _PROBE for one in snapshots):  # of a restore that was killed
             await self.drop(_PROBE)
         newest = markers[-1]
+        if found["filling"]:
+            return Held(Marker.parse(newest.name), unchanged=False, is_complete=False)
         return Held(Marker.parse(newest.name), unchanged=await self._is_unchanged(newest))
 
     @contextlib.asynccontextmanager
@@ -104,20 +107,25 @@ class DaemonTarget(_Volume):
         if found is None:
             if not self._is_new:
                 raise BackupError(errno.ENOENT, f"{self.pool}/{self.volume} is gone; restore again")
-            body = {"name": self.volume, "size": size_bytes, "policy": self._policy}
+            body = {"name": self.volume, "size": size_bytes, "policy": self._policy, "filling": True}
             await self.ask("POST", "pools", self.pool, "volumes", body=body)
             self._is_new = False
         elif self._is_new:
             raise BackupError(
                 errno.EEXIST, f"somebody has made {self.pool}/{self.volume} meanwhile; name another volume"
             )
-        elif found["size_bytes"] != size_bytes:
-            await self.ask("PATCH", *self._path, body={"size": size_bytes, "shrink": True})
+        else:
+            await self.ask("PUT", *self._path, "filling", body={"filling": True})
+            if found["size_bytes"] != size_bytes:
+                await self.ask("PATCH", *self._path, body={"size": size_bytes, "shrink": True})
         async with open_target(self.uri(), size_bytes) as client:
             yield client
 
     async def mark(self, marker: Marker) -> None:
-        await self.take(marker.name)
+        await self.take(marker.name, by_filler=True)
+
+    async def finish(self) -> None:
+        await self.ask("PUT", *self._path, "filling", body={"filling": False})
 
     async def _find(self) -> dict[str, Any] | None:
         try:

@@ -3,13 +3,16 @@
 An increment applied to anything but its base gives a volume that never existed. So a target's state is kept where it
 can't come apart from the target: behind each stream that was applied as a whole a snapshot of the target is taken, the
 *marker*, whose name carries a digest of the identity of what was restored. A further increment is applied only if the
-newest marker is that of its base and the target has not changed since.
+newest marker is that of its base and the target has not changed since. From before the first byte until all streams
+were applied the target bears the engine's mark that it is being filled, so whatever ends a restore leaves a volume that
+says itself that it is not complete.
 
 What a failure leaves:
 
 - Nothing, if the streams' headers don't fit each other or the target: all are judged before the first byte is written.
 - A part of one stream, if that is damaged or the target fails: no marker is made, so no increment will be applied to
-  it, and the error says that it is incomplete.
+  it, the error says that it is incomplete, and so does the volume. It is left there: of a damaged backup it may be all
+  that is left. Nothing is restored onto it before it is rolled back to a marker.
 """
 
 from __future__ import annotations
@@ -86,6 +89,8 @@ class Held:
 
     marker: Marker | None
     unchanged: bool
+    is_complete: bool = True
+    """False: a restore, or whatever else has filled it, has not ended."""
 
 
 class RestoredState(Protocol):
@@ -97,6 +102,9 @@ class RestoredState(Protocol):
     async def mark(self, marker: Marker) -> None:
         """Take the marker's snapshot; durable when it returns."""
 
+    async def finish(self) -> None:
+        """All streams were applied: the target, which `Destination.open` says is being filled, is complete."""
+
 
 # -- the decision ------------------------------------------------------------------------------------------------------
 
@@ -104,6 +112,7 @@ class RestoredState(Protocol):
 def judge(streams: Sequence[tuple[str, Header]], held: Held | None, target: str) -> None:
     """Whether these streams, by name and header, may be applied in this order. Raises BackupError that says why not."""
     assert streams
+    require_complete(held, target)
     first_name, first = streams[0]
     if held is None:
         if first.base is not None:
@@ -129,6 +138,22 @@ def judge(streams: Sequence[tuple[str, Header]], held: Held | None, target: str)
             raise _refusal(f"{name} is of another volume ({header.title}) than the one before it ({before.title})")
         if header.base.id != before.snapshot.id:
             raise _gap(name, header, f"{target} would be at {_named(before.snapshot)} by then")
+
+
+def require_complete(held: Held | None, target: str) -> None:
+    """Raise BackupError for a target that something has begun to fill, and not ended."""
+    if held is not None and not held.is_complete:
+        raise _refusal(
+            f"{target} is not complete: a restore or an import that was to fill it has not ended. If it isn't running "
+            f"any more, {_way_out(held)}"
+        )
+
+
+def _way_out(held: Held | None) -> str:
+    step = "delete it and restore again"
+    if held is not None and held.marker is not None:
+        return f"roll it back to its snapshot {held.marker.name}, or {step}"
+    return step
 
 
 def remaining(headers: Sequence[Header], held: Held | None) -> int:
@@ -191,15 +216,13 @@ async def restore(
         await state.mark(Marker.of(stream.header, stream.header.snapshot))
         done.append(totals)
         held = Held(Marker.of(stream.header, stream.header.snapshot), unchanged=True)
+    await state.finish()
     return done
 
 
 def incomplete(header: Header, held: Held | None, target: str) -> str:
     """What to say of a target to which a stream was applied in part."""
-    step = "delete it and restore again"
-    if held is not None and held.marker is not None:
-        step = f"roll it back to its snapshot {held.marker.name}, or delete it and restore again"
-    return f"{target} is incomplete now, with only a part of {header.title}: don't use it, {step}"
+    return f"{target} is incomplete now, with only a part of {header.title}: don't use it, {_way_out(held)}"
 
 
 async def _apply(

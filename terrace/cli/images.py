@@ -1,7 +1,9 @@
 """`terrace volume import` and `export`: disk images, copied by qemu-img or nbdcopy over the daemon's NBD socket.
 
-What an image's format means is for qemu-img alone to say. An import that fails leaves no volume behind, and an export
-that fails leaves no file: it is written beside its place and put there when it is whole.
+What an image's format means is for qemu-img alone to say. An import that fails leaves no volume behind, and one that
+can't clean up any more (killed, or the daemon died) leaves one that is marked as not complete: it is made with that
+mark, which goes when the copying program has flushed and ended. An export that fails leaves no file: it is written
+beside its place and put there when it is whole.
 """
 
 from __future__ import annotations
@@ -68,15 +70,16 @@ def import_image(
     image_format, size_bytes = _inspect(image, image_format)
     program = _program(*_COPIERS) if image_format == "raw" else _program("qemu-img")
     with context.connect() as client, patience(f"Importing {image.name}") as advance:
-        body = {"name": name, "size": size_bytes, "policy": policy}
+        body = {"name": name, "size": size_bytes, "policy": policy, "filling": True}
         made = client.request("POST", "pools", pool, "volumes", body=body)["name"]
         uris = uris_of(client, made)
         uri = _nearest(uris)
         try:
             _copy(_filling(program, image, image_format, uri), size_bytes, advance, progress_fd=program == "nbdcopy")
+            client.request("PUT", "pools", pool, "volumes", name, "filling", body={"filling": False})
             found = client.get("pools", pool, "volumes", name)
         except (OSError, click.ClickException) as error:
-            left = f"{made} is kept, half filled" if keep else _discarded(client, pool, name)
+            left = f"{made} is kept, half filled and marked so" if keep else _discarded(client, pool, name)
             reason = error.format_message() if isinstance(error, click.ClickException) else str(error)
             raise click.ClickException(f"importing {image} failed: {reason}; {left}") from None
         except BaseException:
@@ -128,6 +131,11 @@ def export_volume(
     with context.connect() as client, patience(f"Exporting {pool}/{volume}") as advance:
         path = ("pools", pool, "volumes", volume)
         found = client.get(*path) if snapshot is None else client.get(*path, "snapshots", snapshot)
+        if snapshot is None and found["filling"]:
+            raise click.ClickException(
+                f"{found['name']} is not complete, and an image of a part would pass for the whole: terrace volume "
+                f"show {found['name']} says what to do"
+            )
         if snapshot is None and found["open_count"]:
             complain(f"{found['name']} is in use, so the image may be of no one moment; export a snapshot for that")
         uri = _nearest(uris_of(client, found["name"]))
@@ -250,14 +258,17 @@ def _reason(text: str) -> str:
 
 
 def _discarded(client: ApiClient, pool: str, name: str) -> str:
-    """Delete a volume that was filled in vain, with what a schedule has taken of it; what to say of it."""
+    """Delete a volume that was filled in vain, with what snapshots there may be; what to say of it."""
     deadline_s = time.monotonic() + _LEAVING_S
     while True:
         try:
             client.request("DELETE", "pools", pool, "volumes", name, query={"snapshots": "1"})
         except OSError as error:
             if error.errno != errno.EBUSY or time.monotonic() > deadline_s:
-                return f"the half-filled volume {pool}/{name} could not be deleted: {error}"
+                return (
+                    f"the half-filled volume {pool}/{name}, which is marked so, could not be deleted ({error}): "
+                    f"terrace volume delete {pool}/{name}"
+                )
             time.sleep(0.05)
         else:
             return f"the half-filled volume {pool}/{name} was deleted (--keep keeps it)"

@@ -244,9 +244,11 @@ def _space(device: dict[str, Any]) -> tuple[object, ...]:
 def show_volumes(volumes: Sequence[dict[str, Any]], empty: str) -> None:
     """The table of volumes."""
     clones = any(volume["origin"] for volume in volumes)
+    unfilled = any(volume["filling"] for volume in volumes)
     rows = [
         (
             volume["name"],
+            *([shown_state(volume) or "-"] if unfilled else []),
             format_size(volume["size_bytes"]),
             format_size(volume["referenced_bytes"]),  # of a clone, and so after a rollback, most is not its own
             percent(volume["referenced_bytes"], volume["size_bytes"]),
@@ -257,8 +259,25 @@ def show_volumes(volumes: Sequence[dict[str, Any]], empty: str) -> None:
         )
         for volume in volumes
     ]
-    columns = ("Volume", ">Size", ">Mapped", ">Use", ">Clients", ">Snapshots", "Policy", *(["Origin"] * clones))
+    state = ["State"] * unfilled
+    columns = ("Volume", *state, ">Size", ">Mapped", ">Use", ">Clients", ">Snapshots", "Policy", *(["Origin"] * clones))
     show_table(columns, rows, empty=empty, spare=(">Use", ">Clients"))
+
+
+def shown_state(volume: dict[str, Any], *, remedy: bool = False) -> str:
+    """How far a volume is that something has begun to fill; empty for one that is complete."""
+    if not volume["filling"]:
+        return ""
+    if volume["open_count"]:
+        return "being filled" + ", so not complete yet" * remedy
+    if not remedy:
+        return "incomplete"
+    name = volume["name"]
+    back = f"roll it back to one of its snapshots (terrace snapshot list {name}), or " if volume["snapshots"] else ""
+    return (
+        f"incomplete, and no client is there that fills it: {back}delete it (terrace volume delete {name}) and import "
+        f"or restore again; if you know that all of it is there: terrace volume complete {name}"
+    )
 
 
 def shown_policy(volume: dict[str, Any], *, remedy: bool = False) -> str:

@@ -43,7 +43,8 @@ def restore(
 
     Makes POOL/NEW of a full backup and the increments that follow it, in this order; or of what DIR has. If POOL/NEW
     exists, it must hold what the first of them is based on, restored from backups and not changed since. Everything
-    is verified on the way; if a backup is damaged, the error says that the volume is incomplete.
+    is verified on the way; if a backup is damaged, the error says that the volume is incomplete, and so does `terrace
+    volume show` until it is rolled back or deleted.
     """
     pool, name = volume
     title = f"{pool}/{name}"
@@ -66,7 +67,7 @@ def restore(
 
 async def _restore(target: DaemonTarget, title: str, files: list[str], *, skip: bool) -> tuple[list[str], str]:
     """Apply files; with `skip` without those that the target has already. Which, and what it holds then."""
-    from terrace.backup.restore import remaining, restore
+    from terrace.backup.restore import remaining, require_complete, restore
     from terrace.backup.stream import StreamReader
 
     with contextlib.ExitStack() as stack:
@@ -77,6 +78,7 @@ async def _restore(target: DaemonTarget, title: str, files: list[str], *, skip: 
             total += size
         snapshot = streams[-1].header.title
         held: Held | None = await target.held()
+        require_complete(held, title)
         if skip and (there := remaining([stream.header for stream in streams], held)):
             streams, files = streams[there:], files[there:]
         if not streams:

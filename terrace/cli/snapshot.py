@@ -284,7 +284,8 @@ def rollback(
 ) -> None:
     """Make a volume what it was when a snapshot of it was taken.
 
-    What it is now is kept as a snapshot first, so that a rollback can be undone. All snapshots stay, newer ones too.
+    What it is now is kept as a snapshot first, so that a rollback can be undone, unless it is not complete (see terrace
+    volume show). All snapshots stay, newer ones too.
 
     It is refused while the volume is in use. With --force it happens nevertheless: all requests of its present
     connections fail from then on, and what was not flushed is in no snapshot. Unmount, disconnect, connect anew.
@@ -306,7 +307,7 @@ def rollback(
                 f"breaks, and what they have not flushed is lost. Roll it back to {wanted['name']}?",
                 yes=yes,
             )
-        elif no_safety and (force or not now["open_count"]):
+        elif (no_safety or now["filling"]) and (force or not now["open_count"]):
             confirm(
                 f"Roll {now['name']} back to {wanted['name']} and give up what was written since, for good?", yes=yes
             )

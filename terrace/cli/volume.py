@@ -1,4 +1,4 @@
-"""`terrace volume`: create, clone, list, show, resize, import, export and delete volumes."""
+"""`terrace volume`: create, clone, list, show, resize, import, export, complete and delete volumes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from terrace.cli.heat import heat
 from terrace.cli.images import export_volume, import_image
 from terrace.cli.output import count, output_option, patience, percent, show_facts, show_json, uris_of
 from terrace.cli.policy import POLICY
-from terrace.cli.pool import show_volumes, shown_policy
+from terrace.cli.pool import show_volumes, shown_policy, shown_state
 from terrace.sizes import format_size
 
 
@@ -128,6 +128,7 @@ def show(context: Context, volume: tuple[str, str], output: str) -> None:
     show_facts(
         [
             ("Volume", found["name"]),
+            *([("State", shown_state(found, remedy=True))] if found["filling"] else []),
             ("Size", f"{format_size(size_bytes)} ({size_bytes} bytes)"),
             ("Mapped", f"{format_size(mapped_bytes)} ({percent(mapped_bytes, size_bytes)})" + _own(found)),
             *([("Origin", _origin(found))] if found["origin"] else []),
@@ -174,6 +175,38 @@ def policy(context: Context, volume: tuple[str, str], policy: str | None, output
         show_json(found)
     else:
         click.echo(f"Volume {found['name']} has the policy {shown_policy(found, remedy=True)}.")
+
+
+@volume.command()
+@click.argument("volume", type=VOLUME, metavar="POOL/VOL")
+@click.option("-y", "--yes", is_flag=True, help="Don't ask.")
+@output_option
+@pass_context
+def complete(context: Context, volume: tuple[str, str], yes: bool, output: str) -> None:
+    """Declare a volume complete that an import or a restore has begun to fill, and not ended.
+
+    For one of which you know that nothing is missing, or where what is there is all that is left. It can have
+    snapshots then, and is exported, like any other.
+    """
+    pool, name = volume
+    with context.connect() as client:
+        found = client.get("pools", pool, "volumes", name)
+        if found["filling"]:
+            if found["open_count"]:
+                raise click.ClickException(
+                    f"{found['name']} is in use by {count(found['open_count'], 'client')}, which may be filling it: "
+                    "wait until that has ended, or disconnect it first"
+                )
+            confirm(
+                f"Nothing says that {found['name']} holds all that it was to be filled with. Take it for complete?",
+                yes=yes,
+            )
+            body = {"filling": False}
+            found = client.request("PUT", "pools", pool, "volumes", name, "filling", body=body)
+    if output == "json":
+        show_json(found)
+    else:
+        click.echo(f"Volume {found['name']} is complete.")
 
 
 @volume.command()

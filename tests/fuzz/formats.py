@@ -152,6 +152,8 @@ def run_batch(data: bytes) -> None:
         elif op is Op.POLICY:
             assert a <= 64
             extra += -(-a // 8)
+        elif op is Op.FILLING:
+            assert a <= 1
         elif op is Op.MOVE:
             extra += 1 + -(-(a & 0xFFFFFFFF) // 64)
         if op in (Op.CREATE, Op.RESIZE):
@@ -187,6 +189,7 @@ def _batch_seeds() -> list[bytes]:
         ([Op.BAD << 56 | 5, 12, 1], [], []),
         ([Op.POLICY << 56 | 5, 5, 0], [], [name]),
         ([Op.POLICY << 56 | 5, 0, 0], [], []),
+        ([Op.FILLING << 56 | 5, 1, 0], [], []),
     ]
     long = list(range(600))
     table = [3 << 32 | 1, 7, 2 << 32 | 1, 8]

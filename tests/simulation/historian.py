@@ -355,14 +355,14 @@ class Historian:
         if not names:
             return  # a device's fault has kept them from being made
         key = self.rng.choice(names), self._name("s")
-        await self._do(Change(f"take {key}", taken=[key]), lambda: pool.take_snapshots([key]))
+        await self._do(Change(f"take {key}", taken=[key]), lambda: pool.take_snapshots([key], by_filler=True))
 
     async def _group(self, pool: Pool) -> None:
         snap = self._name("g")
         keys = [(name, snap) for name in sorted(self.driver.models) if not name.startswith("x")]
         if not keys:
             return
-        await self._do(Change(f"group {keys}", taken=keys), lambda: pool.take_snapshots(keys))
+        await self._do(Change(f"group {keys}", taken=keys), lambda: pool.take_snapshots(keys, by_filler=True))
 
     async def _drop(self, pool: Pool) -> None:
         key = self._any()
@@ -401,6 +401,8 @@ class Historian:
             name, snap = key
             policy = self.driver.models[name].policy
             keep = self._name("k") if self.rng.random() < 0.5 else None
+            if self.driver.models[name].filling:
+                keep = None  # which would be refused
             change = Change(f"rollback {key}, keep as {keep}", made={name: Model.holding(version.content, policy)})
             change.taken = [] if keep is None else [(name, keep)]
             if await self._do(change, lambda: pool.rollback(name, snap, keep_as=keep)):

@@ -735,6 +735,11 @@ MUTANTS: dict[str, Mutant] = {
             "if volume is not None and op is Op.WRITE:\n                # What",
         ),
     ),
+    "a replay that ignores what is being filled": Mutant(
+        "promise 1",
+        "a half-filled volume passes for complete, or a complete one for half filled",
+        _instead(tiers.recovery, "_apply", "engine.volumes[subject].filling = bool(a)", "pass"),
+    ),
     "a replay that ignores policies": Mutant(
         "promise 1",
         "a volume is back at the policy that the last checkpoint knew",

@@ -3,7 +3,8 @@
 The oracle is the promise: after a power cut a volume holds a prefix of its operations in the order in which they took
 effect, with everything that had returned before the last completed flush began; after a kill it holds all that had
 returned. The operation at which the prefix ends may be there in part, in whole blocks (it was not flushed, or had not
-returned), and so may one that a device refused. A resize, or another policy, is there or not. A block that a device
+returned), and so may one that a device refused. A resize, another policy, or the mark of being filled,
+is there or not. A block that a device
 lost is an error to its readers, never other bytes.
 """
 
@@ -27,12 +28,13 @@ class OracleError(AssertionError):
 
 @dataclass
 class Op:
-    """One operation: bytes that it changes, a new size, or another policy."""
+    """One operation: bytes that it changes, a new size, or another policy, or the mark of being filled."""
 
     what: str
     changes: Changes = field(default_factory=list)
     size: int | None = None
     policy: str | None = None
+    filling: bool | None = None
     attempted: Changes = field(default_factory=list)
     """What a refused operation would have changed. A crash may leave it there, where the prefix ends."""
 
@@ -49,14 +51,19 @@ class Op:
         """The volume's policy once this has happened."""
         return policy if self.policy is None else self.policy
 
+    def filling_after(self, filling: bool) -> bool:
+        """Whether the volume is marked as being filled once this has happened."""
+        return filling if self.filling is None else self.filling
+
 
 class Model:
     """A volume as its user knows it: the content, and the operations that a crash may still take back."""
 
-    def __init__(self, size: int, policy: str = "") -> None:
+    def __init__(self, size: int, policy: str = "", filling: bool = False) -> None:
         self.content = bytearray(size)
         self.floor = bytearray(size)
         self.policy = self.floor_policy = policy
+        self.filling = self.floor_filling = filling
         self.first = 0
         self.ops: list[Op] = []
         self.in_flight: Op | None = None
@@ -77,6 +84,7 @@ class Model:
         """An operation was acknowledged."""
         op.apply(self.content)
         self.policy = op.policy_after(self.policy)
+        self.filling = op.filling_after(self.filling)
         self.ops.append(op)
 
     def flushed(self, mark: int) -> None:
@@ -85,37 +93,44 @@ class Model:
             op = self.ops.pop(0)
             op.apply(self.floor)
             self.floor_policy = op.policy_after(self.floor_policy)
+            self.floor_filling = op.filling_after(self.floor_filling)
             self.first += 1
 
     def judge(
-        self, found: bytes, *, everything: bool, unreadable: Collection[int] = (), policy: str | None = None
+        self,
+        found: bytes,
+        *,
+        everything: bool,
+        unreadable: Collection[int] = (),
+        policy: str | None = None,
+        filling: bool | None = None,
     ) -> None:
-        """`found`, and `policy`, is what a crash has left. Raises OracleError unless it may be; then it is the state.
+        """`found`, `policy` and `filling` is what a crash has left. Raises OracleError unless it may be; then it is so.
 
-        `unreadable`: blocks that are errors to their readers, whose bytes in `found` mean nothing. `policy` None: as
-        the last operation left it.
+        `unreadable`: blocks that are errors to their readers, whose bytes in `found` mean nothing. `policy` or
+        `filling` None: as the last operation left it.
         """
-        state, wanted = bytearray(self.floor), self.floor_policy
-        found_policy = self.policy if policy is None else policy
+        state, wanted = bytearray(self.floor), (self.floor_policy, self.floor_filling)
+        there = self.policy if policy is None else policy, self.filling if filling is None else filling
         ops = [*self.ops, *([self.in_flight] if self.in_flight else [])]
         least = len(self.ops) if everything else 0
         for k in range(len(ops) + 1):
-            if k >= least and wanted == found_policy:
+            if k >= least and wanted == there:
                 if _same(state, found, unreadable):
-                    self.adopt(state, wanted)
+                    self.adopt(state, *wanted)
                     return
                 if k < len(ops) and ops[k].size is None:
                     part = _part_of(state, ops[k].changes, found, unreadable)
                     part = part or _part_of(state, ops[k].attempted, found, unreadable)
                     if part is not None:
-                        self.adopt(part, wanted)
+                        self.adopt(part, *wanted)
                         return
             if k < len(ops):
                 ops[k].apply(state)
-                wanted = ops[k].policy_after(wanted)
-        raise OracleError(self._explain(found, found_policy, ops, least))
+                wanted = ops[k].policy_after(wanted[0]), ops[k].filling_after(wanted[1])
+        raise OracleError(self._explain(found, there, ops, least))
 
-    def _explain(self, found: bytes, policy: str, ops: Sequence[Op], least: int) -> str:
+    def _explain(self, found: bytes, there: tuple[str, bool], ops: Sequence[Op], least: int) -> str:
         state = bytearray(self.floor)
         best: tuple[int, int, list[int]] | None = None
         for k in range(len(ops) + 1):
@@ -131,13 +146,14 @@ class Model:
         around = [f"{i}: {ops[i].what}" for i in range(max(0, k - 2), min(len(ops), k + 3))]
         return (
             f"no prefix of {len(ops)} operations (at least {least}) gives what is there ({len(found)} bytes, "
-            f"policy {policy!r} after {self.floor_policy!r}); nearest "
-            f"is {k} with {size} bytes and {len(bad)} wrong blocks {[b // BLOCK for b in bad[:8]]}; around: {around}"
+            f"policy and filling {there} after {(self.floor_policy, self.floor_filling)}); nearest is "
+            f" {k} with {size} bytes and {len(bad)} wrong blocks {[b // BLOCK for b in bad[:8]]}; around: {around}"
         )
 
-    def adopt(self, found: bytes | bytearray, policy: str = "") -> None:
+    def adopt(self, found: bytes | bytearray, policy: str = "", filling: bool = False) -> None:
         """This is the state now, durably."""
         self.policy = self.floor_policy = policy
+        self.filling = self.floor_filling = filling
         self.content = bytearray(found)
         self.floor = bytearray(found)
         self.ops.clear()

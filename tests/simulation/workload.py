@@ -126,8 +126,14 @@ class Driver:
             if unreadable and not self.reads_may_fail:
                 raise OracleError(f"{name}: blocks {sorted(unreadable)[:8]} can't be read, and no read ever failed")
             try:
-                policy = pool.volume(name).policy_name
-                model.judge(found, everything=self.everything, unreadable=unreadable, policy=policy)
+                volume = pool.volume(name)
+                model.judge(
+                    found,
+                    everything=self.everything,
+                    unreadable=unreadable,
+                    policy=volume.policy_name,
+                    filling=volume.filling,
+                )
             except OracleError as error:
                 raise OracleError(f"{name}: {error}") from None
         if self.historian is not None:
@@ -191,7 +197,7 @@ class Driver:
         volume = pool.volume(name)
         size = len(model.content)
         if rng.random() < 0.03:
-            await self._change_policy(pool, name, model)
+            await (self._change_mark if self.counter % 2 else self._change_policy)(pool, name, model)
             return
         kind = rng.choices(
             ("now", "batch", "write", "zero", "zeroes", "no_hole", "trim", "flush", "read", "resize"),
@@ -286,6 +292,30 @@ class Driver:
         model.returned(op)
         model.flushed(mark + 1)
         if volume.policy != pool._engine.policies.get(policy, DEFAULT):
+            raise OracleError(f"{op.what} did not take effect")
+
+    async def _change_mark(self, pool: Pool, name: str, model: Model) -> None:
+        """Mark a volume as being filled, or as complete, which is durable when that returns."""
+        filling = not model.filling
+        op = model.in_flight = Op(f"filling {filling}", filling=filling)
+        mark = model.mark
+        try:
+            volume = await pool.set_filling(name, filling)
+        except TierError:
+            if self.machine.is_off:
+                raise
+            self.full_errors += 1
+            model.in_flight = None
+            volume = pool.volume(name)
+            if volume.filling != model.filling:
+                if not self._flush_failed(volume):
+                    raise OracleError(f"a refused {op.what} took effect") from None
+                model.returned(op)  # only not durably
+            return
+        model.in_flight = None
+        model.returned(op)
+        model.flushed(mark + 1)
+        if volume.filling != filling:
             raise OracleError(f"{op.what} did not take effect")
 
     async def _after_failure(self, volume: Volume, model: Model, op: Op) -> None:
@@ -394,10 +424,11 @@ class Driver:
             await trio.sleep(self.rng.random() * 0.05)
             self.counter += 1
             name = f"x{self.counter}"
-            model = Model(self.rng.randrange(8, 400) * 512 * 8, self.rng.choice(("", *POLICIES)))
+            size, policy = self.rng.randrange(8, 400) * 512 * 8, self.rng.choice(("", *POLICIES))
+            model = Model(size, policy, filling=bool(self.counter % 2))
             self.uncertain[name] = model
             try:
-                volume = await pool.create_volume(name, len(model.content), model.policy)
+                volume = await pool.create_volume(name, size, policy, filling=model.filling)
             except TierError:
                 if self.machine.is_off:
                     raise

@@ -494,13 +494,13 @@ def test_either_program_copies_raw_images(volumes: Daemon, tmp_path: Path, progr
     assert (tmp_path / "out").stat().st_blocks * 512 < 3 * MIB
 
 
-def test_a_failed_import_is_deleted_though_a_schedule_has_taken_snapshots_of_it(
+def test_of_a_volume_that_is_being_imported_no_snapshot_is_taken_and_a_failed_one_is_deleted(
     volumes: Daemon, tmp_path: Path
 ) -> None:
     sparse_image(tmp_path / "raw")
     (tmp_path / "bin").mkdir()
     failing = tmp_path / "bin" / "nbdcopy"
-    failing.write_text(f"#!/bin/sh\n{sys.executable} -m terrace.cli snapshot create p/v@hourly || exit 0\nexit 1\n")
+    failing.write_text(f"#!/bin/sh\n{sys.executable} -m terrace.cli snapshot create p/v@hourly && exit 0\nexit 1\n")
     failing.chmod(0o755)
     variables = environment() | {"PATH": str(failing.parent), "TERRACE_HOME": str(volumes.home)}
     command = [sys.executable, "-m", "terrace.cli", "volume", "import", str(tmp_path / "raw"), "p/v", "--format", "raw"]

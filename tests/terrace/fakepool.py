@@ -76,6 +76,7 @@ class FakeVolume:
         self.policy_name = ""
         self.policy = DEFAULT
         self.policy_missing = False
+        self.filling = False
         self.path = path
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.ftruncate(self.fd, size_bytes)
@@ -336,6 +337,8 @@ class FakePool:
         }
         for name, policy in catalog.get("policies", {}).items():
             self._volumes[name].policy_name = policy
+        for name in catalog.get("filling", ()):
+            self._volumes[name].filling = True
         self._policies: dict[str, Policy] = {}
         self._origins: dict[str, str] = catalog.get("origins", {})
         self._snapshots = {
@@ -450,6 +453,7 @@ class FakePool:
             "devices": self._devices,
             "volumes": {volume.short_name: volume.size_bytes for volume in self._volumes.values()},
             "policies": {volume.short_name: volume.policy_name for volume in self._volumes.values()},
+            "filling": [volume.short_name for volume in self._volumes.values() if volume.filling],
             "origins": self._origins,
             "snapshots": {name: snapshot.known() for name, snapshot in self._snapshots.items()},
         }
@@ -489,7 +493,14 @@ class FakePool:
         self._save()
         return volume
 
-    async def create_volume(self, name: str, size_bytes: int, policy: str = "") -> FakeVolume:
+    async def set_filling(self, name: str, filling: bool) -> FakeVolume:
+        volume = self.volume(name)
+        await trio.lowlevel.checkpoint()
+        volume.filling = filling
+        self._save()
+        return volume
+
+    async def create_volume(self, name: str, size_bytes: int, policy: str = "", *, filling: bool = False) -> FakeVolume:
         validate_name("volume", name)
         validate_volume_size(size_bytes)
         await trio.lowlevel.checkpoint()
@@ -498,6 +509,7 @@ class FakePool:
         policy = self._require_policy(policy)
         self._volumes[name] = FakeVolume(self.name, self._directory / f"{name}.raw", size_bytes)
         self._volumes[name].policy_name = policy
+        self._volumes[name].filling = filling
         self._apply_policy(self._volumes[name])
         self._save()
         return self._volumes[name]
@@ -612,16 +624,23 @@ class FakePool:
         shutil.copyfile(source.path, path)
         return path
 
-    async def take_snapshots(self, wanted: Sequence[tuple[str, str]]) -> list[FakeSnapshot]:
+    async def take_snapshots(self, wanted: Sequence[tuple[str, str]], *, by_filler: bool = False) -> list[FakeSnapshot]:
         await trio.lowlevel.checkpoint()
         for volume, name in wanted:
             validate_name("snapshot", name)
             self.volume(volume)
             if f"{volume}@{name}" in self._snapshots:
                 raise TierError(errno.EEXIST, f"there is a snapshot {self.name}/{volume}@{name} already")
+            if not by_filler:
+                self._require_complete(self.volume(volume))
         if len(set(wanted)) < len(wanted):
             raise TierError(errno.EINVAL, "a volume is named twice")
         return [self._take(self.volume(volume), name) for volume, name in wanted]
+
+    @staticmethod
+    def _require_complete(volume: FakeVolume) -> None:
+        if volume.filling:
+            raise TierError(errno.EBUSY, f"{volume.name} is being filled and not complete")
 
     def _take(self, volume: FakeVolume, name: str) -> FakeSnapshot:
         full_name = f"{volume.short_name}@{name}"
@@ -693,7 +712,9 @@ class FakePool:
         if keep_as is not None:
             if f"{volume}@{keep_as}" in self._snapshots:
                 raise TierError(errno.EEXIST, f"there is a snapshot {there.name}@{keep_as} already")
+            self._require_complete(there)
             self._take(there, keep_as)
+        there.filling = False
         there.size_bytes = snapshot.size_bytes
         os.ftruncate(there.fd, there.size_bytes)
         os.pwrite(there.fd, snapshot.path.read_bytes(), 0)
@@ -739,6 +760,7 @@ class FakePool:
                 origin=self._origins.get(volume.short_name),
                 snapshots=len(self.snapshots(volume.short_name)),
                 referenced_bytes=volume.mapped_bytes(),
+                filling=volume.filling,
             )
             for volume in self.volumes()
         ]

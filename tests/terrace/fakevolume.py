@@ -73,11 +73,12 @@ class FakeVolume:
     markers: list[tuple[Marker, bytes]] = field(default_factory=list)
     fail_at: int | None = None
     writes: int = 0
+    filling: bool = False
 
     @contextlib.asynccontextmanager
     async def open(self, size_bytes: int) -> AsyncIterator[FakeVolume]:
         await trio.lowlevel.checkpoint()
-        self.exists = True
+        self.exists = self.filling = True
         self.image = self.image[:size_bytes].ljust(size_bytes, b"\0")
         yield self
 
@@ -99,13 +100,17 @@ class FakeVolume:
         if not self.exists:
             return None
         if not self.markers:
-            return Held(None, False)
+            return Held(None, False, not self.filling)
         marker, image = self.markers[-1]
-        return Held(Marker.parse(marker.name), image == self.image)
+        return Held(Marker.parse(marker.name), image == self.image, not self.filling)
 
     async def mark(self, marker: Marker) -> None:
         await trio.lowlevel.checkpoint()
         self.markers.append((marker, bytes(self.image)))
+
+    async def finish(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.filling = False
 
 
 @dataclass

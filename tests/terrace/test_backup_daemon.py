@@ -53,6 +53,7 @@ class Model:
                 return self._volume(volume)
             case "POST", "pools", "p", "volumes":
                 self.make(body["name"], body["size"])
+                self.volumes[body["name"]]["filling"] = body["filling"]
                 return self._volume(body["name"])
             case "PATCH", "pools", "p", "volumes", volume:
                 found = self._volume(volume)
@@ -60,9 +61,14 @@ class Model:
                 old = self.exports[f"p/{volume}"]
                 self._export(MemoryExport(f"p/{volume}", body["size"]), old)
                 return found
+            case "PUT", "pools", "p", "volumes", volume, "filling":
+                self._volume(volume).update(body)
+                return self._volume(volume)
             case "GET", "pools", "p", "volumes", volume, "snapshots":
                 return self.snapshots[volume]
             case "POST", "pools", "p", "volumes", volume, "snapshots":
+                if self._volume(volume)["filling"] and not body.get("by_filler"):
+                    raise ApiError(errno.EBUSY, f"{volume} is being filled")
                 return self.take(volume, body["name"])
             case "DELETE", "pools", "p", "volumes", volume, "snapshots", name:
                 self.snapshots[volume] = [one for one in self.snapshots[volume] if one["name"] != name]
@@ -71,7 +77,7 @@ class Model:
         raise AssertionError((method, path))
 
     def make(self, volume: str, size: int) -> MemoryExport:
-        self.volumes[volume] = {"name": f"p/{volume}", "size_bytes": size, "id": next(self.ids)}
+        self.volumes[volume] = {"name": f"p/{volume}", "size_bytes": size, "id": next(self.ids), "filling": False}
         self.snapshots[volume] = []
         return self._export(MemoryExport(f"p/{volume}", size), None)
 
@@ -216,6 +222,79 @@ def test_a_target_that_was_written_to_or_resized_takes_no_increment(tmp_path: Pa
         await restored(model, tmp_path, "new", at=older)
         model.take("new", "restore-check")
         await restored(model, tmp_path, "new", 1)
+
+    with_model(test)
+
+
+def test_a_target_is_marked_from_before_its_first_byte_until_all_streams_were_applied(tmp_path: Path) -> None:
+    async def test(model: Model) -> None:
+        for seed in range(3):
+            model.scribble("v", seed)
+            await back_up(model, tmp_path)
+        chain = read_directory(tmp_path).catalogue.whole
+        seen: list[tuple[str, bool]] = []
+        honest = model.request
+
+        def request(method: str, *path: str, body: Any = None) -> Any:
+            answer = honest(method, *path, body=body)
+            if method != "GET":
+                seen.append((path[-1], model.volumes["new"]["filling"]))
+            return answer
+
+        model.request = request  # type: ignore[method-assign]
+        await restored(model, tmp_path, "new", at=chain[1].header.snapshot.id)
+        applied = [("snapshots", True), ("filling", True), ("snapshots", True)]
+        assert seen == [("volumes", True), *applied, ("filling", False)]
+        seen.clear()
+        await restored(model, tmp_path, "new", 2)
+        probe = [("snapshots", False), ("restore-check", False)]
+        assert seen == [*probe, ("filling", True), ("snapshots", True), ("filling", False)]
+
+    with_model(test)
+
+
+def test_a_restore_that_dies_leaves_a_volume_that_takes_no_further_one_before_it_is_rolled_back(tmp_path: Path) -> None:
+    async def test(model: Model) -> None:
+        for seed in range(2):
+            model.scribble("v", seed)
+            await back_up(model, tmp_path)
+        older = read_directory(tmp_path).catalogue.whole[0].header.snapshot.id
+        honest = model.request
+
+        def dies_at(number: int) -> None:
+            left = iter(range(number))
+
+            def request(method: str, *path: str, body: Any = None) -> Any:
+                if method in ("PUT", "POST") and path[-1] in ("filling", "snapshots") and next(left, None) is None:
+                    raise ApiError(errno.ECONNREFUSED, "terraced has gone")
+                return honest(method, *path, body=body)
+
+            model.request = request  # type: ignore[method-assign]
+
+        # Before the first marker; before the increment is marked as under way; before its marker; before the end.
+        back = "roll it back to its snapshot restored-"
+        for number, way in enumerate(("delete it", back, back, back)):
+            model.volumes.pop("new", None)
+            dies_at(number)
+            with pytest.raises(ApiError, match="has gone"):
+                await restored(model, tmp_path, "new")
+            model.request = honest  # type: ignore[method-assign]
+            for first in range(2):
+                with pytest.raises(BackupError, match=f"p/new is not complete: .* has not ended.* {way}"):
+                    await restored(model, tmp_path, "new", first)
+            assert not any(one["name"] == "restore-check" for one in model.snapshots["new"])
+        # Rolled back, which the engine takes for complete.
+        model.volumes.pop("new")
+        await restored(model, tmp_path, "new", at=older)
+        dies_at(1)
+        with pytest.raises(ApiError, match="has gone"):
+            await restored(model, tmp_path, "new", 1)
+        model.request = honest  # type: ignore[method-assign]
+        marker = model.exports[f"p/new@{model.snapshots['new'][0]['name']}"]
+        model.exports["p/new"].view[:] = marker.view
+        model.volumes["new"]["filling"] = False
+        await restored(model, tmp_path, "new", 1)
+        assert model.exports["p/new"].data == model.exports["p/v"].data
 
     with_model(test)
 

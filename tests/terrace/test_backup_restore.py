@@ -266,10 +266,12 @@ def test_a_damaged_stream_leaves_the_target_marked_as_incomplete() -> None:
     assert "demo/new is incomplete now, with only a part of demo/vol@s2" in message
     assert f"roll it back to its snapshot {volume.markers[-1][0].name}" in message
     assert len(volume.markers) == 1
-    assert "changed since" in refused(volume, first)
+    further = refused(volume, first)
+    assert "is not complete: a restore or an import that was to fill it has not ended" in further
+    assert f"roll it back to its snapshot {volume.markers[-1][0].name}, or delete it" in further
     volume = FakeVolume()
     assert "delete it and restore again" in refused(volume, full[:-1])
-    assert volume.markers == [] and "not restored from a backup" in refused(volume, first)
+    assert volume.markers == [] and "is not complete" in refused(volume, first)
 
 
 def test_a_target_that_fails_is_incomplete_too() -> None:

@@ -41,6 +41,7 @@ class FakeVolume:
     short_name: str
     policy: Any
     policy_missing: bool = False
+    filling: bool = False
 
 
 @dataclass
@@ -301,6 +302,24 @@ def test_a_volume_whose_policy_went_missing_loses_no_history(tmp_path: Path) -> 
         pool.add("a")
         await trio.sleep(60)
         assert len(pool.names("a")) == 2
+
+    scene.run(course)
+
+
+def test_a_volume_that_is_being_filled_is_left_out_until_it_is_complete_and_then_taken_at_once(tmp_path: Path) -> None:
+    pool = fake("p", "a")
+    pool.add("new")
+    pool.fakes["new"].filling = True
+    pool.taken["new"] = [FakeSnapshot(f"p/new@{name}", name) for name in ("hourly-20261129T0900Z",) * 3]
+    scene = Scene(tmp_path, pool, default="hourly=1")
+
+    async def course() -> None:
+        await trio.sleep(2 * HOUR_S)
+        assert len(pool.names("a")) == 1 and "hourly-20261129T1400Z" in pool.names("a")
+        assert pool.names("new") == ["hourly-20261129T0900Z"] * 3, "neither taken nor deleted"
+        pool.fakes["new"].filling = False
+        await trio.sleep(2)
+        assert pool.names("new") == ["hourly-20261129T1400Z"]
 
     scene.run(course)
 

@@ -191,6 +191,7 @@ def sample(seq: int = 41, volumes: int = 3, incarnation: int = 2) -> State:
                 i == 1,
                 2 if i == 1 else 0,
                 3 + i,
+                i == 0,
             )
             for i in range(volumes)
         ],
@@ -252,13 +253,13 @@ def test_a_sound_copy_of_a_newer_version_is_told_from_a_damaged_one() -> None:
     with pytest.raises(BadCopyError) as damaged:
         decode_copy(data)
     assert not damaged.value.newer
-    with pytest.raises(BadCopyError, match="format version 99 and this release reads 3") as newer:
+    with pytest.raises(BadCopyError, match="format version 99 and this release reads 4") as newer:
         decode_copy(sealed(data))
     assert newer.value.newer
 
 
-def test_version_3_has_these_bytes() -> None:
-    assert full(sample())[0] == golden("v3-catalog-copy.hex", BLOCK_BYTES)
+def test_version_4_has_these_bytes() -> None:
+    assert full(sample())[0] == golden("v4-catalog-copy.hex", BLOCK_BYTES)
 
 
 # -- chains ------------------------------------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ ENDLESS = "WITH RECURSIVE n(i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM n) SEL
         ("UPDATE volumes SET name = 'a b'", "can't name a volume"),
         ("UPDATE volumes SET mapped_blocks = 'many'", "mapped_blocks is 'many'"),
         ("UPDATE volumes SET created_at = 1e300", "created_at"),
+        ("UPDATE volumes SET filling = 2", "filling is 2"),
         ("UPDATE segments SET kind = 9", "kind is 9"),
         ("UPDATE segments SET device = 7", "lies on device 7"),
         ("UPDATE segments SET idx = 100000", "idx is 100000"),

@@ -79,6 +79,8 @@ def operation(draw: st.DrawFn, kind: Kind) -> tuple[list[int], int, list[int]]:
     elif op is Op.POLICY:
         policy = draw(st.from_regex(r"([A-Za-z0-9][A-Za-z0-9._-]{0,63})?", fullmatch=True))
         a, extra = len(policy), words_from_name(policy)
+    elif op is Op.FILLING:
+        a = draw(st.integers(0, 1))
     elif op in (Op.MOVE, Op.RELOCATE):
         count = draw(st.integers(0, 300))
         a = draw(st.integers(0, MAX_SLOTS - 1)) << 32 | count
@@ -262,7 +264,7 @@ def rewritten(offset: int, layout: str, value: int) -> Callable[[bytearray], Non
         (rewritten(84, "<I", 3), "do not match"),
         (rewritten(84, "<I", 2**31), "impossible counts"),
         (rewritten(88, "<I", 1), "do not match"),
-        (rewritten(104, "<Q", 15 << 56 | 1), "unknown operation 15"),
+        (rewritten(104, "<Q", 16 << 56 | 1), "unknown operation 16"),
         (rewritten(104, "<Q", 1), "unknown operation 0"),
         (rewritten(104 + 16, "<Q", 3), "do not match"),
         (rewritten(104 + 16, "<Q", 2**64 - 1), "no volume has"),
@@ -315,6 +317,8 @@ def words_of(name: bytes) -> list[int]:
         (Kind.LOG, [Op.POLICY << 56 | 1, 2**64 - 1, 0], [], words_of(b"abcdefgh"), "do not match"),
         (Kind.LOG, [Op.POLICY << 56 | 1, 0, 0], [], words_of(b"a"), "do not match"),
         (Kind.MOVED, [Op.POLICY << 56 | 1, 0, 0], [], [], "POLICY in a batch of kind MOVED"),
+        (Kind.LOG, [Op.FILLING << 56 | 1, 2, 0], [], [], "a mark of being filled that is 2"),
+        (Kind.MOVED, [Op.FILLING << 56 | 1, 1, 0], [], [], "FILLING in a batch of kind MOVED"),
         (Kind.LOG, [Op.LINK << 56, 0, 0], [], [], "link to segment 0"),
         (Kind.LOG, [Op.LINK << 56 | 2**40, 0, 0], [], [], "link to segment"),
         (Kind.LOG, [Op.MOVE << 56 | 2**40, 0, 0], [], [0], "move into segment"),
@@ -402,6 +406,22 @@ BATCHES = {
         [],
         [NAME, *words_of(b"gold-fast")],
     ),
+    "v1-batch-filling.hex": (
+        Kind.LOG,
+        7,
+        10,
+        2,
+        1006,
+        0xDEADBEEFCAFEF00D,
+        990,
+        [
+            *(Op.CREATE << 56 | 6, 2 << 30, 1_700_000_000 << 8 | 5),
+            *(Op.FILLING << 56 | 6, 1, 0),
+            *(Op.FILLING << 56 | 5, 0, 0),
+        ],
+        [],
+        [NAME],
+    ),
     "v1-batch-relocate.hex": (
         Kind.LOG,
         7,
@@ -466,7 +486,7 @@ def test_the_batches_of_version_1_are_these_bytes(name: str) -> None:
 
 
 def test_the_golden_log_batch_has_every_operation_of_the_log() -> None:
-    later = {Op.POLICY, Op.RELOCATE, Op.LOST, Op.REWRITE}  # which have images of their own
+    later = {Op.POLICY, Op.RELOCATE, Op.LOST, Op.REWRITE, Op.FILLING}  # which have images of their own
     assert {Op(first >> 56) for first, _, _ in LOG_OPS} == set(Op) - {Op.PAGE, Op.CATALOG} - later
 
 
