@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import socket
 from collections import deque
@@ -87,13 +88,15 @@ class _Request:
 class Channel:
     """One export, over one connection after another. All of it belongs to the trio thread."""
 
-    def __init__(self, name: str, dial: Dial) -> None:
+    def __init__(self, name: str, dial: Dial, *, patience_s: float = math.inf) -> None:
+        """`patience_s`: without a server for so long, the channel is over, and requests fail with ETIMEDOUT."""
         self.terms = Terms(0, 0)
         """Of the present or last connection."""
         self.inflight_bytes = 0
         self.connected = False
         self._name = name
         self._dial = dial
+        self._patience_s = patience_s
         self._cookie = 0
         self._requests: dict[int, _Request] = {}  # by cookie, in the order of their submission
         self._outbox: deque[bytes | memoryview] = deque()
@@ -208,7 +211,8 @@ class Channel:
             return
 
     async def _dial_again(self) -> tuple[socket.socket, Terms]:
-        pause_s, told_s = FIRST_PAUSE_S, trio.current_time()
+        pause_s = FIRST_PAUSE_S
+        lost_s = told_s = trio.current_time()
         while True:
             await trio.sleep(pause_s)
             try:
@@ -217,6 +221,8 @@ class Channel:
                 raise
             except OSError as error:
                 pause_s = min(LONGEST_PAUSE_S, 2 * pause_s)
+                if trio.current_time() - lost_s >= self._patience_s:
+                    raise GoneError(errno.ETIMEDOUT, f"no server for {self._patience_s:g} s; giving up") from None
                 if trio.current_time() - told_s >= REMINDER_S:
                     told_s = trio.current_time()
                     waiting = len(self._requests)

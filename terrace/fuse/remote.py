@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -43,11 +44,14 @@ _ALLOCATION: Final = nbd_wire.META_ALLOCATION
 class DaemonDirectory:
     """Implements `terrace.fuse.files.Directory`; `daemon_directory` makes it. `only`: the one export that is shown."""
 
-    def __init__(self, home: Home, http: httpx.AsyncClient, nursery: trio.Nursery, only: str | None) -> None:
+    def __init__(
+        self, home: Home, http: httpx.AsyncClient, nursery: trio.Nursery, only: str | None, patience_s: float
+    ) -> None:
         self._home = home
         self._http = http
         self._nursery = nursery
         self._only = only
+        self._patience_s = patience_s
         self._open: dict[str, DaemonFile] = {}  # by identity
 
     async def pools(self) -> Sequence[str]:
@@ -100,7 +104,7 @@ class DaemonDirectory:
         record = await self.export(name)
         file = self._open.get(record.identity)
         if file is None:
-            file = DaemonFile(self, self._home, record, device, self._nursery, self._closed)
+            file = DaemonFile(self, self._home, record, device, self._nursery, self._closed, self._patience_s)
             await self._nursery.start(file.run)
             # Two may have opened it at the same time; the other's goes.
             file, spare = self._open.setdefault(record.identity, file), file
@@ -114,14 +118,19 @@ class DaemonDirectory:
 
 
 @asynccontextmanager
-async def daemon_directory(home: Home, *, only: str | None = None) -> AsyncIterator[DaemonDirectory]:
-    """The exports of the daemon at `home`, which need not be running yet."""
+async def daemon_directory(
+    home: Home, *, only: str | None = None, patience_s: float = math.inf
+) -> AsyncIterator[DaemonDirectory]:
+    """The exports of the daemon at `home`, which need not be running yet.
+
+    `only`: the one that is shown. `patience_s`: how long reads and writes wait for a daemon that is gone.
+    """
     transport = httpx.AsyncHTTPTransport(uds=str(home.api_socket), verify=False)
     async with (
         httpx.AsyncClient(transport=transport, base_url="http://terraced", timeout=PATIENCE_S) as http,
         trio.open_nursery() as nursery,
     ):
-        yield DaemonDirectory(home, http, nursery, only)
+        yield DaemonDirectory(home, http, nursery, only, patience_s)
         nursery.cancel_scope.cancel()
 
 
@@ -136,6 +145,7 @@ class DaemonFile:
         device: Device,
         nursery: trio.Nursery,
         closed: Callable[[DaemonFile], None],
+        patience_s: float,
     ) -> None:
         self.record = record
         self.size_bytes = record.size_bytes
@@ -146,7 +156,7 @@ class DaemonFile:
         self._device = device
         self._nursery = nursery
         self._lengths: dict[int, int] = {}  # of WRITEs without an answer
-        self._channel = Channel(record.name, self._dial)
+        self._channel = Channel(record.name, self._dial, patience_s=patience_s)
         self._scope = trio.CancelScope()
         self._submit = self._channel.submit
 
