@@ -50,25 +50,18 @@ def require_fuse() -> None:
 
 
 async def _serve(context: Context, directory: Path, read_only: bool) -> None:
-    from terrace.fuse.device import MountError
     from terrace.fuse.remote import daemon_directory
     from terrace.fuse.session import mounted
 
-    refusal: MountError | None = None
-    try:
-        async with (
-            daemon_directory(context.home) as exports,
-            mounted(exports, directory, read_only=read_only) as session,
-            trio.open_nursery() as nursery,
-        ):
-            click.echo(f"Volumes and snapshots are files below {session.mountpoint}; Ctrl-C unmounts.")
-            await nursery.start(_obey, session)
-            await session.ended.wait()
-            nursery.cancel_scope.cancel()
-    except* MountError as group:
-        refusal = group.exceptions[0] if isinstance(group.exceptions[0], MountError) else None
-    if refusal is not None:
-        raise refusal
+    async with (
+        daemon_directory(context.home) as exports,
+        mounted(exports, directory, read_only=read_only) as session,
+        trio.open_nursery() as nursery,
+    ):
+        click.echo(f"Volumes and snapshots are files below {session.mountpoint}; Ctrl-C unmounts.")
+        await nursery.start(_obey, session)
+        await session.ended.wait()
+        nursery.cancel_scope.cancel()
 
 
 async def _obey(session: Session, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

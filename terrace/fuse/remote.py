@@ -126,12 +126,18 @@ async def daemon_directory(
     `only`: the one that is shown. `patience_s`: how long reads and writes wait for a daemon that is gone.
     """
     transport = httpx.AsyncHTTPTransport(uds=str(home.api_socket), verify=False)
+    failure: Exception | None = None
     async with (
         httpx.AsyncClient(transport=transport, base_url="http://terraced", timeout=PATIENCE_S) as http,
         trio.open_nursery() as nursery,
     ):
-        yield DaemonDirectory(home, http, nursery, only, patience_s)
+        try:
+            yield DaemonDirectory(home, http, nursery, only, patience_s)
+        except Exception as error:
+            failure = error  # raised behind the nursery, which would wrap it
         nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
 
 
 class DaemonFile:

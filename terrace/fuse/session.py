@@ -64,6 +64,7 @@ async def mounted(directory: Directory, mountpoint: Path, *, read_only: bool = F
         tree = Tree(directory, device, read_only=read_only)
         transmission = Transmission(device, tree.file)
         session = Session(mountpoint, tree)
+        failure: Exception | None = None
         pyfuse3.init(tree, f"/dev/fd/{os.dup(transmission.libfuse_end.fileno())}", set())
         transmission.libfuse_end.close()
         try:
@@ -72,6 +73,8 @@ async def mounted(directory: Directory, mountpoint: Path, *, read_only: bool = F
                 nursery.start_soon(_serve, transmission, session)
                 try:
                     yield session
+                except Exception as error:
+                    failure = error  # raised behind the nursery, which would wrap it
                 finally:
                     if not session.ended.is_set():
                         with trio.CancelScope(shield=True):
@@ -82,6 +85,8 @@ async def mounted(directory: Directory, mountpoint: Path, *, read_only: bool = F
             pyfuse3.close(unmount=False)
     finally:
         device.close()
+    if failure is not None:
+        raise failure
 
 
 async def _serve(transmission: Transmission, session: Session) -> None:
