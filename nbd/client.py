@@ -49,9 +49,11 @@ from nbd.negotiate import Terms, negotiate
 from nbd.replies import KEPT_EXTENTS, Pending, Replies
 from nbd.uri import Address, parse_uri
 
-__all__ = ["Address", "Client", "ClientLimits", "connect", "parse_uri"]
+__all__ = ["Address", "Client", "ClientLimits", "attach", "connect", "parse_uri"]
 
 INBOX_BYTES: Final = 256 << 10
+SEND_BUFFER_BYTES: Final = 1 << 20
+"""Of a Unix socket that ``attach`` returns: a WRITE of 1 MiB should leave in one call."""
 BATCH_BYTES: Final = 1 << 20
 """So much leaves with one call to the kernel."""
 BATCH_BUFFERS: Final = 128
@@ -100,7 +102,7 @@ async def connect(
         address, named = parse_uri(address)
         export = named if export is None else export
     export = export or ""
-    peer = f"{address}/{export}" if isinstance(address, Path) else f"{address[0]}:{address[1]}/{export}"
+    peer = _peer(address, export)
     sock, terms = await _attach(address, export, contexts, limits, peer)
     failure: Exception | None = None
     try:
@@ -554,14 +556,34 @@ def _pieces(offset: int, length: int, terms: Terms, most: int = 0) -> Iterator[t
 # --- sockets and the handshake ---
 
 
+async def attach(
+    address: Address, export: str, *, limits: ClientLimits | None = None
+) -> tuple[socket.socket, Terms]:
+    """A non-blocking socket that is in transmission, with simple replies, for who speaks the rest itself.
+
+    The socket is the caller's, who closes it. Raises OSError with a sentence, as ``connect`` does.
+    """
+    sock, terms = await _attach(address, export, (), limits or ClientLimits(), _peer(address, export), structured=False)
+    family, kind = sock.family, sock.type
+    own = socket.socket(family, kind, fileno=sock.detach())
+    own.setblocking(False)
+    if family == socket.AF_UNIX:
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    return own, terms
+
+
+def _peer(address: Address, export: str) -> str:
+    return f"{address}/{export}" if isinstance(address, Path) else f"{address[0]}:{address[1]}/{export}"
+
+
 async def _attach(
-    address: Address, export: str, contexts: Sequence[str], limits: ClientLimits, peer: str
+    address: Address, export: str, contexts: Sequence[str], limits: ClientLimits, peer: str, *, structured: bool = True
 ) -> tuple[trio.socket.SocketType, Terms]:
     with trio.move_on_after(limits.handshake_timeout_s):
         try:
             sock = await _open(address)
             try:
-                return sock, await _shake_hands(sock, export, contexts)
+                return sock, await _shake_hands(sock, export, contexts, structured=structured)
             except BaseException:
                 sock.close()
                 raise
@@ -602,8 +624,10 @@ async def _open_one(family: int, target: object) -> trio.socket.SocketType:
     return sock
 
 
-async def _shake_hands(sock: trio.socket.SocketType, export: str, contexts: Sequence[str]) -> Terms:
-    steps = negotiate(export, contexts)
+async def _shake_hands(
+    sock: trio.socket.SocketType, export: str, contexts: Sequence[str], *, structured: bool
+) -> Terms:
+    steps = negotiate(export, contexts, structured=structured)
     answer: bytes | None = None
     while True:
         try:

@@ -5,8 +5,8 @@ are sent in; it returns the ``Terms``. So it never holds more than one reply, an
 handshake is taken. It raises ``OSError``: EPROTO where the server breaks the protocol, else what the
 server's refusal means.
 
-It asks for structured replies and the contexts, then for GO with the block sizes; of a server that
-has no GO it asks EXPORT_NAME. It speaks fixed newstyle only, and no TLS.
+It asks for structured replies (if wanted) and the contexts, then for GO with the block sizes; of a
+server that has no GO it asks EXPORT_NAME. It speaks fixed newstyle only, and no TLS.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ class Terms:
     """Of one READ or WRITE; a multiple of the minimum, and at most 32 MiB."""
 
 
-def negotiate(export: str, contexts: Sequence[str]) -> Steps:
-    """Attach to ``export``; see above."""
+def negotiate(export: str, contexts: Sequence[str], *, structured: bool = True) -> Steps:
+    """Attach to ``export``; see above. Without structured replies there are no contexts either."""
     flags = yield from _greeting()
     no_zeroes = bool(flags & wire.FLAG_NO_ZEROES)
     yield wire.CLIENT_FLAGS.pack(wire.FLAG_C_FIXED_NEWSTYLE | (wire.FLAG_C_NO_ZEROES if no_zeroes else 0))
     name = _string(export)
-    structured = yield from _structured_replies()
+    structured = structured and (yield from _structured_replies())
     found: dict[int, str] = {}
     if structured and contexts:
         found = yield from _select(name, list(dict.fromkeys(contexts)))

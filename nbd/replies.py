@@ -350,6 +350,11 @@ def protocol_error(text: str) -> OSError:
     return OSError(errno.EPROTO, text)
 
 
+def errno_of(value: int) -> int:
+    """What the protocol's error value means here; EIO for those that it doesn't define."""
+    return _ERRORS.get(value, errno.EIO)
+
+
 def printable(raw: bytes) -> str:
     """A server's text, fit for a terminal or a log."""
     text = raw[: wire.MAX_STRING_BYTES].decode("utf-8", "replace")

@@ -64,6 +64,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from terrace.definitions import Definitions
 from terrace.events import Events
+from terrace.exports import find_export, record_of, records_of
 from terrace.pools import Pools, Slot
 from terrace.schema import Size
 from terrace.sizes import format_size
@@ -319,6 +320,8 @@ class Api:
             self._route("GET", "/v1/events", self.list_events),
             self._route("GET", f"{pool}/scrub", self.show_scrub),
             self._route("POST", f"{pool}/scrub", self.scrub_pool),
+            self._route("GET", f"{pool}/exports", self.list_exports),
+            self._route("GET", f"{pool}/exports/{{export}}", self.show_export),
             self._route("GET", f"{pool}/volumes", self.list_volumes),
             self._route("POST", f"{pool}/volumes", self.create_volume),
             self._route("GET", volume, self.show_volume),
@@ -443,6 +446,14 @@ class Api:
             else:
                 status = await (pool.scrubber.pause() if body.action == "pause" else pool.scrubber.stop())
             return JSONResponse(_plain(status))
+
+    async def list_exports(self, request: Request) -> Response:
+        with self._pools.using(request.path_params["pool"]) as pool:
+            return await _long_list(records_of(pool))
+
+    async def show_export(self, request: Request) -> Response:
+        with self._pools.using(request.path_params["pool"]) as pool:
+            return JSONResponse(_plain(record_of(pool, find_export(pool, request.path_params["export"]))))
 
     async def list_volumes(self, request: Request) -> Response:
         with self._pools.using(request.path_params["pool"]) as pool:

@@ -83,7 +83,7 @@ class ApiClient:
         except httpx.HTTPError as error:
             raise self._lost(error) from None
         if response.is_error:
-            raise _refusal(response.content)
+            raise refusal(response.content)
         return response.json() if response.content else None
 
     def stream(self, method: str, *path: str, body: object = None) -> Iterator[Any]:
@@ -92,11 +92,11 @@ class ApiClient:
         try:
             with self._http.stream(method, _url(path), json=body, timeout=silence_s) as response:
                 if response.is_error:
-                    raise _refusal(response.read())
+                    raise refusal(response.read())
                 for line in response.iter_lines():
                     content = json.loads(line)
                     if "error" in content:
-                        raise _refusal(line.encode())
+                        raise refusal(line.encode())
                     yield content
         except httpx.TimeoutException:
             raise self._silent(silence_s) from None
@@ -176,7 +176,8 @@ def _url(path: tuple[str, ...]) -> str:
     return "/v1/" + "/".join(quote(part, safe="") for part in path)
 
 
-def _refusal(content: bytes) -> ApiError:
+def refusal(content: bytes) -> ApiError:
+    """What a body with an error means."""
     try:
         body = json.loads(content)
         return ApiError(getattr(errno, str(body["errno"]), errno.EIO), str(body["error"]))

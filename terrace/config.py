@@ -124,6 +124,18 @@ class ScrubConfig(Section):
         return Plan(interval_seconds(self.interval), window_minutes(self.window))
 
 
+def _is_mountpoint(text: str) -> str:
+    if text and not Path(text).is_absolute():
+        raise ValueError(f"{text!r} is not an absolute path; write the whole path of an empty directory")
+    return text
+
+
+class FuseConfig(Section):
+    """[fuse]: where the daemon shows volumes and snapshots as files."""
+
+    mountpoint: Annotated[str, AfterValidator(_is_mountpoint)] = Field("", max_length=4095)
+
+
 class LogConfig(Section):
     """[log]: what goes to standard error."""
 
@@ -137,6 +149,7 @@ class Config(Section):
     pool: PoolConfig = PoolConfig()
     space: SpaceConfig = SpaceConfig()
     scrub: ScrubConfig = ScrubConfig()
+    fuse: FuseConfig = FuseConfig()
     log: LogConfig = LogConfig()
     policy: dict[str, PolicyConfig] = Field(default_factory=dict)
 

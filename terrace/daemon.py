@@ -126,6 +126,8 @@ async def run(home: Home, file: Path | None, config: Config, stalls: StallMeter,
             trio.open_signal_receiver(signal.SIGHUP) as hangups,
         ):
             try:
+                if config.fuse.mountpoint:
+                    await _require_fuse(Path(config.fuse.mountpoint))
                 listeners = await _bind_nbd(home, config, sockets)
                 api_listener = await open_unix(home.api_socket, 0o600)
             except OSError as error:
@@ -176,6 +178,11 @@ async def _serve(
         daemon = Daemon(home, listeners, server, stalls)
         api_shutdown = trio.Event()
         await services.start(serve_http, Api(pools, daemon, definitions, events).app(), api_listener.sock, api_shutdown)
+        if config.fuse.mountpoint:
+            # What it needs is an extra that not everybody has; whoever configures it has been asked for it at start.
+            from terrace.fuse.service import serve_files
+
+            services.start_soon(serve_files, pools, Path(config.fuse.mountpoint), told)
         async with trio.open_nursery() as background:
             background.start_soon(keep_schedule, pools, config.scrub.plan())
             background.start_soon(keep_watch, pools, config.space.levels, events)
@@ -212,6 +219,17 @@ async def _bind_nbd(home: Home, config: Config, sockets: ExitStack) -> list[List
     if not listeners:
         raise OSError(errno.EINVAL, "there is nothing to serve NBD on; set listen or socket under [nbd]")
     return listeners
+
+
+async def _require_fuse(mountpoint: Path) -> None:
+    """Raises OSError if nothing can be mounted there."""
+    try:
+        from terrace.fuse.session import require_mountpoint
+    except ImportError as error:
+        raise OSError(
+            errno.ENOTSUP, f"mountpoint under [fuse] needs pyfuse3 ({error}): pip install 'terrace[fuse]'"
+        ) from None
+    await require_mountpoint(mountpoint)
 
 
 def _next_step(error: OSError) -> str:

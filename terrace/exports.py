@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import heapq
+from dataclasses import dataclass
 from typing import cast
 
 import trio
@@ -15,11 +16,52 @@ import trio
 from nbd.export import Export
 from terrace.pools import Pools
 from terrace.sizes import format_size
-from tiers import Snapshot, TierError, Volume
+from tiers import Pool, Snapshot, TierError, Volume
+from tiers.layout import BLOCK_BYTES
 from tiers.limits import begin_client
 
 LISTED_SNAPSHOTS = 64
 """Over all pools."""
+
+
+@dataclass(frozen=True)
+class ExportRecord:
+    """An export as those see it who make files or devices of it. Cheap: nothing is counted for it."""
+
+    name: str
+    """POOL/VOL or POOL/VOL@SNAP."""
+    identity: str
+    """Never another export's. Another one when a rollback has put something else under the name."""
+    size_bytes: int
+    allocated_bytes: int
+    """At the last checkpoint, and before blocks were packed."""
+    read_only: bool
+    created_at: float
+    """Seconds since the epoch."""
+
+
+def record_of(pool: Pool, export: Volume | Snapshot) -> ExportRecord:
+    """What is told of an export of `pool`."""
+    return ExportRecord(
+        name=export.name,
+        identity=f"{pool.uuid}/{export.id}",
+        size_bytes=export.size_bytes,
+        allocated_bytes=export.shown_blocks * BLOCK_BYTES,
+        read_only=export.read_only,
+        created_at=export.created_at,
+    )
+
+
+def records_of(pool: Pool) -> list[ExportRecord]:
+    """All exports of a pool, each volume before its snapshots."""
+    exports: list[Volume | Snapshot] = [*pool.volumes(), *pool.snapshots()]
+    return sorted((record_of(pool, export) for export in exports), key=lambda record: record.name)
+
+
+def find_export(pool: Pool, name: str) -> Volume | Snapshot:
+    """VOL or VOL@SNAP. Raises TierError ENOENT."""
+    volume_name, at, snapshot_name = name.partition("@")
+    return pool.snapshot(volume_name, snapshot_name) if at else pool.volume(volume_name)
 
 
 class PoolExports:
@@ -70,9 +112,7 @@ class PoolExports:
             raise FileNotFoundError(
                 errno.ENOENT, f"there is no export {name!r}; exports are named POOL/VOL or POOL/VOL@SNAP"
             )
-        pool = self._pools.pool(pool_name)
-        volume_name, at, snapshot_name = rest.partition("@")
-        return pool.snapshot(volume_name, snapshot_name) if at else pool.volume(volume_name)
+        return find_export(self._pools.pool(pool_name), rest)
 
     def _default(self) -> Volume:
         volumes = list(self._pools.open_volumes())

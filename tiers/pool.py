@@ -950,7 +950,7 @@ class Pool:
                     v.family,
                     _origin_name(v),
                     len(snapshots.get(v.family, ())),
-                    (v.referenced_blocks if v.layered else v.tree.mapped_blocks) * BLOCK_BYTES,
+                    v.shown_blocks * BLOCK_BYTES,
                     v.filling,
                 )
                 for v in self.volumes()

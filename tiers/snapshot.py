@@ -143,6 +143,11 @@ class Snapshot(Reader):
         self.exclusive_blocks: int | None = None
         """Of those, the ones that would be given back with it, when that was counted last; None if it has changed."""
 
+    @property
+    def shown_blocks(self) -> int:
+        """Blocks with data that its clients see."""
+        return self.referenced_blocks
+
     # -- what is seen ----------------------------------------------------------------------------------------------
 
     def layers(self) -> list[MapTree]:

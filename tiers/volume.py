@@ -127,6 +127,11 @@ class Volume(Reader):
         """Operations as they were logged, word by word."""
 
     @property
+    def shown_blocks(self) -> int:
+        """Blocks with data that its clients see, at the last checkpoint."""
+        return self.referenced_blocks if self.layered else self.tree.mapped_blocks
+
+    @property
     def has_history(self) -> bool:
         """Whether what is overwritten may have to be kept for a snapshot."""
         return bool(self.snapshots) or self.taking is not None

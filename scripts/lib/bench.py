@@ -9,6 +9,7 @@
 - `pressure`: random writes for ever into a pool of volume / 0.85: the cleaner and checkpoints at work.
 - `scrub`: scrubs against fio's sequential read of the same device, in turn; then one beside a client.
 - `snapshots`: what they cost, and what asking for changes costs (`bench_snapshots`); not among the default ones.
+- `fuse`: volumes as files against nbdfuse (`bench_fuse`); not among the default ones.
 - `tiering`: a fast tier over a base device slowed to a hard disk's pace (`bench_tiering`); not among the default ones.
 
 The daemon itself reports the longest stall of its event loop, which is shown for each load. Absolute numbers tell about
@@ -34,6 +35,7 @@ from typing import Any
 
 import psutil
 from bench_fio import FioError, Measurement, fio
+from bench_fuse import fuse
 from bench_scrub import scrub
 from bench_sections import STALL_TARGET_MS, Result, big, pressure, reopen
 from bench_servers import Server, Terrace, all_servers
@@ -49,7 +51,7 @@ from tests.system.daemon import REPOSITORY, DaemonError
 MIB = 1 << 20
 BASELINE = "qemu-nbd raw"
 SECTIONS = ("throughput", "big", "reopen", "pressure", "scrub")
-ALL_SECTIONS = (*SECTIONS, "tiering", "snapshots")
+ALL_SECTIONS = (*SECTIONS, "tiering", "snapshots", "fuse")
 WARM_PASSES = (3, 7)  # at least, at most
 console = Console(width=None if sys.stdout.isatty() else 160)
 
@@ -138,6 +140,7 @@ def main() -> int:
             "snapshots": lambda: results.extend(
                 snapshots(directory, options.snapshot_parts, options.seconds, options.rounds, full=options.full)
             ),
+            "fuse": lambda: results.extend(fuse(directory, options.seconds, options.rounds, options.size // 2, say)),
             "tiering": lambda: results.extend(
                 tiering(directory, options.parts, scale_of(options.seconds, full=options.full), say)
             ),
@@ -178,7 +181,7 @@ def arguments() -> argparse.Namespace:
         "section", nargs="*", metavar="SECTION", help="the same as --only, as in `scripts/bench tiering`"
     )
     parser.add_argument(
-        "--only", nargs="+", choices=ALL_SECTIONS, default=SECTIONS, help="default: all but tiering and snapshots"
+        "--only", nargs="+", choices=ALL_SECTIONS, default=SECTIONS, help=f"default: {', '.join(SECTIONS)}"
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of tiering (default: all)")
     parser.add_argument(

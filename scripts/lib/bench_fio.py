@@ -1,10 +1,11 @@
-"""One fio run against one NBD URI, and what of its report the bench uses."""
+"""One fio run against one NBD URI or one file, and what of its report the bench uses."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -28,7 +29,16 @@ class Measurement:
 
 def fio(uri: str, *options: str, timeout_s: float = 180.0) -> Measurement:
     """Runs one job with these options. A request that fails, or is never answered, fails the run."""
-    command = ["fio", "--name=bench", "--ioengine=nbd", f"--uri={uri}", "--output-format=json", *options]
+    return _run("--ioengine=nbd", f"--uri={uri}", *options, timeout_s=timeout_s)
+
+
+def fio_file(path: Path, *options: str, timeout_s: float = 180.0) -> Measurement:
+    """The same on a file or block device, with direct asynchronous IO."""
+    return _run("--ioengine=libaio", "--direct=1", f"--filename={path}", *options, timeout_s=timeout_s)
+
+
+def _run(*options: str, timeout_s: float) -> Measurement:
+    command = ["fio", "--name=bench", "--output-format=json", *options]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired:

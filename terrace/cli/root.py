@@ -14,6 +14,7 @@ from terrace.cli.backup import backup
 from terrace.cli.completion import completion
 from terrace.cli.context import Context
 from terrace.cli.events import events
+from terrace.cli.mount import mount
 from terrace.cli.output import complain
 from terrace.cli.policy import policy
 from terrace.cli.pool import pool
@@ -73,5 +74,5 @@ def root(context: click.Context, home: str | None) -> None:
     context.obj = Context(home)
 
 
-for command in (pool, volume, snapshot, policy, backup, restore, status, events, completion):
+for command in (pool, volume, snapshot, policy, backup, restore, mount, status, events, completion):
     root.add_command(command)

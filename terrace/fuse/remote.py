@@ -1,0 +1,284 @@
+"""A daemon's volumes as files, in a process of its own that outlives the daemon.
+
+Names and sizes come over the control API, bytes over NBD: a channel for each export that is open (`nbd.channel`), which
+waits while the daemon is gone and sends again what it had not answered. Metadata waits too, but not for ever: after
+`PATIENCE_S` the caller gets an error.
+
+A volume that a rollback or a new volume has replaced is another one, though it has the same name; what was open stays
+the old one, and fails with ESTALE: a file system in the kernel's memory must never be written over another one's.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, Final
+from urllib.parse import quote
+
+import httpx
+import trio
+
+from nbd import wire as nbd_wire
+from nbd.channel import Channel, GoneError
+from nbd.client import attach, connect
+from nbd.negotiate import Terms
+from terrace.apiclient import refusal
+from terrace.exports import ExportRecord
+from terrace.fuse.device import Device
+from terrace.fuse.files import OpenFile
+from terrace.fuse.seek import seek
+from terrace.fuse.wire import LONGEST_BYTES
+from terrace.home import Home
+
+PATIENCE_S: Final = 30.0
+PAUSE_S: Final = 0.1
+ZERO_PIECE_BYTES: Final = 1 << 30
+_ALLOCATION: Final = nbd_wire.META_ALLOCATION
+
+
+class DaemonDirectory:
+    """Implements `terrace.fuse.files.Directory`; `daemon_directory` makes it. `only`: the one export that is shown."""
+
+    def __init__(
+        self, home: Home, http: httpx.AsyncClient, nursery: trio.Nursery, only: str | None, patience_s: float
+    ) -> None:
+        self._home = home
+        self._http = http
+        self._nursery = nursery
+        self._only = only
+        self._patience_s = patience_s
+        self._open: dict[str, DaemonFile] = {}  # by identity
+
+    async def pools(self) -> Sequence[str]:
+        if self._only is not None:
+            return [self._only.partition("/")[0]]
+        return [pool["name"] for pool in await self._ask("pools") if pool["state"] in ("online", "read-only")]
+
+    async def exports(self, pool: str) -> Sequence[ExportRecord]:
+        if self._only is not None:
+            return [await self.export(self._only)] if self._only.startswith(f"{pool}/") else []
+        return [self._known(record) for record in await self._ask("pools", pool, "exports")]
+
+    async def export(self, name: str) -> ExportRecord:
+        if self._only is not None and name != self._only:
+            raise FileNotFoundError(errno.ENOENT, f"{name} is not shown here")
+        pool, _, rest = name.partition("/")
+        return self._known(await self._ask("pools", pool, "exports", rest))
+
+    def _known(self, answer: dict[str, Any]) -> ExportRecord:
+        record = ExportRecord(**answer)
+        if (file := self._open.get(record.identity)) is not None:
+            file.size_bytes = record.size_bytes
+        return record
+
+    async def space(self) -> tuple[int, int]:
+        pools = [pool for pool in await self._ask("pools") if pool["state"] in ("online", "read-only")]
+        return sum(pool["capacity_bytes"] for pool in pools), sum(pool["available_bytes"] for pool in pools)
+
+    async def _ask(self, *path: str) -> Any:
+        """The answer to a GET. A daemon that doesn't answer is waited for; ETIMEDOUT after `PATIENCE_S`."""
+        url = "/v1/" + "/".join(quote(part, safe="") for part in path)
+        with trio.move_on_after(PATIENCE_S):
+            while True:
+                try:
+                    response = await self._http.get(url)
+                except httpx.TransportError:
+                    await trio.sleep(PAUSE_S)
+                    continue
+                if not response.is_error:
+                    return json.loads(response.content)
+                error = refusal(response.content)
+                if error.errno == errno.ENOENT:
+                    raise FileNotFoundError(errno.ENOENT, str(error))
+                raise error
+        raise OSError(
+            errno.ETIMEDOUT, f"no terraced has answered at {self._home.api_socket} for {PATIENCE_S:g} s; is it running?"
+        )
+
+    async def open(self, name: str, device: Device) -> OpenFile:
+        record = await self.export(name)
+        file = self._open.get(record.identity)
+        if file is None:
+            file = DaemonFile(self, self._home, record, device, self._nursery, self._closed, self._patience_s)
+            await self._nursery.start(file.run)
+            # Two may have opened it at the same time; the other's goes.
+            file, spare = self._open.setdefault(record.identity, file), file
+            if file is not spare:
+                spare.cancel()
+        file.users += 1
+        return file
+
+    def _closed(self, file: DaemonFile) -> None:
+        del self._open[file.record.identity]
+
+
+@asynccontextmanager
+async def daemon_directory(
+    home: Home, *, only: str | None = None, patience_s: float = math.inf
+) -> AsyncIterator[DaemonDirectory]:
+    """The exports of the daemon at `home`, which need not be running yet.
+
+    `only`: the one that is shown. `patience_s`: how long reads and writes wait for a daemon that is gone.
+    """
+    transport = httpx.AsyncHTTPTransport(uds=str(home.api_socket), verify=False)
+    failure: Exception | None = None
+    async with (
+        httpx.AsyncClient(transport=transport, base_url="http://terraced", timeout=PATIENCE_S) as http,
+        trio.open_nursery() as nursery,
+    ):
+        try:
+            yield DaemonDirectory(home, http, nursery, only, patience_s)
+        except Exception as error:
+            failure = error  # raised behind the nursery, which would wrap it
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+class DaemonFile:
+    """Implements `terrace.fuse.files.OpenFile` over a channel to the daemon."""
+
+    def __init__(
+        self,
+        directory: DaemonDirectory,
+        home: Home,
+        record: ExportRecord,
+        device: Device,
+        nursery: trio.Nursery,
+        closed: Callable[[DaemonFile], None],
+        patience_s: float,
+    ) -> None:
+        self.record = record
+        self.size_bytes = record.size_bytes
+        self.users = 0
+        self._closed = closed
+        self._directory = directory
+        self._home = home
+        self._device = device
+        self._nursery = nursery
+        self._lengths: dict[int, int] = {}  # of WRITEs without an answer
+        self._channel = Channel(record.name, self._dial, patience_s=patience_s)
+        self._scope = trio.CancelScope()
+        self._submit = self._channel.submit
+
+    async def run(self, *, task_status: trio.TaskStatus[Terms] = trio.TASK_STATUS_IGNORED) -> None:
+        """Be connected until cancelled. Raises what the first attempt to connect raises."""
+        with self._scope:
+            await self._channel.run(task_status=task_status)
+            await trio.sleep_forever()  # gone for good: every request is told so until the file is closed
+
+    def cancel(self) -> None:
+        """End `run`."""
+        self._scope.cancel()
+
+    def close(self) -> None:
+        self.users -= 1
+        if not self.users:
+            self._closed(self)
+            self.cancel()
+
+    async def _dial(self) -> tuple[socket.socket, Terms]:
+        sock, terms = await attach(self._home.nbd_socket, self.record.name)
+        try:
+            # Now that the daemon counts us as a client nothing else can come under this name without a cut.
+            now = await self._directory.export(self.record.name)
+        except BaseException:
+            sock.close()
+            raise
+        if now.identity != self.record.identity:
+            sock.close()
+            raise GoneError(
+                errno.ESTALE,
+                f"{self.record.name} was deleted or rolled back while it was in use here, and another one has its name "
+                "now: detach or close it, check what the programs that used it have lost, and attach or open it anew",
+            )
+        self.size_bytes = terms.size_bytes
+        return sock, terms
+
+    # --- the data path ---
+
+    def push(self) -> None:
+        self._channel.push()
+
+    def read(self, unique: int, offset: int, length: int) -> None:
+        length = min(length, self.size_bytes - offset, LONGEST_BYTES)
+        if length <= 0:
+            self._device.done(unique)
+        else:
+            self._submit(nbd_wire.CMD_READ, 0, offset, length, b"", self._have_read, unique)
+
+    def _have_read(self, unique: int, error: int, data: memoryview) -> None:
+        if error:
+            self._device.failed(unique, error)
+        else:
+            self._device.data(unique, data)
+
+    def write(self, unique: int, offset: int, data: memoryview, *, durable: bool) -> None:
+        if self.record.read_only:
+            self._device.failed(unique, errno.EROFS)
+            return
+        length = min(len(data), self.size_bytes - offset)
+        if length <= 0:
+            self._device.failed(unique, errno.ENOSPC)
+            return
+        self._lengths[unique] = length
+        flags = nbd_wire.CMD_FLAG_FUA if durable else 0
+        self._submit(nbd_wire.CMD_WRITE, flags, offset, length, data[:length], self._have_written, unique)
+
+    def _have_written(self, unique: int, error: int, _: memoryview) -> None:
+        length = self._lengths.pop(unique)
+        if error:
+            self._device.failed(unique, error)
+        else:
+            self._device.written(unique, length)
+
+    def flush(self, unique: int) -> None:
+        self._submit(nbd_wire.CMD_FLUSH, 0, 0, 0, b"", self._have_done, unique)
+
+    def _have_done(self, unique: int, error: int, _: memoryview) -> None:
+        if error:
+            self._device.failed(unique, error)
+        else:
+            self._device.done(unique)
+
+    def zero(self, unique: int, offset: int, length: int, *, keep_space: bool) -> None:
+        length = min(length, self.size_bytes - offset)
+        if self.record.read_only:
+            self._device.failed(unique, errno.EROFS)
+        elif length <= 0:
+            self._device.done(unique)
+        else:
+            self._zero_from(offset, offset + length, nbd_wire.CMD_FLAG_NO_HOLE if keep_space else 0, unique, 0, b"")
+
+    def _zero_from(self, at: int, end: int, flags: int, unique: int, error: int, _: object) -> None:
+        """Zero the next piece; called with the answer to the last one."""
+        if error or at == end:
+            self._have_done(unique, error, memoryview(b""))
+            return
+        length = min(end - at, ZERO_PIECE_BYTES)
+        then = partial(self._zero_from, at + length, end, flags)
+        self._submit(nbd_wire.CMD_WRITE_ZEROES, flags, at, length, b"", then, unique)
+        self._channel.push()
+
+    def seek(self, unique: int, offset: int, *, data: bool) -> None:
+        self._nursery.start_soon(self._seek, unique, offset, data)
+
+    async def _seek(self, unique: int, offset: int, data: bool) -> None:
+        try:
+            # Block status needs structured replies, which the channel doesn't speak: a connection of its own.
+            async with connect(self._home.nbd_socket, self.record.name, contexts=[_ALLOCATION]) as client:
+
+                async def extents(at: int, length: int) -> list[tuple[int, int]]:
+                    found = (await client.block_status(at, length))[_ALLOCATION]
+                    return [(span, flags & nbd_wire.STATE_HOLE) for span, flags in found]
+
+                found = await seek(extents, client.size_bytes, offset, data=data)
+        except OSError as error:
+            self._device.failed(unique, errno.EIO if error.errno == errno.ECONNREFUSED else error.errno or errno.EIO)
+        else:
+            self._device.found(unique, found)
