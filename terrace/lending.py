@@ -33,8 +33,8 @@ the driver from it, and with it flushes and checkpoints. So the driver says that
 sees this stands aside (`let_pass`): before the driver only those go that had passed this point already.
 
 **Kept threads.** Python makes a thread state for each callback from a thread that it didn't start, with memory for the
-stack, and throws it away behind it. `adopt` keeps that of the calling thread, which makes small requests up to twice as
-fast. `forget_dead` frees those whose threads have ended.
+stack, and throws it away behind it. With `keep_threads` `adopt` keeps that of the calling thread, which makes small
+requests up to twice as fast, and `forget_dead` frees those whose threads have ended.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
 
-KEEPS_THREADS = sys.implementation.name == "cpython" and sys.version_info[:2] == (3, 11)
+CAN_KEEP_THREADS = sys.implementation.name == "cpython" and sys.version_info[:2] == (3, 11)
 """From 3.12 on, freeing another thread's state takes away the calling thread's own."""
 
 
@@ -86,13 +86,17 @@ class LendingLoop(Generic[T]):
             ...
     """
 
-    def __init__(self, opening: Callable[[], AbstractAsyncContextManager[T]]) -> None:
+    def __init__(
+        self, opening: Callable[[], AbstractAsyncContextManager[T]], *, keep_threads: bool = False
+    ) -> None:
+        """`keep_threads`: those that call `adopt` were not started by Python."""
         self.turn = threading.Lock()
         self.mark = _Mark()
         self.waits = False
         """The driver wants the turn."""
         self._gate = threading.Lock()
         self._opening = opening
+        self._keep_threads = keep_threads and CAN_KEEP_THREADS
         self._jobs: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._drive, name="terrace-engine")
@@ -164,8 +168,9 @@ class LendingLoop(Generic[T]):
 
     def adopt(self) -> None:
         """Let the calling thread borrow from now on. For `mark.adopted` threads that is done."""
-        _run_context().runner = self._runner
-        if KEEPS_THREADS:
+        if self.lends:
+            _run_context().runner = self._runner
+        if self._keep_threads:
             self._kept.append((threading.get_native_id(), _keep_thread_state()))
         self.mark.adopted = True
 
@@ -175,7 +180,7 @@ class LendingLoop(Generic[T]):
             pass
 
     def forget_dead(self) -> None:
-        """Free what was kept of threads that have ended. Not for the thread that called `adopt` for itself and runs."""
+        """Free what was kept of threads that have ended."""
         for item in list(self._kept):
             native_id, state = item
             # The number of a thread may have been given to another one: then this waits until that has ended, too.

@@ -39,6 +39,7 @@ from terrace.lending import LendingLoop, in_child
 from terrace.schema import ConfigError
 from terrace.sizes import format_size
 from tiers import Pool, Snapshot, TierError, Volume
+from tiers.closed import ClosedPool, look_into_closed
 
 log = logging.getLogger("terrace.nbdkit")
 
@@ -55,6 +56,7 @@ PIECE_BYTES = 1 << 20
 PIECE_MASK = PIECE_BYTES - 1
 BLOCK_MASK = 4096 - 1
 Buffer = bytes | bytearray | memoryview
+SHOWN_NAMES = 10
 EXTENTS_AT_ONCE = 4096
 """An answer to a question for extents may be for a part of the range; nbdkit's client asks on."""
 
@@ -206,11 +208,30 @@ def get_ready() -> None:
 
 
 def _try() -> None:
+    """Open the pool and close it. Raises OSError; if that is for a name that isn't there, the pool stays as it was."""
+    wanted = _where.volume
+    if wanted is not None:
+        closed = look_into_closed(_where.directory)
+        if closed is not None:
+            require_export(closed, wanted)
+
     async def open_and_close() -> None:
         async with opened(_where):
             pass
 
     trio.run(open_and_close)
+
+
+def require_export(closed: ClosedPool, wanted: str) -> None:
+    """Raise ENOENT unless the pool has this volume or snapshot; its own name may stand before it."""
+    pool, slash, name = wanted.rpartition("/")
+    if slash and pool != closed.name:
+        raise TierError(errno.ENOENT, f"this is the pool {closed.name!r}, not {pool!r}: leave the pool's name out")
+    if name not in closed.exports:
+        shown = sorted(closed.exports)[:SHOWN_NAMES] + ["..."] * (len(closed.exports) > SHOWN_NAMES)
+        what = "snapshot" if "@" in name else "volume"
+        there = ", ".join(shown) or "none"
+        raise TierError(errno.ENOENT, f"the pool {closed.name} has no {what} {name!r}; it has {there}")
 
 
 @asynccontextmanager
@@ -228,7 +249,7 @@ def _tell(kind: str, subject: str, text: str) -> None:
 
 def after_fork() -> None:
     global _loop
-    _loop = LendingLoop(lambda: opened(_where))
+    _loop = LendingLoop(lambda: opened(_where), keep_threads=True)
     try:
         _loop.start()
     except OSError as error:
@@ -451,10 +472,12 @@ def _refuse(error: OSError) -> NoReturn:
 _format_exception = traceback.format_exception
 
 
+def speak_shortly() -> None:
+    """Have nbdkit log a refusal as its sentence, not as a traceback."""
+    setattr(traceback, "format_exception", _format_refusals_shortly)  # noqa: B010 (mypy: it has another signature)
+
+
 def _format_refusals_shortly(*arguments: Any, **options: Any) -> list[str]:
     """nbdkit logs an exception of a callback as `traceback.format_exception` tells it; nobody else here uses that."""
     error = arguments[1] if len(arguments) > 1 else arguments[0]
     return [str(error)] if isinstance(error, Refused) else _format_exception(*arguments, **options)
-
-
-setattr(traceback, "format_exception", _format_refusals_shortly)  # noqa: B010 (mypy: it is another function's name)

@@ -120,7 +120,10 @@ if __name__ == "__main__":
         open,
         pread,
         pwrite,
+        speak_shortly,
         thread_model,
         trim,
         zero,
     )
+
+    speak_shortly()
