@@ -16,10 +16,12 @@ Only imported inside nbdkit, which brings the module `nbdkit`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
-import signal
+import select
+import socket
 import sys
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -135,7 +137,6 @@ def _would_wait(*_: object) -> bool:
 _parameters: dict[str, str] = {}
 _where: Where
 _loop: LendingLoop[Served]
-_first_pid = 0
 
 
 # -- before there are clients ------------------------------------------------------------------------------------------
@@ -199,9 +200,7 @@ def judge(parameters: Mapping[str, str]) -> Where:
 
 
 def get_ready() -> None:
-    global _first_pid
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="terrace: %(levelname)s: %(message)s")
-    _first_pid = os.getpid()
     refusal = in_child(_try)
     if refusal is not None:
         raise Refused(refusal)
@@ -253,11 +252,26 @@ def after_fork() -> None:
     try:
         _loop.start()
     except OSError as error:
-        if os.getpid() != _first_pid == os.getppid():
-            # We are the captive of --run, whose command waits for an answer at a socket that the parent holds open.
-            os.kill(_first_pid, signal.SIGTERM)
+        _turn_clients_away()
         raise Refused(str(error)) from None
     settle_collector()
+
+
+def _turn_clients_away() -> None:
+    """Close the sockets that nbdkit listens on, wherever else they are open.
+
+    With `--run` they are open in the parent, which waits for its command, and the command waits there for an answer.
+    """
+    for descriptor in list(Path("/proc/self/fd").iterdir()):
+        try:
+            sock = socket.socket(fileno=os.dup(int(descriptor.name)))
+        except OSError:
+            continue  # no socket
+        with sock, contextlib.suppress(OSError):
+            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                while select.select([sock], [], [], 0)[0]:
+                    sock.accept()[0].close()
+                sock.shutdown(socket.SHUT_RDWR)
 
 
 def cleanup() -> None:

@@ -174,7 +174,7 @@ def test_what_the_loop_runs_for_a_thread_returns_and_raises_there() -> None:
     loop.start()
 
     async def double(number: int) -> int:
-        await trio.sleep(0)
+        await trio.lowlevel.checkpoint()
         return 2 * number
 
     async def fail() -> None:
