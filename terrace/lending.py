@@ -51,7 +51,6 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Generic, TypeVar, TypeVarTuple
 
-import outcome
 import trio
 
 T = TypeVar("T")
@@ -100,13 +99,15 @@ class LendingLoop(Generic[T]):
         self._jobs: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._drive, name="terrace-engine")
-        self._ended: outcome.Outcome[None] | None = None
+        self._ended = False
+        self._failure: BaseException | None = None
         self.thing: T
         """What is lent, once `start` has returned."""
         self._stop: trio.Event
         self._token: trio.lowlevel.TrioToken
         self._runner: Any = None
         self._kept: list[tuple[int, int]] = []  # native id of a thread, address of its state
+        self._keeping = threading.Lock()
 
     # -- its life ----------------------------------------------------------------------------------------------------
 
@@ -117,9 +118,9 @@ class LendingLoop(Generic[T]):
         """
         self._thread.start()
         self._ready.wait()
-        if self._ended is not None:
+        if self._ended:
             self._thread.join()
-            self._ended.unwrap()
+            self._raise_failure()
         return self.thing
 
     def stop(self) -> None:
@@ -127,8 +128,11 @@ class LendingLoop(Generic[T]):
         with contextlib.suppress(trio.RunFinishedError):  # it has ended by itself
             self._token.run_sync_soon(self._stop.set)
         self._thread.join()
-        if self._ended is not None:
-            self._ended.unwrap()
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
     @property
     def lends(self) -> bool:
@@ -145,24 +149,34 @@ class LendingLoop(Generic[T]):
 
     def _drive(self) -> None:
         """The driver thread. All ticks are run here, each with `turn` held."""
-        with self.turn:
-            trio.lowlevel.start_guest_run(
-                self._main,
-                run_sync_soon_threadsafe=self._jobs.put,
-                done_callback=self._note_end,
-                host_uses_signal_set_wakeup_fd=True,  # signals are nbdkit's
-            )
-        while self._ended is None:
-            tick = self._jobs.get()
-            with self._gate:
-                self.waits = True
-                with self.turn:
-                    self.waits = False
-                    tick()
+        try:
+            with self.turn:
+                trio.lowlevel.start_guest_run(
+                    self._main,
+                    run_sync_soon_threadsafe=self._jobs.put,
+                    done_callback=self._note_end,
+                    host_uses_signal_set_wakeup_fd=True,  # signals are nbdkit's
+                )
+            while not self._ended:
+                tick = self._jobs.get()
+                with self._gate:
+                    self.waits = True
+                    with self.turn:
+                        self.waits = False
+                        tick()
+        except BaseException as error:  # nothing that should happen, but nobody may wait for ever because of it
+            self._failure = self._failure or error
+        finally:
+            self._ended = True
+            self._ready.set()
 
-    def _note_end(self, result: outcome.Outcome[None]) -> None:
-        self._ended = result
-        self._ready.set()
+    def _note_end(self, result: Any) -> None:
+        """Take what the run ended with: an `outcome.Outcome`."""
+        self._ended = True
+        try:
+            result.unwrap()
+        except BaseException as error:
+            self._failure = error
 
     # -- its use -----------------------------------------------------------------------------------------------------
 
@@ -171,7 +185,8 @@ class LendingLoop(Generic[T]):
         if self.lends:
             _run_context().runner = self._runner
         if self._keep_threads:
-            self._kept.append((threading.get_native_id(), _keep_thread_state()))
+            with self._keeping:
+                self._kept.append((threading.get_native_id(), _keep_thread_state()))
         self.mark.adopted = True
 
     def let_pass(self) -> None:
@@ -181,12 +196,13 @@ class LendingLoop(Generic[T]):
 
     def forget_dead(self) -> None:
         """Free what was kept of threads that have ended."""
-        for item in list(self._kept):
-            native_id, state = item
-            # The number of a thread may have been given to another one: then this waits until that has ended, too.
-            if not Path(f"/proc/self/task/{native_id}").exists():
-                self._kept.remove(item)
-                _free_thread_state(state)
+        with self._keeping:  # several connections may end at once, and each state is freed once
+            for item in list(self._kept):
+                native_id, state = item
+                # The number of a thread may have been given to another one: then this waits until that has ended, too.
+                if not Path(f"/proc/self/task/{native_id}").exists():
+                    self._kept.remove(item)
+                    _free_thread_state(state)
 
     def run(self, function: Callable[[*Ts], Awaitable[R]], *args: *Ts) -> R:
         """Have the loop run an async function, and wait for what it returns or raises. Raises LoopEndedError."""
@@ -196,8 +212,8 @@ class LendingLoop(Generic[T]):
             raise LoopEndedError(errno.EIO, self._why_ended()) from None
 
     def _why_ended(self) -> str:
-        if isinstance(self._ended, outcome.Error):
-            return f"the pool was closed by an error: {self._ended.error}"
+        if self._failure is not None:
+            return f"the pool was closed by an error: {self._failure}"
         return "the pool is closed"
 
 

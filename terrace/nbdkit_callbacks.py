@@ -251,9 +251,11 @@ def after_fork() -> None:
     _loop = LendingLoop(lambda: opened(_where), keep_threads=True)
     try:
         _loop.start()
-    except OSError as error:
+    except Exception as error:
         _turn_clients_away()
-        raise Refused(str(error)) from None
+        if isinstance(error, OSError):
+            raise Refused(str(error)) from None
+        raise
     settle_collector()
 
 

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 OLDEST = (3, 11)
-NEEDED = ("trio", "outcome", "xxhash", "zstandard", "numpy", "psutil", "pydantic")
+NEEDED = ("trio", "xxhash", "zstandard", "numpy", "psutil", "pydantic")
 """What the engine, the configuration's policies and `lending` import."""
 
 

@@ -247,23 +247,27 @@ def test_without_trios_context_nothing_is_lent_and_all_is_handed_over(monkeypatc
     loop.stop()
 
 
+def in_foreign_threads(count: int, action: Callable[[], object]) -> None:
+    """As nbdkit calls a plugin: from threads that Python hasn't started; one after the other."""
+    callback = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(lambda _: action() and None)
+    libc = ctypes.CDLL(None)
+    for _ in range(count):
+        thread = ctypes.c_ulong()
+        assert libc.pthread_create(ctypes.byref(thread), None, callback, None) == 0
+        assert libc.pthread_join(thread, None) == 0
+
+
 def test_states_of_foreign_threads_are_kept_while_they_run_and_freed_afterwards() -> None:
     loop = LendingLoop(opened, keep_threads=True)
     state = loop.start()
-    callback_type = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
     seen: list[int] = []
 
-    def called(_: object) -> None:
+    def use() -> None:
         borrow(loop, state.step)
         loop.forget_dead()
         seen.append(len(loop._kept))
 
-    callback = callback_type(called)
-    libc = ctypes.CDLL(None)
-    for _ in range(5):
-        thread = ctypes.c_ulong()
-        assert libc.pthread_create(ctypes.byref(thread), None, callback, None) == 0
-        assert libc.pthread_join(thread, None) == 0
+    in_foreign_threads(5, use)
     deadline_s = time.monotonic() + 10
     while loop._kept and time.monotonic() < deadline_s:
         loop.forget_dead()
@@ -271,6 +275,17 @@ def test_states_of_foreign_threads_are_kept_while_they_run_and_freed_afterwards(
     assert state.number == 5
     assert all(1 <= count <= 2 for count in seen), "its own, and that of one that has only just ended"
     assert not loop._kept
+
+
+def test_connections_that_end_at_once_free_each_state_once() -> None:
+    loop = LendingLoop(opened, keep_threads=True)
+    state = loop.start()
+    for _ in range(20):
+        in_foreign_threads(16, lambda: borrow(loop, state.step))
+        in_threads(4, loop.forget_dead)
+    loop.stop()
+    assert state.number == 320
+    assert len(loop._kept) <= 1
 
 
 def test_what_a_check_in_a_child_raises_is_told_in_words() -> None:
