@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
-import gc
 import importlib.metadata
 import ipaddress
 import logging
@@ -34,6 +33,7 @@ import nbd.server
 from nbd.listen import Listener, open_tcp, open_unix
 from terrace import sdnotify
 from terrace.api import Api
+from terrace.collector import settle_collector
 from terrace.config import Config, load_config, split_address
 from terrace.definitions import Definitions
 from terrace.events import Events
@@ -51,10 +51,6 @@ from terrace.stdio import fill_standard_streams
 from tiers import Pool
 
 log = logging.getLogger("terraced")
-
-# Objects that come and go between two youngest collections. The default of 700 would run the collector thousands of
-# times a second under load; the engine makes no cycles, so there is little to find.
-GC_THRESHOLDS = (50_000, 20, 50)
 
 # What clients get to receive their last replies, and API requests to finish, before they are cut off.
 _LEAVING_S = 3.0
@@ -187,7 +183,7 @@ async def _serve(
             background.start_soon(keep_schedule, pools, config.scrub.plan())
             background.start_soon(keep_watch, pools, config.space.levels, events)
             background.start_soon(keep_schedules, pools, definitions.schedules, events)
-            _settle_collector()
+            settle_collector()
             stalls.reset()
             print("terraced is ready:", *daemon.uris(), flush=True)
             sdnotify.notify("READY=1")
@@ -254,16 +250,6 @@ async def _obey(
     log.warning("third signal: ending; the next start replays the log")
     logging.shutdown()
     os._exit(1)
-
-
-def _settle_collector() -> None:
-    """Take what start-up made out of the garbage collector's sight, and let it look less often.
-
-    A full collection of the modules alone takes tens of milliseconds, in which no client is served.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*GC_THRESHOLDS)
 
 
 class Daemon:

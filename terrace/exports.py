@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import errno
 import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import trio
 
 from nbd.export import Export
-from terrace.pools import Pools
 from terrace.sizes import format_size
 from tiers import Pool, Snapshot, TierError, Volume
 from tiers.layout import BLOCK_BYTES
@@ -64,10 +64,23 @@ def find_export(pool: Pool, name: str) -> Volume | Snapshot:
     return pool.snapshot(volume_name, snapshot_name) if at else pool.volume(volume_name)
 
 
+class OpenPools(Protocol):
+    """The pools whose volumes are exports: those of a home (`terrace.pools.Pools`), or but one."""
+
+    def pool(self, name: str) -> Pool:
+        """The open pool. Raises OSError: ENOENT, or why it isn't open."""
+
+    def open_pools(self) -> Iterator[Pool]:
+        """Every pool that is open."""
+
+    def open_volumes(self) -> Iterator[Volume]:
+        """Every volume of these."""
+
+
 class PoolExports:
     """Implements `nbd.export.Exports`."""
 
-    def __init__(self, pools: Pools) -> None:
+    def __init__(self, pools: OpenPools) -> None:
         self._pools = pools
 
     def list(self) -> list[tuple[str, str]]:
@@ -90,10 +103,10 @@ class PoolExports:
         return found
 
     async def acquire(self, name: str) -> Export:
-        """The empty name is the only volume there is, where there is exactly one; snapshots don't count."""
+        """See `find`."""
         await trio.lowlevel.checkpoint()
         try:
-            export = self._find(name) if name else self._default()
+            export = self.find(name)
         except TierError as error:
             if error.errno == errno.ENOENT:
                 raise FileNotFoundError(errno.ENOENT, str(error)) from None
@@ -106,7 +119,13 @@ class PoolExports:
     def release(self, export: Export) -> None:
         cast("Volume | Snapshot", export).release()
 
-    def _find(self, name: str) -> Volume | Snapshot:
+    def find(self, name: str) -> Volume | Snapshot:
+        """What is exported under a name; the empty one is the only volume there is, where there is exactly one.
+
+        Raises FileNotFoundError, or the TierError of the pool.
+        """
+        if not name:
+            return self._default()
         pool_name, slash, rest = name.partition("/")
         if not slash:
             raise FileNotFoundError(

@@ -10,6 +10,7 @@
 - `scrub`: scrubs against fio's sequential read of the same device, in turn; then one beside a client.
 - `snapshots`: what they cost, and what asking for changes costs (`bench_snapshots`); not among the default ones.
 - `fuse`: volumes as files against nbdfuse (`bench_fuse`); not among the default ones.
+- `nbdkit`: our nbdkit plugin against one of ten lines on a flat file (`bench_nbdkit`); not among the default ones.
 - `tiering`: a fast tier over a base device slowed to a hard disk's pace (`bench_tiering`); not among the default ones.
 
 The daemon itself reports the longest stall of its event loop, which is shown for each load. Absolute numbers tell about
@@ -36,6 +37,7 @@ from typing import Any
 import psutil
 from bench_fio import FioError, Measurement, fio
 from bench_fuse import fuse
+from bench_nbdkit import nbdkit
 from bench_scrub import scrub
 from bench_sections import STALL_TARGET_MS, Result, big, pressure, reopen
 from bench_servers import Server, Terrace, all_servers
@@ -51,7 +53,7 @@ from tests.system.daemon import REPOSITORY, DaemonError
 MIB = 1 << 20
 BASELINE = "qemu-nbd raw"
 SECTIONS = ("throughput", "big", "reopen", "pressure", "scrub")
-ALL_SECTIONS = (*SECTIONS, "tiering", "snapshots", "fuse")
+ALL_SECTIONS = (*SECTIONS, "tiering", "snapshots", "fuse", "nbdkit")
 WARM_PASSES = (3, 7)  # at least, at most
 console = Console(width=None if sys.stdout.isatty() else 160)
 
@@ -137,6 +139,7 @@ def main() -> int:
             "reopen": lambda: results.extend(reopen(directory, options.reopen_bytes)),
             "pressure": lambda: results.extend(pressure(directory, options.seconds, options.size // 2)),
             "scrub": lambda: results.extend(scrub(directory, options.size)),
+            "nbdkit": lambda: results.extend(nbdkit(directory, options.seconds, options.rounds, options.size)),
             "snapshots": lambda: results.extend(
                 snapshots(directory, options.snapshot_parts, options.seconds, options.rounds, full=options.full)
             ),

@@ -16,7 +16,7 @@ from typing import Protocol
 import psutil
 
 from tests.system import nbdclient
-from tests.system.daemon import Daemon
+from tests.system.daemon import REPOSITORY, Daemon
 
 START_TIMEOUT_S = 15.0
 
@@ -116,6 +116,40 @@ class Terrace:
     def stall_ms(self) -> float:
         """The longest step of the daemon's loop since the last call, in milliseconds."""
         return float(self.daemon.api("GET", "/v1/status?reset=1")["loop_stall_max_ms"])
+
+
+TEN_LINES = """\
+import os, nbdkit
+API_VERSION = 2
+file = None
+def thread_model(): return nbdkit.THREAD_MODEL_PARALLEL
+def config(key, value):
+    global file
+    file = os.open(value, os.O_RDWR)
+def open(readonly): return file
+def get_size(h): return os.fstat(h).st_size
+def pread(h, buf, offset, flags): os.preadv(h, [buf], offset)
+def pwrite(h, buf, offset, flags): os.pwrite(h, buf, offset)
+"""
+"""The least that an nbdkit plugin in Python can do: read and write a flat file, with nothing of what Terrace does."""
+
+
+def nbdkit_servers(directory: Path, size_bytes: int) -> list[Peer]:
+    """Our plugin on a pool of one fast device of twice the size; then the plugin of ten lines on a file."""
+    plugin = directory / "ten_lines.py"
+    plugin.write_text(TEN_LINES)
+    home = directory / "home"
+    with Daemon(home) as daemon:
+        daemon.cli("pool", "create", "bench", "--fast", f"{directory}/fast={2 * size_bytes}")
+        daemon.cli("volume", "create", "bench/volume", str(size_bytes))
+        if daemon.stop() != 0:
+            raise RuntimeError(f"terraced, which made the pool, did not stop in order:\n{daemon.tail()}")
+    nbdkit = ["nbdkit", "-f", "-U", "{socket}", "python"]
+    ours = [str(REPOSITORY / "terrace" / "nbdkit_plugin.py"), "pool=bench", f"home={home}", "volume=volume"]
+    return [
+        Peer("terrace in nbdkit", directory / "ours", size_bytes, [*nbdkit, *ours]),
+        Peer("ten lines in nbdkit", directory / "ten", size_bytes, [*nbdkit, str(plugin), "file={image}"]),
+    ]
 
 
 def all_servers(directory: Path, size_bytes: int) -> list[Server]:

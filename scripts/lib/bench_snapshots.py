@@ -26,7 +26,7 @@ from bench_fio import fio
 from bench_sections import GIB, MIB, TIB, Result, timed
 
 from nbd.client import connect
-from terrace.daemon import GC_THRESHOLDS
+from terrace.collector import GC_THRESHOLDS
 from tests.system import nbdclient
 from tests.system.daemon import Daemon
 from tiers import DeviceSpec, Policy, Pool, PoolSettings
