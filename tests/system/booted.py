@@ -2,7 +2,7 @@
 
 Its root directory is a copy-on-write view of this host's, so it has the same programs, and nothing that it writes
 stays; its network is its own, so addresses are free; its cgroup is a new one below this process's. Needs root,
-overlayfs, cgroup version 2 somewhere, and Debian's systemd package.
+overlayfs, cgroup version 2 somewhere, and Debian's systemd package. It has udev, with its rules for block devices.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Machine:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={"PATH": os.environ["PATH"] + ":/usr/sbin:/sbin", "BOOT_PATHS": paths},
+                env={"PATH": os.environ["PATH"] + ":/usr/sbin:/sbin", "BOOT_PATHS": paths, "BOOT_UDEV": udev_package()},
                 start_new_session=True,
             )
         try:
@@ -152,6 +152,22 @@ class Machine:
 
     def kill(self, number: signal.Signals, unit: str = "terraced.service") -> None:
         self.run("systemctl", "kill", f"--signal={number.name}", "--kill-whom=main", unit)
+
+
+def udev_package() -> str:
+    """Debian's package, unpacked by the machine and installed nowhere; "" where this host has udev itself."""
+    if Path("/lib/systemd/systemd-udevd").exists():
+        return ""
+    cache = REPOSITORY / ".cache" / "udev"
+    cache.mkdir(parents=True, exist_ok=True)
+    found = sorted(cache.glob("udev_*.deb"))
+    if not found:
+        done = subprocess.run(
+            ["apt-get", "download", "-q", "udev"], cwd=cache, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"apt-get download udev failed; run apt-get update: {done.stderr}"
+        found = sorted(cache.glob("udev_*.deb"))
+    return str(found[-1])
 
 
 def cgroup_of(machine: Machine, unit: str) -> Path:

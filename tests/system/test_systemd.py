@@ -47,6 +47,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory, loop: Path) -> Iterator[Ma
     with Machine(tmp_path_factory.mktemp("systemd") / "machine", [loop]) as booted:
         booted.terrace("install-units")
         booted.run("systemctl", "daemon-reload")
+        booted.run("udevadm", "control", "--reload")
         booted.run("systemctl", "enable", "--now", *UNITS)
         booted.terrace("pool", "create", "p", "--fast", str(loop))
         booted.terrace("volume", "create", "p/v", "16M")
@@ -218,18 +219,37 @@ def test_the_name_of_an_attach_unit_gives_back_the_volume_s_name(machine: Machin
     assert f"argv[]={BIN}/terrace attach --foreground {volume} ;" in started
 
 
+def test_udev_names_a_loop_device_over_a_mounted_volume_as_long_as_it_is_there(machine: Machine) -> None:
+    file = "/run/terrace/attach/fuse/my-pool/vol.1/data"
+    machine.path(file).parent.mkdir(parents=True)
+    machine.path(file).write_bytes(bytes(MIB))
+    device = machine.run("losetup", "--find", "--show", file).strip()
+    try:
+        link = machine.path("/dev/terrace/my-pool/vol.1")
+        machine.wait(link.is_symlink, 10)
+        assert machine.run("readlink", "-f", "/dev/terrace/my-pool/vol.1").strip() == device
+        unit = machine.run("systemd-escape", "--path", "--suffix=device", "/dev/terrace/my-pool/vol.1").strip()
+        machine.wait(lambda: machine.show(unit, "ActiveState") == "active", 10)
+    finally:
+        machine.run("losetup", "--detach", device)
+    machine.wait(lambda: not link.is_symlink(), 10)
+    machine.wait(lambda: machine.show(unit, "ActiveState") == "inactive", 10)
+
+
 def test_systemd_reads_paths_as_they_are_meant(machine: Machine) -> None:
     home = Path('/srv/100% "my" disks/$HOME')
     files = render(Installation(Path("/opt/a b/bin"), home, None, parse_config("", "none")))
     for kind in ("service", "socket"):
         machine.path(f"/run/systemd/system/odd.{kind}").write_text(files[f"terraced.{kind}"])
     machine.run("systemctl", "daemon-reload")
-    started = machine.show("odd.service", "ExecStart")
-    assert f"path=/opt/a b/bin/terraced ; argv[]=/opt/a b/bin/terraced --home {home}".replace("$", "$$") in started
-    assert str(home) in shlex.split(machine.show("odd.service", "RequiresMountsFor"))
-    assert f"TMPDIR={home}" in shlex.split(machine.show("odd.service", "Environment"))
-    assert machine.show("odd.service", "ReadWritePaths") == str(home)
-    assert f"{home}/nbd.sock (Stream)" in machine.show("odd.socket", "Listen")
+    shown = machine.run("systemctl", "show", "odd.service", "odd.socket").replace("\\$", "$")
+    found = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
+    started = f"path=/opt/a b/bin/terraced ; argv[]=/opt/a b/bin/terraced --home {home}".replace("$", "$$")
+    assert started in found["ExecStart"]
+    assert str(home) in shlex.split(found["RequiresMountsFor"])
+    assert f"TMPDIR={home}" in shlex.split(found["Environment"])
+    assert shlex.split(found["ReadWritePaths"]) == [str(home)]
+    assert f"Listen={home}/nbd.sock (Stream)" in shown.replace('\\"', '"')
 
 
 FSTAB = (
