@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import threading
@@ -252,41 +253,49 @@ def test_systemd_reads_paths_as_they_are_meant(machine: Machine) -> None:
     assert f"Listen={home}/nbd.sock (Stream)" in shown.replace('\\"', '"')
 
 
-FSTAB = (
+REQUIRES = "x-systemd.requires=terrace-attach@"
+LOCAL = (
     "/dev/vda1 / ext4 defaults 0 1",
     "/dev/vda2 /var ext4 defaults 0 2",
-    "/dev/terrace/demo/vol /srv/data ext4 defaults,x-systemd.requires=terrace-attach@demo-vol.service 0 2",
-    r"/dev/terrace/my-pool/vol /srv/b ext4 nofail,x-systemd.requires=terrace-attach@my\x2dpool-vol.service 0 2",
+    f"/dev/terrace/demo/vol /srv/data ext4 defaults,{REQUIRES}demo-vol.service 0 2",
+    rf"/dev/terrace/my-pool/vol /srv/b ext4 nofail,{REQUIRES}my\x2dpool-vol.service 0 2",
 )
-"""Two lines as on the operating page, on a host whose /var, where the daemon's home is, is a filesystem of its own."""
+"""As on the operating page, on a host whose /var, where the daemon's home is, is a filesystem of its own."""
+NETWORK = tuple(line.replace(REQUIRES, f"_netdev,{REQUIRES}") for line in LOCAL)
+"""With the pool's own devices behind the network."""
 
 
-def test_lines_of_fstab_give_mounts_that_come_after_the_attachment_and_go_before_it(machine: Machine) -> None:
-    fstab, units = "/tmp/fstab", "/tmp/units"
-    machine.path(fstab).write_text("\n".join(FSTAB) + "\n")
-    machine.path(units).mkdir()
-    generator = "/lib/systemd/system-generators/systemd-fstab-generator"
-    # In a container it passes over devices.
+@pytest.mark.parametrize(("fstab", "target"), [(LOCAL, "local-fs"), (NETWORK, "remote-fs")], ids=["local", "network"])
+def test_lines_of_fstab_give_mounts_that_come_after_the_attachment_and_go_before_it(
+    machine: Machine, fstab: tuple[str, ...], target: str
+) -> None:
+    units = machine.path("/tmp/units")
+    shutil.rmtree(units, ignore_errors=True)
+    (units / "terraced.service.d").mkdir(parents=True)
+    machine.path("/tmp/fstab").write_text("\n".join(fstab) + "\n")
+    # In a container the generator would pass over devices.
     outside = (
         "env",
         "-u",
         "container",
-        f"SYSTEMD_FSTAB={fstab}",
+        "SYSTEMD_FSTAB=/tmp/fstab",
         "SYSTEMD_IN_INITRD=0",
         "SYSTEMD_VIRTUALIZATION=vm:kvm",
     )
-    machine.run(*outside, generator, units, units, units)
+    machine.run(*outside, "/lib/systemd/system-generators/systemd-fstab-generator", *["/tmp/units"] * 3)
     for place, unit in (("data", "terrace-attach@demo-vol.service"), ("b", r"terrace-attach@my\x2dpool-vol.service")):
-        made = machine.path(units).joinpath(f"srv-{place}.mount").read_text().splitlines()
+        made = (units / f"srv-{place}.mount").read_text().splitlines()
         assert f"Requires={unit}" in made
         assert f"After={unit}" in made
-    assert machine.path(units).joinpath("local-fs.target.requires", "srv-data.mount").is_symlink()
-    # No ordering cycle: local filesystems before everything, the daemon before them, its own filesystem before it.
-    said = machine.run(
-        "env", f"SYSTEMD_UNIT_PATH={units}:", "systemd-analyze", "verify", "multi-user.target", status=None
-    )
-    assert "cycle" not in said, said
-    shown = machine.run(
-        "env", f"SYSTEMD_UNIT_PATH={units}:", "systemd-analyze", "verify", "srv-data.mount", status=None
-    )
-    assert "cycle" not in shown and "terrace" not in shown, shown
+    assert (units / f"{target}.target.requires" / "srv-data.mount").is_symlink()
+    if target == "remote-fs":
+        needs = "[Unit]\nWants=network-online.target\nAfter=network-online.target remote-fs-pre.target\n"
+        (units / "terraced.service.d" / "network.conf").write_text(needs)
+        brings = "[Unit]\nBefore=network-online.target\n[Service]\nExecStart=/bin/true\n"
+        (units / "network.service").write_text(brings)
+        (units / "network-online.target.wants").mkdir()
+        (units / "network-online.target.wants" / "network.service").symlink_to("../network.service")
+    # No ordering cycle: filesystems before services, the daemon before its volumes, its own filesystem before it.
+    verify = ("env", "SYSTEMD_UNIT_PATH=/tmp/units:", "systemd-analyze", "verify")
+    assert "cycle" not in (said := machine.run(*verify, "multi-user.target", status=None)), said
+    assert not re.search("cycle|terrace", said := machine.run(*verify, "srv-data.mount", status=None)), said
