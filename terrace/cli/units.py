@@ -99,10 +99,19 @@ def install_units(
         click.echo("Everything is installed as it should be.")
         return
     if root == Path("/"):
-        click.echo("Next:")
-        click.echo("  systemctl daemon-reload")
-        click.echo("  udevadm control --reload")
-        click.echo("  systemctl enable --now terraced.socket terraced.service")
+        click.echo("\n  ".join(("Next:", *_next_steps(pending))))
+
+
+def _next_steps(written: list[Target]) -> list[str]:
+    """`written`: as it was before."""
+    replaced = {target.path.name for target in written if target.state is not State.MISSING}
+    both = "terraced.socket terraced.service"
+    steps = ["systemctl daemon-reload", "udevadm control --reload"]
+    if "terraced.socket" in replaced:  # systemd lets nobody restart the socket alone while the service runs
+        return [*steps, f"systemctl stop {both}", f"systemctl start {both}"]
+    if "terraced.service" in replaced:
+        return [*steps, "systemctl restart terraced.service"]
+    return [*steps, f"systemctl enable --now {both}"]
 
 
 def _verb(target: Target) -> str:
