@@ -1,6 +1,6 @@
 """terraced under a real systemd: boots, is restarted, watched, stopped, and can do its work in its sandbox.
 
-One machine for all, in the order of this file; each test leaves the daemon running.
+One machine for all; each test leaves the daemon running.
 """
 
 from __future__ import annotations
@@ -52,6 +52,9 @@ def machine(tmp_path_factory: pytest.TempPathFactory, loop: Path) -> Iterator[Ma
         booted.run("systemctl", "enable", "--now", *UNITS)
         booted.terrace("pool", "create", "p", "--fast", str(loop))
         booted.terrace("volume", "create", "p/v", "16M")
+        booted.path("/etc/terrace").mkdir()
+        with Connection(booted.path(NBD), "p/v") as client:
+            client.write(0, PATTERN)
         yield booted
 
 
@@ -80,12 +83,10 @@ def test_the_daemon_is_exposed_to_little(machine: Machine) -> None:
 def test_it_is_ready_when_systemctl_returns_and_says_what_it_serves(machine: Machine) -> None:
     assert machine.show("terraced.service", "ActiveState") == "active"
     with Connection(machine.path(NBD), "p/v") as client:
-        client.write(0, PATTERN)
-        client.flush()
+        assert client.read(0, len(PATTERN)) == PATTERN
         machine.wait(
             lambda: machine.show("terraced.service", "StatusText") == "serving 1 pool, 1 volume, 1 client", timeout_s=10
         )
-    assert machine.show("terraced.service", "NRestarts") == "0"
 
 
 def test_its_sandbox_is_closed_and_it_has_two_capabilities(machine: Machine) -> None:
@@ -170,7 +171,6 @@ def test_a_daemon_that_hangs_is_replaced_and_the_journal_says_where_it_hung(mach
 
 def test_policies_are_reloaded_and_a_bad_file_is_refused(machine: Machine) -> None:
     file = machine.path("/etc/terrace/terraced.toml")
-    file.parent.mkdir()
     file.write_text('[policy.one]\nplacement = "fast"\n')
     said = machine.terrace("install-units")
     assert "--config /etc/terrace/terraced.toml" in said and said.endswith("systemctl restart terraced.service\n")
