@@ -150,6 +150,18 @@ class Machine:
         """A path of the machine as it is called out here."""
         return Path(f"/proc/{self._init}/root") / Path(inside).relative_to("/")
 
+    def power_off(self, timeout_s: float = 60.0) -> str:
+        """Shut the machine down; what its journal says of that. Nothing can be run in it any more."""
+        self.path("/var/log/journal").mkdir(exist_ok=True)
+        self.run("journalctl", "--flush")
+        before = self.run("date", "+%s.%N").strip()
+        self.run("systemctl", "--no-block", "poweroff")
+        assert self._process is not None
+        self._process.wait(timeout_s)
+        (journal,) = (self._directory / "upper" / "var" / "log" / "journal").iterdir()
+        command = ["journalctl", "--no-pager", "-o", "cat", "--since", f"@{before}", "-D", str(journal)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
     def kill(self, number: signal.Signals, unit: str = "terraced.service") -> None:
         self.run("systemctl", "kill", f"--signal={number.name}", "--kill-whom=main", unit)
 

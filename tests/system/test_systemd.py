@@ -157,9 +157,9 @@ def test_a_client_that_connects_while_the_daemon_is_restarted_waits_and_is_serve
 
 
 def test_a_daemon_that_hangs_is_replaced_and_the_journal_says_where_it_hung(machine: Machine) -> None:
-    drop_in(machine, "terraced.service", "[Service]\nWatchdogSec=1s\n", "watchdog")
+    drop_in(machine, "terraced.service", "[Service]\nWatchdogSec=2s\n", "watchdog")
     machine.run("systemctl", "restart", "terraced.service")
-    time.sleep(1.5)
+    time.sleep(2.5)
     assert machine.show("terraced.service", "ActiveState") == "active", "it didn't say that it lives"
     before = machine.main_pid()
     machine.kill(signal.SIGSTOP)
@@ -167,6 +167,8 @@ def test_a_daemon_that_hangs_is_replaced_and_the_journal_says_where_it_hung(mach
     assert machine.main_pid() != before
     said = machine.journal()
     assert "Watchdog timeout" in said and "most recent call first" in said
+    drop_in(machine, "terraced.service", "", "watchdog")  # the others may be slower than that on a busy host
+    machine.run("systemctl", "restart", "terraced.service")
 
 
 def test_policies_are_reloaded_and_a_bad_file_is_refused(machine: Machine) -> None:
@@ -312,3 +314,20 @@ def test_lines_of_fstab_give_mounts_that_come_after_the_attachment_and_go_before
     verify = ("env", "SYSTEMD_UNIT_PATH=/tmp/units:", "systemd-analyze", "verify")
     assert "cycle" not in (said := machine.run(*verify, "multi-user.target", status=None)), said
     assert not re.search("cycle|terrace", said := machine.run(*verify, "srv-data.mount", status=None)), said
+
+
+def test_a_host_that_goes_down_closes_the_pools_and_then_the_addresses(tmp_path: Path) -> None:
+    with Machine(tmp_path / "machine") as machine:
+        machine.terrace("install-units")
+        machine.run("systemctl", "daemon-reload")
+        machine.run("systemctl", "start", "terraced.service")
+        machine.terrace("pool", "create", "p", "--fast", "/var/lib/terrace/file=64M")
+        said = machine.power_off()
+    steps = (
+        "terrace.pools: pool p is closed",
+        "Stopped terraced.service",
+        "Closed terraced.socket",
+        "System Power Off",
+    )
+    places = [said.index(step) for step in steps]
+    assert places == sorted(places)
