@@ -133,7 +133,7 @@ class Machine:
 
     def journal(self, unit: str = "terraced.service") -> str:
         result = subprocess.run(
-            self.command("journalctl", "--no-pager", "-o", "cat", "-n", "80", "-u", unit),
+            self.command("journalctl", "--no-pager", "-o", "cat", "-n", "500", "-u", unit),
             capture_output=True,
             text=True,
             check=False,
