@@ -95,6 +95,12 @@ def install_units(
             "install Terrace below /opt or with `pipx install --global`.",
             err=True,
         )
+    if config.fuse.mountpoint:
+        click.echo(
+            f"Warning: {config.fuse.mountpoint}, the mountpoint under [fuse], can't be mounted in the sandbox of "
+            f"terraced.service; run `terrace mount {config.fuse.mountpoint}` as a service of its own.",
+            err=True,
+        )
     if not pending:
         click.echo("Everything is installed as it should be.")
         return

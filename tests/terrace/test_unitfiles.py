@@ -8,26 +8,23 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from terrace.cli.root import root as cli
 from terrace.config import parse_config
 from terrace.unitfiles import TARGETS, Installation, UnitError, render, this_installation, writable_by_others
-from tests.system.daemon import REPOSITORY, environment
+from tests.system.daemon import REPOSITORY
 
 SERVICE = "etc/systemd/system/terraced.service"
 
 
 def install(root: Path, *options: str, status: int = 0, home: str = "") -> str:
-    """`terrace install-units` in another process; what it said."""
-    command = [sys.executable, "-m", "terrace.cli", *(["--home", home] if home else [])]
-    result = subprocess.run(
-        [*command, "install-units", "--root", str(root), *options],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        check=False,
+    """`terrace install-units`; what it said."""
+    result = CliRunner().invoke(
+        cli, [*(["--home", home] if home else []), "install-units", "--root", str(root), *options]
     )
-    assert result.returncode == status, result
-    assert result.stderr.count("\n") <= 1
+    assert result.exit_code == status, result.output
+    assert not status or result.stderr.count("\n") == 1
     return result.stdout + result.stderr
 
 
@@ -147,6 +144,13 @@ def test_programs_that_others_can_change_are_noticed(tmp_path: Path) -> None:
     (tmp_path / "bin").chmod(0o777)
     assert writable_by_others(program) in (tmp_path / "bin", program)
     assert writable_by_others(Path("/bin/sh")) is None
+
+
+def test_a_mount_point_that_the_sandbox_would_hide_is_warned_of(tmp_path: Path) -> None:
+    file = tmp_path / "etc/terrace/terraced.toml"
+    file.parent.mkdir(parents=True)
+    file.write_text('fuse.mountpoint = "/srv/volumes"\n')
+    assert "terrace mount /srv/volumes" in install(tmp_path)
 
 
 def test_a_wheel_has_the_templates(tmp_path: Path) -> None:
