@@ -3,6 +3,9 @@
 A ``Listener`` holds a plain non-blocking ``socket.socket``, as the server's data path talks to the
 kernel itself. A Unix socket's file is removed when its listener closes. A file left by a dead
 server is replaced, one of a live server is not.
+
+A socket that somebody else has bound, and will go on holding when we are gone, is ``adopt``ed: it is
+judged, and its file stays. So clients wait in its backlog while nobody serves.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ import errno
 import os
 import socket
 import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import trio
 
@@ -23,12 +27,20 @@ _MAX_UNIX_PATH_BYTES: Final = 107
 class Listener:
     """A bound, listening, non-blocking stream socket."""
 
-    def __init__(self, sock: socket.socket, address: str, *, path: Path | None = None) -> None:
+    def __init__(
+        self, sock: socket.socket, address: str, *, path: Path | None = None, adopted: bool = False
+    ) -> None:
         self.sock = sock
         self.address = address
         """For people: ``127.0.0.1:10809`` or the path of the Unix socket."""
+        self.adopted = adopted
+        """Somebody else has bound it."""
         self._path = path
-        self._inode = _inode(path) if path else None
+        self._inode = None if adopted or path is None else _inode(path)
+
+    def keep_file(self) -> None:
+        """From now on somebody else holds the socket too, so its file stays when this listener closes."""
+        self._inode = None
 
     @property
     def port(self) -> int:
@@ -50,7 +62,55 @@ class Listener:
         self.sock.close()
 
 
-async def open_tcp(host: str, port: int) -> list[Listener]:
+Held = Callable[[socket.AddressFamily, Any], Listener | None]
+"""Asked with the family and the kernel's address, before that is bound, whether somebody listens there for us."""
+
+
+def _nobody(family: socket.AddressFamily, address: Any) -> None:
+    return None
+
+
+def adopt(sock: socket.socket, mode: int = 0o600) -> Listener:
+    """Serve on a socket that somebody else has bound and listens on; ``mode`` is for the file of a Unix socket.
+
+    Raises OSError (EINVAL) with what is wrong with it: not a stream socket, not listening, or a Unix
+    socket without a file or that more people may open than ``mode`` says.
+    """
+    family = socket.AddressFamily(sock.family)
+    if family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
+        raise OSError(errno.EINVAL, f"it is of the family {family.name}, and neither TCP nor a Unix socket")
+    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) != socket.SOCK_STREAM:
+        raise OSError(errno.EINVAL, f"{shown(family, sock.getsockname())} is not a stream socket")
+    if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        raise OSError(errno.EINVAL, f"{shown(family, sock.getsockname())} doesn't listen")
+    path = None
+    if family == socket.AF_UNIX:
+        name = sock.getsockname()
+        if not isinstance(name, str) or not name.startswith("/"):
+            raise OSError(errno.EINVAL, f"the Unix socket {name!r} has no file")
+        path = Path(name)
+        try:
+            status = path.lstat()
+        except OSError as error:
+            raise OSError(errno.EINVAL, f"{path}: {error.strerror}, so no client can reach it") from None
+        if stat.S_IMODE(status.st_mode) & ~mode:
+            raise OSError(
+                errno.EINVAL, f"{path} has the mode {stat.S_IMODE(status.st_mode):04o} and may have {mode:04o} at most"
+            )
+    sock.setblocking(False)
+    # Ours from here on: the backlog, and what its clients see as their peer (unix(7), SO_PEERCRED).
+    sock.listen(BACKLOG)
+    return Listener(sock, shown(family, sock.getsockname()), path=path, adopted=True)
+
+
+def shown(family: socket.AddressFamily, address: Any) -> str:
+    """A socket's address for people: ``127.0.0.1:10809``, ``[::1]:10809`` or a path."""
+    if family == socket.AF_INET6:
+        return f"[{address[0]}]:{address[1]}"
+    return f"{address[0]}:{address[1]}" if family == socket.AF_INET else str(address)
+
+
+async def open_tcp(host: str, port: int, held: Held = _nobody) -> list[Listener]:
     """Listen on every address ``host`` has (a name or an address); ``port`` 0 picks a free one.
 
     Raises OSError naming the address: taken, not ours, or not known.
@@ -62,7 +122,9 @@ async def open_tcp(host: str, port: int) -> list[Listener]:
     listeners: list[Listener] = []
     try:
         for family, kind, protocol, _, address in found:
-            shown = f"[{address[0]}]" if family == socket.AF_INET6 else str(address[0])
+            if (listener := held(family, address)) is not None:
+                listeners.append(listener)
+                continue
             sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
             try:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -72,8 +134,9 @@ async def open_tcp(host: str, port: int) -> list[Listener]:
                 sock.listen(BACKLOG)
             except OSError as error:
                 sock.close()
-                raise OSError(error.errno, f"can't listen on {shown}:{port}: {os.strerror(error.errno or 0)}") from None
-            listeners.append(Listener(sock, f"{shown}:{sock.getsockname()[1]}"))
+                reason = os.strerror(error.errno or 0)
+                raise OSError(error.errno, f"can't listen on {shown(family, address)}: {reason}") from None
+            listeners.append(Listener(sock, shown(family, sock.getsockname())))
     except BaseException:
         for listener in listeners:
             listener.close()
@@ -81,7 +144,7 @@ async def open_tcp(host: str, port: int) -> list[Listener]:
     return listeners
 
 
-async def open_unix(path: str | os.PathLike[str], mode: int = 0o600) -> Listener:
+async def open_unix(path: str | os.PathLike[str], mode: int = 0o600, held: Held = _nobody) -> Listener:
     """Listen on a Unix socket with file mode ``mode`` from its first moment.
 
     Raises OSError: EADDRINUSE if a live server listens there, EEXIST if the file is not a socket,
@@ -92,6 +155,8 @@ async def open_unix(path: str | os.PathLike[str], mode: int = 0o600) -> Listener
     if len(os.fsencode(target)) > _MAX_UNIX_PATH_BYTES:
         message = f"the socket path {target} is longer than {_MAX_UNIX_PATH_BYTES} bytes: choose a shorter one"
         raise OSError(errno.ENAMETOOLONG, message)
+    if (listener := held(socket.AF_UNIX, str(target))) is not None:
+        return listener
     _remove_stale(target)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:

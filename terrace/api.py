@@ -66,6 +66,7 @@ from terrace.definitions import Definitions
 from terrace.events import Events
 from terrace.exports import find_export, record_of, records_of
 from terrace.pools import Pools, Slot
+from terrace.sandbox import explained
 from terrace.schema import Size
 from terrace.sizes import format_size
 from terrace.snapshots import Snapshots
@@ -366,7 +367,8 @@ class Api:
 
     async def create_pool(self, request: Request) -> Response:
         body = await _body(request, CreatePoolBody)
-        pool = await self._pools.create(body.name, body.specs(), force=body.force)
+        with explained():
+            pool = await self._pools.create(body.name, body.specs(), force=body.force)
         return JSONResponse(pool_summary(self._pools.slot(pool.name)), HTTPStatus.CREATED)
 
     async def show_pool(self, request: Request) -> Response:
@@ -383,12 +385,13 @@ class Api:
 
     async def open_pool(self, request: Request) -> Response:
         body = await _body(request, OpenBody)
-        pool = await self._pools.reopen(request.path_params["pool"], truncate_log=body.truncate_log)
+        with explained():
+            pool = await self._pools.reopen(request.path_params["pool"], truncate_log=body.truncate_log)
         return JSONResponse(pool_summary(self._pools.slot(pool.name)))
 
     async def grow_pool(self, request: Request) -> Response:
         body = await _body(request, GrowBody)
-        with self._pools.using(request.path_params["pool"]) as pool:
+        with self._pools.using(request.path_params["pool"]) as pool, explained():
             await pool.grow(body.specs(), force=body.force)
         return JSONResponse(pool_summary(self._pools.slot(pool.name)))
 

@@ -135,7 +135,9 @@ class ApiClient:
 
     def _silent(self, silence_s: float) -> ApiError:
         who, step = "terraced", "see its log"
-        if self._pid:
+        if self._pid == 1:  # systemd listens for it, and it doesn't itself yet
+            step = "`systemctl status terraced` tells"
+        elif self._pid:
             who = f"terraced (process {self._pid})"
             step = (
                 f"see its log; if `ps -o stat= {self._pid}` says T it was stopped, and `kill -CONT {self._pid}` helps"

@@ -1,7 +1,8 @@
 """terraced: the one place where configuration, engine, NBD server and control API are put together.
 
-The order is the argument. Up: lock the home, bind every address (so that a taken one is found before anything has
-changed, and clients that connect early wait instead of being refused), open the pools, serve, tell the supervisor.
+The order is the argument. Up: lock the home, bind every address, or take those that systemd has bound (so that a taken
+one is found before anything has changed, and clients that connect early wait instead of being refused), open the pools,
+serve, tell the supervisor.
 Down, on SIGTERM or SIGINT: stop accepting, answer what is in flight, then flush, checkpoint and close each pool; what
 is still being opened is left as it is, for recovery can begin anew at any point. A
 second signal cuts the waiting for clients short, a third ends the process at once; even that loses nothing that was
@@ -14,8 +15,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
+import faulthandler
 import importlib.metadata
-import ipaddress
 import logging
 import os
 import signal
@@ -30,17 +31,18 @@ from typing import Any
 import trio
 
 import nbd.server
-from nbd.listen import Listener, open_tcp, open_unix
-from terrace import sdnotify
+from nbd.listen import Listener
 from terrace.api import Api
 from terrace.collector import settle_collector
-from terrace.config import Config, load_config, split_address
+from terrace.config import Config, load_config
 from terrace.definitions import Definitions
 from terrace.events import Events
 from terrace.exports import PoolExports
 from terrace.home import Home, HomeError, find_home
 from terrace.httpserver import serve_http
+from terrace.listening import Listening, listen
 from terrace.lowwater import keep_watch
+from terrace.passedsockets import PassedSocketError, PassedSockets, receive
 from terrace.pools import Pools, open_pools
 from terrace.reclaim import stand_apart
 from terrace.scheduler import keep_schedules
@@ -48,6 +50,7 @@ from terrace.schema import ConfigError
 from terrace.scrubs import keep_schedule
 from terrace.stall import StallMeter
 from terrace.stdio import fill_standard_streams
+from terrace.supervisor import Supervisor
 from tiers import Pool
 
 log = logging.getLogger("terraced")
@@ -69,13 +72,17 @@ def main(arguments: Sequence[str] | None = None, *, engine: type[Pool] = Pool) -
         print(f"{options.config or 'the default configuration'}: good")
         return 0
     _start_logging(config.log.level)
+    # Who ends a daemon that hangs, as systemd's watchdog does with SIGABRT, finds in the log where it hung.
+    if not faulthandler.is_enabled():
+        faulthandler.enable(2)
     home = find_home(options.home)
     stalls = StallMeter()
     try:
+        passed = receive()
         with home.locked():
             stand_apart()
-            return trio.run(partial(run, home, options.config, config, stalls, engine), instruments=[stalls])
-    except HomeError as error:
+            return trio.run(partial(run, home, options.config, config, passed, stalls, engine), instruments=[stalls])
+    except (HomeError, PassedSocketError) as error:
         print(f"terraced: {error}", file=sys.stderr)
         return 1
 
@@ -113,8 +120,11 @@ def _start_logging(level: str) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
-async def run(home: Home, file: Path | None, config: Config, stalls: StallMeter, engine: type[Pool]) -> int:
+async def run(
+    home: Home, file: Path | None, config: Config, passed: PassedSockets, stalls: StallMeter, engine: type[Pool]
+) -> int:
     """Serve until told to stop; returns the exit status. The home is locked by the caller; `config` is from `file`."""
+    supervisor = Supervisor()
     async with trio.open_nursery() as watchers:
         with (
             ExitStack() as sockets,
@@ -124,14 +134,13 @@ async def run(home: Home, file: Path | None, config: Config, stalls: StallMeter,
             try:
                 if config.fuse.mountpoint:
                     await _require_fuse(Path(config.fuse.mountpoint))
-                listeners = await _bind_nbd(home, config, sockets)
-                api_listener = await open_unix(home.api_socket, 0o600)
+                listening = await listen(home, config.nbd, passed, sockets)
             except OSError as error:
-                print(f"terraced: {error.strerror}{_next_step(error)}", file=sys.stderr)
+                print(f"terraced: {error.strerror}", file=sys.stderr)
                 return 1
-            sockets.callback(api_listener.close)
+            watchers.start_soon(supervisor.run)
             told, opening, serving = trio.Event(), trio.CancelScope(), trio.CancelScope()
-            watchers.start_soon(_obey, signals, told, opening, serving)
+            watchers.start_soon(_obey, signals, supervisor, told, opening, serving)
             events = Events(home.path)
             watchers.start_soon(events.run)
             opened = open_pools(
@@ -141,14 +150,15 @@ async def run(home: Home, file: Path | None, config: Config, stalls: StallMeter,
                 policies=config.policies(),
                 opening=opening,
                 events=events.add,
+                known=supervisor.opening,
             )
             async with opened as pools:
                 definitions = Definitions(file, config, pools)
-                watchers.start_soon(definitions.reload_on, hangups)
+                watchers.start_soon(definitions.reload_on, hangups, supervisor.reloading)
                 if not told.is_set():
                     with serving:
                         await _serve(
-                            *(home, config, stalls, definitions, pools, events, listeners, api_listener, told, serving)
+                            *(home, config, stalls, definitions, pools, events, listening, supervisor, told, serving)
                         )
             log.info("stopped")
             watchers.cancel_scope.cancel()
@@ -162,18 +172,19 @@ async def _serve(
     definitions: Definitions,
     pools: Pools,
     events: Events,
-    listeners: Sequence[Listener],
-    api_listener: Listener,
+    listening: Listening,
+    supervisor: Supervisor,
     told: trio.Event,
     serving: trio.CancelScope,
 ) -> None:
     """Serve clients and the API until `told` to stop and what is in flight has ended. `serving`: the scope around."""
     async with trio.open_nursery() as services:
         limits = config.nbd.limits()
-        server = await services.start(partial(nbd.server.serve, PoolExports(pools), listeners, limits=limits))
-        daemon = Daemon(home, listeners, server, stalls)
+        server = await services.start(partial(nbd.server.serve, PoolExports(pools), listening.nbd, limits=limits))
+        daemon = Daemon(home, listening.nbd, server, stalls)
         api_shutdown = trio.Event()
-        await services.start(serve_http, Api(pools, daemon, definitions, events).app(), api_listener.sock, api_shutdown)
+        app = Api(pools, daemon, definitions, events).app()
+        await services.start(serve_http, app, listening.api.sock, api_shutdown)
         if config.fuse.mountpoint:
             # What it needs is an extra that not everybody has; whoever configures it has been asked for it at start.
             from terrace.fuse.service import serve_files
@@ -186,7 +197,7 @@ async def _serve(
             settle_collector()
             stalls.reset()
             print("terraced is ready:", *daemon.uris(), flush=True)
-            sdnotify.notify("READY=1")
+            supervisor.ready(lambda: len(server.status().connections))
             await told.wait()
             background.cancel_scope.cancel()
         log.info("finishing what clients have in flight")
@@ -195,26 +206,6 @@ async def _serve(
         # Both services end by themselves now, and the pools are closed after them; a client that doesn't take its last
         # replies holds nobody up.
         serving.deadline = trio.current_time() + config.nbd.drain_grace_s + _LEAVING_S
-
-
-async def _bind_nbd(home: Home, config: Config, sockets: ExitStack) -> list[Listener]:
-    """All addresses that volumes are served on. Raises OSError naming the one that can't be had."""
-    listeners: list[Listener] = []
-    for address in config.nbd.listen:
-        host, port = split_address(address)
-        bound = await open_tcp(host, port)
-        for listener in bound:
-            sockets.callback(listener.close)
-            if not ipaddress.ip_address(listener.sock.getsockname()[0]).is_loopback:
-                log.warning("NBD on %s is open: whoever reaches it can read and write every volume", listener.address)
-        listeners += bound
-    if config.nbd.socket:
-        listener = await open_unix(home.path / config.nbd.socket, 0o600)
-        sockets.callback(listener.close)
-        listeners.append(listener)
-    if not listeners:
-        raise OSError(errno.EINVAL, "there is nothing to serve NBD on; set listen or socket under [nbd]")
-    return listeners
 
 
 async def _require_fuse(mountpoint: Path) -> None:
@@ -228,19 +219,17 @@ async def _require_fuse(mountpoint: Path) -> None:
     await require_mountpoint(mountpoint)
 
 
-def _next_step(error: OSError) -> str:
-    if error.errno in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL):
-        return "; `ss -ltnxp` shows who listens where; other addresses can be set under [nbd] in a --config file"
-    return ""
-
-
 async def _obey(
-    signals: AsyncIterator[int], told: trio.Event, opening: trio.CancelScope, serving: trio.CancelScope
+    signals: AsyncIterator[int],
+    supervisor: Supervisor,
+    told: trio.Event,
+    opening: trio.CancelScope,
+    serving: trio.CancelScope,
 ) -> None:
     """The first, second and third signal."""
     number = await anext(signals)
     log.info("%s: stopping", signal.Signals(number).name)
-    sdnotify.notify("STOPPING=1")
+    supervisor.stopping()
     told.set()
     opening.cancel()
     await anext(signals)

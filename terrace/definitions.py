@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -99,14 +100,17 @@ class Definitions:
             log.warning("%s: what changed in these sections needs a restart", ", ".join(done.needs_restart))
         return done
 
-    async def reload_on(self, signals: AsyncIterator[int]) -> NoReturn:
-        """Reload at each signal; what is wrong goes into the log."""
+    async def reload_on(
+        self, signals: AsyncIterator[int], around: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> NoReturn:
+        """Reload at each signal, within `around()`; what is wrong goes into the log."""
         while True:
             await anext(signals)
-            try:
-                await self.reload()
-            except OSError as error:
-                log.error("%s", error)
+            with around():
+                try:
+                    await self.reload()
+                except OSError as error:
+                    log.error("%s", error)
 
 
 def _difference(old: Config, new: Config) -> dict[str, list[str]]:

@@ -342,13 +342,16 @@ async def open_pools(
     policies: Mapping[str, Policy] | None = None,
     opening: trio.CancelScope | None = None,
     events: Callable[[str, str, str], None] = lambda kind, subject, text: None,
+    known: Callable[[Pools], None] = lambda pools: None,
 ) -> AsyncIterator[Pools]:
     """The pools below `directory`, opened; closed in order, with flush and checkpoint, when the block ends.
 
+    `known` is called before the first of them is opened, for whoever wants to tell how far that is.
     Cancelling `opening` leaves those that aren't open yet as they are: recovery begins anew the next time.
     """
     async with trio.open_nursery() as nursery:
         pools = Pools(directory, settings, policies or {DEFAULT_NAME: DEFAULT}, nursery, engine, events)
+        known(pools)
         with opening or trio.CancelScope():
             await pools.open_all()
         yield pools

@@ -49,6 +49,20 @@ def _is_partition_of(partition: Path, disk: Path) -> bool:
     return (Path("/sys/class/block") / disk.name / partition.resolve().name).exists()
 
 
+def _require_unclaimed(path: Path) -> None:
+    """Raise EBUSY if the kernel says that a block device, or a partition of it, is held by somebody (open(2), O_EXCL).
+
+    That knows of mounts in places that this process doesn't see, as a service in a sandbox doesn't, of RAID, LVM, swap.
+    """
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            message = f"{path} is in use: it is mounted, or part of a RAID or LVM; free it, or choose another device"
+            raise TierError(errno.EBUSY, message) from None
+        raise TierError(error.errno or errno.EIO, f"opening {path}: {error.strerror}") from error
+
+
 def signature_of(path: Path) -> str | None:
     """The filesystem, RAID, LVM or partition-table signature that blkid finds, as "ext4" or "gpt partition table"."""
     found = _blkid(path, "TYPE")
@@ -88,6 +102,7 @@ def check_usable(path: Path, *, force: bool) -> None:
         where = mounted_at(path)
         if where:
             raise TierError(errno.EBUSY, f"{path} is in use ({where}): unmount it first, or choose another device")
+        _require_unclaimed(path)
     try:
         label = read_label(path)
     except BadLabelError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ class Context:
 
     def __init__(self, home: str | None) -> None:
         self.home: Home = find_home(home)
+        self.chosen = bool(home or os.environ.get("TERRACE_HOME"))
+        """Somebody said which, so it isn't the default."""
 
     def connect(self) -> ApiClient:
         # httpx takes a good part of the time that a command takes; --help shouldn't pay it.

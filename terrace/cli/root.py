@@ -21,6 +21,7 @@ from terrace.cli.pool import pool
 from terrace.cli.restore import restore
 from terrace.cli.snapshot import snapshot
 from terrace.cli.status import status
+from terrace.cli.units import install_units
 from terrace.cli.volume import volume
 
 
@@ -74,5 +75,5 @@ def root(context: click.Context, home: str | None) -> None:
     context.obj = Context(home)
 
 
-for command in (pool, volume, snapshot, policy, backup, restore, mount, status, events, completion):
+for command in (pool, volume, snapshot, policy, backup, restore, mount, status, events, install_units, completion):
     root.add_command(command)

@@ -28,6 +28,12 @@ def make_volume(daemon: FakeDaemon, pool: str = "p") -> None:
     daemon.api("POST", f"/v1/pools/{pool}/volumes", {"name": "v", "size": MIB})
 
 
+def await_state(supervisor: socket.socket, state: bytes) -> None:
+    """Until the daemon has said it, among what else it says."""
+    while state not in supervisor.recv(4096).split(b"\n"):
+        pass
+
+
 def refused(*options: str) -> str:
     """What a daemon that must not start says, which is one line."""
     result = subprocess.run(
@@ -62,11 +68,11 @@ def test_it_says_once_where_it_serves_and_tells_its_supervisor(own_daemon: FakeD
         supervisor.bind(str(tmp_path / "notify"))
         supervisor.settimeout(30)
         process = own_daemon.spawn(NOTIFY_SOCKET=str(tmp_path / "notify"))
-        assert supervisor.recv(100) == b"READY=1"
+        await_state(supervisor, b"READY=1")
         # Ready means ready: the socket is there, and answers.
         assert own_daemon.api("GET", "/v1/status")["pid"] == process.pid
         process.send_signal(signal.SIGTERM)
-        assert supervisor.recv(100) == b"STOPPING=1"
+        await_state(supervisor, b"STOPPING=1")
     output, _ = process.communicate(timeout=30)
     own_daemon.process = None
     assert process.returncode == 0

@@ -15,6 +15,7 @@ from terrace.api import Api
 from terrace.cli.root import root
 from terrace.config import Config, parse_config
 from terrace.sizes import parse_size
+from terrace.unitfiles import TARGETS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -53,6 +54,28 @@ def commands(group: click.Group, path: str) -> list[str]:
 @pytest.mark.parametrize("command", commands(root, "terrace"))
 def test_the_command_line_page_has_every_command(command: str) -> None:
     assert command in (DOCS / "cli.md").read_text()
+
+
+def test_the_operating_page_says_what_to_do_at_every_kind_of_event() -> None:
+    """Kinds are literals where events are told."""
+    told = re.compile(r"(?:\bevents|\badd|_tell|_events)\(\s*\"([a-z]+)\",")
+    kinds = {
+        kind
+        for package in ("terrace", "tiers")
+        for file in (DOCS.parent / package).rglob("*.py")
+        for kind in told.findall(file.read_text())
+    }
+    assert {"space", "pool", "device", "evacuation", "snapshot"} <= kinds
+    page = (DOCS / "operating.md").read_text()
+    assert {kind for kind in kinds if f"### `{kind}`" not in page} == set()
+    for level in Config().space.levels:
+        assert f"above {level:g} %" in page
+
+
+def test_the_operating_page_names_every_file() -> None:
+    page = (DOCS / "operating.md").read_text()
+    for name in TARGETS:
+        assert name.replace("@", "@POOL-VOL") in page
 
 
 def test_the_command_line_page_has_every_request() -> None:

@@ -81,6 +81,25 @@ def test_a_signature_is_named_and_overridden_only_by_force(tmp_path: Path, make:
     run(body)
 
 
+def test_a_device_that_is_mounted_where_this_process_can_not_see_it_is_refused_even_by_force(tmp_path: Path) -> None:
+    """As a service in a sandbox doesn't, or a container."""
+    image = filesystem(tmp_path / "mounted.img")
+    device = Path(command("/sbin/losetup", "--find", "--show", image).strip())
+    script = f"mount {device} {tmp_path} && echo mounted && read -r"
+    elsewhere = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script]
+    try:
+        with subprocess.Popen(elsewhere, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "mounted\n"
+            assert mounted_at(device) is None
+            with pytest.raises(TierError, match=f"^{device} is in use: it is mounted"):
+                check_usable(device, force=True)
+            process.communicate("\n")
+        check_usable(device, force=True)
+    finally:
+        command("/sbin/losetup", "--detach", device)
+
+
 def test_a_mounted_device_is_refused_even_by_force(tmp_path: Path, mounted: Path) -> None:
     where = str(tmp_path / "mnt")
     assert mounted_at(mounted) == where

@@ -1,0 +1,61 @@
+"""Where the daemon listens: every address of NBD and the control API, bound here or passed in by systemd."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from nbd.listen import Listener, open_tcp, open_unix
+from terrace.config import NbdConfig, split_address
+from terrace.home import Home
+from terrace.passedsockets import PassedSockets, leave
+
+log = logging.getLogger("terraced")
+
+
+@dataclass(frozen=True)
+class Listening:
+    nbd: Sequence[Listener]
+    api: Listener
+
+
+async def listen(home: Home, config: NbdConfig, passed: PassedSockets, sockets: ExitStack) -> Listening:
+    """All addresses, closed with `sockets`. Raises OSError whose text names the one that can't be had."""
+    try:
+        nbd = await _listen_nbd(home, config, passed, sockets)
+        api = await open_unix(home.api_socket, 0o600, passed.take)
+        sockets.callback(api.close)
+        passed.settle()
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}{_next_step(error)}") from None
+    leave([*nbd, api])
+    return Listening(nbd, api)
+
+
+async def _listen_nbd(home: Home, config: NbdConfig, passed: PassedSockets, sockets: ExitStack) -> list[Listener]:
+    listeners: list[Listener] = []
+    for address in config.listen:
+        host, port = split_address(address)
+        bound = await open_tcp(host, port, passed.take)
+        for listener in bound:
+            sockets.callback(listener.close)
+            if not ipaddress.ip_address(listener.sock.getsockname()[0]).is_loopback:
+                log.warning("NBD on %s is open: whoever reaches it can read and write every volume", listener.address)
+        listeners += bound
+    if config.socket:
+        listener = await open_unix(home.path / config.socket, 0o600, passed.take)
+        sockets.callback(listener.close)
+        listeners.append(listener)
+    if not listeners:
+        raise OSError(errno.EINVAL, "there is nothing to serve NBD on; set listen or socket under [nbd]")
+    return listeners
+
+
+def _next_step(error: OSError) -> str:
+    if error.errno in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL):
+        return "; `ss -ltnxp` shows who listens where; other addresses can be set under [nbd] in a --config file"
+    return ""
