@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from terrace.cli.attach import grow_device
 from terrace.cli.context import POOL, SIZE, SNAPSHOT, VOLUME, Context, SizeCommand, confirm, pass_context
 from terrace.cli.heat import heat
 from terrace.cli.images import export_volume, import_image
@@ -152,6 +153,7 @@ def resize(context: Context, volume: tuple[str, str], size: int, shrink: bool, o
     pool, name = volume
     with context.connect() as client, patience(f"Resizing {pool}/{name}"):
         resized = client.request("PATCH", "pools", pool, "volumes", name, body={"size": size, "shrink": shrink})
+        grow_device(context, resized["name"], resized["size_bytes"])
     if output == "json":
         show_json(resized)
     else:
