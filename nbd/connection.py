@@ -435,7 +435,7 @@ class Connection:
 
         Waits, giving the bench back.
         """
-        if self._draining:
+        if self._reads_no_more():
             return False
         bench = self._bench
         assert bench is not None
@@ -482,7 +482,7 @@ class Connection:
                     await trio.lowlevel.wait_readable(self._sock)
                 finally:
                     self._waiting = False
-            if self._draining:
+            if self._reads_no_more():
                 return False
             fruitless = self._fruitless
             if fruitless and perf_counter() - slept < QUICK_WAKE_S:
@@ -499,6 +499,9 @@ class Connection:
             self._fruitless = fruitless
             self._end += count
             return count > 0
+
+    def _reads_no_more(self) -> bool:
+        return self._draining
 
     def _work(self) -> _After:
         """Handle every complete request in the inbox, without a checkpoint.
