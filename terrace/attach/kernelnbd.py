@@ -76,7 +76,7 @@ SOCK_FD: Final = 1
 
 IO_TIMEOUT_MS: Final = 3000
 """After a restart of the daemon what was in flight is sent again at the latest so long after it was sent."""
-IO_TIMEOUT_SEVERAL_MS: Final = 10_000
+IO_TIMEOUT_SEVERAL_MS: Final = 5000
 """The same with several connections, where a request may not take longer without being started anew."""
 SIZE_INTERVAL_S: Final = 5.0
 """How often the volume's size is looked at, if nobody asks for it."""
@@ -211,7 +211,7 @@ async def _connect(kernel: Kernel, order: Order) -> int:
     with ExitStack() as opened:
         sockets: list[socket.socket] = []
         for _ in range(order.connections):
-            sock, terms = await _open(order)
+            sock, terms = await attach(order.address, order.name)
             opened.enter_context(sock)
             sockets.append(sock)
             if not terms.flags & wire.CAN_MULTI_CONN:
@@ -232,10 +232,6 @@ async def _connect(kernel: Kernel, order: Order) -> int:
                 f"the kernel made no NBD device for {order.name}: {error.strerror}"
                 + ("; run as root" if error.errno == errno.EPERM else "; dmesg may say more"),
             ) from None
-
-
-async def _open(order: Order) -> tuple[socket.socket, Terms]:
-    return await attach(order.address, order.name)
 
 
 class _Watch:
@@ -269,6 +265,7 @@ class _Watch:
         """Give the kernel new connections for dead ones, as soon as there is a daemon to connect to."""
         while True:
             await self.dead.wait()
+            await trio.sleep(FIRST_PAUSE_S)  # where a daemon ends, all connections do
             # Before the first offer: what dies from here on is told anew.
             self.dead = trio.Event()
             log.info("%s: a connection of %s ended; connecting again", self._order.name, self._found.device)
@@ -288,7 +285,7 @@ class _Watch:
                     break
 
     async def _offer(self) -> None:
-        sock, terms = await _open(self._order)
+        sock, terms = await attach(self._order.address, self._order.name)
         with sock:
             self._size_bytes = terms.size_bytes
             await trio.to_thread.run_sync(

@@ -71,7 +71,7 @@ class _Duration(click.ParamType[int]):
     type=click.IntRange(1, 16),
     default=1,
     show_default=True,
-    help="Of the kernel's NBD client. With several, I/O that takes over 10 s is begun anew.",
+    help="Of the kernel's NBD client. With several, I/O that takes over 5 s is begun anew.",
 )
 @click.option(
     "--dead-timeout",
@@ -291,6 +291,7 @@ def _stay(
 
     stamp = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s "
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=stamp + "%(levelname)-7s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     called = _called(name)
 
     def prepare(device: str) -> None:
