@@ -1,7 +1,7 @@
 """Filesystems on an attached device: who uses it, what it carries, making one, mounting it.
 
 By the tools of the distribution: blkid, mkfs.ext4, mkfs.xfs, mount, umount. All of it blocks. Every failure is an
-AttachError with the tool's own last words.
+AttachError with the tool's own words.
 """
 
 from __future__ import annotations
@@ -167,8 +167,18 @@ def _run(command: Sequence[str], what: str) -> None:
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
     )
     if done.returncode:
-        said = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        raise AttachError(errno.EIO, f"{what} failed: {'; '.join(said[-2:]) or f'exit status {done.returncode}'}")
+        said = _reason((done.stderr or done.stdout).splitlines()) or f"exit status {done.returncode}"
+        raise AttachError(errno.EIO, f"{what} failed: {said}")
+
+
+def _reason(lines: Sequence[str]) -> str:
+    """What a tool said, without the explanation of its options that mkfs.xfs appends to every error."""
+    said = [line.strip() for line in lines if line.strip()]
+    for index, line in enumerate(said):
+        if line.lower().startswith("usage"):
+            said = said[:index]
+            break
+    return "; ".join(said[:2])
 
 
 def _tool(name: str, package: str) -> str:

@@ -4,15 +4,14 @@ The keeper serves the file itself, so all data passes through it, and the device
 beneath the file, an NBD client that connects again when the daemon was restarted, is `terrace.fuse`'s; this module owns
 the mount point and the loop device.
 
-The mount is `DIRECTORY/fuse/POOL/VOL`, below the directory of the records. The kernel shows the file's path as
-`loop/backing_file` in sysfs; by that a device is recognised as ours, by udev's rules too.
+The mount is `DIRECTORY/fuse/POOL/VOL`, below the directory of the records, and the file in it is POOL/VOL again. The
+kernel shows the file's path as `loop/backing_file` in sysfs; by that a device is known to be ours, by udev's rules too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import importlib
 import logging
 import os
 import shutil
@@ -61,13 +60,16 @@ as the order says, while whoever reads or writes waits."""
 def backing() -> Backing:
     """What serves the file, `terrace.fuse`. Raises AttachError where its library is missing."""
     try:
-        module = importlib.import_module("terrace.fuse.backing")
+        from terrace.fuse.backing import volume_file
     except ImportError as error:
         raise AttachError(
             errno.ENODEV, f"a file in a FUSE mount needs {error.name}: pip install 'terrace[fuse]'"
         ) from None
-    made: Backing = module.backing
-    return made
+
+    def serve(order: Order, place: Path) -> AbstractAsyncContextManager[BackingFile]:
+        return volume_file(order.home, order.name, place, read_only=order.read_only, patience_s=order.dead_timeout_s)
+
+    return serve
 
 
 def mount_point(home: Home, name: str) -> Path:

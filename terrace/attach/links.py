@@ -1,7 +1,7 @@
 """`/dev/terrace/POOL/VOL`, a name for the device that doesn't depend on how many there are.
 
 Where udev runs with the rule that `terrace install-units` installs, udev makes the link; elsewhere the keeper does, and
-removes it at the end. A link of somebody else's is left alone.
+removes it at the end. The link of another home's volume of the same name is left alone, while that is attached.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Final
 
 DIRECTORY: Final = Path("/dev/terrace")
 RULES: Final = [Path(place) / "60-terrace.rules" for place in ("/etc/udev/rules.d", "/usr/lib/udev/rules.d")]
+SYSFS: Final = Path("/sys/block")
 UDEV: Final = Path("/run/udev/control")
 
 
@@ -28,13 +29,22 @@ def make(name: str, device: str) -> str | None:
     try:
         link.parent.mkdir(parents=True, exist_ok=True)
         if link.is_symlink():
-            if link.exists():
-                return None  # another home's volume of this name
+            if _is_of(name, link.readlink().name):
+                return None
             link.unlink()
         link.symlink_to(device)
     except OSError:
         return None
     return str(link)
+
+
+def _is_of(name: str, device: str) -> bool:
+    """Whether the device `loop3` or `nbd0` is that of a volume of this name. It may be anything by now."""
+    told = ""
+    for place in ("backend", "loop/backing_file"):
+        with contextlib.suppress(OSError):
+            told += (SYSFS / device / place).read_text()
+    return f"terrace:{name}" in told or f"/fuse/{name}/" in told
 
 
 def remove(link: str | None, device: str) -> None:

@@ -182,6 +182,25 @@ def grow_device(context: Context, name: str, size_bytes: int) -> None:
         time.sleep(0.02)
 
 
+def require_detached(context: Context, name: str, done: str) -> None:
+    """Raise AttachError if a volume or snapshot is a block device of this host, and so can't be `done`."""
+    from terrace.attach import filesystem
+    from terrace.attach.record import AttachError, Records, directory_of
+
+    records = Records(directory_of(context.home))
+    try:
+        record = records.find(name) if records.keeper(name) is not None else None
+    except AttachError:
+        return  # the daemon refuses too, only with less to say
+    if record is not None:
+        mounts = filesystem.users_of(record.device).mounts
+        where = f", mounted at {', '.join(mounts)}" if mounts else ""
+        raise AttachError(
+            errno.EBUSY,
+            f"{name} is attached as {record.device}{where}, and can't be {done}: terrace detach {name} first",
+        )
+
+
 # Attaching
 
 
@@ -251,6 +270,7 @@ def _start_keeper(context: Context, records: Records, called: str, arguments: li
         process.returncode = 0  # it stays, and is nobody's child when this process has ended
         return str(report["device"])
     process.wait()
+    log_file.unlink(missing_ok=True)  # it says no more than that
     raise AttachError(report["errno"], report["error"])
 
 

@@ -288,7 +288,14 @@ def test_a_link_of_somebody_else_is_left_alone(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(links, "UDEV", tmp_path / "none")
     link = links.make("p/v", "/dev/null")
     assert link == str(tmp_path / "terrace/p/v") and Path(link).readlink() == Path("/dev/null")
+    (tmp_path / "null").mkdir()
+    monkeypatch.setattr(links, "SYSFS", tmp_path)
+    (tmp_path / "null/backend").write_text("terrace:p/v of /elsewhere\n")
     assert links.make("p/v", "/dev/zero") is None
+    (tmp_path / "null/backend").write_text("")  # it is detached, by a keeper that could not remove its link
+    assert links.make("p/v", "/dev/zero") == link
+    links.remove(link, "/dev/zero")
+    assert links.make("p/v", "/dev/null") == link
     links.remove(link, "/dev/zero")
     assert Path(link).readlink() == Path("/dev/null")
     links.remove(link, "/dev/null")
@@ -310,12 +317,13 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 import trio
-from terrace.attach import filesystem, fuseloop
+from terrace.attach import filesystem, fuseloop, links
 from terrace.attach.driver import Order
 from terrace.attach.keeper import keep
 from terrace.home import Home
 
 logging.basicConfig(stream=sys.stderr, level=logging.INFO)
+links.DIRECTORY = Path(sys.argv[1]) / "links"
 
 class PlainFile:
     def __init__(self, path):
@@ -390,12 +398,13 @@ def test_a_keeper_makes_a_device_records_it_and_takes_it_away(keeper: Keeper) ->
     assert loopdev.backing_of(keeper.device) == str(keeper.file)
     found = keeper.records.find("p/v")
     assert found is not None and (found.driver, found.device) == ("fuse", keeper.device)
+    assert found.link is not None and Path(found.link).readlink() == Path(keeper.device)
     assert keeper.records.keeper("p/v") == keeper.process.pid
     assert "p/v is detached" in keeper.end()
     assert keeper.process.returncode == 0
     assert loopdev.backing_of(keeper.device) is None
     assert keeper.records.find("p/v") is None
-    assert not keeper.file.parent.exists()
+    assert not keeper.file.parent.exists() and not Path(found.link).is_symlink()
 
 
 def test_a_keeper_takes_a_new_size_when_it_is_told_to_look(keeper: Keeper) -> None:
