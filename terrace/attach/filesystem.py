@@ -178,7 +178,7 @@ def _reason(lines: Sequence[str]) -> str:
         if line.lower().startswith("usage"):
             said = said[:index]
             break
-    return "; ".join(said[:2])
+    return "; ".join(line.rstrip(".") for line in said[:2])
 
 
 def _tool(name: str, package: str) -> str:

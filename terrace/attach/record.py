@@ -97,27 +97,15 @@ class Records:
 
     def find(self, name: str) -> Record | None:
         """What is recorded of this boot, whether its keeper lives or not. Raises AttachError for nonsense."""
-        path = self._file(name)
-        try:
-            content = json.loads(path.read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except PermissionError:
-            raise AttachError(errno.EACCES, f"{path} can't be read: run as root") from None
-        except ValueError:
-            raise AttachError(
-                errno.EINVAL, f"{path} is no record of an attachment: remove it, and attach anew"
-            ) from None
-        return _understood(content, path)
+        return _read(self._file(name))
 
     def all(self) -> list[Record]:
         """Every attachment of this boot, by name. Raises AttachError as `find` does."""
         found = []
         for path in self._paths(".json"):
-            with contextlib.suppress(FileNotFoundError):
-                record = _understood(json.loads(path.read_bytes()), path)
-                if record is not None:
-                    found.append(record)
+            record = _read(path)
+            if record is not None:
+                found.append(record)
         return sorted(found, key=lambda record: record.name)
 
     def store(self, record: Record) -> None:
@@ -221,6 +209,18 @@ def _key(name: str) -> str:
 def _pid_in(fd: int) -> int:
     text = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
     return int(text) if text.isdecimal() else 0
+
+
+def _read(path: Path) -> Record | None:
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except PermissionError:
+        raise AttachError(errno.EACCES, f"{path} can't be read: run as root") from None
+    except ValueError:
+        raise AttachError(errno.EINVAL, f"{path} is no record of an attachment: remove it, and attach anew") from None
+    return _understood(content, path)
 
 
 def _understood(content: Any, path: Path) -> Record | None:
