@@ -47,7 +47,7 @@ from nbd.client import attach, describe
 from nbd.negotiate import Terms
 from terrace.attach.driver import LOGICAL_BLOCK_BYTES, Attached, Order
 from terrace.attach.netlink import Attribute, Family, attributes_in, messages_in, number, u64
-from terrace.attach.record import AttachError
+from terrace.attach.record import AttachError, Records
 
 log = logging.getLogger("terrace.attach")
 
@@ -166,6 +166,23 @@ def find_device(backend: str) -> int | None:
     return None
 
 
+def find_left_device(order: Order) -> int | None:
+    """The device of an order that a keeper left in the kernel.
+
+    Kernels before 5.14 keep no `backend`. There it is the one that is recorded, if it is a device at present.
+    """
+    index = find_device(order.identifier)
+    if index is not None:
+        return index
+    record = Records(order.directory).find(order.name)
+    if record is None or record.driver != "nbd":
+        return None
+    sysfs = SYSFS / Path(record.device).name
+    if not (sysfs / "pid").exists() or (sysfs / "backend").exists():
+        return None
+    return int(sysfs.name.removeprefix("nbd"))
+
+
 def device_path(index: int) -> str:
     return f"/dev/nbd{index}"
 
@@ -180,7 +197,7 @@ async def attached(order: Order) -> AsyncIterator[Attached]:
     """Make the device, or take over the one that a keeper left. See `terrace.attach.driver`."""
     kernel = await trio.to_thread.run_sync(Kernel)
     with kernel.links() as links:
-        index = find_device(order.identifier)
+        index = find_left_device(order)
         if index is None:
             index = await _connect(kernel, order)
             left_over = False
@@ -204,7 +221,7 @@ async def attached(order: Order) -> AsyncIterator[Attached]:
             if not found.leave:
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(kernel.disconnect, index)
-                    await _wait_until_gone(order, index)
+                    await _wait_until_gone(index)
 
 
 async def _connect(kernel: Kernel, order: Order) -> int:
@@ -293,7 +310,12 @@ class _Watch:
             )
 
     async def size(self) -> None:
-        """Give the device the volume's size when that changes."""
+        """Give the device the volume's size when that changes.
+
+        And notice a daemon that was away, should the kernel's word of it have been lost, as it is in a network
+        namespace, where its messages don't come.
+        """
+        away = False
         while True:
             look = self._found.look
             with trio.move_on_after(SIZE_INTERVAL_S):
@@ -306,7 +328,12 @@ class _Watch:
                     )
                     self._size_bytes = terms.size_bytes
             except OSError as error:
+                away = True
                 log.debug("%s: its size can't be told: %s", self._order.name, error)
+            else:
+                if away:
+                    self.dead.set()
+                away = False
 
 
 def _sockets(sockets: Sequence[socket.socket]) -> list[Attribute]:
@@ -327,9 +354,9 @@ def _set_timer(index: int, connections: int) -> None:
         log.warning("%s can't be set (%s): after a restart of the daemon I/O pauses longer", path, error.strerror)
 
 
-async def _wait_until_gone(order: Order, index: int) -> None:
+async def _wait_until_gone(index: int) -> None:
     with trio.move_on_after(GONE_PATIENCE_S):
-        while find_device(order.identifier) == index:  # noqa: ASYNC110 - the kernel has no event for it
+        while (SYSFS / f"nbd{index}" / "pid").exists():  # noqa: ASYNC110 - the kernel has no event for it
             await trio.sleep(0.02)
 
 

@@ -29,6 +29,8 @@ def make(name: str, device: str) -> str | None:
     try:
         link.parent.mkdir(parents=True, exist_ok=True)
         if link.is_symlink():
+            if link.readlink() == Path(device):
+                return str(link)  # a keeper that was killed left it
             if _is_of(name, link.readlink().name):
                 return None
             link.unlink()

@@ -308,6 +308,7 @@ def _stay(
 
     from terrace.attach.driver import Order
     from terrace.attach.keeper import keep
+    from terrace.reclaim import stand_apart
 
     stamp = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s "
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=stamp + "%(levelname)-7s %(name)s: %(message)s")
@@ -333,6 +334,9 @@ def _stay(
     try:
         address = _address(context, name, taken_over=_is_there(context, called))
         chosen, driver = _driver(context, called, asked)
+        left = _records(context).find(called)  # by a keeper that was killed
+        if left is not None and left.driver == chosen:
+            connections = max(connections, left.connections)
         order = Order(
             home=context.home,
             name=called,
@@ -341,6 +345,7 @@ def _stay(
             connections=connections if chosen == "nbd" else 1,
             dead_timeout_s=dead_timeout_s,
         )
+        stand_apart()
         with _one_error():
             trio.run(partial(keep, order, chosen, driver, ready=ready, prepare=prepare))
     except OSError as error:
@@ -375,10 +380,14 @@ def _report(fd: int, content: dict[str, Any]) -> None:
 
 def _is_there(context: Context, called: str) -> bool:
     """Whether a keeper that is gone left a device in the kernel."""
-    from terrace.attach import kernelnbd
-    from terrace.attach.record import identifier
+    return _left_device(context, called) is not None
 
-    return kernelnbd.find_device(identifier(context.home, called)) is not None
+
+def _left_device(context: Context, called: str) -> int | None:
+    from terrace.attach import kernelnbd
+    from terrace.attach.driver import Order
+
+    return kernelnbd.find_left_device(Order(context.home, called, context.home.nbd_socket))
 
 
 def _driver(context: Context, called: str, asked: Asked) -> tuple[str, Driver]:
@@ -431,7 +440,7 @@ def _address(context: Context, name: tuple[str, str, str | None], *, taken_over:
 def _find(context: Context, records: Records, name: str) -> Record:
     """What is attached under a name, or as a device."""
     from terrace.attach import fuseloop, kernelnbd
-    from terrace.attach.record import AttachError, Record, identifier
+    from terrace.attach.record import AttachError, Record
 
     if name.startswith("/"):
         device = os.path.realpath(name)
@@ -444,7 +453,7 @@ def _find(context: Context, records: Records, name: str) -> Record:
     if found is not None:
         return found
     # A keeper that was killed before it wrote its record.
-    index = kernelnbd.find_device(identifier(context.home, called))
+    index = _left_device(context, called)
     device_left = fuseloop.find_device(context.home, called) if index is None else kernelnbd.device_path(index)
     if device_left is None:
         raise AttachError(errno.ENOENT, f"{called} is not attached: terrace attach --list shows what is")
@@ -476,10 +485,10 @@ def _detach(context: Context, records: Records, called: str, *, force: bool) -> 
 def _clear(context: Context, record: Record, *, force: bool) -> None:
     """Remove a device that has no keeper."""
     from terrace.attach import fuseloop, kernelnbd, links
-    from terrace.attach.record import AttachError, identifier
+    from terrace.attach.record import AttachError
 
     links.remove(record.link, record.device)
-    index = kernelnbd.find_device(identifier(context.home, record.name))
+    index = _left_device(context, record.name)
     if index is not None:
         kernelnbd.disconnect(index)
     try:

@@ -292,6 +292,7 @@ def test_a_link_of_somebody_else_is_left_alone(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(links, "SYSFS", tmp_path)
     (tmp_path / "null/backend").write_text("terrace:p/v of /elsewhere\n")
     assert links.make("p/v", "/dev/zero") is None
+    assert links.make("p/v", "/dev/null") == link
     (tmp_path / "null/backend").write_text("")  # it is detached, by a keeper that could not remove its link
     assert links.make("p/v", "/dev/zero") == link
     links.remove(link, "/dev/zero")
