@@ -257,8 +257,12 @@ def _start_keeper(context: Context, records: Records, called: str, arguments: li
             )
     finally:
         os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        said = pipe.read()  # until it has said it all, or is gone
+    try:
+        with os.fdopen(reading, "rb") as pipe:
+            said = pipe.read()  # until it has said it all, or is gone
+    except BaseException:
+        process.terminate()  # Ctrl-C: it detaches again
+        raise
     try:
         report = json.loads(said)
     except ValueError:
