@@ -16,6 +16,7 @@ import pytest
 
 from terrace.attach import filesystem, loopdev
 from tests.system.daemon import Daemon, environment, program
+from tests.terrace.test_cli import Cli
 
 pytestmark = pytest.mark.system
 
@@ -32,14 +33,13 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
             running.cli("detach", one["name"], "--unmount", "--force", status=None)
 
 
-def refused(daemon: Daemon, *arguments: str, status: int = 1) -> str:
-    """The one line that the command says."""
-    done = daemon.cli(*arguments, status=status)
-    assert done.stdout == "" and done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
-    return done.stderr
+@pytest.fixture(scope="module")
+def cli(daemon: Daemon) -> Cli:
+    """In this process, which spares the start of a Python; the keepers are processes of their own all the same."""
+    return Cli(daemon.home)
 
 
-def test_attaching_again_tells_the_same_device_and_two_at_once_make_one(daemon: Daemon) -> None:
+def test_attaching_again_tells_the_same_device_and_two_at_once_make_one(daemon: Daemon, cli: Cli) -> None:
     said: list[str] = []
     threads = [threading.Thread(target=lambda: said.append(daemon.cli("attach", "p/v").stdout)) for _ in range(3)]
     for thread in threads:
@@ -49,40 +49,40 @@ def test_attaching_again_tells_the_same_device_and_two_at_once_make_one(daemon: 
     assert len(said) == 3 and len(set(said)) == 1
     device = said[0].strip()
     assert re.fullmatch(r"/dev/(loop|nbd)\d+", device)
-    (listed,) = daemon.cli_json("attach", "--list")
+    (listed,) = cli.json("attach", "--list")
     assert (listed["name"], listed["device"], listed["size_bytes"]) == ("p/v", device, 64 << 20)
-    assert "is attached as" in refused(daemon, "volume", "delete", "p/v", "--yes")
-    assert "can't be shrunk" in refused(daemon, "volume", "resize", "p/v", "1M", "--shrink")
-    daemon.cli("volume", "resize", "p/v", "65M")
+    assert "is attached as" in cli.error("volume", "delete", "p/v", "--yes")
+    assert "can't be shrunk" in cli.error("volume", "resize", "p/v", "1M", "--shrink")
+    cli.ok("volume", "resize", "p/v", "65M")
     assert filesystem.size_bytes_of(device) == 65 << 20  # as soon as the command has ended
-    assert daemon.cli("detach", device).stdout == "p/v is detached.\n"
+    assert cli.ok("detach", device) == "p/v is detached.\n"
 
 
-def test_what_fails_after_the_device_was_made_leaves_nothing_attached(daemon: Daemon, tmp_path: Path) -> None:
-    assert "carries no filesystem: --mkfs ext4" in refused(daemon, "attach", "p/w", "--mount", str(tmp_path))
-    assert daemon.cli_json("attach", "--list") == []
-    assert "make it first (mkdir -p /none)" in refused(daemon, "attach", "p/w", "--mkfs", "ext4", "--mount", "/none")
+def test_what_fails_after_the_device_was_made_leaves_nothing_attached(cli: Cli, tmp_path: Path) -> None:
+    assert "carries no filesystem: --mkfs ext4" in cli.error("attach", "p/w", "--mount", str(tmp_path))
+    assert cli.json("attach", "--list") == []
+    assert "make it first (mkdir -p /none)" in cli.error("attach", "p/w", "--mkfs", "ext4", "--mount", "/none")
     # But what was attached before stays.
-    device = daemon.cli("attach", "p/w").stdout.strip()
-    assert f"{device} carries ext4: leave out --mkfs" in refused(daemon, "attach", "p/w", "--mkfs", "xfs")
-    assert [one["device"] for one in daemon.cli_json("attach", "--list")] == [device]
-    daemon.cli("detach", "p/w")
+    device = cli.ok("attach", "p/w").strip()
+    assert f"{device} carries ext4: leave out --mkfs" in cli.error("attach", "p/w", "--mkfs", "xfs")
+    assert [one["device"] for one in cli.json("attach", "--list")] == [device]
+    cli.ok("detach", "p/w")
 
 
-def test_a_mounted_device_is_detached_only_with_unmount(daemon: Daemon, tmp_path: Path) -> None:
-    daemon.cli("attach", "p/w", "--mkfs", "ext4", "--force", "--mount", str(tmp_path))
+def test_a_mounted_device_is_detached_only_with_unmount(cli: Cli, tmp_path: Path) -> None:
+    cli.ok("attach", "p/w", "--mkfs", "ext4", "--force", "--mount", str(tmp_path))
     (tmp_path / "file").write_text("kept")
-    assert f"is mounted at {tmp_path}: unmount it first, or say --unmount" in refused(daemon, "detach", "p/w")
-    assert daemon.cli_json("detach", "p/w", "--unmount")["unmounted"] == [str(tmp_path)]
-    daemon.cli("snapshot", "create", "p/w@s")
-    daemon.cli("attach", "p/w@s", "--mount", str(tmp_path))
+    assert f"is mounted at {tmp_path}: unmount it first, or say --unmount" in cli.error("detach", "p/w")
+    assert cli.json("detach", "p/w", "--unmount")["unmounted"] == [str(tmp_path)]
+    cli.ok("snapshot", "create", "p/w@s")
+    cli.ok("attach", "p/w@s", "--mount", str(tmp_path))
     assert (tmp_path / "file").read_text() == "kept"
     with pytest.raises(OSError, match="Read-only file system"):
         (tmp_path / "other").touch()
-    daemon.cli("detach", "p/w@s", "--unmount")
+    cli.ok("detach", "p/w@s", "--unmount")
 
 
-def test_a_keeper_in_the_foreground_detaches_when_it_is_told_to_stop(daemon: Daemon) -> None:
+def test_a_keeper_in_the_foreground_detaches_when_it_is_told_to_stop(daemon: Daemon, cli: Cli) -> None:
     command = [*program("terrace", "terrace.cli"), "--home", str(daemon.home), "attach", "p/v", "--foreground"]
     notices = daemon.home / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
@@ -99,15 +99,15 @@ def test_a_keeper_in_the_foreground_detaches_when_it_is_told_to_stop(daemon: Dae
             assert systemd.recv(100) == b"STOPPING=1"
             assert keeper.wait(20) == 0
     assert loopdev.backing_of(device) is None
-    assert daemon.cli_json("attach", "--list") == []
+    assert cli.json("attach", "--list") == []
 
 
-def test_a_killed_keeper_is_shown_and_its_device_made_anew(daemon: Daemon) -> None:
-    keeper = daemon.cli_json("attach", "p/v")["keeper"]
+def test_a_killed_keeper_is_shown_and_its_device_made_anew(daemon: Daemon, cli: Cli) -> None:
+    keeper = cli.json("attach", "p/v")["keeper"]
     os.kill(keeper, signal.SIGKILL)
     deadline_s = time.monotonic() + 10
-    while daemon.cli_json("attach", "--list")[0]["keeper"] is not None:
+    while cli.json("attach", "--list")[0]["keeper"] is not None:
         assert time.monotonic() < deadline_s
-    assert "gone: attach again" in daemon.cli("attach", "--list").stdout
-    assert daemon.cli_json("attach", "p/v")["keeper"] not in (None, keeper)
-    daemon.cli("detach", "p/v")
+    assert "gone: attach again" in cli.ok("attach", "--list")
+    assert cli.json("attach", "p/v")["keeper"] not in (None, keeper)
+    cli.ok("detach", "p/v")
