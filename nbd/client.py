@@ -36,20 +36,21 @@ import errno
 import os
 import socket
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import trio
 
 from nbd import wire
-from nbd.negotiate import Terms, negotiate
+from nbd.negotiate import Steps, Terms, inquire, negotiate
 from nbd.replies import KEPT_EXTENTS, Pending, Replies
 from nbd.uri import Address, parse_uri
 
-__all__ = ["Address", "Client", "ClientLimits", "attach", "connect", "parse_uri"]
+__all__ = ["Address", "Client", "ClientLimits", "attach", "connect", "describe", "parse_uri"]
 
 INBOX_BYTES: Final = 256 << 10
 SEND_BUFFER_BYTES: Final = 1 << 20
@@ -103,7 +104,7 @@ async def connect(
         export = named if export is None else export
     export = export or ""
     peer = _peer(address, export)
-    sock, terms = await _attach(address, export, contexts, limits, peer)
+    sock, terms = await _begin(address, export, partial(negotiate, export, contexts), limits.handshake_timeout_s)
     failure: Exception | None = None
     try:
         client = Client(sock, terms, peer, limits)
@@ -121,6 +122,13 @@ async def connect(
         sock.close()
     if failure is not None:
         raise failure
+
+
+async def describe(address: Address, export: str, *, timeout_s: float = 10.0) -> Terms:
+    """Size and flags of ``export`` now, without opening it. Raises as ``connect``."""
+    sock, terms = await _begin(address, export, partial(inquire, export), timeout_s)
+    sock.close()
+    return terms
 
 
 class Client:
@@ -563,7 +571,9 @@ async def attach(
 
     The socket is the caller's, who closes it. Raises OSError with a sentence, as ``connect`` does.
     """
-    sock, terms = await _attach(address, export, (), limits or ClientLimits(), _peer(address, export), structured=False)
+    limits = limits or ClientLimits()
+    steps = partial(negotiate, export, (), structured=False)
+    sock, terms = await _begin(address, export, steps, limits.handshake_timeout_s)
     family, kind = sock.family, sock.type
     own = socket.socket(family, kind, fileno=sock.detach())
     own.setblocking(False)
@@ -576,21 +586,23 @@ def _peer(address: Address, export: str) -> str:
     return f"{address}/{export}" if isinstance(address, Path) else f"{address[0]}:{address[1]}/{export}"
 
 
-async def _attach(
-    address: Address, export: str, contexts: Sequence[str], limits: ClientLimits, peer: str, *, structured: bool = True
+async def _begin(
+    address: Address, export: str, steps: Callable[[], Steps], timeout_s: float
 ) -> tuple[trio.socket.SocketType, Terms]:
-    with trio.move_on_after(limits.handshake_timeout_s):
+    """A connected socket on which ``steps`` were taken."""
+    peer = _peer(address, export)
+    with trio.move_on_after(timeout_s):
         try:
             sock = await _open(address)
             try:
-                return sock, await _shake_hands(sock, export, contexts, structured=structured)
+                return sock, await _shake_hands(sock, steps())
             except BaseException:
                 sock.close()
                 raise
         except OSError as error:
             number = errno.ECONNRESET if error.errno == errno.EPIPE else error.errno or errno.EINVAL
             raise OSError(number, f"{peer}: {error.strerror or error}") from None
-    raise OSError(errno.ETIMEDOUT, f"{peer}: no connection within {limits.handshake_timeout_s:g} s")
+    raise OSError(errno.ETIMEDOUT, f"{peer}: no connection within {timeout_s:g} s")
 
 
 async def _open(address: Address) -> trio.socket.SocketType:
@@ -624,10 +636,7 @@ async def _open_one(family: int, target: object) -> trio.socket.SocketType:
     return sock
 
 
-async def _shake_hands(
-    sock: trio.socket.SocketType, export: str, contexts: Sequence[str], *, structured: bool
-) -> Terms:
-    steps = negotiate(export, contexts, structured=structured)
+async def _shake_hands(sock: trio.socket.SocketType, steps: Steps) -> Terms:
     answer: bytes | None = None
     while True:
         try:

@@ -21,9 +21,19 @@ Memory
     what is in flight, and left to a task: behind it may be the TRIM that would make room.
 
 Leaving
-    After DISC, end of file, or a drain's grace the socket is no longer read, what is in flight is
-    finished and answered if the client still takes answers, and the export is released. Being
-    cancelled abandons what is in flight.
+    After DISC, end of file, or when the server drains, the socket is no longer read, what was read
+    is finished and answered if the client still takes answers, and the export is released. Being
+    cancelled abandons what is in flight. Either way the socket is closed when nothing is under way
+    any more; so a client that sees the end of a connection, and sends again what was not answered,
+    can't be overtaken by the first copy. For one that doesn't wait for the end: ``nbd.fence``.
+
+Draining
+    What was not read is not answered either. ESHUTDOWN, which the protocol suggests, the Linux
+    kernel's client passes on as an I/O error of the device; but what a connection that ends leaves
+    unanswered it sends again on the next one. Other clients fail either way. A close would discard
+    what is unread with a reset, which may overtake the last replies over TCP. So first only our side
+    is shut down, and what still arrives is thrown away until the client has closed too, or for a
+    bounded time.
 """
 
 from __future__ import annotations
@@ -44,6 +54,7 @@ import trio
 
 from nbd import wire
 from nbd.export import Export, Exports, OffersContexts
+from nbd.fence import Fence
 from nbd.handshake import NEED_DATA, Handshake, Hangup, Send, WantExport, WantList
 from nbd.transmission import (
     Session,
@@ -92,6 +103,8 @@ SPIN_GIVE_UP: Final = 8
 QUICK_WAKE_S: Final = 0.000_15
 """Data that came so soon after the connection went to sleep speaks for spinning again."""
 COMPLAINT_PAUSE_S: Final = 1.0
+LEAST_PARTING_S: Final = 0.2
+"""So long a client of a server that drains gets to close its end, whatever the grace."""
 
 _WRITE_FUA_HEAD: Final = wire.WRITE_HEAD | wire.CMD_FLAG_FUA << 16
 _REQUEST_SIZE: Final = wire.REQUEST.size
@@ -106,7 +119,7 @@ class Limits:
     handshake_timeout_s: float = 10.0
     inflight_requests: int = 128  # per connection: requests that wait for the storage
     inflight_bytes: int = 64 << 20  # per connection: their payload and replies
-    drain_grace_s: float = 1.0  # requests are answered ESHUTDOWN for so long before the close
+    drain_grace_s: float = 1.0  # a server that stops waits so long for clients to take their replies and close
     linger_s: float = 10.0  # how long a leaving client may take to receive its last replies
 
 
@@ -144,7 +157,8 @@ class Workshop:
     """What the connections of one server share.
 
     The free benches: the one returned last, still in the CPU's cache, goes out first. And whose
-    turn was last, by which a connection knows whether others are busy too.
+    turn was last, by which a connection knows whether others are busy too. And who is connected to
+    which export.
     """
 
     _KEPT: Final = 8
@@ -152,6 +166,7 @@ class Workshop:
     def __init__(self) -> None:
         self._free: list[Bench] = []
         self.last_active: Connection | None = None
+        self.fence = Fence()
 
     def take(self) -> Bench:
         return self._free.pop() if self._free else Bench()
@@ -189,6 +204,8 @@ class Connection:
         self.peer = peer
         self.counters = Counters()
         self.export_name: str | None = None
+        self.ended = trio.Event()
+        """Set when nothing of it is under way any more."""
         self._sock = sock
         self._exports = exports
         self._limits = limits
@@ -200,6 +217,8 @@ class Connection:
         self._draining = False
         self._leave_by = math.inf  # deadline for reading the socket
         self._scope = trio.CancelScope()
+        self._whole = trio.CancelScope()
+        self._waiting = False  # for the client, with nothing left to do
 
         self._bench: Bench | None = None
         self._start = 0  # the inbox holds unhandled bytes from here
@@ -231,22 +250,12 @@ class Connection:
         """Serve until the client leaves, breaks the protocol, or ``drain`` ends it."""
         export: Export | None = None
         try:
-            export = await self._shake_hands()
-            if export is None:
-                return
-            self._export = export
-            self.export_name = export.name
-            log.info("%s: attached to %s", self.peer, export.name)
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                with trio.CancelScope(deadline=self._leave_by) as self._scope:
-                    await self._transmit()
-                # What is in flight may finish, but a client that doesn't read can't hold us.
-                self._send_by = trio.current_time() + self._limits.linger_s
-                if self._send_scope is not None:
-                    self._send_scope.deadline = self._send_by
-            log.info("%s: left %s", self.peer, export.name)
+            with self._whole:
+                export = await self._shake_hands()
+                if export is not None:
+                    await self._serve(export)
         finally:
+            self.ended.set()
             if self._bench is not None:
                 self._workshop.give(self._bench)
             if self._workshop.last_active is self:
@@ -255,12 +264,58 @@ class Connection:
             if export is not None:
                 self._exports.release(export)
 
+    async def _serve(self, export: Export) -> None:
+        """The transmission phase."""
+        self._export = export
+        self.export_name = export.name
+        log.info("%s: attached to %s", self.peer, export.name)
+        self._workshop.fence.enter(export, self._sock, self)
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                with trio.CancelScope(deadline=self._leave_by) as self._scope:
+                    await self._transmit()
+                # What is in flight may finish, but a client that doesn't read can't hold us.
+                self._send_by = trio.current_time() + self._limits.linger_s
+                if self._send_scope is not None:
+                    self._send_scope.deadline = self._send_by
+        finally:
+            self._workshop.fence.leave(export, self._sock)
+        if self._draining and not self._broken:
+            await self._part()
+        log.info("%s: left %s", self.peer, export.name)
+
+    def cut(self) -> None:
+        """End it at once, answering nothing more. Synchronous; ``ended`` tells when it is done."""
+        self._whole.cancel()
+
     def drain(self, grace_s: float) -> None:
-        """Answer new requests with ESHUTDOWN, and stop reading after ``grace_s``."""
+        """Read no more, and leave when what was read is done; refuse options of a handshake for ``grace_s``."""
         self._draining = True
         self._handshake.shutting_down = True
         self._leave_by = trio.current_time() + grace_s
         self._scope.deadline = min(self._scope.deadline, self._leave_by)
+        if self._waiting:
+            # It owes nothing, so it can be cancelled. Should it have been woken already, it sees `_draining`.
+            self._scope.cancel()
+
+    async def _part(self) -> None:
+        """Let the client see the end behind our last reply, and wait until it has closed its end."""
+        deadline = max(self._leave_by, trio.current_time() + LEAST_PARTING_S)
+        sink = bytearray(64 << 10)
+        with trio.move_on_at(deadline):
+            try:
+                self._sock.shutdown(socket.SHUT_WR)
+                while True:
+                    try:
+                        if not self._sock.recv_into(sink):
+                            return
+                    except BlockingIOError:
+                        await trio.lowlevel.wait_readable(self._sock)
+                    else:
+                        await trio.lowlevel.checkpoint()
+            except OSError as error:
+                log.debug("%s: %s", self.peer, error)
 
     # --- handshake ---
 
@@ -353,7 +408,7 @@ class Connection:
                 await self._yield()
             if after is _After.HUNGRY:
                 if not await self._receive():
-                    if self._end > self._start:
+                    if self._end > self._start and not self._draining:
                         log.info("%s: closed in the middle of a request", self.peer)
                     return
             elif after is _After.NO_ROOM:
@@ -376,7 +431,12 @@ class Connection:
         self._slice_end = perf_counter() + SLICE_S
 
     async def _receive(self) -> bool:
-        """Append what the socket has to the inbox; False at its end. Waits, giving the bench back."""
+        """Append what the socket has to the inbox; False at its end, or where no more is to be read.
+
+        Waits, giving the bench back.
+        """
+        if self._reads_no_more():
+            return False
         bench = self._bench
         assert bench is not None
         held = self._end - self._start
@@ -407,13 +467,23 @@ class Connection:
                 kept = bytes(bench.inbox[self._start : self._end])
                 self._bench = None
                 self._workshop.give(bench)
-                await trio.lowlevel.wait_readable(self._sock)
+                self._waiting = True
+                try:
+                    await trio.lowlevel.wait_readable(self._sock)
+                finally:
+                    self._waiting = False
                 bench = self._bench = self._workshop.take()
                 bench.inbox[:held] = kept
                 self._start, self._end = 0, held
                 view = bench.inbox[held:]
             else:
-                await trio.lowlevel.wait_readable(self._sock)
+                self._waiting = True
+                try:
+                    await trio.lowlevel.wait_readable(self._sock)
+                finally:
+                    self._waiting = False
+            if self._reads_no_more():
+                return False
             fruitless = self._fruitless
             if fruitless and perf_counter() - slept < QUICK_WAKE_S:
                 fruitless -= 1
@@ -429,6 +499,9 @@ class Connection:
             self._fruitless = fruitless
             self._end += count
             return count > 0
+
+    def _reads_no_more(self) -> bool:
+        return self._draining
 
     def _work(self) -> _After:
         """Handle every complete request in the inbox, without a checkpoint.
@@ -447,7 +520,7 @@ class Connection:
         unpack, iter_unpack = wire.REQUEST.unpack_from, wire.REQUEST.iter_unpack
         pack_simple, pack_data = wire.SIMPLE_REPLY.pack_into, wire.DATA_CHUNK.pack_into
         # The quick paths are for what needs no further thought; `judge` decides about all else.
-        plain = not self._draining and export.minimum_block_size == 1
+        plain = export.minimum_block_size == 1
         size = export.size_bytes if plain else _NEVER
         writable_size = _NEVER if export.read_only else size
         write_limit = payload_limit(export)
@@ -535,7 +608,7 @@ class Connection:
             if command == wire.CMD_DISC:
                 after = _After.DISCONNECT
                 break
-            verdict = judge(session, export, command, flags, offset, length, draining=self._draining)
+            verdict = judge(session, export, command, flags, offset, length)
             if command == wire.CMD_WRITE and length:
                 if position + _REQUEST_SIZE + length > end:
                     if verdict or _REQUEST_SIZE + length > INBOX_BYTES:
@@ -621,7 +694,7 @@ class Connection:
         assert bench is not None
         arena = bench.arena
         try:
-            done = self._export.write_now(writes)
+            done = not self._others_gone() and self._export.write_now(writes)
         except OSError as error:
             # One of them is bad. Alone, each of the others may still succeed.
             if len(writes) == 1:
@@ -654,7 +727,7 @@ class Connection:
         bench = self._bench
         assert bench is not None
         try:
-            done = self._export.trim_now(trims)
+            done = not self._others_gone() and self._export.trim_now(trims)
         except OSError:
             done = False  # alone, each tells its own error
         if not done:
@@ -712,6 +785,7 @@ class Connection:
         them together. What may have to be merged waits for reads of its own, and gets a task of its own.
         """
         parked, self._parked = self._parked, []
+        await self._keep_apart()
         block = self._export.preferred_block_size
         together: list[tuple[int, int, bytes]] = []
         for cookie, offset, data, fua in parked:
@@ -776,7 +850,7 @@ class Connection:
             have = min(self._end - self._start, long.left)
             if have < long.left and (have == 0 if long.error else have < PIECE_BYTES):
                 if not await self._receive():
-                    log.info("%s: closed in the middle of a WRITE", self.peer)
+                    self._say_cut_short()
                     return False
                 continue
             if not long.error:
@@ -806,7 +880,7 @@ class Connection:
         data = bytearray()
         while len(data) < rest:
             if self._start == self._end and not await self._receive():
-                log.info("%s: closed in the middle of a WRITE", self.peer)
+                self._say_cut_short()
                 self._finish_task(1, rest)
                 return False
             have = min(self._end - self._start, rest - len(data))
@@ -849,6 +923,7 @@ class Connection:
         if error:
             return error
         try:
+            await self._keep_apart()
             if not self._export.write_now([(offset, data)]):
                 await self._export.write(offset, data)
         except OSError as failed:
@@ -857,6 +932,22 @@ class Connection:
                 self._complain(failed)
             return value
         return 0
+
+    def _say_cut_short(self) -> None:
+        if not self._draining:
+            log.info("%s: closed in the middle of a WRITE", self.peer)
+
+    # --- the fence ---
+
+    def _others_gone(self) -> bool:
+        """Whether `_keep_apart` has something to do. No checkpoint between a False and the write that it allows."""
+        return bool(self._workshop.fence.gone(self._export, self))
+
+    async def _keep_apart(self) -> None:
+        """End connections that their client has shut down, before something is written for this one: `nbd.fence`."""
+        for other in self._workshop.fence.gone(self._export, self):
+            other.cut()
+            await other.ended.wait()
 
     # --- what is in flight ---
 
@@ -949,6 +1040,8 @@ class Connection:
         export = self._export
         reply = success(cookie)
         try:
+            if command in (wire.CMD_TRIM, wire.CMD_WRITE_ZEROES):
+                await self._keep_apart()
             if command == wire.CMD_TRIM:
                 await export.trim(offset, length)
             elif command == wire.CMD_WRITE_ZEROES:

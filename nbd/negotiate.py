@@ -6,7 +6,8 @@ handshake is taken. It raises ``OSError``: EPROTO where the server breaks the pr
 server's refusal means.
 
 It asks for structured replies (if wanted) and the contexts, then for GO with the block sizes; of a
-server that has no GO it asks EXPORT_NAME. It speaks fixed newstyle only, and no TLS.
+server that has no GO it asks EXPORT_NAME. ``inquire`` asks what an export is, and doesn't attach.
+They speak fixed newstyle only, and no TLS.
 """
 
 from __future__ import annotations
@@ -71,13 +72,29 @@ def negotiate(export: str, contexts: Sequence[str], *, structured: bool = True) 
     if structured and contexts:
         found = yield from _select(name, list(dict.fromkeys(contexts)))
     yield _option(wire.OPT_GO, name + wire.U16.pack(1) + wire.U16.pack(wire.INFO_BLOCK_SIZE))
-    terms = yield from _go(structured, found)
+    terms = yield from _information(wire.OPT_GO, structured, found)
     if terms is None:
         yield _option(wire.OPT_EXPORT_NAME, name[wire.U32.size :])
         size_bytes, flags = wire.EXPORT_NAME_REPLY.unpack((yield wire.EXPORT_NAME_REPLY.size))
         if not no_zeroes:
             yield len(wire.EXPORT_NAME_PADDING)
         terms = _judged(Terms(size_bytes, flags, structured, found))
+    return terms
+
+
+def inquire(export: str) -> Steps:
+    """What ``export`` is now, by INFO: it isn't opened. The connection can only be closed afterwards.
+
+    ENOTSUP where the server has no INFO.
+    """
+    flags = yield from _greeting()
+    no_zeroes = bool(flags & wire.FLAG_NO_ZEROES)
+    yield wire.CLIENT_FLAGS.pack(wire.FLAG_C_FIXED_NEWSTYLE | (wire.FLAG_C_NO_ZEROES if no_zeroes else 0))
+    yield _option(wire.OPT_INFO, _string(export) + wire.U16.pack(1) + wire.U16.pack(wire.INFO_BLOCK_SIZE))
+    terms = yield from _information(wire.OPT_INFO, False, {})
+    if terms is None:
+        raise OSError(errno.ENOTSUP, "the server can't tell what an export is without opening it")
+    yield _option(wire.OPT_ABORT)
     return terms
 
 
@@ -129,12 +146,14 @@ def _select(name: bytes, contexts: Sequence[str]) -> Generator[bytes | int, byte
     raise protocol_error("the server's answer to an option has no end")
 
 
-def _go(structured: bool, contexts: dict[int, str]) -> Generator[bytes | int, bytes, Terms | None]:
-    """What GO was answered; None if the server doesn't know this option."""
+def _information(
+    option: int, structured: bool, contexts: dict[int, str]
+) -> Generator[bytes | int, bytes, Terms | None]:
+    """What GO or INFO was answered; None if the server doesn't know this option."""
     size: tuple[int, int] | None = None
     blocks = (1, 4096, wire.MAX_PAYLOAD_BYTES)
     for _ in range(MAX_REPLIES):
-        kind, data = yield from _reply(wire.OPT_GO)
+        kind, data = yield from _reply(option)
         if kind == wire.REP_ERR_UNSUP:
             return None
         _raise_refusal(kind, data)

@@ -103,8 +103,8 @@ class Server:
     async def drain(self, grace_s: float | None = None) -> None:
         """Stop accepting, finish what is in flight, and end; returns when ``serve`` is done.
 
-        Requests that arrive meanwhile get ESHUTDOWN; after ``grace_s`` (``Limits.drain_grace_s``)
-        clients that are still there are disconnected, once what they have in flight is done.
+        What was not read yet is not answered. Clients that are still there after ``grace_s``
+        (``Limits.drain_grace_s``) are disconnected, once what they have in flight is done.
         """
         self.start_drain(grace_s)
         await self._over.wait()

@@ -75,9 +75,7 @@ def payload_limit(export: Export) -> int:
     return min(export.maximum_payload, wire.MAX_PAYLOAD_BYTES)
 
 
-def judge(
-    session: Session, export: Export, command: int, flags: int, offset: int, length: int, *, draining: bool = False
-) -> int:
+def judge(session: Session, export: Export, command: int, flags: int, offset: int, length: int) -> int:
     """Return 0 if the request may be carried out, else the error value its reply must carry.
 
     A WRITE's payload follows its header whatever the verdict is: the caller drains it.
@@ -89,8 +87,6 @@ def judge(
         return wire.EINVAL
     if command == wire.CMD_BLOCK_STATUS and not session.contexts:
         return wire.EINVAL
-    if draining:
-        return wire.ESHUTDOWN
     if command == wire.CMD_FLUSH:
         return wire.EINVAL if offset or length else 0
     if export.read_only and command in _MODIFYING:

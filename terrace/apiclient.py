@@ -175,6 +175,9 @@ def _peer_pid(connected: socket.socket) -> int:
 
 
 def _url(path: tuple[str, ...]) -> str:
+    for part in path:
+        if part in (".", ".."):  # a URL with these means another one
+            raise ApiError(errno.ENOENT, f"{part!r} is no name: nothing is called so")
     return "/v1/" + "/".join(quote(part, safe="") for part in path)
 
 

@@ -19,6 +19,9 @@ from pathlib import Path
 # sizeof(sockaddr_un.sun_path) with its terminating zero
 _SOCKET_PATH_LIMIT = 107
 
+SYSTEM_HOME = Path("/var/lib/terrace")
+"""The home of the daemon that runs as root, unless it is told otherwise."""
+
 
 class HomeError(OSError):
     """The home can't be used; prints as its sentence alone."""
@@ -93,7 +96,7 @@ def find_home(option: str | os.PathLike[str] | None) -> Home:
     elif from_environment := os.environ.get("TERRACE_HOME"):
         chosen = Path(from_environment)
     elif os.geteuid() == 0:
-        chosen = Path("/var/lib/terrace")
+        chosen = SYSTEM_HOME
     else:
         chosen = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "terrace"
     return Home(chosen.expanduser().absolute())

@@ -3,7 +3,9 @@
 The host needs no nbd module, no root and no KVM for this: Debian's kernel package is downloaded through apt as the
 machine is configured, unpacked into `.cache/guest` (never installed), put with busybox, nbd-client and e2fsprogs into
 an initramfs, and booted by qemu-system-x86_64 in user-mode networking, where the host is 10.0.2.2. `guest_init.sh` is
-what runs inside.
+what runs inside: first nbd-client, over TCP against a daemon on the host. Then, unless --stock, `terrace attach`
+against a daemon in the guest: for that the host's file system is shared with it, read-only, so that it has this Python
+and this checkout, and `guest_attach.py` is run there.
 
 By default it starts a `terraced` of its own on a free port, with a sparse pool in a temporary home, and afterwards
 looks at what the volume holds: trimmed space must be gone. With --host-port and --export it uses a server that is
@@ -35,13 +37,19 @@ INIT = Path(__file__).with_name("guest_init.sh")
 
 METAPACKAGE = "linux-image-amd64"
 # libcrc32c and jbd2 ask for a crc32c by its crypto name when they start; without modprobe it has to be there first.
-MODULES = ("virtio_pci", "virtio_net", "crc32c_generic", "nbd", "ext4")
+MODULES = (
+    *("virtio_pci", "virtio_net", "virtio_blk", "crc32c_generic", "nbd", "ext4", "xfs"),
+    *("9p", "9pnet_virtio", "overlay", "dm_crypt", "xts", "ecb", "algif_skcipher"),
+)
 PROGRAMS = ("nbd-client", "mke2fs", "e2fsck")
+SHARED_PROGRAMS = ("mkfs.ext4", "mkfs.xfs", "xfs_repair", "resize2fs", "fstrim", "blkid", "cryptsetup")
 VOLUME_BYTES = 1 << 30
 POOL_BYTES = 1280 << 20
+DISK_BYTES = 1 << 30
+"""Of the pool in the guest."""
 KEPT_BYTES = 64 << 20  # what guest_init.sh writes and keeps,
 TRIMMED_BYTES = 32 << 20  # and what it writes and deletes again before fstrim; ext4's own blocks take less than this
-TIMEOUT_S = 80.0
+TIMEOUT_S = 150.0
 
 
 class GuestError(Exception):
@@ -55,6 +63,7 @@ def main() -> int:
     parser.add_argument("--connections", type=int, default=2, help="connections of the kernel's client (default 2)")
     parser.add_argument("--accel", default="tcg", help="QEMU accelerator (default tcg; kvm where it works)")
     parser.add_argument("--timeout", type=float, default=TIMEOUT_S, metavar="S", help="default %(default)s")
+    parser.add_argument("--stock", action="store_true", help="only nbd-client, without terrace attach")
     parser.add_argument("--verbose", action="store_true", help="show the whole serial console")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that guest, daemon and files are cleared away
@@ -102,7 +111,8 @@ def prepare() -> tuple[Path, Path]:
     """(vmlinuz, initramfs). The kernel comes from the cache, downloaded where it has none; the initramfs is built anew
     each time, for it holds this machine's programs and takes well under a second.
     """
-    missing = [tool for tool in ("busybox", "qemu-system-x86_64", "dpkg", "apt-get", *PROGRAMS) if find(tool) is None]
+    wanted = ("busybox", "qemu-system-x86_64", "dpkg", "apt-get", *PROGRAMS, *SHARED_PROGRAMS)
+    missing = [tool for tool in wanted if find(tool) is None]
     if missing:
         raise GuestError(f"not installed: {', '.join(missing)}; run scripts/install-tools")
     kernel = kernel_directory()
@@ -121,7 +131,8 @@ def kernel_directory() -> Path:
         raise GuestError(f"apt knows no {METAPACKAGE}; run apt-get update (this test needs Debian on amd64)")
     package = match[1]
     directory = CACHE / package
-    if (directory / "order").exists():
+    wanted = directory / "wanted"
+    if wanted.exists() and wanted.read_text().split() == list(MODULES):
         return directory
     CACHE.mkdir(parents=True, exist_ok=True)
     (CACHE / ".gitignore").write_text("*\n")
@@ -138,6 +149,7 @@ def kernel_directory() -> Path:
         for module in ordered:
             shutil.copy(module, chosen)
         (chosen / "order").write_text("".join(f"{module.name}\n" for module in ordered))
+        (chosen / "wanted").write_text("".join(f"{module}\n" for module in MODULES))
         shutil.rmtree(directory, ignore_errors=True)
         chosen.rename(directory)
     return directory
@@ -263,10 +275,31 @@ def boot(kernel: Path, initramfs: Path, port: int, export: str, options: argpars
     if re.search(r"[\s\"=]", export):
         raise GuestError(f"export name {export!r} can't be put on a kernel command line")
     settings = f"terrace_port={port} terrace_export={export} terrace_connections={options.connections}"
+    shared: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="terrace-guest-disk-") as temporary:
+        if not options.stock:
+            settings += f" terrace_python={sys.executable} terrace_checkout={REPOSITORY}"
+            if re.search(r"[\s\"]", settings.replace(" terrace_", "")):
+                raise GuestError(
+                    f"{sys.executable} or {REPOSITORY} can't be put on a kernel command line: use a path without spaces"
+                )
+            disk = Path(temporary) / "disk"
+            with disk.open("wb") as file:
+                file.truncate(DISK_BYTES)
+            shared = [
+                *("-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap"),
+                *("-device", "virtio-9p-pci,fsdev=host,mount_tag=host"),
+                *("-drive", f"file={disk},format=raw,if=virtio,cache=unsafe,discard=unmap"),
+            ]
+        run_guest(kernel, initramfs, settings, shared, options)
+
+
+def run_guest(kernel: Path, initramfs: Path, settings: str, shared: list[str], options: argparse.Namespace) -> None:
     command = [
-        *("qemu-system-x86_64", "-accel", options.accel, "-cpu", "max", "-M", "q35", "-m", "512", "-smp", "1"),
+        *("qemu-system-x86_64", "-accel", options.accel, "-cpu", "max", "-M", "q35", "-m", "1024", "-smp", "2"),
         *("-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"),
         *("-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="),
+        *shared,
         *("-kernel", str(kernel), "-initrd", str(initramfs)),
         *("-append", f"console=ttyS0 quiet panic=-1 net.ifnames=0 random.trust_cpu=on {settings}"),
     ]

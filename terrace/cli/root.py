@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from terrace.cli.attach import attach, detach
 from terrace.cli.backup import backup
 from terrace.cli.completion import completion
 from terrace.cli.context import Context
@@ -75,5 +76,8 @@ def root(context: click.Context, home: str | None) -> None:
     context.obj = Context(home)
 
 
-for command in (pool, volume, snapshot, policy, backup, restore, mount, status, events, install_units, completion):
+for command in (
+    *(pool, volume, snapshot, policy, backup, restore, attach, detach, mount),
+    *(status, events, install_units, completion),
+):
     root.add_command(command)

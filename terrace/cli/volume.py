@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from terrace.cli.attach import grow_device, require_detached
 from terrace.cli.context import POOL, SIZE, SNAPSHOT, VOLUME, Context, SizeCommand, confirm, pass_context
 from terrace.cli.heat import heat
 from terrace.cli.images import export_volume, import_image
@@ -150,8 +151,11 @@ def show(context: Context, volume: tuple[str, str], output: str) -> None:
 def resize(context: Context, volume: tuple[str, str], size: int, shrink: bool, output: str) -> None:
     """Give a volume another size. New space reads as zeros."""
     pool, name = volume
+    if shrink:
+        require_detached(context, f"{pool}/{name}", "shrunk")
     with context.connect() as client, patience(f"Resizing {pool}/{name}"):
         resized = client.request("PATCH", "pools", pool, "volumes", name, body={"size": size, "shrink": shrink})
+        grow_device(context, resized["name"], resized["size_bytes"])
     if output == "json":
         show_json(resized)
     else:
@@ -220,6 +224,7 @@ def delete(context: Context, volume: tuple[str, str], snapshots: bool, yes: bool
     pool, name = volume
     with context.connect() as client:
         found = client.get("pools", pool, "volumes", name)
+        require_detached(context, found["name"], "deleted")
         if found["snapshots"] and not snapshots:
             raise click.ClickException(
                 f"{found['name']} has {count(found['snapshots'], 'snapshot')}, which terrace snapshot list "

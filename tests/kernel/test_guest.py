@@ -1,4 +1,7 @@
-"""The Linux kernel's own NBD client, in a guest, against the real daemon. The work is in scripts/guest."""
+"""The Linux kernel's own NBD client, in a guest, against the real daemon. The work is in scripts/guest.
+
+First by nbd-client; then by `terrace attach`, over restarts, kills and stops of the daemon and of the keeper.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from tests.system.daemon import REPOSITORY, environment
 
 
 @pytest.mark.kernel
-def test_the_linux_kernel_attaches_formats_writes_trims_and_checks_a_volume() -> None:
+def test_the_linux_kernel_uses_volumes_and_its_filesystems_survive_restarts_of_the_daemon() -> None:
     result = subprocess.run(
         ["scripts/guest"],
         cwd=REPOSITORY,

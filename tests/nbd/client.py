@@ -61,6 +61,8 @@ class RawClient:
         self._buffer = bytearray()
         self._read_lengths: dict[int, int] = {}
         self._cookie = 0
+        self.error: BaseException | None = None
+        """Why receiving failed, where it was more than the end of the stream."""
 
     async def send(self, data: bytes) -> None:
         try:
@@ -72,7 +74,8 @@ class RawClient:
         while len(self._buffer) < length:
             try:
                 data = await self.stream.receive_some(1 << 16)
-            except trio.BrokenResourceError:
+            except trio.BrokenResourceError as error:
+                self.error = error.__cause__
                 raise Closed from None
             if not data:
                 raise Closed

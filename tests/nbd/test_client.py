@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbd import wire
-from nbd.client import Client, ClientLimits, _pieces, connect
+from nbd.client import Client, ClientLimits, _pieces, attach, connect, describe
 from nbd.handshake import NEED_DATA, Handshake, Send, WantExport
 from nbd.listen import open_tcp
 from nbd.negotiate import MAX_SIZE_BYTES, Terms, negotiate
@@ -373,12 +373,12 @@ def test_a_server_that_goes_away_is_econnreset_for_all_who_wait_and_who_come_lat
     run(test)
 
 
-def test_a_server_that_shuts_down_answers_eshutdown() -> None:
+def test_a_server_that_shuts_down_closes_the_connection() -> None:
     async def test() -> None:
         async with serving(MemoryExport()) as served, connect(served.uri()) as client:
             await client.read(0, 1)
             served.server.start_drain(0.5)
-            with fails(errno.ESHUTDOWN):
+            with fails(errno.ECONNRESET, "closed the connection"):
                 await client.read(0, 1)
 
     run(test)
@@ -885,3 +885,31 @@ def test_pieces_cover_the_range_once_and_are_aligned(
         assert start == at and 0 < size <= longest and size % minimum == 0
         at += size
     assert at == offset + length
+
+
+def test_a_socket_for_somebody_else_to_speak_on_has_simple_replies() -> None:
+    async def test() -> None:
+        async with serving(MemoryExport()) as served:
+            sock, terms = await attach(Path(served.listener.address), "mem")
+            with sock:
+                assert (terms.size_bytes, terms.structured) == (1 << 20, False)
+                assert terms.flags & wire.CAN_MULTI_CONN
+                head = wire.REQUEST_MAGIC << 32 | wire.CMD_READ
+                sock.send(wire.REQUEST.pack(head, 7, 0, 16))
+                await trio.lowlevel.wait_readable(sock)
+                assert sock.recv(64) == wire.SIMPLE_REPLY.pack(wire.SIMPLE_HEAD, 7) + bytes(16)
+
+    run(test)
+
+
+def test_an_export_can_be_described_without_opening_it() -> None:
+    async def test() -> None:
+        async with serving(MemoryExport(size_bytes=3 << 20)) as served:
+            address = Path(served.listener.address)
+            terms = await describe(address, "mem")
+            assert terms.size_bytes == 3 << 20
+            assert served.exports.open == 0
+            with fails(errno.ENOENT, "no such export"):
+                await describe(address, "other")
+
+    run(test)

@@ -9,17 +9,22 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import socket
 import struct
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import trio
 
 from nbd import wire
 from nbd.connection import BATCH_WRITES, INBOX_BYTES, INLINE_READ_BYTES, Limits
+from nbd.listen import open_tcp, open_unix
+from nbd.server import serve
 from tests.nbd.client import Closed, RawClient, Served, info_bytes, request_bytes, run, serving
-from tests.nbd.memory import ContextExport, MemoryExport
+from tests.nbd.memory import ContextExport, MemoryExport, MemoryExports
 
 SIZE = 1 << 20
 both_speeds = pytest.mark.parametrize("slow", [False, True], ids=["at-once", "slow"])
@@ -685,7 +690,7 @@ def test_connections_beyond_the_cap_are_refused_and_logged(caplog: pytest.LogCap
     assert "refused: 2 clients are connected already" in caplog.text
 
 
-def test_drain_finishes_what_is_in_flight_and_answers_eshutdown_to_the_rest() -> None:
+def test_drain_answers_what_is_in_flight_and_nothing_after_that() -> None:
     async def test() -> None:
         hold = trio.Event()
         export = MemoryExport(size_bytes=SIZE, slow=True, hold=hold)
@@ -704,8 +709,8 @@ def test_drain_finishes_what_is_in_flight_and_answers_eshutdown_to_the_rest() ->
             for cookie, command in enumerate((wire.CMD_READ, wire.CMD_FLUSH, wire.CMD_WRITE), start=2):
                 data = b"y" * 512 if command == wire.CMD_WRITE else b""
                 await client.request(command, 0, 512 if command == wire.CMD_READ else 0, data=data, cookie=cookie)
-                reply = await client.reply()
-                assert (reply.cookie, reply.error) == (cookie, wire.ESHUTDOWN)
+            await idle.expect_end()
+            await idle.stream.aclose()
             replies = await haggling.option(wire.OPT_GO, info_bytes("mem"))
             assert replies[0][0] == wire.REP_ERR_SHUTDOWN
             await trio.sleep(0.8)  # the grace is over, but what is in flight is waited for
@@ -713,10 +718,214 @@ def test_drain_finishes_what_is_in_flight_and_answers_eshutdown_to_the_rest() ->
             hold.set()
             reply = await client.reply()
             assert (reply.cookie, reply.error) == (1, 0)
-            for one in (client, idle, haggling):
+            for one in (client, haggling):
                 await one.expect_end()
             assert export.data[:512] == b"x" * 512
+            assert [name for name, _, _ in export.calls] == ["write"]
             assert served.server.status().total.writes == 1
+
+    run(test)
+
+
+def test_a_drain_waits_no_longer_than_its_grace_for_clients_that_stay() -> None:
+    async def test() -> None:
+        async with serving(limits=Limits(drain_grace_s=0.3)) as served:
+            client = await served.connect()
+            await client.go()
+            assert (await client.ask(wire.CMD_READ, 0, 1)).error == 0
+            start = trio.current_time()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(served.server.drain)
+                await client.expect_end()  # at once
+                assert trio.current_time() - start < 0.2
+            assert 0.25 < trio.current_time() - start < 2
+
+    run(test)
+
+
+@pytest.mark.parametrize("family", ["tcp", "unix"])
+def test_a_drain_in_the_middle_of_a_stream_answers_exactly_what_it_has_done(family: str) -> None:
+    """And the client sees the end, not a reset that has overtaken replies; it has sent more than was read."""
+
+    async def test() -> None:
+        export = MemoryExport(size_bytes=64 << 20)
+        with TemporaryDirectory(prefix="nbd-test-") as directory:
+            if family == "tcp":
+                (listener,) = await open_tcp("127.0.0.1", 0)
+            else:
+                listener = await open_unix(Path(directory) / "nbd.sock")
+            async with trio.open_nursery() as nursery:
+                server = await nursery.start(serve, MemoryExports(export), [listener])
+                if family == "tcp":
+                    client = RawClient(await trio.open_tcp_stream("127.0.0.1", listener.port))
+                else:
+                    client = RawClient(await trio.open_unix_socket(listener.address))
+                await client.go()
+                written: set[int] = set()
+
+                async def stream() -> None:
+                    with suppress(Closed):
+                        for block in range((64 << 20) // 65536):
+                            await client.request(wire.CMD_WRITE, block * 65536, data=b"d" * 65536, cookie=block + 1)
+
+                async def collect() -> None:
+                    while True:
+                        try:
+                            reply = await client.reply()
+                        except Closed:
+                            return
+                        assert reply.error == 0
+                        written.add(reply.cookie - 1)
+                        if len(written) == 20:
+                            server.start_drain(1.0)
+
+                async with trio.open_nursery() as both:
+                    both.start_soon(stream)
+                    await collect()
+                    assert client.error is None, client.error
+                    both.cancel_scope.cancel()
+                await client.stream.aclose()
+            assert written == {offset // 65536 for name, offset, _ in export.calls}
+            assert 20 <= len(written) < 1024
+
+    run(test)
+
+
+class OneStuck(MemoryExport):
+    """What is written to its first block waits for ever; all else is done at once."""
+
+    def write_now(self, writes: list[tuple[int, memoryview]]) -> bool:
+        return all(offset >= 4096 for offset, _ in writes) and super().write_now(writes)
+
+    async def write(self, offset: int, data: memoryview | bytes) -> None:
+        if offset < 4096:
+            self.calls.append(("stuck", offset, len(data)))
+            try:
+                await trio.sleep_forever()
+            finally:
+                self.calls.append(("given up", offset, len(data)))
+        await super().write(offset, data)
+
+
+NEWER = {
+    "write": (wire.CMD_WRITE, b"n" * 4096),
+    "long write": (wire.CMD_WRITE, b"n" * (2 << 20)),
+    "trim": (wire.CMD_TRIM, b""),
+    "zeroes": (wire.CMD_WRITE_ZEROES, b""),
+}
+
+
+@pytest.mark.parametrize("kind", NEWER)
+def test_what_was_unread_when_a_client_shut_a_connection_down_cannot_undo_its_newer_writes(kind: str) -> None:
+    async def test() -> None:
+        export = OneStuck(size_bytes=4 << 20)
+        async with serving(export, limits=Limits(inflight_requests=1)) as served:
+            old, new = await served.connect(), await served.connect()
+            await old.go()
+            await new.go()
+            await old.request(wire.CMD_WRITE, 0, data=b"s" * 4096)
+            await trio.sleep(0.02)
+            await old.request(wire.CMD_WRITE, 4096, data=b"o" * 4096)  # not done, for want of room
+            await trio.sleep(0.02)
+            old.stream.socket.shutdown(socket.SHUT_RDWR)
+            command, data = NEWER[kind]
+            reply = await new.ask(command, 4096, 0 if data else 4096, data=data)
+            assert reply.error == 0
+            assert ("given up", 0, 4096) in export.calls
+            await trio.sleep(0.05)
+            assert export.data[4096:8192] == (data[:4096] or bytes(4096))
+            assert [connection.export for connection in served.server.status().connections] == ["mem"]
+
+    run(test)
+
+
+def test_what_waits_in_the_storage_when_its_connection_is_shut_down_is_given_up_before_newer_writes() -> None:
+    async def test() -> None:
+        hold = trio.Event()
+        export = MemoryExport(size_bytes=SIZE, slow=True, hold=hold)
+        async with serving(export) as served:
+            old, new = await served.connect(), await served.connect()
+            await old.go()
+            await new.go()
+            await old.request(wire.CMD_WRITE, 4096, data=b"o" * 4096)
+            await trio.sleep(0.02)
+            old.stream.socket.shutdown(socket.SHUT_RDWR)
+            await new.request(wire.CMD_WRITE, 4096, data=b"n" * 4096)
+            await trio.sleep(0.02)
+            hold.set()
+            assert (await new.reply()).error == 0
+            assert export.calls == [("write", 4096, 4096)]
+            assert export.data[4096:8192] == b"n" * 4096
+
+    run(test)
+
+
+class Stubborn(MemoryExport):
+    """A write can't be given up once it has begun, as one that waits for a device can't."""
+
+    first = True
+
+    async def write(self, offset: int, data: memoryview | bytes) -> None:
+        if self.first:
+            self.first = False
+            with trio.CancelScope(shield=True):
+                await trio.sleep(0.1)
+                await super().write(offset, data)
+            await trio.lowlevel.checkpoint()
+        else:
+            await super().write(offset, data)
+
+
+def test_newer_writes_wait_for_what_cannot_be_given_up_any_more() -> None:
+    async def test() -> None:
+        export = Stubborn(size_bytes=SIZE, slow=True)
+        async with serving(export) as served:
+            old, new = await served.connect(), await served.connect()
+            await old.go()
+            await new.go()
+            await old.request(wire.CMD_WRITE, 4096, data=b"o" * 4096)
+            await trio.sleep(0.02)
+            old.stream.socket.shutdown(socket.SHUT_RDWR)
+            assert (await new.ask(wire.CMD_WRITE, 4096, data=b"n" * 4096)).error == 0
+            await trio.sleep(0.2)
+            assert len(export.calls) == 2
+            assert export.data[4096:8192] == b"n" * 4096
+
+    run(test)
+
+
+def test_a_connection_is_closed_only_when_nothing_of_it_is_under_way() -> None:
+    """So whoever sees the end may send again what was not answered: the first copy can't come later."""
+
+    async def test() -> None:
+        for how in ("drain", "garbage", "disconnect", "drop"):
+            hold = trio.Event()
+            export = MemoryExport(size_bytes=SIZE, slow=True, hold=hold)
+            async with serving(export) as served, trio.open_nursery() as nursery:
+                client = await served.connect()
+                await client.go()
+                await client.request(wire.CMD_WRITE, 4096, data=b"o" * 4096)
+                await trio.sleep(0.02)
+                if how == "drain":
+                    nursery.start_soon(served.server.drain, 0)
+                elif how == "garbage":
+                    await client.send(b"g" * 64)
+                elif how == "disconnect":
+                    await client.request(wire.CMD_DISC)
+                else:
+                    assert served.server.disconnect("mem") == 1
+                if how == "drop":
+                    await client.expect_end()
+                    assert export.running == 0
+                    continue
+                with trio.move_on_after(0.1) as still_open:
+                    await client.receive(1)
+                assert still_open.cancelled_caught, how
+                assert export.running == 1
+                hold.set()
+                assert (await client.reply()).error == 0
+                await client.expect_end()
+                assert export.running == 0
 
     run(test)
 

@@ -53,11 +53,14 @@ async def talk(export: MemoryExport, pieces: list[bytes], count: int) -> dict[in
         async with trio.open_nursery() as nursery:
             nursery.start_soon(connection.run)
 
+            sent = trio.Event()
+
             async def send() -> None:
                 for piece in pieces:
                     await client.send(piece)
                     for _ in range(3):
                         await trio.lowlevel.checkpoint()
+                sent.set()
 
             await client.receive(18)
             nursery.start_soon(send)
@@ -72,6 +75,7 @@ async def talk(export: MemoryExport, pieces: list[bytes], count: int) -> dict[in
                 reply = await client.reply()
                 assert reply.cookie not in replies
                 replies[reply.cookie] = (reply.error, reply.data or b"".join(chunk[2] for chunk in reply.chunks))
+            await sent.wait()  # the last piece may be an empty one
             await client.disconnect()
             await client.stream.aclose()
     assert exports.open == 0

@@ -123,12 +123,6 @@ def test_requests_must_be_aligned_to_the_minimum_block_size() -> None:
         assert verdict(command, 512, 1, minimum_block_size=512) == wire.EINVAL
 
 
-def test_draining_answers_eshutdown() -> None:
-    for command in COMMANDS:
-        length = 0 if command == wire.CMD_FLUSH else 4096
-        assert judge(STRUCTURED, MemoryExport(), command, 0, 0, length, draining=True) == wire.ESHUTDOWN
-
-
 def test_enotsup_is_only_for_fast_zero() -> None:
     error = OSError(errno.EOPNOTSUPP, "no")
     assert error_value(error, fast_zero=True) == wire.ENOTSUP

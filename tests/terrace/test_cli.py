@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -39,7 +40,7 @@ class Cli:
         assert (result.exit_code, result.stderr) == (0, ""), result.output
         return result.stdout
 
-    def json(self, *arguments: str) -> object:
+    def json(self, *arguments: str) -> Any:
         return json.loads(self.ok(*arguments, "-o", "json"))
 
     def error(self, *arguments: str, status: int = 1) -> str:

@@ -1,0 +1,225 @@
+"""Filesystems on an attached device: who uses it, what it carries, making one, mounting it.
+
+By the tools of the distribution: blkid, mkfs.ext4, mkfs.xfs, mount, umount. All of it blocks. Every failure is an
+AttachError with the tool's own words.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from terrace.attach.record import AttachError
+from tiers.probe import signature_of
+
+Kind = Literal["ext4", "xfs"]
+
+_PACKAGES: Final = {"ext4": "e2fsprogs", "xfs": "xfsprogs"}
+# Blocks and sectors of 4 KiB, the unit of the map: what is smaller would have to be merged with what is there.
+_MAKE: Final = {
+    "ext4": (["mkfs.ext4", "-q", "-b", "4096"], "-F"),
+    "xfs": (["mkfs.xfs", "-q", "-s", "size=4096"], "-f"),
+}
+_PATH: Final = "/usr/sbin:/sbin:/usr/bin:/bin"
+MOUNTINFO: Final = Path("/proc/self/mountinfo")
+SYSFS: Final = Path("/sys/class/block")
+
+
+@dataclass(frozen=True, slots=True)
+class Users:
+    """Who uses a block device or a partition of it."""
+
+    mounts: list[str]
+    """Mount points, in the order in which they were mounted."""
+    holders: list[str]
+    """Devices on top of it (device mapper, RAID), and "swap"."""
+
+    def __bool__(self) -> bool:
+        return bool(self.mounts or self.holders)
+
+
+def users_of(device: str) -> Users:
+    """Who uses it, as this process sees it."""
+    name = Path(device).resolve().name
+    parts = _parts(name)
+    numbers = {_read(SYSFS / part / "dev") for part in parts} - {""}
+    mounts = []
+    for line in MOUNTINFO.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        fields, _, rest = line.partition(" - ")
+        _, _, number, _, where, *_ = fields.split(" ")
+        source = _unescaped(rest.split(" ")[1])
+        # btrfs shows a device number of its own.
+        if number in numbers or (source.startswith("/") and Path(source).resolve().name in parts):
+            mounts.append(_unescaped(where))
+    holders = sorted(holder for part in parts for holder in _names(SYSFS / part / "holders"))
+    for line in _read(Path("/proc/swaps")).splitlines()[1:]:
+        if Path(line.split()[0]).resolve().name in parts:
+            holders.append("swap")
+    return Users(mounts, [_shown(holder) for holder in holders])
+
+
+def require_unused(device: str, name: str) -> None:
+    """Raise AttachError: EBUSY, naming what is mounted or lies on top, and the next step."""
+    users = users_of(device)
+    if users.mounts:
+        where = ", ".join(users.mounts)
+        raise AttachError(errno.EBUSY, f"{name} ({device}) is mounted at {where}: unmount it first, or say --unmount")
+    if users.holders:
+        raise AttachError(
+            errno.EBUSY,
+            f"{name} ({device}) is in use by {', '.join(users.holders)}: close that first (cryptsetup close, "
+            "vgchange -an, swapoff), or say --force, which makes its I/O fail",
+        )
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise AttachError(
+                errno.EBUSY,
+                f"{name} ({device}) is in use, perhaps by a mount in another namespace or container: `lsof {device}` "
+                "may tell; end that first, or say --force, which makes its I/O fail",
+            ) from None
+
+
+def make(device: str, kind: Kind, *, force: bool) -> None:
+    """Make a filesystem over the whole device. Over anything that is there only with `force`, mounted never."""
+    program, *options = _MAKE[kind][0]
+    found = _tool(program, _PACKAGES[kind])
+    users = users_of(device)
+    if users:
+        where = f"mounted at {users.mounts[0]}" if users.mounts else f"in use by {users.holders[0]}"
+        raise AttachError(errno.EBUSY, f"{device} is {where}: no filesystem is made over that")
+    signature = signature_of(Path(device))
+    if signature and not force:
+        raise AttachError(
+            errno.EEXIST,
+            f"{device} carries {signature}: leave out --mkfs to use what is there, or say --force to overwrite it",
+        )
+    _run([found, *options, *([_MAKE[kind][1]] if force else []), device], f"making {kind} on {device}")
+
+
+def mount(device: str, directory: Path, *, read_only: bool) -> bool:
+    """Mount what the device carries; False if it is mounted there already."""
+    where = str(directory)
+    if where in users_of(device).mounts:
+        return False
+    if not directory.is_dir():
+        raise AttachError(errno.ENOENT, f"{directory} is no directory: make it first (mkdir -p {directory})")
+    if _is_mount_point(directory):
+        raise AttachError(errno.EBUSY, f"something else is mounted at {directory}: choose another directory")
+    signature = signature_of(Path(device))
+    if signature is None:
+        raise AttachError(
+            errno.ENODEV, f"{device} carries no filesystem: --mkfs ext4 or --mkfs xfs makes one, or make it yourself"
+        )
+    options = ["ro"] if read_only else []
+    if signature == "xfs":
+        # A clone or snapshot has the id of its origin, which xfs takes for the same filesystem mounted twice.
+        options.append("nouuid")
+    command = [_tool("mount", "mount"), *(["-o", ",".join(options)] if options else []), "--", device, where]
+    try:
+        _run(command, f"mounting {device} at {directory}")
+    except AttachError as error:
+        if not read_only or signature not in ("ext4", "xfs"):
+            raise
+        raise AttachError(
+            error.errno or errno.EIO,
+            f"{error}; a filesystem that was in use when it was snapshotted has a journal to be replayed, which takes "
+            "writing: attach a clone instead (terrace volume clone)",
+        ) from None
+    return True
+
+
+def unmount(where: str) -> None:
+    """Unmount. Raises AttachError: EBUSY where files are open."""
+    program = _tool("umount", "mount")
+    try:
+        _run([program, "--", where], f"unmounting {where}")
+    except AttachError as error:
+        raise AttachError(
+            errno.EBUSY, f"{error}; `fuser -vm {where}` shows who has files open there: end that first"
+        ) from None
+
+
+def unmount_all(device: str) -> list[str]:
+    """Unmount the device wherever it is mounted; where that was. What was mounted last goes first."""
+    done = []
+    while mounts := users_of(device).mounts:
+        unmount(mounts[-1])
+        done.append(mounts[-1])
+    return done
+
+
+def size_bytes_of(device: str) -> int:
+    """Bytes of the device as the kernel has it now; 0 if there is none."""
+    text = _read(SYSFS / Path(device).name / "size").strip()
+    return int(text) * 512 if text.isdecimal() else 0
+
+
+def _run(command: Sequence[str], what: str) -> None:
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
+    )
+    if done.returncode:
+        said = _reason((done.stderr or done.stdout).splitlines()) or f"exit status {done.returncode}"
+        raise AttachError(errno.EIO, f"{what} failed: {said}")
+
+
+def _reason(lines: Sequence[str]) -> str:
+    """What a tool said, without the explanation of its options that mkfs.xfs appends to every error."""
+    said = [line.strip() for line in lines if line.strip()]
+    for index, line in enumerate(said):
+        if line.lower().startswith("usage"):
+            said = said[:index]
+            break
+    return "; ".join(line.rstrip(".") for line in said[:2])
+
+
+def _tool(name: str, package: str) -> str:
+    found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:{_PATH}")
+    if found is None:
+        raise AttachError(errno.ENOENT, f"{name} is missing: install {package}")
+    return found
+
+
+def _parts(name: str) -> set[str]:
+    """The device and its partitions."""
+    return {name, *(part.parent.name for part in (SYSFS / name).glob(f"{name}*/partition"))}
+
+
+def _shown(holder: str) -> str:
+    label = _read(SYSFS / holder / "dm" / "name").strip()
+    return f"/dev/mapper/{label}" if label else holder
+
+
+def _is_mount_point(directory: Path) -> bool:
+    real = str(directory.resolve())
+    text = MOUNTINFO.read_text(encoding="utf-8", errors="surrogateescape")
+    return any(_unescaped(line.split(" ")[4]) == real for line in text.splitlines())
+
+
+def _unescaped(field: str) -> str:
+    """proc(5): space, tab, newline and backslash are octal escapes."""
+    for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        field = field.replace(code, char)
+    return field
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return [path.name for path in directory.iterdir()]
+    except OSError:
+        return []
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="surrogateescape").rstrip("\n")
+    except OSError:
+        return ""
