@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,12 +56,13 @@ def main() -> int:
         sys.exit("error: this needs root, to mount filesystems and to become the user postgres")
     start_s = time.monotonic()
     try:
-        with tempfile.TemporaryDirectory(prefix="pg-") as temporary:
-            directory = Path(temporary)
-            directory.chmod(0o755)  # the user postgres must get through
-            run(directory, options)
+        directory = Path(tempfile.mkdtemp(prefix="pg-"))
+        directory.chmod(0o755)  # the user postgres must get through
+        run(directory, options)
+        shutil.rmtree(directory)
     except (PostgresError, DaemonError) as error:
         print(f"FAIL: {error}", file=sys.stderr)
+        print(f"What it left is in {directory}", file=sys.stderr)
         return 1
     print(f"PASS: PostgreSQL lost nothing, in {time.monotonic() - start_s:.0f} s")
     return 0
@@ -80,7 +82,7 @@ def run(directory: Path, options: argparse.Namespace) -> None:
             cluster.tool("pgbench", "-q", "-i", "-s", str(options.scale), "bench")
             cluster.sql("create table ledger (n bigint primary key)")
             ledger = Ledger(cluster)
-            load = cluster.begin("pgbench", "-n", "-c", "4", "-T", str(options.seconds + 600), "bench")
+            load = cluster.begin("pgbench", "-n", "-c", "4", "-T", f"{options.seconds + 600:.0f}", "bench")
             snapshots: list[tuple[str, int]] = []
             end_s = time.monotonic() + options.seconds
             while time.monotonic() < end_s:
@@ -160,7 +162,10 @@ class Place:
     def clear_away(self) -> None:
         """Leave nothing on this host, whatever has happened. Does nothing where all was taken down in order."""
         if self._daemon.alive() and self._rows():
-            self._daemon.cli("detach", self._name, "--unmount", "--force", status=None, timeout_s=120)
+            for process in psutil.process_iter(["cwd"]):
+                if (process.info["cwd"] or "").startswith(f"{self.mountpoint}/"):  # PostgreSQL works in its data
+                    process.kill()
+            self._daemon.cli("detach", self._name, "--unmount", "--force", timeout_s=120)
 
     def _rows(self) -> list[dict[str, int]]:
         found = json.loads(self._daemon.cli("attach", "--list", "-o", "json").stdout)
