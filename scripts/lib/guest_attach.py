@@ -211,15 +211,12 @@ def ext4_over_two_connections(daemon: Daemon) -> None:
     daemon.end(signal.SIGTERM)
     daemon.start()
     writer.wait_until_at(WRITTEN_BYTES // 2)
-    daemon.end(signal.SIGKILL)
-    daemon.start()
-    writer.wait_until_at(WRITTEN_BYTES * 3 // 4)
     # Long enough for the kernel to give up connections that live, and send again: see nbd/fence.py.
     os.kill(daemon.pid, signal.SIGSTOP)
     time.sleep(STOPPED_S)
     os.kill(daemon.pid, signal.SIGCONT)
     writer.finish()
-    say("the daemon was restarted, killed and stopped in mid-write; the writer has seen no error")
+    say("the daemon was restarted, then stopped for a while, in mid-write; the writer has seen no error")
     cli("volume", "resize", "guest/ext4", "320M")
     tool("resize2fs", keeper.device)
     if os.statvfs(where).f_blocks * 4096 < 270 * MIB:
@@ -286,7 +283,8 @@ def ext4_on_luks(daemon: Daemon) -> None:
     cli("volume", "create", "guest/luks", "64M")
     keeper = Keeper("guest/luks", "--connections", "2")
     quick = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", "--key-file", "-"]
-    tool("cryptsetup", "luksFormat", "--batch-mode", *quick, keeper.device, stdin=b"key")
+    small = ["--luks2-metadata-size", "16k", "--luks2-keyslots-size", "512k"]
+    tool("cryptsetup", "luksFormat", "--batch-mode", *quick, *small, keeper.device, stdin=b"key")
     refusal = cli("attach", "guest/luks", "--mkfs", "ext4", status=1)
     if "carries crypto_LUKS" not in refusal:
         raise Failed(f"--mkfs over LUKS was not refused as it should be: {refusal}")
