@@ -82,7 +82,10 @@ class Tree(pyfuse3.Operations):
 
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         parent = self._name_of(parent_inode)
-        wanted = os.fsdecode(name)
+        try:
+            wanted = name.decode("ascii")
+        except UnicodeDecodeError:
+            raise FUSEError(errno.ENOENT) from None  # no pool, volume or snapshot is called so
         if not parent:
             if wanted not in await _asked(self._directory.pools()):
                 raise FUSEError(errno.ENOENT)
@@ -191,7 +194,7 @@ class Tree(pyfuse3.Operations):
             raise FUSEError(errno.ESTALE)
         if writing and (record.read_only or self._read_only):
             raise FUSEError(errno.EROFS)
-        file = await _asked(self._directory.open(name, self._device))
+        file = await _asked(self._directory.open(record, self._device))
         self._handle += 1
         self._files[self._handle] = file
         return FileInfo(fh=self._handle, direct_io=not record.read_only, keep_cache=record.read_only)
