@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import os
 import random
 import shutil
@@ -17,7 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import trio
 
+from terrace.fuse.device import MountError
+from terrace.fuse.session import require_mountpoint
 from tests.system.daemon import REPOSITORY, Daemon, environment, program
 from tests.system.mount import Mount, is_mounted, opened, take_away, until
 from tests.system.nbdclient import Connection
@@ -32,8 +36,23 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     base: Path = tmp_path_factory.mktemp("life")
     with Daemon(base / "home", '[pool]\nunsynced_cap = "8M"\n') as running:
         running.cli("pool", "create", "p", "--fast", f"{base}/p=512M")
-        running.cli("volume", "create", "p/v", "64M")
+        create(running, "v", 64 * MIB)
         yield running
+
+
+def create(daemon: Daemon, name: str, size: int) -> None:
+    daemon.api("POST", "/v1/pools/p/volumes", {"name": name, "size": size})
+
+
+def delete(daemon: Daemon, name: str) -> None:
+    daemon.api("DELETE", f"/v1/pools/p/volumes/{name}")
+
+
+@pytest.fixture(scope="module")
+def mounted(daemon: Daemon, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    """Shared by the tests that leave it as it is."""
+    with Mount(daemon.home, tmp_path_factory.mktemp("mounted") / "mnt") as mount:
+        yield mount
 
 
 @pytest.fixture
@@ -118,17 +137,36 @@ def test_read_only_files_are_read_only(daemon: Daemon, directory: Path) -> None:
             assert len(os.pread(fd, 4096, 0)) == 4096
 
 
-def test_a_mount_point_that_cant_be_had_is_refused_in_one_line(daemon: Daemon, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/x").write_text("x")
-    for name, words in [
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
         ("missing", "No such file or directory; make it first with mkdir"),
-        ("file", "not a directory"),
-        ("full", "not empty; choose an empty directory"),
-    ]:
-        said = daemon.cli("mount", str(tmp_path / name), status=1).stderr
-        assert said.count("\n") == 1 and f"can't mount on {tmp_path / name}: " in said and words in said
+        ("file", "it is not a directory"),
+        ("full", "it is not empty; choose an empty directory"),
+        ("closed", "Permission denied"),
+    ],
+)
+def test_a_mount_point_that_cant_be_had_is_refused_by_name(tmp_path: Path, name: str, words: str) -> None:
+    place = tmp_path / name
+    if name == "file":
+        place.write_text("x")
+    elif name != "missing":
+        place.mkdir(mode=0o000 if name == "closed" else 0o755)
+        (place / "x").write_text("x")
+    for parent in place.parents[:3]:
+        parent.chmod(0o755)
+    os.seteuid(65534 if name == "closed" else os.getuid())
+    try:
+        with pytest.raises(MountError) as refused:
+            trio.run(require_mountpoint, place)
+    finally:
+        os.seteuid(os.getuid())
+    assert str(refused.value) == f"can't mount on {place}: {words}"
+
+
+def test_terrace_mount_says_in_one_line_what_is_wrong(daemon: Daemon, tmp_path: Path) -> None:
+    said = daemon.cli("mount", str(tmp_path / "missing"), status=1).stderr
+    assert said == f"Error: can't mount on {tmp_path}/missing: No such file or directory; make it first with mkdir\n"
 
 
 def test_it_asks_for_a_daemon_and_for_pyfuse3_before_it_begins(daemon: Daemon, tmp_path: Path) -> None:
@@ -168,8 +206,9 @@ def test_a_daemon_with_a_mount_point_that_cant_be_had_doesnt_start(tmp_path: Pat
 def test_the_daemons_own_files_go_with_it_and_come_back(tmp_path: Path, directory: Path) -> None:
     directory.mkdir()
     with Daemon(tmp_path / "home", f'[fuse]\nmountpoint = "{directory}"\n') as own:
-        own.cli("pool", "create", "p", "--fast", f"{tmp_path}/p=64M")
-        own.cli("volume", "create", "p/v", "8M")
+        device = {"path": f"{tmp_path}/p", "tier": "fast", "size": "64M"}
+        own.api("POST", "/v1/pools", {"name": "p", "devices": [device]})
+        create(own, "v", 8 * MIB)
         until("it is mounted", lambda: is_mounted(directory))
         with opened(directory / "p/v") as fd:
             os.pwrite(fd, b"before the kill", 0)
@@ -197,8 +236,9 @@ def test_the_daemons_own_files_go_with_it_and_come_back(tmp_path: Path, director
 
 
 def test_what_was_answered_is_there_and_nobody_sees_an_error_while_daemons_die_and_stop(
-    daemon: Daemon, directory: Path
+    daemon: Daemon, mounted: Mount
 ) -> None:
+    directory = mounted.directory
     slots, size = 8, 256 << 10
     over = threading.Event()
     problems: list[str] = []
@@ -227,29 +267,29 @@ def test_what_was_answered_is_there_and_nobody_sees_an_error_while_daemons_die_a
             problems.append(f"slot {slot}: {error!r}")
         last[slot] = bytes(model)
 
-    with Mount(daemon.home, directory):
-        threads = [threading.Thread(target=work, args=(slot,)) for slot in range(slots)]
-        for thread in threads:
-            thread.start()
-        for end in (daemon.kill, daemon.stop, daemon.kill):
-            time.sleep(0.3)
-            before = sum(turns)
-            end()
-            daemon.start()
-            until("they go on", lambda: sum(turns) > before + 100)  # noqa: B023
-        over.set()
-        for thread in threads:
-            thread.join(20)
-        assert not problems
-        content = b"".join(last)
-        with Connection(daemon.socket, "p/v") as client:
-            found = b"".join(client.read(offset, MIB) for offset in range(0, len(content), MIB))
-        assert found == content
-        assert (directory / "p/v").read_bytes()[: len(content)] == content
+    threads = [threading.Thread(target=work, args=(slot,)) for slot in range(slots)]
+    for thread in threads:
+        thread.start()
+    for end in (daemon.kill, daemon.stop):
+        time.sleep(0.3)
+        before = sum(turns)
+        end()
+        daemon.start()
+        until("they go on", lambda: sum(turns) > before + 100)  # noqa: B023
+    over.set()
+    for thread in threads:
+        thread.join(20)
+    assert not problems
+    content = b"".join(last)
+    with Connection(daemon.socket, "p/v") as client:
+        found = b"".join(client.read(offset, MIB) for offset in range(0, len(content), MIB))
+    assert found == content
+    assert (directory / "p/v").read_bytes()[: len(content)] == content
 
 
-def test_names_and_holes_wait_for_a_daemon_that_is_restarted(daemon: Daemon, directory: Path) -> None:
-    with Mount(daemon.home, directory), opened(directory / "p/v") as fd:
+def test_names_and_holes_wait_for_a_daemon_that_is_restarted(daemon: Daemon, mounted: Mount) -> None:
+    directory = mounted.directory
+    with opened(directory / "p/v") as fd:
         os.pwrite(fd, b"x", 0)
         daemon.kill()
         found: list[int] = []
@@ -272,7 +312,7 @@ def test_a_volume_that_was_replaced_while_nobody_was_connected_is_stale_and_a_de
     daemon: Daemon, directory: Path
 ) -> None:
     for name in ("old", "gone"):
-        daemon.cli("volume", "create", f"p/{name}", "8M")
+        create(daemon, name, 8 * MIB)
     with Mount(daemon.home, directory) as mount:
         with opened(directory / "p/old") as old, opened(directory / "p/gone") as gone:
             os.pwrite(old, b"old", 0)
@@ -282,8 +322,8 @@ def test_a_volume_that_was_replaced_while_nobody_was_connected_is_stale_and_a_de
             daemon.kill()
             daemon.start()
             for name in ("old", "gone"):
-                daemon.cli("volume", "delete", f"p/{name}", "--yes")
-            daemon.cli("volume", "create", "p/old", "8M")
+                delete(daemon, name)
+            create(daemon, "old", 8 * MIB)
             mount.process.send_signal(signal.SIGCONT)
             for fd in (old, gone):
                 with fails(errno.ESTALE):
@@ -297,7 +337,7 @@ def test_a_volume_that_was_replaced_while_nobody_was_connected_is_stale_and_a_de
         mount.interrupt()
         status, said = mount.ended()
         assert status == 0 and "p/old was deleted or rolled back" in said and "p/gone was deleted" in said
-    daemon.cli("volume", "delete", "p/old", "--yes")
+    delete(daemon, "old")
 
 
 # --- many snapshots ---
@@ -383,66 +423,65 @@ def digest(tree: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])
 def test_a_file_system_over_a_loop_device_outlives_daemons_and_gives_its_space_back(
-    daemon: Daemon, directory: Path, tmp_path: Path, kind: str
+    daemon: Daemon, mounted: Mount, tmp_path: Path, kind: str
 ) -> None:
-    daemon.cli("volume", "create", f"p/{kind}", "320M")
+    create(daemon, kind, 320 * MIB)
     inside = tmp_path / "inside"
     inside.mkdir()
-    sources = [REPOSITORY / name for name in ("nbd", "tiers", "terrace", "docs")]
+    sources = [REPOSITORY / name for name in ("nbd", "terrace", "docs")]
     ignore = shutil.ignore_patterns("__pycache__")
-    with Mount(daemon.home, directory) as mount:
-        with loop_over(directory / "p" / kind) as device:
-            run(f"mkfs.{kind}", "-q", device)
-            run("mount", device, str(inside))
-            try:
-                for source in sources:
-                    shutil.copytree(source, inside / "first" / source.name, ignore=ignore)
-                os.sync()
-                writing = threading.Thread(target=load, args=(inside,))
-                writing.start()
-                for end in (daemon.kill, daemon.stop):
-                    time.sleep(0.25)
-                    end()
-                    daemon.start()
-                writing.join(30)
-                assert not writing.is_alive()
-                for source in sources:
-                    shutil.copytree(source, inside / "second" / source.name, ignore=ignore)
-                run("sync", "-f", str(inside))
-                before = allocated(daemon, kind)
-                shutil.rmtree(inside / "second")
-                (inside / "load").unlink()
-                run("sync", "-f", str(inside))
-                run("fstrim", str(inside))
-                assert allocated(daemon, kind) < before - 24 * MIB
-            finally:
-                run("umount", str(inside))
-            check = ["fsck.ext4", "-fn"] if kind == "ext4" else ["xfs_repair", "-n"]
-            run(*check, device)
-            run("mount", "-o", "ro", device, str(inside))
-            try:
-                found = digest(inside / "first")
-            finally:
-                run("umount", str(inside))
-        expected = {
-            f"{source.name}/{name}": value
-            for source in sources
-            for name, value in digest(source).items()
-            if "__pycache__" not in name
-        }
-        assert found == expected
-        until("the loop device has let go", lambda: not daemon.api("GET", f"/v1/pools/p/volumes/{kind}")["open_count"])
-        mount.interrupt()
-        assert mount.ended()[0] == 0
-    daemon.cli("volume", "delete", f"p/{kind}", "--yes")
+    with loop_over(mounted.directory / "p" / kind) as device:
+        run(f"mkfs.{kind}", "-q", device)
+        run("mount", device, str(inside))
+        try:
+            for source in sources:
+                shutil.copytree(source, inside / "first" / source.name, ignore=ignore)
+            os.sync()
+            writing = threading.Thread(target=load, args=(inside, over := threading.Event()))
+            writing.start()
+            time.sleep(0.25)
+            daemon.kill()
+            daemon.start()
+            over.set()
+            writing.join(30)
+            assert not writing.is_alive()
+            for source in sources:
+                shutil.copytree(source, inside / "second" / source.name, ignore=ignore)
+            run("sync", "-f", str(inside))
+            before = allocated(daemon, kind)
+            shutil.rmtree(inside / "second")
+            (inside / "load").unlink()
+            run("sync", "-f", str(inside))
+            run("fstrim", str(inside))
+            assert allocated(daemon, kind) < before - 24 * MIB
+        finally:
+            run("umount", str(inside))
+        check = ["fsck.ext4", "-fn"] if kind == "ext4" else ["xfs_repair", "-n"]
+        run(*check, device)
+        run("mount", "-o", "ro", device, str(inside))
+        try:
+            found = digest(inside / "first")
+        finally:
+            run("umount", str(inside))
+    expected = {
+        f"{source.name}/{name}": value
+        for source in sources
+        for name, value in digest(source).items()
+        if "__pycache__" not in name
+    }
+    assert found == expected
+    until("the loop device has let go", lambda: not daemon.api("GET", f"/v1/pools/p/volumes/{kind}")["open_count"])
+    delete(daemon, kind)
 
 
-def load(inside: Path) -> None:
+def load(inside: Path, over: threading.Event) -> None:
+    """Writes 32 MiB, over and over."""
     data = random.Random(5).randbytes(MIB)
     with (inside / "load").open("wb") as file:
-        for _ in range(32):
-            file.write(data)
-            file.flush()
+        for turn in itertools.count():
+            if turn >= 32 and over.is_set():
+                return
+            os.pwrite(file.fileno(), data, turn % 32 * MIB)
             os.fdatasync(file.fileno())
 
 
