@@ -355,20 +355,3 @@ def test_a_damaged_block_is_eio_and_its_neighbours_are_read(files: Files) -> Non
         assert os.pread(fd, 4096, 8192) == PATTERN[4096:8192]
         os.pwrite(fd, block, 4096)
         assert os.pread(fd, 4096, 4096) == block
-
-
-def test_a_write_with_o_dsync_and_an_fsync_are_on_the_device_when_they_return(files: Files) -> None:
-    path = files.volume()
-
-    def is_durable() -> bool:
-        status = files.daemon.pool("p")
-        return bool(status["durable_seq"] == status["log_seq"])
-
-    for flags in (os.O_DSYNC, os.O_SYNC, 0):
-        with opened(path, os.O_RDWR | flags) as fd:
-            for turn in range(3):
-                os.pwrite(fd, PATTERN[turn : turn + 65536], 0)
-                if not flags:
-                    assert not is_durable(), "a plain write is durable: this tests nothing"
-                    os.fsync(fd)
-                assert is_durable()
