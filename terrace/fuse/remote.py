@@ -86,23 +86,31 @@ class DaemonDirectory:
         with trio.move_on_after(PATIENCE_S):
             while True:
                 try:
-                    response = await self._http.get(url)
+                    return await self._ask_once(url)
                 except httpx.TransportError:
                     await trio.sleep(PAUSE_S)
-                    continue
-                if not response.is_error:
-                    return json.loads(response.content)
-                error = refusal(response.content)
-                if error.errno == errno.ENOENT:
-                    raise FileNotFoundError(errno.ENOENT, str(error))
-                raise error
         raise OSError(
             errno.ETIMEDOUT, f"no terraced has answered at {self._home.api_socket} for {PATIENCE_S:g} s; is it running?"
         )
 
+    async def _ask_once(self, url: str) -> Any:
+        response = await self._http.get(url)
+        if not response.is_error:
+            return json.loads(response.content)
+        error = refusal(response.content)
+        if error.errno == errno.ENOENT:
+            raise FileNotFoundError(errno.ENOENT, str(error))
+        raise error
+
     async def address(self) -> Address:
-        """Where the daemon serves NBD: its Unix socket, wherever `[nbd] socket` has put it, else what it has."""
-        uris = (await self._ask("status"))["nbd"]["uris"]
+        """Where the daemon serves NBD: its Unix socket, wherever `[nbd] socket` has put it, else what it has.
+
+        Raises OSError at once if it doesn't answer.
+        """
+        try:
+            uris = (await self._ask_once("/v1/status"))["nbd"]["uris"]
+        except httpx.TransportError as error:
+            raise OSError(errno.ECONNREFUSED, f"no terraced answers at {self._home.api_socket}: {error}") from None
         return parse_uri(next((uri for uri in uris if uri.startswith("nbd+unix:")), uris[0]))[0]
 
     async def is_gone(self, record: ExportRecord) -> bool:

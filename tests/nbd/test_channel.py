@@ -364,6 +364,24 @@ def test_a_server_that_is_not_there_is_dialled_until_it_is() -> None:
     run(test)
 
 
+def test_a_channel_with_little_patience_is_over_when_nobody_came_for_so_long() -> None:
+    async def test() -> None:
+        server = Scripted()
+        channel = Channel("scripted", server.dial, patience_s=0.3)
+        user = User(channel)
+        async with trio.open_nursery() as life:
+            await life.start(channel.run)
+            token = user.read(0, 4)
+            server.refusal = OSError(errno.ECONNREFUSED, "not there")
+            start_s = trio.current_time()
+            server.ours.close()
+            assert await user.answer(token) == (errno.ETIMEDOUT, b"")
+            assert 0.3 <= trio.current_time() - start_s < 5
+            assert await user.answer(user.read(0, 4)) == (errno.ETIMEDOUT, b"")
+
+    run(test)
+
+
 def test_the_first_attempt_fails_with_what_the_dial_raises() -> None:
     async def test() -> None:
         server = Scripted()

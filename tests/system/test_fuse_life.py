@@ -32,9 +32,9 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """With the volume p/v of 64 MiB. Tests may kill and restart it."""
+    """With the volume p/v of 64 MiB, and a socket that lies elsewhere. Tests may kill and restart it."""
     base: Path = tmp_path_factory.mktemp("life")
-    with Daemon(base / "home", '[pool]\nunsynced_cap = "8M"\n') as running:
+    with Daemon(base / "home", 'socket = "other.sock"\n[pool]\nunsynced_cap = "8M"\n') as running:
         running.cli("pool", "create", "p", "--fast", f"{base}/p=512M")
         create(running, "v", 64 * MIB)
         yield running
@@ -93,7 +93,7 @@ def test_what_is_in_use_stays_and_names_its_users_and_a_second_ctrl_c_takes_it_a
         assert not is_mounted(directory)
         with fails(errno.ENOTCONN):
             os.pread(fd, 10, 0)
-    with Connection(daemon.socket, "p/v") as client:
+    with Connection(daemon.home / "other.sock", "p/v") as client:
         assert client.read(0, 11) == b"still there"
 
 
@@ -281,7 +281,7 @@ def test_what_was_answered_is_there_and_nobody_sees_an_error_while_daemons_die_a
         thread.join(20)
     assert not problems
     content = b"".join(last)
-    with Connection(daemon.socket, "p/v") as client:
+    with Connection(daemon.home / "other.sock", "p/v") as client:
         found = b"".join(client.read(offset, MIB) for offset in range(0, len(content), MIB))
     assert found == content
     assert (directory / "p/v").read_bytes()[: len(content)] == content

@@ -69,7 +69,7 @@ async def opened(export: MemoryExport) -> AsyncIterator[tuple[DaemonFile, Waitin
         directory, answers = Directory(served.listener, export), Waiting()
         async with trio.open_nursery() as nursery:
             file = DaemonFile(
-                cast(DaemonDirectory, directory), directory.record, cast(Device, answers), nursery, lambda file: None
+                cast(DaemonDirectory, directory), directory.record, cast(Device, answers), nursery, lambda _: None, 1e9
             )
             file.users = 1
             await nursery.start(file.run)
@@ -170,7 +170,12 @@ def test_another_export_under_the_name_is_not_opened() -> None:
             directory.identity = "second"
             async with trio.open_nursery() as nursery:
                 file = DaemonFile(
-                    cast(DaemonDirectory, directory), directory.record, cast(Device, Waiting()), nursery, lambda _: None
+                    cast(DaemonDirectory, directory),
+                    directory.record,
+                    cast(Device, Waiting()),
+                    nursery,
+                    lambda _: None,
+                    1e9,
                 )
                 with pytest.raises(GoneError, match="mem was deleted or rolled back"):
                     await nursery.start(file.run)
