@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -146,22 +147,24 @@ def test_read_only_files_are_read_only(daemon: Daemon, directory: Path) -> None:
         ("closed", "Permission denied"),
     ],
 )
-def test_a_mount_point_that_cant_be_had_is_refused_by_name(tmp_path: Path, name: str, words: str) -> None:
-    place = tmp_path / name
-    if name == "file":
-        place.write_text("x")
-    elif name != "missing":
-        place.mkdir(mode=0o000 if name == "closed" else 0o755)
-        (place / "x").write_text("x")
-    for parent in place.parents[:3]:
-        parent.chmod(0o755)
-    os.seteuid(65534 if name == "closed" else os.getuid())
-    try:
-        with pytest.raises(MountError) as refused:
-            trio.run(require_mountpoint, place)
-    finally:
-        os.seteuid(os.getuid())
-    assert str(refused.value) == f"can't mount on {place}: {words}"
+def test_a_mount_point_that_cant_be_had_is_refused_by_name(name: str, words: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="mountpoint-") as parent:
+        Path(parent).chmod(0o755)
+        place = Path(parent).resolve() / name
+        if name == "file":
+            place.write_text("x")
+        elif name != "missing":
+            place.mkdir()
+            (place / "x").write_text("x")
+            place.chmod(0o700 if name == "closed" else 0o755)
+        if name == "closed":
+            os.seteuid(65534)
+        try:
+            with pytest.raises(MountError) as refused:
+                trio.run(require_mountpoint, place)
+        finally:
+            os.seteuid(os.getuid())
+        assert str(refused.value) == f"can't mount on {place}: {words}"
 
 
 def test_terrace_mount_says_in_one_line_what_is_wrong(daemon: Daemon, tmp_path: Path) -> None:
