@@ -3,7 +3,7 @@
 pyfuse3 answers everything about names, attributes and open files. It could answer READ and WRITE too, with a task and
 an await for each: a quarter of the rate that this loop has (51,000 against 200,000 random reads of 4 KiB a second, over
 memory, fio --ioengine=libaio --direct=1 --iodepth=32). And it knows neither FALLOCATE nor LSEEK, without which a loop
-device can't discard and nobody sees holes. So libfuse doesn't read /dev/fuse but one end of a socket pair, `_Backroom`;
+device can't discard and nobody sees holes. So libfuse doesn't read /dev/fuse but one end of a socket pair;
 this loop has the descriptor, takes those requests out that are about a file's bytes, and passes all others on.
 
     kernel  <--- /dev/fuse --->  Transmission  <--- SOCK_SEQPACKET --->  libfuse, pyfuse3, terrace.fuse.filesystem
