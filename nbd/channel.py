@@ -171,7 +171,9 @@ class Channel:
         try:
             while True:
                 with sock:
-                    await self._serve(sock)
+                    broken = await self._serve(sock)
+                if broken is not None:
+                    raise broken
                 log.warning("%s: the connection is lost; trying again until it is back", self._name)
                 sock, self.terms = await self._dial_again()
                 log.info("%s: connected again; %d requests are sent again", self._name, len(self._requests))
@@ -181,8 +183,8 @@ class Channel:
         finally:
             self._end(OSError(errno.ESHUTDOWN, "this client has left"))
 
-    async def _serve(self, sock: socket.socket) -> None:
-        """Send and receive until this connection ends."""
+    async def _serve(self, sock: socket.socket) -> GoneError | None:
+        """Send and receive until this connection ends. Returns why there must be no other one, if so."""
         self._sock, self.connected, self._stuck = sock, True, False
         self._outbox.clear()
         for request in self._requests.values():
@@ -193,8 +195,9 @@ class Channel:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._send)
                 self.push()
-                await self._receive(sock)
+                broken = await self._receive(sock)
                 nursery.cancel_scope.cancel()
+            return broken
         except BaseException:
             self._say_goodbye(sock)
             raise
@@ -238,8 +241,8 @@ class Channel:
             if self._send_some():
                 self._stuck = False
 
-    async def _receive(self, sock: socket.socket) -> None:
-        """Take answers until the connection ends, or until what comes is no answer."""
+    async def _receive(self, sock: socket.socket) -> GoneError | None:
+        """Take answers until the connection ends, or until what comes is no answer: then that is returned."""
         inbox = memoryview(bytearray(INBOX_BYTES))
         start = end = 0
         receive, requests = sock.recv_into, self._requests
@@ -252,7 +255,7 @@ class Channel:
                 if head >> 32 != _MAGIC or request is None:
                     # Nobody knows where the next reply begins, and the server may still carry out what it has:
                     # connecting anew would break the second condition.
-                    raise GoneError(errno.EPROTO, "the server sent what is no reply to any request")
+                    return GoneError(errno.EPROTO, "the server sent what is no reply to any request")
                 error = head & _ERROR_MASK
                 expects = 0 if error else request.expects
                 needed = _HEAD + expects
@@ -283,10 +286,10 @@ class Channel:
                     continue
                 except OSError as error:
                     log.debug("%s: %s", self._name, error)
-                    return
+                    return None
                 break
             if not count:
-                return
+                return None
             end += count
 
     def _end(self, why: OSError) -> None:

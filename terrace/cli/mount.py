@@ -59,31 +59,39 @@ async def _serve(context: Context, directory: Path, read_only: bool) -> None:
         trio.open_nursery() as nursery,
     ):
         click.echo(f"Volumes and snapshots are files below {session.mountpoint}; Ctrl-C unmounts.")
-        await nursery.start(_obey, session)
+        await nursery.start(_obey, session, nursery.cancel_scope)
         await session.ended.wait()
         nursery.cancel_scope.cancel()
 
 
-async def _obey(session: Session, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-    """The first signal unmounts what nobody uses; a second one takes it away from its users."""
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+async def _obey(
+    session: Session, serving: trio.CancelScope, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """The first signal unmounts what nobody uses; a second one ends `serving`, which takes it away from its users."""
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
         task_status.started()
-        asked = False
-        async for _ in signals:
-            why = await session.unmount(lazy=asked)
-            if why and not session.ended.is_set():
-                users = await trio.to_thread.run_sync(users_of, session.mountpoint)
-                who = f"in use by {', '.join(users)}" if users else f"in use ({why})"
-                complain(f"{session.mountpoint} is {who}; end that, or press Ctrl-C again to take it away")
-            asked = True
+        await anext(signals)
+        why = await session.unmount()
+        if why and not session.ended.is_set():
+            users = await trio.to_thread.run_sync(users_of, session.mountpoint)
+            who = f"in use by {', '.join(users)}" if users else f"in use ({why})"
+            complain(f"{session.mountpoint} is {who}; end that, or press Ctrl-C again to take it away")
+        await anext(signals)
+        serving.cancel()
 
 
 def users_of(directory: Path) -> list[str]:
-    """Processes with a file or their working directory below it, as far as we may see them."""
+    """Loop devices, and processes with a file or their working directory below it, as far as we may see them."""
     import psutil
 
     below = f"{directory}/"
     found = []
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        try:
+            if backing.read_text().startswith(below):
+                found.append(f"/dev/{backing.parents[1].name}")
+        except OSError:  # detached meanwhile
+            continue
     for process in psutil.process_iter():
         try:
             links = [Path(f"/proc/{process.pid}/cwd"), *Path(f"/proc/{process.pid}/fd").iterdir()]

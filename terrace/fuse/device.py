@@ -105,7 +105,7 @@ async def mount(mountpoint: Path, options: str) -> int:
             said = result.stderr.decode("utf-8", "replace").strip().removeprefix("fusermount3: ")
             raise MountError(errno.EIO, f"can't mount on {mountpoint}: {said or 'fusermount3 failed without a word'}")
         theirs.close()
-        _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)
+        _, descriptors, _, _ = socket.recv_fds(ours, 1, 1, socket.MSG_CMSG_CLOEXEC)
         if len(descriptors) != 1:
             raise MountError(errno.EIO, f"can't mount on {mountpoint}: fusermount3 gave no file descriptor")
     os.set_blocking(descriptors[0], False)
@@ -115,5 +115,8 @@ async def mount(mountpoint: Path, options: str) -> int:
 async def unmount(mountpoint: Path, *, lazy: bool) -> str:
     """Returns why it didn't work; empty if it did. `lazy`: out of sight now, and gone with its last user."""
     command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(mountpoint)]
-    result = await trio.run_process(command, capture_stderr=True, check=False)
+    try:
+        result = await trio.run_process(command, capture_stderr=True, check=False)
+    except FileNotFoundError:
+        return "the program fusermount3 is missing"
     return result.stderr.decode("utf-8", "replace").strip().removeprefix("fusermount3: ") if result.returncode else ""

@@ -58,5 +58,8 @@ class Directory(Protocol):
     async def space(self) -> tuple[int, int]:
         """Bytes that all pools can hold, and what is still available of that."""
 
-    async def open(self, name: str, device: Device) -> OpenFile:
-        """Open an export; it can't be deleted until the file is closed. Raises FileNotFoundError."""
+    async def open(self, record: ExportRecord, device: Device) -> OpenFile:
+        """Open that very export; it can't be deleted until the file is closed.
+
+        Raises FileNotFoundError, and OSError ESTALE if another one has its name by now.
+        """

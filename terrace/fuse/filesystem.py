@@ -21,6 +21,7 @@ from collections.abc import Awaitable, Sequence
 from typing import Final, TypeVar
 
 import pyfuse3
+import trio
 import xxhash
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields
 
@@ -32,6 +33,8 @@ FRESH_S: Final = 1.0
 """A resize is seen after at most so long."""
 LISTED: Final = 64
 """Entries in one reply to a listing: about 15 KiB. Libfuse's socket bounds it (see terrace.fuse.transmission)."""
+LISTED_AT_ONCE: Final = 256
+"""Entries made between two checkpoints: ten thousand snapshots must not hold up who reads and writes."""
 PREFERRED_IO_BYTES: Final = 128 << 10
 
 T = TypeVar("T")
@@ -82,7 +85,10 @@ class Tree(pyfuse3.Operations):
 
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         parent = self._name_of(parent_inode)
-        wanted = os.fsdecode(name)
+        try:
+            wanted = name.decode("ascii")
+        except UnicodeDecodeError:
+            raise FUSEError(errno.ENOENT) from None  # no pool, volume or snapshot is called so
         if not parent:
             if wanted not in await _asked(self._directory.pools()):
                 raise FUSEError(errno.ENOENT)
@@ -153,21 +159,21 @@ class Tree(pyfuse3.Operations):
         if "/" in name:
             raise FUSEError(errno.ENOTDIR)
         if name:
-            records = await _asked(self._directory.exports(name))
-            listing = [(record.name.partition("/")[2], self._file_attributes(record)) for record in records]
-            self._forget_all_but(name, {entry.st_ino for _, entry in listing})
+            known = [inode for inode, shown in self._nodes.items() if shown.startswith(f"{name}/")]
+            listing: list[tuple[str, EntryAttributes]] = []
+            for record in await _asked(self._directory.exports(name)):
+                if len(listing) % LISTED_AT_ONCE == LISTED_AT_ONCE - 1:
+                    await trio.lowlevel.checkpoint()
+                listing.append((record.name.partition("/")[2], self._file_attributes(record)))
+            # What was known before and isn't there any more: snapshots come and go for years.
+            for inode in set(known) - {entry.st_ino for _, entry in listing}:
+                self._nodes.pop(inode, None)
         else:
             pools = await _asked(self._directory.pools())
             listing = [(pool, self._directory_attributes(pool)) for pool in pools]
         self._handle += 1
         self._listings[self._handle] = listing
         return self._handle
-
-    def _forget_all_but(self, pool: str, inodes: set[int]) -> None:
-        """Numbers of exports that are no more: snapshots come and go for years."""
-        gone = [inode for inode, name in self._nodes.items() if name.startswith(f"{pool}/") and inode not in inodes]
-        for inode in gone:
-            del self._nodes[inode]
 
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         listing = self._listings[fh]
@@ -191,7 +197,7 @@ class Tree(pyfuse3.Operations):
             raise FUSEError(errno.ESTALE)
         if writing and (record.read_only or self._read_only):
             raise FUSEError(errno.EROFS)
-        file = await _asked(self._directory.open(name, self._device))
+        file = await _asked(self._directory.open(record, self._device))
         self._handle += 1
         self._files[self._handle] = file
         return FileInfo(fh=self._handle, direct_io=not record.read_only, keep_cache=record.read_only)

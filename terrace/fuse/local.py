@@ -58,8 +58,14 @@ class PoolDirectory:
         statuses = [pool.status() for pool in self._pools.open_pools()]
         return sum(status.capacity_bytes for status in statuses), sum(status.available_bytes for status in statuses)
 
-    async def open(self, name: str, device: Device) -> OpenFile:
-        export = await self._exports.acquire(name)
+    async def open(self, record: ExportRecord, device: Device) -> OpenFile:
+        export = await self._exports.acquire(record.name)
+        # No checkpoint from the look-up of the name to here, so both ask about the same one.
+        pool_name, _, rest = record.name.partition("/")
+        pool = self._pools.pool(pool_name)
+        if record_of(pool, find_export(pool, rest)).identity != record.identity:
+            self._exports.release(export)
+            raise OSError(errno.ESTALE, f"another export is called {record.name} now")
         return PoolFile(export, self._exports.release, device, self._nursery, self._arena)
 
 
@@ -134,9 +140,10 @@ class PoolFile:
         try:
             at_once = self.export.write_now(writes)
         except OSError as error:
-            for unique in uniques:
-                self._device.failed(unique, error.errno or errno.EIO)
-            return
+            if len(writes) == 1:
+                self._device.failed(uniques[0], error.errno or errno.EIO)
+                return
+            at_once = False  # one of them is bad: alone, each of the others may still succeed
         for unique, (offset, data) in zip(uniques, writes, strict=True):
             if at_once:
                 self._device.written(unique, len(data))

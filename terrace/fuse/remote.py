@@ -25,7 +25,7 @@ import trio
 
 from nbd import wire as nbd_wire
 from nbd.channel import Channel, GoneError
-from nbd.client import attach, connect
+from nbd.client import Address, Client, attach, connect, parse_uri
 from nbd.negotiate import Terms
 from terrace.apiclient import refusal
 from terrace.exports import ExportRecord
@@ -86,26 +86,56 @@ class DaemonDirectory:
         with trio.move_on_after(PATIENCE_S):
             while True:
                 try:
-                    response = await self._http.get(url)
+                    return await self._ask_once(url)
                 except httpx.TransportError:
                     await trio.sleep(PAUSE_S)
-                    continue
-                if not response.is_error:
-                    return json.loads(response.content)
-                error = refusal(response.content)
-                if error.errno == errno.ENOENT:
-                    raise FileNotFoundError(errno.ENOENT, str(error))
-                raise error
         raise OSError(
             errno.ETIMEDOUT, f"no terraced has answered at {self._home.api_socket} for {PATIENCE_S:g} s; is it running?"
         )
 
-    async def open(self, name: str, device: Device) -> OpenFile:
-        record = await self.export(name)
+    async def _ask_once(self, url: str) -> Any:
+        response = await self._http.get(url)
+        if not response.is_error:
+            return json.loads(response.content)
+        error = refusal(response.content)
+        if error.errno == errno.ENOENT:
+            raise FileNotFoundError(errno.ENOENT, str(error))
+        raise error
+
+    async def address(self) -> Address:
+        """Where the daemon serves NBD: its Unix socket, wherever `[nbd] socket` has put it, else what it has.
+
+        Raises OSError at once if it doesn't answer.
+        """
+        try:
+            uris = (await self._ask_once("/v1/status"))["nbd"]["uris"]
+        except httpx.TransportError as error:
+            raise OSError(errno.ECONNREFUSED, f"no terraced answers at {self._home.api_socket}: {error}") from None
+        return parse_uri(next((uri for uri in uris if uri.startswith("nbd+unix:")), uris[0]))[0]
+
+    async def is_gone(self, record: ExportRecord) -> bool:
+        """Whether its pool is open, and it isn't there: it won't come back. Not if nobody can tell."""
+        try:
+            pool = await self._ask("pools", record.name.partition("/")[0])
+        except OSError:
+            return False
+        if pool["state"] not in ("online", "read-only"):
+            return False
+        try:
+            return (await self.export(record.name)).identity != record.identity
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+
+    async def open(self, record: ExportRecord, device: Device) -> OpenFile:
         file = self._open.get(record.identity)
         if file is None:
-            file = DaemonFile(self, self._home, record, device, self._nursery, self._closed, self._patience_s)
-            await self._nursery.start(file.run)
+            file = DaemonFile(self, record, device, self._nursery, self._closed, self._patience_s)
+            try:
+                await self._nursery.start(file.run)
+            except GoneError as error:
+                raise OSError(error.errno, str(error)) from None
             # Two may have opened it at the same time; the other's goes.
             file, spare = self._open.setdefault(record.identity, file), file
             if file is not spare:
@@ -146,7 +176,6 @@ class DaemonFile:
     def __init__(
         self,
         directory: DaemonDirectory,
-        home: Home,
         record: ExportRecord,
         device: Device,
         nursery: trio.Nursery,
@@ -158,7 +187,6 @@ class DaemonFile:
         self.users = 0
         self._closed = closed
         self._directory = directory
-        self._home = home
         self._device = device
         self._nursery = nursery
         self._lengths: dict[int, int] = {}  # of WRITEs without an answer
@@ -183,7 +211,12 @@ class DaemonFile:
             self.cancel()
 
     async def _dial(self) -> tuple[socket.socket, Terms]:
-        sock, terms = await attach(self._home.nbd_socket, self.record.name)
+        try:
+            sock, terms = await attach(await self._directory.address(), self.record.name)
+        except FileNotFoundError:
+            if await self._directory.is_gone(self.record):
+                raise self._gone() from None
+            raise
         try:
             # Now that the daemon counts us as a client nothing else can come under this name without a cut.
             now = await self._directory.export(self.record.name)
@@ -192,13 +225,28 @@ class DaemonFile:
             raise
         if now.identity != self.record.identity:
             sock.close()
-            raise GoneError(
-                errno.ESTALE,
-                f"{self.record.name} was deleted or rolled back while it was in use here, and another one has its name "
-                "now: detach or close it, check what the programs that used it have lost, and attach or open it anew",
-            )
+            raise self._gone()
         self.size_bytes = terms.size_bytes
         return sock, terms
+
+    def _gone(self) -> GoneError:
+        return GoneError(
+            errno.ESTALE,
+            f"{self.record.name} was deleted or rolled back while it was in use here: detach or close it, check what "
+            "the programs that used it have lost, and attach or open it anew",
+        )
+
+    # --- what failed ---
+
+    def _failed(self, unique: int, error: int) -> None:
+        if error == errno.EIO:
+            self._nursery.start_soon(self._explain, unique)
+        else:
+            self._device.failed(unique, error)
+
+    async def _explain(self, unique: int) -> None:
+        """NBD has no ESTALE: the daemon answers EIO for what a rollback has replaced."""
+        self._device.failed(unique, errno.ESTALE if await self._directory.is_gone(self.record) else errno.EIO)
 
     # --- the data path ---
 
@@ -214,7 +262,7 @@ class DaemonFile:
 
     def _have_read(self, unique: int, error: int, data: memoryview) -> None:
         if error:
-            self._device.failed(unique, error)
+            self._failed(unique, error)
         else:
             self._device.data(unique, data)
 
@@ -233,7 +281,7 @@ class DaemonFile:
     def _have_written(self, unique: int, error: int, _: memoryview) -> None:
         length = self._lengths.pop(unique)
         if error:
-            self._device.failed(unique, error)
+            self._failed(unique, error)
         else:
             self._device.written(unique, length)
 
@@ -242,7 +290,7 @@ class DaemonFile:
 
     def _have_done(self, unique: int, error: int, _: memoryview) -> None:
         if error:
-            self._device.failed(unique, error)
+            self._failed(unique, error)
         else:
             self._device.done(unique)
 
@@ -270,15 +318,35 @@ class DaemonFile:
 
     async def _seek(self, unique: int, offset: int, data: bool) -> None:
         try:
-            # Block status needs structured replies, which the channel doesn't speak: a connection of its own.
-            async with connect(self._home.nbd_socket, self.record.name, contexts=[_ALLOCATION]) as client:
-
-                async def extents(at: int, length: int) -> list[tuple[int, int]]:
-                    found = (await client.block_status(at, length))[_ALLOCATION]
-                    return [(span, flags & nbd_wire.STATE_HOLE) for span, flags in found]
-
-                found = await seek(extents, client.size_bytes, offset, data=data)
+            found = await self._look_for(offset, data)
         except OSError as error:
-            self._device.failed(unique, errno.EIO if error.errno == errno.ECONNREFUSED else error.errno or errno.EIO)
+            self._device.failed(unique, error.errno or errno.EIO)
         else:
             self._device.found(unique, found)
+
+    async def _look_for(self, offset: int, data: bool) -> int:
+        """As metadata, it waits for a daemon that is away, but not for ever."""
+        with trio.move_on_after(PATIENCE_S):
+            while True:
+                try:
+                    # Block status needs structured replies, which the channel doesn't speak: a connection of its own.
+                    async with connect(
+                        await self._directory.address(), self.record.name, contexts=[_ALLOCATION]
+                    ) as client:
+                        if await self._directory.is_gone(self.record):
+                            raise self._gone()
+                        return await self._seek_with(client, offset, data)
+                except OSError as error:
+                    if error.errno in (errno.ENXIO, errno.ESTALE, errno.EIO):
+                        raise
+                    if isinstance(error, FileNotFoundError) and await self._directory.is_gone(self.record):
+                        raise self._gone() from None
+                    await trio.sleep(PAUSE_S)
+        raise OSError(errno.ETIMEDOUT, f"nobody could tell the extents of {self.record.name} for {PATIENCE_S:g} s")
+
+    async def _seek_with(self, client: Client, offset: int, data: bool) -> int:
+        async def extents(at: int, length: int) -> list[tuple[int, int]]:
+            found = (await client.block_status(at, length))[_ALLOCATION]
+            return [(span, flags & nbd_wire.STATE_HOLE) for span, flags in found]
+
+        return await seek(extents, client.size_bytes, offset, data=data)

@@ -110,17 +110,21 @@ async def require_mountpoint(mountpoint: Path) -> Path:
 
     Raises MountError.
     """
-    path = mountpoint.absolute()  # noqa: ASYNC240 - no file is touched
+    # As the kernel names it, for those who are asked later what they have open below it.
+    path = Path(await trio.to_thread.run_sync(os.path.realpath, mountpoint))
     try:
         status = await trio.to_thread.run_sync(path.stat)
+        if not stat.S_ISDIR(status.st_mode):
+            raise MountError(errno.ENOTDIR, f"can't mount on {path}: it is not a directory")
+        found = await trio.to_thread.run_sync(partial(os.listdir, path))
+    except MountError:
+        raise
     except OSError as error:
         if error.errno == errno.ENOTCONN and not await unmount(path, lazy=True):
             log.info("%s was left mounted by a process that is gone; it is unmounted", path)
             return await require_mountpoint(path)
         step = "; make it first with mkdir" if error.errno == errno.ENOENT else ""
         raise MountError(error.errno, f"can't mount on {path}: {error.strerror}{step}") from None
-    if not stat.S_ISDIR(status.st_mode):
-        raise MountError(errno.ENOTDIR, f"can't mount on {path}: it is not a directory")
-    if await trio.to_thread.run_sync(partial(os.listdir, path)):
+    if found:
         raise MountError(errno.ENOTEMPTY, f"can't mount on {path}: it is not empty; choose an empty directory")
     return path

@@ -80,6 +80,12 @@ class FakeVolume:
         self.path = path
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.ftruncate(self.fd, size_bytes)
+        self.id = os.fstat(self.fd).st_ino
+        self.created_at = 0.0
+
+    @property
+    def shown_blocks(self) -> int:
+        return self.mapped_bytes() // BLOCK_BYTES
 
     def acquire(self) -> None:
         self.open_count += 1
@@ -138,7 +144,7 @@ class FakeSnapshot(FakeVolume):
         self.short_name = self.short_name.partition("@")[2]
         self.volume = volume
         self.held: bool = known.get("held", False)
-        self.created_at: float = known.get("created_at", 0.0)
+        self.created_at = known.get("created_at", 0.0)
 
     def known(self) -> dict[str, Any]:
         return {"size": self.size_bytes, "held": self.held, "created_at": self.created_at}

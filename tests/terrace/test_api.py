@@ -62,6 +62,36 @@ def test_a_volume_lives_from_creation_over_resizing_to_deletion(daemon: FakeDaem
     assert daemon.api("GET", "/v1/pools/p/volumes") == []
 
 
+def test_exports_are_volumes_and_snapshots_each_with_an_identity_of_its_own(daemon: FakeDaemon) -> None:
+    assert daemon.api("GET", "/v1/pools/p/exports") == []
+    for name in ("x", "x-2"):
+        daemon.api("POST", "/v1/pools/p/volumes", {"name": name, "size": MIB})
+    with Connection(daemon.socket, "p/x") as client:
+        client.write(0, b"x" * 8192)
+    daemon.api("POST", "/v1/pools/p/volumes/x/snapshots", {"name": "s"})
+    daemon.api("PATCH", "/v1/pools/p/volumes/x", {"size": 2 * MIB})
+    listed = daemon.api("GET", "/v1/pools/p/exports")
+    assert [(one["name"], one["size_bytes"], one["read_only"]) for one in listed] == [
+        ("p/x", 2 * MIB, False),
+        ("p/x-2", MIB, False),
+        ("p/x@s", MIB, True),
+    ]
+    assert [one["allocated_bytes"] for one in listed[:2]] == [8192, 0]
+    assert listed[2]["created_at"] > 0
+    assert len({one["identity"] for one in listed}) == 3
+    for one in listed:
+        path = one["name"].partition("/")[2].replace("@", "%40")
+        assert daemon.api("GET", f"/v1/pools/p/exports/{path}") == one
+    for wrong in ("y", "x%40none", "y%40s", "x%40", "%40s", "x%40s%40s", "a%2Fb", "%0A"):
+        error = refusal(daemon, "GET", f"/v1/pools/p/exports/{wrong}")
+        assert (error.status, error.errno) == (404, "ENOENT")
+    daemon.api("DELETE", "/v1/pools/p/volumes/x/snapshots/s")
+    for name in ("x", "x-2"):
+        daemon.api("DELETE", f"/v1/pools/p/volumes/{name}")
+    assert daemon.api("GET", "/v1/pools/p/exports") == []
+    assert refusal(daemon, "GET", "/v1/pools/none/exports").status == 404
+
+
 def test_what_is_in_use_is_not_deleted_and_its_client_is_not_disturbed(daemon: FakeDaemon) -> None:
     daemon.api("POST", "/v1/pools/p/volumes", {"name": "busy", "size": MIB})
     with Connection(daemon.socket, "p/busy") as client:

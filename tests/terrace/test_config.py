@@ -45,6 +45,8 @@ def test_every_key_reaches_what_it_configures() -> None:
         interval = "2w"
         window = "22:30-05:00"
         rate = "100M"
+        [fuse]
+        mountpoint = "/mnt/volumes"
         [log]
         level = "debug"
         """,
@@ -57,7 +59,15 @@ def test_every_key_reaches_what_it_configures() -> None:
     assert [split_address(address) for address in config.nbd.listen] == [("::1", 1234), ("localhost", 0)]
     assert config.scrub.plan() == Plan(14 * 86400, (22 * 60 + 30, 5 * 60))
     assert settings.scrub_rate_bytes == 100 << 20
+    assert config.fuse.mountpoint == "/mnt/volumes" and Config().fuse.mountpoint == ""
     assert config.log.level == "debug"
+
+
+def test_a_mount_point_is_an_absolute_path() -> None:
+    (problem,) = problems('[fuse]\nmountpoint = "volumes"')
+    assert problem.startswith("t.toml:2: ") and "'volumes' is not an absolute path" in problem
+    (problem,) = problems('[fuse]\nmountpont = "/volumes"')
+    assert "mountpont" in problem
 
 
 @pytest.mark.parametrize(
@@ -92,7 +102,7 @@ def test_what_is_no_window_of_hours_is_refused(text: str) -> None:
     [
         ("[nbd]\n\nlisen = []", 't.toml:3: nbd.lisen: unknown key; did you mean "listen"?'),
         ("# no\n[pol]", 't.toml:2: pol: unknown key; did you mean "pool"?'),
-        ("[x]", "t.toml:1: x: unknown key; valid here: nbd, pool, space, scrub, log, policy"),
+        ("[x]", "t.toml:1: x: unknown key; valid here: nbd, pool, space, scrub, fuse, log, policy"),
         ("nbd.listen = 1", 't.toml:1: nbd.listen: 1 is not a list such as ["127.0.0.1:10809"]'),
         ("[nbd]\nlisten = [\n  1,\n]", "t.toml:2: nbd.listen: 1 is not a string in quotes"),
         ("nbd = 1", "t.toml:1: nbd: 1 is not a section; write [nbd] on a line of its own"),

@@ -24,7 +24,7 @@ def test_the_configuration_page_has_every_key_with_its_default() -> None:
     page = (DOCS / "configuration.md").read_text()
     rows = [[cell.strip(" `") for cell in line.split("|")[1:3]] for line in page.splitlines() if line.startswith("| `")]
     documented = {row[0]: row[1].strip('"') for row in rows}
-    for section in (Config().nbd, Config().pool, Config().space, Config().scrub, Config().log):
+    for section in (Config().nbd, Config().pool, Config().space, Config().scrub, Config().fuse, Config().log):
         for key, default in section.model_dump().items():
             shown = documented[key]
             if isinstance(default, list):
@@ -85,6 +85,6 @@ def test_the_command_line_page_has_every_request() -> None:
     for route in app.routes:
         assert isinstance(route, Route)
         path = route.path.replace("{pool}", "P").replace("{volume}", "V").replace("{policy}", "N")
-        path = path.replace("{snapshot}", "S")
+        path = path.replace("{snapshot}", "S").replace("{export}", "E")
         for method in (route.methods or set()) - {"HEAD"}:
             assert f"`{method} {path}`" in page
