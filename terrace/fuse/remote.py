@@ -37,6 +37,7 @@ from terrace.home import Home
 
 PATIENCE_S: Final = 30.0
 PAUSE_S: Final = 0.1
+LONG_WRITE_BYTES: Final = 256 << 10
 ZERO_PIECE_BYTES: Final = 1 << 30
 _ALLOCATION: Final = nbd_wire.META_ALLOCATION
 
@@ -277,6 +278,8 @@ class DaemonFile:
         self._lengths[unique] = length
         flags = nbd_wire.CMD_FLAG_FUA if durable else 0
         self._submit(nbd_wire.CMD_WRITE, flags, offset, length, data[:length], self._have_written, unique)
+        if length >= LONG_WRITE_BYTES:
+            self._channel.push()  # the daemon works on it while the next one is read from the kernel
 
     def _have_written(self, unique: int, error: int, _: memoryview) -> None:
         length = self._lengths.pop(unique)
