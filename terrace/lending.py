@@ -85,9 +85,7 @@ class LendingLoop(Generic[T]):
             ...
     """
 
-    def __init__(
-        self, opening: Callable[[], AbstractAsyncContextManager[T]], *, keep_threads: bool = False
-    ) -> None:
+    def __init__(self, opening: Callable[[], AbstractAsyncContextManager[T]], *, keep_threads: bool = False) -> None:
         """`keep_threads`: those that call `adopt` were not started by Python."""
         self.turn = threading.Lock()
         self.mark = _Mark()

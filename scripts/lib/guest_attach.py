@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -333,6 +334,37 @@ def gone_for_good(daemon: Daemon) -> None:
     say("with the daemon gone for good, detach --force has ended what waited")
 
 
+def rolled_back_beneath(daemon: Daemon) -> None:
+    """What the kernel holds of a volume must never reach the one that a rollback has put in its place."""
+    cli("volume", "create", "guest/rolled", "32M")
+    keeper = Keeper("guest/rolled")
+    before = os.urandom(4096)
+    device = os.open(keeper.device, os.O_RDWR | os.O_DIRECT)
+    page = mmap.mmap(-1, 4096)
+    page[:] = before
+    os.pwrite(device, page, 0)
+    cli("snapshot", "create", "guest/rolled@s")
+    cli("snapshot", "rollback", "guest/rolled@s", "--force", "--yes")
+    pid = Path("/sys/block") / Path(keeper.device).name / "pid"
+    cli("volume", "resize", "guest/rolled", "48M")  # which has the keeper look at its volume at once
+    wait_for(lambda: not pid.exists(), "the device of a volume that was rolled back has ended")
+    page[:] = os.urandom(4096)
+    try:
+        os.pwrite(device, page, 0)
+    except OSError:
+        say("the device of a volume that was rolled back has ended, and takes no write")
+    else:
+        raise Failed("a write to a volume that was rolled back was taken")
+    os.close(device)
+    cli("detach", "guest/rolled")
+    keeper.has_ended()
+    again = Keeper("guest/rolled")
+    if Path(again.device).open("rb").read(4096) != before:
+        raise Failed("the volume is not what it was rolled back to")
+    cli("detach", "guest/rolled")
+    again.has_ended()
+
+
 def main() -> int:
     say("Python has imported terrace")
     wait_for(lambda: Path("/run/go").exists(), "the other test is over", 120)
@@ -340,7 +372,8 @@ def main() -> int:
     try:
         daemon.start()
         cli("pool", "create", "guest", "--fast", "/dev/vda")
-        for chapter in (ext4_over_two_connections, xfs_taken_over, ext4_on_luks, no_io_errors, gone_for_good):
+        chapters = (ext4_over_two_connections, xfs_taken_over, ext4_on_luks, no_io_errors, rolled_back_beneath)
+        for chapter in (*chapters, gone_for_good):
             chapter(daemon)
     except Failed as failure:
         say(str(failure).strip().replace("\n", "\nguest: | "))

@@ -59,6 +59,8 @@ class Attached:
     """Its path, /dev/nbd0."""
     look: trio.Event = field(default_factory=trio.Event)
     """Set and replaced by `look_now`: the volume's size may have changed."""
+    identity: str | None = None
+    """Of the export (`terrace.daemonexports`), where the next keeper has to know it."""
     leave: bool = False
     """The device shall stay when the context ends, as it does when the keeper is killed. Only the kernel's NBD client
     can; elsewhere it means nothing."""

@@ -58,6 +58,7 @@ async def keep(
                 connections=order.connections,
                 link=link,
                 since=time.time(),
+                identity=found.identity,
             )
             try:
                 records.store(record)

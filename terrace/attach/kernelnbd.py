@@ -35,7 +35,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -43,11 +43,13 @@ from typing import Final
 import trio
 
 from nbd import wire
-from nbd.client import attach, describe
+from nbd.channel import GoneError
+from nbd.client import describe
 from nbd.negotiate import Terms
 from terrace.attach.driver import LOGICAL_BLOCK_BYTES, Attached, Order
 from terrace.attach.netlink import Attribute, Family, attributes_in, messages_in, number, u64
 from terrace.attach.record import AttachError, Records
+from terrace.daemonexports import DaemonExports, daemon_exports, gone
 
 log = logging.getLogger("terrace.attach")
 
@@ -190,45 +192,59 @@ def device_path(index: int) -> str:
 def disconnect(index: int) -> None:
     """End a device whose keeper is gone. Blocks."""
     Kernel().disconnect(index)
+    tell_udev(index)
+
+
+def tell_udev(index: int) -> None:
+    """Have the rules looked at again: the kernel's own event comes before `backend` is there, by which they go."""
+    with suppress(OSError):
+        (SYSFS / f"nbd{index}" / "uevent").write_text("change")
 
 
 @asynccontextmanager
 async def attached(order: Order) -> AsyncIterator[Attached]:
     """Make the device, or take over the one that a keeper left. See `terrace.attach.driver`."""
     kernel = await trio.to_thread.run_sync(Kernel)
-    with kernel.links() as links:
-        index = find_left_device(order)
-        if index is None:
-            index = await _connect(kernel, order)
-            left_over = False
-        else:
-            left_over = True
-            log.info("%s: taking over %s", order.name, device_path(index))
-        found = Attached(device_path(index))
-        watch = _Watch(kernel, order, index, found)
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(watch.links, links)
-                nursery.start_soon(watch.connections)
-                nursery.start_soon(watch.size)
-                if left_over:
-                    watch.dead.set()  # nobody knows which of its connections died meanwhile
-                else:
-                    await trio.to_thread.run_sync(_set_timer, index, order.connections)
-                yield found
-                nursery.cancel_scope.cancel()
-        finally:
-            if not found.leave:
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(kernel.disconnect, index)
-                    await _wait_until_gone(index)
+    async with daemon_exports(order.home) as exports:
+        with kernel.links() as links:
+            left = find_left_device(order)
+            if left is None:
+                identity = (await exports.export(order.name)).identity
+                index = await _connect(kernel, order, exports, identity)
+            else:
+                index = left
+                log.info("%s: taking over %s", order.name, device_path(index))
+                # Where the keeper died before it had recorded that, it is what it is now.
+                record = Records(order.directory).find(order.name)
+                identity = (record and record.identity) or (await exports.export(order.name)).identity
+            found = Attached(device_path(index), identity=identity)
+            watch = _Watch(kernel, order, exports, index, found, identity)
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(watch.links, links)
+                    nursery.start_soon(watch.connections)
+                    nursery.start_soon(watch.size)
+                    if left is not None:
+                        watch.dead.set()  # nobody knows which of its connections died meanwhile
+                    else:
+                        await trio.to_thread.run_sync(_set_timer, index, order.connections)
+                        await trio.to_thread.run_sync(tell_udev, index)
+                    yield found
+                    nursery.cancel_scope.cancel()
+            finally:
+                # Once it was given up, the kernel may have given its number to somebody else's device.
+                if not found.leave and not watch.over:
+                    with trio.CancelScope(shield=True):
+                        await trio.to_thread.run_sync(kernel.disconnect, index)
+                        await _wait_until_gone(index)
+                        await trio.to_thread.run_sync(tell_udev, index)
 
 
-async def _connect(kernel: Kernel, order: Order) -> int:
+async def _connect(kernel: Kernel, order: Order, exports: DaemonExports, identity: str) -> int:
     with ExitStack() as opened:
         sockets: list[socket.socket] = []
         for _ in range(order.connections):
-            sock, terms = await attach(order.address, order.name)
+            sock, terms = await exports.connect(order.name, identity)
             opened.enter_context(sock)
             sockets.append(sock)
             if not terms.flags & wire.CAN_MULTI_CONN:
@@ -254,8 +270,14 @@ async def _connect(kernel: Kernel, order: Order) -> int:
 class _Watch:
     """What a keeper does while the device is there."""
 
-    def __init__(self, kernel: Kernel, order: Order, index: int, found: Attached) -> None:
+    def __init__(
+        self, kernel: Kernel, order: Order, exports: DaemonExports, index: int, found: Attached, identity: str
+    ) -> None:
         self.dead = trio.Event()
+        self.over = False
+        """The volume is another one, so the device was given up."""
+        self._exports = exports
+        self._identity = identity
         self._kernel = kernel
         self._order = order
         self._index = index
@@ -291,6 +313,9 @@ class _Watch:
                 try:
                     for _ in range(self._order.connections):
                         await self._offer()
+                except GoneError as error:
+                    await self._give_up(error)
+                    return
                 except OSError as error:
                     if str(error) != said:
                         said = str(error)
@@ -301,8 +326,18 @@ class _Watch:
                     log.info("%s: connected again", self._order.name)
                     break
 
+    async def _give_up(self, why: GoneError) -> None:
+        """End the device, so that what is asked of it fails, and nothing of it reaches another volume."""
+        if self.over:
+            return
+        self.over = True
+        log.error("%s", why)
+        await trio.to_thread.run_sync(self._kernel.disconnect, self._index)
+        await _wait_until_gone(self._index)
+        await trio.to_thread.run_sync(tell_udev, self._index)
+
     async def _offer(self) -> None:
-        sock, terms = await attach(self._order.address, self._order.name)
+        sock, terms = await self._exports.connect(self._order.name, self._identity)
         with sock:
             self._size_bytes = terms.size_bytes
             await trio.to_thread.run_sync(
@@ -322,6 +357,9 @@ class _Watch:
                 await look.wait()
             try:
                 terms = await describe(self._order.address, self._order.name)
+                if (await self._exports.export(self._order.name)).identity != self._identity:
+                    await self._give_up(gone(self._order.name))
+                    return
                 if terms.size_bytes != self._size_bytes:
                     await trio.to_thread.run_sync(
                         self._kernel.offer, self._index, self._order.identifier, [], terms.size_bytes

@@ -18,6 +18,7 @@ A file, `DIRECTORY/KEY.json`, is one JSON object:
     connections   of the kernel's NBD client; 1 for "fuse"
     link       the symbolic link that the keeper made, or null where udev makes it
     since      seconds since the epoch
+    identity   of the export, for the next keeper of a kernel NBD device; else null
 
 It need not be durable: what it tells of ends with the boot.
 """
@@ -64,6 +65,7 @@ class Record:
     connections: int
     link: str | None
     since: float
+    identity: str | None
 
 
 def directory_of(home: Home) -> Path:

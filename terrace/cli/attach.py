@@ -461,7 +461,7 @@ def _find(context: Context, records: Records, name: str) -> Record:
     device_left = fuseloop.find_device(context.home, called) if index is None else kernelnbd.device_path(index)
     if device_left is None:
         raise AttachError(errno.ENOENT, f"{called} is not attached: terrace attach --list shows what is")
-    return Record(called, "fuse" if index is None else "nbd", device_left, False, 1, None, 0.0)
+    return Record(called, "fuse" if index is None else "nbd", device_left, False, 1, None, 0.0, None)
 
 
 def _detach(context: Context, records: Records, called: str, *, force: bool) -> None:

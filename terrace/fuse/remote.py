@@ -5,29 +5,26 @@ waits while the daemon is gone and sends again what it had not answered. Metadat
 `PATIENCE_S` the caller gets an error.
 
 A volume that a rollback or a new volume has replaced is another one, though it has the same name; what was open stays
-the old one, and fails with ESTALE: a file system in the kernel's memory must never be written over another one's.
+the old one, and fails with ESTALE (`terrace.daemonexports`).
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import math
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, Final
-from urllib.parse import quote
+from typing import Final
 
-import httpx
 import trio
 
 from nbd import wire as nbd_wire
 from nbd.channel import Channel, GoneError
-from nbd.client import Address, Client, attach, connect, parse_uri
+from nbd.client import Client, connect
 from nbd.negotiate import Terms
-from terrace.apiclient import refusal
+from terrace.daemonexports import PATIENCE_S, PAUSE_S, DaemonExports, daemon_exports, gone
 from terrace.exports import ExportRecord
 from terrace.fuse.device import Device
 from terrace.fuse.files import OpenFile
@@ -35,8 +32,6 @@ from terrace.fuse.seek import seek
 from terrace.fuse.wire import LONGEST_BYTES
 from terrace.home import Home
 
-PATIENCE_S: Final = 30.0
-PAUSE_S: Final = 0.1
 LONG_WRITE_BYTES: Final = 256 << 10
 ZERO_PIECE_BYTES: Final = 1 << 30
 _ALLOCATION: Final = nbd_wire.META_ALLOCATION
@@ -45,11 +40,8 @@ _ALLOCATION: Final = nbd_wire.META_ALLOCATION
 class DaemonDirectory:
     """Implements `terrace.fuse.files.Directory`; `daemon_directory` makes it. `only`: the one export that is shown."""
 
-    def __init__(
-        self, home: Home, http: httpx.AsyncClient, nursery: trio.Nursery, only: str | None, patience_s: float
-    ) -> None:
-        self._home = home
-        self._http = http
+    def __init__(self, exports: DaemonExports, nursery: trio.Nursery, only: str | None, patience_s: float) -> None:
+        self._exports = exports
         self._nursery = nursery
         self._only = only
         self._patience_s = patience_s
@@ -58,81 +50,30 @@ class DaemonDirectory:
     async def pools(self) -> Sequence[str]:
         if self._only is not None:
             return [self._only.partition("/")[0]]
-        return [pool["name"] for pool in await self._ask("pools") if pool["state"] in ("online", "read-only")]
+        return await self._exports.pools()
 
     async def exports(self, pool: str) -> Sequence[ExportRecord]:
         if self._only is not None:
             return [await self.export(self._only)] if self._only.startswith(f"{pool}/") else []
-        return [self._known(record) for record in await self._ask("pools", pool, "exports")]
+        return [self._known(record) for record in await self._exports.exports(pool)]
 
     async def export(self, name: str) -> ExportRecord:
         if self._only is not None and name != self._only:
             raise FileNotFoundError(errno.ENOENT, f"{name} is not shown here")
-        pool, _, rest = name.partition("/")
-        return self._known(await self._ask("pools", pool, "exports", rest))
+        return self._known(await self._exports.export(name))
 
-    def _known(self, answer: dict[str, Any]) -> ExportRecord:
-        record = ExportRecord(**answer)
+    def _known(self, record: ExportRecord) -> ExportRecord:
         if (file := self._open.get(record.identity)) is not None:
             file.size_bytes = record.size_bytes
         return record
 
     async def space(self) -> tuple[int, int]:
-        pools = [pool for pool in await self._ask("pools") if pool["state"] in ("online", "read-only")]
-        return sum(pool["capacity_bytes"] for pool in pools), sum(pool["available_bytes"] for pool in pools)
-
-    async def _ask(self, *path: str) -> Any:
-        """The answer to a GET. A daemon that doesn't answer is waited for; ETIMEDOUT after `PATIENCE_S`."""
-        url = "/v1/" + "/".join(quote(part, safe="") for part in path)
-        with trio.move_on_after(PATIENCE_S):
-            while True:
-                try:
-                    return await self._ask_once(url)
-                except httpx.TransportError:
-                    await trio.sleep(PAUSE_S)
-        raise OSError(
-            errno.ETIMEDOUT, f"no terraced has answered at {self._home.api_socket} for {PATIENCE_S:g} s; is it running?"
-        )
-
-    async def _ask_once(self, url: str) -> Any:
-        response = await self._http.get(url)
-        if not response.is_error:
-            return json.loads(response.content)
-        error = refusal(response.content)
-        if error.errno == errno.ENOENT:
-            raise FileNotFoundError(errno.ENOENT, str(error))
-        raise error
-
-    async def address(self) -> Address:
-        """Where the daemon serves NBD: its Unix socket, wherever `[nbd] socket` has put it, else what it has.
-
-        Raises OSError at once if it doesn't answer.
-        """
-        try:
-            uris = (await self._ask_once("/v1/status"))["nbd"]["uris"]
-        except httpx.TransportError as error:
-            raise OSError(errno.ECONNREFUSED, f"no terraced answers at {self._home.api_socket}: {error}") from None
-        return parse_uri(next((uri for uri in uris if uri.startswith("nbd+unix:")), uris[0]))[0]
-
-    async def is_gone(self, record: ExportRecord) -> bool:
-        """Whether its pool is open, and it isn't there: it won't come back. Not if nobody can tell."""
-        try:
-            pool = await self._ask("pools", record.name.partition("/")[0])
-        except OSError:
-            return False
-        if pool["state"] not in ("online", "read-only"):
-            return False
-        try:
-            return (await self.export(record.name)).identity != record.identity
-        except FileNotFoundError:
-            return True
-        except OSError:
-            return False
+        return await self._exports.space()
 
     async def open(self, record: ExportRecord, device: Device) -> OpenFile:
         file = self._open.get(record.identity)
         if file is None:
-            file = DaemonFile(self, record, device, self._nursery, self._closed, self._patience_s)
+            file = DaemonFile(self._exports, record, device, self._nursery, self._closed, self._patience_s)
             try:
                 await self._nursery.start(file.run)
             except GoneError as error:
@@ -156,14 +97,10 @@ async def daemon_directory(
 
     `only`: the one that is shown. `patience_s`: how long reads and writes wait for a daemon that is gone.
     """
-    transport = httpx.AsyncHTTPTransport(uds=str(home.api_socket), verify=False)
     failure: Exception | None = None
-    async with (
-        httpx.AsyncClient(transport=transport, base_url="http://terraced", timeout=PATIENCE_S) as http,
-        trio.open_nursery() as nursery,
-    ):
+    async with daemon_exports(home) as exports, trio.open_nursery() as nursery:
         try:
-            yield DaemonDirectory(home, http, nursery, only, patience_s)
+            yield DaemonDirectory(exports, nursery, only, patience_s)
         except Exception as error:
             failure = error  # raised behind the nursery, which would wrap it
         nursery.cancel_scope.cancel()
@@ -176,7 +113,7 @@ class DaemonFile:
 
     def __init__(
         self,
-        directory: DaemonDirectory,
+        exports: DaemonExports,
         record: ExportRecord,
         device: Device,
         nursery: trio.Nursery,
@@ -187,7 +124,7 @@ class DaemonFile:
         self.size_bytes = record.size_bytes
         self.users = 0
         self._closed = closed
-        self._directory = directory
+        self._exports = exports
         self._device = device
         self._nursery = nursery
         self._lengths: dict[int, int] = {}  # of WRITEs without an answer
@@ -212,30 +149,12 @@ class DaemonFile:
             self.cancel()
 
     async def _dial(self) -> tuple[socket.socket, Terms]:
-        try:
-            sock, terms = await attach(await self._directory.address(), self.record.name)
-        except FileNotFoundError:
-            if await self._directory.is_gone(self.record):
-                raise self._gone() from None
-            raise
-        try:
-            # Now that the daemon counts us as a client nothing else can come under this name without a cut.
-            now = await self._directory.export(self.record.name)
-        except BaseException:
-            sock.close()
-            raise
-        if now.identity != self.record.identity:
-            sock.close()
-            raise self._gone()
+        sock, terms = await self._exports.connect(self.record.name, self.record.identity)
         self.size_bytes = terms.size_bytes
         return sock, terms
 
-    def _gone(self) -> GoneError:
-        return GoneError(
-            errno.ESTALE,
-            f"{self.record.name} was deleted or rolled back while it was in use here: detach or close it, check what "
-            "the programs that used it have lost, and attach or open it anew",
-        )
+    async def _is_gone(self) -> bool:
+        return await self._exports.is_gone(self.record.name, self.record.identity)
 
     # --- what failed ---
 
@@ -247,7 +166,7 @@ class DaemonFile:
 
     async def _explain(self, unique: int) -> None:
         """NBD has no ESTALE: the daemon answers EIO for what a rollback has replaced."""
-        self._device.failed(unique, errno.ESTALE if await self._directory.is_gone(self.record) else errno.EIO)
+        self._device.failed(unique, errno.ESTALE if await self._is_gone() else errno.EIO)
 
     # --- the data path ---
 
@@ -334,16 +253,16 @@ class DaemonFile:
                 try:
                     # Block status needs structured replies, which the channel doesn't speak: a connection of its own.
                     async with connect(
-                        await self._directory.address(), self.record.name, contexts=[_ALLOCATION]
+                        await self._exports.address(), self.record.name, contexts=[_ALLOCATION]
                     ) as client:
-                        if await self._directory.is_gone(self.record):
-                            raise self._gone()
+                        if await self._is_gone():
+                            raise gone(self.record.name)
                         return await self._seek_with(client, offset, data)
                 except OSError as error:
                     if error.errno in (errno.ENXIO, errno.ESTALE, errno.EIO):
                         raise
-                    if isinstance(error, FileNotFoundError) and await self._directory.is_gone(self.record):
-                        raise self._gone() from None
+                    if isinstance(error, FileNotFoundError) and await self._is_gone():
+                        raise gone(self.record.name) from None
                     await trio.sleep(PAUSE_S)
         raise OSError(errno.ETIMEDOUT, f"nobody could tell the extents of {self.record.name} for {PATIENCE_S:g} s")
 

@@ -333,12 +333,10 @@ def refusal(result: subprocess.CompletedProcess[str]) -> str:
     return line
 
 
-def test_a_pool_that_terraced_or_another_nbdkit_has_is_refused_and_untouched(
-    pool: Path, tmp_path: Path
-) -> None:
+def test_a_pool_that_terraced_or_another_nbdkit_has_is_refused_and_untouched(pool: Path, tmp_path: Path) -> None:
     arguments = ["pool=p", f"home={tmp_path}/home", "volume=v"]
     # Nobody writes to it, and its checkpoint is hours away.
-    with Daemon(tmp_path / "home", "[pool]\ncheckpoint_interval_s = 3600\n[scrub]\ninterval = \"never\"\n") as daemon:
+    with Daemon(tmp_path / "home", '[pool]\ncheckpoint_interval_s = 3600\n[scrub]\ninterval = "never"\n') as daemon:
         before = digests(tmp_path / "home")
         assert "is open in another process" in refusal(once(*arguments))
         assert digests(tmp_path / "home") == before

@@ -24,7 +24,7 @@ MIB = 1 << 20
 
 
 def record(name: str = "p/v", device: str = "/dev/nbd0") -> Record:
-    return Record(name, "nbd", device, False, 1, None, 12.5)
+    return Record(name, "nbd", device, False, 1, None, 12.5, None)
 
 
 @pytest.fixture

@@ -15,9 +15,10 @@ import trio
 from nbd.channel import GoneError
 from nbd.listen import Listener
 from nbd.uri import Address
+from terrace.daemonexports import DaemonExports
 from terrace.exports import ExportRecord
 from terrace.fuse.device import Device
-from terrace.fuse.remote import ZERO_PIECE_BYTES, DaemonDirectory, DaemonFile
+from terrace.fuse.remote import ZERO_PIECE_BYTES, DaemonFile
 from tests.nbd.client import run, serving
 from tests.nbd.memory import MemoryExport
 from tests.terrace.test_fuse_local import Answers
@@ -25,10 +26,11 @@ from tests.terrace.test_fuse_local import Answers
 SIZE = 1 << 20
 
 
-class Directory:
-    """What a `DaemonFile` asks of its `DaemonDirectory`."""
+class Directory(DaemonExports):
+    """What a `DaemonFile` asks of its daemon, without one."""
 
     def __init__(self, listener: Listener, export: MemoryExport) -> None:
+        # Nothing of the base's: no home, no HTTP.
         self.listener = listener
         self.record = ExportRecord(export.name, "first", export.size_bytes, 0, export.read_only, 0.0)
         self.identity = "first"
@@ -41,9 +43,9 @@ class Directory:
         await trio.lowlevel.checkpoint()
         return ExportRecord(name, self.identity, self.record.size_bytes, 0, False, 0.0)
 
-    async def is_gone(self, record: ExportRecord) -> bool:
+    async def is_gone(self, name: str, identity: str) -> bool:
         await trio.lowlevel.checkpoint()
-        return self.identity != record.identity
+        return self.identity != identity
 
 
 class Waiting(Answers):
@@ -68,9 +70,7 @@ async def opened(export: MemoryExport) -> AsyncIterator[tuple[DaemonFile, Waitin
     async with serving(export) as served:
         directory, answers = Directory(served.listener, export), Waiting()
         async with trio.open_nursery() as nursery:
-            file = DaemonFile(
-                cast(DaemonDirectory, directory), directory.record, cast(Device, answers), nursery, lambda _: None, 1e9
-            )
+            file = DaemonFile(directory, directory.record, cast(Device, answers), nursery, lambda _: None, 1e9)
             file.users = 1
             await nursery.start(file.run)
             yield file, answers, directory
@@ -170,7 +170,7 @@ def test_another_export_under_the_name_is_not_opened() -> None:
             directory.identity = "second"
             async with trio.open_nursery() as nursery:
                 file = DaemonFile(
-                    cast(DaemonDirectory, directory),
+                    directory,
                     directory.record,
                     cast(Device, Waiting()),
                     nursery,
