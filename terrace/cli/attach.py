@@ -342,7 +342,8 @@ def _stay(
         sys.stdout.flush()
 
     try:
-        address = _address(context, name, taken_over=_is_there(context, called))
+        there = _is_there(context, called)
+        address = _address(context, name, taken_over=there, writes=not (read_only or there))
         chosen, driver = _driver(context, called, asked)
         left = _records(context).find(called)  # by a keeper that was killed
         if left is not None and left.driver == chosen:
@@ -424,16 +425,27 @@ def _reason(error: OSError | None) -> str | None:
     return error.strerror or str(error)
 
 
-def _address(context: Context, name: tuple[str, str, str | None], *, taken_over: bool) -> Address:
-    """Where the daemon serves NBD; its Unix socket, if it has one. Raises ApiError, also for no such volume."""
+def _address(context: Context, name: tuple[str, str, str | None], *, taken_over: bool, writes: bool) -> Address:
+    """Where the daemon serves NBD; its Unix socket, if it has one. Raises ApiError, also for no such volume.
+
+    `writes`: the volume shall be written to. Raises AttachError while a restore or an import is filling it.
+    """
     from nbd.uri import parse_uri
     from terrace.apiclient import NotRunningError
+    from terrace.attach.record import AttachError
 
     pool, volume, snapshot = name
     try:
         with context.connect() as client:
             path = ["pools", pool, "volumes", volume]
-            client.get(*path, *(["snapshots", snapshot] if snapshot is not None else []))
+            found = client.get(*path, *(["snapshots", snapshot] if snapshot is not None else []))
+            if writes and snapshot is None and found["filling"]:
+                raise AttachError(
+                    errno.EINPROGRESS,
+                    f"{_called(name)} is being filled and not complete, so nobody else should write to it: wait until "
+                    f"that has ended, or say --read-only; if nobody fills it any more, `terrace volume show "
+                    f"{_called(name)}` says what to do",
+                )
             uris = client.get("status")["nbd"]["uris"]
     except NotRunningError:
         if not taken_over:
