@@ -30,12 +30,14 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import signal
 import stat
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -44,6 +46,8 @@ from terrace.home import SYSTEM_HOME, Home
 
 VERSION: Final = 1
 SYSTEM_DIRECTORY: Final = Path("/run/terrace/attach")
+LOG_BYTES: Final = 1 << 20
+"""Of a keeper's log, which lies in memory: a daemon that dies every second must not fill it within a month."""
 LOCK_PATIENCE_S: Final = 1.0
 """Whoever only looks at a lock holds it for an instant; a keeper that starts meanwhile tries again for so long."""
 _POLL_S: Final = 0.02
@@ -108,6 +112,10 @@ class Records:
     def log_file(self, name: str) -> Path:
         """Where a keeper in the background says what happens to it."""
         return self.directory / f"{_key(name)}.log"
+
+    def log_handler(self, name: str) -> logging.Handler:
+        """Writes that file, and begins it anew when it has `LOG_BYTES`; the one before is kept."""
+        return RotatingFileHandler(self.log_file(name), maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8")
 
     def find(self, name: str) -> Record | None:
         """What is recorded of this boot, whether its keeper lives or not. Raises AttachError for nonsense."""

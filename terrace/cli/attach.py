@@ -318,12 +318,13 @@ def _stay(
 
     from terrace.attach.driver import Order
     from terrace.attach.keeper import keep
-    from terrace.reclaim import stand_apart
+    from terrace.reclaim import be_spared, stand_apart
 
-    stamp = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s "
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=stamp + "%(levelname)-7s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     called = _called(name)
+    stamp = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s "
+    handler = logging.StreamHandler(sys.stderr) if report_to is None else _records(context).log_handler(called)
+    logging.basicConfig(handlers=[handler], level=logging.INFO, format=stamp + "%(levelname)-7s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
 
     def prepare(device: str) -> None:
         if mkfs:
@@ -357,6 +358,7 @@ def _stay(
             dead_timeout_s=dead_timeout_s,
         )
         stand_apart()
+        be_spared()
         with _one_error():
             trio.run(partial(keep, order, chosen, driver, ready=ready, prepare=prepare))
     except OSError as error:

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import fcntl
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from terrace.attach import filesystem, fuseloop, kernelnbd, links, loopdev
 from terrace.attach.choose import Means, choose
 from terrace.attach.driver import Attached, Order
 from terrace.attach.keeper import keep
-from terrace.attach.record import AttachError, Record, Records, directory_of, identifier
+from terrace.attach.record import LOG_BYTES, AttachError, Record, Records, directory_of, identifier
 from terrace.home import SYSTEM_HOME, Home
 from tests.system.daemon import environment
 
@@ -564,6 +565,16 @@ def test_a_directory_that_others_can_change_takes_no_records(tmp_path: Path) -> 
     os.chown(home, 12345, 12345)
     with pytest.raises(AttachError, match=f"{home} can be changed by others than you \\(owner 12345"):
         Records(directory_of(Home(home))).prepare()
+
+
+def test_a_log_does_not_grow_for_ever(records: Records) -> None:
+    handler = records.log_handler("p/v")
+    line = logging.LogRecord("terrace.attach", logging.INFO, "", 0, "x" * 1000, None, None)
+    for _ in range(4 * LOG_BYTES // 1000):
+        handler.emit(line)
+    handler.close()
+    assert LOG_BYTES < sum(path.stat().st_size for path in records.directory.glob("*.log*")) <= 2 * LOG_BYTES
+    assert records.all() == []
 
 
 # The keeper, over a device that outlives it
