@@ -15,6 +15,8 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
+OOM_SCORE = -900
+SCORE = Path("/proc/self/oom_score_adj")
 _PR_SET_IO_FLUSHER = 57
 # Locked as it is touched: locking stacks and arenas as they are mapped would take memory that is never used.
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
@@ -32,6 +34,13 @@ def stand_apart() -> list[str]:
     if _capable(_CAP_IPC_LOCK) and _worked("mlockall", libc.mlockall(flags)):
         done.append("locked-memory")
     return done
+
+
+def be_spared() -> None:
+    """Be killed late where memory runs out: a mounted filesystem fails with this process. As the units have it."""
+    # Who has chosen a score below 0 has thought of it.
+    if _capable(_CAP_SYS_RESOURCE) and int(SCORE.read_text(encoding="ascii")) >= 0:
+        SCORE.write_text(str(OOM_SCORE), encoding="ascii")
 
 
 def _worked(call: str, result: int) -> bool:

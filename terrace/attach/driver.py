@@ -57,6 +57,10 @@ class Attached:
 
     device: str
     """Its path, /dev/nbd0."""
+    is_ours: Callable[[], bool]
+    """Whether the path still means it: numbers of devices that others have ended are used again."""
+    outlives: bool
+    """It works on when its keeper has ended; so a keeper that fails leaves it to what uses it."""
     look: trio.Event = field(default_factory=trio.Event)
     """Set and replaced by `look_now`: the volume's size may have changed."""
     identity: str | None = None

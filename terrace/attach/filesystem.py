@@ -10,6 +10,7 @@ import errno
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,11 @@ _MAKE: Final = {
 _PATH: Final = "/usr/sbin:/sbin:/usr/bin:/bin"
 MOUNTINFO: Final = Path("/proc/self/mountinfo")
 SYSFS: Final = Path("/sys/class/block")
+BLANK_BYTES: Final = 1 << 20
+"""Where nothing is here, nothing was ever put: a database's file and a pool of ours begin here too, as does what is
+encrypted without a header."""
+OPENER_PATIENCE_S: Final = 1.0
+_POLL_S: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +44,7 @@ class Users:
     mounts: list[str]
     """Mount points, in the order in which they were mounted."""
     holders: list[str]
-    """Devices on top of it (device mapper, RAID), and "swap"."""
+    """Devices on top of it (device mapper, RAID, loop devices), and "swap"."""
 
     def __bool__(self) -> bool:
         return bool(self.mounts or self.holders)
@@ -55,9 +61,12 @@ def users_of(device: str) -> Users:
         _, _, number, _, where, *_ = fields.split(" ")
         source = _unescaped(rest.split(" ")[1])
         # btrfs shows a device number of its own.
-        if number in numbers or (source.startswith("/") and Path(source).resolve().name in parts):
+        if number in numbers or (source.startswith("/dev/") and Path(source).resolve().name in parts):
             mounts.append(_unescaped(where))
     holders = sorted(holder for part in parts for holder in _names(SYSFS / part / "holders"))
+    for backing in sorted(SYSFS.glob("loop*/loop/backing_file")):
+        if _device_name(_read(backing)) in parts:
+            holders.append(backing.parent.parent.name)
     for line in _read(Path("/proc/swaps")).splitlines()[1:]:
         if Path(line.split()[0]).resolve().name in parts:
             holders.append("swap")
@@ -85,6 +94,31 @@ def require_unused(device: str, name: str) -> None:
                 f"{name} ({device}) is in use, perhaps by a mount in another namespace or container: `lsof {device}` "
                 "may tell; end that first, or say --force, which makes its I/O fail",
             ) from None
+    # Neither a machine's disk nor dd claims what it has opened. What looks at every device does it for an instant.
+    deadline_s = time.monotonic() + OPENER_PATIENCE_S
+    while openers := openers_of(device):
+        if time.monotonic() > deadline_s:
+            more = f" and {len(openers) - 3} more" if len(openers) > 3 else ""
+            raise AttachError(
+                errno.EBUSY,
+                f"{name} ({device}) is open in {', '.join(openers[:3])}{more}: end that first, or say --force, which "
+                "makes its I/O fail",
+            )
+        time.sleep(_POLL_S)
+
+
+def openers_of(device: str) -> list[str]:
+    """The other processes that have the device or a partition of it open, as "qemu-system-x86 (process 12)"."""
+    parts = _parts(Path(device).resolve().name)
+    found = []
+    for process in Path("/proc").iterdir():
+        if not process.name.isdecimal() or int(process.name) == os.getpid():
+            continue
+        # Only the links are read: who follows one to another's filesystem may wait for that.
+        links = (_target(process / "fd" / number) for number in _names(process / "fd"))
+        if any(_device_name(link) in parts for link in links):
+            found.append(f"{_read(process / 'comm')} (process {process.name})")
+    return found
 
 
 def make(device: str, kind: Kind, *, force: bool) -> None:
@@ -101,7 +135,26 @@ def make(device: str, kind: Kind, *, force: bool) -> None:
             errno.EEXIST,
             f"{device} carries {signature}: leave out --mkfs to use what is there, or say --force to overwrite it",
         )
+    if not force:
+        _require_blank(device)
     _run([found, *options, *([_MAKE[kind][1]] if force else []), device], f"making {kind} on {device}")
+
+
+def _require_blank(device: str) -> None:
+    """Raise AttachError if the beginning of the device isn't zeroes, or can't be read, of which blkid says nothing."""
+    try:
+        with Path(device).open("rb", buffering=0) as disk:
+            beginning = disk.read(BLANK_BYTES)
+    except OSError as error:
+        raise AttachError(
+            error.errno or errno.EIO,
+            f"{device} can't be read ({error.strerror}), so nobody knows what it carries: no filesystem is made",
+        ) from None
+    if any(beginning):
+        raise AttachError(
+            errno.EEXIST,
+            f"{device} carries data of an unknown kind: say --force to overwrite it",
+        )
 
 
 def mount(device: str, directory: Path, *, read_only: bool) -> bool:
@@ -193,15 +246,24 @@ def _parts(name: str) -> set[str]:
     return {name, *(part.parent.name for part in (SYSFS / name).glob(f"{name}*/partition"))}
 
 
+def _device_name(path: str) -> str:
+    """`nbd0` of `/dev/nbd0`; "" if it is no path of a device."""
+    return path.rpartition("/")[2].removesuffix(" (deleted)") if path.startswith("/dev/") else ""
+
+
 def _shown(holder: str) -> str:
     label = _read(SYSFS / holder / "dm" / "name").strip()
     return f"/dev/mapper/{label}" if label else holder
 
 
 def _is_mount_point(directory: Path) -> bool:
-    real = str(directory.resolve())
+    return str(directory.resolve()) in mount_points()
+
+
+def mount_points() -> set[str]:
+    """Wherever something is mounted, as this process sees it."""
     text = MOUNTINFO.read_text(encoding="utf-8", errors="surrogateescape")
-    return any(_unescaped(line.split(" ")[4]) == real for line in text.splitlines())
+    return {_unescaped(line.split(" ")[4]) for line in text.splitlines()}
 
 
 def _unescaped(field: str) -> str:
@@ -216,6 +278,13 @@ def _names(directory: Path) -> list[str]:
         return [path.name for path in directory.iterdir()]
     except OSError:
         return []
+
+
+def _target(link: Path) -> str:
+    try:
+        return str(link.readlink())
+    except OSError:
+        return ""
 
 
 def _read(path: Path) -> str:

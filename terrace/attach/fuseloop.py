@@ -18,6 +18,7 @@ import shutil
 import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -25,6 +26,7 @@ import trio
 
 from terrace.attach import loopdev
 from terrace.attach.driver import Attached, Order
+from terrace.attach.filesystem import mount_points
 from terrace.attach.record import AttachError, directory_of
 from terrace.home import Home
 
@@ -73,19 +75,23 @@ def backing() -> Backing:
 
 
 def mount_point(home: Home, name: str) -> Path:
-    """Where the volume's file is mounted."""
+    """Where the volume's file is mounted, as the kernel names it: the home may be a symbolic link."""
     pool, _, volume = name.partition("/")
-    return directory_of(home) / "fuse" / pool / volume
+    return Path(os.path.realpath(directory_of(home))) / "fuse" / pool / volume
 
 
 def find_device(home: Home, name: str) -> str | None:
     """The loop device over a file in the mount, also where the keeper is gone; None if there is none."""
-    place = f"{mount_point(home, name)}/"
     for sysfs in loopdev.SYSFS.glob("loop*/loop/backing_file"):
         device = f"/dev/{sysfs.parent.parent.name}"
-        if (loopdev.backing_of(device) or "").startswith(place):
+        if is_device_of(home, name, device):
             return device
     return None
+
+
+def is_device_of(home: Home, name: str, device: str) -> bool:
+    """Whether a device is made of the volume's file; its number may have come to mean another one."""
+    return loopdev.made_of_file_in(mount_point(home, name), device)
 
 
 def available() -> OSError | None:
@@ -114,7 +120,7 @@ def driver(backing: Backing) -> Callable[[Order], AbstractAsyncContextManager[At
         try:
             async with backing(order, place) as file:
                 device = await _in_thread(lambda: loopdev.make(file.path, read_only=order.read_only))
-                found = Attached(device)
+                found = Attached(device, partial(is_device_of, order.home, order.name, device), outlives=False)
                 try:
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(_follow_size, file, found)
@@ -124,7 +130,7 @@ def driver(backing: Backing) -> Callable[[Order], AbstractAsyncContextManager[At
                 finally:
                     # In a thread: closing the device may write, and it is this program that serves that.
                     with trio.CancelScope(shield=True):
-                        await _in_thread(lambda: loopdev.clear(device))
+                        await _in_thread(lambda: loopdev.clear(device, inside=place))
         finally:
             with contextlib.suppress(OSError):
                 place.rmdir()
@@ -160,12 +166,13 @@ def clear_left_over(home: Home, name: str) -> None:
     place = mount_point(home, name)
     device = find_device(home, name)
     if device is not None:
-        loopdev.clear(device)
+        loopdev.clear(device, inside=place)
     unmount = shutil.which("fusermount3") or shutil.which("umount")
     if unmount is not None and _is_mounted(place):
-        subprocess.run([unmount, *(["-u"] if "fuser" in unmount else []), str(place)], capture_output=True, check=False)
+        # Nobody serves it, so that somebody may still stand in it is no reason to keep it.
+        options = ["-u", "-z"] if "fuser" in unmount else ["-l"]
+        subprocess.run([unmount, *options, str(place)], capture_output=True, check=False)
 
 
 def _is_mounted(place: Path) -> bool:
-    text = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
-    return any(line.split(" ")[4] == str(place) for line in text.splitlines())
+    return str(place) in mount_points()

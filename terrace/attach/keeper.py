@@ -1,9 +1,11 @@
 """The keeper: the process that has an attachment, from the device's coming to its going.
 
 In order, up: the lock (one keeper for each name), the device, the record, the link, the filesystem if one is wanted,
-then "it is there". Down, at SIGTERM or SIGINT: wait until nothing uses the device, then the link, the device, the
-record. A second signal doesn't wait: then an NBD device stays in the kernel, as it does when the keeper is killed, and
-the next `terrace attach` takes it over; a FUSE file goes, and its device fails.
+then "it is there". Down, at SIGTERM or SIGINT: wait until nothing uses the device, then the record, so that nobody is
+told of a device that goes, the link, the device. A second signal doesn't wait: then an NBD device stays in the kernel,
+as it does when the keeper is killed, and the next `terrace attach` takes it over; a FUSE file goes, and its device
+fails. A keeper that fails, whatever the reason, leaves an NBD device that is in use as well: it may have been taken
+over with what is mounted.
 
 SIGHUP makes it look at the volume's size at once.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
@@ -59,6 +62,7 @@ async def keep(
                 link=link,
                 since=time.time(),
                 identity=found.identity,
+                keeper=os.getpid(),
             )
             try:
                 records.store(record)
@@ -72,12 +76,31 @@ async def keep(
                     sdnotify.notify("STOPPING=1")
                     await _wait_until_unused(order, found, stops)
                     nursery.cancel_scope.cancel()
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    if found.outlives and await _in_use(order, found):
+                        log.warning("%s: %s is in use, and stays", order.name, found.device)
+                        found.leave = True
+                raise
             finally:
                 if not found.leave:
+                    records.forget(order.name)
                     links.remove(link, found.device)
         if not found.leave:
-            records.forget(order.name)
             log.info("%s is detached", order.name)
+
+
+async def _require_unused(order: Order, found: Attached) -> None:
+    # In a thread: who closes a device last may have to write, and it may be this program that serves that.
+    await trio.to_thread.run_sync(filesystem.require_unused, found.device, order.name)
+
+
+async def _in_use(order: Order, found: Attached) -> bool:
+    try:
+        await _require_unused(order, found)
+    except OSError:
+        return True
+    return False
 
 
 async def _look_when_told(looks: AsyncIterator[int], found: Attached) -> None:
@@ -97,9 +120,9 @@ async def _wait_until_unused(order: Order, found: Attached, stops: AsyncIterator
             nursery.cancel_scope.cancel()
 
         nursery.start_soon(hurry)
-        while True:
+        while found.is_ours():
             try:
-                filesystem.require_unused(found.device, order.name)
+                await _require_unused(order, found)
             except AttachError as error:
                 if error.errno != errno.EBUSY:
                     raise

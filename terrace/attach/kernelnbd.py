@@ -179,10 +179,30 @@ def find_left_device(order: Order) -> int | None:
     record = Records(order.directory).find(order.name)
     if record is None or record.driver != "nbd":
         return None
-    sysfs = SYSFS / Path(record.device).name
-    if not (sysfs / "pid").exists() or (sysfs / "backend").exists():
-        return None
-    return int(sysfs.name.removeprefix("nbd"))
+    index = index_of(record.device)
+    return index if is_device_of(order.identifier, index) else None
+
+
+def is_device_of(backend: str, index: int) -> bool:
+    """Whether a device that once was `backend`'s is so still; others may have ended it and use its number."""
+    sysfs = SYSFS / f"nbd{index}"
+    try:
+        return (sysfs / "backend").read_text().rstrip("\n") == backend
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENODEV):
+            raise
+        # A newer kernel would say so. To an older one it is whatever device has the number.
+        return not _keeps_backends() and (sysfs / "pid").exists()
+
+
+def _keeps_backends() -> bool:
+    major, minor = (int("".join(filter(str.isdecimal, part)) or 0) for part in os.uname().release.split(".")[:2])
+    return (major, minor) >= (5, 14)
+
+
+def index_of(device: str) -> int:
+    """The number of `/dev/nbdN`."""
+    return int(Path(device).name.removeprefix("nbd"))
 
 
 def device_path(index: int) -> str:
@@ -217,7 +237,8 @@ async def attached(order: Order) -> AsyncIterator[Attached]:
                 # Where the keeper died before it had recorded that, it is what it is now.
                 record = Records(order.directory).find(order.name)
                 identity = (record and record.identity) or (await exports.export(order.name)).identity
-            found = Attached(device_path(index), identity=identity)
+            is_ours = partial(is_device_of, order.identifier, index)
+            found = Attached(device_path(index), is_ours, outlives=True, identity=identity)
             watch = _Watch(kernel, order, exports, index, found, identity)
             try:
                 async with trio.open_nursery() as nursery:
@@ -232,8 +253,8 @@ async def attached(order: Order) -> AsyncIterator[Attached]:
                     yield found
                     nursery.cancel_scope.cancel()
             finally:
-                # Once it was given up, the kernel may have given its number to somebody else's device.
-                if not found.leave and not watch.over:
+                # Once it was given up, or ended by others, the kernel may have given its number to somebody's device.
+                if not found.leave and not watch.over and found.is_ours():
                     with trio.CancelScope(shield=True):
                         await trio.to_thread.run_sync(kernel.disconnect, index)
                         await _wait_until_gone(index)
@@ -332,6 +353,8 @@ class _Watch:
             return
         self.over = True
         log.error("%s", why)
+        if not self._found.is_ours():
+            return
         await trio.to_thread.run_sync(self._kernel.disconnect, self._index)
         await _wait_until_gone(self._index)
         await trio.to_thread.run_sync(tell_udev, self._index)
@@ -355,6 +378,11 @@ class _Watch:
             look = self._found.look
             with trio.move_on_after(SIZE_INTERVAL_S):
                 await look.wait()
+            if not self.over and not self._found.is_ours():
+                raise AttachError(
+                    errno.ENODEV,
+                    f"{self._found.device} is not the device of {self._order.name} any more: somebody disconnected it",
+                )
             try:
                 terms = await describe(self._order.address, self._order.name)
                 if (await self._exports.export(self._order.name)).identity != self._identity:

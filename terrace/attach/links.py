@@ -42,11 +42,15 @@ def make(name: str, device: str) -> str | None:
 
 def _is_of(name: str, device: str) -> bool:
     """Whether the device `loop3` or `nbd0` is that of a volume of this name. It may be anything by now."""
-    told = ""
-    for place in ("backend", "loop/backing_file"):
-        with contextlib.suppress(OSError):
-            told += (SYSFS / device / place).read_text()
-    return f"terrace:{name}" in told or f"/fuse/{name}/" in told
+    backend, file = (_told(SYSFS / device / place) for place in ("backend", "loop/backing_file"))
+    return backend == f"terrace:{name}" or backend.startswith(f"terrace:{name} of /") or f"/fuse/{name}/" in file
+
+
+def _told(path: Path) -> str:
+    try:
+        return path.read_text().rstrip("\n")
+    except OSError:
+        return ""
 
 
 def remove(link: str | None, device: str) -> None:

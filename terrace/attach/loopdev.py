@@ -82,13 +82,17 @@ def _make(control: int, file: int, path: Path, read_only: bool) -> str:
     raise AttachError(errno.EBUSY, f"{TRIES} times another process took the free loop device first: try again")
 
 
-def clear(device: str) -> None:
+def clear(device: str, *, inside: Path = Path("/")) -> None:
     """End a device and wait until it has gone. Raises AttachError: EBUSY if somebody has it open. Blocks.
 
-    The kernel would otherwise keep it until its last user closes it.
+    The kernel would otherwise keep it until its last user closes it. `inside`: only if it is made of a file in there;
+    else it was ended already, and is somebody else's.
     """
     node = _open(Path(device), os.O_RDONLY, "a loop device")
     try:
+        # While we have it open nobody else can end it and make another one of that number.
+        if not made_of_file_in(inside, device):
+            return
         fcntl.ioctl(node, LOOP_CLR_FD)
     except OSError as error:
         if error.errno != errno.ENXIO:  # it is none any more
@@ -96,7 +100,7 @@ def clear(device: str) -> None:
     finally:
         os.close(node)
     deadline_s = time.monotonic() + CLEAR_PATIENCE_S
-    while backing_of(device) is not None:
+    while made_of_file_in(inside, device):
         if time.monotonic() > deadline_s:
             raise AttachError(
                 errno.EBUSY, f"{device} is still open; `lsof {device}` shows where, and it goes when that ends"
@@ -122,6 +126,12 @@ def backing_of(device: str) -> str | None:
     except OSError:
         return None
     return text.removesuffix("\n").removesuffix(" (deleted)")
+
+
+def made_of_file_in(directory: Path, device: str) -> bool:
+    """Whether the device is one at present, and made of a file somewhere below `directory`."""
+    found = backing_of(device)
+    return found is not None and directory in Path(found).parents
 
 
 def find_device(path: Path) -> str | None:

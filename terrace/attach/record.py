@@ -19,6 +19,7 @@ A file, `DIRECTORY/KEY.json`, is one JSON object:
     link       the symbolic link that the keeper made, or null where udev makes it
     since      seconds since the epoch
     identity   of the export, for the next keeper of a kernel NBD device; else null
+    keeper     process id of the keeper that made it; another one that has the lock now hasn't got so far yet
 
 It need not be durable: what it tells of ends with the boot.
 """
@@ -29,11 +30,14 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import signal
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -42,6 +46,8 @@ from terrace.home import SYSTEM_HOME, Home
 
 VERSION: Final = 1
 SYSTEM_DIRECTORY: Final = Path("/run/terrace/attach")
+LOG_BYTES: Final = 1 << 20
+"""Of a keeper's log, which lies in memory: a daemon that dies every second must not fill it within a month."""
 LOCK_PATIENCE_S: Final = 1.0
 """Whoever only looks at a lock holds it for an instant; a keeper that starts meanwhile tries again for so long."""
 _POLL_S: Final = 0.02
@@ -66,6 +72,7 @@ class Record:
     link: str | None
     since: float
     identity: str | None
+    keeper: int
 
 
 def directory_of(home: Home) -> Path:
@@ -85,17 +92,30 @@ class Records:
         self.directory = directory
 
     def prepare(self) -> None:
-        """Make the directory. Raises AttachError."""
+        """Make the directory. Raises AttachError, also where another user could put links in our way."""
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            above = [(place, place.stat()) for place in (self.directory, *self.directory.parents[:2])]
         except OSError as error:
             raise AttachError(
                 error.errno or errno.EIO, f"{self.directory} can't be made ({error.strerror}): run as root"
             ) from None
+        for place, status in above:
+            if status.st_uid not in (0, os.geteuid()) or status.st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH:
+                raise AttachError(
+                    errno.EPERM,
+                    f"{place} can be changed by others than you (owner {status.st_uid}, mode "
+                    f"{stat.S_IMODE(status.st_mode):o}), who could lead what is written there elsewhere: attach the "
+                    "volumes of a daemon whose home is root's own",
+                )
 
     def log_file(self, name: str) -> Path:
         """Where a keeper in the background says what happens to it."""
         return self.directory / f"{_key(name)}.log"
+
+    def log_handler(self, name: str) -> logging.Handler:
+        """Writes that file, and begins it anew when it has `LOG_BYTES`; the one before is kept."""
+        return RotatingFileHandler(self.log_file(name), maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8")
 
     def find(self, name: str) -> Record | None:
         """What is recorded of this boot, whether its keeper lives or not. Raises AttachError for nonsense."""
@@ -145,7 +165,7 @@ class Records:
             os.close(fd)
 
     def keeper(self, name: str) -> int | None:
-        """The process id of the keeper, if one lives."""
+        """The process id of the keeper, if one lives; 0 if that can't be told yet."""
         try:
             fd = os.open(self._lock(name), os.O_RDWR | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError):
@@ -155,10 +175,17 @@ class Records:
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return _pid_in(fd)
+            pid = _pid_in(fd)
+            # Whoever has just taken the lock hasn't written yet, and what is there is of a keeper that was killed.
+            return pid if Path(f"/proc/{pid}").exists() else 0
         finally:
             os.close(fd)
         return None
+
+    def attached(self, name: str) -> Record | None:
+        """What the keeper that lives has made and not begun to take away; None if there is no such thing."""
+        record = self.find(name)
+        return record if record is not None and record.keeper == self.keeper(name) else None
 
     def tell_keeper(self, name: str, number: signal.Signals) -> int | None:
         """Send the keeper a signal; its process id, or None where none lives. Never another process."""

@@ -137,7 +137,7 @@ def attach(
             _detach(context, records, called, force=False)
         raise
     if output == "json":
-        show_json(_described(records, cast("Record", records.find(called))))
+        show_json(_described(context, records, cast("Record", records.find(called))))
     else:
         click.echo(device)
 
@@ -157,7 +157,7 @@ def detach(context: Context, name: str, unmount: bool, force: bool, output: str)
 
     records = _records(context)
     record = _find(context, records, name)
-    unmounted = filesystem.unmount_all(record.device) if unmount else []
+    unmounted = filesystem.unmount_all(record.device) if unmount and _is_ours(context, record) else []
     _detach(context, records, record.name, force=force)
     if output == "json":
         show_json({"detached": record.name, "device": record.device, "unmounted": unmounted})
@@ -221,8 +221,14 @@ def _attach(context: Context, records: Records, called: str, arguments: list[str
 
     deadline_s = time.monotonic() + _START_PATIENCE_S
     while True:
-        record = records.find(called)
-        if record is not None and records.keeper(called) is not None:
+        record = records.attached(called)
+        if record is not None:
+            if not _is_ours(context, record):
+                raise AttachError(
+                    errno.ENODEV,
+                    f"{record.device} is not the device of {called} any more, for somebody else has ended it: terrace "
+                    f"detach {called}, then attach it again",
+                )
             return record.device, False
         try:
             with patience(f"Attaching {called}"):
@@ -312,12 +318,13 @@ def _stay(
 
     from terrace.attach.driver import Order
     from terrace.attach.keeper import keep
-    from terrace.reclaim import stand_apart
+    from terrace.reclaim import be_spared, stand_apart
 
-    stamp = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s "
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=stamp + "%(levelname)-7s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     called = _called(name)
+    stamp = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s "
+    handler = logging.StreamHandler(sys.stderr) if report_to is None else _records(context).log_handler(called)
+    logging.basicConfig(handlers=[handler], level=logging.INFO, format=stamp + "%(levelname)-7s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
 
     def prepare(device: str) -> None:
         if mkfs:
@@ -330,13 +337,14 @@ def _stay(
             _report(report_to, {"device": device})
         elif output == "json":
             records = _records(context)
-            show_json(_described(records, cast("Record", records.find(called))))
+            show_json(_described(context, records, cast("Record", records.find(called))))
         else:
             click.echo(device)
         sys.stdout.flush()
 
     try:
-        address = _address(context, name, taken_over=_is_there(context, called))
+        there = _is_there(context, called)
+        address = _address(context, name, taken_over=there, writes=not (read_only or there))
         chosen, driver = _driver(context, called, asked)
         left = _records(context).find(called)  # by a keeper that was killed
         if left is not None and left.driver == chosen:
@@ -350,6 +358,7 @@ def _stay(
             dead_timeout_s=dead_timeout_s,
         )
         stand_apart()
+        be_spared()
         with _one_error():
             trio.run(partial(keep, order, chosen, driver, ready=ready, prepare=prepare))
     except OSError as error:
@@ -418,16 +427,27 @@ def _reason(error: OSError | None) -> str | None:
     return error.strerror or str(error)
 
 
-def _address(context: Context, name: tuple[str, str, str | None], *, taken_over: bool) -> Address:
-    """Where the daemon serves NBD; its Unix socket, if it has one. Raises ApiError, also for no such volume."""
+def _address(context: Context, name: tuple[str, str, str | None], *, taken_over: bool, writes: bool) -> Address:
+    """Where the daemon serves NBD; its Unix socket, if it has one. Raises ApiError, also for no such volume.
+
+    `writes`: the volume shall be written to. Raises AttachError while a restore or an import is filling it.
+    """
     from nbd.uri import parse_uri
     from terrace.apiclient import NotRunningError
+    from terrace.attach.record import AttachError
 
     pool, volume, snapshot = name
     try:
         with context.connect() as client:
             path = ["pools", pool, "volumes", volume]
-            client.get(*path, *(["snapshots", snapshot] if snapshot is not None else []))
+            found = client.get(*path, *(["snapshots", snapshot] if snapshot is not None else []))
+            if writes and snapshot is None and found["filling"]:
+                raise AttachError(
+                    errno.EINPROGRESS,
+                    f"{_called(name)} is being filled and not complete, so nobody else should write to it: wait until "
+                    f"that has ended, or say --read-only; if nobody fills it any more, `terrace volume show "
+                    f"{_called(name)}` says what to do",
+                )
             uris = client.get("status")["nbd"]["uris"]
     except NotRunningError:
         if not taken_over:
@@ -443,13 +463,13 @@ def _address(context: Context, name: tuple[str, str, str | None], *, taken_over:
 
 def _find(context: Context, records: Records, name: str) -> Record:
     """What is attached under a name, or as a device."""
-    from terrace.attach import fuseloop, kernelnbd
+    from terrace.attach import fuseloop, kernelnbd, links
     from terrace.attach.record import AttachError, Record
 
     if name.startswith("/"):
         device = os.path.realpath(name)
         for record in records.all():
-            if record.device == device:
+            if record.device == device and _is_ours(context, record):
                 return record
         raise AttachError(errno.ENOENT, f"{name} is no device that terrace attached: terrace attach --list shows those")
     called = _called(VERSION.convert(name, None, None))
@@ -461,7 +481,20 @@ def _find(context: Context, records: Records, name: str) -> Record:
     device_left = fuseloop.find_device(context.home, called) if index is None else kernelnbd.device_path(index)
     if device_left is None:
         raise AttachError(errno.ENOENT, f"{called} is not attached: terrace attach --list shows what is")
-    return Record(called, "fuse" if index is None else "nbd", device_left, False, 1, None, 0.0, None)
+    # It may have made its link.
+    link = None if links.made_by_udev() else str(links.DIRECTORY / called)
+    return Record(called, "fuse" if index is None else "nbd", device_left, False, 1, link, 0.0, None, 0)
+
+
+def _is_ours(context: Context, record: Record) -> bool:
+    """Whether the recorded device is still that of the volume. Who ends it by other tools frees its number."""
+    from terrace.attach import fuseloop, kernelnbd
+    from terrace.attach.record import identifier
+
+    if record.driver == "nbd":
+        backend = identifier(context.home, record.name)
+        return kernelnbd.is_device_of(backend, kernelnbd.index_of(record.device))
+    return fuseloop.is_device_of(context.home, record.name, record.device)
 
 
 def _detach(context: Context, records: Records, called: str, *, force: bool) -> None:
@@ -470,7 +503,7 @@ def _detach(context: Context, records: Records, called: str, *, force: bool) -> 
     from terrace.attach.record import AttachError
 
     record = _find(context, records, called)
-    if not force and Path(record.device).exists():
+    if not force and _is_ours(context, record):
         filesystem.require_unused(record.device, called)
     with patience(f"Detaching {called}"):
         pid = records.tell_keeper(called, signal.SIGKILL if force else signal.SIGTERM)
@@ -506,16 +539,17 @@ def _clear(context: Context, record: Record, *, force: bool) -> None:
 # Showing
 
 
-def _described(records: Records, record: Record) -> dict[str, Any]:
+def _described(context: Context, records: Records, record: Record) -> dict[str, Any]:
     from terrace.attach import filesystem
 
-    users = filesystem.users_of(record.device)
+    ours = _is_ours(context, record)
+    users = filesystem.users_of(record.device) if ours else filesystem.Users([], [])
     return {
         "name": record.name,
         "device": record.device,
         "link": record.link,
         "driver": record.driver,
-        "size_bytes": filesystem.size_bytes_of(record.device),
+        "size_bytes": filesystem.size_bytes_of(record.device) if ours else 0,
         "read_only": record.read_only,
         "connections": record.connections,
         "mounts": users.mounts,
@@ -527,7 +561,7 @@ def _described(records: Records, record: Record) -> dict[str, Any]:
 
 def _show_all(context: Context, output: str) -> None:
     records = _records(context)
-    found = [_described(records, record) for record in records.all()]
+    found = [_described(context, records, record) for record in records.all()]
     if output == "json":
         show_json(found)
         return

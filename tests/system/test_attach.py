@@ -111,3 +111,29 @@ def test_a_killed_keeper_is_shown_and_its_device_made_anew(daemon: Daemon, cli: 
     assert "gone: attach again" in cli.ok("attach", "--list")
     assert cli.json("attach", "p/v")["keeper"] not in (None, keeper)
     cli.ok("detach", "p/v")
+
+
+def test_a_device_that_has_taken_the_number_of_an_attached_one_is_left_alone(cli: Cli, tmp_path: Path) -> None:
+    other, where = tmp_path / "other", tmp_path / "mnt"
+    where.mkdir()
+    with other.open("wb") as file:
+        file.truncate(64 << 20)
+    attached = cli.json("attach", "p/w", "--driver", "fuse")
+    device = attached["device"]
+    paths = environment() | {"PATH": f"{environment()['PATH']}:/usr/sbin:/sbin"}
+    subprocess.run(["losetup", "-d", device], check=True, env=paths)
+    subprocess.run(["losetup", device, str(other)], check=True, env=paths)
+    try:
+        filesystem.make(device, "ext4", force=False)
+        filesystem.mount(device, where, read_only=False)
+        said = cli.error("attach", "p/w", "--mkfs", "ext4", "--force")
+        assert f"{device} is not the device of p/w any more" in said
+        assert [(one["size_bytes"], one["mounts"]) for one in cli.json("attach", "--list")] == [(0, [])]
+        assert "no device that terrace attached" in cli.error("detach", device)
+        assert cli.json("detach", "p/w", "--unmount")["unmounted"] == []
+        assert filesystem.users_of(device).mounts == [str(where)]
+        assert loopdev.backing_of(device) == str(other)
+        assert cli.json("attach", "--list") == []
+    finally:
+        filesystem.unmount_all(device)
+        loopdev.clear(device, inside=tmp_path)

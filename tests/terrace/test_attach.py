@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import fcntl
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
+import trio
 
-from terrace.attach import filesystem, links, loopdev
+from terrace.attach import filesystem, fuseloop, kernelnbd, links, loopdev
 from terrace.attach.choose import Means, choose
-from terrace.attach.record import AttachError, Record, Records, directory_of, identifier
+from terrace.attach.driver import Attached, Order
+from terrace.attach.keeper import keep
+from terrace.attach.record import LOG_BYTES, AttachError, Record, Records, directory_of, identifier
 from terrace.home import SYSTEM_HOME, Home
 from tests.system.daemon import environment
 
@@ -24,7 +32,7 @@ MIB = 1 << 20
 
 
 def record(name: str = "p/v", device: str = "/dev/nbd0") -> Record:
-    return Record(name, "nbd", device, False, 1, None, 12.5, None)
+    return Record(name, "nbd", device, False, 1, None, 12.5, None, 7)
 
 
 @pytest.fixture
@@ -449,3 +457,195 @@ def test_nothing_is_left_where_the_filesystem_cannot_be_made(tmp_path: Path) -> 
     assert "KeyError: 'none'" in failing.wait()
     assert loopdev.find_device(failing.file) is None
     assert not failing.file.parent.exists()
+
+
+# Devices whose numbers others use again, and what uses a device without claiming it
+
+
+def test_a_keeper_leaves_the_device_alone_that_has_taken_its_number(keeper: Keeper, tmp_path: Path) -> None:
+    fd = os.open(keeper.device, os.O_RDONLY)
+    loopdev_ended_by_somebody(fd)
+    other = tmp_path / "other"
+    with other.open("wb") as file:
+        file.truncate(64 * MIB)
+    subprocess.run(["losetup", keeper.device, str(other)], check=True, env=environment() | PATHS)
+    try:
+        filesystem.make(keeper.device, "ext4", force=False)
+        where = tmp_path / "mnt"
+        where.mkdir()
+        filesystem.mount(keeper.device, where, read_only=False)
+        keeper.end()  # it doesn't wait for what is mounted there either
+        assert loopdev.backing_of(keeper.device) == str(other)
+        # Nor shall it go when it is unmounted.
+        assert (Path("/sys/block") / Path(keeper.device).name / "loop/autoclear").read_text() == "0\n"
+    finally:
+        filesystem.unmount_all(keeper.device)
+        loopdev.clear(keeper.device, inside=tmp_path)
+
+
+def loopdev_ended_by_somebody(fd: int) -> None:
+    """As `losetup -d` does."""
+    fcntl.ioctl(fd, loopdev.LOOP_CLR_FD)
+    os.close(fd)
+
+
+@pytest.mark.parametrize("backend", ["terrace:p/w", "terrace:p/v of /elsewhere", None])
+def test_a_device_of_the_kernels_client_that_is_anothers_by_now_is_not_taken_for_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str | None
+) -> None:
+    home = Home(tmp_path)
+    order = Order(home, "p/v", ("127.0.0.1", 1))
+    monkeypatch.setattr(kernelnbd, "SYSFS", tmp_path)
+    (tmp_path / "nbd0").mkdir()
+    (tmp_path / "nbd0/pid").write_text("1\n")
+    if backend is not None:
+        (tmp_path / "nbd0/backend").write_text(f"{backend}\n")
+    kept = Records(directory_of(home))
+    kept.prepare()
+    kept.store(record())
+    assert kernelnbd.find_left_device(order) is None
+    (tmp_path / "nbd0/backend").write_text(f"{order.identifier}\n")
+    assert kernelnbd.find_left_device(order) == 0
+
+
+def test_a_link_to_the_device_of_a_volume_whose_name_begins_alike_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(links, "DIRECTORY", tmp_path / "terrace")
+    monkeypatch.setattr(links, "UDEV", tmp_path / "none")
+    monkeypatch.setattr(links, "SYSFS", tmp_path)
+    links.make("p/v", "/dev/null")
+    (tmp_path / "null").mkdir()
+    (tmp_path / "null/backend").write_text("terrace:p/v2\n")
+    link = links.make("p/v", "/dev/zero")
+    assert link is not None and Path(link).readlink() == Path("/dev/zero")
+
+
+def test_a_device_that_is_open_or_below_a_loop_device_is_in_use(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filesystem, "OPENER_PATIENCE_S", 0.1)
+    with Path(device).open("rb") as disk, subprocess.Popen(["sleep", "60"], stdin=disk) as opener:
+        try:
+            with pytest.raises(AttachError, match=f"is open in sleep \\(process {opener.pid}\\)"):
+                filesystem.require_unused(device, "p/v")
+        finally:
+            opener.kill()
+    filesystem.require_unused(device, "p/v")
+    upper = loopdev.make(Path(device))
+    try:
+        with pytest.raises(AttachError, match=f"in use by {Path(upper).name}: "):
+            filesystem.require_unused(device, "p/v")
+    finally:
+        loopdev.clear(upper)
+
+
+def test_no_filesystem_is_made_over_data_that_nobody_knows(device: str) -> None:
+    with Path(device).open("r+b", buffering=0) as disk:
+        disk.seek(512 << 10)
+        disk.write(b"x" * 4096)
+    with pytest.raises(AttachError, match=f"{device} carries data of an unknown kind: say --force"):
+        filesystem.make(device, "ext4", force=False)
+    filesystem.make(device, "ext4", force=True)
+
+
+def test_only_a_record_of_the_keeper_that_lives_tells_of_a_device(
+    records: Records, holder: subprocess.Popen[str]
+) -> None:
+    records.store(record())  # by a keeper that was killed; the next one has just taken the lock
+    assert records.attached("p/v") is None
+    records.store(dataclasses.replace(record(), keeper=holder.pid))
+    assert records.attached("p/v") is not None
+    holder.kill()
+    holder.wait()
+    assert records.attached("p/v") is None
+
+
+def test_a_directory_that_others_can_change_takes_no_records(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    os.chown(home, 12345, 12345)
+    with pytest.raises(AttachError, match=f"{home} can be changed by others than you \\(owner 12345"):
+        Records(directory_of(Home(home))).prepare()
+
+
+def test_a_log_does_not_grow_for_ever(records: Records) -> None:
+    handler = records.log_handler("p/v")
+    line = logging.LogRecord("terrace.attach", logging.INFO, "", 0, "x" * 1000, None, None)
+    for _ in range(4 * LOG_BYTES // 1000):
+        handler.emit(line)
+    handler.close()
+    assert LOG_BYTES < sum(path.stat().st_size for path in records.directory.glob("*.log*")) <= 2 * LOG_BYTES
+    assert records.all() == []
+
+
+# The keeper, over a device that outlives it
+
+
+@asynccontextmanager
+async def outliving(device: str, seen: list[Attached], order: Order) -> AsyncIterator[Attached]:
+    found = Attached(device, lambda: True, outlives=True)
+    seen.append(found)
+    yield found
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_a_keeper_that_fails_leaves_what_is_mounted_to_the_next(device: str, tmp_path: Path, used: bool) -> None:
+    order = Order(Home(tmp_path), "p/v", ("127.0.0.1", 1))
+    seen: list[Attached] = []
+    if used:
+        (tmp_path / "mnt").mkdir()
+        filesystem.make(device, "ext4", force=False)
+        filesystem.mount(device, tmp_path / "mnt", read_only=False)
+
+    def fail(device: str) -> None:
+        raise AttachError(errno.EEXIST, "it can't be")
+
+    run = partial(keep, order, "nbd", partial(outliving, device, seen), ready=print, prepare=fail)
+    with pytest.raises(AttachError, match="it can't be"):
+        trio.run(run)
+    assert [found.leave for found in seen] == [used]
+    assert (Records(order.directory).find("p/v") is not None) == used
+
+
+def test_nobody_is_told_of_a_device_that_is_going(device: str, tmp_path: Path) -> None:
+    order = Order(Home(tmp_path), "p/v", ("127.0.0.1", 1))
+    told: list[Record | None] = []
+
+    @asynccontextmanager
+    async def going(order: Order) -> AsyncIterator[Attached]:
+        yield Attached(device, lambda: True, outlives=True)
+        told.append(Records(order.directory).attached("p/v"))
+
+    def ready(device: str) -> None:
+        told.append(Records(order.directory).attached("p/v"))
+        signal.raise_signal(signal.SIGTERM)
+
+    trio.run(partial(keep, order, "nbd", going, ready=ready))
+    assert told[0] is not None and told[1] is None
+
+
+def test_a_home_behind_a_link_and_with_a_space_has_its_leftovers_cleared(tmp_path: Path) -> None:
+    real, home = tmp_path / "the home", tmp_path / "home"
+    real.mkdir()
+    home.symlink_to(real)
+    first = Keeper(home)
+    first.end(signal.SIGKILL)
+    assert loopdev.backing_of(first.device) == str(real / "run/attach/fuse/p/v/file")
+    loopdev.clear(first.device, inside=real)
+    # As of a FUSE mount that nobody serves any more, with somebody still in it.
+    place = fuseloop.mount_point(Home(home), "p/v")
+    subprocess.run(["mount", "-t", "tmpfs", "none", str(place)], check=True, env=environment() | PATHS)
+    try:
+        with subprocess.Popen(["sleep", "60"], cwd=place) as inside:
+            fuseloop.clear_left_over(Home(home), "p/v")
+            inside.kill()
+        assert str(place) not in filesystem.mount_points()
+    finally:
+        subprocess.run(["umount", str(place)], check=False, env=environment() | PATHS, capture_output=True)
+    second = Keeper(home)
+    second.end(signal.SIGKILL)
+    try:
+        assert fuseloop.find_device(Home(home), "p/v") == second.device
+        fuseloop.clear_left_over(Home(home), "p/v")
+        assert fuseloop.find_device(Home(home), "p/v") is None
+    finally:
+        loopdev.clear(second.device, inside=real)

@@ -85,3 +85,9 @@ def test_one_that_has_snapshots_is_rolled_back_and_is_complete(daemon: FakeDaemo
     assert "--yes" in cli.error("snapshot", "rollback", "p/v@whole", status=2), "nothing keeps what it is now"
     assert "before" not in cli.ok("snapshot", "rollback", "p/v@whole", "--yes")
     assert "State" not in cli.ok("volume", "show", "p/v")
+
+
+def test_nobody_attaches_it_to_write_to_it(cli: Cli, volume: str) -> None:
+    said = cli.error("attach", volume, "--driver", "fuse")
+    assert f"{volume} is being filled and not complete, so nobody else should write to it: wait" in said
+    assert cli.json("attach", "--list") == []

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
+
+from terrace import reclaim
 from terrace.reclaim import _CAP_IPC_LOCK, _CAP_SYS_RESOURCE, _capable
 from tests.system.daemon import environment
 
@@ -35,3 +39,14 @@ def test_what_this_process_may_do_is_done_and_visible_to_the_kernel() -> None:
 def test_without_the_privilege_nothing_is_done_and_nothing_fails() -> None:
     done, _, locked_kib = run("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs", "--")
     assert (done, locked_kib) == ([], 0)
+
+
+@pytest.mark.parametrize(("before", "permitted", "after"), [(0, True, -900), (0, False, 0), (-500, True, -500)])
+def test_a_keeper_is_killed_late_where_that_may_be_said_and_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int, permitted: bool, after: int
+) -> None:
+    monkeypatch.setattr(reclaim, "SCORE", tmp_path / "score")
+    monkeypatch.setattr(reclaim, "_capable", lambda capability: permitted)
+    reclaim.SCORE.write_text(f"{before}\n")
+    reclaim.be_spared()
+    assert int(reclaim.SCORE.read_text()) == after
