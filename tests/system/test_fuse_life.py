@@ -23,7 +23,7 @@ import trio
 
 from terrace.fuse.device import MountError
 from terrace.fuse.session import require_mountpoint
-from tests.system.daemon import REPOSITORY, Daemon, environment, program
+from tests.system.daemon import REPOSITORY, ApiError, Daemon, environment, program
 from tests.system.mount import Mount, is_mounted, opened, take_away, until
 from tests.system.nbdclient import Connection
 
@@ -232,6 +232,37 @@ def test_the_daemons_own_files_go_with_it_and_come_back(tmp_path: Path, director
         with Connection(own.socket, "p/v") as client:
             assert client.read(0, 15) == b"before the kill"
         until("it says so", lambda: "was unmounted from outside" in own.log.read_text())
+        assert own.stop() == 0
+
+
+def test_a_pool_on_a_volume_of_the_same_daemon_is_refused_for_it_would_wait_for_itself(
+    tmp_path: Path, directory: Path
+) -> None:
+    directory.mkdir()
+    with Daemon(tmp_path / "home", f'[fuse]\nmountpoint = "{directory}"\n') as own:
+        own.api(
+            "POST", "/v1/pools", {"name": "p", "devices": [{"path": f"{tmp_path}/p", "tier": "fast", "size": "64M"}]}
+        )
+        create(own, "v", 64 * MIB)
+        until("it is mounted", lambda: (directory / "p/v").exists())
+        link = tmp_path / "link"
+        link.symlink_to(directory / "p/v")
+        attach = ["losetup", "--find", "--show", str(directory / "p/v")]
+        loop = subprocess.run(attach, check=True, capture_output=True, text=True).stdout.strip()
+        try:
+            for path in (directory / "p/v", link, Path(loop)):
+                with pytest.raises(ApiError, match="is a volume of Terrace: a pool on it would wait for itself"):
+                    own.api(
+                        "POST",
+                        "/v1/pools",
+                        {"name": "q", "devices": [{"path": str(path), "tier": "fast"}], "force": True},
+                    )
+        finally:
+            subprocess.run(["losetup", "--detach", loop], check=True)
+        with pytest.raises(ApiError, match="Operation not permitted"):
+            new = {"path": f"{directory}/p/new", "tier": "fast", "size": "64M"}
+            own.api("POST", "/v1/pools", {"name": "q", "devices": [new]})
+        assert (directory / "p/v").stat().st_size == 64 * MIB, "it lives"
         assert own.stop() == 0
 
 
