@@ -32,9 +32,9 @@ What waits is handed over: `run` has the loop run an async function and blocks t
 the driver from it, and with it flushes and checkpoints. So the driver says that it waits (`waits`), and a borrower that
 sees this stands aside (`let_pass`): before the driver only those go that had passed this point already.
 
-**A loop that breaks down** (trio could start no thread to wait for the kernel in, or has a bug) can't be told from one that
-takes long: who waits for it would wait for ever, and must not go on either, while a worker thread may still use its buffer.
-So the process ends. That loses nothing that was acknowledged, as `kill -9` doesn't, and clients notice at once.
+**A loop that breaks down** (trio could start no thread to wait for the kernel in, or has a bug) can't be told from one
+that takes long: who waits for it would wait for ever, and must not go on either, while a worker thread may still use
+its buffer. So the process ends. That loses nothing that was acknowledged, as `kill -9` doesn't, and clients notice.
 
 **Kept threads.** Python makes a thread state for each callback from a thread that it didn't start, with memory for the
 stack, and throws it away behind it. With `keep_threads` `adopt` keeps that of the calling thread, which makes small

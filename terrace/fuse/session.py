@@ -70,13 +70,18 @@ async def mounted(directory: Directory, mountpoint: Path, *, read_only: bool = F
     # Only its owner may see it (no allow_other), and the kernel checks the modes.
     options = "fsname=terrace,subtype=terrace,default_permissions,nosuid,nodev" + (",ro" if read_only else "")
     device = Device(await mount(mountpoint, options))
+    tree = Tree(directory, device, read_only=read_only)
+    session = Session(mountpoint, tree)
     try:
-        tree = Tree(directory, device, read_only=read_only)
         transmission = Transmission(device, tree.file)
-        session = Session(mountpoint, tree)
         failure: Exception | None = None
-        pyfuse3.init(tree, f"/dev/fd/{os.dup(transmission.libfuse_end.fileno())}", set())
-        transmission.libfuse_end.close()
+        try:
+            pyfuse3.init(tree, f"/dev/fd/{os.dup(transmission.libfuse_end.fileno())}", set())
+        except BaseException:
+            transmission.close()
+            raise
+        finally:
+            transmission.libfuse_end.close()
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_converse, session)
@@ -95,6 +100,9 @@ async def mounted(directory: Directory, mountpoint: Path, *, read_only: bool = F
             pyfuse3.close(unmount=False)
     finally:
         device.close()
+        if session.is_in_sight:  # it has never been served, or what should have unmounted it was killed
+            with trio.CancelScope(shield=True):
+                await session.unmount(lazy=True)
     if failure is not None:
         raise failure
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+import pyfuse3
 import pytest
 import trio
 
@@ -101,6 +103,32 @@ def test_what_is_cancelled_is_unmounted_though_nobody_serves_any_more(directory:
 
     for _ in range(3):  # the order in which tasks are told is random
         trio.run(once)
+
+
+def test_what_cant_be_served_or_unmounted_in_order_doesnt_stay_mounted(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+
+    async def once() -> None:
+        async with trio.open_nursery() as slow, mounted(PoolDirectory(cast(Pools, NoPools()), slow), directory):
+            # As a signal to the whole process group does: killed without a word, but for the last one.
+            fake = programs / "fusermount3"
+            fake.write_text(f'#!/bin/sh\n[ "$2" = -z ] || kill -INT $$\nexec {shutil.which("fusermount3")} "$@"\n')
+            fake.chmod(0o755)
+            monkeypatch.setenv("PATH", str(programs), prepend=":")
+
+    def refuse(*_: object) -> NoReturn:
+        raise RuntimeError("libfuse has no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pyfuse3, "init", refuse)
+        with pytest.raises(ExceptionGroup):
+            trio.run(once)
+    assert not is_there(directory)
+    trio.run(once)
+    assert (programs / "fusermount3").exists() and not is_there(directory)
 
 
 def test_what_was_aborted_beneath_its_users_is_unmounted(directory: Path) -> None:
