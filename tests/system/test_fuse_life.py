@@ -470,7 +470,7 @@ def test_a_file_system_over_a_loop_device_outlives_daemons_and_gives_its_space_b
         try:
             for source in sources:
                 shutil.copytree(source, inside / "first" / source.name, ignore=ignore)
-            os.sync()
+            run("sync", "-f", str(inside))  # not sync(2): that waits for every file system of the host
             writing = threading.Thread(target=load, args=(inside, over := threading.Event()))
             writing.start()
             time.sleep(0.25)
