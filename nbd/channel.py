@@ -33,6 +33,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -137,7 +138,11 @@ class Channel:
             self._wake_sender.set()
 
     def _send_some(self) -> bool:
-        """False: the socket is full. One that is broken swallows all; the receiver notices."""
+        """False: the socket is full. One that is broken swallows all; the receiver notices.
+
+        Nothing may follow half of a request, which the server would take for the rest of it. So whatever the error
+        is (ENOBUFS is no end of a connection), nothing more is sent: the server answers what it has, and closes.
+        """
         outbox, sock = self._outbox, self._sock
         while outbox and sock is not None:
             batch = list(outbox) if len(outbox) <= BATCH_BUFFERS else [outbox[i] for i in range(BATCH_BUFFERS)]
@@ -145,8 +150,11 @@ class Channel:
                 sent = sock.sendmsg(batch)
             except BlockingIOError:
                 return False
-            except OSError:
+            except OSError as error:
+                log.debug("%s: %s", self._name, error)
                 outbox.clear()
+                with suppress(OSError):
+                    sock.shutdown(socket.SHUT_WR)
                 return True
             for part in batch:
                 size = len(part)

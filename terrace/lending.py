@@ -32,6 +32,10 @@ What waits is handed over: `run` has the loop run an async function and blocks t
 the driver from it, and with it flushes and checkpoints. So the driver says that it waits (`waits`), and a borrower that
 sees this stands aside (`let_pass`): before the driver only those go that had passed this point already.
 
+**A loop that breaks down** (trio could start no thread to wait for the kernel in, or has a bug) can't be told from one
+that takes long: who waits for it would wait for ever, and must not go on either, while a worker thread may still use
+its buffer. So the process ends. That loses nothing that was acknowledged, as `kill -9` doesn't, and clients notice.
+
 **Kept threads.** Python makes a thread state for each callback from a thread that it didn't start, with memory for the
 stack, and throws it away behind it. With `keep_threads` `adopt` keeps that of the calling thread, which makes small
 requests up to twice as fast, and `forget_dead` frees those whose threads have ended.
@@ -162,8 +166,8 @@ class LendingLoop(Generic[T]):
                     with self.turn:
                         self.waits = False
                         tick()
-        except BaseException as error:  # nothing that should happen, but nobody may wait for ever because of it
-            self._failure = self._failure or error
+        except BaseException as error:
+            self._break_down(error)
         finally:
             self._ended = True
             self._ready.set()
@@ -173,8 +177,15 @@ class LendingLoop(Generic[T]):
         self._ended = True
         try:
             result.unwrap()
+        except trio.TrioInternalError as error:
+            self._break_down(error)
         except BaseException as error:
             self._failure = error
+
+    def _break_down(self, error: BaseException) -> None:
+        self._failure = self._failure or error
+        if self._ready.is_set():  # else `start` raises it
+            _end_process(error)
 
     # -- its use -----------------------------------------------------------------------------------------------------
 
@@ -213,6 +224,12 @@ class LendingLoop(Generic[T]):
         if self._failure is not None:
             return f"the pool was closed by an error: {self._failure}"
         return "the pool is closed"
+
+
+def _end_process(error: BaseException) -> None:
+    sys.excepthook(type(error), error, error.__traceback__)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _run_context() -> Any:

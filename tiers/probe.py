@@ -1,11 +1,15 @@
 """What may become a device of a pool: refuses what somebody else still uses.
 
 A block device that is mounted, or carries a filesystem, RAID, LVM or partition signature (blkid's view), and a file
-that is not empty of signatures, are refused unless forced; a mounted one is refused always.
+that is not empty of signatures, are refused unless forced; a mounted one is refused always. So is a file of Terrace's
+own file system, and a loop device over one: its bytes come from a daemon, which as the pool's owner would wait for
+itself, for ever.
 """
 
+import contextlib
 import errno
 import os
+import re
 import stat
 import subprocess
 from pathlib import Path
@@ -93,11 +97,39 @@ def _blkid(path: Path, tag: str) -> str:
     )
 
 
+def _is_volume(path: Path) -> bool:
+    """Whether a file, or what a loop device is over, is a volume in a file system of Terrace (fuse.terrace)."""
+    status = path.stat()
+    number = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
+    backing = None
+    if stat.S_ISBLK(status.st_mode):
+        device = Path(f"/sys/dev/block/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}").resolve()
+        for disk in (device, device.parent):  # itself, or the disk whose partition it is
+            with contextlib.suppress(OSError):
+                backing = (disk / "loop/backing_file").read_text().rstrip("\n")
+        if backing is None:
+            return False
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        # proc_pid_mountinfo(5): id, parent, major:minor, root, mount point with octal escapes, ..., -, type, ...
+        fields, _, kind = line.partition(" - ")
+        if kind.startswith("fuse.terrace "):
+            _, _, device_number, _, mountpoint, *_ = fields.split(" ")
+            below = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), mountpoint) + "/"
+            if (device_number == number) if backing is None else backing.startswith(below):
+                return True
+    return False
+
+
 def check_usable(path: Path, *, force: bool) -> None:
     """Raise TierError if `path` (which exists) must not become a device. `force` overrides signatures, not mounts."""
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         raise TierError(errno.EINVAL, f"{path} is neither a file nor a block device")
+    if _is_volume(path):
+        raise TierError(
+            errno.EINVAL,
+            f"{path} is a volume of Terrace: a pool on it would wait for itself; choose a disk, or a file elsewhere",
+        )
     if stat.S_ISBLK(mode):
         where = mounted_at(path)
         if where:

@@ -116,7 +116,11 @@ async def unmount(mountpoint: Path, *, lazy: bool) -> str:
     """Returns why it didn't work; empty if it did. `lazy`: out of sight now, and gone with its last user."""
     command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(mountpoint)]
     try:
-        result = await trio.run_process(command, capture_stderr=True, check=False)
+        # A process group of its own: a second Ctrl-C in our terminal isn't meant for it.
+        result = await trio.run_process(command, capture_stderr=True, check=False, process_group=0)
     except FileNotFoundError:
         return "the program fusermount3 is missing"
-    return result.stderr.decode("utf-8", "replace").strip().removeprefix("fusermount3: ") if result.returncode else ""
+    if not result.returncode:
+        return ""
+    said = result.stderr.decode("utf-8", "replace").strip().removeprefix("fusermount3: ")
+    return said or f"fusermount3 ended with status {result.returncode}"

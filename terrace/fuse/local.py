@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, TypeVarTuple
 
 import trio
 
@@ -17,6 +17,8 @@ from terrace.fuse.seek import seek
 from terrace.fuse.wire import LONGEST_BYTES, REPLY
 from terrace.pools import Pools
 from tiers import TierError
+
+Ts = TypeVarTuple("Ts")
 
 BATCH_BYTES: Final = 2 << 20
 BATCH_WRITES: Final = 256
@@ -92,13 +94,21 @@ class PoolFile:
         self._writes: list[tuple[int, memoryview]] = []
         self._uniques: list[int] = []
         self._batch_bytes = 0
+        self._waiting = 0  # tasks that use the export
+        self._closed = False
 
     @property
     def size_bytes(self) -> int:
         return self.export.size_bytes
 
     def close(self) -> None:
-        self._release(self.export)
+        """The export is given back when nothing uses it any more: requests may still wait whose users were cut off.
+
+        What is in nobody's use may be shrunk, and a pool of such be closed.
+        """
+        self._closed = True
+        if not self._waiting:
+            self._release(self.export)
 
     def read(self, unique: int, offset: int, length: int) -> None:
         length = min(length, self.export.size_bytes - offset, LONGEST_BYTES)
@@ -114,7 +124,7 @@ class PoolFile:
         if at_once:
             self._device.framed(unique, frame)
         else:
-            self._nursery.start_soon(self._read, unique, offset, length)
+            self._start(self._read, unique, offset, length)
 
     def write(self, unique: int, offset: int, data: memoryview, *, durable: bool) -> None:
         if self.export.read_only:
@@ -124,7 +134,7 @@ class PoolFile:
         if not data:
             self._device.failed(unique, errno.ENOSPC)
         elif durable:
-            self._nursery.start_soon(self._write, unique, offset, data, True)
+            self._start(self._write, unique, offset, data, True)
         else:
             self._writes.append((offset, data))
             self._uniques.append(unique)
@@ -148,18 +158,30 @@ class PoolFile:
             if at_once:
                 self._device.written(unique, len(data))
             else:
-                self._nursery.start_soon(self._write, unique, offset, data, False)
+                self._start(self._write, unique, offset, data, False)
 
     def flush(self, unique: int) -> None:
-        self._nursery.start_soon(self._flush, unique)
+        self._start(self._flush, unique)
 
     def zero(self, unique: int, offset: int, length: int, *, keep_space: bool) -> None:
-        self._nursery.start_soon(self._zero, unique, offset, length, keep_space)
+        self._start(self._zero, unique, offset, length, keep_space)
 
     def seek(self, unique: int, offset: int, *, data: bool) -> None:
-        self._nursery.start_soon(self._seek, unique, offset, data)
+        self._start(self._seek, unique, offset, data)
 
     # --- what waits: each is a task, and answers once ---
+
+    def _start(self, function: Callable[[*Ts], Awaitable[None]], *args: *Ts) -> None:
+        self._waiting += 1
+        self._nursery.start_soon(self._run, function, *args)
+
+    async def _run(self, function: Callable[[*Ts], Awaitable[None]], *args: *Ts) -> None:
+        try:
+            await function(*args)
+        finally:
+            self._waiting -= 1
+            if self._closed and not self._waiting:
+                self._release(self.export)
 
     async def _read(self, unique: int, offset: int, length: int) -> None:
         frame = memoryview(bytearray(REPLY.size + length))

@@ -19,7 +19,8 @@ log = logging.getLogger("terrace.fuse")
 async def serve_files(pools: Pools, mountpoint: Path, told: trio.Event) -> None:
     """Serve all exports at `mountpoint` until `told` to stop, or until somebody unmounts it.
 
-    A mount point that can't be had is logged; volumes are served over NBD all the same.
+    A mount point that can't be had is logged; volumes are served over NBD all the same. So they are if there is a bug
+    in here: its traceback is logged, and the files are taken away from their users.
     """
     begin_client()  # as far as the limits of policies go, all who use these files are one client
     try:
@@ -38,3 +39,5 @@ async def serve_files(pools: Pools, mountpoint: Path, told: trio.Event) -> None:
     except* MountError as group:
         for error in group.exceptions:
             log.error("%s", error)
+    except* Exception:
+        log.exception("files at %s have failed and are unmounted; restart terraced to have them again", mountpoint)

@@ -4,6 +4,9 @@ Up: mount, so that a mount point that can't be had is found before anything else
 begins it (`umount` from outside, `Session.unmount`, the end of the block): the kernel tells that the file system is
 gone (ENODEV from /dev/fuse), the loop ends, libfuse is told to leave. A file system that is in use when the block ends
 is taken out of sight, and cut off: its users get ENOTCONN, as they would if this process died.
+
+However it ends (by an error, a cancellation, an administrator who aborts the connection), nothing stays mounted that
+nobody serves. ENODEV alone doesn't say that it is unmounted, so the table of mounts is asked.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -38,12 +42,18 @@ class Session:
     def __init__(self, mountpoint: Path, tree: Tree) -> None:
         self.mountpoint = mountpoint
         self.ended = trio.Event()
-        """It is not mounted any more."""
+        """Nobody is served any more: it was unmounted, or cut off."""
+        self._number = _mounted_at(mountpoint)
         self._tree = tree
 
     @property
     def open_files(self) -> int:
         return self._tree.open_files
+
+    @property
+    def is_in_sight(self) -> bool:
+        """Whether this file system, and no other one, is still mounted there."""
+        return self._number is not None and _mounted_at(self.mountpoint) == self._number
 
     async def unmount(self, *, lazy: bool = False) -> str:
         """Returns why it didn't work; empty if it did. `lazy`: out of sight now, gone with the last user."""
@@ -60,23 +70,28 @@ async def mounted(directory: Directory, mountpoint: Path, *, read_only: bool = F
     # Only its owner may see it (no allow_other), and the kernel checks the modes.
     options = "fsname=terrace,subtype=terrace,default_permissions,nosuid,nodev" + (",ro" if read_only else "")
     device = Device(await mount(mountpoint, options))
+    tree = Tree(directory, device, read_only=read_only)
+    session = Session(mountpoint, tree)
     try:
-        tree = Tree(directory, device, read_only=read_only)
         transmission = Transmission(device, tree.file)
-        session = Session(mountpoint, tree)
         failure: Exception | None = None
-        pyfuse3.init(tree, f"/dev/fd/{os.dup(transmission.libfuse_end.fileno())}", set())
-        transmission.libfuse_end.close()
+        try:
+            pyfuse3.init(tree, f"/dev/fd/{os.dup(transmission.libfuse_end.fileno())}", set())
+        except BaseException:
+            transmission.close()
+            raise
+        finally:
+            transmission.libfuse_end.close()
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(pyfuse3.main, 1, WORKERS)
+                nursery.start_soon(_converse, session)
                 nursery.start_soon(_serve, transmission, session)
                 try:
                     yield session
                 except Exception as error:
                     failure = error  # raised behind the nursery, which would wrap it
                 finally:
-                    if not session.ended.is_set():
+                    if session.is_in_sight:
                         with trio.CancelScope(shield=True):
                             await _take_away(session)
                 nursery.cancel_scope.cancel()
@@ -85,8 +100,17 @@ async def mounted(directory: Directory, mountpoint: Path, *, read_only: bool = F
             pyfuse3.close(unmount=False)
     finally:
         device.close()
+        if session.is_in_sight:  # it has never been served, or what should have unmounted it was killed
+            with trio.CancelScope(shield=True):
+                await session.unmount(lazy=True)
     if failure is not None:
         raise failure
+
+
+async def _converse(session: Session) -> None:
+    await pyfuse3.main(1, WORKERS)
+    if not session.ended.is_set():
+        raise RuntimeError("libfuse has left: names and attributes would never be answered")
 
 
 async def _serve(transmission: Transmission, session: Session) -> None:
@@ -103,6 +127,17 @@ async def _take_away(session: Session) -> None:
     if why:
         log.warning("%s is in use (%s): taking it away from its users", session.mountpoint, why)
         await session.unmount(lazy=True)
+
+
+def _mounted_at(mountpoint: Path) -> str | None:
+    """The number (major:minor) of the file system that is on top there. Asks no file system: ours can't answer here."""
+    # proc_pid_mountinfo(5): id, parent, number, root, mount point with blanks in octal, ...
+    found = None
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        fields = line.split(b" ")
+        if re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), fields[4]) == os.fsencode(mountpoint):
+            found = fields[2].decode()
+    return found
 
 
 async def require_mountpoint(mountpoint: Path) -> Path:

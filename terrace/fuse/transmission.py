@@ -11,7 +11,8 @@ this loop has the descriptor, takes those requests out that are about a file's b
                                       +--- READ, WRITE, FSYNC, FALLOCATE, LSEEK ---> OpenFile
 
 One message is one request or reply on both. Of what libfuse replies only INIT is changed: it leaves the number of
-background requests (direct asynchronous IO, which is what loop devices do) at the kernel's 12.
+background requests (direct asynchronous IO, which is what loop devices do) at the kernel's 12, and may ask for longer
+requests than fit the buffers here.
 
 Libfuse writes its replies in this same thread, and a full socket would block it for good. So what can be in the socket
 is bounded: `terrace.fuse.session` runs `WORKERS` tasks of pyfuse3, each with one reply between two checkpoints, a reply
@@ -28,6 +29,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -266,12 +268,14 @@ class Transmission:
                 reply = buffer[:count]
                 if self._init and wire.REPLY.unpack_from(reply)[2] == self._init:
                     self._init = 0
-                    self._widen(reply)
+                    self._adjust(reply)
                 self._device.forward(reply)
 
-    def _widen(self, reply: memoryview) -> None:
+    def _adjust(self, reply: memoryview) -> None:
         if len(reply) < wire.REPLY.size + wire.INIT.size:
             return  # libfuse refused the kernel
         fields = list(wire.INIT.unpack_from(reply, wire.REPLY.size))
         fields[4:6] = [BACKGROUND, CONGESTED]
+        fields[6] = min(fields[6], wire.LONGEST_BYTES)
+        fields[8] = min(fields[8], wire.LONGEST_BYTES // resource.getpagesize())
         wire.INIT.pack_into(reply, wire.REPLY.size, *fields)

@@ -74,8 +74,10 @@ assert FOUND.size == 24
 #       16    2 u16  most background requests at a time
 #       18    2 u16  background requests from which on the device counts as congested
 #       20    4 u32  longest WRITE in bytes
-INIT: Final = Struct("=IIIIHHI")
-assert INIT.size == 24
+#       24    4 u32  granularity of times
+#       28    2 u16  most pages in one request
+INIT: Final = Struct("=IIIIHHIIH")
+assert INIT.size == 30
 INIT_OPCODE: Final = 26
 
 FORGET: Final = 2
@@ -90,7 +92,8 @@ LSEEK: Final = 46
 
 LONGEST_BYTES: Final = 1 << 20
 """Of one READ or WRITE: 256 pages of 4 KiB, the most that Linux puts into one request unless an administrator raises
-fs.fuse.max_pages_limit; libfuse asks for no more."""
+fs.fuse.max_pages_limit. Where libfuse asks for more (its pages are of 64 KiB, or it follows that limit), the reply to
+INIT is brought down to this."""
 BUFFER_BYTES: Final = LONGEST_BYTES + 4096
 
 FALLOC_KEEP_SIZE: Final = 0x01

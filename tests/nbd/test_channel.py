@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 import trio
@@ -433,6 +434,50 @@ def test_half_a_request_is_not_followed_by_a_farewell() -> None:
         with server.ours:
             received += await server.receive(2 * SIZE)
             assert 28 < len(received) < SIZE and not any(received[28:]), "DISC would be taken for data"
+
+    run(test)
+
+
+def test_a_send_that_fails_in_the_middle_of_a_request_is_never_followed_by_another_one() -> None:
+    """ENOBUFS is no end of a connection: what followed would be taken for the rest of the data."""
+
+    class Poor(socket.socket):
+        refused = False
+
+        def sendmsg(self, buffers: Any, *rest: Any) -> int:
+            if len(buffers[0]) > BLOCK and not Poor.refused:  # what is left of a payload
+                Poor.refused = True
+                raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+            return super().sendmsg(buffers, *rest)
+
+    async def test() -> None:
+        export = MemoryExport(size_bytes=SIZE)
+        async with connected(export) as (user, place):
+            dialled = 0
+
+            async def dial() -> tuple[socket.socket, Terms]:
+                nonlocal dialled
+                dialled += 1
+                sock, terms = await attach(place.path, export.name)
+                return Poor(fileno=sock.detach()), terms
+
+            channel = Channel(export.name, dial)
+            user = User(channel)
+            async with trio.open_nursery() as life:
+                await life.start(channel.run)
+                user.write(0, b"\1" * SIZE)
+                channel.push()
+                while not Poor.refused:
+                    await trio.sleep(0.001)
+                for at in range(0, SIZE, BLOCK):
+                    user.write(at, b"\2" * 512)
+                    channel.push()
+                with trio.fail_after(10):
+                    await user.all()
+                life.cancel_scope.cancel()
+        assert dialled == 2
+        assert {error for error, _ in user.answers.values()} == {0}
+        assert export.data == (b"\2" * 512 + b"\1" * (BLOCK - 512)) * (SIZE // BLOCK)
 
     run(test)
 

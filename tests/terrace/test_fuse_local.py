@@ -125,6 +125,32 @@ def test_a_batch_is_bounded_and_goes_with_one_call() -> None:
     assert calls == [BATCH_WRITES, BATCH_WRITES, 10]
 
 
+def test_an_export_is_given_back_when_its_last_request_has_ended_not_before() -> None:
+    """Its users were cut off: what is given back may be shrunk beneath a write that waits for room."""
+    given_back: list[bool] = []
+    ended = False
+
+    class Waiting(MemoryExport):
+        async def write(self, offset: int, data: memoryview | bytes) -> None:
+            nonlocal ended
+            await trio.sleep(0.05)
+            await super().write(offset, data)
+            ended = True
+
+    async def main() -> None:
+        answers = Answers()
+        async with trio.open_nursery() as nursery:
+            arena = memoryview(bytearray(REPLY.size + LONGEST_BYTES))
+            export = Waiting(size_bytes=SIZE)
+            file = PoolFile(export, lambda _: given_back.append(ended), cast(Device, answers), nursery, arena)
+            file.write(1, 0, memoryview(b"x"), durable=True)
+            file.close()
+            assert not given_back
+        assert given_back == [True] and answers.of == {1: 1}
+
+    trio.run(main)
+
+
 @both_speeds
 def test_what_fails_has_the_engines_errno(slow: bool) -> None:
     export = MemoryExport(size_bytes=SIZE, slow=slow, fail=lambda *_: errno.ESTALE)

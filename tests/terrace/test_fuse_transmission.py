@@ -332,13 +332,28 @@ def test_of_inits_reply_only_the_background_requests_are_changed() -> None:
             other = struct.pack("=IiQ", 80, 0, 9) + bytes(range(64))
             kernel.libfuse.send(other)
             assert await kernel.reply() == (9, 0, bytes(range(64)))
-            body = struct.pack("=IIIIHHI", 7, 31, 131072, 0xABCD, 12, 9, 1 << 20) + bytes(range(40))
+            body = struct.pack("=IIIIHHIIH", 7, 31, 131072, 0xABCD, 12, 9, 1 << 20, 1, 16) + bytes(range(34))
             for background, congested in [(BACKGROUND, CONGESTED), (12, 9)]:  # only once
                 kernel.libfuse.send(struct.pack("=IiQ", 80, 0, 2) + body)
                 unique, error, data = await kernel.reply()
                 assert (unique, error, len(data)) == (2, 0, 64)
                 assert struct.unpack_from("=HH", data, 16) == (background, congested)
                 assert data[:16] + data[20:] == body[:16] + body[20:]
+
+    run(test)
+
+
+def test_requests_are_never_longer_than_the_buffers_whatever_libfuse_asks_for() -> None:
+    async def test() -> None:
+        async with serving() as kernel:
+            await kernel.ask(wire.INIT_OPCODE, bytes(64), unique=2)
+            await trio.lowlevel.wait_readable(kernel.libfuse)
+            body = struct.pack("=IIIIHHIIHHI", 7, 31, 131072, 0xABCD, 12, 9, 16 << 20, 1, 4096, 77, 88) + bytes(28)
+            kernel.libfuse.send(struct.pack("=IiQ", 80, 0, 2) + body)
+            _, _, data = await kernel.reply()
+            longest, granularity, pages, alignment, more = struct.unpack_from("=IIHHI", data, 20)
+            assert longest == pages * os.sysconf("SC_PAGE_SIZE") == wire.LONGEST_BYTES
+            assert (granularity, alignment, more) == (1, 77, 88)
 
     run(test)
 
@@ -466,7 +481,7 @@ def test_the_structs_and_numbers_are_the_kernels() -> None:
     assert layout("fuse_out_header") == wire.REPLY.format
     assert struct.calcsize(layout("fuse_write_out")) == wire.WRITTEN.size - wire.REPLY.size
     assert struct.calcsize(layout("fuse_lseek_out")) == wire.FOUND.size - wire.REPLY.size
-    assert layout("fuse_init_out", 7) == wire.INIT.format
+    assert layout("fuse_init_out", 9) == wire.INIT.format
     assert [offset_of("fuse_init_out", name) for name in ("max_background", "congestion_threshold")] == [16, 18]
     for name in ("FORGET", "READ", "WRITE", "FSYNC", "FLUSH", "INTERRUPT", "BATCH_FORGET", "FALLOCATE", "LSEEK"):
         assert re.search(rf"FUSE_{name}\s*=\s*{getattr(wire, name)},", header), name

@@ -232,6 +232,24 @@ def test_an_error_of_the_pools_own_tasks_is_told_to_who_asks_and_at_the_end() ->
         loop.stop()
 
 
+def test_a_loop_that_breaks_down_ends_the_process_so_that_nobody_waits_for_ever(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def run_out_of_threads() -> None:
+        raise RuntimeError("can't start new thread")
+
+    def wait_for_it() -> None:
+        loop = LendingLoop(opened)
+        loop.start()
+        waiting = threading.Thread(target=loop.run, args=(trio.sleep_forever,), daemon=True)
+        waiting.start()
+        loop._jobs.put(run_out_of_threads)
+        waiting.join(10)  # and the child would end well
+
+    assert "status 1" in str(in_child(wait_for_it))
+    assert "can't start new thread" in capfd.readouterr().err
+
+
 def test_without_trios_context_nothing_is_lent_and_all_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lending, "_run_context", lambda: None)
     loop = LendingLoop(opened)
