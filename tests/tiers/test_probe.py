@@ -3,6 +3,7 @@
 import errno
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,7 +96,15 @@ def test_a_device_that_is_mounted_where_this_process_can_not_see_it_is_refused_e
             with pytest.raises(TierError, match=f"^{device} is in use: it is mounted"):
                 check_usable(device, force=True)
             process.communicate("\n")
-        check_usable(device, force=True)
+        # The kernel takes a namespace down in its own time.
+        deadline_s = time.monotonic() + 10
+        while True:
+            try:
+                check_usable(device, force=True)
+                break
+            except TierError:
+                assert time.monotonic() < deadline_s, "it is still in use long after it was unmounted"
+                time.sleep(0.05)
     finally:
         command("/sbin/losetup", "--detach", device)
 
