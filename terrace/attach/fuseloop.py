@@ -23,7 +23,7 @@ from typing import Final, Protocol
 
 import trio
 
-from terrace.attach import loopdev
+from terrace.attach import filesystem, loopdev
 from terrace.attach.driver import Attached, Order
 from terrace.attach.record import AttachError, directory_of
 from terrace.home import Home
@@ -155,11 +155,19 @@ async def _pass_on_looks(file: BackingFile, found: Attached) -> None:
 def clear_left_over(home: Home, name: str) -> None:
     """Remove what a keeper that was killed has left: a loop device that only fails, and a mount that nobody serves.
 
-    Raises AttachError: EBUSY where the device is still mounted or open. Blocks.
+    Raises AttachError: EIO where the device is still mounted, EBUSY where it is still open. Blocks.
     """
     place = mount_point(home, name)
     device = find_device(home, name)
     if device is not None:
+        # lsof doesn't show a mount, and its filesystem doesn't come back by waiting.
+        if mounts := filesystem.users_of(device).mounts:
+            where = ", ".join(mounts)
+            raise AttachError(
+                errno.EIO,  # not EBUSY, which `terrace attach` takes for another call at work, and waits a minute
+                f"{device} only fails since its keeper was killed, and is still mounted at {where}: "
+                f"terrace detach {name} --unmount first, then attach it again",
+            )
         loopdev.clear(device)
     unmount = shutil.which("fusermount3") or shutil.which("umount")
     if unmount is not None and _is_mounted(place):
