@@ -38,6 +38,7 @@ from terrace.config import Config, load_config
 from terrace.definitions import Definitions
 from terrace.events import Events
 from terrace.exports import PoolExports
+from terrace.extras import how_to_install
 from terrace.home import Home, HomeError, find_home
 from terrace.httpserver import serve_http
 from terrace.listening import Listening, listen
@@ -214,7 +215,7 @@ async def _require_fuse(mountpoint: Path) -> None:
         from terrace.fuse.session import require_mountpoint
     except ImportError as error:
         raise OSError(
-            errno.ENOTSUP, f"mountpoint under [fuse] needs pyfuse3 ({error}): pip install 'terrace[fuse]'"
+            errno.ENOTSUP, f"mountpoint under [fuse] needs pyfuse3 ({error}): {how_to_install('pyfuse3')}"
         ) from None
     await require_mountpoint(mountpoint)
 

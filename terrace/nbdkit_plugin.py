@@ -60,9 +60,37 @@ def choose(patterns: list[Path], version: tuple[int, int]) -> tuple[Path | None,
     )
 
 
+def own_library(path: list[str], base_prefix: str, loaded: list[str], version: tuple[int, int]) -> list[str]:
+    """`path` with the standard library that belongs to the libpython among the `loaded` files of this process.
+
+    A Python that is embedded asks the PATH where it lies. Where an environment of another build comes first there, as
+    one that is activated does, it takes that build's library, whose compiled modules don't fit.
+    """
+    name = f"python{version[0]}.{version[1]}"
+    for library in loaded:
+        if not Path(library).name.startswith(f"lib{name}"):
+            continue
+        for prefix in Path(library).parents:
+            mine = prefix / "lib" / name
+            if (mine / "os.py").exists():
+                other = Path(base_prefix) / "lib" / name
+                if mine.resolve() == other.resolve():
+                    return path
+                theirs = str(other)
+                return [str(mine) + at.removeprefix(theirs) if at.startswith(theirs) else at for at in path]
+    return path
+
+
+def files_loaded() -> list[str]:
+    """What this process has mapped, by path."""
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    return sorted({line[line.index("/") :] for line in lines if "/" in line})
+
+
 def prepare(file: Path) -> str | None:
     """Make `terrace` and what it needs importable; returns what stands in the way, in a sentence, or None."""
     root = file.parent.parent
+    sys.path[:] = own_library(sys.path, sys.base_prefix, files_loaded(), sys.version_info[:2])
     version = sys.version_info[:2]
     if version < OLDEST:
         return f"Terrace needs Python {OLDEST[0]}.{OLDEST[1]} or later and nbdkit's is {version[0]}.{version[1]}"

@@ -26,8 +26,9 @@ import trio
 
 from terrace.attach import loopdev
 from terrace.attach.driver import Attached, Order
-from terrace.attach.filesystem import mount_points
+from terrace.attach.filesystem import mount_points, users_of
 from terrace.attach.record import AttachError, directory_of
+from terrace.extras import how_to_install
 from terrace.home import Home
 
 log = logging.getLogger("terrace.attach")
@@ -65,7 +66,7 @@ def backing() -> Backing:
         from terrace.fuse.backing import volume_file
     except ImportError as error:
         raise AttachError(
-            errno.ENODEV, f"a file in a FUSE mount needs {error.name}: pip install 'terrace[fuse]'"
+            errno.ENODEV, f"a file in a FUSE mount needs pyfuse3 ({error}): {how_to_install('pyfuse3')}"
         ) from None
 
     def serve(order: Order, place: Path) -> AbstractAsyncContextManager[BackingFile]:
@@ -161,11 +162,19 @@ async def _pass_on_looks(file: BackingFile, found: Attached) -> None:
 def clear_left_over(home: Home, name: str) -> None:
     """Remove what a keeper that was killed has left: a loop device that only fails, and a mount that nobody serves.
 
-    Raises AttachError: EBUSY where the device is still mounted or open. Blocks.
+    Raises AttachError: EIO where the device is still mounted, EBUSY where it is still open. Blocks.
     """
     place = mount_point(home, name)
     device = find_device(home, name)
     if device is not None:
+        # lsof doesn't show a mount, and its filesystem doesn't come back by waiting.
+        if mounts := users_of(device).mounts:
+            where = ", ".join(mounts)
+            raise AttachError(
+                errno.EIO,  # not EBUSY, which `terrace attach` takes for another call at work, and waits a minute
+                f"{device} only fails since its keeper was killed, and is still mounted at {where}: "
+                f"terrace detach {name} --unmount first, then attach it again",
+            )
         loopdev.clear(device, inside=place)
     unmount = shutil.which("fusermount3") or shutil.which("umount")
     if unmount is not None and _is_mounted(place):

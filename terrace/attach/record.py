@@ -155,7 +155,9 @@ class Records:
                 except BlockingIOError:
                     if time.monotonic() > deadline_s:
                         raise AttachError(
-                            errno.EBUSY, f"{name} is being attached or detached by process {_pid_in(fd)}: wait for it"
+                            errno.EBUSY,
+                            f"{name} is being attached or detached by process {_pid_in(fd)}: wait for it, and if it "
+                            f"stays so: terrace detach {name}",
                         ) from None
                     time.sleep(_POLL_S)
             os.ftruncate(fd, 0)

@@ -125,6 +125,8 @@ def attach(
         *("--driver", driver, "--connections", str(connections), "--dead-timeout", f"{dead_timeout}s"),
     ]
     device, made = _attach(context, records, called, arguments)
+    if not made:
+        _require_as_asked(cast("Record", records.find(called)), read_only, driver)
     try:
         record = records.find(called)
         if mkfs:
@@ -237,6 +239,23 @@ def _attach(context: Context, records: Records, called: str, arguments: list[str
             # Another call is attaching it at this moment: then its device is ours too.
             if error.errno != errno.EBUSY or time.monotonic() > deadline_s:
                 raise
+
+
+def _require_as_asked(record: Record, read_only: bool, driver: Asked) -> None:
+    """Raise AttachError if what is attached already is not what was asked for."""
+    from terrace.attach.record import AttachError
+
+    if read_only and not record.read_only:
+        how = "can be written"
+    elif driver not in ("auto", record.driver):
+        how = f"by the driver {record.driver}"
+    else:
+        return
+    raise AttachError(
+        errno.EEXIST,
+        f"{record.name} is attached already, as {record.device}, and {how}: terrace detach {record.name} first to have "
+        "it otherwise",
+    )
 
 
 def _start_keeper(context: Context, records: Records, called: str, arguments: list[str]) -> str:

@@ -14,6 +14,7 @@ import click
 
 from terrace.cli.context import VOLUME, Context, pass_context
 from terrace.cli.output import console, duration, percent, show_json
+from terrace.extras import how_to_install
 from terrace.sizes import format_size
 
 PICTURES = (".png", ".svg")
@@ -189,7 +190,7 @@ def _require_plot(path: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise click.ClickException(
-            f"{path}: pictures need matplotlib, which isn't installed: install it with `pip install 'terrace[plot]'`, "
+            f"{path}: pictures need matplotlib, which isn't installed: `{how_to_install('matplotlib')}`, "
             "or leave --output out to see the map here",
         ) from None
 

@@ -14,6 +14,7 @@ import trio
 
 from terrace.cli.context import Context, pass_context
 from terrace.cli.output import complain
+from terrace.extras import how_to_install
 from terrace.reclaim import stand_apart
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def require_fuse() -> None:
         import pyfuse3  # noqa: F401
     except ImportError as error:
         raise click.ClickException(
-            f"FUSE needs the Python package pyfuse3 ({error}); install it with: pip install 'terrace[fuse]' "
+            f"FUSE needs the Python package pyfuse3 ({error}); install it with: {how_to_install('pyfuse3')} "
             "(which compiles it: Debian's libfuse3-dev, pkg-config and a C compiler must be there)"
         ) from None
     if not Path("/dev/fuse").exists():

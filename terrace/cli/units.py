@@ -76,8 +76,8 @@ def install_units(
     changed = [target for target in targets if target.state is State.CHANGED]
     pending = [target for target in targets if target.state is not State.CURRENT]
     for target in pending:
-        click.echo(f"{target.shown}: {'would be ' if dry_run else ''}{_verb(target)}")
         if dry_run or target.state is not State.MISSING:
+            click.echo(f"{target.shown}: {'would be ' if dry_run else 'is to be '}{_verb(target)}")
             click.echo(target.difference())
     if changed and not force:
         raise UnitError(
@@ -88,6 +88,8 @@ def install_units(
     if dry_run:
         return
     write(pending)
+    for target in pending:
+        click.echo(f"{target.shown}: {_verb(target)}")
     exposed = writable_by_others(installation.programs / "terraced")
     if exposed is not None:
         click.echo(

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -40,7 +41,9 @@ def make_pool(home: Path, name: str = "p", *, volumes: dict[str, int], fast_mib:
 def environment() -> dict[str, str]:
     """Without what tells Python where to look: the plugin must find its packages by itself."""
     hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-    return {key: value for key, value in os.environ.items() if key not in hidden and not key.startswith("TERRACE_")}
+    kept = {key: value for key, value in os.environ.items() if key not in hidden and not key.startswith("TERRACE_")}
+    ours = str(Path(sys.executable).parent)
+    return kept | {"PATH": os.pathsep.join(part for part in kept["PATH"].split(os.pathsep) if part != ours)}
 
 
 def command(*arguments: str | Path, options: Sequence[str | Path] = ()) -> list[str]:
@@ -49,14 +52,18 @@ def command(*arguments: str | Path, options: Sequence[str | Path] = ()) -> list[
 
 
 def once(
-    *arguments: str | Path, options: Sequence[str | Path] = (), run: str = "true", cwd: Path | None = None
+    *arguments: str | Path,
+    options: Sequence[str | Path] = (),
+    run: str = "true",
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """`nbdkit ... --run COMMAND` on a private socket: a server that lives as long as the command."""
     with tempfile.TemporaryDirectory() as neutral:
         return subprocess.run(
             command(*arguments, options=["-U", "-", *options, "--run", run]),
             cwd=cwd or neutral,
-            env=environment(),
+            env=env or environment(),
             capture_output=True,
             text=True,
             timeout=60,

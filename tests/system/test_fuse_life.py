@@ -191,7 +191,7 @@ def test_it_asks_for_a_daemon_and_for_pyfuse3_before_it_begins(daemon: Daemon, t
         env=environment(),
         check=False,
     )
-    assert missing.returncode == 1 and "pip install 'terrace[fuse]'" in missing.stderr
+    assert missing.returncode == 1 and "pip install 'pyfuse3>=" in missing.stderr
     assert missing.stderr.count("\n") == 1 and not is_mounted(directory)
 
 

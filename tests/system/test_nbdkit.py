@@ -399,6 +399,14 @@ def test_a_pool_that_cannot_be_opened_after_all_ends_the_command_of_run(pool: Pa
     assert "there is no pool in" in result.stderr
 
 
+def test_an_environment_of_another_build_of_python_on_the_path_does_not_lead_nbdkits_python_astray(pool: Path) -> None:
+    """As where the environment that holds Terrace is activated: an embedded Python asks the PATH where it lies."""
+    first = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    served = once(f"pool={pool}", "volume=v", run='nbdinfo --size "$uri"', env=environment() | first)
+    assert served.returncode == 0, served.stderr
+    assert int(served.stdout) > 0
+
+
 def test_a_plugin_without_its_packages_says_what_to_do(tmp_path: Path) -> None:
     alone = tmp_path / "terrace" / "nbdkit_plugin.py"
     alone.parent.mkdir()

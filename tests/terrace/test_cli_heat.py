@@ -116,5 +116,5 @@ def test_without_matplotlib_the_way_to_it_is_told(
 
     monkeypatch.setattr(builtins, "__import__", without)
     said = cli.error("volume", "heat", volume, "-o", str(tmp_path / "m.png"))
-    assert "pip install 'terrace[plot]'" in said
+    assert "pip install 'matplotlib>=" in said
     assert "p/v" in cli.ok("volume", "heat", volume), "the terminal needs no matplotlib"
