@@ -53,6 +53,7 @@ verify() { echo 3 >/proc/sys/vm/drop_caches && (cd /mnt && md5sum -c /tmp/sum); 
 
 no_io_errors() { ! dmesg | grep -E 'I/O error|EXT4-fs (error|warning)|nbd0: .*(error|timed out)'; }
 
+# shellcheck disable=SC2154
 # The host's files with a layer of our own over them, in which Python and the checkout are where they are on the host.
 share_host() {
   mkdir /host /layer /shared &&
@@ -61,6 +62,10 @@ share_host() {
     mount -t overlay -o lowerdir=/host,upperdir=/layer/upper,workdir=/layer/work overlay /shared || return
   for each in proc sys dev; do mount --bind "/$each" "/shared/$each" || return; done
   for each in run tmp var/lib; do mount -t tmpfs tmpfs "/shared/$each" || return; done
+  # A checkout, or its environment, may lie where these are now.
+  for each in "$terrace_checkout" "${terrace_python%/bin/*}"; do
+    [ -e "/shared/$each" ] || { mkdir -p "/shared/$each" && mount --bind "/host/$each" "/shared/$each"; } || return
+  done
 }
 
 # shellcheck disable=SC2154
