@@ -5,22 +5,11 @@ First by nbd-client; then by `terrace attach`, over restarts, kills and stops of
 
 from __future__ import annotations
 
-import subprocess
-
 import pytest
 
-from tests.system.daemon import REPOSITORY, environment
+from tests.system.daemon import run_script
 
 
 @pytest.mark.kernel
 def test_the_linux_kernel_uses_volumes_and_its_filesystems_survive_restarts_of_the_daemon() -> None:
-    result = subprocess.run(
-        ["scripts/guest"],
-        cwd=REPOSITORY,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout
+    run_script("scripts/guest")

@@ -175,3 +175,17 @@ def environment() -> dict[str, str]:
     first = {"PATH": str(Path(sys.executable).parent), "PYTHONPATH": str(REPOSITORY)}
     kept |= {key: os.pathsep.join(filter(None, [value, kept.get(key, "")])) for key, value in first.items()}
     return kept | {"COLUMNS": "200"}
+
+
+def run_script(*command: str) -> None:
+    """One of the repository's scripts; a failure shows all that it said."""
+    result = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
