@@ -42,6 +42,9 @@ REGRESSIONS = {
     "a machine that was off wiped the label of a device that its catalog had just learnt of": Run(
         678856941322, "failing"
     ),
+    "the workload took a refused creation for gone, over whose record nothing could be put": Run(
+        944972175463, "faults"
+    ),
 }
 
 
