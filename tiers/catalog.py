@@ -537,7 +537,11 @@ class Catalog:
             raise
 
     def add_devices(self, devices: Sequence[DeviceRow]) -> None:
-        """Record new devices, before anything is put on them. Raises TierError; then none of them is recorded."""
+        """Record new devices, before anything is put on them. Raises TierError.
+
+        ENOSPC: none of them is recorded. Another error (a failed fsync of the WAL) leaves that to the next open, which
+        finds all or none, unless something was committed in between.
+        """
         try:
             with self._lock:
                 self._db.execute("BEGIN IMMEDIATE")

@@ -855,10 +855,17 @@ class Pool:
             try:
                 with trio.CancelScope(shield=True):
                     await engine.offload(engine.catalog.add_devices, added)
-            except OSError:
+            except OSError as error:
                 _close_devices(opened)
-                self._host.wipe_labels([Path(row.path) for row in added])
-                raise
+                if error.errno == errno.ENOSPC:
+                    self._host.wipe_labels([Path(row.path) for row in added])
+                    raise
+                # The catalog may know them after a restart: without their labels the pool could not be opened then.
+                raise TierError(
+                    error.errno or errno.EIO,
+                    f"{error.strerror}; after a restart `terrace pool show {self.name}` tells whether "
+                    f"{', '.join(row.path for row in added)} became part of it: if not, add it again with --force",
+                ) from error
             hit("grow.committed")
             engine.devices.extend(opened)
             for device in opened:

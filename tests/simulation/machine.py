@@ -454,7 +454,9 @@ class Machine:
         return rows
 
     def wipe_labels(self, paths: Sequence[Path]) -> None:
-        """The media are nobody's again."""
+        """The media are nobody's again. The engine cleans up like that when it goes down too, which must not help."""
+        if self.is_off:
+            return
         self.media = [medium for medium in self.media if medium.path not in map(str, paths)]
 
     def workers(self) -> Offload:

@@ -18,10 +18,11 @@ import trio
 
 from tests.simulation.failpoints import failpoint_names
 from tests.simulation.faults import Faults
-from tests.simulation.machine import Machine, PowerCutError
+from tests.simulation.machine import SEGMENT_BYTES, Machine, PowerCutError
 from tests.simulation.oracle import require_sound
-from tests.simulation.workload import PROFILES, Run, random_faults
-from tiers import failpoint
+from tests.simulation.workload import PROFILES, Crash, Run, random_faults
+from tiers import DeviceSpec, failpoint
+from tiers.layout import LABEL_AREA_BYTES
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,6 +39,12 @@ REGRESSIONS = {
     ),
     "a stream that had gone past the log was undone when the device that held it was lost": Run(28, "devices"),
     "an index passed a snapshot over where the map page above was lost since": Run(1151, "versions"),
+    "a machine that was off wiped the label of a device that its catalog had just learnt of": Run(
+        678856941322, "failing"
+    ),
+    "the workload took a refused creation for gone, over whose record nothing could be put": Run(
+        944972175463, "faults"
+    ),
 }
 
 
@@ -73,6 +80,24 @@ def test_no_crash_and_no_fault_breaks_the_promise(profile: str, seed: int) -> No
     run = Run(seed, profile)
     print(run.command())
     run.live()
+
+
+@pytest.mark.parametrize("crash", [(1, None, None), (None, None, ("grow.labelled", 0))])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_crash_while_the_catalog_learns_of_a_device_leaves_it_labelled(seed: int, crash: Crash) -> None:
+    machine = Machine(seed=seed)
+
+    async def main() -> None:
+        with contextlib.suppress(PowerCutError):
+            async with machine.open() as pool:
+                machine.on_hit["grow.labelled"] = lambda: machine.arm(crash)
+                await pool.grow([DeviceSpec(Path("/simulated/more"), "base", LABEL_AREA_BYTES + 64 * SEGMENT_BYTES)])
+        assert machine.is_off and [medium.path for medium in machine.media][1:] == ["/simulated/more"]
+        machine.power_cut()
+        async with machine.open() as pool:
+            assert len(pool.status().devices) == len(machine.state.devices)
+
+    machine.run(main)
 
 
 def test_the_faults_really_happen() -> None:

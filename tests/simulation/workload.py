@@ -432,7 +432,8 @@ class Driver:
             except TierError:
                 if self.machine.is_off:
                     raise
-                if pool._engine.flusher.failure is None:
+                # Where nothing could be put over the refused record, a crash may still let it come true.
+                if pool._engine.flusher.failure is None and not pool._engine.log.broken:
                     del self.uncertain[name]
                 continue
             del self.uncertain[name]
@@ -453,8 +454,7 @@ class Driver:
             if self.machine.is_off:
                 raise
             if pool._engine.flusher.failure is None:
-                # Where nothing could be put over the refused record, a crash may still let it come true.
-                if not pool._engine.log.broken:
+                if not pool._engine.log.broken:  # as for a creation
                     del self.uncertain[name]
             elif pool._engine.volume_named(name) is None:
                 del self.models[name]  # gone, but perhaps not durably

@@ -105,6 +105,33 @@ def test_a_grow_that_fails_leaves_the_pool_as_it_was(tmp_path: Path, monkeypatch
     run(body)
 
 
+def test_a_pool_opens_whichever_way_a_grow_in_doubt_went(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed fsync of the catalog's WAL: after a crash the new device may be recorded, though that was an error."""
+
+    async def body() -> None:
+        home = await make_pool(tmp_path, fast_mib=32)
+        async with Pool.open(home) as pool:
+            record = pool._engine.catalog.add_devices
+            for name, is_recorded in (("without", False), ("with", True)):
+
+                def fail(devices: Any, is_recorded: bool = is_recorded) -> None:
+                    if is_recorded:
+                        record(devices)
+                    raise TierError(errno.EIO, "the catalog: disk I/O error")
+
+                monkeypatch.setattr(pool._engine.catalog, "add_devices", fail)
+                with pytest.raises(TierError, match=rf"disk I/O error; after a .*/{name} became part") as raised:
+                    await pool.grow([DeviceSpec(tmp_path / name, "base", 64 * MIB)])
+                assert raised.value.errno == errno.EIO
+                assert len(pool.status().devices) == 1
+        async with Pool.open(home) as pool:
+            assert [Path(device.path).name for device in pool.status().devices][1:] == ["with"]
+            await pool.grow([DeviceSpec(tmp_path / "without", "base")], force=True)
+            assert len(pool.status().devices) == 3
+
+    run(body)
+
+
 def test_what_changes_while_the_catalog_commits_is_in_the_next_checkpoint(tmp_path: Path) -> None:
     """A log segment is overwritten and left while a commit runs: its row must be written by the next one."""
 
