@@ -86,7 +86,7 @@ def test_a_device_that_is_mounted_where_this_process_can_not_see_it_is_refused_e
     """As a service in a sandbox doesn't, or a container."""
     image = filesystem(tmp_path / "mounted.img")
     device = Path(command("/sbin/losetup", "--find", "--show", image).strip())
-    script = f"mount {device} {tmp_path} && echo mounted && read -r"
+    script = f"mount {device} {tmp_path} && echo mounted && read -r line"
     elsewhere = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script]
     try:
         with subprocess.Popen(elsewhere, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
