@@ -9,7 +9,6 @@ itself, for ever.
 import contextlib
 import errno
 import os
-import re
 import stat
 import subprocess
 from pathlib import Path
@@ -18,6 +17,7 @@ import psutil
 
 from tiers.errors import TierError
 from tiers.label import LABEL_BYTES, LABEL_OFFSETS, BadLabelError, Label, newest_label
+from tiers.mounts import mounts
 
 
 def read_label(path: Path) -> Label:
@@ -109,15 +109,10 @@ def _is_volume(path: Path) -> bool:
                 backing = (disk / "loop/backing_file").read_text().rstrip("\n")
         if backing is None:
             return False
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        # proc_pid_mountinfo(5): id, parent, major:minor, root, mount point with octal escapes, ..., -, type, ...
-        fields, _, kind = line.partition(" - ")
-        if kind.startswith("fuse.terrace "):
-            _, _, device_number, _, mountpoint, *_ = fields.split(" ")
-            below = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), mountpoint) + "/"
-            if (device_number == number) if backing is None else backing.startswith(below):
-                return True
-    return False
+    ours = [mount for mount in mounts() if mount.kind == "fuse.terrace"]
+    if backing is None:
+        return any(mount.number == number for mount in ours)
+    return any(backing.startswith(f"{mount.where}/") for mount in ours)
 
 
 def check_usable(path: Path, *, force: bool) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from terrace.attach.record import AttachError
+from tiers.mounts import mounts
 from tiers.probe import signature_of
 
 Kind = Literal["ext4", "xfs"]
@@ -28,7 +29,6 @@ _MAKE: Final = {
     "xfs": (["mkfs.xfs", "-q", "-s", "size=4096"], "-f"),
 }
 _PATH: Final = "/usr/sbin:/sbin:/usr/bin:/bin"
-MOUNTINFO: Final = Path("/proc/self/mountinfo")
 SYSFS: Final = Path("/sys/class/block")
 BLANK_BYTES: Final = 1 << 20
 """Where nothing is here, nothing was ever put: a database's file and a pool of ours begin here too, as does what is
@@ -55,14 +55,12 @@ def users_of(device: str) -> Users:
     name = Path(device).resolve().name
     parts = _parts(name)
     numbers = {_read(SYSFS / part / "dev") for part in parts} - {""}
-    mounts = []
-    for line in MOUNTINFO.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
-        fields, _, rest = line.partition(" - ")
-        _, _, number, _, where, *_ = fields.split(" ")
-        source = _unescaped(rest.split(" ")[1])
-        # btrfs shows a device number of its own.
-        if number in numbers or (source.startswith("/dev/") and Path(source).resolve().name in parts):
-            mounts.append(_unescaped(where))
+    # btrfs shows a device number of its own.
+    places = [
+        mount.where
+        for mount in mounts()
+        if mount.number in numbers or (mount.source.startswith("/dev/") and Path(mount.source).resolve().name in parts)
+    ]
     holders = sorted(holder for part in parts for holder in _names(SYSFS / part / "holders"))
     for backing in sorted(SYSFS.glob("loop*/loop/backing_file")):
         if _device_name(_read(backing)) in parts:
@@ -70,7 +68,7 @@ def users_of(device: str) -> Users:
     for line in _read(Path("/proc/swaps")).splitlines()[1:]:
         if Path(line.split()[0]).resolve().name in parts:
             holders.append("swap")
-    return Users(mounts, [_shown(holder) for holder in holders])
+    return Users(places, [_shown(holder) for holder in holders])
 
 
 def require_unused(device: str, name: str) -> None:
@@ -203,9 +201,9 @@ def unmount(where: str) -> None:
 def unmount_all(device: str) -> list[str]:
     """Unmount the device wherever it is mounted; where that was. What was mounted last goes first."""
     done = []
-    while mounts := users_of(device).mounts:
-        unmount(mounts[-1])
-        done.append(mounts[-1])
+    while places := users_of(device).mounts:
+        unmount(places[-1])
+        done.append(places[-1])
     return done
 
 
@@ -262,15 +260,7 @@ def _is_mount_point(directory: Path) -> bool:
 
 def mount_points() -> set[str]:
     """Wherever something is mounted, as this process sees it."""
-    text = MOUNTINFO.read_text(encoding="utf-8", errors="surrogateescape")
-    return {_unescaped(line.split(" ")[4]) for line in text.splitlines()}
-
-
-def _unescaped(field: str) -> str:
-    """proc(5): space, tab, newline and backslash are octal escapes."""
-    for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-        field = field.replace(code, char)
-    return field
+    return {mount.where for mount in mounts()}
 
 
 def _names(directory: Path) -> list[str]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import re
 import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -29,6 +28,7 @@ from terrace.fuse.device import Device, MountError, mount, unmount
 from terrace.fuse.files import Directory
 from terrace.fuse.filesystem import Tree
 from terrace.fuse.transmission import Transmission
+from tiers.mounts import mounts
 
 log = logging.getLogger("terrace.fuse")
 
@@ -130,14 +130,8 @@ async def _take_away(session: Session) -> None:
 
 
 def _mounted_at(mountpoint: Path) -> str | None:
-    """The number (major:minor) of the file system that is on top there. Asks no file system: ours can't answer here."""
-    # proc_pid_mountinfo(5): id, parent, number, root, mount point with blanks in octal, ...
-    found = None
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
-        fields = line.split(b" ")
-        if re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), fields[4]) == os.fsencode(mountpoint):
-            found = fields[2].decode()
-    return found
+    """The number (major:minor) of the file system that is on top there."""
+    return next((mount.number for mount in reversed(mounts()) if mount.where == str(mountpoint)), None)
 
 
 async def require_mountpoint(mountpoint: Path) -> Path:

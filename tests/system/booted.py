@@ -166,6 +166,12 @@ class Machine:
         self.run("systemctl", "kill", f"--signal={number.name}", "--kill-whom=main", unit)
 
 
+def require_in_order(said: str, steps: Sequence[str]) -> None:
+    """All of these were said, in that order."""
+    places = [said.index(step) for step in steps]
+    assert places == sorted(places), said
+
+
 def udev_package() -> str:
     """Debian's package, unpacked by the machine and installed nowhere; "" where this host has udev itself."""
     if Path("/lib/systemd/systemd-udevd").exists():

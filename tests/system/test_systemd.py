@@ -19,7 +19,7 @@ import pytest
 
 from terrace.config import parse_config
 from terrace.unitfiles import Installation, render
-from tests.system.booted import BIN, Machine
+from tests.system.booted import BIN, Machine, require_in_order
 from tests.system.nbdclient import Connection
 
 pytestmark = pytest.mark.system
@@ -331,5 +331,4 @@ def test_a_host_that_goes_down_closes_the_pools_and_then_the_addresses(tmp_path:
         "Closed terraced.socket",
         "System Power Off",
     )
-    places = [said.index(step) for step in steps]
-    assert places == sorted(places)
+    require_in_order(said, steps)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.booted import Machine
+from tests.system.booted import Machine, require_in_order
 
 pytestmark = pytest.mark.system
 
@@ -55,5 +55,4 @@ def test_a_volume_in_fstab_is_mounted_survives_restarts_of_the_daemon_and_goes_i
         "terrace.pools: pool my-pool is closed",
         "Closed terraced.socket",
     )
-    places = [said.index(step) for step in steps]
-    assert places == sorted(places)
+    require_in_order(said, steps)
