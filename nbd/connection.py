@@ -8,9 +8,8 @@ Threads of control
     socket is not read.
 
 One writer
-    Replies of such tasks go into ``_replies``; whoever finds nobody sending becomes the sender and
-    empties the queue (``_pump``). The main task sends its arena under the same flag, and does not
-    touch the arena again before it has left.
+    All replies leave through the ``Outbox``. The main task does not touch its arena again before that
+    has let go of it.
 
 Memory
     The inbox and the arena (a ``Bench``) belong to the connection only while it has work; waiting
@@ -42,9 +41,7 @@ import enum
 import errno
 import logging
 import math
-import os
 import socket
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -56,6 +53,7 @@ from nbd import wire
 from nbd.export import Export, Exports, OffersContexts
 from nbd.fence import Fence
 from nbd.handshake import NEED_DATA, Handshake, Hangup, Send, WantExport, WantList
+from nbd.outbox import Outbox
 from nbd.transmission import (
     Session,
     block_status,
@@ -232,12 +230,8 @@ class Connection:
         self._inflight_bytes = 0
         self._room = trio.Event()
 
-        self._replies: deque[tuple[bytes | memoryview, int, int]] = deque()  # data, requests, bytes
-        self._sending = False
-        self._sender_left = trio.lowlevel.ParkingLot()
-        self._send_scope: trio.CancelScope | None = None
-        self._send_by = math.inf
-        self._broken = False
+        self._outbox = Outbox(sock, peer, self._finish_task)
+        self._deliver = self._outbox.deliver
 
         self._alone = True
         self._fruitless = 0
@@ -276,12 +270,10 @@ class Connection:
                 with trio.CancelScope(deadline=self._leave_by) as self._scope:
                     await self._transmit()
                 # What is in flight may finish, but a client that doesn't read can't hold us.
-                self._send_by = trio.current_time() + self._limits.linger_s
-                if self._send_scope is not None:
-                    self._send_scope.deadline = self._send_by
+                self._outbox.leave_by(trio.current_time() + self._limits.linger_s)
         finally:
             self._workshop.fence.leave(export, self._sock)
-        if self._draining and not self._broken:
+        if self._draining and not self._outbox.broken:
             await self._part()
         log.info("%s: left %s", self.peer, export.name)
 
@@ -338,19 +330,19 @@ class Connection:
                     return None
                 machine.feed(data)
             elif isinstance(event, Send):
-                await self._send_all(event.data)
+                await self._outbox.send_all(event.data)
             elif isinstance(event, WantList):
-                await self._send_all(machine.listed(self._exports.list()))
+                await self._outbox.send_all(machine.listed(self._exports.list()))
             elif isinstance(event, WantExport):
                 export = await self._open(event)
                 if export is not None:
                     return export
             elif isinstance(event, Hangup):
-                await self._send_all(event.farewell)
+                await self._outbox.send_all(event.farewell)
                 if event.rude:
                     log.warning("%s: dropped: %s", self.peer, event.reason)
                 return None
-            if self._broken:
+            if self._outbox.broken:
                 return None
 
     async def _open(self, event: WantExport) -> Export | None:
@@ -361,15 +353,15 @@ class Connection:
         except OSError as error:
             reply = machine.refused(error)
             if reply:
-                await self._send_all(reply)
+                await self._outbox.send_all(reply)
             else:
                 log.warning("%s: dropped: no export %r: %s", self.peer, event.name, error)
-                self._broken = True
+                self._outbox.broken = True
             return None
         keep = False
         try:
-            await self._send_all(machine.described(export))
-            keep = event.enters and not self._broken
+            await self._outbox.send_all(machine.described(export))
+            keep = event.enters and not self._outbox.broken
         finally:
             if not keep:
                 self._exports.release(export)
@@ -402,7 +394,7 @@ class Connection:
                 await self._send_arena()
             if self._parked:
                 await self._release_parked()
-            if self._broken:
+            if self._outbox.broken:
                 return
             if perf_counter() > self._slice_end:
                 await self._yield()
@@ -833,7 +825,7 @@ class Connection:
             offset += part
             self._arena_used = header + part
             await self._send_arena()
-            if self._broken:
+            if self._outbox.broken:
                 return
             if perf_counter() > self._slice_end:
                 await self._yield()
@@ -1081,69 +1073,6 @@ class Connection:
     async def _send_arena(self) -> None:
         """Send the arena's replies; when this returns the arena may be used again."""
         used, self._arena_used = self._arena_used, 0
-        while self._sending:
-            await self._sender_left.park()
-        # No checkpoint from here to the send, or to _pump's first line: nobody else sends.
-        if self._broken:
-            return
         assert self._bench is not None
-        view = self._bench.arena[:used]
-        try:
-            sent = self._sock.send(view)
-        except BlockingIOError:
-            sent = 0
-        except OSError as error:
-            self._break(error)
-            return
-        if sent < used:
-            await self._pump(view[sent:])
+        if await self._outbox.send_arena(self._bench.arena[:used]):
             self._woke()
-
-    async def _deliver(self, reply: bytes | memoryview, requests: int, length: int) -> None:
-        """Queue a reply; ``requests`` and ``length`` leave the bounds when it has been sent."""
-        self._replies.append((reply, requests, length))
-        if not self._sending:
-            await self._pump(b"")
-
-    async def _pump(self, first: bytes | memoryview) -> None:
-        """Be the sender: send ``first``, then the queue until it is empty."""
-        self._sending = True
-        try:
-            if first:
-                await self._send_all(first)
-            while self._replies:
-                batch = [self._replies.popleft()]
-                total = len(batch[0][0])
-                while self._replies and total + len(self._replies[0][0]) <= 64 << 10:
-                    batch.append(self._replies.popleft())
-                    total += len(batch[-1][0])
-                await self._send_all(b"".join([reply for reply, _, _ in batch]) if len(batch) > 1 else batch[0][0])
-                self._finish_task(sum(requests for _, requests, _ in batch), sum(length for _, _, length in batch))
-        finally:
-            self._sending = False
-            self._sender_left.unpark_all()
-
-    async def _send_all(self, data: bytes | memoryview) -> None:
-        """Send all, unless the socket is or becomes broken. Cut short, it leaves it broken."""
-        view = memoryview(data)
-        while view and not self._broken:
-            try:
-                view = view[self._sock.send(view) :]
-            except BlockingIOError:
-                try:
-                    with trio.CancelScope(deadline=self._send_by) as self._send_scope:
-                        await trio.lowlevel.wait_writable(self._sock)
-                except BaseException:
-                    self._broken = True
-                    raise
-                finally:
-                    caught = self._send_scope is not None and self._send_scope.cancelled_caught
-                    self._send_scope = None
-                if caught:
-                    self._break(OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
-            except OSError as error:
-                self._break(error)
-
-    def _break(self, error: OSError) -> None:
-        self._broken = True
-        log.debug("%s: can't send: %s", self.peer, error)
