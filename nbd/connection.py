@@ -26,6 +26,13 @@ Leaving
     any more; so a client that sees the end of a connection, and sends again what was not answered,
     can't be overtaken by the first copy. For one that doesn't wait for the end: ``nbd.fence``.
 
+Suspension
+    A server that is replaced stops at a request boundary: what was read is handled, what is under way gets a while
+    to end, and then is cut short and kept (``_unfinished``). ``run`` returns what a successor needs to go on
+    (``nbd.suspended``), and the socket stays open. Wherever the main task may be cut short, what it is in the middle of
+    is in ``_long``, ``_long_read`` or ``_unfinished`` at that moment. A connection that its client has given up isn't
+    kept: what it left unanswered may have been sent again on another one, and must not come after that.
+
 Draining
     What was not read is not answered either. ESHUTDOWN, which the protocol suggests, the Linux
     kernel's client passes on as an I/O error of the device; but what a connection that ends leaves
@@ -42,7 +49,7 @@ import errno
 import logging
 import math
 import socket
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Final
@@ -50,10 +57,12 @@ from typing import Final
 import trio
 
 from nbd import wire
+from nbd.counters import Counters
 from nbd.export import Export, Exports, OffersContexts
 from nbd.fence import Fence
 from nbd.handshake import NEED_DATA, Handshake, Hangup, Send, WantExport, WantList
 from nbd.outbox import Outbox
+from nbd.suspended import LongRead, LongWrite, Suspended, Work
 from nbd.transmission import (
     Session,
     block_status,
@@ -121,26 +130,6 @@ class Limits:
     linger_s: float = 10.0  # how long a leaving client may take to receive its last replies
 
 
-@dataclass(slots=True)
-class Counters:
-    """Requests by kind, and payload bytes, of one connection or of all that have ended."""
-
-    requests: int = 0
-    reads: int = 0
-    writes: int = 0
-    flushes: int = 0
-    trims: int = 0
-    zeroes: int = 0
-    other: int = 0
-    errors: int = 0
-    read_bytes: int = 0
-    written_bytes: int = 0
-
-    def add(self, other: Counters) -> None:
-        for name in self.__slots__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-
 class Bench:
     """A connection's two buffers, lent while it has work."""
 
@@ -186,19 +175,36 @@ class _After(enum.Enum):
     GARBAGE = enum.auto()
 
 
-@dataclass(slots=True)
-class _LongWrite:
-    cookie: int
-    flags: int
-    offset: int
-    left: int
-    error: int
+class _Kept:
+    """Around what carries a request out: should that be cut short, the request is kept for who goes on here."""
+
+    __slots__ = ("_unfinished", "_work")
+
+    def __init__(self, unfinished: list[Work], work: Work) -> None:
+        self._unfinished = unfinished
+        self._work = work
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        # Cancelled, alone or in a group with others of its kind; an error of the storage becomes a reply.
+        if kind is not None and not issubclass(kind, Exception):
+            self._unfinished.append(self._work)
 
 
 class Connection:
     """Serves one accepted socket, which it owns and closes."""
 
-    def __init__(self, sock: socket.socket, peer: str, exports: Exports, limits: Limits, workshop: Workshop) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        peer: str,
+        exports: Exports,
+        limits: Limits,
+        workshop: Workshop,
+        resumed: Suspended | None = None,
+    ) -> None:
         self.peer = peer
         self.counters = Counters()
         self.export_name: str | None = None
@@ -212,19 +218,27 @@ class Connection:
         self._session = Session()
         self._export: Export
         self._nursery: trio.Nursery
+        self._resumed = resumed
+        self._entered = False  # the fence
         self._draining = False
+        self._suspending = False
+        self._left = False  # the client has, or is not to be served any longer
         self._leave_by = math.inf  # deadline for reading the socket
         self._scope = trio.CancelScope()
         self._whole = trio.CancelScope()
+        self._patience = trio.CancelScope()  # with what is under way, when the server is replaced
         self._waiting = False  # for the client, with nothing left to do
 
         self._bench: Bench | None = None
         self._start = 0  # the inbox holds unhandled bytes from here
         self._end = 0  # to here
         self._arena_used = 0
+        self._backlog = memoryview(b"")  # received already, and to be handled before what the socket has
         self._parked: list[tuple[int, int, memoryview, bool]] = []  # cookie, offset, data, fua
-        self._long: _LongWrite | None = None
-        self._long_read: tuple[int, int, int] | None = None  # cookie, offset, length
+        self._long: LongWrite | None = None
+        self._long_read: LongRead | None = None
+        self._taken_back = b""  # of the payload of ``_long``, received before what is in the inbox
+        self._unfinished: list[Work] = []  # of what was cut short
 
         self._inflight = 0
         self._inflight_bytes = 0
@@ -240,46 +254,147 @@ class Connection:
 
     # --- life ---
 
-    async def run(self) -> None:
-        """Serve until the client leaves, breaks the protocol, or ``drain`` ends it."""
-        export: Export | None = None
+    async def enter(self) -> None:
+        """Open the export of a connection that goes on; raises OSError if it isn't the one that it was.
+
+        All that go on together enter before the first of them runs: the fence must know each by then.
+        """
+        resumed = self._resumed
+        assert resumed is not None
+        export = await self._exports.acquire(resumed.export)
+        if self._exports.identity(export) != resumed.identity:
+            self._exports.release(export)
+            raise OSError(errno.ESTALE, f"{resumed.export} is not what it was")
+        self._export = export
+        self._enter()
+        self.export_name = resumed.export
+        self.counters = resumed.counters
+        self._session = resumed.session
+        self._backlog = memoryview(resumed.input)
+        self._long, self._long_read = resumed.writing, resumed.reading
+
+    def forgo(self) -> None:
+        """Close it after `enter`, where it doesn't come to `run`."""
+        self._leave_fence()
+        self._exports.release(self._export)
+        self._sock.close()
+        self.ended.set()
+
+    async def run(self) -> Suspended | None:
+        """Serve until the client leaves, breaks the protocol, ``drain`` ends it, or ``suspend`` stops it.
+
+        Stopped, it returns what it needs to go on, with the socket; else the socket is closed.
+        """
+        export: Export | None = self._export if self._resumed is not None else None
+        suspended: Suspended | None = None
         try:
             with self._whole:
-                export = await self._shake_hands()
+                if export is None:
+                    export = await self._shake_hands()
                 if export is not None:
-                    await self._serve(export)
+                    suspended = await self._serve(export)
         finally:
             self.ended.set()
+            self._leave_fence()
             if self._bench is not None:
                 self._workshop.give(self._bench)
             if self._workshop.last_active is self:
                 self._workshop.last_active = None
-            self._sock.close()
+            if suspended is None:
+                self._sock.close()
             if export is not None:
                 self._exports.release(export)
+        return suspended
 
-    async def _serve(self, export: Export) -> None:
+    async def _serve(self, export: Export) -> Suspended | None:
         """The transmission phase."""
-        self._export = export
-        self.export_name = export.name
-        log.info("%s: attached to %s", self.peer, export.name)
-        self._workshop.fence.enter(export, self._sock, self)
-        try:
+        resumed = self._resumed
+        if resumed is None:
+            self._export = export
+            self.export_name = export.name
+            self._backlog = memoryview(self._handshake.leftover())
+            self._enter()
+        log.info("%s: %s %s", self.peer, "goes on with" if resumed else "attached to", export.name)
+        with self._patience:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
+                if resumed is not None:
+                    self._begin_again(resumed)
                 with trio.CancelScope(deadline=self._leave_by) as self._scope:
                     await self._transmit()
-                # What is in flight may finish, but a client that doesn't read can't hold us.
-                self._outbox.leave_by(trio.current_time() + self._limits.linger_s)
-        finally:
-            self._workshop.fence.leave(export, self._sock)
+                if not self._suspending:
+                    # What is in flight may finish, but a client that doesn't read can't hold us.
+                    self._outbox.leave_by(trio.current_time() + self._limits.linger_s)
+        if self._suspending and not self._left and not self._outbox.gone:
+            # No checkpoint since the last of its tasks has ended, so nothing changes any more.
+            try:
+                return self._written_down(export, self._exports.identity(export))
+            except OSError as error:
+                log.warning("%s: dropped: nobody can go on with %s: %s", self.peer, export.name, error)
+        self._leave_fence()
         if self._draining and not self._outbox.broken:
             await self._part()
         log.info("%s: left %s", self.peer, export.name)
+        return None
+
+    def _begin_again(self, resumed: Suspended) -> None:
+        """Send what was left to be sent, and start the requests that were cut short anew."""
+        tasks: dict[str, Callable[..., Awaitable[None]]] = {
+            "read": self._slow_read,
+            "write": self._slow_write,
+            "long write": self._slow_long_write,
+            "flush": self._slow_flush,
+            "command": self._slow_command,
+        }
+        if resumed.output:
+            self._outbox.begin_with(resumed.output)
+            self._nursery.start_soon(self._outbox.send_beginning)
+        for work in resumed.work:
+            self._start_task(work.length, work.requests)
+            self._nursery.start_soon(tasks[work.kind], *work.arguments)
+
+    def _written_down(self, export: Export, identity: str) -> Suspended:
+        assert self._bench is not None
+        held = bytes(self._bench.inbox[self._start : self._end])
+        parked = [Work("write", (cookie, at, bytes(data), fua), 1, len(data)) for cookie, at, data, fua in self._parked]
+        return Suspended(
+            sock=self._sock,
+            peer=self.peer,
+            export=export.name,
+            identity=identity,
+            session=self._session,
+            counters=self.counters,
+            input=self._taken_back + held + bytes(self._backlog),
+            output=self._outbox.unsent(),
+            work=(*self._unfinished, *parked),
+            writing=self._long,
+            reading=self._long_read,
+        )
+
+    def _enter(self) -> None:
+        self._workshop.fence.enter(self._export, self._sock, self)
+        self._entered = True
+
+    def _leave_fence(self) -> None:
+        if self._entered:
+            self._entered = False
+            self._workshop.fence.leave(self._export, self._sock)
 
     def cut(self) -> None:
         """End it at once, answering nothing more. Synchronous; ``ended`` tells when it is done."""
+        self._left = True
         self._whole.cancel()
+
+    def suspend(self, patience_s: float) -> None:
+        """Stop at a request boundary; what is under way, and a handshake, gets ``patience_s`` to end."""
+        until = trio.current_time() + patience_s
+        self._suspending = True
+        self._patience.deadline = min(self._patience.deadline, until)
+        if self.export_name is None:
+            self._leave_by = until
+            self._scope.deadline = min(self._scope.deadline, until)
+        elif self._waiting:
+            self._scope.cancel()
 
     def drain(self, grace_s: float) -> None:
         """Read no more, and leave when what was read is done; refuse options of a handshake for ``grace_s``."""
@@ -315,7 +430,9 @@ class Connection:
         deadline = min(trio.current_time() + self._limits.handshake_timeout_s, self._leave_by)
         with trio.CancelScope(deadline=deadline) as self._scope:
             return await self._negotiate()
-        if not self._draining:
+        if self._suspending:
+            log.info("%s: dropped: its handshake did not end before the server was replaced", self.peer)
+        elif not self._draining:
             log.warning("%s: dropped: no handshake in %g s", self.peer, self._limits.handshake_timeout_s)
         return None
 
@@ -383,11 +500,12 @@ class Connection:
     # --- the main task ---
 
     async def _transmit(self) -> None:
-        rest = self._handshake.leftover()
-        bench = self._bench = self._workshop.take()
-        bench.inbox[: len(rest)] = rest
-        self._end = len(rest)
+        self._bench = self._workshop.take()
         self._slice_end = perf_counter() + SLICE_S
+        if self._long is not None and not await self._take_long_write():
+            return
+        if self._long_read is not None:
+            await self._give_long_read()
         while True:
             after = self._work()
             if self._arena_used:
@@ -400,7 +518,7 @@ class Connection:
                 await self._yield()
             if after is _After.HUNGRY:
                 if not await self._receive():
-                    if self._end > self._start and not self._draining:
+                    if self._end > self._start and self._left:
                         log.info("%s: closed in the middle of a request", self.peer)
                     return
             elif after is _After.NO_ROOM:
@@ -411,6 +529,7 @@ class Connection:
                 if not await self._take_long_write():
                     return
             elif after is not _After.FULL:
+                self._left = True
                 return
 
     async def _yield(self) -> None:
@@ -427,14 +546,20 @@ class Connection:
 
         Waits, giving the bench back.
         """
-        if self._reads_no_more():
-            return False
         bench = self._bench
         assert bench is not None
         held = self._end - self._start
         if self._start and (held <= SMALL_LEFTOVER_BYTES or INBOX_BYTES - self._end < INBOX_BYTES // 8):
             bench.inbox[:held] = bench.inbox[self._start : self._end]
             self._start, self._end = 0, held
+        if self._backlog:
+            count = min(len(self._backlog), INBOX_BYTES - self._end)
+            bench.inbox[self._end : self._end + count] = self._backlog[:count]
+            self._backlog = self._backlog[count:]
+            self._end += count
+            return True
+        if self._reads_no_more():
+            return False
         tries = SPIN_TRIES if self._alone and not self._inflight and self._fruitless < SPIN_GIVE_UP else 1
         view = bench.inbox[self._end :]
         assert view, "a part of a request always leaves room for the rest"
@@ -447,9 +572,11 @@ class Connection:
                     continue
                 except OSError as error:
                     log.debug("%s: %s", self.peer, error)
+                    self._left = True
                     return False
                 self._end += count
                 self._fruitless = 0
+                self._left = not count
                 return count > 0
             if tries > 1:
                 self._fruitless += 1
@@ -464,9 +591,9 @@ class Connection:
                     await trio.lowlevel.wait_readable(self._sock)
                 finally:
                     self._waiting = False
-                bench = self._bench = self._workshop.take()
-                bench.inbox[:held] = kept
-                self._start, self._end = 0, held
+                    bench = self._bench = self._workshop.take()
+                    bench.inbox[:held] = kept
+                    self._start, self._end = 0, held
                 view = bench.inbox[held:]
             else:
                 self._waiting = True
@@ -485,15 +612,17 @@ class Connection:
                 continue
             except OSError as error:
                 log.debug("%s: %s", self.peer, error)
+                self._left = True
                 return False
             finally:
                 self._woke()
             self._fruitless = fruitless
             self._end += count
+            self._left = not count
             return count > 0
 
     def _reads_no_more(self) -> bool:
-        return self._draining
+        return self._draining or self._suspending
 
     def _work(self) -> _After:
         """Handle every complete request in the inbox, without a checkpoint.
@@ -604,13 +733,13 @@ class Connection:
             if command == wire.CMD_WRITE and length:
                 if position + _REQUEST_SIZE + length > end:
                     if verdict or _REQUEST_SIZE + length > INBOX_BYTES:
-                        self._long = _LongWrite(cookie, flags, offset, length, verdict)
+                        self._long = LongWrite(cookie, flags, offset, length, verdict, length)
                         position += _REQUEST_SIZE
                         after = _After.LONG_WRITE
                     break
                 if not verdict:
                     # Only where a minimum block size keeps writes off the quick path.
-                    self._long = _LongWrite(cookie, flags, offset, length, 0)
+                    self._long = LongWrite(cookie, flags, offset, length, 0, length)
                     position += _REQUEST_SIZE
                     after = _After.LONG_WRITE
                     break
@@ -626,7 +755,7 @@ class Connection:
                 reply = success(cookie)
                 self._count(command)
             elif command == wire.CMD_READ and structured and not flags:
-                self._long_read = (cookie, offset, length)
+                self._long_read = LongRead(cookie, offset, length, 0)
                 position += _REQUEST_SIZE
                 after = _After.LONG_READ
                 break
@@ -777,20 +906,28 @@ class Connection:
         them together. What may have to be merged waits for reads of its own, and gets a task of its own.
         """
         parked, self._parked = self._parked, []
-        await self._keep_apart()
         block = self._export.preferred_block_size
         together: list[tuple[int, int, bytes]] = []
-        for cookie, offset, data, fua in parked:
-            while not self._has_room(len(data)):
-                self._start_together(together)
-                together = []
-                await self._wait_for_room()
-            self._start_task(len(data))
-            if fua or (offset | len(data)) % block:
-                self._nursery.start_soon(self._slow_write, cookie, offset, bytes(data), fua)
-            else:
-                together.append((cookie, offset, bytes(data)))
-        self._start_together(together)
+        at = 0
+        try:
+            await self._keep_apart()
+            for cookie, offset, data, fua in parked:
+                while not self._has_room(len(data)):
+                    self._start_together(together)
+                    together = []
+                    await self._wait_for_room()
+                self._start_task(len(data))
+                if fua or (offset | len(data)) % block:
+                    self._nursery.start_soon(self._slow_write, cookie, offset, bytes(data), fua)
+                else:
+                    together.append((cookie, offset, bytes(data)))
+                at += 1
+        finally:
+            self._start_together(together)
+            self._unfinished += [
+                Work("write", (cookie, offset, bytes(data), fua), 1, len(data))
+                for cookie, offset, data, fua in parked[at:]
+            ]
 
     def _start_together(self, writes: list[tuple[int, int, bytes]]) -> None:
         if writes:
@@ -798,31 +935,35 @@ class Connection:
 
     async def _give_long_read(self) -> None:
         """Answer a READ chunk by chunk; what would block, and all after it, is left to a task."""
-        wanted, self._long_read = self._long_read, None
-        assert wanted is not None
-        cookie, offset, length = wanted
-        end = offset + length
+        long = self._long_read
+        assert long is not None
         header = wire.DATA_CHUNK.size
-        while offset < end:
-            part = min(CHUNK_BYTES, end - offset)
+        while long.done < long.length:
+            offset, left = long.offset + long.done, long.length - long.done
+            part = min(CHUNK_BYTES, left)
             # The bench may have been another's while the last chunk waited for its client.
             assert self._bench is not None
             arena = self._bench.arena
             try:
                 done = self._export.read_now(offset, part, arena[header : header + part])
             except OSError as error:
-                await self._deliver(self._failed(cookie, error), 0, 0)
+                self._long_read = None
+                await self._deliver(self._failed(long.cookie, error), 0, 0)
                 return
             if not done:
-                while not self._has_room(end - offset):
+                while not self._has_room(left):
                     await self._wait_for_room()
-                self._start_task(end - offset)
-                self._nursery.start_soon(self._slow_read, cookie, offset, end - offset)
-                self.counters.read_bytes += offset - (end - length)
+                self._start_task(left)
+                self._nursery.start_soon(self._slow_read, long.cookie, offset, left)
+                self.counters.read_bytes += long.done
+                self._long_read = None
                 return
-            head = wire.DATA_HEAD if offset + part == end else wire.PART_HEAD
-            wire.DATA_CHUNK.pack_into(arena, 0, head, cookie, part + 8, offset)
-            offset += part
+            head = wire.DATA_HEAD if part == left else wire.PART_HEAD
+            wire.DATA_CHUNK.pack_into(arena, 0, head, long.cookie, part + 8, offset)
+            # From here on the chunk is the outbox's, sent or not.
+            long.done += part
+            if part == left:
+                self._long_read = None
             self._arena_used = header + part
             await self._send_arena()
             if self._outbox.broken:
@@ -831,13 +972,12 @@ class Connection:
                 await self._yield()
         self.counters.requests += 1
         self.counters.reads += 1
-        self.counters.read_bytes += length
+        self.counters.read_bytes += long.length
 
     async def _take_long_write(self) -> bool:
-        """Write a payload piece by piece as it arrives, or throw it away; False at end of file."""
-        long, self._long = self._long, None
+        """Write a payload piece by piece as it arrives, or throw it away; False where no more arrives."""
+        long = self._long
         assert long is not None
-        length = long.left
         while long.left:
             have = min(self._end - self._start, long.left)
             if have < long.left and (have == 0 if long.error else have < PIECE_BYTES):
@@ -845,68 +985,88 @@ class Connection:
                     self._say_cut_short()
                     return False
                 continue
-            if not long.error:
+            error = long.error
+            if not error:
                 if have < long.left:
                     have = (long.offset + have) // PIECE_ALIGNMENT * PIECE_ALIGNMENT - long.offset
                 assert self._bench is not None
                 with trio.move_on_after(PIECE_PATIENCE_S) as patience:
                     data = self._bench.inbox[self._start : self._start + have]
-                    long.error = await self._write_piece(long.offset, data)
+                    error = await self._write_piece(long.offset, data)
                 if patience.cancelled_caught:
                     # Part of the piece may be written: then it is written again, which nobody can tell.
-                    return await self._park_long_write(long, length)
+                    return await self._park_long_write(long)
             self._start += have
+            long.error = error
             long.offset += have
             long.left -= have
             if perf_counter() > self._slice_end:
                 await self._yield()
-        await self._deliver(await self._long_reply(long, length), 0, 0)
+        reply = await self._long_reply(long)
+        self._long = None
+        await self._deliver(reply, 0, 0)
         return True
 
-    async def _park_long_write(self, long: _LongWrite, length: int) -> bool:
-        """Take in what is left of a WRITE that has to wait, and give it a task; False at end of file."""
+    async def _park_long_write(self, long: LongWrite) -> bool:
+        """Take in what is left of a WRITE that has to wait, and give it a task; False where no more arrives."""
         rest = long.left
         while not self._has_room(rest):
             await self._wait_for_room()
         self._start_task(rest)
         data = bytearray()
-        while len(data) < rest:
-            if self._start == self._end and not await self._receive():
-                self._say_cut_short()
+        try:
+            while len(data) < rest:
+                if self._start == self._end and not await self._receive():
+                    self._say_cut_short()
+                    break
+                have = min(self._end - self._start, rest - len(data))
+                assert self._bench is not None
+                data += self._bench.inbox[self._start : self._start + have]
+                self._start += have
+                if perf_counter() > self._slice_end:
+                    await self._yield()
+        finally:
+            if len(data) < rest:
+                self._taken_back = bytes(data)
                 self._finish_task(1, rest)
-                return False
-            have = min(self._end - self._start, rest - len(data))
-            assert self._bench is not None
-            data += self._bench.inbox[self._start : self._start + have]
-            self._start += have
-            if perf_counter() > self._slice_end:
-                await self._yield()
-        self._nursery.start_soon(self._slow_long_write, long, memoryview(data), length)
+        if len(data) < rest:
+            return False
+        self._long = None
+        self._nursery.start_soon(
+            self._slow_long_write, long.cookie, long.flags, long.offset, memoryview(data), long.length
+        )
         return True
 
-    async def _slow_long_write(self, long: _LongWrite, data: memoryview, length: int) -> None:
+    async def _slow_long_write(
+        self, cookie: int, flags: int, offset: int, data: memoryview | bytes, length: int
+    ) -> None:
         """Write what was left of a WRITE of `length` bytes."""
-        at = 0
-        while at < len(data) and not long.error:
-            start = long.offset + at
-            end = min(long.offset + len(data), (start + PIECE_BYTES) // PIECE_ALIGNMENT * PIECE_ALIGNMENT)
-            long.error = await self._write_piece(start, data[at : end - long.offset])
-            at = end - long.offset
-            await trio.lowlevel.checkpoint()
-        await self._deliver(await self._long_reply(long, length), 1, len(data))
+        data = memoryview(data)
+        work = Work("long write", (cookie, flags, offset, data, length), 1, len(data))
+        with _Kept(self._unfinished, work):
+            at = error = 0
+            while at < len(data) and not error:
+                start = offset + at
+                end = min(offset + len(data), (start + PIECE_BYTES) // PIECE_ALIGNMENT * PIECE_ALIGNMENT)
+                error = await self._write_piece(start, data[at : end - offset])
+                at = end - offset
+                await trio.lowlevel.checkpoint()
+            reply = await self._long_reply(LongWrite(cookie, flags, offset, 0, error, length))
+        await self._deliver(reply, 1, len(data))
 
-    async def _long_reply(self, long: _LongWrite, length: int) -> bytes:
+    async def _long_reply(self, long: LongWrite) -> bytes:
         """All of a long WRITE is written, or it failed: flush if it wants that, count it, and answer."""
-        if not long.error and long.flags & wire.CMD_FLAG_FUA:
+        error = long.error
+        if not error and long.flags & wire.CMD_FLAG_FUA:
             try:
                 await self._export.flush()
-            except OSError as error:
-                long.error = error_value(error)
-        if long.error:
+            except OSError as failed:
+                error = error_value(failed)
+        if error:
             self.counters.requests += 1
             self.counters.errors += 1
-            return failure(self._session, long.cookie, long.error)
-        self._count_writes(1, length)
+            return failure(self._session, long.cookie, error)
+        self._count_writes(1, long.length)
         return success(long.cookie)
 
     async def _write_piece(self, offset: int, data: memoryview) -> int:
@@ -926,7 +1086,7 @@ class Connection:
         return 0
 
     def _say_cut_short(self) -> None:
-        if not self._draining:
+        if self._left:
             log.info("%s: closed in the middle of a WRITE", self.peer)
 
     # --- the fence ---
@@ -969,14 +1129,15 @@ class Connection:
         reply[: len(header)] = header
         done = 0
         try:
-            while done < length:
-                piece = min(length - done, INLINE_READ_BYTES)
-                into = reply[len(header) + done : len(header) + done + piece]
-                if not self._export.read_now(offset + done, piece, into):
-                    await self._export.read(offset + done, piece, into)
-                done += piece
-                if done < length:
-                    await trio.lowlevel.checkpoint()
+            with _Kept(self._unfinished, Work("read", (cookie, offset, length), 1, length)):
+                while done < length:
+                    piece = min(length - done, INLINE_READ_BYTES)
+                    into = reply[len(header) + done : len(header) + done + piece]
+                    if not self._export.read_now(offset + done, piece, into):
+                        await self._export.read(offset + done, piece, into)
+                    done += piece
+                    if done < length:
+                        await trio.lowlevel.checkpoint()
         except OSError as error:
             await self._deliver(self._failed(cookie, error), 1, length)
             return
@@ -987,9 +1148,10 @@ class Connection:
 
     async def _slow_write(self, cookie: int, offset: int, data: bytes, fua: bool) -> None:
         try:
-            await self._export.write(offset, data)
-            if fua:
-                await self._export.flush()
+            with _Kept(self._unfinished, Work("write", (cookie, offset, data, fua), 1, len(data))):
+                await self._export.write(offset, data)
+                if fua:
+                    await self._export.flush()
         except OSError as error:
             reply = self._failed(cookie, error)
         else:
@@ -999,25 +1161,34 @@ class Connection:
 
     async def _slow_writes(self, writes: list[tuple[int, int, bytes]]) -> None:
         """Writes of whole blocks: the first waits for room, then all that there is room for go with one call."""
-        for at, (cookie, offset, data) in enumerate(writes):
-            await self._slow_write(cookie, offset, data, fua=False)
-            rest = writes[at + 1 :]
-            if not rest:
-                return
-            try:
-                done = self._export.write_now([(offset, memoryview(data)) for _, offset, data in rest])
-            except OSError:
-                done = False  # one of them is bad: alone, each of the others may still succeed
-            if done:
-                length = sum(len(data) for _, _, data in rest)
-                self._count_writes(len(rest), length)
-                await self._deliver(b"".join([success(cookie) for cookie, _, _ in rest]), len(rest), length)
-                return
+        at = 0
+        try:
+            while at < len(writes):
+                cookie, offset, data = writes[at]
+                at += 1  # from here on it keeps itself
+                await self._slow_write(cookie, offset, data, fua=False)
+                rest = writes[at:]
+                try:
+                    done = bool(rest) and self._export.write_now(
+                        [(offset, memoryview(data)) for _, offset, data in rest]
+                    )
+                except OSError:
+                    done = False  # one of them is bad: alone, each of the others may still succeed
+                if done:
+                    at = len(writes)
+                    length = sum(len(data) for _, _, data in rest)
+                    self._count_writes(len(rest), length)
+                    await self._deliver(b"".join([success(cookie) for cookie, _, _ in rest]), len(rest), length)
+        finally:
+            self._unfinished += [
+                Work("write", (cookie, offset, data, False), 1, len(data)) for cookie, offset, data in writes[at:]
+            ]
 
     async def _slow_flush(self, cookies: Sequence[int]) -> None:
         """One flush for a pass's FLUSH requests and for its FUA writes, which are already written."""
         try:
-            await self._export.flush()
+            with _Kept(self._unfinished, Work("flush", (tuple(cookies),), len(cookies))):
+                await self._export.flush()
         except OSError as error:
             value = error_value(error)
             self.counters.errors += len(cookies)  # as requests they are counted already
@@ -1032,25 +1203,26 @@ class Connection:
         export = self._export
         reply = success(cookie)
         try:
-            if command in (wire.CMD_TRIM, wire.CMD_WRITE_ZEROES):
-                await self._keep_apart()
-            if command == wire.CMD_TRIM:
-                await export.trim(offset, length)
-            elif command == wire.CMD_WRITE_ZEROES:
-                no_hole, fast = bool(flags & wire.CMD_FLAG_NO_HOLE), bool(flags & wire.CMD_FLAG_FAST_ZERO)
-                await export.write_zeroes(offset, length, no_hole=no_hole, fast=fast)
-            elif command == wire.CMD_CACHE:
-                await export.cache(offset, length)
-            else:
-                only_one = bool(flags & wire.CMD_FLAG_REQ_ONE)
-                limit = extent_limit(self._session, only_one=only_one)
-                statuses = [
-                    (context_id, await self._extents(context, offset, length, limit))
-                    for context_id, context in self._session.contexts
-                ]
-                reply = block_status(cookie, statuses, length=length, only_one=only_one)
-            if flags & wire.CMD_FLAG_FUA and command in (wire.CMD_TRIM, wire.CMD_WRITE_ZEROES):
-                await export.flush()
+            with _Kept(self._unfinished, Work("command", (cookie, command, flags, offset, length))):
+                if command in (wire.CMD_TRIM, wire.CMD_WRITE_ZEROES):
+                    await self._keep_apart()
+                if command == wire.CMD_TRIM:
+                    await export.trim(offset, length)
+                elif command == wire.CMD_WRITE_ZEROES:
+                    no_hole, fast = bool(flags & wire.CMD_FLAG_NO_HOLE), bool(flags & wire.CMD_FLAG_FAST_ZERO)
+                    await export.write_zeroes(offset, length, no_hole=no_hole, fast=fast)
+                elif command == wire.CMD_CACHE:
+                    await export.cache(offset, length)
+                else:
+                    only_one = bool(flags & wire.CMD_FLAG_REQ_ONE)
+                    limit = extent_limit(self._session, only_one=only_one)
+                    statuses = [
+                        (context_id, await self._extents(context, offset, length, limit))
+                        for context_id, context in self._session.contexts
+                    ]
+                    reply = block_status(cookie, statuses, length=length, only_one=only_one)
+                if flags & wire.CMD_FLAG_FUA and command in (wire.CMD_TRIM, wire.CMD_WRITE_ZEROES):
+                    await export.flush()
         except OSError as error:
             reply = self._failed(cookie, error, fast_zero=bool(flags & wire.CMD_FLAG_FAST_ZERO))
         else:

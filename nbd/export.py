@@ -139,5 +139,8 @@ class Exports(Protocol):
         opened now.
         """
 
+    def identity(self, export: Export) -> str:
+        """Of an acquired export, and never another one's, not of one that has the name at another time either."""
+
     def release(self, export: Export) -> None:
         """Give back what one ``acquire`` returned. Synchronous, so that it works while cancelled."""

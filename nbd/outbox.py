@@ -39,6 +39,8 @@ class Outbox:
         self.sock = sock
         self.broken = False
         """Nothing more can be sent: the client is gone, or a send was cut short."""
+        self.gone = False
+        """The client is."""
         self._peer = peer
         self._sent = sent
         self._replies: deque[tuple[bytes | memoryview, int, int]] = deque()  # data, requests, bytes
@@ -57,6 +59,16 @@ class Outbox:
     def unsent(self) -> bytes:
         """What was to be sent and hasn't been, for who goes on here when all tasks of the connection have ended."""
         return b"".join([self._rest, *(reply for reply, _, _ in self._replies)])
+
+    def begin_with(self, data: bytes) -> None:
+        """Before all else goes what another sender has left; from here on others wait for `send_beginning`."""
+        self._sending = True
+        self._rest = data
+
+    async def send_beginning(self) -> None:
+        """A task that must run after `begin_with`."""
+        data, self._rest = self._rest, b""
+        await self._pump(data)
 
     async def send_arena(self, view: memoryview) -> bool:
         """Send replies that lie in memory which is used again afterwards. Whether it had to wait."""
@@ -131,5 +143,5 @@ class Outbox:
 
     def give_up(self, error: OSError) -> None:
         """The client can't be reached any more."""
-        self.broken = True
+        self.broken = self.gone = True
         log.debug("%s: can't send: %s", self._peer, error)

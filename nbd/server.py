@@ -2,7 +2,8 @@
 
 Each connection is a task of ``serve``'s nursery (``nbd.connection``). What one client does, be it
 garbage, silence, or a bug it uncovers here, ends at most that client's connection, with a line in
-the log. Cancelling ``serve`` is the hard stop; ``Server.drain`` the polite one.
+the log. Cancelling ``serve`` is the hard stop; ``Server.drain`` the polite one. After ``Server.suspend``
+another server, here or in another process, goes on with the same clients, who don't notice.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import errno
 import logging
 import math
+import select
 import socket
 import struct
 from collections.abc import Sequence
@@ -18,9 +20,11 @@ from typing import Final
 
 import trio
 
-from nbd.connection import Connection, Counters, Limits, Workshop
+from nbd.connection import Connection, Limits, Workshop
+from nbd.counters import Counters
 from nbd.export import Exports
 from nbd.listen import Listener
+from nbd.suspended import Suspended
 
 __all__ = ["ConnectionStatus", "Counters", "Limits", "Server", "ServerStatus", "serve"]
 
@@ -69,6 +73,8 @@ class Server:
         self._serial = 0
         self._quiet_until = -math.inf
         self._draining = False
+        self._suspending = False
+        self._suspended: list[Suspended] = []
         self._accepting = trio.CancelScope()
         self._over = trio.Event()
 
@@ -109,6 +115,21 @@ class Server:
         self.start_drain(grace_s)
         await self._over.wait()
 
+    async def suspend(self, patience_s: float) -> list[Suspended]:
+        """Stop accepting, and stop each client at a request boundary; returns when ``serve`` is done.
+
+        What is under way gets ``patience_s`` to end; what doesn't is part of what is returned, for who goes on with
+        the clients (``serve(..., resumed=...)``). The listeners stay open, and clients wait in their backlogs.
+        Connections that can't be handed over are drained: those over TLS.
+        """
+        assert not self._draining
+        self._suspending = self._draining = True
+        self._accepting.cancel()
+        for connection in self._connections:
+            connection.suspend(patience_s)
+        await self._over.wait()
+        return self._suspended
+
     def disconnect(self, export_name: str) -> int:
         """Drop the clients of one export at once; returns how many there were."""
         victims = [scope for client, scope in self._connections.items() if client.export_name == export_name]
@@ -116,24 +137,53 @@ class Server:
             scope.cancel()
         return len(victims)
 
-    async def _run(self, task_status: trio.TaskStatus[Server]) -> None:
+    async def _run(self, resumed: Sequence[Suspended], task_status: trio.TaskStatus[Server]) -> None:
         try:
             async with trio.open_nursery() as nursery:
+                await self._resume(resumed, nursery)
                 task_status.started(self)
                 with self._accepting:
                     async with trio.open_nursery() as acceptors:
                         for listener in self._listeners:
                             acceptors.start_soon(self._accept, listener, nursery)
-                for listener in self._listeners:
-                    listener.close()
+                if not self._suspending:
+                    self._close_listeners()
         finally:
-            for listener in self._listeners:
-                listener.close()
+            if not self._suspending:
+                self._close_listeners()
             self._over.set()
+
+    def _close_listeners(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+
+    async def _resume(self, resumed: Sequence[Suspended], nursery: trio.Nursery) -> None:
+        """Go on with clients of an earlier server. All are known to the fence before the first does anything."""
+        entered: list[Connection] = []
+        with trio.CancelScope(shield=True):  # a moment: nothing here waits for anybody
+            for one in resumed:
+                if _is_hung_up(one.sock):
+                    # What it left unanswered may have been sent again on another connection, and done.
+                    log.info("%s: left while the server was replaced", one.peer)
+                    one.close()
+                    continue
+                connection = Connection(one.sock, one.peer, self._exports, self._limits, self._workshop, one)
+                try:
+                    await connection.enter()
+                except OSError as error:
+                    log.warning("%s: dropped: %s can't be served any more: %s", one.peer, one.export, error)
+                    one.close()
+                    continue
+                entered.append(connection)
+        for connection in entered:
+            self._connections[connection] = trio.CancelScope()
+            nursery.start_soon(self._serve_one, connection)
 
     async def _accept(self, listener: Listener, nursery: trio.Nursery) -> None:
         while True:
             await trio.lowlevel.wait_readable(listener.sock)
+            if self._draining:  # woken before the drain could stop it; who waits in the backlog may be served yet
+                return
             try:
                 sock, address = listener.sock.accept()
             except (BlockingIOError, ConnectionAbortedError):
@@ -142,9 +192,6 @@ class Server:
                 log.error("can't accept a client on %s: %s", listener.address, error.strerror)
                 await trio.sleep(_ACCEPT_PAUSE_S)
                 continue
-            if self._draining:  # it was let in by a wake-up that the drain came too late to stop
-                sock.close()
-                return
             self._serial += 1
             if isinstance(address, tuple):
                 peer = f"{address[0]}:{address[1]}"
@@ -186,12 +233,21 @@ class Server:
     async def _serve_one(self, connection: Connection) -> None:
         try:
             with self._connections[connection]:
-                await connection.run()
+                suspended = await connection.run()
+                if suspended is not None:
+                    self._suspended.append(suspended)
         except* Exception:
             log.exception("%s: a bug ended this connection", connection.peer)
         finally:
             del self._connections[connection]
             self._past.add(connection.counters)
+
+
+def _is_hung_up(sock: socket.socket) -> bool:
+    """Whether its client has shut it down, or closed it."""
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 def _process_of(sock: socket.socket) -> int:
@@ -205,13 +261,16 @@ async def serve(
     listeners: Sequence[Listener],
     *,
     limits: Limits | None = None,
+    resumed: Sequence[Suspended] = (),
     task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve ``exports`` on ``listeners``, which it owns and closes.
+    """Serve ``exports`` on ``listeners``, which it owns and closes, unless it is suspended.
+
+    ``resumed``: clients of a server that was suspended, which it owns too.
 
     ``server = await nursery.start(serve, exports, listeners)`` gives the ``Server``. Returns after
     a drain; cancelling it drops all clients at once.
     """
     if not listeners:
         raise OSError(errno.EINVAL, "the NBD server has no address to listen on")
-    await Server(exports, listeners, limits or Limits())._run(task_status)
+    await Server(exports, listeners, limits or Limits())._run(resumed, task_status)

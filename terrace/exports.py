@@ -116,6 +116,11 @@ class PoolExports:
         begin_client()  # this task is the connection's, which starts all others of it
         return export
 
+    def identity(self, export: Export) -> str:
+        """As in its `ExportRecord`."""
+        kept = cast("Volume | Snapshot", export)
+        return record_of(self._pools.pool(kept.name.partition("/")[0]), kept).identity
+
     def release(self, export: Export) -> None:
         cast("Volume | Snapshot", export).release()
 

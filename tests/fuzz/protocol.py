@@ -322,7 +322,7 @@ async def _converse(export: MemoryExport, hello: bytes, stream: bytes, seed: int
                 pass
     await client.aclose()
     assert exports.open == 0 and export.running == 0, "the export is still in use"
-    assert connection._inflight == connection._inflight_bytes == 0 and (rude or not connection._replies)
+    assert connection._inflight == connection._inflight_bytes == 0 and (rude or not connection._outbox.unsent())
     assert sum(len(bench.inbox) + len(bench.arena) for bench in workshop._free) <= INBOX_BYTES + ARENA_BYTES
     return bytes(out)
 

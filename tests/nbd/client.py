@@ -17,6 +17,7 @@ import trio
 from nbd import wire
 from nbd.listen import Listener, open_unix
 from nbd.server import Limits, Server, serve
+from nbd.suspended import Suspended
 from tests.nbd.memory import MemoryExport, MemoryExports
 
 
@@ -218,14 +219,23 @@ class Served:
         self.scope = trio.CancelScope()
         self.clients: list[RawClient] = []
         self.server: Server
+        self._nursery: trio.Nursery
 
     async def start(self, limits: Limits | None, task_status: trio.TaskStatus[None]) -> None:
         with self.scope:
-            async with trio.open_nursery() as nursery:
-                self.server = await nursery.start(
-                    lambda task_status: serve(self.exports, [self.listener], limits=limits, task_status=task_status)
-                )
+            async with trio.open_nursery() as self._nursery:
+                self._nursery.start_soon(trio.sleep_forever)  # keeps it open between two servers
+                await self.serve(limits)
                 task_status.started()
+
+    async def serve(self, limits: Limits | None = None, resumed: Sequence[Suspended] = ()) -> Server:
+        """Start the server, or the next one."""
+        self.server = await self._nursery.start(
+            lambda task_status: serve(
+                self.exports, [self.listener], limits=limits, resumed=resumed, task_status=task_status
+            )
+        )
+        return self.server
 
     async def connect(self) -> RawClient:
         sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
@@ -257,6 +267,7 @@ async def serving(*exports: MemoryExport, limits: Limits | None = None) -> Async
                 for client in served.clients:
                     client.stream.socket.close()
                 served.scope.cancel()
+                listener.close()
         assert served.exports.open == 0, "an export was not released"
 
 

@@ -193,6 +193,10 @@ class MemoryExports:
         self.open += 1
         return self.exports[name]
 
+    def identity(self, export: object) -> str:
+        assert isinstance(export, MemoryExport)
+        return f"{export.name} {id(export.data)}"
+
     def release(self, export: object) -> None:
         self.open -= 1
         assert self.open >= 0

@@ -155,7 +155,7 @@ def test_garbage_never_crashes_hangs_or_leaks(slow: bool, prefix: bytes, pieces:
                     pass
         await stream.aclose()
         assert exports.open == 0 and connection._inflight == 0
-        assert connection._inflight_bytes == 0 and not connection._replies
+        assert connection._inflight_bytes == 0 and not connection._outbox.unsent()
         assert sum(len(b.inbox) + len(b.arena) for b in workshop._free) <= INBOX_BYTES + ARENA_BYTES
 
     logging.getLogger("nbd.server").setLevel(logging.CRITICAL)
