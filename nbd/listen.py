@@ -35,8 +35,20 @@ class Listener:
         """For people: ``127.0.0.1:10809`` or the path of the Unix socket."""
         self.adopted = adopted
         """Somebody else has bound it."""
+        self.name = ""
+        """What it is called by whoever keeps it over the daemon's end."""
         self._path = path
         self._inode = None if adopted or path is None else _inode(path)
+
+    @property
+    def owns_file(self) -> bool:
+        """Whether it removes the Unix socket's file when it closes."""
+        return self._inode is not None
+
+    def take_file(self) -> None:
+        """From now on the file is this listener's, which somebody else has bound and given up."""
+        self.adopted = False
+        self._inode = None if self._path is None else _inode(self._path)
 
     def keep_file(self) -> None:
         """From now on somebody else holds the socket too, so its file stays when this listener closes."""

@@ -35,6 +35,8 @@
     GET    /v1/policies                       every policy: its keys, which of them are given, and who has it
     GET    /v1/policies/N
     POST   /v1/policies/reload                read them anew from the configuration file; all or nothing
+    GET    /v1/upgrade                        how far the daemon's replacement is, and how it came to serve
+    POST   /v1/upgrade                        {"force": false}: let another process take over; see `terrace upgrade`
 
 Sizes are bytes, or strings such as "10G". An error is {error, errno} with a 4xx or 5xx status; `error` is a sentence
 for the operator. What a client sends is judged by the pydantic models here and by the engine, and by nobody else.
@@ -70,6 +72,7 @@ from terrace.sandbox import explained
 from terrace.schema import Size
 from terrace.sizes import format_size
 from terrace.snapshots import Snapshots
+from terrace.upgrade import Upgrade
 from tiers import DeviceSpec, Pool, TierError
 from tiers.heatmap import MAX_RANGES
 from tiers.policy import DEFAULT_NAME
@@ -89,6 +92,10 @@ class DaemonStatus(Protocol):
 
     def status(self, *, reset: bool) -> dict[str, Any]:
         """A JSON-able description; `reset` starts the stall measurement anew after reading it."""
+
+    @property
+    def upgrade(self) -> Upgrade:
+        """Its replacement by another process."""
 
 
 # What clients send
@@ -188,6 +195,10 @@ class ChangeSnapshotBody(_Body):
 class RollbackBody(_Body):
     keep_as: str | None = None
     safety: bool = True
+    force: bool = False
+
+
+class UpgradeBody(_Body):
     force: bool = False
 
 
@@ -344,6 +355,8 @@ class Api:
             self._route("GET", "/v1/policies", self.list_policies),
             self._route("GET", "/v1/policies/{policy}", self.show_policy),
             self._route("POST", "/v1/policies/reload", self.reload_policies),
+            self._route("GET", "/v1/upgrade", self.show_upgrade),
+            self._route("POST", "/v1/upgrade", self.begin_upgrade),
         ]
         return _BoundedBody(Starlette(routes=routes, exception_handlers={HTTPException: _error_response}))
 
@@ -603,6 +616,14 @@ class Api:
 
     async def reload_policies(self, request: Request) -> Response:
         return JSONResponse(_plain(await self._definitions.reload()))
+
+    async def show_upgrade(self, request: Request) -> Response:
+        return JSONResponse(self._daemon.upgrade.status())
+
+    async def begin_upgrade(self, request: Request) -> Response:
+        body = await _body(request, UpgradeBody)
+        self._daemon.upgrade.request(force=body.force)
+        return JSONResponse(self._daemon.upgrade.status(), 202)
 
 
 def _snapshot_named(request: Request) -> tuple[str, str, str]:

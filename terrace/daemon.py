@@ -6,8 +6,12 @@ serve, tell the supervisor.
 Down, on SIGTERM or SIGINT: stop accepting, answer what is in flight, then flush, checkpoint and close each pool; what
 is still being opened is left as it is, for recovery can begin anew at any point. A
 second signal cuts the waiting for clients short, a third ends the process at once; even that loses nothing that was
-acknowledged, since acknowledged writes are in the kernel. SIGHUP reads the policies anew; one that comes before the
-pools are open is obeyed when they are.
+acknowledged, since acknowledged writes are in the kernel.
+
+On SIGHUP or `terrace upgrade` a new process takes over, with the configuration as it is then: `terrace.upgrade`.
+Clients are stopped and the pools closed as above, but the clients stay. If it comes to nothing, this process opens the
+pools again and goes on with them. A successor starts in `run` as any daemon does, and takes over when its pools are
+open.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +37,7 @@ import trio
 
 import nbd.server
 from nbd.listen import Listener
+from nbd.suspended import Suspended
 from terrace.api import Api
 from terrace.collector import settle_collector
 from terrace.config import Config, load_config
@@ -39,11 +45,12 @@ from terrace.definitions import Definitions
 from terrace.events import Events
 from terrace.exports import PoolExports
 from terrace.extras import how_to_install
-from terrace.home import Home, HomeError, find_home
-from terrace.httpserver import serve_http
+from terrace.handover import Estate, HandoverError, Predecessor
+from terrace.home import Home, HomeError, find_home, write_holder
+from terrace.httpserver import Shutdown, serve_http
 from terrace.listening import Listening, listen
 from terrace.lowwater import keep_watch
-from terrace.passedsockets import PassedSocketError, PassedSockets, receive
+from terrace.passedsockets import PassedSocketError, PassedSockets, inherit, receive, to_pass
 from terrace.pools import Pools, open_pools
 from terrace.reclaim import stand_apart
 from terrace.scheduler import keep_schedules
@@ -52,6 +59,7 @@ from terrace.scrubs import keep_schedule
 from terrace.stall import StallMeter
 from terrace.stdio import fill_standard_streams
 from terrace.supervisor import Supervisor
+from terrace.upgrade import PATIENCE_S, Heir, Upgrade
 from tiers import Pool
 
 log = logging.getLogger("terraced")
@@ -64,9 +72,16 @@ def main(arguments: Sequence[str] | None = None, *, engine: type[Pool] = Pool) -
     """The entry point; returns the exit status."""
     fill_standard_streams(output_matters=False)
     options = _parser().parse_args(arguments)
+    predecessor: Predecessor | None = None
     try:
+        predecessor = Predecessor.from_environment()
         config = load_config(options.config)
+    except HandoverError as error:
+        print(f"terraced: {error}", file=sys.stderr)
+        return 1
     except ConfigError as error:
+        if predecessor is not None:
+            predecessor.failed("; ".join(error.problems))
         print("\n".join(error.problems), file=sys.stderr)
         return 1
     if options.check_config:
@@ -78,12 +93,22 @@ def main(arguments: Sequence[str] | None = None, *, engine: type[Pool] = Pool) -
         faulthandler.enable(2)
     home = find_home(options.home)
     stalls = StallMeter()
+    heir: Heir | None = None
+    inherited: int | None = None
     try:
         passed = receive()
-        with home.locked():
+        if predecessor is not None:
+            predecessor.loaded(version())
+            inherited, estate = predecessor.receive()
+            heir = Heir(predecessor, estate)
+            passed = inherit(estate.listeners)
+        with home.locked(inherited) as lock:
             stand_apart()
-            return trio.run(partial(run, home, options.config, config, passed, stalls, engine), instruments=[stalls])
-    except (HomeError, PassedSocketError) as error:
+            serve = partial(run, home, lock, options.config, config, passed, stalls, engine, heir)
+            return trio.run(serve, instruments=[stalls])
+    except (HomeError, PassedSocketError, HandoverError) as error:
+        if predecessor is not None:
+            predecessor.failed(str(error))
         print(f"terraced: {error}", file=sys.stderr)
         return 1
 
@@ -121,11 +146,33 @@ def _start_logging(level: str) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
+@dataclass
+class Orders:
+    """What the daemon was told by signals, and the scopes that they end."""
+
+    told: trio.Event
+    """To stop."""
+    opening: trio.CancelScope
+    serving: trio.CancelScope
+
+
 async def run(
-    home: Home, file: Path | None, config: Config, passed: PassedSockets, stalls: StallMeter, engine: type[Pool]
+    home: Home,
+    lock: int,
+    file: Path | None,
+    config: Config,
+    passed: PassedSockets,
+    stalls: StallMeter,
+    engine: type[Pool],
+    heir: Heir | None = None,
 ) -> int:
-    """Serve until told to stop; returns the exit status. The home is locked by the caller; `config` is from `file`."""
+    """Serve until told to stop, or until a successor does; returns the exit status.
+
+    The home is locked by the caller, by the descriptor `lock`; `config` is from `file`. `heir`: this process is a
+    successor itself.
+    """
     supervisor = Supervisor()
+    orders = Orders(trio.Event(), trio.CancelScope(), trio.CancelScope())
     async with trio.open_nursery() as watchers:
         with (
             ExitStack() as sockets,
@@ -137,76 +184,173 @@ async def run(
                     await _require_fuse(Path(config.fuse.mountpoint))
                 listening = await listen(home, config.nbd, passed, sockets)
             except OSError as error:
+                if heir is not None:
+                    heir.predecessor.failed(error.strerror or str(error))
                 print(f"terraced: {error.strerror}", file=sys.stderr)
                 return 1
-            watchers.start_soon(supervisor.run)
-            told, opening, serving = trio.Event(), trio.CancelScope(), trio.CancelScope()
-            watchers.start_soon(_obey, signals, supervisor, told, opening, serving)
             events = Events(home.path)
-            watchers.start_soon(events.run)
-            opened = open_pools(
-                home.pools,
-                config.pool_settings(),
-                engine,
-                policies=config.policies(),
-                opening=opening,
-                events=events.add,
-                known=supervisor.opening,
-            )
-            async with opened as pools:
-                definitions = Definitions(file, config, pools)
-                watchers.start_soon(definitions.reload_on, hangups, supervisor.reloading)
-                if not told.is_set():
-                    with serving:
-                        await _serve(
-                            *(home, config, stalls, definitions, pools, events, listening, supervisor, told, serving)
+            watchers.start_soon(_obey, signals, supervisor, orders)
+
+            def begin() -> None:
+                """This process is the service."""
+                write_holder(lock)
+                listening.claim()
+                watchers.start_soon(supervisor.run)
+                watchers.start_soon(events.run)
+
+            if heir is None:
+                begin()
+            clients: Sequence[Suspended] = [] if heir is None else heir.estate.clients
+            upgrade = Upgrade(version())
+            while not orders.told.is_set():
+                orders.opening, orders.serving = trio.CancelScope(), trio.CancelScope()
+                opened = open_pools(
+                    home.pools,
+                    config.pool_settings(),
+                    engine,
+                    policies=config.policies(),
+                    opening=orders.opening,
+                    events=events.add,
+                    known=supervisor.opening,
+                )
+                left: Left | None = None
+                async with opened as pools, trio.open_nursery() as turn:
+                    definitions = Definitions(file, config, pools)
+                    if heir is not None and heir.succession is None:
+                        try:
+                            await heir.take_over(pools, config, orders.told)
+                        except HandoverError as error:
+                            print(f"terraced: {error}", file=sys.stderr)
+                            return 1
+                        begin()
+                        upgrade.succession = heir.succession
+                    upgrade.obstacle = partial(_obstacle, pools, config)
+                    turn.start_soon(upgrade.request_on, hangups)
+                    turn.start_soon(upgrade.run, pools)
+                    if not orders.told.is_set():
+                        service = Service(
+                            home, config, stalls, definitions, pools, events, listening, supervisor, orders, upgrade
                         )
+                        with orders.serving:
+                            left = await service.run(clients)
+                    turn.cancel_scope.cancel()
+                clients = []
+                if left is None:
+                    upgrade.abandon()
+                    break
+                heirlooms = [to_pass(listener) for listener in listening.all()]
+                estate = Estate(heirlooms, left.clients, left.pools, left.policies, version(), left.since_s)
+                if await upgrade.hand_over(lock, estate, orders.told, supervisor.succeeded_by):
+                    for listener in listening.all():
+                        listener.keep_file()
+                    for client in left.clients:
+                        client.close()
+                    break
+                clients = left.clients
+            for client in clients:
+                client.close()
             log.info("stopped")
             watchers.cancel_scope.cancel()
     return 0
 
 
-async def _serve(
-    home: Home,
-    config: Config,
-    stalls: StallMeter,
-    definitions: Definitions,
-    pools: Pools,
-    events: Events,
-    listening: Listening,
-    supervisor: Supervisor,
-    told: trio.Event,
-    serving: trio.CancelScope,
-) -> None:
-    """Serve clients and the API until `told` to stop and what is in flight has ended. `serving`: the scope around."""
-    async with trio.open_nursery() as services:
-        limits = config.nbd.limits()
-        server = await services.start(partial(nbd.server.serve, PoolExports(pools), listening.nbd, limits=limits))
-        daemon = Daemon(home, listening.nbd, server, stalls)
-        api_shutdown = trio.Event()
-        app = Api(pools, daemon, definitions, events).app()
-        await services.start(serve_http, app, listening.api.sock, api_shutdown)
-        if config.fuse.mountpoint:
-            # What it needs is an extra that not everybody has; whoever configures it has been asked for it at start.
-            from terrace.fuse.service import serve_files
+@dataclass(frozen=True)
+class Left:
+    """What is left when clients were stopped for a successor."""
 
-            services.start_soon(serve_files, pools, Path(config.fuse.mountpoint), told)
-        async with trio.open_nursery() as background:
-            background.start_soon(keep_schedule, pools, config.scrub.plan())
-            background.start_soon(keep_watch, pools, config.space.levels, events)
-            background.start_soon(keep_schedules, pools, definitions.schedules, events)
-            settle_collector()
-            stalls.reset()
-            print("terraced is ready:", *daemon.uris(), flush=True)
-            supervisor.ready(lambda: len(server.status().connections))
-            await told.wait()
-            background.cancel_scope.cancel()
-        log.info("finishing what clients have in flight")
-        api_shutdown.set()
-        server.start_drain()
-        # Both services end by themselves now, and the pools are closed after them; a client that doesn't take its last
-        # replies holds nobody up.
-        serving.deadline = trio.current_time() + config.nbd.drain_grace_s + _LEAVING_S
+    clients: list[Suspended]
+    pools: list[str]
+    policies: list[str]
+    since_s: float
+
+
+@dataclass(frozen=True)
+class Service:
+    """The NBD server, the control API, the files and what has a clock, over open pools."""
+
+    home: Home
+    config: Config
+    stalls: StallMeter
+    definitions: Definitions
+    pools: Pools
+    events: Events
+    listening: Listening
+    supervisor: Supervisor
+    orders: Orders
+    upgrade: Upgrade
+
+    async def run(self, clients: Sequence[Suspended]) -> Left | None:
+        """Serve, going on with `clients`, until told to stop, or until a successor wants to have the clients.
+
+        Returns when what is in flight has ended; the clients, where they are for a successor.
+        """
+        left: Left | None = None
+        ending = trio.Event()
+        async with trio.open_nursery() as services:
+            limits, listeners = self.config.nbd.limits(), self.listening.nbd
+            serve = partial(nbd.server.serve, PoolExports(self.pools), listeners, limits=limits, resumed=clients)
+            server = await services.start(serve)
+            daemon = Daemon(self.home, listeners, server, self.stalls, self.upgrade)
+            shutdown = Shutdown()
+            app = Api(self.pools, daemon, self.definitions, self.events).app()
+            await services.start(serve_http, app, self.listening.api.sock, shutdown)
+            if self.config.fuse.mountpoint:
+                # What it needs is an extra that not everybody has; who configures it has been asked for it at start.
+                from terrace.fuse.service import serve_files
+
+                services.start_soon(serve_files, self.pools, Path(self.config.fuse.mountpoint), ending)
+            async with trio.open_nursery() as background:
+                background.start_soon(keep_schedule, self.pools, self.config.scrub.plan())
+                background.start_soon(keep_watch, self.pools, self.config.space.levels, self.events)
+                background.start_soon(keep_schedules, self.pools, self.definitions.schedules, self.events)
+                settle_collector()
+                self.stalls.reset()
+                print("terraced is ready:", *daemon.uris(), flush=True)
+                self.supervisor.ready(lambda: len(server.status().connections))
+                await _first(self.orders.told, self.upgrade.wanted)
+                background.cancel_scope.cancel()
+            ending.set()
+            if self.orders.told.is_set():
+                log.info("finishing what clients have in flight")
+                shutdown.begin()
+                server.start_drain()
+                # Both services end by themselves now, and the pools are closed after them; a client that doesn't take
+                # its last replies holds nobody up.
+                self.orders.serving.deadline = trio.current_time() + self.config.nbd.drain_grace_s + _LEAVING_S
+            else:
+                self.supervisor.reloading()
+                since_s = time.monotonic()
+                shutdown.begin(PATIENCE_S)
+                open_now = [pool.name for pool in self.pools.open_pools()]
+                policies = list(self.pools.policies)
+                left = Left(await server.suspend(PATIENCE_S), open_now, policies, since_s)
+                log.info("%d clients wait for a new terraced", len(left.clients))
+        return left
+
+
+async def _first(*events: trio.Event) -> None:
+    """Wait for one of them."""
+    async with trio.open_nursery() as nursery:
+
+        async def wait(event: trio.Event) -> None:
+            await event.wait()
+            nursery.cancel_scope.cancel()
+
+        for event in events:
+            nursery.start_soon(wait, event)
+
+
+def _obstacle(pools: Pools, config: Config) -> str:
+    """Why the daemon shouldn't be replaced now; empty if nothing is in the way."""
+    busy = [slot.name for slot in pools.slots() if slot.users]
+    if busy:
+        return f"operations are running on {', '.join(busy)}, and would be cut short; wait for them, or --force"
+    if config.fuse.mountpoint:
+        return (
+            f"volumes are files below {config.fuse.mountpoint}, and who has one open would be cut off; close them and "
+            "--force, or let `terrace mount` have the mount point, which outlives the daemon"
+        )
+    return ""
 
 
 async def _require_fuse(mountpoint: Path) -> None:
@@ -220,22 +364,16 @@ async def _require_fuse(mountpoint: Path) -> None:
     await require_mountpoint(mountpoint)
 
 
-async def _obey(
-    signals: AsyncIterator[int],
-    supervisor: Supervisor,
-    told: trio.Event,
-    opening: trio.CancelScope,
-    serving: trio.CancelScope,
-) -> None:
+async def _obey(signals: AsyncIterator[int], supervisor: Supervisor, orders: Orders) -> None:
     """The first, second and third signal."""
     number = await anext(signals)
     log.info("%s: stopping", signal.Signals(number).name)
     supervisor.stopping()
-    told.set()
-    opening.cancel()
+    orders.told.set()
+    orders.opening.cancel()
     await anext(signals)
     log.warning("second signal: dropping clients and closing the pools at once; a third ends terraced on the spot")
-    serving.cancel()
+    orders.serving.cancel()
     await anext(signals)
     log.warning("third signal: ending; the next start replays the log")
     logging.shutdown()
@@ -246,12 +384,18 @@ class Daemon:
     """What the daemon says of itself; implements `terrace.api.DaemonStatus`."""
 
     def __init__(
-        self, home: Home, listeners: Sequence[Listener], server: nbd.server.Server, stalls: StallMeter
+        self,
+        home: Home,
+        listeners: Sequence[Listener],
+        server: nbd.server.Server,
+        stalls: StallMeter,
+        upgrade: Upgrade,
     ) -> None:
         self._home = home
         self._listeners = listeners
         self._server = server
         self._stalls = stalls
+        self.upgrade = upgrade
         self._started_s = time.monotonic()
 
     def uris(self) -> list[str]:
@@ -274,6 +418,7 @@ class Daemon:
                 "total": dataclasses.asdict(served.total),
                 "connections": [dataclasses.asdict(connection) for connection in served.connections],
             },
+            "succession": self.upgrade.status()["succession"],
             "loop_stall_max_ms": round(self._stalls.max_ms, 3),
             "loop_stall_task": self._stalls.task_name,
         }

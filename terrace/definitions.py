@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import trio
 
@@ -99,18 +97,6 @@ class Definitions:
         if done.needs_restart:
             log.warning("%s: what changed in these sections needs a restart", ", ".join(done.needs_restart))
         return done
-
-    async def reload_on(
-        self, signals: AsyncIterator[int], around: Callable[[], AbstractContextManager[None]] = nullcontext
-    ) -> NoReturn:
-        """Reload at each signal, within `around()`; what is wrong goes into the log."""
-        while True:
-            await anext(signals)
-            with around():
-                try:
-                    await self.reload()
-                except OSError as error:
-                    log.error("%s", error)
 
 
 def _difference(old: Config, new: Config) -> dict[str, list[str]]:

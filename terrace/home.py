@@ -47,9 +47,19 @@ class Home:
         return self.path / "api.sock"
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Create the home where it is missing and hold it. Raises HomeError: EBUSY when another daemon has it."""
+    def locked(self, inherited: int | None = None) -> Iterator[int]:
+        """Create the home where it is missing and hold it; gives the descriptor that holds it.
+
+        `inherited`: a descriptor from the process that has held it so far, and goes on if this one fails.
+        Raises HomeError: EBUSY when another daemon has it.
+        """
         self.prepare()
+        if inherited is not None:
+            try:
+                yield inherited
+            finally:
+                os.close(inherited)
+            return
         lock = self.path / "terraced.lock"
         # flock goes with the process, so a killed daemon leaves a file behind and no lock.
         fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -63,9 +73,8 @@ class Home:
                     f"another process ({pid}) has {self.path} in use; use that terraced, stop it, "
                     "or choose another --home",
                 ) from None
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-            yield
+            write_holder(fd)
+            yield fd
         finally:
             os.close(fd)
 
@@ -87,6 +96,12 @@ class Home:
                 f"{self.path} can't be the home: {error.strerror} ({error.filename}); "
                 "choose a directory that you may write with --home or TERRACE_HOME",
             ) from None
+
+
+def write_holder(lock: int) -> None:
+    """Leave this process's id in the lock file, for people."""
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
 
 
 def find_home(option: str | os.PathLike[str] | None) -> Home:

@@ -22,7 +22,17 @@ from starlette.types import ASGIApp
 
 log = logging.getLogger(__name__)
 
-_GRACE_S = 3.0
+
+class Shutdown:
+    """When it has `begun`, requests under way get `grace_s` to finish."""
+
+    def __init__(self) -> None:
+        self.begun = trio.Event()
+        self.grace_s = 3.0
+
+    def begin(self, grace_s: float | None = None) -> None:
+        self.grace_s = self.grace_s if grace_s is None else grace_s
+        self.begun.set()
 
 
 class _Connection(TCPServer):
@@ -38,14 +48,11 @@ class _Connection(TCPServer):
 async def serve_http(
     app: ASGIApp,
     listening: socket.socket,
-    shutdown: trio.Event,
+    shutdown: Shutdown,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve `app` on the listening Unix socket, which stays the caller's, until `shutdown`.
-
-    Requests under way then get three seconds to finish.
-    """
+    """Serve `app` on the listening Unix socket, which stays the caller's, until `shutdown`."""
     config = Config()
     config.accesslog = None
     config.errorlog = logging.getLogger("terrace.httpserver")
@@ -63,7 +70,7 @@ async def serve_http(
             serve = partial(trio.serve_listeners, handler_nursery=connections)
             accepting.start_soon(serve, serve_connection, [trio.SocketListener(own)])
             task_status.started()
-            await shutdown.wait()
+            await shutdown.begun.wait()
             accepting.cancel_scope.cancel()
         await context.terminated.set()
-        connections.cancel_scope.deadline = trio.current_time() + _GRACE_S
+        connections.cancel_scope.deadline = trio.current_time() + shutdown.grace_s

@@ -21,6 +21,15 @@ log = logging.getLogger("terraced")
 class Listening:
     nbd: Sequence[Listener]
     api: Listener
+    passed: PassedSockets
+
+    def all(self) -> list[Listener]:
+        return [*self.nbd, self.api]
+
+    def claim(self) -> None:
+        """This process is the one that serves here."""
+        self.passed.claim()
+        leave(self.all())
 
 
 async def listen(home: Home, config: NbdConfig, passed: PassedSockets, sockets: ExitStack) -> Listening:
@@ -32,8 +41,7 @@ async def listen(home: Home, config: NbdConfig, passed: PassedSockets, sockets: 
         passed.settle()
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror}{_next_step(error)}") from None
-    leave([*nbd, api])
-    return Listening(nbd, api)
+    return Listening(nbd, api, passed)
 
 
 async def _listen_nbd(home: Home, config: NbdConfig, passed: PassedSockets, sockets: ExitStack) -> list[Listener]:

@@ -25,6 +25,7 @@ from typing import Any, Final
 
 from nbd.listen import Listener, adopt
 from terrace import sdnotify
+from terrace.handover import PassedListener
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +46,12 @@ class PassedSocketError(OSError):
 class PassedSockets:
     """What was passed in and is not yet in use. Made by `receive`; belongs to the trio thread."""
 
-    def __init__(self, passed: dict[tuple[socket.AddressFamily, Any], tuple[str, Listener]]) -> None:
+    def __init__(
+        self, passed: dict[tuple[socket.AddressFamily, Any], tuple[str, Listener]], ours: Iterable[Listener] = ()
+    ) -> None:
         self._passed = passed
+        self._ours = list(ours)
+        self._unwanted: list[tuple[str, Listener]] = []
 
     def take(self, family: socket.AddressFamily, address: Any) -> Listener | None:
         """The listener that was passed for this address, once. A `nbd.listen.Held`."""
@@ -57,21 +62,51 @@ class PassedSockets:
         return None
 
     def settle(self) -> None:
-        """All addresses have been taken: give up what is left from an earlier life. Raises for the rest."""
-        passed, self._passed = self._passed, {}
-        alien = [listener.address for name, listener in passed.values() if not name.startswith(_BOUND)]
-        for name, listener in passed.values():
-            listener.close()
-            if name.startswith(_BOUND):
-                log.info("%s is no longer configured: not listening there any more", listener.address)
-                _forget(name)
+        """All addresses have been taken: what is left must be from an earlier life. Raises for the rest."""
+        self._unwanted = list(self._passed.values())
+        self._passed = {}
+        alien = [listener.address for name, listener in self._unwanted if not name.startswith(_BOUND)]
         if alien:
+            for _, listener in self._unwanted:
+                listener.close()
             raise PassedSocketError(
                 errno.EINVAL,
                 f"terraced.socket listens on {', '.join(alien)}, which is not configured, so its clients would wait "
                 "for ever; let ListenStream= there and listen and socket under [nbd] name the same addresses "
                 "(`terrace install-units --config FILE` writes it so)",
             )
+
+
+    def claim(self) -> None:
+        """This process serves: the files of what it inherited are its own, and what nobody wants is given up."""
+        for listener in self._ours:
+            listener.take_file()
+        for name, listener in self._unwanted:
+            log.info("%s is no longer configured: not listening there any more", listener.address)
+            listener.close()
+            _forget(name)
+        self._unwanted = []
+
+
+def inherit(listeners: Iterable[PassedListener]) -> PassedSockets:
+    """What a predecessor listens on. Raises PassedSocketError."""
+    passed: dict[tuple[socket.AddressFamily, Any], tuple[str, Listener]] = {}
+    ours = []
+    for one in listeners:
+        try:
+            listener = adopt(one.sock)
+        except OSError as error:
+            raise PassedSocketError(errno.EINVAL, f"{one.name} can't be served on: {error.strerror}") from None
+        listener.name = one.name
+        if one.ours:
+            ours.append(listener)
+        passed[socket.AddressFamily(one.sock.family), one.sock.getsockname()] = one.name, listener
+    return PassedSockets(passed, ours)
+
+
+def to_pass(listener: Listener) -> PassedListener:
+    """A listener, as a successor gets it."""
+    return PassedListener(listener.sock, listener.name or _store_name(listener), not listener.adopted)
 
 
 def receive(environment: MutableMapping[str, str] = os.environ) -> PassedSockets:
@@ -124,7 +159,9 @@ def _judge(descriptor: int, name: str) -> Listener | None:
         )
     sock = socket.socket(fileno=descriptor)
     try:
-        return adopt(sock)
+        listener = adopt(sock)
+        listener.name = name
+        return listener
     except OSError as error:
         sock.close()
         if name.startswith(_BOUND):
@@ -157,6 +194,7 @@ def leave(listeners: Iterable[Listener]) -> None:
             "FDSTORE=1", f"FDNAME={_store_name(listener)}", "FDPOLL=0", descriptors=[listener.sock.fileno()]
         ):
             listener.keep_file()
+            listener.name = _store_name(listener)
 
 
 def _store_name(listener: Listener) -> str:

@@ -11,8 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from enum import Enum
 
 import trio
@@ -31,6 +30,7 @@ CLOSING_S = 900.0
 class Phase(Enum):
     OPENING = "opening"
     SERVING = "serving"
+    HANDING_OVER = "handing over"
     CLOSING = "closing"
 
 
@@ -68,19 +68,18 @@ class Supervisor:
         """The daemon was told to stop."""
         self._enter(Phase.CLOSING, "STOPPING=1")
 
-    @contextmanager
-    def reloading(self) -> Iterator[None]:
-        """The configuration is read anew in this block. The time is that at which the request was noticed."""
+    def reloading(self) -> None:
+        """Another process is about to serve in the place of this one; else `ready` comes again."""
         notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        try:
-            yield
-        finally:
-            if self._phase is Phase.SERVING:
-                notify("READY=1")
+        self._enter(Phase.HANDING_OVER)
 
-    def _enter(self, phase: Phase, state: str) -> None:
+    def succeeded_by(self, pid: int) -> None:
+        """From now on that process is the service, and speaks for it."""
+        notify(f"MAINPID={pid}")
+
+    def _enter(self, phase: Phase, *states: str) -> None:
         self._phase, self._since_s = phase, time.monotonic()
-        notify(state, f"STATUS={self.status()}")
+        notify(*states, f"STATUS={self.status()}")
 
     def _post(self) -> None:
         states = [f"STATUS={self.status()}"]
@@ -106,6 +105,8 @@ class Supervisor:
                 f"opening pools: {len(is_open)} of {len(slots)} open, recovering {', '.join(pending)} "
                 f"({elapsed}){trouble}"
             )
+        if self._phase is Phase.HANDING_OVER:
+            return f"handing over to a new terraced ({elapsed})"
         if self._phase is Phase.CLOSING:
             waiting = [slot.name for slot in slots if not slot.closed.is_set() and slot.error is None]
             if not waiting:
