@@ -37,6 +37,8 @@ class Listener:
         """Somebody else has bound it."""
         self.name = ""
         """What it is called by whoever keeps it over the daemon's end."""
+        self.any_port = False
+        """The kernel has chosen the port, for who asked for 0."""
         self._path = path
         self._inode = None if adopted or path is None else _inode(path)
 
@@ -149,6 +151,7 @@ async def open_tcp(host: str, port: int, held: Held = _nobody) -> list[Listener]
                 reason = os.strerror(error.errno or 0)
                 raise OSError(error.errno, f"can't listen on {shown(family, address)}: {reason}") from None
             listeners.append(Listener(sock, shown(family, sock.getsockname())))
+            listeners[-1].any_port = not port
     except BaseException:
         for listener in listeners:
             listener.close()

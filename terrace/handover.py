@@ -23,7 +23,7 @@ is written down of the clients (`nbd.suspended`) is in a memory file.
 | say | keys | descriptors |
 |---|---|---|
 | loaded | `version` of the program, `format` | |
-| take | what an `Estate` has; of `listeners` {`name`, `ours`}, of `clients` their number | lock, memory, listeners |
+| take | what an `Estate` has; of `listeners` {`name`, `ours`, `any_port`}, of `clients` their number | lock, memory, listeners |
 | clients | | at most `BATCH` of them; each such message is answered with `more` |
 | more, ready, serve | | |
 | failed | `why`, a sentence | |
@@ -70,11 +70,14 @@ class HandoverError(OSError):
 
 @dataclass(frozen=True)
 class PassedListener:
-    """A listening socket on its way. `ours`: the daemon has bound it, and removes its file at its end."""
+    """A listening socket on its way."""
 
     sock: socket.socket
     name: str
     ours: bool
+    """The daemon has bound it, and removes its file at its end."""
+    any_port: bool
+    """The configuration said port 0."""
 
 
 @dataclass
@@ -164,7 +167,9 @@ class Successor:
                 "since_s": estate.since_s,
                 "pools": list(estate.pools),
                 "policies": list(estate.policies),
-                "listeners": [{"name": one.name, "ours": one.ours} for one in estate.listeners],
+                "listeners": [
+                    {"name": one.name, "ours": one.ours, "any_port": one.any_port} for one in estate.listeners
+                ],
                 "clients": len(estate.clients),
             }
             await self._say(message, [lock, memory, *(one.sock.fileno() for one in estate.listeners)])
@@ -249,7 +254,7 @@ class Predecessor:
             raise HandoverError(errno.EPROTO, f"{len(descriptors)} descriptors came for {len(names)} listeners")
         lock, memory, *rest = descriptors
         listeners = [
-            PassedListener(socket.socket(fileno=fd), one["name"], one["ours"])
+            PassedListener(socket.socket(fileno=fd), one["name"], one["ours"], one["any_port"])
             for fd, one in zip(rest, names, strict=True)
         ]
         sockets: list[socket.socket] = []

@@ -56,7 +56,8 @@ class PassedSockets:
     def take(self, family: socket.AddressFamily, address: Any) -> Listener | None:
         """The listener that was passed for this address, once. A `nbd.listen.Held`."""
         for key, (_, listener) in self._passed.items():
-            if key[0] == family and _same_address(family, key[1], address):
+            same = _same_address(family, key[1], address)
+            if key[0] == family and (same or (listener.any_port and (key[1][0], 0) == address[:2])):
                 del self._passed[key]
                 return listener
         return None
@@ -97,7 +98,7 @@ def inherit(listeners: Iterable[PassedListener]) -> PassedSockets:
             listener = adopt(one.sock)
         except OSError as error:
             raise PassedSocketError(errno.EINVAL, f"{one.name} can't be served on: {error.strerror}") from None
-        listener.name = one.name
+        listener.name, listener.any_port = one.name, one.any_port
         if one.ours:
             ours.append(listener)
         passed[socket.AddressFamily(one.sock.family), one.sock.getsockname()] = one.name, listener
@@ -106,7 +107,9 @@ def inherit(listeners: Iterable[PassedListener]) -> PassedSockets:
 
 def to_pass(listener: Listener) -> PassedListener:
     """A listener, as a successor gets it."""
-    return PassedListener(listener.sock, listener.name or _store_name(listener), not listener.adopted)
+    return PassedListener(
+        listener.sock, listener.name or _store_name(listener), not listener.adopted, listener.any_port
+    )
 
 
 def receive(environment: MutableMapping[str, str] = os.environ) -> PassedSockets:
