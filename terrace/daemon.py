@@ -48,6 +48,7 @@ from terrace.extras import how_to_install
 from terrace.handover import Estate, HandoverError, Predecessor
 from terrace.home import Home, HomeError, find_home, write_holder
 from terrace.httpserver import Shutdown, serve_http
+from terrace.keptclients import has_store, leave_behind, take_back
 from terrace.listening import Listening, listen
 from terrace.lowwater import keep_watch
 from terrace.passedsockets import PassedSocketError, PassedSockets, inherit, receive, to_pass
@@ -224,6 +225,9 @@ async def run(
                             return 1
                         begin()
                         upgrade.succession = heir.succession
+                    elif passed.memory is not None:
+                        clients = await trio.to_thread.run_sync(take_back, passed.memory, passed.clients)
+                        passed.memory, passed.clients = None, []
                     upgrade.obstacle = partial(_obstacle, pools, config)
                     turn.start_soon(upgrade.request_on, hangups)
                     turn.start_soon(upgrade.run, pools)
@@ -236,7 +240,9 @@ async def run(
                     turn.cancel_scope.cancel()
                 clients = []
                 if left is None:
-                    upgrade.abandon()
+                    break
+                clients = left.clients
+                if orders.told.is_set():
                     break
                 heirlooms = [to_pass(listener) for listener in listening.all()]
                 estate = Estate(heirlooms, left.clients, left.pools, left.policies, version(), left.since_s)
@@ -245,8 +251,14 @@ async def run(
                         listener.keep_file()
                     for client in left.clients:
                         client.close()
+                    clients = []
                     break
-                clients = left.clients
+            upgrade.abandon()
+            if heir is not None and heir.succession is None:  # told to stop before it had anything
+                heir.predecessor.failed("it was told to stop")
+                return 1
+            if has_store():
+                await trio.to_thread.run_sync(leave_behind, clients)
             for client in clients:
                 client.close()
             log.info("stopped")
@@ -310,21 +322,23 @@ class Service:
                 await _first(self.orders.told, self.upgrade.wanted)
                 background.cancel_scope.cancel()
             ending.set()
-            if self.orders.told.is_set():
+            stopping, since_s = self.orders.told.is_set(), time.monotonic()
+            if stopping:
                 log.info("finishing what clients have in flight")
-                shutdown.begin()
-                server.start_drain()
                 # Both services end by themselves now, and the pools are closed after them; a client that doesn't take
                 # its last replies holds nobody up.
                 self.orders.serving.deadline = trio.current_time() + self.config.nbd.drain_grace_s + _LEAVING_S
             else:
                 self.supervisor.reloading()
-                since_s = time.monotonic()
-                shutdown.begin(PATIENCE_S)
+            if stopping and not has_store():
+                shutdown.begin()
+                server.start_drain()
+            else:
+                patience_s = self.config.nbd.drain_grace_s if stopping else PATIENCE_S
+                shutdown.begin(patience_s)
                 open_now = [pool.name for pool in self.pools.open_pools()]
-                policies = list(self.pools.policies)
-                left = Left(await server.suspend(PATIENCE_S), open_now, policies, since_s)
-                log.info("%d clients wait for a new terraced", len(left.clients))
+                left = Left(await server.suspend(patience_s), open_now, list(self.pools.policies), since_s)
+                log.info("stopped %d clients for the next terraced", len(left.clients))
         return left
 
 

@@ -23,7 +23,7 @@ is written down of the clients (`nbd.suspended`) is in a memory file.
 | say | keys | descriptors |
 |---|---|---|
 | loaded | `version` of the program, `format` | |
-| take | what an `Estate` has; of `listeners` {`name`, `ours`, `any_port`}, of `clients` their number | lock, memory, listeners |
+| take | an `Estate`; of `listeners` {`name`, `ours`, `any_port`}, of `clients` their number | lock, memory, listeners |
 | clients | | at most `BATCH` of them; each such message is answered with `more` |
 | more, ready, serve | | |
 | failed | `why`, a sentence | |

@@ -8,6 +8,8 @@ are of two kinds, told apart by their names:
 | `terraced` | terraced.socket | is refused: whoever connects there would wait for ever |
 | `bound-ADDRESS` | an earlier life of this daemon, which bound it and put it into the descriptor store | is given up |
 
+Beside them clients of an earlier life may come: `terrace.keptclients`.
+
 A passed socket takes the place of the one that the daemon would bind. What the daemon binds itself it hands to the
 store (`leave`), if there is one. Either way clients that connect while no daemon runs wait in the backlog.
 """
@@ -24,7 +26,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nbd.listen import Listener, adopt
-from terrace import sdnotify
+from terrace import keptclients, sdnotify
 from terrace.handover import PassedListener
 
 log = logging.getLogger(__name__)
@@ -33,7 +35,7 @@ FIRST_DESCRIPTOR: Final = 3
 NAME: Final = "terraced"
 """FileDescriptorName= of terraced.socket."""
 _BOUND: Final = "bound-"
-_MOST: Final = 1024
+_MOST: Final = 16384
 
 
 class PassedSocketError(OSError):
@@ -52,6 +54,9 @@ class PassedSockets:
         self._passed = passed
         self._ours = list(ours)
         self._unwanted: list[tuple[str, Listener]] = []
+        self.clients: list[socket.socket] = []
+        """Clients of an earlier life, and what it has written down of them: for `keptclients.take_back`."""
+        self.memory: int | None = None
 
     def take(self, family: socket.AddressFamily, address: Any) -> Listener | None:
         """The listener that was passed for this address, once. A `nbd.listen.Held`."""
@@ -131,7 +136,16 @@ def receive(environment: MutableMapping[str, str] = os.environ) -> PassedSockets
         raise PassedSocketError(
             errno.EINVAL, f"LISTEN_FDS says {count} sockets, and LISTEN_FDNAMES has {len(named)} names"
         )
+    clients: list[socket.socket] = []
+    memory: int | None = None
     for descriptor, name in zip(descriptors, named, strict=True):
+        if name in (keptclients.CLIENT, keptclients.CLIENTS):
+            os.set_inheritable(descriptor, False)
+            if name == keptclients.CLIENT:
+                clients.append(socket.socket(fileno=descriptor))
+            else:
+                memory = descriptor
+            continue
         listener = _judge(descriptor, name)
         if listener is None:
             continue
@@ -142,7 +156,9 @@ def receive(environment: MutableMapping[str, str] = os.environ) -> PassedSockets
                 errno.EINVAL, f"{listener.address} was passed twice, as {passed[key][0]} and {name}"
             )
         passed[key] = name, listener
-    return PassedSockets(passed)
+    found = PassedSockets(passed)
+    found.clients, found.memory = clients, memory
+    return found
 
 
 def _judge(descriptor: int, name: str) -> Listener | None:

@@ -171,26 +171,69 @@ def test_a_daemon_that_hangs_is_replaced_and_the_journal_says_where_it_hung(mach
     machine.run("systemctl", "restart", "terraced.service")
 
 
-def test_policies_are_reloaded_and_a_bad_file_is_refused(machine: Machine) -> None:
+def test_a_reload_hands_over_to_a_new_process_with_the_configuration_as_it_is_then(machine: Machine) -> None:
     file = machine.path("/etc/terrace/terraced.toml")
     file.write_text('[policy.one]\nplacement = "fast"\n')
     said = machine.terrace("install-units")
     assert "--config /etc/terrace/terraced.toml" in said and said.endswith("systemctl restart terraced.service\n")
     machine.run("systemctl", "daemon-reload")
     machine.run("systemctl", "restart", "terraced.service")
-    pid = machine.main_pid()
-    file.write_text('[policy.two]\nplacement = "fast"\n')
-    machine.run("systemctl", "reload", "terraced.service")
-    assert "two" in machine.terrace("policy", "list")
-    before = machine.journal().count("policies are reloaded")
-    machine.kill(signal.SIGHUP)
-    machine.wait(lambda: machine.journal().count("policies are reloaded") == before + 1)
-    file.write_text("[policy.two]\nplacement = 1\n")
-    machine.run("systemctl", "reload", "terraced.service", status=1)
-    machine.wait(lambda: machine.show("terraced.service", "ActiveState") == "active")
-    assert machine.main_pid() == pid
-    assert "two" in machine.terrace("policy", "list")
+    restarts = machine.show("terraced.service", "NRestarts")
+    with Connection(machine.path(NBD), "p/v") as client:
+        client.write(MIB, PATTERN)
+        first = machine.main_pid()
+        file.write_text('[policy.two]\nplacement = "fast"\n')
+        machine.run("systemctl", "reload", "terraced.service")
+        second = machine.main_pid()
+        assert second != first
+        assert "two" in machine.terrace("policy", "list")
+        assert client.read(MIB, len(PATTERN)) == PATTERN
+
+        machine.kill(signal.SIGHUP)
+        machine.wait(lambda: machine.main_pid() not in (0, second))
+        machine.wait(lambda: machine.show("terraced.service", "ActiveState") == "active")
+        third = machine.main_pid()
+        assert client.read(MIB, len(PATTERN)) == PATTERN
+
+        file.write_text("[policy.two]\nplacement = 1\n")
+        machine.run("systemctl", "reload", "terraced.service", status=1)
+        machine.wait(lambda: machine.show("terraced.service", "ActiveState") == "active")
+        assert machine.main_pid() == third
+        assert "two" in machine.terrace("policy", "list")
+        assert client.read(MIB, len(PATTERN)) == PATTERN
     file.write_text("")
+    assert machine.show("terraced.service", "NRestarts") == restarts
+    # systemd watches over the last of them as it did over the first.
+    machine.kill(signal.SIGKILL)
+    assert served(machine) == PATTERN
+    assert int(machine.show("terraced.service", "NRestarts")) == int(restarts) + 1
+
+
+def test_clients_stay_connected_over_a_restart_and_a_stop_disconnects_them(machine: Machine) -> None:
+    idle = [Connection(machine.path(NBD), "p/v") for _ in range(200)]
+    try:
+        with Connection(machine.path(NBD), "p/v") as client:
+            for round_number in range(3):
+                client.write(2 * MIB, PATTERN + bytes([round_number]))
+                before = machine.main_pid()
+                machine.run("systemctl", "restart", "terraced.service")
+                assert machine.main_pid() != before
+                assert client.read(2 * MIB, len(PATTERN) + 1) == PATTERN + bytes([round_number])
+                # Nobody but the daemon has them now, so its death is noticed.
+                machine.wait(lambda: int(machine.show("terraced.service", "NFileDescriptorStore")) <= 3)
+            assert all(one.read(2 * MIB, len(PATTERN)) == PATTERN for one in idle)
+            machine.kill(signal.SIGKILL)
+            with pytest.raises((ConnectionError, EOFError)):
+                client.read(0, 1)
+        machine.wait(lambda: machine.show("terraced.service", "ActiveState") == "active")
+        with Connection(machine.path(NBD), "p/v") as client:
+            machine.run("systemctl", "stop", *UNITS)
+            with pytest.raises((ConnectionError, EOFError)):
+                client.read(0, 1)
+    finally:
+        for one in idle:
+            one.socket.close()
+        machine.run("systemctl", "start", *UNITS)
 
 
 def test_an_address_of_the_socket_unit_that_is_not_configured_is_refused_by_name(machine: Machine) -> None:
