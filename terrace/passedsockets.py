@@ -61,8 +61,9 @@ class PassedSockets:
     def take(self, family: socket.AddressFamily, address: Any) -> Listener | None:
         """The listener that was passed for this address, once. A `nbd.listen.Held`."""
         for key, (_, listener) in self._passed.items():
-            same = _same_address(family, key[1], address)
-            if key[0] == family and (same or (listener.any_port and (key[1][0], 0) == address[:2])):
+            if key[0] != family:
+                continue
+            if _same_address(family, key[1], address) or (listener.any_port and (key[1][0], 0) == address[:2]):
                 del self._passed[key]
                 return listener
         return None
