@@ -27,13 +27,15 @@ class Closed(Exception):
 
 @dataclass
 class Reply:
-    """A simple reply, or all chunks of a structured one."""
+    """A simple reply, or all chunks of a structured or extended one."""
 
     cookie: int
     error: int = 0
     data: bytes = b""
     structured: bool = False
+    extended: bool = False
     message: str = ""
+    holes: tuple[tuple[int, int], ...] = ()  # offset, length; `data` has zeroes for them
     chunks: tuple[tuple[int, int, bytes], ...] = ()  # flags, type, payload
 
     @property
@@ -48,10 +50,17 @@ class Reply:
         assert [flags for flags, _, _ in self.chunks] == [0] * (len(self.chunks) - 1) + [wire.REPLY_FLAG_DONE]
         statuses = {}
         for _, kind, payload in self.chunks:
-            assert kind == wire.REPLY_TYPE_BLOCK_STATUS
             (context_id,) = struct.unpack_from(">I", payload)
             assert context_id not in statuses
-            statuses[context_id] = [struct.unpack_from(">II", payload, at) for at in range(4, len(payload), 8)]
+            if self.extended:
+                assert kind == 6
+                (count,) = struct.unpack_from(">I", payload, 4)
+                assert count and len(payload) == 8 + 16 * count
+                statuses[context_id] = [struct.unpack_from(">QQ", payload, at) for at in range(8, len(payload), 16)]
+            else:
+                assert kind == 5 and len(payload) > 4
+                statuses[context_id] = [struct.unpack_from(">II", payload, at) for at in range(4, len(payload), 8)]
+            assert all(length for length, _ in statuses[context_id])
         return statuses
 
 
@@ -59,8 +68,10 @@ class RawClient:
     def __init__(self, stream: trio.SocketStream) -> None:
         self.stream = stream
         self.structured = False
+        self.extended = False
         self._buffer = bytearray()
         self._read_lengths: dict[int, int] = {}
+        self._asked: dict[int, tuple[int, int, int, int]] = {}  # by cookie: command, flags, offset, length
         self._cookie = 0
         self.error: BaseException | None = None
         """Why receiving failed, where it was more than the end of the stream."""
@@ -111,10 +122,20 @@ class RawClient:
             if kind == wire.REP_ACK or kind & 1 << 31:
                 return replies
 
-    async def go(self, name: str = "mem", *, structured: bool = False, status: bool | Sequence[str] = False) -> int:
+    async def go(
+        self,
+        name: str = "mem",
+        *,
+        structured: bool = False,
+        extended: bool = False,
+        status: bool | Sequence[str] = False,
+    ) -> int:
         """Negotiate; returns the transmission flags. ``status``: the contexts, or True for base:allocation."""
         await self.hello()
-        if structured or status:
+        if extended:
+            assert await self.option(wire.OPT_EXTENDED_HEADERS) == [(wire.REP_ACK, b"")]
+            self.structured = self.extended = True
+        elif structured or status:
             assert (await self.option(wire.OPT_STRUCTURED_REPLY))[-1][0] == wire.REP_ACK
             self.structured = True
         if status:
@@ -129,23 +150,29 @@ class RawClient:
 
     # --- transmission ---
 
-    def note(self, command: int, cookie: int, length: int) -> None:
+    def note(self, command: int, cookie: int, length: int, *, offset: int = 0, flags: int = 0) -> None:
         if command == wire.CMD_READ:
             self._read_lengths[cookie] = length
+        self._asked[cookie] = (command, flags, offset, length)
 
     async def request(
         self, command: int, offset: int = 0, length: int = 0, *, flags: int = 0, data: bytes = b"", cookie: int = 0
     ) -> int:
-        """Send a request; returns its cookie."""
+        """Send a request; returns its cookie. With extended headers data brings PAYLOAD_LEN with it, as has a WRITE."""
         if not cookie:
             self._cookie += 1
             cookie = self._cookie
-        self.note(command, cookie, length)
-        await self.send(request_bytes(command, cookie, offset, length or len(data), flags, data))
+        if self.extended and (data or command == wire.CMD_WRITE):
+            flags |= wire.CMD_FLAG_PAYLOAD_LEN
+        self.note(command, cookie, length, offset=offset, flags=flags)
+        encode = extended_bytes if self.extended else request_bytes
+        await self.send(encode(command, cookie, offset, length or len(data), flags, data))
         return cookie
 
     async def reply(self) -> Reply:
-        """The next complete reply, in either form."""
+        """The next complete reply, in whatever form."""
+        if self.extended:
+            return await self._extended_reply()
         chunks: list[tuple[int, int, bytes]] = []
         result: Reply | None = None
         while True:
@@ -167,12 +194,58 @@ class RawClient:
             if kind == wire.REPLY_TYPE_OFFSET_DATA:
                 result.data += payload[8:]
                 assert length > 8
+            elif kind == wire.REPLY_TYPE_OFFSET_HOLE:
+                start, size = struct.unpack(">QI", payload)
+                assert size
+                result.data += bytes(size)
+                result.holes += ((start, size),)
             elif kind == wire.REPLY_TYPE_ERROR:
                 result.error, size = struct.unpack_from(">IH", payload)
                 assert result.error and size == length - 6
                 result.message = payload[6:].decode()
             if flags & wire.REPLY_FLAG_DONE:
                 self._read_lengths.pop(cookie, None)
+                result.chunks = tuple(chunks)
+                return result
+
+    async def _extended_reply(self) -> Reply:
+        chunks: list[tuple[int, int, bytes]] = []
+        result: Reply | None = None
+        while True:
+            magic, flags, kind, cookie, offset, length = struct.unpack(">IHHQQQ", await self.receive(32))
+            assert magic == 0x6E8A278C, hex(magic)
+            command, asked_flags, asked_offset, asked_length = self._asked[cookie]
+            assert offset == asked_offset, "the reply doesn't echo the request's offset"
+            payload = await self.receive(length)
+            chunks.append((flags, kind, payload))
+            if result is None:
+                result = Reply(cookie, structured=True, extended=True)
+            assert cookie == result.cookie and not flags & ~wire.REPLY_FLAG_DONE
+            if kind == 0:
+                assert not payload and flags
+            elif kind in (1, 2):
+                assert command == wire.CMD_READ and not result.error
+                (start,) = struct.unpack_from(">Q", payload)
+                size = length - 8 if kind == 1 else struct.unpack(">QI", payload)[1]
+                # This server sends them in order.
+                assert start == asked_offset + len(result.data) and 0 < size <= asked_length - len(result.data)
+                result.data += payload[8:] if kind == 1 else bytes(size)
+                if kind == 2:
+                    assert not asked_flags & wire.CMD_FLAG_DF
+                    result.holes += ((start, size),)
+            elif kind == 0x8001:
+                assert not result.error
+                result.error, size = struct.unpack_from(">IH", payload)
+                assert result.error and size == length - 6
+                result.message = payload[6:].decode()
+            else:
+                assert kind == 6 and command == wire.CMD_BLOCK_STATUS, kind
+            if flags:
+                if command == wire.CMD_READ and not result.error:
+                    assert len(result.data) == asked_length
+                    if asked_flags & wire.CMD_FLAG_DF:
+                        assert sum(kind in (1, 2) for _, kind, _ in chunks) <= 1
+                del self._asked[cookie]
                 result.chunks = tuple(chunks)
                 return result
 
@@ -207,6 +280,17 @@ def request_bytes(
     command: int, cookie: int, offset: int = 0, length: int = 0, flags: int = 0, data: bytes = b""
 ) -> bytes:
     return struct.pack(">IHHQQI", wire.REQUEST_MAGIC, flags, command, cookie, offset, length or len(data)) + data
+
+
+def extended_bytes(
+    command: int, cookie: int, offset: int = 0, length: int = 0, flags: int = 0, data: bytes = b""
+) -> bytes:
+    return struct.pack(">IHHQQQ", 0x21E41C71, flags, command, cookie, offset, length or len(data)) + data
+
+
+def filter_bytes(length: int, *context_ids: int) -> bytes:
+    """The payload by which a BLOCK_STATUS asks for some contexts only."""
+    return struct.pack(f">Q{len(context_ids)}I", length, *context_ids)
 
 
 class Served:

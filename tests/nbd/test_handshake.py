@@ -136,7 +136,7 @@ def test_list_names_and_describes_and_refuses_data() -> None:
     assert final(talk.option(wire.OPT_LIST, b"x")) == wire.REP_ERR_INVALID
 
 
-@pytest.mark.parametrize("option", [0, 4, 12, 99, 1 << 31, wire.OPT_STARTTLS, wire.OPT_EXTENDED_HEADERS])
+@pytest.mark.parametrize("option", [0, 4, 12, 99, 1 << 31, wire.OPT_STARTTLS])
 def test_an_unsupported_option_is_drained_and_refused(option: int) -> None:
     talk = Talk()
     assert final(talk.option(option, bytes(100_000))) == wire.REP_ERR_UNSUP

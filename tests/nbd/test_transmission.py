@@ -152,54 +152,54 @@ def test_the_flags_tell_the_truth() -> None:
 def test_the_bytes_of_the_replies() -> None:
     cookie = 0x0102030405060708
     tag = bytes(range(1, 9))
-    assert success(cookie) == b"\x67\x44\x66\x98\0\0\0\0" + tag
-    assert failure(SIMPLE, cookie, 28, "ignored") == b"\x67\x44\x66\x98\0\0\0\x1c" + tag
-    assert failure(STRUCTURED, cookie, 28, "full") == (
+    assert success(SIMPLE, cookie, 512) == b"\x67\x44\x66\x98\0\0\0\0" + tag
+    assert failure(SIMPLE, cookie, 512, 28, "ignored") == b"\x67\x44\x66\x98\0\0\0\x1c" + tag
+    assert failure(STRUCTURED, cookie, 512, 28, "full") == (
         b"\x66\x8e\x33\xef\0\x01\x80\x01" + tag + b"\0\0\0\x0a\0\0\0\x1c\0\x04full"
     )
-    assert read_header(SIMPLE, cookie, 512, 4096) == success(cookie)
+    assert read_header(SIMPLE, cookie, 512, 4096) == success(SIMPLE, cookie, 512)
     data = b"\x66\x8e\x33\xef\0\x01\0\x01" + tag + b"\0\0\x10\x08\0\0\0\0\0\0\x02\0"
     assert read_header(STRUCTURED, cookie, 512, 4096) == data
     assert read_header(STRUCTURED, cookie, 512, 0) == b"\x66\x8e\x33\xef\0\x01\0\0" + tag + b"\0\0\0\0"
-    assert block_status(cookie, [(1, [(512, 0), (3584, 3)])], length=4096, only_one=False) == (
+    assert block_status(STRUCTURED, cookie, 0, [(1, [(512, 0), (3584, 3)])], length=4096, only_one=False) == (
         b"\x66\x8e\x33\xef\0\x01\0\x05" + tag + b"\0\0\0\x14\0\0\0\x01\0\0\x02\0\0\0\0\0\0\0\x0e\0\0\0\0\x03"
     )
 
 
 def test_block_status_is_cut_to_the_request_and_never_empty() -> None:
-    reply = block_status(1, [(1, [(1 << 40, 3)])], length=4096, only_one=True)
+    reply = block_status(STRUCTURED, 1, 0, [(1, [(1 << 40, 3)])], length=4096, only_one=True)
     assert reply[24:] == b"\0\0\x10\0\0\0\0\x03"
-    assert len(block_status(1, [(1, [(512, 0), (512, 3)])], length=1024, only_one=True)) == 32
-    assert len(block_status(1, [(1, [(512, 0), (512, 3)])], length=512, only_one=False)) == 32
+    assert len(block_status(STRUCTURED, 1, 0, [(1, [(512, 0), (512, 3)])], length=1024, only_one=True)) == 32
+    assert len(block_status(STRUCTURED, 1, 0, [(1, [(512, 0), (512, 3)])], length=512, only_one=False)) == 32
     with pytest.raises(ValueError, match="no extents"):
-        block_status(1, [(1, [(512, 0)]), (2, [])], length=512, only_one=False)
+        block_status(STRUCTURED, 1, 0, [(1, [(512, 0)]), (2, [])], length=512, only_one=False)
 
 
 def test_block_status_has_one_chunk_a_context_and_only_the_last_is_done() -> None:
     statuses = [(1, [(512, 0), (512, 3)]), (7, [(1 << 40, 0xFFFFFFFF)]), (2, [(256, 1)])]
     tag = b"\0" * 7 + b"\x09"
     head = b"\x66\x8e\x33\xef\0"
-    assert block_status(9, statuses, length=1024, only_one=False) == (
+    assert block_status(STRUCTURED, 9, 0, statuses, length=1024, only_one=False) == (
         head + b"\0\0\x05" + tag + b"\0\0\0\x14\0\0\0\x01\0\0\x02\0\0\0\0\0\0\0\x02\0\0\0\0\x03"
         + head + b"\0\0\x05" + tag + b"\0\0\0\x0c\0\0\0\x07\0\0\x04\0\xff\xff\xff\xff"
         + head + b"\x01\0\x05" + tag + b"\0\0\0\x0c\0\0\0\x02\0\0\x01\0\0\0\0\x01"
     )  # fmt: skip
-    assert len(block_status(9, statuses, length=1024, only_one=True)) == 3 * 32
+    assert len(block_status(STRUCTURED, 9, 0, statuses, length=1024, only_one=True)) == 3 * 32
 
 
 def test_a_length_of_64_bits_is_clamped_to_the_32_of_the_reply() -> None:
-    reply = block_status(1, [(1, [(1 << 40, 1)])], length=1 << 40, only_one=False)
+    reply = block_status(STRUCTURED, 1, 0, [(1, [(1 << 40, 1)])], length=1 << 40, only_one=False)
     assert reply[24:] == b"\xff\xff\xff\xff\0\0\0\x01"
 
 
 def test_all_contexts_together_stay_within_the_limit_of_extents() -> None:
     for count in range(1, 20):
-        session = Session(True, tuple((number, f"x:{number}") for number in range(count)))
-        assert 0 < extent_limit(session, only_one=False) * count <= EXTENT_LIMIT
-        assert extent_limit(session, only_one=True) == 1
+        contexts = tuple((number, f"x:{number}") for number in range(count))
+        assert 0 < extent_limit(contexts, only_one=False) * count <= EXTENT_LIMIT
+        assert extent_limit(contexts, only_one=True) == 1
 
 
 def test_messages_are_cut_between_characters() -> None:
     assert clip_utf8("aä" * 3, 5) == "aäa".encode()
-    assert len(failure(STRUCTURED, 1, 5, "ä" * 5000)) == 26 + 4096
+    assert len(failure(STRUCTURED, 1, 0, 5, "ä" * 5000)) == 26 + 4096
     assert clip_utf8("a\0b", 9) == b"ab"

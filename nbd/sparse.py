@@ -1,0 +1,63 @@
+"""Which parts of a long READ are told as holes, and which are read: pure but for the questions it asks an export.
+
+A hole chunk costs both sides a few bytes, where zeroes cost a copy for each of them; but cutting data into many short
+chunks costs more than it saves. So a run of zeroes counts from ``HOLE_BYTES`` on.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from nbd.export import Export, TellsHoles
+
+CHUNK_BYTES: Final = 256 << 10
+"""A longer READ is answered in chunks of this, where replies are structured: what was just read is still in the CPU's
+cache when it is sent, and the client receives one chunk while the next is read (a quarter more bytes a second)."""
+HOLE_BYTES: Final = 64 << 10
+"""Shorter runs of zeroes are sent as data."""
+
+
+class Piece(NamedTuple):
+    """A part of a READ: bytes from ``start`` to before ``end``."""
+
+    start: int
+    end: int
+    is_hole: bool
+
+
+def next_pieces(export: Export, offset: int, end: int, step: int = CHUNK_BYTES) -> list[Piece]:
+    """The next pieces, in order and without a gap, of a READ that is still to be answered from ``offset`` to ``end``.
+
+    No more than ``step`` bytes of them are data, and they end on a multiple of it, but for the READ's own end; a hole
+    may be as long as the READ. Holds now: until the caller has read the data there must be no checkpoint. OSError as
+    the export's.
+    """
+    stop = min(end, (offset // step + 1) * step)
+    if not isinstance(export, TellsHoles):
+        return [Piece(offset, stop, False)]
+    pieces = _pieces_of(export, offset, stop)
+    # A hole that reaches the end of a chunk is followed further: one chunk tells of all of it.
+    while pieces[-1].is_hole and stop < end:
+        start, stop = stop, min(end, stop + step)
+        first, *more = _pieces_of(export, start, stop)
+        if not first.is_hole:
+            break
+        pieces[-1] = Piece(pieces[-1].start, first.end, True)
+        if more:
+            break
+    return pieces
+
+
+def _pieces_of(export: TellsHoles, offset: int, stop: int) -> list[Piece]:
+    pieces = []
+    at = offset
+    for start, length in export.holes_now(offset, stop - offset, HOLE_BYTES) or ():
+        if length < HOLE_BYTES:
+            continue
+        if at < start:
+            pieces.append(Piece(at, start, False))
+        at = start + length
+        pieces.append(Piece(start, at, True))
+    if at < stop:
+        pieces.append(Piece(at, stop, False))
+    return pieces
