@@ -150,23 +150,25 @@ class RawClient:
 
     # --- transmission ---
 
-    def note(self, command: int, cookie: int, length: int, *, offset: int = 0, flags: int = 0) -> None:
+    def encode(
+        self, command: int, cookie: int, offset: int = 0, length: int = 0, flags: int = 0, data: bytes = b""
+    ) -> bytes:
+        """A request whose reply will be awaited. Extended, data brings PAYLOAD_LEN with it, as has a WRITE."""
+        if self.extended and (data or command == wire.CMD_WRITE):
+            flags |= wire.CMD_FLAG_PAYLOAD_LEN
         if command == wire.CMD_READ:
             self._read_lengths[cookie] = length
         self._asked[cookie] = (command, flags, offset, length)
+        return (extended_bytes if self.extended else request_bytes)(command, cookie, offset, length, flags, data)
 
     async def request(
         self, command: int, offset: int = 0, length: int = 0, *, flags: int = 0, data: bytes = b"", cookie: int = 0
     ) -> int:
-        """Send a request; returns its cookie. With extended headers data brings PAYLOAD_LEN with it, as has a WRITE."""
+        """Send a request; returns its cookie."""
         if not cookie:
             self._cookie += 1
             cookie = self._cookie
-        if self.extended and (data or command == wire.CMD_WRITE):
-            flags |= wire.CMD_FLAG_PAYLOAD_LEN
-        self.note(command, cookie, length, offset=offset, flags=flags)
-        encode = extended_bytes if self.extended else request_bytes
-        await self.send(encode(command, cookie, offset, length or len(data), flags, data))
+        await self.send(self.encode(command, cookie, offset, length, flags, data))
         return cookie
 
     async def reply(self) -> Reply:
