@@ -39,7 +39,7 @@ def next_pieces(export: Export, offset: int, end: int, step: int = CHUNK_BYTES) 
     # A hole that reaches the end of a chunk is followed further: one chunk tells of all of it.
     while pieces[-1].is_hole and stop < end:
         start, stop = stop, min(end, stop + step)
-        first, *more = _pieces_of(export, start, stop)
+        first, *more = _pieces_of(export, start, stop, goes_on=True)
         if not first.is_hole:
             break
         pieces[-1] = Piece(pieces[-1].start, first.end, True)
@@ -48,11 +48,12 @@ def next_pieces(export: Export, offset: int, end: int, step: int = CHUNK_BYTES) 
     return pieces
 
 
-def _pieces_of(export: TellsHoles, offset: int, stop: int) -> list[Piece]:
+def _pieces_of(export: TellsHoles, offset: int, stop: int, *, goes_on: bool = False) -> list[Piece]:
+    """``goes_on``: a hole ends at ``offset``, so one that begins there may be short."""
     pieces = []
     at = offset
     for start, length in export.holes_now(offset, stop - offset, HOLE_BYTES) or ():
-        if length < HOLE_BYTES:
+        if length < HOLE_BYTES and not (goes_on and start == offset):
             continue
         if at < start:
             pieces.append(Piece(at, start, False))

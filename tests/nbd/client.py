@@ -357,6 +357,21 @@ async def serving(*exports: MemoryExport, limits: Limits | None = None) -> Async
         assert served.exports.open == 0, "an export was not released"
 
 
+@asynccontextmanager
+async def attached(
+    export: MemoryExport,
+    *,
+    form: str = "simple",
+    status: bool | Sequence[str] = False,
+    limits: Limits | None = None,
+) -> AsyncIterator[tuple[RawClient, Served]]:
+    """A client of that export. ``form``: simple, structured or extended."""
+    async with serving(export, limits=limits) as served:
+        client = await served.connect()
+        await client.go(export.name, structured=form == "structured", extended=form == "extended", status=status)
+        yield client, served
+
+
 def run(test: Callable[[], object], *, timeout_s: float = 10.0) -> None:
     """Run an async test; a hang is a failure."""
 

@@ -11,8 +11,7 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,26 +22,12 @@ from nbd import wire
 from nbd.connection import BATCH_WRITES, INBOX_BYTES, INLINE_READ_BYTES, Limits
 from nbd.listen import open_tcp, open_unix
 from nbd.server import serve
-from tests.nbd.client import Closed, RawClient, Served, info_bytes, request_bytes, run, serving
+from tests.nbd.client import Closed, RawClient, attached, info_bytes, request_bytes, run, serving
 from tests.nbd.memory import ContextExport, MemoryExport, MemoryExports
 
 SIZE = 1 << 20
 both_speeds = pytest.mark.parametrize("slow", [False, True], ids=["at-once", "slow"])
 all_forms = pytest.mark.parametrize("form", ["simple", "structured", "extended"])
-
-
-@asynccontextmanager
-async def attached(
-    export: MemoryExport,
-    *,
-    form: str = "simple",
-    status: bool | Sequence[str] = False,
-    limits: Limits | None = None,
-) -> AsyncIterator[tuple[RawClient, Served]]:
-    async with serving(export, limits=limits) as served:
-        client = await served.connect()
-        await client.go(export.name, structured=form == "structured", extended=form == "extended", status=status)
-        yield client, served
 
 
 def pattern(length: int, seed: int = 1) -> bytes:
