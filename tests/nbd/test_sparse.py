@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbd import wire
-from nbd.sparse import CHUNK_BYTES, HOLE_BYTES, Piece, next_pieces
+from nbd.sparse import CHUNK_BYTES, HOLE_BYTES, Piece, next_pieces, teller_of
 from tests.nbd.client import attached, run
 from tests.nbd.memory import GRAIN, MemoryExport, SparseExport
 
@@ -39,7 +39,7 @@ def test_pieces_cover_the_range_once_tell_only_zeroes_and_hold_no_more_data_than
     export = export_with(*((at, min(size, SIZE - at)) for at, size in data))
     at, end = offset, min(SIZE, offset + length)
     while at < end:
-        pieces = next_pieces(export, at, end, step)
+        pieces = next_pieces(teller_of(export), at, end, step)
         assert sum(stop - start for start, stop, is_hole in pieces if not is_hole) <= step
         for start, stop, is_hole in pieces:
             assert start == at < stop <= end
@@ -51,18 +51,18 @@ def test_pieces_cover_the_range_once_tell_only_zeroes_and_hold_no_more_data_than
 
 def test_a_hole_is_told_as_a_whole_however_long_and_short_ones_are_data() -> None:
     export = export_with((0, GRAIN), (SIZE - GRAIN, GRAIN))
-    first = next_pieces(export, 0, SIZE)
+    first = next_pieces(teller_of(export), 0, SIZE)
     assert first == [Piece(0, GRAIN, False), Piece(GRAIN, SIZE - GRAIN, True)]
-    assert next_pieces(export, SIZE - GRAIN, SIZE) == [Piece(SIZE - GRAIN, SIZE, False)]
+    assert next_pieces(teller_of(export), SIZE - GRAIN, SIZE) == [Piece(SIZE - GRAIN, SIZE, False)]
     export = export_with((0, GRAIN), (HOLE_BYTES, GRAIN))
-    assert next_pieces(export, 0, 2 * HOLE_BYTES) == [Piece(0, 2 * HOLE_BYTES, False)]
+    assert next_pieces(teller_of(export), 0, 2 * HOLE_BYTES) == [Piece(0, 2 * HOLE_BYTES, False)]
 
 
 def test_an_export_that_cannot_tell_is_read() -> None:
     unknown = export_with()
     unknown.unknown = True
     for export in (MemoryExport(size_bytes=SIZE), unknown):
-        assert next_pieces(export, 100, SIZE) == [Piece(100, CHUNK_BYTES, False)]
+        assert next_pieces(teller_of(export), 100, SIZE) == [Piece(100, CHUNK_BYTES, False)]
 
 
 @chunked_forms
