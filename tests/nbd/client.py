@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -64,6 +64,52 @@ class Reply:
         return statuses
 
 
+@dataclass
+class _Partial:
+    """The chunks of a reply so far."""
+
+    reply: Reply
+    data: bytearray = field(default_factory=bytearray)
+    chunks: list[tuple[int, int, bytes]] = field(default_factory=list)
+
+    def add(self, flags: int, kind: int, payload: bytes, asked: tuple[int, int, int, int] | None) -> None:
+        """``asked``: command, flags, offset and length of the request, where they are known."""
+        reply, length = self.reply, len(payload)
+        assert not flags & ~wire.REPLY_FLAG_DONE
+        self.chunks.append((flags, kind, payload))
+        if kind == 0:
+            assert not payload and flags
+        elif kind in (1, 2):
+            assert not reply.error and (length > 8 if kind == 1 else length == 12)
+            (start,) = struct.unpack_from(">Q", payload)
+            size = length - 8 if kind == 1 else struct.unpack(">QI", payload)[1]
+            assert size
+            if asked is not None:
+                # This server sends them in order.
+                assert asked[0] == wire.CMD_READ and start == asked[2] + len(self.data)
+                assert len(self.data) + size <= asked[3]
+                assert not (asked[1] & wire.CMD_FLAG_DF and (kind == 2 or self.data))
+            if kind == 1:
+                self.data += memoryview(payload)[8:]
+            else:
+                self.data += bytes(size)
+                reply.holes += ((start, size),)
+        elif kind == 0x8001:
+            assert not reply.error
+            reply.error, size = struct.unpack_from(">IH", payload)
+            assert reply.error and size == length - 6
+            reply.message = payload[6:].decode()
+        else:
+            assert kind == (6 if reply.extended else 5)
+            assert asked is None or asked[0] == wire.CMD_BLOCK_STATUS
+        if flags and asked is not None and asked[0] == wire.CMD_READ and not reply.error:
+            assert len(self.data) == asked[3]
+
+    def whole(self) -> Reply:
+        self.reply.data, self.reply.chunks = bytes(self.data), tuple(self.chunks)
+        return self.reply
+
+
 class RawClient:
     def __init__(self, stream: trio.SocketStream) -> None:
         self.stream = stream
@@ -72,6 +118,7 @@ class RawClient:
         self._buffer = bytearray()
         self._read_lengths: dict[int, int] = {}
         self._asked: dict[int, tuple[int, int, int, int]] = {}  # by cookie: command, flags, offset, length
+        self._partial: dict[int, _Partial] = {}
         self._cookie = 0
         self.error: BaseException | None = None
         """Why receiving failed, where it was more than the end of the stream."""
@@ -172,84 +219,30 @@ class RawClient:
         return cookie
 
     async def reply(self) -> Reply:
-        """The next complete reply, in whatever form."""
-        if self.extended:
-            return await self._extended_reply()
-        chunks: list[tuple[int, int, bytes]] = []
-        result: Reply | None = None
+        """The next complete reply, in whatever form. Chunks of several replies may come mixed."""
         while True:
             (magic,) = struct.unpack(">I", await self.receive(4))
-            if magic == wire.SIMPLE_REPLY_MAGIC:
-                assert result is None, "a simple reply within a structured one"
+            if self.extended:
+                assert magic == 0x6E8A278C, hex(magic)
+                flags, kind, cookie, offset, length = struct.unpack(">HHQQQ", await self.receive(28))
+                assert offset == self._asked[cookie][2], "the reply doesn't echo the request's offset"
+            elif magic == wire.SIMPLE_REPLY_MAGIC:
                 error, cookie = struct.unpack(">IQ", await self.receive(12))
-                length = self._read_lengths.pop(cookie, None)
-                if length is not None:
+                assert cookie not in self._partial, "a simple reply after chunks"
+                read_length = self._read_lengths.pop(cookie, None)
+                if read_length is not None:
                     assert not self.structured, "a simple reply to READ after structured replies were negotiated"
-                return Reply(cookie, error, await self.receive(length) if length and not error else b"")
-            assert magic == wire.STRUCTURED_REPLY_MAGIC and self.structured, hex(magic)
-            flags, kind, cookie, length = struct.unpack(">HHQI", await self.receive(16))
-            payload = await self.receive(length)
-            chunks.append((flags, kind, payload))
-            if result is None:
-                result = Reply(cookie, structured=True)
-            assert cookie == result.cookie
-            if kind == wire.REPLY_TYPE_OFFSET_DATA:
-                result.data += payload[8:]
-                assert length > 8
-            elif kind == wire.REPLY_TYPE_OFFSET_HOLE:
-                start, size = struct.unpack(">QI", payload)
-                assert size
-                result.data += bytes(size)
-                result.holes += ((start, size),)
-            elif kind == wire.REPLY_TYPE_ERROR:
-                result.error, size = struct.unpack_from(">IH", payload)
-                assert result.error and size == length - 6
-                result.message = payload[6:].decode()
-            if flags & wire.REPLY_FLAG_DONE:
-                self._read_lengths.pop(cookie, None)
-                result.chunks = tuple(chunks)
-                return result
-
-    async def _extended_reply(self) -> Reply:
-        chunks: list[tuple[int, int, bytes]] = []
-        result: Reply | None = None
-        while True:
-            magic, flags, kind, cookie, offset, length = struct.unpack(">IHHQQQ", await self.receive(32))
-            assert magic == 0x6E8A278C, hex(magic)
-            command, asked_flags, asked_offset, asked_length = self._asked[cookie]
-            assert offset == asked_offset, "the reply doesn't echo the request's offset"
-            payload = await self.receive(length)
-            chunks.append((flags, kind, payload))
-            if result is None:
-                result = Reply(cookie, structured=True, extended=True)
-            assert cookie == result.cookie and not flags & ~wire.REPLY_FLAG_DONE
-            if kind == 0:
-                assert not payload and flags
-            elif kind in (1, 2):
-                assert command == wire.CMD_READ and not result.error
-                (start,) = struct.unpack_from(">Q", payload)
-                size = length - 8 if kind == 1 else struct.unpack(">QI", payload)[1]
-                # This server sends them in order.
-                assert start == asked_offset + len(result.data) and 0 < size <= asked_length - len(result.data)
-                result.data += payload[8:] if kind == 1 else bytes(size)
-                if kind == 2:
-                    assert not asked_flags & wire.CMD_FLAG_DF
-                    result.holes += ((start, size),)
-            elif kind == 0x8001:
-                assert not result.error
-                result.error, size = struct.unpack_from(">IH", payload)
-                assert result.error and size == length - 6
-                result.message = payload[6:].decode()
+                return Reply(cookie, error, await self.receive(read_length) if read_length and not error else b"")
             else:
-                assert kind == 6 and command == wire.CMD_BLOCK_STATUS, kind
-            if flags:
-                if command == wire.CMD_READ and not result.error:
-                    assert len(result.data) == asked_length
-                    if asked_flags & wire.CMD_FLAG_DF:
-                        assert sum(kind in (1, 2) for _, kind, _ in chunks) <= 1
-                del self._asked[cookie]
-                result.chunks = tuple(chunks)
-                return result
+                assert magic == wire.STRUCTURED_REPLY_MAGIC and self.structured, hex(magic)
+                flags, kind, cookie, length = struct.unpack(">HHQI", await self.receive(16))
+            partial = self._partial.setdefault(cookie, _Partial(Reply(cookie, structured=True, extended=self.extended)))
+            partial.add(flags, kind, await self.receive(length), self._asked.get(cookie))
+            if flags & wire.REPLY_FLAG_DONE:
+                del self._partial[cookie]
+                self._read_lengths.pop(cookie, None)
+                self._asked.pop(cookie, None)
+                return partial.whole()
 
     async def ask(self, command: int, offset: int = 0, length: int = 0, *, flags: int = 0, data: bytes = b"") -> Reply:
         """A request and its reply, with nothing else in flight."""

@@ -17,9 +17,10 @@ import trio
 import trio.testing
 
 from nbd import wire
-from nbd.connection import BATCH_WRITES, CHUNK_BYTES, INBOX_BYTES, Limits
+from nbd.connection import BATCH_WRITES, INBOX_BYTES, Limits
 from nbd.counters import Counters
 from nbd.server import Server
+from nbd.sparse import CHUNK_BYTES
 from nbd.suspended import HEADER, MAGIC, FormatError, LongRead, LongWrite, Suspended, Work, decode, encode
 from nbd.transmission import Session
 from tests.nbd.client import Closed, RawClient, Served, request_bytes, run, serving
@@ -381,8 +382,7 @@ class Load:
             self.busy.add(block)
             self.waiting[cookie] = command, block, data
             length = 0 if command == wire.CMD_FLUSH else 4096
-            client.note(command, cookie, length)
-            raw = request_bytes(command, cookie, max(block, 0) * 4096, length, flags=flags, data=data)
+            raw = client.encode(command, cookie, max(block, 0) * 4096, length, flags=flags, data=data)
             cut = rng.randrange(len(raw)) if rng.random() < 0.2 else 0
             if cut:
                 await client.send(raw[:cut])
