@@ -62,14 +62,25 @@ from nbd.export import Export, Exports, OffersContexts
 from nbd.fence import Fence
 from nbd.handshake import NEED_DATA, Handshake, Hangup, Send, WantExport, WantList
 from nbd.outbox import Outbox
+from nbd.sparse import CHUNK_BYTES, next_pieces, teller_of
 from nbd.suspended import LongRead, LongWrite, Suspended, Work
 from nbd.transmission import (
+    Contexts,
     Session,
     block_status,
+    data_header,
     error_value,
     extent_limit,
     failure,
+    form_of,
+    hole,
+    is_absurd,
     judge,
+    judge_range,
+    may_filter,
+    narrow,
+    pack_successes,
+    payload_bytes,
     payload_limit,
     read_header,
     success,
@@ -81,9 +92,6 @@ INBOX_BYTES: Final = (1 << 20) + (128 << 10)
 """The receive buffer. A WRITE that doesn't fit is taken in pieces."""
 INLINE_READ_BYTES: Final = 1 << 20
 """A longer READ gets a buffer and a task of its own."""
-CHUNK_BYTES: Final = 256 << 10
-"""A longer READ is answered in chunks of this, where replies are structured: what was just read is still in the CPU's
-cache when it is sent, and the client receives one chunk while the next is read (a quarter more bytes a second)."""
 BATCH_BYTES: Final = 512 << 10
 """A pass ends when its replies reach this, so that they are still in the CPU's cache when sent."""
 BATCH_WRITES: Final = 1000
@@ -92,6 +100,8 @@ ARENA_BYTES: Final = INLINE_READ_BYTES + (64 << 10)
 """The reply buffer: one inline READ, or a batch; and behind it the short replies of a pass."""
 BATCH_TRIMS: Final = 100
 """Most trims in one pass: if the storage makes them wait, each becomes a task, and these are bounded."""
+CACHE_BYTES: Final = 0xFFFFFFFF
+"""A CACHE reads so much at most, as with compact headers: nobody can stop a hint, and 64 bits are a lot to read."""
 PIECE_BYTES: Final = 512 << 10
 """A WRITE taken in pieces is written about so much at a time."""
 PIECE_ALIGNMENT: Final = 64 << 10
@@ -113,8 +123,6 @@ COMPLAINT_PAUSE_S: Final = 1.0
 LEAST_PARTING_S: Final = 0.2
 """So long a client of a server that drains gets to close its end, whatever the grace."""
 
-_WRITE_FUA_HEAD: Final = wire.WRITE_HEAD | wire.CMD_FLAG_FUA << 16
-_REQUEST_SIZE: Final = wire.REQUEST.size
 _NEVER: Final = -1  # a size that no range is inside of
 
 
@@ -178,19 +186,20 @@ class _After(enum.Enum):
 class _Kept:
     """Around what carries a request out: should that be cut short, the request is kept for who goes on here."""
 
-    __slots__ = ("_unfinished", "_work")
+    __slots__ = ("_unfinished", "work")
 
     def __init__(self, unfinished: list[Work], work: Work) -> None:
         self._unfinished = unfinished
-        self._work = work
+        self.work = work
+        """May be replaced as it goes on, by what is left."""
 
-    def __enter__(self) -> None:
-        pass
+    def __enter__(self) -> _Kept:
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         # Cancelled, alone or in a group with others of its kind; an error of the storage becomes a reply.
         if kind is not None and not issubclass(kind, Exception):
-            self._unfinished.append(self._work)
+            self._unfinished.append(self.work)
 
 
 class Connection:
@@ -341,6 +350,7 @@ class Connection:
         """Send what was left to be sent, and start the requests that were cut short anew."""
         tasks: dict[str, Callable[..., Awaitable[None]]] = {
             "read": self._slow_read,
+            "long read": self._slow_long_read,
             "write": self._slow_write,
             "long write": self._slow_long_write,
             "flush": self._slow_flush,
@@ -635,39 +645,43 @@ class Connection:
         inbox, arena = bench.inbox, bench.arena
         export = self._export
         session = self._session
-        structured = session.structured
-        header = wire.DATA_CHUNK.size if structured else wire.SIMPLE_REPLY.size
+        extended = session.extended
+        structured = session.structured and not extended
+        request_bytes, unpack, unpack_all, magic, read_head, write_head, header = form_of(session)
+        write_fua_head = write_head | wire.FUA_BIT
+        write_heads = (write_head, write_fua_head)
         read_now = export.read_now
-        unpack, iter_unpack = wire.REQUEST.unpack_from, wire.REQUEST.iter_unpack
-        pack_simple, pack_data = wire.SIMPLE_REPLY.pack_into, wire.DATA_CHUNK.pack_into
+        pack_simple, simple_head = wire.SIMPLE_REPLY.pack_into, wire.SIMPLE_HEAD
+        pack_data, data_head = wire.DATA_CHUNK.pack_into, wire.DATA_HEAD
+        pack_extended, extended_head = wire.EXTENDED_DATA_CHUNK.pack_into, wire.EXTENDED_DATA_HEAD
         # The quick paths are for what needs no further thought; `judge` decides about all else.
         plain = export.minimum_block_size == 1
         size = export.size_bytes if plain else _NEVER
         writable_size = _NEVER if export.read_only else size
         write_limit = payload_limit(export)
-        read_limit = min(write_limit, CHUNK_BYTES if structured else INLINE_READ_BYTES)
+        read_limit = min(write_limit, CHUNK_BYTES if session.structured else INLINE_READ_BYTES)
 
         writes: list[tuple[int, memoryview]] = []
         cookies: list[int] = []
         fua: list[int] = []  # indices into writes
-        syncs: list[int] = []  # cookies to be answered after one flush
+        syncs: list[tuple[int, int]] = []  # cookie and offset of what is to be answered after one flush
         trims: list[tuple[int, int]] = []
         trim_cookies: list[int] = []
         position, end, used = self._start, self._end, 0
         reads = read_bytes = 0
         after = _After.HUNGRY
 
-        while end - position >= _REQUEST_SIZE:
+        while end - position >= request_bytes:
             head, cookie, offset, length = unpack(inbox, position)
 
-            if head == wire.READ_HEAD and 0 < length <= read_limit and offset + length <= size:
+            if head == read_head and 0 < length <= read_limit and offset + length <= size:
                 if used and used + length > BATCH_BYTES:
                     after = _After.FULL
                     break
-                whole = (end - position) // _REQUEST_SIZE * _REQUEST_SIZE
-                for head, cookie, offset, length in iter_unpack(inbox[position : position + whole]):
+                whole = (end - position) // request_bytes * request_bytes
+                for head, cookie, offset, length in unpack_all(inbox[position : position + whole]):
                     if (
-                        head != wire.READ_HEAD
+                        head != read_head
                         or not 0 < length <= read_limit
                         or offset + length > size
                         or (used and used + length > BATCH_BYTES)
@@ -677,10 +691,10 @@ class Connection:
                     try:
                         done = read_now(offset, length, arena[data : data + length])
                     except OSError as error:
-                        reply = self._failed(cookie, error)
+                        reply = self._failed(cookie, offset, error)
                         arena[used : used + len(reply)] = reply
                         used += len(reply)
-                        position += _REQUEST_SIZE
+                        position += request_bytes
                         continue
                     if not done:
                         if not self._has_room(length):
@@ -688,27 +702,29 @@ class Connection:
                             break
                         self._start_task(length)
                         self._nursery.start_soon(self._slow_read, cookie, offset, length)
-                        position += _REQUEST_SIZE
+                        position += request_bytes
                         continue
                     if structured:
-                        pack_data(arena, used, wire.DATA_HEAD, cookie, length + 8, offset)
+                        pack_data(arena, used, data_head, cookie, length + 8, offset)
+                    elif extended:
+                        pack_extended(arena, used, extended_head, cookie, offset, length + 8, offset)
                     else:
-                        pack_simple(arena, used, wire.SIMPLE_HEAD, cookie)
+                        pack_simple(arena, used, simple_head, cookie)
                     used = data + length
-                    position += _REQUEST_SIZE
+                    position += request_bytes
                     reads += 1
                     read_bytes += length
                 if after is _After.NO_ROOM:
                     break
                 continue
 
-            if (head == wire.WRITE_HEAD or head == _WRITE_FUA_HEAD) and 0 < length <= write_limit:
-                payload = position + _REQUEST_SIZE
+            if head in write_heads and 0 < length <= write_limit:
+                payload = position + request_bytes
                 if offset + length <= writable_size and payload + length <= end:
                     if len(writes) == BATCH_WRITES or used > BATCH_BYTES:
                         after = _After.FULL
                         break
-                    if head == _WRITE_FUA_HEAD:
+                    if head == write_fua_head:
                         if self._inflight + len(fua) + len(syncs) >= self._limits.inflight_requests:
                             after = _After.NO_ROOM
                             break
@@ -722,41 +738,57 @@ class Connection:
                 after = _After.FULL
                 break
             command, flags = head & 0xFFFF, head >> 16 & 0xFFFF
-            if head >> 32 != wire.REQUEST_MAGIC:
+            if head >> 32 != magic:
                 log.warning("%s: dropped: not an NBD request (magic %#010x)", self.peer, head >> 32)
                 after = _After.GARBAGE
                 break
             if command == wire.CMD_DISC:
                 after = _After.DISCONNECT
                 break
-            verdict = judge(session, export, command, flags, offset, length)
-            if command == wire.CMD_WRITE and length:
-                if position + _REQUEST_SIZE + length > end:
-                    if verdict or _REQUEST_SIZE + length > INBOX_BYTES:
-                        self._long = LongWrite(cookie, flags, offset, length, verdict, length)
-                        position += _REQUEST_SIZE
+            payload = payload_bytes(session, command, flags, length)
+            if is_absurd(session, payload):
+                log.warning("%s: dropped: a request announces a payload of %d bytes", self.peer, payload)
+                after = _After.GARBAGE
+                break
+            contexts = session.contexts
+            is_filter = bool(payload) and may_filter(session, command, payload)
+            verdict = 0 if is_filter else judge(session, export, command, flags, offset, length)
+            if payload:
+                begin = position + request_bytes
+                if begin + payload > end:
+                    if verdict or request_bytes + payload > INBOX_BYTES:
+                        self._long = LongWrite(cookie, flags, offset, payload, verdict, payload)
+                        position = begin
                         after = _After.LONG_WRITE
                     break
-                if not verdict:
+                if is_filter:
+                    narrowed = narrow(session, bytes(inbox[begin : begin + payload]))
+                    if narrowed is None:
+                        verdict = wire.EINVAL
+                    else:
+                        length, contexts = narrowed
+                        flags ^= wire.CMD_FLAG_PAYLOAD_LEN
+                        verdict = judge(session, export, command, flags, offset, length)
+                elif not verdict:
                     # Only where a minimum block size keeps writes off the quick path.
-                    self._long = LongWrite(cookie, flags, offset, length, 0, length)
-                    position += _REQUEST_SIZE
+                    self._long = LongWrite(cookie, flags, offset, payload, 0, payload)
+                    position = begin
                     after = _After.LONG_WRITE
                     break
-                position += length
+                position += payload
             if verdict:
-                reply = failure(session, cookie, verdict)
+                reply = failure(session, cookie, offset, verdict)
                 self.counters.requests += 1
                 self.counters.errors += 1
             elif command == wire.CMD_READ and length == 0:
                 reply = read_header(session, cookie, offset, 0)
                 reads += 1
             elif length == 0 and command != wire.CMD_FLUSH and not flags & wire.CMD_FLAG_FUA:
-                reply = success(cookie)
+                reply = success(session, cookie, offset)
                 self._count(command)
-            elif command == wire.CMD_READ and structured and not flags:
+            elif command == wire.CMD_READ and session.structured and not flags:
                 self._long_read = LongRead(cookie, offset, length, 0)
-                position += _REQUEST_SIZE
+                position += request_bytes
                 after = _After.LONG_READ
                 break
             else:
@@ -768,22 +800,22 @@ class Connection:
                     # Discarding a large volume is thousands of requests: as a batch they cost the storage one.
                     trims.append((offset, length))
                     trim_cookies.append(cookie)
-                    position += _REQUEST_SIZE
+                    position += request_bytes
                     if len(trims) == BATCH_TRIMS:
                         after = _After.FULL
                         break
                     continue
                 if command == wire.CMD_FLUSH or length == 0:
                     self._count(command)
-                    syncs.append(cookie)
+                    syncs.append((cookie, offset))
                 else:
                     self._start_task(room)
                     if command == wire.CMD_READ:
                         self._nursery.start_soon(self._slow_read, cookie, offset, length)
                     else:
-                        self._nursery.start_soon(self._slow_command, cookie, command, flags, offset, length)
+                        self._nursery.start_soon(self._slow_command, cookie, command, flags, offset, length, contexts)
                 reply = b""
-            position += _REQUEST_SIZE
+            position += request_bytes
             arena[used : used + len(reply)] = reply
             used += len(reply)
 
@@ -807,7 +839,7 @@ class Connection:
         writes: list[tuple[int, memoryview]],
         cookies: list[int],
         fua: list[int],
-        syncs: list[int],
+        syncs: list[tuple[int, int]],
         used: int,
     ) -> int:
         """Write a pass's writes; returns how much of the arena is used when their replies are in it."""
@@ -819,7 +851,7 @@ class Connection:
         except OSError as error:
             # One of them is bad. Alone, each of the others may still succeed.
             if len(writes) == 1:
-                reply = self._failed(cookies[0], error)
+                reply = self._failed(cookies[0], writes[0][0], error)
                 arena[used : used + len(reply)] = reply
                 return used + len(reply)
             done = False
@@ -835,13 +867,10 @@ class Connection:
             length += len(data)
         self._count_writes(len(writes), length)
         if marked:
-            syncs += [cookie for index, cookie in enumerate(cookies) if index in marked]
+            syncs += [(cookies[index], writes[index][0]) for index in fua]
             cookies = [cookie for index, cookie in enumerate(cookies) if index not in marked]
-        pack, head, size = wire.SIMPLE_REPLY.pack_into, wire.SIMPLE_HEAD, wire.SIMPLE_REPLY.size
-        for cookie in cookies:
-            pack(arena, used, head, cookie)
-            used += size
-        return used
+            writes = [write for index, write in enumerate(writes) if index not in marked]
+        return pack_successes(self._session, arena, used, cookies, writes)
 
     def _trim_batch(self, trims: list[tuple[int, int]], cookies: list[int], used: int) -> int:
         """Trim a pass's ranges at once, or give each a task; returns how much of the arena is used."""
@@ -854,14 +883,11 @@ class Connection:
         if not done:
             for cookie, (offset, length) in zip(cookies, trims, strict=True):
                 self._start_task(0)
-                self._nursery.start_soon(self._slow_command, cookie, wire.CMD_TRIM, 0, offset, length)
+                self._nursery.start_soon(self._slow_command, cookie, wire.CMD_TRIM, 0, offset, length, ())
             return used
         self.counters.requests += len(trims)
         self.counters.trims += len(trims)
-        for cookie in cookies:
-            wire.SIMPLE_REPLY.pack_into(bench.arena, used, wire.SIMPLE_HEAD, cookie)
-            used += wire.SIMPLE_REPLY.size
-        return used
+        return pack_successes(self._session, bench.arena, used, cookies, trims)
 
     def _count_writes(self, requests: int, length: int) -> None:
         counters = self.counters
@@ -890,14 +916,14 @@ class Connection:
             what = str(error) if str(self.export_name) in str(error) else f"{self.export_name}: {error}"
             log.error("%s: %s (%d errors so far)", self.peer, what, self.counters.errors)
 
-    def _failed(self, cookie: int, error: OSError, *, fast_zero: bool = False) -> bytes:
+    def _failed(self, cookie: int, asked: int, error: OSError, *, fast_zero: bool = False) -> bytes:
         self.counters.requests += 1
         self.counters.errors += 1
         value = error_value(error, fast_zero=fast_zero)
         if value in (wire.EIO, wire.ENOMEM):
             self._complain(error)
         # Batched replies have a bounded place in the arena, so the message stays short.
-        return failure(self._session, cookie, value, (error.strerror or "")[:200])
+        return failure(self._session, cookie, asked, value, (error.strerror or "")[:200])
 
     async def _release_parked(self) -> None:
         """Give the writes that would have blocked copies of their payload, and tasks.
@@ -937,34 +963,41 @@ class Connection:
         """Answer a READ chunk by chunk; what would block, and all after it, is left to a task."""
         long = self._long_read
         assert long is not None
-        header = wire.DATA_CHUNK.size
+        tell = teller_of(self._export)
+        end = long.offset + long.length
         while long.done < long.length:
-            offset, left = long.offset + long.done, long.length - long.done
-            part = min(CHUNK_BYTES, left)
             # The bench may have been another's while the last chunk waited for its client.
             assert self._bench is not None
             arena = self._bench.arena
+            at, used = long.offset + long.done, 0
             try:
-                done = self._export.read_now(offset, part, arena[header : header + part])
+                for start, stop, is_hole in next_pieces(tell, at, end):
+                    encode = hole if is_hole else data_header
+                    header = encode(self._session, long.cookie, long.offset, start, stop - start, done=stop == end)
+                    arena[used : used + len(header)] = header
+                    used += len(header)
+                    if not is_hole:
+                        if not self._export.read_now(start, stop - start, arena[used : used + stop - start]):
+                            break
+                        used += stop - start
+                else:
+                    at = stop
             except OSError as error:
                 self._long_read = None
-                await self._deliver(self._failed(long.cookie, error), 0, 0)
+                await self._deliver(self._failed(long.cookie, long.offset, error), 0, 0)
                 return
-            if not done:
-                while not self._has_room(left):
+            if at == long.offset + long.done:
+                while not self._has_room(end - at):
                     await self._wait_for_room()
-                self._start_task(left)
-                self._nursery.start_soon(self._slow_read, long.cookie, offset, left)
-                self.counters.read_bytes += long.done
+                self._start_task(end - at)
+                self._nursery.start_soon(self._slow_long_read, long.cookie, long.offset, long.length, at)
                 self._long_read = None
                 return
-            head = wire.DATA_HEAD if part == left else wire.PART_HEAD
-            wire.DATA_CHUNK.pack_into(arena, 0, head, long.cookie, part + 8, offset)
-            # From here on the chunk is the outbox's, sent or not.
-            long.done += part
-            if part == left:
+            # From here on the chunks are the outbox's, sent or not.
+            long.done = at - long.offset
+            if at == end:
                 self._long_read = None
-            self._arena_used = header + part
+            self._arena_used = used
             await self._send_arena()
             if self._outbox.broken:
                 return
@@ -1051,11 +1084,11 @@ class Connection:
                 error = await self._write_piece(start, data[at : end - offset])
                 at = end - offset
                 await trio.lowlevel.checkpoint()
-            reply = await self._long_reply(LongWrite(cookie, flags, offset, 0, error, length))
+            reply = await self._long_reply(LongWrite(cookie, flags, offset + len(data), 0, error, length))
         await self._deliver(reply, 1, len(data))
 
     async def _long_reply(self, long: LongWrite) -> bytes:
-        """All of a long WRITE is written, or it failed: flush if it wants that, count it, and answer."""
+        """All of a long WRITE is written, or the request failed: flush if it wants that, count it, and answer."""
         error = long.error
         if not error and long.flags & wire.CMD_FLAG_FUA:
             try:
@@ -1065,13 +1098,13 @@ class Connection:
         if error:
             self.counters.requests += 1
             self.counters.errors += 1
-            return failure(self._session, long.cookie, error)
+            return failure(self._session, long.cookie, long.asked, error)
         self._count_writes(1, long.length)
-        return success(long.cookie)
+        return success(self._session, long.cookie, long.asked)
 
     async def _write_piece(self, offset: int, data: memoryview) -> int:
         # The volume may have shrunk since the last piece.
-        error = judge(self._session, self._export, wire.CMD_WRITE, 0, offset, len(data))
+        error = judge_range(self._session, self._export, wire.CMD_WRITE, offset, len(data))
         if error:
             return error
         try:
@@ -1139,12 +1172,47 @@ class Connection:
                     if done < length:
                         await trio.lowlevel.checkpoint()
         except OSError as error:
-            await self._deliver(self._failed(cookie, error), 1, length)
+            await self._deliver(self._failed(cookie, offset, error), 1, length)
             return
         self.counters.requests += 1
         self.counters.reads += 1
         self.counters.read_bytes += length
         await self._deliver(reply, 1, length)
+
+    async def _slow_long_read(self, cookie: int, asked: int, length: int, offset: int) -> None:
+        """Answer a READ from ``offset`` to its end, a chunk for each piece, as soon as that has been read."""
+
+        def left() -> Work:
+            return Work("long read", (cookie, asked, length, offset), 1, end - offset)
+
+        export, end = self._export, asked + length
+        held = end - offset
+        tell = teller_of(export)
+        try:
+            with _Kept(self._unfinished, left()) as kept:
+                while True:
+                    # One piece at a time: what the export said of the next one would be old by then.
+                    start, offset, is_hole = next_pieces(tell, offset, end, INLINE_READ_BYTES)[0]
+                    encode = hole if is_hole else data_header
+                    header = encode(self._session, cookie, asked, start, offset - start, done=offset == end)
+                    reply = memoryview(bytearray(len(header) + (0 if is_hole else offset - start)))
+                    reply[: len(header)] = header
+                    into = reply[len(header) :]
+                    if into and not export.read_now(start, len(into), into):
+                        await export.read(start, len(into), into)
+                    if offset == end:
+                        break
+                    # From here on the chunk is the outbox's, sent or not.
+                    kept.work = left()
+                    await self._deliver(reply, 0, 0)
+                    await trio.lowlevel.checkpoint()
+        except OSError as error:
+            await self._deliver(self._failed(cookie, asked, error), 1, held)
+            return
+        self.counters.requests += 1
+        self.counters.reads += 1
+        self.counters.read_bytes += length
+        await self._deliver(reply, 1, held)
 
     async def _slow_write(self, cookie: int, offset: int, data: bytes, fua: bool) -> None:
         try:
@@ -1153,10 +1221,10 @@ class Connection:
                 if fua:
                     await self._export.flush()
         except OSError as error:
-            reply = self._failed(cookie, error)
+            reply = self._failed(cookie, offset, error)
         else:
             self._count_writes(1, len(data))
-            reply = success(cookie)
+            reply = success(self._session, cookie, offset)
         await self._deliver(reply, 1, len(data))
 
     async def _slow_writes(self, writes: list[tuple[int, int, bytes]]) -> None:
@@ -1178,32 +1246,36 @@ class Connection:
                     at = len(writes)
                     length = sum(len(data) for _, _, data in rest)
                     self._count_writes(len(rest), length)
-                    await self._deliver(b"".join([success(cookie) for cookie, _, _ in rest]), len(rest), length)
+                    replies = [success(self._session, cookie, offset) for cookie, offset, _ in rest]
+                    await self._deliver(b"".join(replies), len(rest), length)
         finally:
             self._unfinished += [
                 Work("write", (cookie, offset, data, False), 1, len(data)) for cookie, offset, data in writes[at:]
             ]
 
-    async def _slow_flush(self, cookies: Sequence[int]) -> None:
+    async def _slow_flush(self, waiting: Sequence[tuple[int, int]]) -> None:
         """One flush for a pass's FLUSH requests and for its FUA writes, which are already written."""
         try:
-            with _Kept(self._unfinished, Work("flush", (tuple(cookies),), len(cookies))):
+            with _Kept(self._unfinished, Work("flush", (tuple(waiting),), len(waiting))):
                 await self._export.flush()
         except OSError as error:
             value = error_value(error)
-            self.counters.errors += len(cookies)  # as requests they are counted already
+            self.counters.errors += len(waiting)  # as requests they are counted already
             self._complain(error)
             text = error.strerror or ""
-            reply = b"".join([failure(self._session, cookie, value, text) for cookie in cookies])
+            reply = b"".join([failure(self._session, cookie, asked, value, text) for cookie, asked in waiting])
         else:
-            reply = b"".join([success(cookie) for cookie in cookies])
-        await self._deliver(reply, len(cookies), 0)
+            reply = b"".join([success(self._session, cookie, asked) for cookie, asked in waiting])
+        await self._deliver(reply, len(waiting), 0)
 
-    async def _slow_command(self, cookie: int, command: int, flags: int, offset: int, length: int) -> None:
+    async def _slow_command(
+        self, cookie: int, command: int, flags: int, offset: int, length: int, contexts: Contexts
+    ) -> None:
+        """``contexts``: those that a BLOCK_STATUS is about."""
         export = self._export
-        reply = success(cookie)
+        reply = success(self._session, cookie, offset)
         try:
-            with _Kept(self._unfinished, Work("command", (cookie, command, flags, offset, length))):
+            with _Kept(self._unfinished, Work("command", (cookie, command, flags, offset, length, contexts))):
                 if command in (wire.CMD_TRIM, wire.CMD_WRITE_ZEROES):
                     await self._keep_apart()
                 if command == wire.CMD_TRIM:
@@ -1212,19 +1284,18 @@ class Connection:
                     no_hole, fast = bool(flags & wire.CMD_FLAG_NO_HOLE), bool(flags & wire.CMD_FLAG_FAST_ZERO)
                     await export.write_zeroes(offset, length, no_hole=no_hole, fast=fast)
                 elif command == wire.CMD_CACHE:
-                    await export.cache(offset, length)
+                    await export.cache(offset, min(length, CACHE_BYTES))
                 else:
                     only_one = bool(flags & wire.CMD_FLAG_REQ_ONE)
-                    limit = extent_limit(self._session, only_one=only_one)
+                    limit = extent_limit(contexts, only_one=only_one)
                     statuses = [
-                        (context_id, await self._extents(context, offset, length, limit))
-                        for context_id, context in self._session.contexts
+                        (number, await self._extents(context, offset, length, limit)) for number, context in contexts
                     ]
-                    reply = block_status(cookie, statuses, length=length, only_one=only_one)
+                    reply = block_status(self._session, cookie, offset, statuses, length=length, only_one=only_one)
                 if flags & wire.CMD_FLAG_FUA and command in (wire.CMD_TRIM, wire.CMD_WRITE_ZEROES):
                     await export.flush()
         except OSError as error:
-            reply = self._failed(cookie, error, fast_zero=bool(flags & wire.CMD_FLAG_FAST_ZERO))
+            reply = self._failed(cookie, offset, error, fast_zero=bool(flags & wire.CMD_FLAG_FAST_ZERO))
         else:
             self._count(command)
         await self._deliver(reply, 1, 0)

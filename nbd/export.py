@@ -126,6 +126,19 @@ class OffersContexts(Protocol):
         """
 
 
+@runtime_checkable
+class TellsHoles(Protocol):
+    """What an ``Export`` has besides, if it can tell cheaply that ranges need not be read."""
+
+    def holes_now(self, offset: int, length: int, shortest: int) -> list[tuple[int, int]] | None:
+        """``(offset, length)`` of parts of the range that read as zeroes, in order and apart; never waits.
+
+        True at this moment, as it is for ``read_now``. At least all that hold an aligned unit of
+        ``shortest`` bytes, a power of two of at least 4,096. None where that can't be told without
+        waiting: read it all. OSError where nothing may be read.
+        """
+
+
 class Exports(Protocol):
     """The directory of exports."""
 

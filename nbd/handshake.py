@@ -18,6 +18,11 @@ option by ``MAX_OPTION_BYTES``; longer data is skipped as it arrives and answere
 and an option that announces more than ``MAX_SKIPPED_BYTES`` ends the connection. Of metadata
 contexts it may query ``MAX_QUERIES`` at a time, select ``MAX_SELECTED_CONTEXTS``, and gets to see
 ``MAX_LISTED_CONTEXTS`` of an export that offers more.
+
+A handshake has ``MAX_OPTIONS`` options; then the connection ends. Its deadline bounds how long a
+client may keep the server busy with options, but within that a client that only sends makes answers
+(a LIST of all snapshots, an INFO that opens an export) as fast as they can be made. No client needs
+more than a dozen, or, where it looks at every export, an INFO and a LIST_META_CONTEXT for each.
 """
 
 from __future__ import annotations
@@ -31,10 +36,11 @@ from typing import Final
 
 from nbd import wire
 from nbd.export import Export, OffersContexts
-from nbd.transmission import Session, clip_utf8, payload_limit, transmission_flags
+from nbd.transmission import Contexts, Session, clip_utf8, payload_limit, transmission_flags
 
 MAX_OPTION_BYTES: Final = 64 << 10
 MAX_SKIPPED_BYTES: Final = 1 << 20
+MAX_OPTIONS: Final = 1024
 
 MAX_QUERIES: Final = 256
 MAX_LISTED_CONTEXTS: Final = 4096
@@ -120,8 +126,10 @@ class Handshake:
         self._no_zeroes = False
         self._fixed = False
         self._structured = False
+        self._extended = False  # implies `_structured`
+        self._options = 0
         self._contexts_for = ""  # the export for which these were selected
-        self._contexts: tuple[tuple[int, str], ...] = ()
+        self._contexts: Contexts = ()
         self._question: _Question | None = None
         self._skip = 0
         self._after_skip: Callable[[], Event] = self._read_option
@@ -176,6 +184,8 @@ class Handshake:
             return Hangup(f"option {_named(option)} without fixed newstyle")
         if length > MAX_SKIPPED_BYTES:
             return Hangup(f"option {_named(option)} announces {length} bytes")
+        if self._options == MAX_OPTIONS:
+            return Hangup(f"more than {MAX_OPTIONS} options")
         if option == wire.OPT_ABORT:
             return self._skipping(length, lambda: self._abort(option))
         if self.shutting_down:
@@ -194,6 +204,7 @@ class Handshake:
         if len(self._buffer) < wire.OPTION.size + length:
             return NEED_DATA
         self._take(wire.OPTION.size)
+        self._options += 1
         data = self._take(length)
         try:
             return handler(option, data)
@@ -205,6 +216,7 @@ class Handshake:
 
     def _skipping(self, length: int, then: Callable[[], Event]) -> Event:
         self._take(wire.OPTION.size)
+        self._options += 1
         self._skip, self._after_skip = length, then
         self._next = self._drain
         return self._drain()
@@ -234,6 +246,7 @@ class Handshake:
             wire.OPT_STRUCTURED_REPLY: self._structured_reply,
             wire.OPT_LIST_META_CONTEXT: self._meta_context,
             wire.OPT_SET_META_CONTEXT: self._meta_context,
+            wire.OPT_EXTENDED_HEADERS: self._extended_headers,
         }
 
     def _abort(self, option: int) -> Event:
@@ -250,13 +263,15 @@ class Handshake:
         return Send(_error(option, reply, text))
 
     def _export_name(self, option: int, data: bytes) -> Event:
+        if self._extended:
+            return Hangup("EXPORT_NAME after EXTENDED_HEADERS")
         name = _text(data, "the export name")
         self._question = _Question(option, lambda export: self._begin_export_name(name, export))
         return WantExport(name, enters=True)
 
     def _begin_export_name(self, name: str, export: Export) -> bytes:
         self._begin(name)
-        flags = transmission_flags(export, structured=self._structured)
+        flags = self._flags(name, export)
         reply = wire.EXPORT_NAME_REPLY.pack(export.size_bytes, flags)
         return reply if self._no_zeroes else reply + wire.EXPORT_NAME_PADDING
 
@@ -269,7 +284,15 @@ class Handshake:
     def _structured_reply(self, option: int, data: bytes) -> Event:
         if data:
             raise _Invalid("STRUCTURED_REPLY takes no data")
+        if self._extended:
+            return Send(_error(option, wire.REP_ERR_EXT_HEADER_REQD, "extended headers are negotiated already"))
         self._structured = True
+        return Send(_reply(option, wire.REP_ACK))
+
+    def _extended_headers(self, option: int, data: bytes) -> Event:
+        if data:
+            raise _Invalid("EXTENDED_HEADERS takes no data")
+        self._structured = self._extended = True
         return Send(_reply(option, wire.REP_ACK))
 
     def _info_or_go(self, option: int, data: bytes) -> Event:
@@ -282,15 +305,19 @@ class Handshake:
         def answer(export: Export) -> bytes:
             if enters:
                 self._begin(name)
-            infos = self._infos(export, wanted)
+            infos = self._infos(name, export, wanted)
             return b"".join(_reply(option, wire.REP_INFO, info) for info in infos) + _reply(option, wire.REP_ACK)
 
         self._question = _Question(option, answer)
         return WantExport(name, enters)
 
-    def _infos(self, export: Export, wanted: Iterable[int]) -> list[bytes]:
+    def _flags(self, name: str, export: Export) -> int:
+        filters_status = self._extended and bool(self._contexts_of(name))
+        return transmission_flags(export, structured=self._structured, filters_status=filters_status)
+
+    def _infos(self, name: str, export: Export, wanted: Iterable[int]) -> list[bytes]:
         wanted = set(wanted)
-        flags = transmission_flags(export, structured=self._structured)
+        flags = self._flags(name, export)
         infos = [wire.INFO_EXPORT_PAYLOAD.pack(wire.INFO_EXPORT, export.size_bytes, flags)]
         if wire.INFO_NAME in wanted:
             infos.append(wire.U16.pack(wire.INFO_NAME) + clip_utf8(export.name, wire.MAX_STRING_BYTES))
@@ -307,7 +334,7 @@ class Handshake:
         if selecting:
             self._contexts = ()  # whatever follows, the old selection is gone
         if not self._structured:
-            raise _Invalid("negotiate structured replies first")
+            raise _Invalid("negotiate structured replies or extended headers first")
         reader = _Reader(data)
         name = reader.string("the export name")
         count = reader.u32()
@@ -334,9 +361,12 @@ class Handshake:
         return WantExport(name, enters=False)
 
     def _begin(self, name: str) -> None:
-        # They count only for the export they were selected for.
-        self.session = Session(self._structured, self._contexts if self._contexts_for == name else ())
+        self.session = Session(self._structured, self._contexts_of(name), self._extended)
         self.begun = True
+
+    def _contexts_of(self, name: str) -> Contexts:
+        """They count only for the export they were selected for."""
+        return self._contexts if self._contexts_for == name else ()
 
     # --- answers ---
 

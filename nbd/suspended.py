@@ -60,15 +60,21 @@ class Work:
 
 @dataclass(slots=True)
 class LongWrite:
-    """A WRITE whose payload is taken in pieces: what is left of it."""
+    """A WRITE whose payload is taken in pieces: what is left of it. Or a payload of any request that failed already."""
 
     cookie: int
     flags: int
     offset: int
+    """Where the next byte goes."""
     left: int
     error: int
     length: int
     """Of the whole."""
+
+    @property
+    def asked(self) -> int:
+        """The offset of the request."""
+        return self.offset - (self.length - self.left)
 
 
 @dataclass(slots=True)

@@ -109,6 +109,7 @@ SEND_DF: Final = 1 << 7
 CAN_MULTI_CONN: Final = 1 << 8
 SEND_CACHE: Final = 1 << 10
 SEND_FAST_ZERO: Final = 1 << 11
+BLOCK_STATUS_PAYLOAD: Final = 1 << 12
 
 META_NAMESPACE: Final = "base:"
 META_ALLOCATION: Final = "base:allocation"
@@ -123,6 +124,8 @@ MAX_PAYLOAD_BYTES: Final = 32 << 20  # what a client may count on, and the most 
 REQUEST_MAGIC: Final = 0x25609513
 SIMPLE_REPLY_MAGIC: Final = 0x67446698
 STRUCTURED_REPLY_MAGIC: Final = 0x668E33EF
+EXTENDED_REQUEST_MAGIC: Final = 0x21E41C71
+EXTENDED_REPLY_MAGIC: Final = 0x6E8A278C
 
 # Request, client to server; a WRITE is followed by `length` bytes of data
 #   offset size type field
@@ -136,6 +139,23 @@ STRUCTURED_REPLY_MAGIC: Final = 0x668E33EF
 # recognised by one comparison.
 REQUEST: Final = Struct(">QQQI")
 assert REQUEST.size == 28
+
+# Extended request, client to server, in place of the above after OPT_EXTENDED_HEADERS; followed by
+# `length` bytes of data if CMD_FLAG_PAYLOAD_LEN is set, which a WRITE must have
+#   offset size type field
+#        0    4 u32  EXTENDED_REQUEST_MAGIC
+#        4    2 u16  command flags (CMD_FLAG_*)
+#        6    2 u16  command (CMD_*)
+#        8    8 u64  cookie, echoed in the reply
+#       16    8 u64  offset in bytes, echoed in the reply
+#       24    8 u64  length in bytes: of the payload with CMD_FLAG_PAYLOAD_LEN, else of the effect
+EXTENDED_REQUEST: Final = Struct(">QQQQ")
+assert EXTENDED_REQUEST.size == 32
+
+# Payload of a BLOCK_STATUS with CMD_FLAG_PAYLOAD_LEN: this, then a u32 for each context to be told of
+#        0    8 u64  length of the effect in bytes
+STATUS_FILTER: Final = Struct(">Q")
+assert STATUS_FILTER.size == 8
 
 # Simple reply, server to client; a successful READ is followed by its data
 #   offset size type field
@@ -160,6 +180,33 @@ assert CHUNK.size == 20
 DATA_CHUNK: Final = Struct(">QQIQ")
 assert DATA_CHUNK.size == 28
 
+# A whole chunk of REPLY_TYPE_OFFSET_HOLE: the header with length 12, then
+#       20    8 u64  offset of the hole in the export
+#       28    4 u32  bytes that read as zeroes, not 0
+HOLE_CHUNK: Final = Struct(">QQIQI")
+assert HOLE_CHUNK.size == 32
+
+# Extended reply chunk, server to client, in place of simple replies and chunks after
+# OPT_EXTENDED_HEADERS; followed by `length` bytes of payload
+#   offset size type field
+#        0    4 u32  EXTENDED_REPLY_MAGIC
+#        4    2 u16  flags (REPLY_FLAG_DONE)
+#        6    2 u16  type (REPLY_TYPE_*)
+#        8    8 u64  cookie
+#       16    8 u64  offset of the request, whatever the payload is about
+#       24    8 u64  length of the payload
+EXTENDED_CHUNK: Final = Struct(">QQQQ")
+assert EXTENDED_CHUNK.size == 32
+
+# The same with the beginning of the payload of REPLY_TYPE_OFFSET_DATA, and with all of REPLY_TYPE_OFFSET_HOLE
+EXTENDED_DATA_CHUNK: Final = Struct(">QQQQQ")
+EXTENDED_HOLE_CHUNK: Final = Struct(">QQQQQI")
+assert EXTENDED_DATA_CHUNK.size == 40
+assert EXTENDED_HOLE_CHUNK.size == 44
+
+DATA_PREFIX_BYTES: Final = 8  # of a data chunk's payload: the offset
+HOLE_PAYLOAD_BYTES: Final = 12
+
 # Payload of REPLY_TYPE_ERROR, followed by the message
 #        0    4 u32  error (E*)
 #        4    2 u16  length of the message
@@ -171,6 +218,18 @@ assert ERROR_PAYLOAD.size == 6
 #        4    4 u32  flags, as the context defines them (base:allocation: STATE_*)
 DESCRIPTOR: Final = Struct(">II")
 assert DESCRIPTOR.size == 8
+
+# Payload of REPLY_TYPE_BLOCK_STATUS_EXT: this, then as many extended descriptors
+#        0    4 u32  context id
+#        4    4 u32  number of descriptors, not 0
+STATUS_EXT: Final = Struct(">II")
+assert STATUS_EXT.size == 8
+
+# Extended descriptor
+#        0    8 u64  length of the extent in bytes, not 0
+#        8    8 u64  flags; the upper half is 0 for contexts that define 32 bits
+EXTENDED_DESCRIPTOR: Final = Struct(">QQ")
+assert EXTENDED_DESCRIPTOR.size == 16
 
 CMD_READ: Final = 0
 CMD_WRITE: Final = 1
@@ -186,12 +245,14 @@ CMD_FLAG_NO_HOLE: Final = 1 << 1
 CMD_FLAG_DF: Final = 1 << 2
 CMD_FLAG_REQ_ONE: Final = 1 << 3
 CMD_FLAG_FAST_ZERO: Final = 1 << 4
+CMD_FLAG_PAYLOAD_LEN: Final = 1 << 5
 
 REPLY_FLAG_DONE: Final = 1 << 0
 REPLY_TYPE_NONE: Final = 0
 REPLY_TYPE_OFFSET_DATA: Final = 1
 REPLY_TYPE_OFFSET_HOLE: Final = 2
 REPLY_TYPE_BLOCK_STATUS: Final = 5
+REPLY_TYPE_BLOCK_STATUS_EXT: Final = 6
 REPLY_TYPE_ERROR: Final = 0x8001
 REPLY_TYPE_ERROR_OFFSET: Final = 0x8002
 
@@ -207,11 +268,13 @@ ESHUTDOWN: Final = 108
 # First eight bytes of a request or reply as one number
 READ_HEAD: Final = REQUEST_MAGIC << 32 | CMD_READ
 WRITE_HEAD: Final = REQUEST_MAGIC << 32 | CMD_WRITE
+EXTENDED_READ_HEAD: Final = EXTENDED_REQUEST_MAGIC << 32 | CMD_READ
+EXTENDED_WRITE_HEAD: Final = EXTENDED_REQUEST_MAGIC << 32 | CMD_FLAG_PAYLOAD_LEN << 16 | CMD_WRITE
+FUA_BIT: Final = CMD_FLAG_FUA << 16  # in such a number
 SIMPLE_HEAD: Final = SIMPLE_REPLY_MAGIC << 32
 CHUNK_HEAD: Final = STRUCTURED_REPLY_MAGIC << 32
-DATA_HEAD: Final = CHUNK_HEAD | REPLY_FLAG_DONE << 16 | REPLY_TYPE_OFFSET_DATA
-PART_HEAD: Final = CHUNK_HEAD | REPLY_TYPE_OFFSET_DATA  # data, and more chunks follow
-DONE_HEAD: Final = CHUNK_HEAD | REPLY_FLAG_DONE << 16 | REPLY_TYPE_NONE
-ERROR_HEAD: Final = CHUNK_HEAD | REPLY_FLAG_DONE << 16 | REPLY_TYPE_ERROR
-STATUS_HEAD: Final = CHUNK_HEAD | REPLY_FLAG_DONE << 16 | REPLY_TYPE_BLOCK_STATUS
-PART_STATUS_HEAD: Final = CHUNK_HEAD | REPLY_TYPE_BLOCK_STATUS  # of one context, and others follow
+EXTENDED_HEAD: Final = EXTENDED_REPLY_MAGIC << 32
+DONE_BIT: Final = REPLY_FLAG_DONE << 16  # in such a number
+DATA_HEAD: Final = CHUNK_HEAD | DONE_BIT | REPLY_TYPE_OFFSET_DATA
+EXTENDED_DATA_HEAD: Final = EXTENDED_HEAD | DONE_BIT | REPLY_TYPE_OFFSET_DATA
+EXTENDED_DONE_HEAD: Final = EXTENDED_HEAD | DONE_BIT | REPLY_TYPE_NONE

@@ -249,6 +249,41 @@ class Reader:
         into[:] = whole[offset - start : offset - start + length]
         return True
 
+    def holes_now(self, offset: int, length: int, shortest: int) -> list[tuple[int, int]] | None:
+        """(offset, length) of what is not mapped and so reads as zeros; None if a page of the map has to be loaded.
+
+        Each run of blocks that covers a multiple of `shortest` (bytes, whole blocks) is among them. To find these only
+        one block in `shortest` is looked up: where everything is mapped, which is the rule, the answer costs little.
+        """
+        self._require_alive()
+        if self._limits is not None:
+            return None  # what it costs is counted where it is read
+        stride = shortest >> BLOCK_SHIFT
+        first, last = offset >> BLOCK_SHIFT, offset + length - 1 >> BLOCK_SHIFT
+        entry_now = self.entry_now
+        block = -(-first // stride) * stride
+        while block <= last:
+            entry = entry_now(block)
+            if entry is None:
+                return None
+            if entry[0] == UNMAPPED:
+                break
+            block += stride
+        else:
+            return []
+        found = self.entries_now(first, last + 1 - first)
+        if found is None:
+            return None
+        holes = []
+        at = offset
+        for count, is_mapped in _run_lengths([address != UNMAPPED for address in found[0]]):
+            first += count
+            stop = min(offset + length, first << BLOCK_SHIFT)
+            if not is_mapped:
+                holes.append((at, stop - at))
+            at = stop
+        return holes
+
     async def read(self, offset: int, length: int, into: memoryview) -> None:
         """Fill `into` with verified bytes. Raises TierError EIO for a block that can't be read or fails its check."""
         self._require_alive()

@@ -11,14 +11,16 @@ Each run is bounded in time (an alarm) and in memory (the address space), so a h
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
+import gc
 import hashlib
 import random
 import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -30,6 +32,8 @@ TRACED = (f"{REPOSITORY}/nbd/", f"{REPOSITORY}/tiers/", f"{REPOSITORY}/terrace/b
 MAX_INPUT_BYTES = 16 << 10
 TIME_LIMIT_S = 60.0
 MEMORY_LIMIT_BYTES = 1 << 30
+GROWTH_LIMIT_BYTES = 8 << 20
+ENDURED_BATCH = 500
 
 Edges = set[int]
 INTERESTING = tuple(
@@ -55,6 +59,8 @@ class Target:
     run: Callable[[bytes], None]
     seeds: Callable[[], Sequence[bytes]]
     words: Sequence[bytes] = ()
+    run_many: Callable[[Iterable[bytes]], None] | None = None
+    """As `run` for each, in one process that lasts, as a server does: faster, and what it leaves behind adds up."""
     examples: int = 100
     """How many examples the test in CI tries."""
 
@@ -255,6 +261,87 @@ class Campaign:
             data = mutate(rng, rng.choice(self.kept[half:]), self.target.words, self.kept)
             if self.attempt(data):
                 self.new.append(data)
+
+
+# -- endurance ---------------------------------------------------------------------------------------------------------
+
+
+class GrowthError(AssertionError):
+    """The process has become larger."""
+
+
+@dataclass(frozen=True)
+class Endured:
+    """What a run of many inputs took. Bytes of resident memory after a tenth of them, and at the end."""
+
+    inputs: int
+    seconds: float
+    early_bytes: int
+    late_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.inputs} inputs in {self.seconds:.0f} s, {self.inputs / self.seconds:.0f} a second; "
+            f"{self.early_bytes >> 10} KiB of memory after a tenth of them, {self.late_bytes >> 10} KiB at the end"
+        )
+
+
+def resident_bytes() -> int:
+    """What this process holds of the machine's memory now, without what it has freed but not given back."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def endure(targets: Sequence[Target], seed: int, count: int) -> Endured:
+    """Run `count` mutated inputs, of the targets in turn, without looking at coverage.
+
+    Raises Finding where one breaks its target, GrowthError where memory grows by more than `GROWTH_LIMIT_BYTES` from
+    the first tenth of them to the last: for a million that is nine bytes each.
+    """
+    rng = random.Random(seed)
+    known = {target.name: target.inputs() for target in targets}
+    begun = time.monotonic()
+    done = early = 0
+    gc.collect()
+    gc.freeze()  # so that looking for garbage after each batch costs little
+    with bounded():
+        while done < count:
+            for target in targets:
+                share = min(ENDURED_BATCH, count - done)
+                _run_batch(target, rng, known[target.name], share)
+                done += share
+                gc.collect()
+                if not early and done * 10 >= count:
+                    early = resident_bytes()
+    endured = Endured(done, time.monotonic() - begun, early, resident_bytes())
+    if endured.late_bytes - endured.early_bytes > GROWTH_LIMIT_BYTES:
+        raise GrowthError(f"memory grows: {endured}")
+    return endured
+
+
+def _run_batch(target: Target, rng: random.Random, known: Sequence[bytes], count: int) -> None:
+    last = b""
+
+    def mutated() -> Iterator[bytes]:
+        nonlocal last
+        for _ in range(count):
+            last = mutate(rng, rng.choice(known), target.words, known)
+            signal.setitimer(signal.ITIMER_REAL, TIME_LIMIT_S)
+            yield last
+
+    # An alarm doesn't reach code in C that doesn't return: then at least say where, and end.
+    faulthandler.dump_traceback_later(3 * TIME_LIMIT_S, exit=True)
+    try:
+        if target.run_many is not None:
+            target.run_many(mutated())
+        else:
+            for data in mutated():
+                target.run(data)
+    except (Exception, HangError) as error:
+        raise Finding(last) from error
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def minimal(target: Target, inputs: Sequence[bytes]) -> list[bytes]:

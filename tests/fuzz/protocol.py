@@ -13,7 +13,7 @@ import os
 import random
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,10 +36,11 @@ from nbd.negotiate import MAX_REPLY_BYTES, negotiate
 from nbd.replies import Pending, Replies
 from nbd.transmission import Session, block_status, failure, judge, read_header
 from tests.fuzz.engine import Target
-from tests.nbd.client import info_bytes, meta_bytes, option_bytes, request_bytes
-from tests.nbd.memory import GRAIN, ContextExport, MemoryExport, MemoryExports
+from tests.nbd.client import extended_bytes, filter_bytes, info_bytes, meta_bytes, option_bytes, request_bytes
+from tests.nbd.memory import GRAIN, ContextExport, MemoryExport, MemoryExports, SparseExport
 
-SIZE = 256 << 10
+SIZE = 320 << 10  # room for a READ that is answered in chunks
+NOTHING = slice(96 << 10, 288 << 10)  # zeroes, long enough to be told as a hole
 CONTEXT = "terrace:diff:a"
 FLAGS = struct.pack(">I", 3)
 HELLO = (
@@ -48,19 +49,29 @@ HELLO = (
     + option_bytes(wire.OPT_SET_META_CONTEXT, meta_bytes("mem", "base:allocation", CONTEXT))
     + option_bytes(wire.OPT_GO, info_bytes("mem"))
 )
+EXTENDED_HELLO = HELLO.replace(option_bytes(wire.OPT_STRUCTURED_REPLY), option_bytes(wire.OPT_EXTENDED_HEADERS))
 PLAIN_HELLO = FLAGS + option_bytes(wire.OPT_EXPORT_NAME, b"mem")
+_REPLY_MAGIC = struct.pack(">Q", wire.REP_MAGIC)
 REFUSALS = (errno.ENOENT, errno.EACCES, errno.ESHUTDOWN, errno.EIO)
 
 
 # -- the handshake -----------------------------------------------------------------------------------------------------
 
+_CONTEXTS = {
+    name: [0] for name in [*(f"terrace:diff:{name}" for name in "abcdefghijklmnopqrstuvwxyz"), "x:" + "y" * 4090]
+}
+_OFFERED = [
+    ContextExport(
+        size_bytes=SIZE, read_only=bool(flags & 1), minimum_block_size=4096 if flags & 2 else 1, flags=_CONTEXTS
+    )
+    for flags in range(4)
+]
+
 
 def run_handshake(data: bytes) -> None:
     """Any bytes in any pieces. Input: flags, a seed for the pieces, what the client sends."""
     flags, seed, rest = (data[0], data[1], data[2:]) if len(data) > 1 else (0, 0, b"")
-    export = ContextExport(size_bytes=SIZE, read_only=bool(flags & 1), minimum_block_size=4096 if flags & 2 else 1)
-    names = [*(f"terrace:diff:{name}" for name in "abcdefghijklmnopqrstuvwxyz"), "x:" + "y" * 4090]
-    export.flags = {name: [0] for name in names}
+    export = _OFFERED[flags & 3]
     machine = Handshake()
     machine.shutting_down = bool(flags & 4)
     pieces = _pieces(rest, seed)
@@ -100,6 +111,7 @@ def run_handshake(data: bytes) -> None:
     else:
         raise AssertionError("the handshake makes no progress")
     _judge_handshake(bytes(out), begun=machine.begun)
+    assert machine.session.structured or not machine.session.extended
     selected = machine.session.contexts
     assert len(selected) == len(dict(selected)) == len({name for _, name in selected}) <= MAX_SELECTED_CONTEXTS
     assert all(name in export.flags or name == wire.META_ALLOCATION for _, name in selected)
@@ -116,9 +128,9 @@ def _pieces(data: bytes, seed: int) -> Iterator[bytes]:
 
 def _judge_handshake(out: bytes, *, begun: bool) -> int:
     """Whether the server's bytes are a greeting and sound option replies; returns where they end."""
-    assert out[:16] == struct.pack(">QQ", wire.INIT_PASSWD, wire.IHAVEOPT)
+    assert out[:16] == b"NBDMAGICIHAVEOPT"
     at = 18
-    while out[at : at + 8] == struct.pack(">Q", wire.REP_MAGIC):
+    while out[at : at + 8] == _REPLY_MAGIC:
         _, _, kind, length = wire.OPTION_REPLY.unpack_from(out, at)
         assert kind >> 31 or kind in (wire.REP_ACK, wire.REP_SERVER, wire.REP_INFO, wire.REP_META_CONTEXT)
         at += wire.OPTION_REPLY.size + length
@@ -147,6 +159,10 @@ def _handshake_seeds() -> list[bytes]:
             wire.OPT_SET_META_CONTEXT, meta_bytes("mem", *(f"terrace:diff:{name}" for name in "abcdefghijklmnopq"))
         )
         + HELLO[4:],
+        EXTENDED_HELLO,
+        FLAGS + option_bytes(wire.OPT_EXTENDED_HEADERS) + HELLO[4:],
+        FLAGS + option_bytes(wire.OPT_EXTENDED_HEADERS) + PLAIN_HELLO[4:],
+        FLAGS + option_bytes(wire.OPT_EXTENDED_HEADERS, b"x") + option_bytes(wire.OPT_INFO, name),
         FLAGS + option_bytes(wire.OPT_LIST, b"x") + option_bytes(wire.OPT_EXPORT_NAME, b"no"),
         FLAGS + struct.pack(">QII", wire.IHAVEOPT, wire.OPT_GO, 70000) + bytes(70000 - 65536),
         struct.pack(">I", 0) + option_bytes(wire.OPT_EXPORT_NAME, b""),
@@ -162,16 +178,20 @@ def _handshake_seeds() -> list[bytes]:
 class Terms:
     """What the handshake settled, and what the export allows."""
 
-    structured: bool
-    contexts: bool
+    form: str
+    """simple, structured or extended."""
+    contexts: tuple[int, ...]
     read_only: bool
     minimum: int
 
 
 def is_legal(terms: Terms, command: int, flags: int, offset: int, length: int) -> bool:
-    """Whether a request may be carried out: the protocol's rules, written down a second time."""
+    """Whether a request may be carried out: the protocol's rules, written down a second time.
+
+    But for the payload of a BLOCK_STATUS: here it has none.
+    """
     known = {
-        wire.CMD_READ: wire.CMD_FLAG_DF if terms.structured else 0,
+        wire.CMD_READ: 0 if terms.form == "simple" else wire.CMD_FLAG_DF,
         wire.CMD_WRITE: 0,
         wire.CMD_FLUSH: 0,
         wire.CMD_TRIM: 0,
@@ -180,6 +200,10 @@ def is_legal(terms: Terms, command: int, flags: int, offset: int, length: int) -
     }
     if terms.contexts:
         known[wire.CMD_BLOCK_STATUS] = wire.CMD_FLAG_REQ_ONE
+    if command == wire.CMD_WRITE and terms.form == "extended":
+        if not flags & 32:
+            return False
+        flags &= ~32
     if command not in known or flags & ~(known[command] | wire.CMD_FLAG_FUA):
         return False
     if command == wire.CMD_FLUSH:
@@ -191,30 +215,44 @@ def is_legal(terms: Terms, command: int, flags: int, offset: int, length: int) -
     return command != wire.CMD_BLOCK_STATUS or length > 0
 
 
+FORMS = ("simple", "structured", "extended")
+MAGICS = {"simple": 0x67446698, "structured": 0x668E33EF, "extended": 0x6E8A278C}
+
+
 def run_request(data: bytes) -> None:
     """Headers of requests, one after the other; the first byte says what was negotiated."""
     flags = data[0] if data else 0
-    terms = Terms(bool(flags & 1), flags & 3 == 3, bool(flags & 4), 4096 if flags & 8 else 1)
-    contexts = ((1, wire.META_ALLOCATION), (2, CONTEXT))[: 2 if flags & 16 else 1]
-    session = Session(terms.structured, contexts if terms.contexts else ())
-    export = MemoryExport(size_bytes=SIZE, read_only=terms.read_only, minimum_block_size=terms.minimum)
-    for at in range(1, len(data) - wire.REQUEST.size + 1, wire.REQUEST.size):
-        head, cookie, offset, length = wire.REQUEST.unpack_from(data, at)
+    form = "extended" if flags & 32 else "structured" if flags & 1 else "simple"
+    known = ((1, wire.META_ALLOCATION), (2, CONTEXT))[: 2 if flags & 16 else 1]
+    contexts = known if flags & 2 and form != "simple" else ()
+    terms = Terms(form, tuple(one for one, _ in contexts), bool(flags & 4), 4096 if flags & 8 else 1)
+    session = Session(form != "simple", contexts, form == "extended")
+    export = _JUDGED[terms.read_only, terms.minimum]
+    layout = wire.EXTENDED_REQUEST if form == "extended" else wire.REQUEST
+    for at in range(1, len(data) - layout.size + 1, layout.size):
+        head, cookie, offset, length = layout.unpack_from(data, at)
         command, bits = head & 0xFFFF, head >> 16 & 0xFFFF
         verdict = judge(session, export, command, bits, offset, length)
         assert (verdict == 0) == is_legal(terms, command, bits, offset, length), (verdict, command, bits)
         assert verdict in (0, wire.EPERM, wire.EINVAL, wire.ENOSPC, wire.EOVERFLOW)
         if verdict:
-            reply = failure(session, cookie, verdict, str(head))
+            reply = failure(session, cookie, offset, verdict, str(head))
         elif command == wire.CMD_BLOCK_STATUS:
             only = bool(bits & wire.CMD_FLAG_REQ_ONE)
-            extents = [(length // 2 + 1, 3), (1 << 40, 0)]
-            reply = block_status(cookie, [(one, extents) for one, _ in contexts], length=length, only_one=only)
+            statuses = [(one, [(length // 2 + 1, 3), (1 << 40, 0)]) for one in terms.contexts]
+            reply = block_status(session, cookie, offset, statuses, length=length, only_one=only)
         else:
             reply = read_header(session, cookie, offset, length)
-        magic = int.from_bytes(reply[:4])
-        assert magic == (wire.STRUCTURED_REPLY_MAGIC if terms.structured else wire.SIMPLE_REPLY_MAGIC)
+        assert int.from_bytes(reply[:4]) == MAGICS[form]
         assert reply[8:16] == cookie.to_bytes(8)
+        assert form != "extended" or reply[16:24] == offset.to_bytes(8)
+
+
+_JUDGED = {
+    (read_only, minimum): MemoryExport(size_bytes=SIZE, read_only=read_only, minimum_block_size=minimum)
+    for read_only in (False, True)
+    for minimum in (1, 4096)
+}
 
 
 # -- a connection ------------------------------------------------------------------------------------------------------
@@ -222,7 +260,7 @@ def run_request(data: bytes) -> None:
 
 @dataclass
 class Request:
-    """A request of the stream. `complete`: all of its payload is there."""
+    """A request of the stream. `complete`: all of its payload is there. `wanted`: contexts, of a BLOCK_STATUS."""
 
     command: int
     flags: int
@@ -232,65 +270,103 @@ class Request:
     payload: bytes
     complete: bool
     legal: bool
+    wanted: tuple[int, ...] = ()
 
 
 def parse(stream: bytes, terms: Terms) -> list[Request]:
     """The requests up to DISC, garbage or the end, as the protocol text has them."""
     found: list[Request] = []
     at = 0
-    while len(stream) - at >= 28:
-        magic, flags, command, cookie, offset, length = struct.unpack_from(">IHHQQI", stream, at)
-        if magic != wire.REQUEST_MAGIC or command == wire.CMD_DISC:
+    extended = terms.form == "extended"
+    size = 32 if extended else 28
+    while len(stream) - at >= size:
+        magic, flags, command, cookie, offset, length = struct.unpack_from(
+            ">IHHQQQ" if extended else ">IHHQQI", stream, at
+        )
+        if magic != (0x21E41C71 if extended else 0x25609513) or command == wire.CMD_DISC:
             break
-        at += 28
-        payload = stream[at : at + length] if command == wire.CMD_WRITE else b""
-        complete = command != wire.CMD_WRITE or len(payload) == length
-        legal = is_legal(terms, command, flags, offset, length)
-        found.append(Request(command, flags, cookie, offset, length, payload, complete, legal))
+        at += size
+        has_payload = bool(flags & 32) if extended else command == wire.CMD_WRITE
+        if extended and has_payload and length > 32 << 20:
+            break
+        payload = stream[at : at + length] if has_payload else b""
+        complete = not has_payload or len(payload) == length
+        wanted = terms.contexts
+        if extended and has_payload and command == wire.CMD_BLOCK_STATUS:
+            legal = False
+            if complete and length >= 12 and length % 4 == 0:
+                effect, *ids = struct.unpack(f">Q{(length - 8) // 4}I", payload)
+                wanted = tuple(ids)
+                legal = len(set(ids)) == len(ids) and set(ids) <= set(terms.contexts)
+                legal = legal and is_legal(terms, command, flags & ~32, offset, effect)
+        else:
+            legal = is_legal(terms, command, flags, offset, length)
+        found.append(Request(command, flags, cookie, offset, length, payload, complete, legal, wanted))
         at += len(payload)
         if not complete:
             break
     return found
 
 
+INITIAL = np.resize(np.arange(1, 252, dtype=np.uint8), SIZE)
+INITIAL[NOTHING] = 0
+
+
 def run_connection(data: bytes) -> None:
     """A server's connection over a socket pair. Input: flags, a seed for the pieces, the stream behind a handshake."""
+    trio.run(_judge_connection, data, Workshop())
+
+
+def run_connections(inputs: Iterable[bytes]) -> None:
+    """The same of many, one after the other, in one loop and with one workshop, as a server has them."""
+
+    async def main() -> None:
+        workshop = Workshop()
+        for data in inputs:
+            await _judge_connection(data, workshop)
+            assert workshop.last_active is None and not workshop.fence._groups
+
+    trio.run(main)
+
+
+async def _judge_connection(data: bytes, workshop: Workshop) -> None:
     flags, seed, stream = (data[0], data[1], data[2:]) if len(data) > 1 else (0, 0, b"")
-    terms = Terms(bool(flags & 1), bool(flags & 1), bool(flags & 2), 512 if flags & 4 else 1)
-    export = ContextExport(
+    form = "extended" if flags & 64 else "structured" if flags & 1 else "simple"
+    terms = Terms(form, () if form == "simple" else (1, 2), bool(flags & 2), 512 if flags & 4 else 1)
+    export = SparseExport(
         size_bytes=SIZE, read_only=terms.read_only, minimum_block_size=terms.minimum, slow=bool(flags & 8)
     )
+    export.unknown = bool(flags & 128)
     export.flags = {CONTEXT: [0, 1] * (SIZE // GRAIN // 2)}
-    initial = np.resize(np.arange(1, 252, dtype=np.uint8), SIZE)
-    export.data[:] = initial.tobytes()
+    export.data[:] = INITIAL.data
     raw = bool(flags & 16)  # no handshake of ours: the input is all that the client says
-    hello = b"" if raw else HELLO if terms.structured else PLAIN_HELLO
-    out = trio.run(_converse, export, hello, stream, seed, bool(flags & 32))
-    found = np.frombuffer(bytes(export.data), dtype=np.uint8)
+    hello = b"" if raw else {"simple": PLAIN_HELLO, "structured": HELLO, "extended": EXTENDED_HELLO}[form]
+    out = await _converse(export, hello, stream, seed, bool(flags & 32), workshop)
     if raw:
         return
     requests = parse(stream, terms)
     rude = bool(flags & 32)
-    _judge_content(initial, found, requests, all_arrived=not rude)
+    _judge_content(INITIAL, np.frombuffer(export.data, dtype=np.uint8), requests, all_arrived=not rude)
     if not rude:
         end = _end_of_handshake(out, terms)
-        assert _judge_handshake(out[:end], begun=True) == (end if terms.structured else end - 10)
-        _judge_replies(out[end:], terms, requests, initial)
+        assert _judge_handshake(out[:end], begun=True) == (end - 10 if form == "simple" else end)
+        _judge_replies(out[end:], terms, requests, INITIAL)
 
 
 def _end_of_handshake(out: bytes, terms: Terms) -> int:
     at = 18
-    while out[at : at + 8] == struct.pack(">Q", wire.REP_MAGIC):
+    while out[at : at + 8] == _REPLY_MAGIC:
         at += wire.OPTION_REPLY.size + wire.OPTION_REPLY.unpack_from(out, at)[3]
-    return at if terms.structured else at + 10
+    return at + 10 if terms.form == "simple" else at
 
 
-async def _converse(export: MemoryExport, hello: bytes, stream: bytes, seed: int, rude: bool) -> bytes:
+async def _converse(
+    export: MemoryExport, hello: bytes, stream: bytes, seed: int, rude: bool, workshop: Workshop
+) -> bytes:
     """Say it all, in pieces; return what the server said. `rude`: vanish without reading on."""
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     exports = MemoryExports(export)
-    workshop = Workshop()
     connection = Connection(theirs, "fuzz", exports, Limits(handshake_timeout_s=5, linger_s=5), workshop)
     client = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
     out = bytearray()
@@ -332,6 +408,10 @@ def _judge_content(initial: np.ndarray, found: np.ndarray, requests: list[Reques
 
     Requests in flight together may be carried out in any order. `all_arrived`: no request can have been lost.
     """
+    changing = (wire.CMD_WRITE, wire.CMD_TRIM, wire.CMD_WRITE_ZEROES)
+    if not any(request.legal and request.command in changing for request in requests):
+        assert found.tobytes() == initial.tobytes(), "something changed, and nobody asked for it"
+        return
     allowed = np.zeros(SIZE, dtype=bool)
     written = np.zeros(SIZE, dtype=bool)
     for request in requests:
@@ -357,69 +437,141 @@ def _judge_content(initial: np.ndarray, found: np.ndarray, requests: list[Reques
 
 
 def _judge_replies(out: bytes, terms: Terms, requests: list[Request], initial: np.ndarray) -> None:
-    """One final reply for each complete request, with an error exactly where it isn't legal."""
+    """One final reply for each complete request, with an error exactly where it isn't legal, and sound chunks."""
     waiting: dict[int, list[Request]] = {}
     for request in requests:
         if request.complete or not request.legal:
             waiting.setdefault(request.cookie, []).append(request)
     quiet = not any(r.legal and r.command in (wire.CMD_WRITE, wire.CMD_TRIM, wire.CMD_WRITE_ZEROES) for r in requests)
     unique = len(waiting) == sum(map(len, waiting.values()))
+    covered: dict[int, int] = {}
+    told: dict[int, list[int]] = {}
     at = 0
     while at < len(out):
         magic, word, cookie = struct.unpack_from(">IIQ", out, at)
         assert cookie in waiting, "a reply that nobody waits for"
+        request = waiting[cookie][0]
         at += 16
-        done, failed, data = True, False, b""
-        if magic == wire.SIMPLE_REPLY_MAGIC:
+        done, failed = True, False
+        if magic == MAGICS["simple"]:
+            assert terms.form != "extended", "a simple reply, with extended headers"
             failed = word != 0
-            if not failed and not terms.structured and unique and waiting[cookie][0].command == wire.CMD_READ:
-                data = out[at : at + waiting[cookie][0].length]
+            if not failed and terms.form == "simple" and unique and request.command == wire.CMD_READ:
+                data = out[at : at + request.length]
                 at += len(data)
                 if quiet:
-                    start = waiting[cookie][0].offset
-                    assert data == initial[start : start + len(data)].tobytes()
-            elif not unique and not terms.structured:
+                    assert data == initial[request.offset : request.offset + len(data)].tobytes()
+            elif not unique and terms.form == "simple":
                 return  # can't be told apart from here on
         else:
-            assert magic == wire.STRUCTURED_REPLY_MAGIC and terms.structured, f"no reply: {magic:#x}"
-            (length,) = struct.unpack_from(">I", out, at)
-            payload = out[at + 4 : at + 4 + length]
+            assert magic == MAGICS[terms.form], f"no reply: {magic:#x}"
+            if terms.form == "extended":
+                echo, length = struct.unpack_from(">QQ", out, at)
+                same = [one for one in waiting[cookie] if one.offset == echo]
+                assert same, "another offset than the request's"
+                request = same[0]
+                at += 16
+            else:
+                (length,) = struct.unpack_from(">I", out, at)
+                at += 4
+            payload = out[at : at + length]
             assert len(payload) == length
-            at += 4 + length
-            done, failed = bool(word >> 16 & wire.REPLY_FLAG_DONE), bool(word & 0x8000)
-            if word & 0xFFFF == wire.REPLY_TYPE_OFFSET_DATA and quiet:
+            at += length
+            kind = word & 0xFFFF
+            done, failed = bool(word >> 16 & wire.REPLY_FLAG_DONE), bool(kind & 0x8000)
+            if kind in (wire.REPLY_TYPE_OFFSET_DATA, wire.REPLY_TYPE_OFFSET_HOLE):
                 start = int.from_bytes(payload[:8])
-                assert payload[8:] == initial[start : start + length - 8].tobytes()
+                hole = kind == wire.REPLY_TYPE_OFFSET_HOLE
+                size = int.from_bytes(payload[8:]) if hole else length - 8
+                assert size and (not hole or length == 12)
+                if quiet:
+                    expected = initial[start : start + size].tobytes()
+                    assert (bytes(size) if hole else payload[8:]) == expected
+                if unique:
+                    assert request.command == wire.CMD_READ
+                    assert start == request.offset + covered.get(cookie, 0), "out of order, or twice"
+                    assert not (hole and request.flags & wire.CMD_FLAG_DF)
+                    covered[cookie] = covered.get(cookie, 0) + size
+            elif kind in (wire.REPLY_TYPE_BLOCK_STATUS, wire.REPLY_TYPE_BLOCK_STATUS_EXT):
+                assert (kind == wire.REPLY_TYPE_BLOCK_STATUS_EXT) == (terms.form == "extended")
+                number, count = struct.unpack_from(">II", payload)
+                if terms.form == "extended":
+                    assert count and length == 8 + 16 * count
+                told.setdefault(cookie, []).append(number)
         if done:
-            request = waiting[cookie].pop()
+            waiting[cookie].remove(request)
             if not waiting[cookie]:
                 del waiting[cookie]
             if unique:
                 assert failed != request.legal, f"{request} was answered {'with an error' if failed else 'well'}"
+                if request.legal and request.command == wire.CMD_READ and terms.form != "simple":
+                    assert covered.get(cookie, 0) == request.length
+                if request.legal and request.command == wire.CMD_BLOCK_STATUS:
+                    assert sorted(told[cookie]) == sorted(request.wanted)
     left = [request for several in waiting.values() for request in several if request.complete]
     assert not left, f"no reply to {left[0]}"
 
 
-def _connection_seeds() -> list[bytes]:
+def _requests(form: str) -> list[bytes]:
+    """One of each kind, good and bad."""
+
+    def one(command: int, cookie: int, offset: int = 0, length: int = 0, flags: int = 0, data: bytes = b"") -> bytes:
+        encode = extended_bytes if form == "extended" else request_bytes
+        if form == "extended" and (data or command == wire.CMD_WRITE):
+            flags |= wire.CMD_FLAG_PAYLOAD_LEN
+        return encode(command, cookie, offset, length, flags, data)
+
     some = [
-        request_bytes(wire.CMD_WRITE, 1, 4096, 512, 0, b"abcdefgh" * 64),
-        request_bytes(wire.CMD_READ, 2, 4096, 512, 0),
-        request_bytes(wire.CMD_FLUSH, 3, 0, 0, 0),
-        request_bytes(wire.CMD_TRIM, 4, 8192, 8192, 0),
-        request_bytes(wire.CMD_WRITE_ZEROES, 5, 1024, 4096, wire.CMD_FLAG_NO_HOLE),
-        request_bytes(wire.CMD_CACHE, 6, 0, 4096, 0),
-        request_bytes(wire.CMD_BLOCK_STATUS, 7, 0, SIZE, wire.CMD_FLAG_REQ_ONE),
-        request_bytes(wire.CMD_WRITE, 8, 512, 512, wire.CMD_FLAG_FUA, b"x" * 512),
-        request_bytes(wire.CMD_READ, 9, 0, SIZE, wire.CMD_FLAG_DF),
-        request_bytes(wire.CMD_WRITE, 10, SIZE - 512, 1024, 0, b"y" * 1024),
-        request_bytes(wire.CMD_WRITE, 11, 0, 0, 0),
-        request_bytes(wire.CMD_READ, 12, 0, 0, wire.CMD_FLAG_FUA),
-        request_bytes(wire.CMD_WRITE, 13, 0, 8 << 20, 0, b"z" * 2000),
+        one(wire.CMD_WRITE, 1, 4096, 512, 0, b"abcdefgh" * 64),
+        one(wire.CMD_READ, 2, 4096, 512, 0),
+        one(wire.CMD_FLUSH, 3, 0, 0, 0),
+        one(wire.CMD_TRIM, 4, 8192, 8192, 0),
+        one(wire.CMD_WRITE_ZEROES, 5, 1024, 4096, wire.CMD_FLAG_NO_HOLE),
+        one(wire.CMD_CACHE, 6, 0, 4096, 0),
+        one(wire.CMD_BLOCK_STATUS, 7, 0, SIZE, wire.CMD_FLAG_REQ_ONE),
+        one(wire.CMD_WRITE, 8, 512, 512, wire.CMD_FLAG_FUA, b"x" * 512),
+        one(wire.CMD_READ, 9, 0, SIZE, wire.CMD_FLAG_DF),
+        one(wire.CMD_READ, 14, 512, SIZE - 1024, 0),
+        one(wire.CMD_WRITE, 10, SIZE - 512, 1024, 0, b"y" * 1024),
+        one(wire.CMD_WRITE, 11, 0, 0, 0),
+        one(wire.CMD_READ, 12, 0, 0, wire.CMD_FLAG_FUA),
+        one(wire.CMD_WRITE, 13, 0, 8 << 20, 0, b"z" * 2000),
     ]
+    if form == "extended":
+        some[-1:] = [
+            one(wire.CMD_BLOCK_STATUS, 15, 4096, data=filter_bytes(SIZE - 4096, 2)),
+            one(wire.CMD_BLOCK_STATUS, 16, 0, data=filter_bytes(512, 2, 1), flags=wire.CMD_FLAG_REQ_ONE),
+            one(wire.CMD_BLOCK_STATUS, 17, 0, data=filter_bytes(512, 2, 2)),
+            one(wire.CMD_TRIM, 18, 0, 1 << 40),
+            one(wire.CMD_READ, 19, 0, data=b"unexpected" * 10),
+            extended_bytes(wire.CMD_WRITE, 20, 0, 512),
+            some[-1],
+        ]
+    return some
+
+
+def _connection_seeds() -> list[bytes]:
     disconnect = request_bytes(wire.CMD_DISC, 99, 0, 0, 0)
+    some = _requests("simple")
     seeds = [bytes([flags, 0]) + one for one in some for flags in (0, 1)]
-    seeds += [bytes([flags, seed]) + b"".join(some[:9]) + disconnect for flags in range(64) for seed in (flags % 3,)]
+    seeds += [bytes([flags, seed]) + b"".join(some[:10]) + disconnect for flags in range(64) for seed in (flags % 3,)]
     seeds += [bytes([16, 1]) + HELLO + some[0], bytes([16, 2]) + PLAIN_HELLO + some[1], bytes([1, 1]) + b"".join(some)]
+    some = _requests("extended")
+    seeds += [bytes([64, 0]) + one for one in some]
+    seeds += [
+        bytes([64 | flags, flags % 3]) + b"".join(some[:-1]) + extended_bytes(wire.CMD_DISC, 99)
+        for flags in (0, 2, 4, 8, 12, 32, 128, 136)
+    ]
+    seeds += [bytes([16, 1]) + EXTENDED_HELLO + b"".join(some)]
+    return seeds
+
+
+def _request_seeds() -> list[bytes]:
+    seeds = []
+    for flags in range(64):
+        form = "extended" if flags & 32 else "simple"
+        size = 32 if form == "extended" else 28
+        seeds.append(bytes([flags]) + b"".join(one[:size] for one in _requests(form)))
     return seeds
 
 
@@ -551,7 +703,10 @@ def _negotiation_seeds() -> list[bytes]:
 
 
 _WORDS = [
-    struct.pack(">IHH", wire.REQUEST_MAGIC, flags, command) for command in range(9) for flags in (0, 1, 2, 4, 8, 16)
+    struct.pack(">IHH", magic, flags, command)
+    for magic, bits in ((0x25609513, (0, 1, 2, 4, 8, 16)), (0x21E41C71, (0, 1, 32, 40)))
+    for command in range(9)
+    for flags in bits
 ]
 _OPTIONS = [struct.pack(">QI", wire.IHAVEOPT, option) for option in range(12)]
 
@@ -566,11 +721,11 @@ PROTOCOL = [
     Target(
         "request",
         run_request,
-        lambda: [bytes([flags]) + b"".join(seed[2:30] for seed in _connection_seeds()[:26:2]) for flags in range(16)],
+        _request_seeds,
         _WORDS,
         examples=300,
     ),
-    Target("connection", run_connection, _connection_seeds, _WORDS, examples=120),
+    Target("connection", run_connection, _connection_seeds, _WORDS, examples=120, run_many=run_connections),
     Target(
         "replies",
         run_replies,

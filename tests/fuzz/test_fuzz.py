@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz import engine
-from tests.fuzz.engine import Campaign, Finding, HangError, Target, bounded, minimal, mutate
+from tests.fuzz.engine import Campaign, Finding, GrowthError, HangError, Target, bounded, endure, minimal, mutate
 from tests.fuzz.targets import TARGETS
 
 
@@ -112,6 +112,28 @@ def test_a_hang_and_a_memory_bomb_are_failures(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(engine, "TIME_LIMIT_S", 60.0)
     with pytest.raises(MemoryError), bounded():
         bytearray(2 << 30)
+
+
+def test_a_run_of_many_inputs_notices_growth_and_names_the_input_that_breaks() -> None:
+    kept: list[bytes] = []
+
+    def leaky(data: bytes) -> None:
+        kept.append(bytes(16 << 10))
+
+    def fragile(inputs: Iterable[bytes]) -> None:
+        for data in inputs:
+            assert data[:1] != b"\x80"
+
+    leak = Target("leaky", leaky, lambda: [b"x"])
+    with pytest.raises(GrowthError, match="memory grows: 1500 inputs"):
+        endure([leak], 1, 1500)
+    kept.clear()
+    sound = Target("sound", lambda data: None, lambda: [b"x"])
+    endured = endure([sound, sound], 1, 3000)
+    assert endured.inputs == 3000 and "a second" in str(endured)
+    with pytest.raises(Finding) as caught:
+        endure([sound, Target("fragile", sound.run, lambda: [bytes(8)], run_many=fragile)], 1, 1_000_000)
+    assert caught.value.data[:1] == b"\x80"
 
 
 def test_the_minimal_corpus_reaches_as_much_with_less() -> None:

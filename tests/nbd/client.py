@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -27,13 +27,15 @@ class Closed(Exception):
 
 @dataclass
 class Reply:
-    """A simple reply, or all chunks of a structured one."""
+    """A simple reply, or all chunks of a structured or extended one."""
 
     cookie: int
     error: int = 0
     data: bytes = b""
     structured: bool = False
+    extended: bool = False
     message: str = ""
+    holes: tuple[tuple[int, int], ...] = ()  # offset, length; `data` has zeroes for them
     chunks: tuple[tuple[int, int, bytes], ...] = ()  # flags, type, payload
 
     @property
@@ -48,19 +50,75 @@ class Reply:
         assert [flags for flags, _, _ in self.chunks] == [0] * (len(self.chunks) - 1) + [wire.REPLY_FLAG_DONE]
         statuses = {}
         for _, kind, payload in self.chunks:
-            assert kind == wire.REPLY_TYPE_BLOCK_STATUS
             (context_id,) = struct.unpack_from(">I", payload)
             assert context_id not in statuses
-            statuses[context_id] = [struct.unpack_from(">II", payload, at) for at in range(4, len(payload), 8)]
+            if self.extended:
+                assert kind == 6
+                (count,) = struct.unpack_from(">I", payload, 4)
+                assert count and len(payload) == 8 + 16 * count
+                statuses[context_id] = [struct.unpack_from(">QQ", payload, at) for at in range(8, len(payload), 16)]
+            else:
+                assert kind == 5 and len(payload) > 4
+                statuses[context_id] = [struct.unpack_from(">II", payload, at) for at in range(4, len(payload), 8)]
+            assert all(length for length, _ in statuses[context_id])
         return statuses
+
+
+@dataclass
+class _Partial:
+    """The chunks of a reply so far."""
+
+    reply: Reply
+    data: bytearray = field(default_factory=bytearray)
+    chunks: list[tuple[int, int, bytes]] = field(default_factory=list)
+
+    def add(self, flags: int, kind: int, payload: bytes, asked: tuple[int, int, int, int] | None) -> None:
+        """``asked``: command, flags, offset and length of the request, where they are known."""
+        reply, length = self.reply, len(payload)
+        assert not flags & ~wire.REPLY_FLAG_DONE
+        self.chunks.append((flags, kind, payload))
+        if kind == 0:
+            assert not payload and flags
+        elif kind in (1, 2):
+            assert not reply.error and (length > 8 if kind == 1 else length == 12)
+            (start,) = struct.unpack_from(">Q", payload)
+            size = length - 8 if kind == 1 else struct.unpack(">QI", payload)[1]
+            assert size
+            if asked is not None:
+                # This server sends them in order.
+                assert asked[0] == wire.CMD_READ and start == asked[2] + len(self.data)
+                assert len(self.data) + size <= asked[3]
+                assert not (asked[1] & wire.CMD_FLAG_DF and (kind == 2 or self.data))
+            if kind == 1:
+                self.data += memoryview(payload)[8:]
+            else:
+                self.data += bytes(size)
+                reply.holes += ((start, size),)
+        elif kind == 0x8001:
+            assert not reply.error
+            reply.error, size = struct.unpack_from(">IH", payload)
+            assert reply.error and size == length - 6
+            reply.message = payload[6:].decode()
+        else:
+            assert kind == (6 if reply.extended else 5)
+            assert asked is None or asked[0] == wire.CMD_BLOCK_STATUS
+        if flags and asked is not None and asked[0] == wire.CMD_READ and not reply.error:
+            assert len(self.data) == asked[3]
+
+    def whole(self) -> Reply:
+        self.reply.data, self.reply.chunks = bytes(self.data), tuple(self.chunks)
+        return self.reply
 
 
 class RawClient:
     def __init__(self, stream: trio.SocketStream) -> None:
         self.stream = stream
         self.structured = False
+        self.extended = False
         self._buffer = bytearray()
         self._read_lengths: dict[int, int] = {}
+        self._asked: dict[int, tuple[int, int, int, int]] = {}  # by cookie: command, flags, offset, length
+        self._partial: dict[int, _Partial] = {}
         self._cookie = 0
         self.error: BaseException | None = None
         """Why receiving failed, where it was more than the end of the stream."""
@@ -111,10 +169,20 @@ class RawClient:
             if kind == wire.REP_ACK or kind & 1 << 31:
                 return replies
 
-    async def go(self, name: str = "mem", *, structured: bool = False, status: bool | Sequence[str] = False) -> int:
+    async def go(
+        self,
+        name: str = "mem",
+        *,
+        structured: bool = False,
+        extended: bool = False,
+        status: bool | Sequence[str] = False,
+    ) -> int:
         """Negotiate; returns the transmission flags. ``status``: the contexts, or True for base:allocation."""
         await self.hello()
-        if structured or status:
+        if extended:
+            assert await self.option(wire.OPT_EXTENDED_HEADERS) == [(wire.REP_ACK, b"")]
+            self.structured = self.extended = True
+        elif structured or status:
             assert (await self.option(wire.OPT_STRUCTURED_REPLY))[-1][0] == wire.REP_ACK
             self.structured = True
         if status:
@@ -129,9 +197,16 @@ class RawClient:
 
     # --- transmission ---
 
-    def note(self, command: int, cookie: int, length: int) -> None:
+    def encode(
+        self, command: int, cookie: int, offset: int = 0, length: int = 0, flags: int = 0, data: bytes = b""
+    ) -> bytes:
+        """A request whose reply will be awaited. Extended, data brings PAYLOAD_LEN with it, as has a WRITE."""
+        if self.extended and (data or command == wire.CMD_WRITE):
+            flags |= wire.CMD_FLAG_PAYLOAD_LEN
         if command == wire.CMD_READ:
             self._read_lengths[cookie] = length
+        self._asked[cookie] = (command, flags, offset, length)
+        return (extended_bytes if self.extended else request_bytes)(command, cookie, offset, length, flags, data)
 
     async def request(
         self, command: int, offset: int = 0, length: int = 0, *, flags: int = 0, data: bytes = b"", cookie: int = 0
@@ -140,41 +215,34 @@ class RawClient:
         if not cookie:
             self._cookie += 1
             cookie = self._cookie
-        self.note(command, cookie, length)
-        await self.send(request_bytes(command, cookie, offset, length or len(data), flags, data))
+        await self.send(self.encode(command, cookie, offset, length, flags, data))
         return cookie
 
     async def reply(self) -> Reply:
-        """The next complete reply, in either form."""
-        chunks: list[tuple[int, int, bytes]] = []
-        result: Reply | None = None
+        """The next complete reply, in whatever form. Chunks of several replies may come mixed."""
         while True:
             (magic,) = struct.unpack(">I", await self.receive(4))
-            if magic == wire.SIMPLE_REPLY_MAGIC:
-                assert result is None, "a simple reply within a structured one"
+            if self.extended:
+                assert magic == 0x6E8A278C, hex(magic)
+                flags, kind, cookie, offset, length = struct.unpack(">HHQQQ", await self.receive(28))
+                assert offset == self._asked[cookie][2], "the reply doesn't echo the request's offset"
+            elif magic == wire.SIMPLE_REPLY_MAGIC:
                 error, cookie = struct.unpack(">IQ", await self.receive(12))
-                length = self._read_lengths.pop(cookie, None)
-                if length is not None:
+                assert cookie not in self._partial, "a simple reply after chunks"
+                read_length = self._read_lengths.pop(cookie, None)
+                if read_length is not None:
                     assert not self.structured, "a simple reply to READ after structured replies were negotiated"
-                return Reply(cookie, error, await self.receive(length) if length and not error else b"")
-            assert magic == wire.STRUCTURED_REPLY_MAGIC and self.structured, hex(magic)
-            flags, kind, cookie, length = struct.unpack(">HHQI", await self.receive(16))
-            payload = await self.receive(length)
-            chunks.append((flags, kind, payload))
-            if result is None:
-                result = Reply(cookie, structured=True)
-            assert cookie == result.cookie
-            if kind == wire.REPLY_TYPE_OFFSET_DATA:
-                result.data += payload[8:]
-                assert length > 8
-            elif kind == wire.REPLY_TYPE_ERROR:
-                result.error, size = struct.unpack_from(">IH", payload)
-                assert result.error and size == length - 6
-                result.message = payload[6:].decode()
+                return Reply(cookie, error, await self.receive(read_length) if read_length and not error else b"")
+            else:
+                assert magic == wire.STRUCTURED_REPLY_MAGIC and self.structured, hex(magic)
+                flags, kind, cookie, length = struct.unpack(">HHQI", await self.receive(16))
+            partial = self._partial.setdefault(cookie, _Partial(Reply(cookie, structured=True, extended=self.extended)))
+            partial.add(flags, kind, await self.receive(length), self._asked.get(cookie))
             if flags & wire.REPLY_FLAG_DONE:
+                del self._partial[cookie]
                 self._read_lengths.pop(cookie, None)
-                result.chunks = tuple(chunks)
-                return result
+                self._asked.pop(cookie, None)
+                return partial.whole()
 
     async def ask(self, command: int, offset: int = 0, length: int = 0, *, flags: int = 0, data: bytes = b"") -> Reply:
         """A request and its reply, with nothing else in flight."""
@@ -207,6 +275,17 @@ def request_bytes(
     command: int, cookie: int, offset: int = 0, length: int = 0, flags: int = 0, data: bytes = b""
 ) -> bytes:
     return struct.pack(">IHHQQI", wire.REQUEST_MAGIC, flags, command, cookie, offset, length or len(data)) + data
+
+
+def extended_bytes(
+    command: int, cookie: int, offset: int = 0, length: int = 0, flags: int = 0, data: bytes = b""
+) -> bytes:
+    return struct.pack(">IHHQQQ", 0x21E41C71, flags, command, cookie, offset, length or len(data)) + data
+
+
+def filter_bytes(length: int, *context_ids: int) -> bytes:
+    """The payload by which a BLOCK_STATUS asks for some contexts only."""
+    return struct.pack(f">Q{len(context_ids)}I", length, *context_ids)
 
 
 class Served:
@@ -269,6 +348,21 @@ async def serving(*exports: MemoryExport, limits: Limits | None = None) -> Async
                 served.scope.cancel()
                 listener.close()
         assert served.exports.open == 0, "an export was not released"
+
+
+@asynccontextmanager
+async def attached(
+    export: MemoryExport,
+    *,
+    form: str = "simple",
+    status: bool | Sequence[str] = False,
+    limits: Limits | None = None,
+) -> AsyncIterator[tuple[RawClient, Served]]:
+    """A client of that export. ``form``: simple, structured or extended."""
+    async with serving(export, limits=limits) as served:
+        client = await served.connect()
+        await client.go(export.name, structured=form == "structured", extended=form == "extended", status=status)
+        yield client, served
 
 
 def run(test: Callable[[], object], *, timeout_s: float = 10.0) -> None:

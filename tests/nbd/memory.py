@@ -171,6 +171,32 @@ class ContextExport(MemoryExport):
         return self._runs(self.flags[context], offset, length, limit)
 
 
+ZEROES = bytes(GRAIN)
+
+
+@dataclass
+class SparseExport(ContextExport):
+    """It tells holes: whatever is zeroes, grain by grain. ``unknown``: not without waiting."""
+
+    unknown: bool = False
+
+    def holes_now(self, offset: int, length: int, shortest: int) -> list[tuple[int, int]] | None:
+        if self.unknown:
+            return None
+        self._begin("holes_now", offset, length)
+        at = offset
+        holes: list[tuple[int, int]] = []
+        while at < offset + length:
+            stop = min(at + GRAIN - at % GRAIN, offset + length)
+            if self.data.startswith(ZEROES[: stop - at], at):
+                if holes and sum(holes[-1]) == at:
+                    holes[-1] = (holes[-1][0], holes[-1][1] + stop - at)
+                else:
+                    holes.append((at, stop - at))
+            at = stop
+        return holes
+
+
 class MemoryExports:
     """A directory of memory exports that counts what is open."""
 

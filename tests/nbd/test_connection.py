@@ -11,8 +11,7 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,26 +22,12 @@ from nbd import wire
 from nbd.connection import BATCH_WRITES, INBOX_BYTES, INLINE_READ_BYTES, Limits
 from nbd.listen import open_tcp, open_unix
 from nbd.server import serve
-from tests.nbd.client import Closed, RawClient, Served, info_bytes, request_bytes, run, serving
+from tests.nbd.client import Closed, RawClient, attached, info_bytes, request_bytes, run, serving
 from tests.nbd.memory import ContextExport, MemoryExport, MemoryExports
 
 SIZE = 1 << 20
 both_speeds = pytest.mark.parametrize("slow", [False, True], ids=["at-once", "slow"])
-both_forms = pytest.mark.parametrize("structured", [False, True], ids=["simple", "structured"])
-
-
-@asynccontextmanager
-async def attached(
-    export: MemoryExport,
-    *,
-    structured: bool = False,
-    status: bool | Sequence[str] = False,
-    limits: Limits | None = None,
-) -> AsyncIterator[tuple[RawClient, Served]]:
-    async with serving(export, limits=limits) as served:
-        client = await served.connect()
-        await client.go(export.name, structured=structured, status=status)
-        yield client, served
+all_forms = pytest.mark.parametrize("form", ["simple", "structured", "extended"])
 
 
 def pattern(length: int, seed: int = 1) -> bytes:
@@ -50,16 +35,17 @@ def pattern(length: int, seed: int = 1) -> bytes:
 
 
 @both_speeds
-@both_forms
-def test_what_was_written_is_read(slow: bool, structured: bool) -> None:
+@all_forms
+def test_what_was_written_is_read(slow: bool, form: str) -> None:
     async def test() -> None:
         export = MemoryExport(size_bytes=SIZE, slow=slow)
-        async with attached(export, structured=structured) as (client, served):
+        async with attached(export, form=form) as (client, served):
             for offset, length in [(0, 4096), (1, 1), (4095, 3), (SIZE - 513, 513), (100_000, 300_000)]:
                 data = pattern(length)[:length]
                 assert (await client.ask(wire.CMD_WRITE, offset, data=data)).error == 0
                 reply = await client.ask(wire.CMD_READ, offset, length)
-                assert reply.data == data and reply.structured is structured
+                assert reply.data == data
+                assert (reply.structured, reply.extended) == (form != "simple", form == "extended")
             (connection,) = served.server.status().connections
             assert connection.counters.requests == 10 and connection.counters.read_bytes == 304_613
             assert connection.counters.written_bytes == 304_613
@@ -69,19 +55,18 @@ def test_what_was_written_is_read(slow: bool, structured: bool) -> None:
 
 
 @both_speeds
-@both_forms
-def test_a_batch_of_requests_gets_one_reply_each(slow: bool, structured: bool) -> None:
+@all_forms
+def test_a_batch_of_requests_gets_one_reply_each(slow: bool, form: str) -> None:
     async def test() -> None:
         export = MemoryExport(size_bytes=SIZE, slow=slow)
-        async with attached(export, structured=structured) as (client, _):
+        async with attached(export, form=form) as (client, _):
             batch = b""
             count = 300
             for i in range(count):
                 if i % 3:
-                    batch += request_bytes(wire.CMD_WRITE, 1000 + i, i * 512, data=pattern(512, i)[:512])
+                    batch += client.encode(wire.CMD_WRITE, 1000 + i, i * 512, data=pattern(512, i)[:512])
                 else:
-                    batch += request_bytes(wire.CMD_READ, 1000 + i, SIZE - 512, 512)
-                    client.note(wire.CMD_READ, 1000 + i, 512)
+                    batch += client.encode(wire.CMD_READ, 1000 + i, SIZE - 512, 512)
             await client.send(batch)
             replies = [await client.reply() for _ in range(count)]
             assert sorted(reply.cookie for reply in replies) == list(range(1000, 1000 + count))
@@ -110,29 +95,31 @@ def test_writes_that_arrive_together_are_one_call() -> None:
     run(test)
 
 
-@both_forms
+@all_forms
 @both_speeds
-def test_reads_up_to_the_maximum_payload_are_served(slow: bool, structured: bool) -> None:
+def test_reads_up_to_the_maximum_payload_are_served(slow: bool, form: str) -> None:
     async def test() -> None:
         size = wire.MAX_PAYLOAD_BYTES + 4096
         export = MemoryExport(size_bytes=size, slow=slow)
         export.data[:] = pattern(size)[:size]
-        async with attached(export, structured=structured) as (client, _):
+        async with attached(export, form=form) as (client, _):
             for length in (INLINE_READ_BYTES, INLINE_READ_BYTES + 1, wire.MAX_PAYLOAD_BYTES):
                 reply = await client.ask(wire.CMD_READ, 1, length)
                 assert reply.error == 0 and reply.data == export.data[1 : length + 1]
             reply = await client.ask(wire.CMD_READ, 0, wire.MAX_PAYLOAD_BYTES + 1)
-            assert reply.error == (wire.EOVERFLOW if structured else wire.EINVAL)
+            assert reply.error == (wire.EINVAL if form == "simple" else wire.EOVERFLOW)
 
     run(test)
 
 
 @both_speeds
-def test_writes_up_to_the_maximum_payload_are_served(slow: bool) -> None:
+@all_forms
+def test_writes_up_to_the_maximum_payload_are_served(slow: bool, form: str) -> None:
     async def test() -> None:
         export = MemoryExport(size_bytes=wire.MAX_PAYLOAD_BYTES + 4096, slow=slow)
-        async with attached(export) as (client, _):
-            for length in (INBOX_BYTES - 28, INBOX_BYTES - 27, wire.MAX_PAYLOAD_BYTES):
+        header = 32 if form == "extended" else 28
+        async with attached(export, form=form) as (client, _):
+            for length in (INBOX_BYTES - header, INBOX_BYTES - header + 1, wire.MAX_PAYLOAD_BYTES):
                 data = pattern(length, length)[:length]
                 reply = await client.ask(wire.CMD_WRITE, 3, data=data, flags=wire.CMD_FLAG_FUA)
                 assert reply.error == 0 and export.data[3 : length + 3] == data
@@ -157,13 +144,13 @@ def test_a_write_beyond_the_maximum_payload_is_drained_and_refused_without_memor
 
 
 @both_speeds
-@both_forms
-def test_a_writes_payload_is_drained_before_its_error(slow: bool, structured: bool) -> None:
+@all_forms
+def test_a_writes_payload_is_drained_before_its_error(slow: bool, form: str) -> None:
     async def test() -> None:
         export = MemoryExport(size_bytes=SIZE, slow=slow)
-        async with attached(export, structured=structured) as (client, _):
+        async with attached(export, form=form) as (client, _):
             # The payload looks like requests: taken for one it would disconnect us.
-            poison = request_bytes(wire.CMD_DISC, 9) * 400
+            poison = client.encode(wire.CMD_DISC, 9) * 400
             for data in (poison, poison * 200):
                 assert (await client.ask(wire.CMD_WRITE, SIZE - 1, data=data)).error == wire.ENOSPC
                 assert (await client.ask(wire.CMD_WRITE, 0, data=data, flags=wire.CMD_FLAG_DF)).error == wire.EINVAL
@@ -193,7 +180,7 @@ def test_length_zero_does_not_disconnect(slow: bool) -> None:
 def test_after_structured_replies_every_read_reply_is_structured_even_einval(slow: bool) -> None:
     async def test() -> None:
         export = MemoryExport(size_bytes=SIZE, slow=slow)
-        async with attached(export, structured=True) as (client, _):
+        async with attached(export, form="structured") as (client, _):
             for offset, length, flags in [
                 (0, 512, wire.CMD_FLAG_NO_HOLE),
                 (0, 512, 0x8000),
@@ -209,21 +196,19 @@ def test_after_structured_replies_every_read_reply_is_structured_even_einval(slo
     run(test)
 
 
-@both_forms
+@all_forms
 @both_speeds
-def test_an_error_while_reading_is_reported_once_and_claims_no_data_that_was_not_read(
-    slow: bool, structured: bool
-) -> None:
+def test_an_error_while_reading_is_reported_once_and_claims_no_data_that_was_not_read(slow: bool, form: str) -> None:
     async def test() -> None:
         def fail(operation: str, offset: int, length: int) -> int:
             return errno.EIO if "read" in operation and offset <= 2 << 20 < offset + length else 0
 
         export = MemoryExport(size_bytes=4 << 20, slow=slow, fail=fail)
-        async with attached(export, structured=structured) as (client, _):
+        async with attached(export, form=form) as (client, _):
             for offset, length in [(2 << 20, 512), (0, 4 << 20)]:  # the second fails after 2 MiB were read
                 reply = await client.ask(wire.CMD_READ, offset, length)
                 assert reply.error == wire.EIO
-                if not structured:
+                if form == "simple":
                     assert reply.data == b""
                     continue
                 assert reply.message
@@ -248,7 +233,7 @@ def test_long_structured_reads_come_in_chunks_that_cover_the_range_once(slow: bo
     async def test() -> None:
         export = MemoryExport(size_bytes=4 << 20, slow=slow)
         export.data[:] = bytes(range(256)) * (export.size_bytes // 256)
-        async with attached(export, structured=True) as (client, _):
+        async with attached(export, form="structured") as (client, _):
             for offset, length in [(0, 4 << 20), (100, (1 << 20) + 1), (4096, 256 << 10), (4096, (256 << 10) + 1)]:
                 reply = await client.ask(wire.CMD_READ, offset, length)
                 assert not reply.error
@@ -266,7 +251,7 @@ def test_long_structured_reads_come_in_chunks_that_cover_the_range_once(slow: bo
 
 def test_df_reads_come_in_one_content_chunk() -> None:
     async def test() -> None:
-        async with attached(MemoryExport(size_bytes=4 << 20), structured=True) as (client, _):
+        async with attached(MemoryExport(size_bytes=4 << 20), form="structured") as (client, _):
             for length in (1, 65_536, 4 << 20):
                 reply = await client.ask(wire.CMD_READ, 0, length, flags=wire.CMD_FLAG_DF)
                 assert [kind for _, kind, _ in reply.chunks] == [wire.REPLY_TYPE_OFFSET_DATA]
@@ -443,7 +428,7 @@ def test_a_context_that_went_away_fails_the_request_and_nothing_else() -> None:
 
 def test_block_status_without_a_negotiated_context_is_einval() -> None:
     async def test() -> None:
-        async with attached(MemoryExport(), structured=True) as (client, _):
+        async with attached(MemoryExport(), form="structured") as (client, _):
             assert (await client.ask(wire.CMD_BLOCK_STATUS, 0, 512)).error == wire.EINVAL
 
     run(test)
@@ -558,8 +543,7 @@ def test_what_waits_is_bounded_in_number_and_the_rest_follows() -> None:
         async with attached(export, limits=limits) as (client, _):
             requests = b"".join(request_bytes(wire.CMD_WRITE, i, i * 512, data=b"x" * 512) for i in range(1, 31))
             for i in range(31, 61):
-                requests += request_bytes(wire.CMD_READ, i, 0, 512) + request_bytes(wire.CMD_FLUSH, i + 100)
-                client.note(wire.CMD_READ, i, 512)
+                requests += client.encode(wire.CMD_READ, i, 0, 512) + request_bytes(wire.CMD_FLUSH, i + 100)
             await client.send(requests)
             await trio.sleep(0.05)
             # Flushes of one pass share a call, so fewer calls than requests wait.
@@ -644,8 +628,7 @@ def test_idle_connections_hold_no_buffers() -> None:
             await trio.sleep(0.05)
             assert all(connection._bench is None for connection in served.server._connections)
             for client in clients:
-                client.note(wire.CMD_READ, 1, 512)
-                await client.send(request_bytes(wire.CMD_READ, 1, 0, 512)[20:])
+                await client.send(client.encode(wire.CMD_READ, 1, 0, 512)[20:])
                 assert len((await client.reply()).data) == 512
 
     run(test)

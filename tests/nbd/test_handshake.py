@@ -15,6 +15,7 @@ from nbd import wire
 from nbd.handshake import (
     MAX_LISTED_CONTEXTS,
     MAX_OPTION_BYTES,
+    MAX_OPTIONS,
     MAX_QUERIES,
     MAX_SELECTED_CONTEXTS,
     MAX_SKIPPED_BYTES,
@@ -25,6 +26,7 @@ from nbd.handshake import (
     WantExport,
     WantList,
 )
+from nbd.transmission import Session
 from tests.nbd.client import info_bytes, meta_bytes, option_bytes
 from tests.nbd.memory import ContextExport, MemoryExport
 
@@ -136,7 +138,7 @@ def test_list_names_and_describes_and_refuses_data() -> None:
     assert final(talk.option(wire.OPT_LIST, b"x")) == wire.REP_ERR_INVALID
 
 
-@pytest.mark.parametrize("option", [0, 4, 12, 99, 1 << 31, wire.OPT_STARTTLS, wire.OPT_EXTENDED_HEADERS])
+@pytest.mark.parametrize("option", [0, 4, 12, 99, 1 << 31, wire.OPT_STARTTLS])
 def test_an_unsupported_option_is_drained_and_refused(option: int) -> None:
     talk = Talk()
     assert final(talk.option(option, bytes(100_000))) == wire.REP_ERR_UNSUP
@@ -242,6 +244,61 @@ def test_structured_reply_with_data_is_invalid_and_changes_nothing() -> None:
     assert not talk.machine.session.structured
 
 
+def test_extended_headers_bring_structured_replies_with_them_and_take_precedence() -> None:
+    talk = Talk()
+    assert talk.option(wire.OPT_EXTENDED_HEADERS) == [(wire.REP_ACK, b"")]
+    assert final(talk.option(wire.OPT_STRUCTURED_REPLY)) == wire.REP_ERR_EXT_HEADER_REQD
+    assert talk.option(wire.OPT_EXTENDED_HEADERS) == [(wire.REP_ACK, b"")]
+    flags = struct.unpack(">HQH", talk.option(wire.OPT_GO, info_bytes("mem"))[0][1])[2]
+    assert flags & wire.SEND_DF
+    assert talk.machine.session == Session(structured=True, extended=True)
+
+
+def test_extended_headers_may_follow_structured_replies_and_keep_the_contexts() -> None:
+    talk = structured_talk()
+    assert contexts(talk.option(wire.OPT_SET_META_CONTEXT, meta_bytes("mem", "base:allocation")))
+    assert talk.option(wire.OPT_EXTENDED_HEADERS) == [(wire.REP_ACK, b"")]
+    talk.option(wire.OPT_GO, info_bytes("mem"))
+    assert talk.machine.session == Session(True, ((1, "base:allocation"),), extended=True)
+
+
+def test_extended_headers_with_data_are_invalid_and_change_nothing() -> None:
+    talk = Talk()
+    assert final(talk.option(wire.OPT_EXTENDED_HEADERS, b"x")) == wire.REP_ERR_INVALID
+    assert final(talk.option(wire.OPT_STRUCTURED_REPLY)) == wire.REP_ACK
+    talk.option(wire.OPT_GO, info_bytes("mem"))
+    assert talk.machine.session == Session(structured=True)
+
+
+def test_export_name_after_extended_headers_drops_the_client() -> None:
+    talk = Talk()
+    talk.option(wire.OPT_EXTENDED_HEADERS)
+    assert talk.say(option_bytes(wire.OPT_EXPORT_NAME, b"mem")) == b""
+    assert talk.end is not None and talk.end.rude and not talk.machine.begun
+
+
+def test_filtered_block_status_is_advertised_where_contexts_are_selected_with_extended_headers() -> None:
+    for extended, selected in itertools.product((False, True), ("mem", "other", "")):
+        talk = Talk()
+        talk.option(wire.OPT_EXTENDED_HEADERS if extended else wire.OPT_STRUCTURED_REPLY)
+        if selected:
+            talk.option(wire.OPT_SET_META_CONTEXT, meta_bytes(selected, "base:allocation"))
+        infos = talk.option(wire.OPT_INFO, info_bytes("mem"))
+        assert talk.option(wire.OPT_GO, info_bytes("mem")) == infos
+        flags = struct.unpack(">HQH", infos[0][1])[2]
+        assert bool(flags & wire.BLOCK_STATUS_PAYLOAD) is (extended and selected == "mem")
+
+
+@pytest.mark.parametrize("option", [wire.OPT_INFO, wire.OPT_LIST, 99])
+def test_a_handshake_has_a_bounded_number_of_options(option: int) -> None:
+    talk = Talk()
+    for _ in range(MAX_OPTIONS):
+        assert talk.option(option, info_bytes("mem") if option == wire.OPT_INFO else b"")
+    assert talk.end is None
+    assert talk.say(option_bytes(wire.OPT_ABORT)) == b""
+    assert talk.end is not None and talk.end.rude and f"{MAX_OPTIONS} options" in talk.end.reason
+
+
 def contexts(replies: list[tuple[int, bytes]]) -> list[bytes]:
     assert final(replies) == wire.REP_ACK
     assert all(kind == wire.REP_META_CONTEXT for kind, _ in replies[:-1])
@@ -254,9 +311,13 @@ def structured_talk(export: MemoryExport = EXPORT) -> Talk:
     return talk
 
 
-def test_meta_contexts_need_structured_replies() -> None:
+def test_meta_contexts_need_structured_replies_or_extended_headers() -> None:
     for option in (wire.OPT_LIST_META_CONTEXT, wire.OPT_SET_META_CONTEXT):
         assert final(Talk().option(option, meta_bytes("mem", "base:allocation"))) == wire.REP_ERR_INVALID
+        for form in (wire.OPT_STRUCTURED_REPLY, wire.OPT_EXTENDED_HEADERS):
+            talk = Talk()
+            talk.option(form)
+            assert contexts(talk.option(option, meta_bytes("mem", "base:allocation")))
 
 
 @pytest.mark.parametrize(

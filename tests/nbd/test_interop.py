@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ import trio
 from nbd.listen import open_tcp
 from nbd.server import serve
 from tests.nbd.client import Served, run, serving
-from tests.nbd.memory import GRAIN, ContextExport, MemoryExport, MemoryExports
+from tests.nbd.memory import GRAIN, ContextExport, MemoryExport, MemoryExports, SparseExport
 
 SIZE = 16 << 20
 
@@ -139,7 +140,7 @@ def test_nbdcopy_in_and_out_over_many_connections(slow: bool) -> None:
         await tool(server.directory, "nbdcopy", server.uri("demo/vol"), str(target))
         assert target.read_bytes() == data
 
-    served(test, MemoryExport("demo/vol", SIZE, slow=slow))
+    served(test, SparseExport("demo/vol", SIZE, slow=slow))
 
 
 def test_nbdsh_sends_every_command() -> None:
@@ -181,6 +182,58 @@ h.shutdown()
         await tool(server.directory, "nbdsh", "-c", f"URI = {server.uri('demo/vol')!r}", "-c", script)
 
     served(test)
+
+
+@both_speeds
+def test_libnbd_has_no_complaint_about_holes_and_block_status(slow: bool) -> None:
+    """Its debug log names whatever a server does that the protocol forbids or advises against."""
+    script = """
+h.set_request_structured_replies(True)
+h.add_meta_context("base:allocation")
+h.add_meta_context("terrace:diff:a")
+h.connect_uri(URI)
+size = h.get_size()
+for offset, length, flags in [
+    (0, size, 0), (4096, 1 << 20, 0), (100, 3 << 20, 0), (0, 1 << 20, nbd.CMD_FLAG_DF), (1 << 20, 65536, 0), (0, 1, 0),
+]:
+    chunks = []
+    data = h.pread_structured(length, offset, lambda b, o, kind, error: chunks.append((o, kind, len(b))), flags)
+    assert data == EXPECTED[offset : offset + length]
+    kinds = {kind for _, kind, _ in chunks}
+    assert kinds == ({nbd.READ_DATA, nbd.READ_HOLE} if length > 262144 and not flags else {nbd.READ_DATA}), chunks
+for offset, length, flags in [(0, size, 0), (0, 4096, 0), (4095, size - 4095, nbd.CMD_FLAG_REQ_ONE)]:
+    seen = {}
+    h.block_status(length, offset, lambda context, o, entries, error: seen.update({context: entries}), flags)
+    assert set(seen) == {"base:allocation", "terrace:diff:a"}
+    assert all(len(entries) == 2 for entries in seen.values() if flags)
+h.set_strict_mode(0)
+for bad in (lambda: h.pread(1, size), lambda: h.block_status(1, size, lambda *a: 0), lambda: h.pread(0, 0)):
+    try:
+        bad()
+    except nbd.Error:
+        pass
+h.shutdown()
+"""
+
+    async def test(server: Served, export: MemoryExport) -> None:
+        for at in range(0, SIZE, 1 << 20):
+            await export.write(at, os.urandom(300_000))
+        image = server.directory / "expected"
+        image.write_bytes(export.data)
+        setup = f"h.set_debug(True); URI = {server.uri('demo/vol')!r}; EXPECTED = open({str(image)!r}, 'rb').read()"
+        log = await tool(server.directory, "nbdsh", "-c", setup, "-c", script)
+        assert log.count("negotiated ") == 3 and "eflags: 0xded" in log
+        assert log.count("leave: error=") == 2, "the two requests past the end"
+        harmless = re.compile(
+            r"libnbd: debug: nbdsh: \w+: (enter:|leave: |event |poll |transition: |negotiated |exportsize: "
+            r"|server block size constraints: min: 1 preferred: 4096 max: 33554432|closing handle)"
+        )
+        complaints = [line for line in log.splitlines() if line and not harmless.match(line)]
+        assert not complaints, complaints
+
+    sparse = SparseExport("demo/vol", SIZE, slow=slow)
+    sparse.flags = {"terrace:diff:a": [0, 1] * (SIZE // GRAIN // 2)}
+    served(test, sparse)
 
 
 @both_speeds

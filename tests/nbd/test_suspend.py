@@ -17,17 +17,18 @@ import trio
 import trio.testing
 
 from nbd import wire
-from nbd.connection import BATCH_WRITES, CHUNK_BYTES, INBOX_BYTES, Limits
+from nbd.connection import BATCH_WRITES, INBOX_BYTES, Limits
 from nbd.counters import Counters
 from nbd.server import Server
+from nbd.sparse import CHUNK_BYTES
 from nbd.suspended import HEADER, MAGIC, FormatError, LongRead, LongWrite, Suspended, Work, decode, encode
 from nbd.transmission import Session
-from tests.nbd.client import Closed, RawClient, Served, request_bytes, run, serving
-from tests.nbd.memory import MemoryExport
+from tests.nbd.client import Closed, RawClient, Served, filter_bytes, request_bytes, run, serving
+from tests.nbd.memory import MemoryExport, SparseExport
 from tests.nbd.test_connection import pattern
 
 SIZE = 8 << 20
-both_forms = pytest.mark.parametrize("structured", [False, True], ids=["simple", "structured"])
+all_forms = pytest.mark.parametrize("form", ["simple", "structured", "extended"])
 
 
 def handed_over(left: Sequence[Suspended]) -> list[Suspended]:
@@ -46,20 +47,20 @@ async def replace(served: Served, left: list[Suspended]) -> Server:
     return await served.serve(resumed=handed_over(left))
 
 
-@both_forms
-def test_an_idle_client_goes_on_with_the_next_server(structured: bool) -> None:
+@all_forms
+def test_an_idle_client_goes_on_with_the_next_server(form: str) -> None:
     async def test() -> None:
         export = MemoryExport(size_bytes=SIZE)
         async with serving(export) as served:
             client = await served.connect()
-            await client.go(structured=structured, status=structured)
+            await client.go(structured=form == "structured", extended=form == "extended", status=form != "simple")
             data = pattern(4096)[:4096]
             assert (await client.ask(wire.CMD_WRITE, 8192, data=data)).error == 0
             left = await served.server.suspend(1.0)
             assert len(left) == 1 and not left[0].input and not left[0].output and not left[0].work
             server = await replace(served, left)
             assert (await client.ask(wire.CMD_READ, 8192, 4096)).data == data
-            if structured:
+            if form != "simple":
                 assert (await client.ask(wire.CMD_BLOCK_STATUS, 0, SIZE)).extents[1] == (4096, 0)
             (status,) = server.status().connections
             assert status.export == "mem" and status.counters.writes == status.counters.reads == 1
@@ -153,13 +154,13 @@ def test_a_write_that_failed_in_its_first_piece_fails_after_the_hand_over_too() 
     run(test)
 
 
-@both_forms
-def test_what_takes_longer_than_the_patience_is_done_by_the_next_server(structured: bool) -> None:
+@all_forms
+def test_what_takes_longer_than_the_patience_is_done_by_the_next_server(form: str) -> None:
     async def test() -> None:
         export = MemoryExport(size_bytes=SIZE, slow=True, hold=trio.Event())
         async with serving(export) as served:
             client = await served.connect()
-            await client.go(structured=structured, status=structured)
+            await client.go(structured=form == "structured", extended=form == "extended", status=form != "simple")
             data = pattern(5000)[:5000]
             expected = {
                 await client.request(wire.CMD_WRITE, 0, data=data),
@@ -173,8 +174,10 @@ def test_what_takes_longer_than_the_patience_is_done_by_the_next_server(structur
                 await client.request(wire.CMD_READ, 4 << 20, 3 << 20),
                 await client.request(wire.CMD_CACHE, 0, 4096),
             }
-            if structured:
+            if form != "simple":
                 expected.add(await client.request(wire.CMD_BLOCK_STATUS, 0, SIZE))
+            if form == "extended":
+                expected.add(await client.request(wire.CMD_BLOCK_STATUS, 0, data=filter_bytes(SIZE, 1)))
             await trio.testing.wait_all_tasks_blocked()
             left = await served.server.suspend(0.05)
             assert export.running == 0
@@ -191,15 +194,46 @@ def test_what_takes_longer_than_the_patience_is_done_by_the_next_server(structur
     run(test)
 
 
-@both_forms
-def test_a_client_that_does_not_read_gets_all_its_replies_from_the_next_server(structured: bool) -> None:
+@pytest.mark.parametrize("form", ["structured", "extended"])
+def test_a_read_that_is_cut_short_between_two_chunks_goes_on_behind_what_was_told(form: str) -> None:
+    async def test() -> None:
+        export = SparseExport(size_bytes=SIZE, slow=True)
+        export.data[: 1 << 20] = export.data[6 << 20 : 7 << 20] = b"x" * (1 << 20)
+        plain = export.read
+
+        async def read(offset: int, length: int, into: memoryview) -> None:
+            if offset and export.hold is None:
+                export.hold = trio.Event()  # the first chunk and the hole behind it were told
+            await plain(offset, length, into)
+
+        export.read = read  # type: ignore[method-assign]
+        async with serving(export) as served:
+            client = await served.connect()
+            await client.go(structured=form == "structured", extended=form == "extended", status=True)
+            cookie = await client.request(wire.CMD_READ, 0, SIZE)
+            await trio.testing.wait_all_tasks_blocked()
+            left = await served.server.suspend(0.05)
+            (work,) = [work for work in left[0].work if work.kind == "long read"]
+            assert work.arguments == (cookie, 0, SIZE, 6 << 20) and work.length == SIZE - (6 << 20)
+            export.read = plain  # type: ignore[method-assign]
+            export.hold = None
+            await replace(served, left)
+            reply = await client.reply()
+            assert reply.cookie == cookie
+            assert reply.data == export.data and reply.holes == ((1 << 20, 5 << 20), (7 << 20, 1 << 20))
+
+    run(test)
+
+
+@all_forms
+def test_a_client_that_does_not_read_gets_all_its_replies_from_the_next_server(form: str) -> None:
     async def test() -> None:
         export = MemoryExport(size_bytes=SIZE)
         content = random.Random(3).randbytes(SIZE)
         export.data[:] = content
         async with serving(export) as served:
             client = await served.connect()
-            await client.go(structured=structured)
+            await client.go(structured=form == "structured", extended=form == "extended")
             lengths = [4096, 7 << 20, 100, 3 << 20, CHUNK_BYTES, 1 << 20] * 3
             for number, length in enumerate(lengths):
                 await client.request(wire.CMD_READ, number * 4096, length)
@@ -381,8 +415,7 @@ class Load:
             self.busy.add(block)
             self.waiting[cookie] = command, block, data
             length = 0 if command == wire.CMD_FLUSH else 4096
-            client.note(command, cookie, length)
-            raw = request_bytes(command, cookie, max(block, 0) * 4096, length, flags=flags, data=data)
+            raw = client.encode(command, cookie, max(block, 0) * 4096, length, flags=flags, data=data)
             cut = rng.randrange(len(raw)) if rng.random() < 0.2 else 0
             if cut:
                 await client.send(raw[:cut])
@@ -416,7 +449,7 @@ def test_a_verified_load_does_not_notice_that_its_server_is_replaced_again_and_a
             loads = []
             for number in range(3):
                 client = await served.connect()
-                await client.go(structured=bool(number % 2))
+                await client.go(structured=number % 3 == 1, extended=number % 3 == 2)
                 loads.append(Load(client, rng, number * 64, 64))
             async with trio.open_nursery() as nursery:
                 for load in loads:
@@ -450,7 +483,7 @@ def one_of_each(sock: socket.socket) -> Suspended:
         peer="127.0.0.1:4",
         export="demo/völ",
         identity="a/1",
-        session=Session(structured=True, contexts=((1, "base:allocation"), (2, "x:y"))),
+        session=Session(structured=True, contexts=((1, "base:allocation"), (2, "x:y")), extended=True),
         counters=Counters(requests=5, errors=1),
         input=b"\0\xff",
         output=bytes(range(256)),
