@@ -118,8 +118,8 @@ class TlsSocket:
 
         Raises OSError (EINVAL) if that can't be a host's name.
         """
-        self.family = sock.family
-        self.type = sock.type
+        self.family = socket.AddressFamily(sock.family)
+        self.type = socket.SocketKind(sock.type)
         self._sock = sock
         self._in = ssl.MemoryBIO()
         self._out = ssl.MemoryBIO()
@@ -534,7 +534,11 @@ def rehearse(certificate: str | os.PathLike[str], key: str | os.PathLike[str], *
 
 
 class TlsFiles:
-    """A server's files, read anew when they have changed; so a new certificate needs no restart."""
+    """A server's files, read anew when they have changed; so a new certificate needs no restart.
+
+    A file that is replaced while a handshake asks may not fit the others yet; that one, and any until all fit,
+    get what was good last.
+    """
 
     def __init__(
         self,
