@@ -253,8 +253,7 @@ class Handshake:
     # --- options ---
 
     def _handlers(self) -> dict[int, Callable[[int, bytes], Event]]:
-        starttls = {wire.OPT_STARTTLS: self._starttls} if self._tls_offered else {}
-        return starttls | {
+        handlers: dict[int, Callable[[int, bytes], Event]] = {
             wire.OPT_EXPORT_NAME: self._export_name,
             wire.OPT_LIST: self._list,
             wire.OPT_INFO: self._info_or_go,
@@ -263,6 +262,9 @@ class Handshake:
             wire.OPT_LIST_META_CONTEXT: self._meta_context,
             wire.OPT_SET_META_CONTEXT: self._meta_context,
         }
+        if self._tls_offered:
+            handlers[wire.OPT_STARTTLS] = self._starttls
+        return handlers
 
     def _abort(self, option: int) -> Event:
         return Hangup("the client aborted", _reply(option, wire.REP_ACK), rude=False)

@@ -31,10 +31,13 @@ from typing import Any
 import trio
 
 import nbd.server
+from nbd.export import Exports
 from nbd.listen import Listener
+from nbd.tls import TlsFiles, rehearse
+from terrace.access import RuledExports
 from terrace.api import Api
 from terrace.collector import settle_collector
-from terrace.config import Config, load_config
+from terrace.config import Config, TlsConfig, load_config
 from terrace.definitions import Definitions
 from terrace.events import Events
 from terrace.exports import PoolExports
@@ -135,6 +138,7 @@ async def run(
             try:
                 if config.fuse.mountpoint:
                     await _require_fuse(Path(config.fuse.mountpoint))
+                tls = await _tls_files(home, config.nbd.tls)
                 listening = await listen(home, config.nbd, passed, sockets)
             except OSError as error:
                 print(f"terraced: {error.strerror}", file=sys.stderr)
@@ -159,7 +163,8 @@ async def run(
                 if not told.is_set():
                     with serving:
                         await _serve(
-                            *(home, config, stalls, definitions, pools, events, listening, supervisor, told, serving)
+                            *(home, config, stalls, definitions, pools, events),
+                            *(listening, tls, supervisor, told, serving),
                         )
             log.info("stopped")
             watchers.cancel_scope.cancel()
@@ -174,6 +179,7 @@ async def _serve(
     pools: Pools,
     events: Events,
     listening: Listening,
+    tls: TlsFiles | None,
     supervisor: Supervisor,
     told: trio.Event,
     serving: trio.CancelScope,
@@ -181,7 +187,12 @@ async def _serve(
     """Serve clients and the API until `told` to stop and what is in flight has ended. `serving`: the scope around."""
     async with trio.open_nursery() as services:
         limits = config.nbd.limits()
-        server = await services.start(partial(nbd.server.serve, PoolExports(pools), listening.nbd, limits=limits))
+        exports: Exports = PoolExports(pools)
+        if rules := config.nbd.rules():
+            exports = RuledExports(exports, rules)
+        required = config.nbd.tls.mode == "required"
+        serve_nbd = partial(nbd.server.serve, exports, listening.nbd, limits=limits, tls=tls, tls_required=required)
+        server = await services.start(serve_nbd)
         daemon = Daemon(home, listening.nbd, server, stalls)
         api_shutdown = trio.Event()
         app = Api(pools, daemon, definitions, events).app()
@@ -207,6 +218,22 @@ async def _serve(
         # Both services end by themselves now, and the pools are closed after them; a client that doesn't take its last
         # replies holds nobody up.
         serving.deadline = trio.current_time() + config.nbd.drain_grace_s + _LEAVING_S
+
+
+async def _tls_files(home: Home, config: TlsConfig) -> TlsFiles | None:
+    """What TLS needs, if it is on. Raises OSError; what peers won't like is a warning, as it may yet be replaced."""
+    try:
+        files = await trio.to_thread.run_sync(config.files, home.path)
+        if files is not None:
+            complaint = await trio.to_thread.run_sync(partial(rehearse, files.certificate, files.key, server=True))
+            if complaint:
+                log.warning(
+                    "clients will refuse the certificate %s: %s; put another in its place (no restart is needed)",
+                    *(files.certificate, complaint),
+                )
+    except OSError as error:
+        raise OSError(error.errno, f"TLS: {error.strerror}; see [nbd.tls] in the configuration") from None
+    return files
 
 
 async def _require_fuse(mountpoint: Path) -> None:

@@ -22,6 +22,7 @@ import trio.testing
 
 from nbd import wire
 from nbd.connection import ARENA_BYTES, INBOX_BYTES, Connection, Limits, Workshop
+from nbd.export import Client
 from nbd.handshake import (
     MAX_OPTION_BYTES,
     MAX_SELECTED_CONTEXTS,
@@ -291,7 +292,7 @@ async def _converse(export: MemoryExport, hello: bytes, stream: bytes, seed: int
     theirs.setblocking(False)
     exports = MemoryExports(export)
     workshop = Workshop()
-    connection = Connection(theirs, "fuzz", exports, Limits(handshake_timeout_s=5, linger_s=5), workshop)
+    connection = Connection(theirs, Client("fuzz"), exports, Limits(handshake_timeout_s=5, linger_s=5), workshop)
     client = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
     out = bytearray()
 
@@ -322,7 +323,7 @@ async def _converse(export: MemoryExport, hello: bytes, stream: bytes, seed: int
                 pass
     await client.aclose()
     assert exports.open == 0 and export.running == 0, "the export is still in use"
-    assert connection._inflight == connection._inflight_bytes == 0 and (rude or not connection._replies)
+    assert connection._inflight == connection._inflight_bytes == 0 and (rude or not connection._outbox.unsent())
     assert sum(len(bench.inbox) + len(bench.arena) for bench in workshop._free) <= INBOX_BYTES + ARENA_BYTES
     return bytes(out)
 
