@@ -48,11 +48,11 @@ class Listener:
         """The TCP port, which matters if 0 was asked for; 0 for a Unix socket."""
         return 0 if self._path else int(self.sock.getsockname()[1])
 
-    def uri(self, export: str = "") -> str:
-        """The NBD URI of an export behind this listener."""
+    def uri(self, export: str = "", *, tls: bool = False) -> str:
+        """The NBD URI of an export behind this listener; with ``tls``, one that says so, over TCP."""
         if self._path:
             return f"nbd+unix:///{export}?socket={self._path}"
-        return f"nbd://{self.address}/{export}"
+        return f"{'nbds' if tls else 'nbd'}://{self.address}/{export}"
 
     def close(self) -> None:
         """Stop listening and remove the Unix socket's file, if it is still ours. Synchronous."""

@@ -193,7 +193,7 @@ async def _serve(
         required = config.nbd.tls.mode == "required"
         serve_nbd = partial(nbd.server.serve, exports, listening.nbd, limits=limits, tls=tls, tls_required=required)
         server = await services.start(serve_nbd)
-        daemon = Daemon(home, listening.nbd, server, stalls)
+        daemon = Daemon(home, listening.nbd, server, stalls, tls_required=required)
         api_shutdown = trio.Event()
         app = Api(pools, daemon, definitions, events).app()
         await services.start(serve_http, app, listening.api.sock, api_shutdown)
@@ -273,17 +273,24 @@ class Daemon:
     """What the daemon says of itself; implements `terrace.api.DaemonStatus`."""
 
     def __init__(
-        self, home: Home, listeners: Sequence[Listener], server: nbd.server.Server, stalls: StallMeter
+        self,
+        home: Home,
+        listeners: Sequence[Listener],
+        server: nbd.server.Server,
+        stalls: StallMeter,
+        *,
+        tls_required: bool,
     ) -> None:
         self._home = home
         self._listeners = listeners
         self._server = server
         self._stalls = stalls
+        self._tls_required = tls_required
         self._started_s = time.monotonic()
 
     def uris(self) -> list[str]:
         """The NBD URI of each address, without an export name."""
-        return [listener.uri() for listener in self._listeners]
+        return [listener.uri(tls=self._tls_required) for listener in self._listeners]
 
     def status(self, *, reset: bool) -> dict[str, Any]:
         served = self._server.status()

@@ -30,11 +30,17 @@ class Pair:
 
 
 class Authority:
-    """A CA. ``directory/NAME-ca.pem`` is its certificate."""
+    """A CA. ``directory/NAME-ca.pem`` is its certificate. ``load``: one that `terrace tls init` has made."""
 
-    def __init__(self, directory: Path, name: str = "authority") -> None:
+    def __init__(self, directory: Path, name: str = "authority", *, load: Path | None = None) -> None:
         self.directory, self.name = directory, name
         self.path = directory / f"{name}-ca.pem"
+        if load is not None:
+            key = serialization.load_pem_private_key((load / "ca-key.pem").read_bytes(), None)
+            assert isinstance(key, ec.EllipticCurvePrivateKey)
+            self._key = key
+            self._certificate = x509.load_pem_x509_certificate((load / "ca-cert.pem").read_bytes())
+            return
         self._key = ec.generate_private_key(ec.SECP256R1())
         now = datetime.datetime.now(datetime.UTC)
         self._certificate = (
