@@ -50,7 +50,7 @@ import logging
 import math
 import socket
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Final
 
@@ -58,12 +58,13 @@ import trio
 
 from nbd import wire
 from nbd.counters import Counters
-from nbd.export import Export, Exports, OffersContexts
+from nbd.export import Client, Export, Exports, OffersContexts
 from nbd.fence import Fence
-from nbd.handshake import NEED_DATA, Handshake, Hangup, Send, WantExport, WantList
+from nbd.handshake import NEED_DATA, Handshake, Hangup, Send, WantExport, WantList, WantTls
 from nbd.outbox import Outbox
 from nbd.sparse import CHUNK_BYTES, next_pieces, teller_of
 from nbd.suspended import LongRead, LongWrite, Suspended, Work
+from nbd.tls import TlsError, TlsFiles, TlsSocket
 from nbd.transmission import (
     Contexts,
     Session,
@@ -131,6 +132,8 @@ class Limits:
     """What clients may make the server hold."""
 
     connections: int = 1024
+    connections_per_address: int = 0  # of one IP address; 0: as many as there may be at all
+    handshakes: int = 128  # connections without an export yet; one more, and the oldest of them is dropped
     handshake_timeout_s: float = 10.0
     inflight_requests: int = 128  # per connection: requests that wait for the storage
     inflight_bytes: int = 64 << 20  # per connection: their payload and replies
@@ -208,22 +211,30 @@ class Connection:
     def __init__(
         self,
         sock: socket.socket,
-        peer: str,
+        client: Client,
         exports: Exports,
         limits: Limits,
         workshop: Workshop,
+        *,
+        tls: TlsFiles | None = None,
+        tls_required: bool = False,
         resumed: Suspended | None = None,
     ) -> None:
-        self.peer = peer
+        self.peer = client.peer
+        self.client = client
+        self.shaking = resumed is None
+        """Whether its handshake goes on."""
+        self.tls_version = ""
         self.counters = Counters()
         self.export_name: str | None = None
         self.ended = trio.Event()
         """Set when nothing of it is under way any more."""
-        self._sock = sock
+        self._sock: socket.socket | TlsSocket = sock
+        self._tls = tls
         self._exports = exports
         self._limits = limits
         self._workshop = workshop
-        self._handshake = Handshake()
+        self._handshake = Handshake(tls_offered=tls is not None, tls_required=tls_required)
         self._session = Session()
         self._export: Export
         self._nursery: trio.Nursery
@@ -253,7 +264,7 @@ class Connection:
         self._inflight_bytes = 0
         self._room = trio.Event()
 
-        self._outbox = Outbox(sock, peer, self._finish_task)
+        self._outbox = Outbox(sock, client.peer, self._finish_task)
         self._deliver = self._outbox.deliver
 
         self._alone = True
@@ -270,7 +281,7 @@ class Connection:
         """
         resumed = self._resumed
         assert resumed is not None
-        export = await self._exports.acquire(resumed.export)
+        export = await self._exports.acquire(resumed.export, self.client)
         if self._exports.identity(export) != resumed.identity:
             self._exports.release(export)
             raise OSError(errno.ESTALE, f"{resumed.export} is not what it was")
@@ -300,6 +311,7 @@ class Connection:
             with self._whole:
                 if export is None:
                     export = await self._shake_hands()
+                    self.shaking = False
                 if export is not None:
                     suspended = await self._serve(export)
         finally:
@@ -323,7 +335,11 @@ class Connection:
             self.export_name = export.name
             self._backlog = memoryview(self._handshake.leftover())
             self._enter()
-        log.info("%s: %s %s", self.peer, "goes on with" if resumed else "attached to", export.name)
+        if self._suspending and isinstance(self._sock, TlsSocket):
+            self._suspending = False
+            self.drain(LEAST_PARTING_S)
+        does = "goes on with" if resumed else "attached to"
+        log.info("%s: %s %s%s", self.peer, does, export.name, self._secured_how())
         with self._patience:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
@@ -364,7 +380,7 @@ class Connection:
             self._nursery.start_soon(tasks[work.kind], *work.arguments)
 
     def _written_down(self, export: Export, identity: str) -> Suspended:
-        assert self._bench is not None
+        assert self._bench is not None and isinstance(self._sock, socket.socket)
         held = bytes(self._bench.inbox[self._start : self._end])
         parked = [Work("write", (cookie, at, bytes(data), fua), 1, len(data)) for cookie, at, data, fua in self._parked]
         return Suspended(
@@ -397,6 +413,10 @@ class Connection:
 
     def suspend(self, patience_s: float) -> None:
         """Stop at a request boundary; what is under way, and a handshake, gets ``patience_s`` to end."""
+        if isinstance(self._sock, TlsSocket):
+            # Its keys can't be handed over.
+            self.drain(patience_s)
+            return
         until = trio.current_time() + patience_s
         self._suspending = True
         self._patience.deadline = min(self._patience.deadline, until)
@@ -459,11 +479,15 @@ class Connection:
             elif isinstance(event, Send):
                 await self._outbox.send_all(event.data)
             elif isinstance(event, WantList):
-                await self._outbox.send_all(machine.listed(self._exports.list()))
+                await self._outbox.send_all(machine.listed(self._exports.list(self.client)))
             elif isinstance(event, WantExport):
                 export = await self._open(event)
                 if export is not None:
                     return export
+            elif isinstance(event, WantTls):
+                if not await self._start_tls(event.acknowledgement):
+                    return None
+                machine.secured()
             elif isinstance(event, Hangup):
                 await self._outbox.send_all(event.farewell)
                 if event.rude:
@@ -472,11 +496,53 @@ class Connection:
             if self._outbox.broken:
                 return None
 
+    async def _start_tls(self, acknowledgement: bytes) -> bool:
+        """From here on the connection talks through TLS; False if it doesn't come about."""
+        raw = self._sock
+        assert isinstance(raw, socket.socket) and self._tls is not None
+        try:
+            context = self._tls.context()
+        except OSError as error:
+            log.error("TLS files have changed and can't be used, so those of before stay: %s", error.strerror)
+            context = self._tls.last_context
+        try:
+            early = raw.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            pass
+        except OSError:
+            return False
+        else:
+            if early:
+                log.warning("%s: dropped: data in plaintext behind STARTTLS", self.peer)
+            return False
+        await self._outbox.send_all(acknowledgement)
+        if self._outbox.broken:
+            return False
+        self._sock = self._outbox.sock = sock = TlsSocket(raw, context, server_side=True)
+        try:
+            await sock.handshake()
+        except TlsError as error:
+            log.warning("%s: dropped: %s", self.peer, error)
+            return False
+        except OSError as error:
+            log.info("%s: gone during the TLS handshake: %s", self.peer, error.strerror)
+            return False
+        self.tls_version = sock.version
+        self.client = replace(self.client, encrypted=True, identity=sock.peer)
+        return True
+
+    def _secured_how(self) -> str:
+        """For the log: `` (TLSv1.3, CN=backup)``."""
+        if not self.tls_version:
+            return ""
+        identity = self.client.identity
+        return f" ({self.tls_version}, {identity.subject or identity.names})" if identity else f" ({self.tls_version})"
+
     async def _open(self, event: WantExport) -> Export | None:
         """Answer a question about an export; returns it, still open, if transmission begins."""
         machine = self._handshake
         try:
-            export = await self._exports.acquire(event.name)
+            export = await self._exports.acquire(event.name, self.client)
         except OSError as error:
             reply = machine.refused(error)
             if reply:
@@ -498,14 +564,23 @@ class Connection:
         return export
 
     async def _receive_some(self) -> bytes:
+        await trio.lowlevel.checkpoint()
         while True:
-            await trio.lowlevel.wait_readable(self._sock)
+            # What TLS has decrypted already is not in the socket any more, so first the call and then the wait.
             try:
                 return self._sock.recv(16384)
             except BlockingIOError:
-                continue
-            except OSError:
+                await trio.lowlevel.wait_readable(self._sock)
+            except OSError as error:
+                self._tell_lost(error)
                 return b""
+
+    def _tell_lost(self, error: OSError) -> None:
+        """Nothing more can be received. That clients vanish is no news; what breaks TLS may be an attack."""
+        if isinstance(error, TlsError):
+            log.warning("%s: dropped: %s", self.peer, error)
+        else:
+            log.debug("%s: %s", self.peer, error)
 
     # --- the main task ---
 
@@ -581,7 +656,7 @@ class Connection:
                 except BlockingIOError:
                     continue
                 except OSError as error:
-                    log.debug("%s: %s", self.peer, error)
+                    self._tell_lost(error)
                     self._left = True
                     return False
                 self._end += count
@@ -621,7 +696,7 @@ class Connection:
             except BlockingIOError:
                 continue
             except OSError as error:
-                log.debug("%s: %s", self.peer, error)
+                self._tell_lost(error)
                 self._left = True
                 return False
             finally:

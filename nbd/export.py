@@ -8,7 +8,23 @@ The server judges every request first (``nbd.transmission``), so an implementati
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
+
+from nbd.tls import Identity
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Who asks, as far as the connection tells."""
+
+    peer: str = ""
+    """For people: an address with its port, or which process it is."""
+    address: str | None = None
+    """The IP address; None for a client of a Unix socket."""
+    encrypted: bool = False
+    identity: Identity | None = None
+    """Whom its certificate names, if it showed one that was verified."""
 
 
 class Export(Protocol):
@@ -140,16 +156,16 @@ class TellsHoles(Protocol):
 
 
 class Exports(Protocol):
-    """The directory of exports."""
+    """The directory of exports, as each client may see it."""
 
-    def list(self) -> list[tuple[str, str]]:
+    def list(self, client: Client) -> list[tuple[str, str]]:
         """``(name, description)`` of each."""
 
-    async def acquire(self, name: str) -> Export:
+    async def acquire(self, name: str, client: Client) -> Export:
         """Open an export for one connection; ``""`` is the default export, if there is one.
 
-        Raises FileNotFoundError when there is no such export, another OSError when it can't be
-        opened now.
+        Raises FileNotFoundError when there is no such export for this client, another OSError when
+        it can't be opened now.
         """
 
     def identity(self, export: Export) -> str:

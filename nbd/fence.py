@@ -23,6 +23,15 @@ from typing import Protocol
 import trio
 
 
+class Socket(Protocol):
+    """The descriptor that is polled, whatever is spoken over it."""
+
+    @property
+    def family(self) -> int: ...
+
+    def fileno(self) -> int: ...
+
+
 class Member(Protocol):
     """A connection in its transmission phase."""
 
@@ -48,18 +57,18 @@ class Fence:
     def __init__(self) -> None:
         self._groups: dict[int, _Group] = {}  # by the identity of the export, which its connections keep alive
 
-    def enter(self, export: object, sock: socket.socket, member: Member) -> None:
+    def enter(self, export: object, sock: Socket, member: Member) -> None:
         """From now on `member` can be found by the others of its export."""
         group = self._groups.setdefault(id(export), _Group())
         # A Unix socket that is shut down for both directions, or closed, is hung up, which is always told. Of a TCP
         # connection only the end of its data can be seen.
-        group.poll.register(sock, 0 if sock.family == socket.AF_UNIX else select.POLLRDHUP)
+        group.poll.register(sock.fileno(), 0 if sock.family == socket.AF_UNIX else select.POLLRDHUP)
         group.members[sock.fileno()] = member
 
-    def leave(self, export: object, sock: socket.socket) -> None:
+    def leave(self, export: object, sock: Socket) -> None:
         """The opposite, while the socket is still open."""
         group = self._groups[id(export)]
-        group.poll.unregister(sock)
+        group.poll.unregister(sock.fileno())
         del group.members[sock.fileno()]
         if not group.members:
             del self._groups[id(export)]

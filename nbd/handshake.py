@@ -10,8 +10,14 @@ event          the caller's part
 ``WantList``   call ``listed`` with the directory (or ``refused``), send what it returns
 ``WantExport`` open the export; call ``described`` with it or ``refused``; send what is
                returned; keep the export open if ``enters``, as transmission has begun
+``WantTls``    nothing may have come behind what was fed; send ``acknowledgement``, do the TLS
+               handshake as a server, call ``secured``, and feed what comes decrypted
 ``Hangup``     send ``farewell`` if there is any, then close; ``reason`` is for the log
 =============  ==========================================================================
+
+Where TLS is required, nothing but STARTTLS and ABORT is answered before it is there. What was negotiated
+before it is forgotten, and what came behind STARTTLS in plaintext ends the connection: somebody in between
+may have put it there ("FORCEDTLS mode" and "Security considerations" in the protocol's text).
 
 It speaks fixed newstyle only. What a client may make it hold is bounded: a name by 4,096 bytes, an
 option by ``MAX_OPTION_BYTES``; longer data is skipped as it arrives and answered with an error,
@@ -90,6 +96,13 @@ class WantExport:
 
 
 @dataclass(frozen=True, slots=True)
+class WantTls:
+    """The client asks for TLS, and gets it."""
+
+    acknowledgement: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Hangup:
     """Close the connection. ``rude``: the client broke the protocol, which deserves a log line."""
 
@@ -98,7 +111,7 @@ class Hangup:
     rude: bool = True
 
 
-Event = _NeedData | Send | WantList | WantExport | Hangup
+Event = _NeedData | Send | WantList | WantExport | WantTls | Hangup
 
 
 class _Invalid(Exception):
@@ -120,7 +133,10 @@ class _Question:
 class Handshake:
     """One connection's handshake. ``begun`` tells that transmission follows, with ``session``."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, tls_offered: bool = False, tls_required: bool = False) -> None:
+        assert tls_offered or not tls_required
+        self._tls_offered, self._tls_required = tls_offered, tls_required
+        self._secured = False
         self._buffer = bytearray()
         self._next: Callable[[], Event] = self._greet
         self._no_zeroes = False
@@ -152,6 +168,13 @@ class Handshake:
         """What to do now. After ``WantList`` or ``WantExport`` answer before asking again."""
         assert not self.begun and self._question is None
         return self._next()
+
+    def secured(self) -> None:
+        """After ``WantTls``: TLS is there. Everything begins anew but the client's flags."""
+        assert not self._buffer
+        self._secured = True
+        self._structured = self._extended = False
+        self._contexts_for, self._contexts = "", ()
 
     # --- states ---
 
@@ -188,11 +211,15 @@ class Handshake:
             return Hangup(f"more than {MAX_OPTIONS} options")
         if option == wire.OPT_ABORT:
             return self._skipping(length, lambda: self._abort(option))
+        if self._tls_required and not self._secured and option != wire.OPT_STARTTLS:
+            return self._skipping(length, lambda: self._refuse_plaintext(option))
         if self.shutting_down:
             return self._skipping(length, lambda: self._refuse_shutdown(option))
         handler = self._handlers().get(option)
         if handler is None:
             text = f"option {_named(option)} is not supported"
+            if option == wire.OPT_STARTTLS:
+                text = "TLS is off here"
             return self._skipping(length, lambda: Send(_error(option, wire.REP_ERR_UNSUP, text)))
         if length > MAX_OPTION_BYTES:
             if option == wire.OPT_EXPORT_NAME:
@@ -238,7 +265,7 @@ class Handshake:
     # --- options ---
 
     def _handlers(self) -> dict[int, Callable[[int, bytes], Event]]:
-        return {
+        handlers: dict[int, Callable[[int, bytes], Event]] = {
             wire.OPT_EXPORT_NAME: self._export_name,
             wire.OPT_LIST: self._list,
             wire.OPT_INFO: self._info_or_go,
@@ -248,9 +275,26 @@ class Handshake:
             wire.OPT_SET_META_CONTEXT: self._meta_context,
             wire.OPT_EXTENDED_HEADERS: self._extended_headers,
         }
+        if self._tls_offered:
+            handlers[wire.OPT_STARTTLS] = self._starttls
+        return handlers
 
     def _abort(self, option: int) -> Event:
         return Hangup("the client aborted", _reply(option, wire.REP_ACK), rude=False)
+
+    def _refuse_plaintext(self, option: int) -> Event:
+        if option == wire.OPT_EXPORT_NAME:
+            return Hangup("an export asked for without TLS, which is required here")
+        return Send(_error(option, wire.REP_ERR_TLS_REQD, "TLS is required here: begin with STARTTLS"))
+
+    def _starttls(self, option: int, data: bytes) -> Event:
+        if data:
+            raise _Invalid("STARTTLS takes no data")
+        if self._secured:
+            raise _Invalid("TLS is there already")
+        if self._buffer:
+            return Hangup("data in plaintext behind STARTTLS")
+        return WantTls(_reply(option, wire.REP_ACK))
 
     def _refuse_shutdown(self, option: int) -> Event:
         if option == wire.OPT_EXPORT_NAME:

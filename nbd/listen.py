@@ -11,6 +11,7 @@ judged, and its file stays. So clients wait in its backlog while nobody serves.
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import socket
 import stat
@@ -61,11 +62,11 @@ class Listener:
         """The TCP port, which matters if 0 was asked for; 0 for a Unix socket."""
         return 0 if self._path else int(self.sock.getsockname()[1])
 
-    def uri(self, export: str = "") -> str:
-        """The NBD URI of an export behind this listener."""
+    def uri(self, export: str = "", *, tls: bool = False) -> str:
+        """The NBD URI of an export behind this listener; with ``tls``, one that says so, over TCP."""
         if self._path:
             return f"nbd+unix:///{export}?socket={self._path}"
-        return f"nbd://{self.address}/{export}"
+        return f"{'nbds' if tls else 'nbd'}://{self.address}/{export}"
 
     def close(self) -> None:
         """Stop listening and remove the Unix socket's file, if it is still ours. Synchronous."""
@@ -122,6 +123,13 @@ def shown(family: socket.AddressFamily, address: Any) -> str:
     if family == socket.AF_INET6:
         return f"[{address[0]}]:{address[1]}"
     return f"{address[0]}:{address[1]}" if family == socket.AF_INET else str(address)
+
+
+def plain_address(text: str) -> str:
+    """An IP address in its one form: without a zone, and IPv4 as such where a socket of both families maps it."""
+    address = ipaddress.ip_address(text.partition("%")[0])
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return str(mapped or address)
 
 
 async def open_tcp(host: str, port: int, held: Held = _nobody) -> list[Listener]:

@@ -26,6 +26,8 @@ from collections.abc import Callable
 
 import trio
 
+from nbd.tls import TlsSocket
+
 log = logging.getLogger("nbd.server")
 
 JOINED_BYTES = 64 << 10
@@ -35,8 +37,9 @@ JOINED_BYTES = 64 << 10
 class Outbox:
     """Owns the order of what is sent on `sock`, not the socket. ``sent(requests, bytes)``: so much has left."""
 
-    def __init__(self, sock: socket.socket, peer: str, sent: Callable[[int, int], None]) -> None:
+    def __init__(self, sock: socket.socket | TlsSocket, peer: str, sent: Callable[[int, int], None]) -> None:
         self.sock = sock
+        """May be replaced while nothing is sent."""
         self.broken = False
         """Nothing more can be sent: the client is gone, or a send was cut short."""
         self.gone = False

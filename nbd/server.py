@@ -22,14 +22,17 @@ import trio
 
 from nbd.connection import Connection, Limits, Workshop
 from nbd.counters import Counters
-from nbd.export import Exports
-from nbd.listen import Listener
+from nbd.export import Client, Exports
+from nbd.listen import Listener, plain_address, shown
 from nbd.suspended import Suspended
+from nbd.tls import TlsFiles
 
 __all__ = ["ConnectionStatus", "Counters", "Limits", "Server", "ServerStatus", "serve"]
 
 log = logging.getLogger("nbd.server")
 
+HANDSHAKE_PATIENCE_S: Final = 1.0
+"""Where all connections are taken, one that is so long in its handshake makes room for another."""
 _ACCEPT_PAUSE_S: Final = 0.1
 _REFUSAL_LOG_PAUSE_S: Final = 1.0
 _STRAGGLING_S: Final = 0.25
@@ -46,6 +49,10 @@ class ConnectionStatus:
     peer: str
     export: str | None
     counters: Counters
+    tls: str
+    """The version of TLS; empty without it."""
+    subject: str | None
+    """Of its certificate, where one was verified."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +70,23 @@ class ServerStatus:
 class Server:
     """A running server; ``serve`` makes it."""
 
-    def __init__(self, exports: Exports, listeners: Sequence[Listener], limits: Limits) -> None:
+    def __init__(
+        self,
+        exports: Exports,
+        listeners: Sequence[Listener],
+        limits: Limits,
+        tls: TlsFiles | None = None,
+        tls_required: bool = False,
+    ) -> None:
         self._exports = exports
+        self._tls = tls
+        self._tls_required = tls_required
         self._listeners = list(listeners)
         self._limits = limits
         self._workshop = Workshop()
         self._connections: dict[Connection, trio.CancelScope] = {}
+        self._shaking: dict[Connection, float] = {}  # since when; the oldest first, and some whose handshake is over
+        self._of_address: dict[str, int] = {}
         self._past = Counters()
         self._accepted = 0
         self._refused = 0
@@ -89,7 +107,11 @@ class Server:
             total.add(connection.counters)
             counters = Counters()
             counters.add(connection.counters)
-            connections.append(ConnectionStatus(connection.peer, connection.export_name, counters))
+            identity = connection.client.identity
+            subject = identity.subject if identity is not None else None
+            connections.append(
+                ConnectionStatus(connection.peer, connection.export_name, counters, connection.tls_version, subject)
+            )
         return ServerStatus(
             [listener.address for listener in self._listeners],
             connections,
@@ -174,7 +196,12 @@ class Server:
                     log.info("%s: left while the server was replaced", one.peer)
                     one.close()
                     continue
-                connection = Connection(one.sock, one.peer, self._exports, self._limits, self._workshop, one)
+                client = _client_of(one)
+                if self._tls_required and client.address is not None:
+                    log.warning("%s: dropped: it talks in plaintext, and TLS is required now", one.peer)
+                    one.close()
+                    continue
+                connection = Connection(one.sock, client, self._exports, self._limits, self._workshop, resumed=one)
                 try:
                     await connection.enter()
                 except OSError as error:
@@ -201,32 +228,75 @@ class Server:
                 continue
             self._serial += 1
             if isinstance(address, tuple):
-                peer = f"{address[0]}:{address[1]}"
+                client = Client(shown(sock.family, address), plain_address(address[0]))
             else:
-                peer = f"unix client {self._serial} (process {_process_of(sock)})"
-            if len(self._connections) >= self._limits.connections:
+                client = Client(f"unix client {self._serial} (process {_process_of(sock)})")
+            refusal = self._refusal(client)
+            if refusal:
                 self._refused += 1
                 sock.close()
-                self._tell_refusal(peer)
+                self._tell_refusal(client.peer, refusal)
                 continue
             self._accepted += 1
             try:
                 self._prepare(sock)
             except OSError as error:
                 sock.close()
-                log.info("%s: gone at once: %s", peer, error)
+                log.info("%s: gone at once: %s", client.peer, error)
                 continue
-            connection = Connection(sock, peer, self._exports, self._limits, self._workshop)
+            # The Unix socket is ours and our user's anyway, so TLS is offered there and never demanded.
+            required = self._tls_required and client.address is not None
+            connection = Connection(
+                sock, client, self._exports, self._limits, self._workshop, tls=self._tls, tls_required=required
+            )
             # Known before its task runs, so that a drain in between reaches it.
             self._connections[connection] = trio.CancelScope()
+            self._shaking[connection] = trio.current_time()
+            if client.address is not None:
+                self._of_address[client.address] = self._of_address.get(client.address, 0) + 1
             nursery.start_soon(self._serve_one, connection)
 
-    def _tell_refusal(self, peer: str) -> None:
+    def _refusal(self, client: Client) -> str:
+        """Why one more connection is too many; empty if it isn't.
+
+        Who connects and then says nothing must not lock others out: where there are too many, the oldest
+        that is still in its handshake has to go.
+        """
+        limits = self._limits
+        if len(self._shaking) >= limits.handshakes:
+            self._forget_shaken()
+            if len(self._shaking) >= limits.handshakes:
+                self._drop_oldest_shaking(f"{limits.handshakes} others haven't finished their handshake either")
+        most = limits.connections_per_address
+        if client.address is not None and most and self._of_address.get(client.address, 0) >= most:
+            return f"{most} clients of this address are connected already"
+        if len(self._connections) >= limits.connections:
+            self._forget_shaken()
+            oldest_s = next(iter(self._shaking.values()), math.inf)
+            # One that has just come is probably about to go on. What is dropped takes a moment to be gone, so there may
+            # be one connection too many for so long, but not two.
+            one_too_many = len(self._connections) > limits.connections
+            if one_too_many or trio.current_time() - oldest_s < HANDSHAKE_PATIENCE_S:
+                return f"{limits.connections} clients are connected already"
+            self._drop_oldest_shaking("the room is needed, and it hasn't finished its handshake")
+        return ""
+
+    def _forget_shaken(self) -> None:
+        for connection in [one for one in self._shaking if not one.shaking]:
+            del self._shaking[connection]
+
+    def _drop_oldest_shaking(self, why: str) -> None:
+        oldest = next(iter(self._shaking))
+        del self._shaking[oldest]
+        self._tell_refusal(oldest.peer, why)
+        self._refused += 1
+        oldest.cut()
+
+    def _tell_refusal(self, peer: str, why: str) -> None:
         if trio.current_time() < self._quiet_until:
             return
         self._quiet_until = trio.current_time() + _REFUSAL_LOG_PAUSE_S
-        message = "%s: refused: %d clients are connected already (%d refused so far)"
-        log.warning(message, peer, self._limits.connections, self._refused)
+        log.warning("%s: refused: %s (%d refused so far)", peer, why, self._refused)
 
     def _prepare(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -247,7 +317,23 @@ class Server:
             log.exception("%s: a bug ended this connection", connection.peer)
         finally:
             del self._connections[connection]
+            self._shaking.pop(connection, None)
+            address = connection.client.address
+            if address is not None:
+                self._of_address[address] -= 1
+                if not self._of_address[address]:
+                    del self._of_address[address]
             self._past.add(connection.counters)
+
+
+def _client_of(one: Suspended) -> Client:
+    """As it was when it was accepted."""
+    if one.sock.family == socket.AF_UNIX:
+        return Client(one.peer)
+    try:
+        return Client(one.peer, plain_address(one.sock.getpeername()[0]))
+    except OSError:  # it has just gone
+        return Client(one.peer, "")
 
 
 def _is_hung_up(sock: socket.socket) -> bool:
@@ -269,15 +355,20 @@ async def serve(
     *,
     limits: Limits | None = None,
     resumed: Sequence[Suspended] = (),
+    tls: TlsFiles | None = None,
+    tls_required: bool = False,
     task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve ``exports`` on ``listeners``, which it owns and closes, unless it is suspended.
 
     ``resumed``: clients of a server that was suspended, which it owns too.
 
+    With ``tls`` clients may ask for it; ``tls_required``: those that come over TCP must.
+
     ``server = await nursery.start(serve, exports, listeners)`` gives the ``Server``. Returns after
     a drain; cancelling it drops all clients at once.
     """
     if not listeners:
         raise OSError(errno.EINVAL, "the NBD server has no address to listen on")
-    await Server(exports, listeners, limits or Limits())._run(resumed, task_status)
+    assert tls is not None or not tls_required
+    await Server(exports, listeners, limits or Limits(), tls, tls_required)._run(resumed, task_status)

@@ -14,9 +14,11 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from nbd.server import Limits
+from nbd.tls import TlsFiles
+from terrace.access import ANY, Rule, require_address
 from terrace.policies import PolicyConfig, ShownPolicy, require_policy_name, shown
 from terrace.schedule import Schedule
-from terrace.schema import ConfigError, Section, Size, Window, interval_seconds, validate, window_minutes
+from terrace.schema import ConfigError, KeyedError, Section, Size, Window, interval_seconds, validate, window_minutes
 from terrace.scrubs import Plan
 from tiers import Policy
 from tiers.policy import DEFAULT, DEFAULT_NAME
@@ -62,19 +64,68 @@ _SETTINGS = PoolSettings()
 Address = Annotated[str, AfterValidator(_as_address)]
 
 
+class TlsConfig(Section):
+    """[nbd.tls]: what is encrypted, and who is let in. Relative paths begin at the home."""
+
+    mode: Literal["off", "allowed", "required"] = "off"
+    certificate: str = Field("tls/server-cert.pem", min_length=1, max_length=4095)
+    key: str = Field("tls/server-key.pem", min_length=1, max_length=4095)
+    ca: str = Field("tls/ca-cert.pem", min_length=1, max_length=4095)
+    clients: Literal["verify", "any"] = "verify"
+    plaintext: bool = False
+
+    def files(self, home: Path) -> TlsFiles | None:
+        """What the mode needs, which is read here. Raises OSError with a sentence."""
+        if self.mode == "off":
+            return None
+        ca = home / self.ca if self.clients == "verify" else None
+        return TlsFiles(home / self.certificate, home / self.key, ca)
+
+
+class ExportConfig(Section):
+    """[nbd.exports."PATTERN"]: who may have the exports that the pattern matches, and for what."""
+
+    read_only: bool = False
+    addresses: list[Annotated[str, AfterValidator(require_address)]] = Field([ANY])
+    subjects: list[str] = Field([ANY])
+
+
+def _are_patterns(exports: dict[str, ExportConfig]) -> dict[str, ExportConfig]:
+    for pattern in exports:
+        if "/" not in pattern and "*" not in pattern:
+            raise KeyedError(
+                pattern, f'"{pattern}" matches no export: they are named POOL/VOL, and "{pattern}/*" is a whole pool'
+            )
+    return exports
+
+
 class NbdConfig(Section):
     """[nbd]: where volumes are exported and what a client may take."""
 
     listen: list[Address] = Field(["127.0.0.1:10809"])
     socket: str = Field("nbd.sock", max_length=107)
     max_connections: int = Field(_LIMITS.connections, ge=1, le=65536)
+    max_connections_per_address: int = Field(_LIMITS.connections_per_address, ge=0, le=65536)
+    max_handshakes: int = Field(_LIMITS.handshakes, ge=1, le=65536)
     handshake_timeout_s: float = Field(_LIMITS.handshake_timeout_s, gt=0, le=3600, allow_inf_nan=False)
     drain_grace_s: float = Field(_LIMITS.drain_grace_s, ge=0, le=3600, allow_inf_nan=False)
+
+    tls: TlsConfig = TlsConfig()
+    exports: Annotated[dict[str, ExportConfig], AfterValidator(_are_patterns)] = Field(default_factory=dict)
+
+    def rules(self) -> list[Rule]:
+        """Who may have which export, in the order of the file."""
+        return [
+            Rule(pattern, one.read_only, tuple(one.addresses), tuple(one.subjects))
+            for pattern, one in self.exports.items()
+        ]
 
     def limits(self) -> Limits:
         return replace(
             _LIMITS,
             connections=self.max_connections,
+            connections_per_address=self.max_connections_per_address,
+            handshakes=self.max_handshakes,
             handshake_timeout_s=self.handshake_timeout_s,
             drain_grace_s=self.drain_grace_s,
         )

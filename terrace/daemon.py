@@ -36,11 +36,14 @@ from typing import Any
 import trio
 
 import nbd.server
+from nbd.export import Exports
 from nbd.listen import Listener
 from nbd.suspended import Suspended
+from nbd.tls import TlsFiles, rehearse
+from terrace.access import RuledExports
 from terrace.api import Api
 from terrace.collector import settle_collector
-from terrace.config import Config, load_config
+from terrace.config import Config, TlsConfig, load_config
 from terrace.definitions import Definitions
 from terrace.events import Events
 from terrace.exports import PoolExports
@@ -183,6 +186,7 @@ async def run(
             try:
                 if config.fuse.mountpoint:
                     await _require_fuse(Path(config.fuse.mountpoint))
+                tls = await _tls_files(home, config.nbd.tls)
                 listening = await listen(home, config.nbd, passed, sockets)
             except OSError as error:
                 if heir is not None:
@@ -233,7 +237,8 @@ async def run(
                     turn.start_soon(upgrade.run, pools)
                     if not orders.told.is_set():
                         service = Service(
-                            home, config, stalls, definitions, pools, events, listening, supervisor, orders, upgrade
+                            *(home, config, stalls, definitions, pools, events),
+                            *(listening, tls, supervisor, orders, upgrade),
                         )
                         with orders.serving:
                             left = await service.run(clients)
@@ -287,6 +292,7 @@ class Service:
     pools: Pools
     events: Events
     listening: Listening
+    tls: TlsFiles | None
     supervisor: Supervisor
     orders: Orders
     upgrade: Upgrade
@@ -299,10 +305,14 @@ class Service:
         left: Left | None = None
         ending = trio.Event()
         async with trio.open_nursery() as services:
-            limits, listeners = self.config.nbd.limits(), self.listening.nbd
-            serve = partial(nbd.server.serve, PoolExports(self.pools), listeners, limits=limits, resumed=clients)
-            server = await services.start(serve)
-            daemon = Daemon(self.home, listeners, server, self.stalls, self.upgrade)
+            settings, listeners = self.config.nbd, self.listening.nbd
+            exports: Exports = PoolExports(self.pools)
+            if rules := settings.rules():
+                exports = RuledExports(exports, rules)
+            required = settings.tls.mode == "required"
+            serve = partial(nbd.server.serve, exports, listeners, limits=settings.limits(), resumed=clients)
+            server = await services.start(partial(serve, tls=self.tls, tls_required=required))
+            daemon = Daemon(self.home, listeners, server, self.stalls, self.upgrade, tls_required=required)
             shutdown = Shutdown()
             app = Api(self.pools, daemon, self.definitions, self.events).app()
             await services.start(serve_http, app, self.listening.api.sock, shutdown)
@@ -367,6 +377,22 @@ def _obstacle(pools: Pools, config: Config) -> str:
     return ""
 
 
+async def _tls_files(home: Home, config: TlsConfig) -> TlsFiles | None:
+    """What TLS needs, if it is on. Raises OSError; what peers won't like is a warning, as it may yet be replaced."""
+    try:
+        files = await trio.to_thread.run_sync(config.files, home.path)
+        if files is not None:
+            complaint = await trio.to_thread.run_sync(partial(rehearse, files.certificate, files.key, server=True))
+            if complaint:
+                log.warning(
+                    "clients will refuse the certificate %s: %s; put another in its place (no restart is needed)",
+                    *(files.certificate, complaint),
+                )
+    except OSError as error:
+        raise OSError(error.errno, f"TLS: {error.strerror}; see [nbd.tls] in the configuration") from None
+    return files
+
+
 async def _require_fuse(mountpoint: Path) -> None:
     """Raises OSError if nothing can be mounted there."""
     try:
@@ -404,17 +430,20 @@ class Daemon:
         server: nbd.server.Server,
         stalls: StallMeter,
         upgrade: Upgrade,
+        *,
+        tls_required: bool,
     ) -> None:
         self._home = home
         self._listeners = listeners
         self._server = server
         self._stalls = stalls
         self.upgrade = upgrade
+        self._tls_required = tls_required
         self._started_s = time.monotonic()
 
     def uris(self) -> list[str]:
         """The NBD URI of each address, without an export name."""
-        return [listener.uri() for listener in self._listeners]
+        return [listener.uri(tls=self._tls_required) for listener in self._listeners]
 
     def status(self, *, reset: bool) -> dict[str, Any]:
         served = self._server.status()

@@ -14,7 +14,7 @@ from typing import Protocol, cast
 
 import trio
 
-from nbd.export import Export
+from nbd.export import Client, Export
 from terrace.sizes import format_size
 from tiers import Pool, Snapshot, TierError, Volume
 from tiers.layout import BLOCK_BYTES
@@ -78,12 +78,12 @@ class OpenPools(Protocol):
 
 
 class PoolExports:
-    """Implements `nbd.export.Exports`."""
+    """Implements `nbd.export.Exports`: everything is for everybody. Who may have what: `terrace.access`."""
 
     def __init__(self, pools: OpenPools) -> None:
         self._pools = pools
 
-    def list(self) -> list[tuple[str, str]]:
+    def list(self, client: Client | None = None) -> list[tuple[str, str]]:
         """Each volume, followed by those of its snapshots that are among the newest."""
         snapshots = [one for pool in self._pools.open_pools() for one in pool.snapshots()]
         if len(snapshots) > LISTED_SNAPSHOTS:
@@ -102,7 +102,7 @@ class PoolExports:
             ]
         return found
 
-    async def acquire(self, name: str) -> Export:
+    async def acquire(self, name: str, client: Client | None = None) -> Export:
         """See `find`."""
         await trio.lowlevel.checkpoint()
         try:

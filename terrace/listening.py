@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from nbd.listen import Listener, open_tcp, open_unix
-from terrace.config import NbdConfig, split_address
+from nbd.listen import Listener, open_tcp, open_unix, plain_address
+from terrace.config import NbdConfig, TlsConfig, split_address
 from terrace.home import Home
 from terrace.passedsockets import PassedSockets, leave
 
@@ -51,8 +51,8 @@ async def _listen_nbd(home: Home, config: NbdConfig, passed: PassedSockets, sock
         bound = await open_tcp(host, port, passed.take)
         for listener in bound:
             sockets.callback(listener.close)
-            if not ipaddress.ip_address(listener.sock.getsockname()[0]).is_loopback:
-                log.warning("NBD on %s is open: whoever reaches it can read and write every volume", listener.address)
+            if not ipaddress.ip_address(plain_address(listener.sock.getsockname()[0])).is_loopback:
+                _judge_open_address(config.tls, listener.address)
         listeners += bound
     if config.socket:
         listener = await open_unix(home.path / config.socket, 0o600, passed.take)
@@ -61,6 +61,20 @@ async def _listen_nbd(home: Home, config: NbdConfig, passed: PassedSockets, sock
     if not listeners:
         raise OSError(errno.EINVAL, "there is nothing to serve NBD on; set listen or socket under [nbd]")
     return listeners
+
+
+def _judge_open_address(tls: TlsConfig, address: str) -> None:
+    """What others can reach wants TLS. Raises OSError."""
+    if tls.mode != "required" and not tls.plaintext:
+        raise OSError(
+            errno.EPERM,
+            f"NBD on {address} would be open to the network without TLS: make certificates with `terrace tls init` "
+            'and set mode = "required" under [nbd.tls], or, where nobody else can reach it, plaintext = true there',
+        )
+    if tls.mode != "required":
+        log.warning("NBD on %s is open: whoever reaches it can read and write every volume", address)
+    elif tls.clients == "any":
+        log.warning("NBD on %s takes clients without a certificate: whoever reaches it can have every volume", address)
 
 
 def _next_step(error: OSError) -> str:

@@ -3,9 +3,10 @@
 The host needs no nbd module, no root and no KVM for this: Debian's kernel package is downloaded through apt as the
 machine is configured, unpacked into `.cache/guest` (never installed), put with busybox, nbd-client and e2fsprogs into
 an initramfs, and booted by qemu-system-x86_64 in user-mode networking, where the host is 10.0.2.2. `guest_init.sh` is
-what runs inside: first nbd-client, over TCP against a daemon on the host. Then, unless --stock, `terrace attach`
-against a daemon in the guest: for that the host's file system is shared with it, read-only, so that it has this Python
-and this checkout, and `guest_attach.py` is run there.
+what runs inside: first nbd-client, over TCP against a daemon on the host, and then the same over TLS, which nbd-client
+has in a process of its own. Then, unless --stock, `terrace attach` against a daemon in the guest: for that the host's
+file system is shared with it, read-only, so that it has this Python and this checkout, and `guest_attach.py` is run
+there.
 
 By default it starts a `terraced` of its own on a free port, with a sparse pool in a temporary home, and afterwards
 looks at what the volume holds: trimmed space must be gone. With --host-port and --export it uses a server that is
@@ -30,6 +31,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from terrace.certificates import make_authority, make_client, make_server
 from tests.system.daemon import REPOSITORY, Daemon, DaemonError
 
 CACHE = REPOSITORY / ".cache" / "guest"
@@ -44,6 +46,7 @@ MODULES = (
 PROGRAMS = ("nbd-client", "mke2fs", "e2fsck")
 SHARED_PROGRAMS = ("mkfs.ext4", "mkfs.xfs", "xfs_repair", "resize2fs", "fstrim", "blkid", "cryptsetup")
 VOLUME_BYTES = 1 << 30
+TLS_VOLUME_BYTES = 128 << 20
 POOL_BYTES = 1280 << 20
 DISK_BYTES = 1 << 30
 """Of the pool in the guest."""
@@ -69,10 +72,12 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that guest, daemon and files are cleared away
     start_s = time.monotonic()
     try:
-        kernel, initramfs = prepare()
-        print(f"guest ready: {kernel.parent.name}, initramfs {initramfs.stat().st_size >> 20} MiB", flush=True)
-        with server(options.host_port, options.export) as (port, export, check_after):
-            boot(kernel, initramfs, port, export, options)
+        require_programs()
+        kernel = kernel_directory()
+        with server(options.host_port, options.export) as (port, export, certificates, check_after):
+            initramfs = build_initramfs(kernel, certificates)
+            print(f"guest ready: {kernel.name}, initramfs {initramfs.stat().st_size >> 20} MiB", flush=True)
+            boot(kernel / "vmlinuz", initramfs, port, export, options, tls=certificates is not None)
             check_after()
     except (GuestError, DaemonError) as error:
         print(f"FAIL: {error}", file=sys.stderr)
@@ -85,38 +90,48 @@ def main() -> int:
 
 
 @contextmanager
-def server(host_port: int | None, export: str) -> Iterator[tuple[int, str, Callable[[], None]]]:
-    """(port, export name, a check to run when the guest has finished)."""
+def server(host_port: int | None, export: str) -> Iterator[tuple[int, str, Path | None, Callable[[], None]]]:
+    """(port, export name, a directory with a client's certificates, a check to run when the guest has finished)."""
     if host_port is not None:
-        yield host_port, export, lambda: None
+        yield host_port, export, None, lambda: None
         return
-    with tempfile.TemporaryDirectory(prefix="terrace-guest-") as temporary, Daemon(Path(temporary) / "home") as daemon:
-        daemon.cli("pool", "create", "guest", "--fast", f"{temporary}/fast={POOL_BYTES}")
-        daemon.cli("volume", "create", "guest/disk", str(VOLUME_BYTES))
+    with tempfile.TemporaryDirectory(prefix="terrace-guest-") as temporary:
+        home = Path(temporary) / "home"
+        # As `terrace tls init` and `terrace tls client` make them.
+        make_authority(home / "tls", "guest", 2)
+        make_server(home / "tls", [], 2)
+        certificates = make_client(home / "tls", "guest", 2)
+        with Daemon(home, '[nbd.tls]\nmode = "allowed"\n') as daemon:
+            yield from served(daemon, temporary, certificates)
 
-        def space_was_given_back() -> None:
-            daemon.api("POST", "/v1/pools/guest/checkpoint")  # between two of them the count is an upper bound
-            mapped_bytes = daemon.api("GET", "/v1/pools/guest/volumes/disk")["mapped_bytes"]
-            print(f"the volume holds {mapped_bytes >> 20} MiB: {KEPT_BYTES >> 20} MiB of files and ext4's own blocks")
-            if not KEPT_BYTES <= mapped_bytes < KEPT_BYTES + TRIMMED_BYTES:
-                raise GuestError(f"the volume maps {mapped_bytes} bytes after the trim; see TRIM in nbd and tiers")
 
-        yield daemon.port, "guest/disk", space_was_given_back
+def served(
+    daemon: Daemon, temporary: str, certificates: Path
+) -> Iterator[tuple[int, str, Path | None, Callable[[], None]]]:
+    """What `server` yields, of a daemon that has just started."""
+    daemon.cli("pool", "create", "guest", "--fast", f"{temporary}/fast={POOL_BYTES}")
+    daemon.cli("volume", "create", "guest/disk", str(VOLUME_BYTES))
+    daemon.cli("volume", "create", "guest/tls", str(TLS_VOLUME_BYTES))
+
+    def space_was_given_back() -> None:
+        daemon.api("POST", "/v1/pools/guest/checkpoint")  # between two of them the count is an upper bound
+        mapped_bytes = daemon.api("GET", "/v1/pools/guest/volumes/disk")["mapped_bytes"]
+        print(f"the volume holds {mapped_bytes >> 20} MiB: {KEPT_BYTES >> 20} MiB of files and ext4's own blocks")
+        if not KEPT_BYTES <= mapped_bytes < KEPT_BYTES + TRIMMED_BYTES:
+            raise GuestError(f"the volume maps {mapped_bytes} bytes after the trim; see TRIM in nbd and tiers")
+
+    yield daemon.port, "guest/disk", certificates, space_was_given_back
 
 
 # The guest: kernel, modules, programs
 
 
-def prepare() -> tuple[Path, Path]:
-    """(vmlinuz, initramfs). The kernel comes from the cache, downloaded where it has none; the initramfs is built anew
-    each time, for it holds this machine's programs and takes well under a second.
-    """
+def require_programs() -> None:
+    """Raises GuestError that names what isn't installed."""
     wanted = ("busybox", "qemu-system-x86_64", "dpkg", "apt-get", *PROGRAMS, *SHARED_PROGRAMS)
     missing = [tool for tool in wanted if find(tool) is None]
     if missing:
         raise GuestError(f"not installed: {', '.join(missing)}; run scripts/install-tools")
-    kernel = kernel_directory()
-    return kernel / "vmlinuz", build_initramfs(kernel)
 
 
 def find(program: str) -> str | None:
@@ -193,7 +208,8 @@ def in_dependency_order(modules: Path) -> list[Path]:
     return list(ordered.values())
 
 
-def build_initramfs(kernel: Path) -> Path:
+def build_initramfs(kernel: Path, certificates: Path | None) -> Path:
+    """Built anew each time, for it holds this machine's programs, and takes well under a second."""
     archive = Cpio()
     for directory in ("bin", "sbin", "dev", "modules"):
         archive.directory(directory)
@@ -207,6 +223,9 @@ def build_initramfs(kernel: Path) -> Path:
         archive.file(library.lstrip("/"), Path(library).read_bytes(), 0o755)
     for module in [*(kernel / "order").read_text().split(), "order"]:
         archive.file(f"modules/{module}", (kernel / module).read_bytes(), 0o644)
+    if certificates is not None:
+        for file in certificates.iterdir():
+            archive.file(f"tls/{file.name}", file.read_bytes(), 0o600)
     path = kernel / "initramfs"
     path.write_bytes(gzip.compress(archive.finish(), compresslevel=1))
     return path
@@ -270,11 +289,13 @@ class Cpio:
 # Running it
 
 
-def boot(kernel: Path, initramfs: Path, port: int, export: str, options: argparse.Namespace) -> None:
+def boot(kernel: Path, initramfs: Path, port: int, export: str, options: argparse.Namespace, *, tls: bool) -> None:
     """Runs the guest to its end, shows its story, and raises GuestError unless it passed."""
     if re.search(r"[\s\"=]", export):
         raise GuestError(f"export name {export!r} can't be put on a kernel command line")
     settings = f"terrace_port={port} terrace_export={export} terrace_connections={options.connections}"
+    if tls:
+        settings += " terrace_tls=guest/tls"
     shared: list[str] = []
     with tempfile.TemporaryDirectory(prefix="terrace-guest-disk-") as temporary:
         if not options.stock:

@@ -1,6 +1,6 @@
 #!/bin/busybox sh
 # /init of the guest that lib/guest.py boots. Its arguments come on the kernel's command line as environment variables:
-# terrace_port, terrace_export, terrace_connections, and unless there is only nbd-client to be tested terrace_python and
+# terrace_port, terrace_export, terrace_connections, terrace_tls where there is a volume for that, and unless there is only nbd-client to be tested terrace_python and
 # terrace_checkout, which lie on the host's file system. Speaks to the host in lines that start with "guest: "; the last one is
 # "guest: PASS" or "guest: FAIL". Data is random and the checksum is taken before anything reaches the device.
 
@@ -51,7 +51,19 @@ trim_scratch() { rm /mnt/scratch && sync && fstrim -v /mnt; }
 
 verify() { echo 3 >/proc/sys/vm/drop_caches && (cd /mnt && md5sum -c /tmp/sum); }
 
-no_io_errors() { ! dmesg | grep -E 'I/O error|EXT4-fs (error|warning)|nbd0: .*(error|timed out)'; }
+no_io_errors() { ! dmesg | grep -E 'I/O error|EXT4-fs (error|warning)|nbd[01]: .*(error|timed out)'; }
+
+write_over_tls() {
+  dd if=/dev/urandom of=/tmp/data bs=1M count=8 && (cd /tmp && md5sum data >/tmp/sum) &&
+    cp /tmp/data /mnt/data && rm /tmp/data && sync
+}
+
+# nbd-client's own TLS: a process of it stands between the kernel and the connection.
+# shellcheck disable=SC2154
+attach_over_tls() {
+  /sbin/nbd-client -N "$terrace_tls" 10.0.2.2 "$terrace_port" /dev/nbd1 -timeout 60 \
+    -certfile /tls/client-cert.pem -keyfile /tls/client-key.pem -cacertfile /tls/ca-cert.pem -tlshostname localhost
+}
 
 # shellcheck disable=SC2154
 # The host's files with a layer of our own over them, in which Python and the checkout are where they are on the host.
@@ -104,8 +116,20 @@ step "mounted again" mount -t ext4 /dev/nbd0 /mnt
 step "read 64 MiB back, checksum right" verify
 step "unmounted" umount /mnt
 step "e2fsck -fn finds nothing" /sbin/e2fsck -fn /dev/nbd0
-step "kernel log has no I/O error" no_io_errors
 step "nbd-client detached" /sbin/nbd-client -d /dev/nbd0
+if [ -n "${terrace_tls-}" ]; then
+  step "nbd-client attached $terrace_tls over TLS" attach_over_tls
+  step "mkfs.ext4" /sbin/mke2fs -q -F -t ext4 /dev/nbd1
+  step "mounted" mount -t ext4 /dev/nbd1 /mnt
+  step "wrote 8 MiB" write_over_tls
+  step "unmounted" umount /mnt
+  step "mounted again" mount -t ext4 /dev/nbd1 /mnt
+  step "read 8 MiB back, checksum right" verify
+  step "unmounted" umount /mnt
+  step "e2fsck -fn finds nothing" /sbin/e2fsck -fn /dev/nbd1
+  step "nbd-client detached" /sbin/nbd-client -d /dev/nbd1
+fi
+step "kernel log has no I/O error" no_io_errors
 if [ -n "${terrace_python-}" ]; then
   step "terrace attach did all of it" wait_for_attach
 fi

@@ -22,6 +22,7 @@ from terrace.cli.pool import pool
 from terrace.cli.restore import restore
 from terrace.cli.snapshot import snapshot
 from terrace.cli.status import status
+from terrace.cli.tls import tls
 from terrace.cli.units import install_units
 from terrace.cli.upgrade import upgrade
 from terrace.cli.volume import volume
@@ -79,6 +80,6 @@ def root(context: click.Context, home: str | None) -> None:
 
 for command in (
     *(pool, volume, snapshot, policy, backup, restore, attach, detach, mount),
-    *(status, events, upgrade, install_units, completion),
+    *(status, events, upgrade, tls, install_units, completion),
 ):
     root.add_command(command)

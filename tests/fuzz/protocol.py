@@ -22,6 +22,7 @@ import trio.testing
 
 from nbd import wire
 from nbd.connection import ARENA_BYTES, INBOX_BYTES, Connection, Limits, Workshop
+from nbd.export import Client
 from nbd.handshake import (
     MAX_OPTION_BYTES,
     MAX_SELECTED_CONTEXTS,
@@ -367,7 +368,7 @@ async def _converse(
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     exports = MemoryExports(export)
-    connection = Connection(theirs, "fuzz", exports, Limits(handshake_timeout_s=5, linger_s=5), workshop)
+    connection = Connection(theirs, Client("fuzz"), exports, Limits(handshake_timeout_s=5, linger_s=5), workshop)
     client = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
     out = bytearray()
 

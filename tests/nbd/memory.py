@@ -205,10 +205,10 @@ class MemoryExports:
         self.open = 0
         self.error = 0
 
-    def list(self) -> list[tuple[str, str]]:
+    def list(self, client: object = None) -> list[tuple[str, str]]:
         return [(export.name, export.description) for export in self.exports.values()]
 
-    async def acquire(self, name: str) -> MemoryExport:
+    async def acquire(self, name: str, client: object = None) -> MemoryExport:
         await trio.lowlevel.checkpoint()
         if self.error:
             raise OSError(self.error, os.strerror(self.error))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from nbd import wire
 from nbd.connection import ARENA_BYTES, INBOX_BYTES, Connection, Limits, Workshop
+from nbd.export import Client
 from tests.nbd.client import RawClient, info_bytes, meta_bytes, option_bytes, request_bytes
 from tests.nbd.memory import MemoryExport, MemoryExports
 
@@ -46,7 +47,7 @@ async def talk(export: MemoryExport, pieces: list[bytes], count: int) -> dict[in
     theirs.setblocking(False)
     replies: dict[int, tuple[int, bytes]] = {}
     exports = MemoryExports(export)
-    connection = Connection(theirs, "test", exports, Limits(), Workshop())
+    connection = Connection(theirs, Client("test"), exports, Limits(), Workshop())
     client = RawClient(trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
     client.structured = True
     with trio.fail_after(20):
@@ -134,7 +135,7 @@ def test_garbage_never_crashes_hangs_or_leaks(slow: bool, prefix: bytes, pieces:
         theirs.setblocking(False)
         exports = MemoryExports(MemoryExport(size_bytes=SIZE, slow=slow))
         workshop = Workshop()
-        connection = Connection(theirs, "test", exports, Limits(), workshop)
+        connection = Connection(theirs, Client("test"), exports, Limits(), workshop)
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
         with trio.fail_after(10):
             async with trio.open_nursery() as nursery:

@@ -97,7 +97,7 @@ class Daemon:
             selector.register(process.stdout, selectors.EVENT_READ)
             ready = selector.select(timeout_s)
         self.ready_line = process.stdout.readline() if ready else ""
-        match = re.search(r"nbd://127\.0\.0\.1:(\d+)", self.ready_line)
+        match = re.search(r"nbds?://127\.0\.0\.1:(\d+)", self.ready_line)
         if match is None:
             self.kill()
             what = f"exit status {process.returncode}" if ready else f"nothing in {timeout_s:.0f} s"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nbd.server import Limits
+from terrace.access import Rule
 from terrace.config import Config, load_config, parse_config, split_address
 from terrace.schema import ConfigError, interval_seconds, line_of, window_minutes
 from terrace.scrubs import Plan
@@ -34,8 +35,23 @@ def test_every_key_reaches_what_it_configures() -> None:
         listen = ["[::1]:1234", "localhost:0"]
         socket = "other.sock"
         max_connections = 7
+        max_connections_per_address = 5
+        max_handshakes = 3
         handshake_timeout_s = 2
         drain_grace_s = 0.5
+        [nbd.tls]
+        mode = "required"
+        certificate = "/c"
+        key = "k"
+        ca = "a"
+        clients = "any"
+        plaintext = true
+        [nbd.exports."demo/*"]
+        read_only = true
+        addresses = ["unix", "10.0.0.0/8"]
+        subjects = ["CN=a"]
+        [nbd.exports."*"]
+        addresses = []
         [pool]
         checkpoint_interval_s = 5
         checkpoint_log = "64M"
@@ -54,6 +70,15 @@ def test_every_key_reaches_what_it_configures() -> None:
     )
     limits, settings = config.nbd.limits(), config.pool_settings()
     assert (limits.connections, limits.handshake_timeout_s, limits.drain_grace_s) == (7, 2.0, 0.5)
+    assert (limits.connections_per_address, limits.handshakes) == (5, 3)
+    tls = config.nbd.tls
+    assert (tls.mode, tls.certificate, tls.key, tls.ca, tls.clients, tls.plaintext) == (
+        *("required", "/c", "k", "a", "any", True),
+    )
+    assert config.nbd.rules() == [
+        Rule("demo/*", True, ("unix", "10.0.0.0/8"), ("CN=a",)),
+        Rule("*", False, (), ("any",)),
+    ]
     assert (settings.checkpoint_interval_s, settings.checkpoint_log_bytes) == (5.0, 64 << 20)
     assert (settings.map_cache_bytes, settings.unsynced_cap_bytes) == (32 << 20, 8 << 20)
     assert [split_address(address) for address in config.nbd.listen] == [("::1", 1234), ("localhost", 0)]
@@ -61,6 +86,25 @@ def test_every_key_reaches_what_it_configures() -> None:
     assert settings.scrub_rate_bytes == 100 << 20
     assert config.fuse.mountpoint == "/mnt/volumes" and Config().fuse.mountpoint == ""
     assert config.log.level == "debug"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        ('[nbd.tls]\nmode = "on"', 2, '"on" is not possible; valid: off, allowed, required'),
+        ('[nbd.tls]\nclients = "none"', 2, "valid: verify, any"),
+        ('[nbd.tls]\ncertificat = "x"', 2, 'did you mean "certificate"?'),
+        ('[nbd.tls]\nkey = ""', 2, "nbd.tls.key"),
+        ('[nbd.exports."demo/v"]\naddresses = ["unix", "10.0.0.1/8"]', 2, '"10.0.0.1/8" is no address'),
+        ('[nbd.exports."demo/v"]\naddress = ["unix"]', 2, 'did you mean "addresses"?'),
+        ('[nbd.exports."demo/v"]\nread_only = "yes"', 2, "nbd.exports.demo/v.read_only"),
+        ('[nbd.exports.demo]\nread_only = true', 1, '"demo/*" is a whole pool'),
+        ('[nbd]\nexports = ["demo"]', 2, "write [nbd.exports.NAME] on a line of its own"),
+    ],
+)
+def test_what_is_wrong_with_tls_or_a_rule_is_said_with_its_line(text: str, line: int, said: str) -> None:
+    (problem,) = problems(text)
+    assert problem.startswith(f"t.toml:{line}: nbd.") and said in problem
 
 
 def test_a_mount_point_is_an_absolute_path() -> None:

@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from terrace.api import Api
 from terrace.cli.root import root
-from terrace.config import Config, parse_config
+from terrace.config import Config, ExportConfig, parse_config
 from terrace.sizes import parse_size
 from terrace.unitfiles import TARGETS
 
@@ -24,10 +24,25 @@ def test_the_configuration_page_has_every_key_with_its_default() -> None:
     page = (DOCS / "configuration.md").read_text()
     rows = [[cell.strip(" `") for cell in line.split("|")[1:3]] for line in page.splitlines() if line.startswith("| `")]
     documented = {row[0]: row[1].strip('"') for row in rows}
-    for section in (Config().nbd, Config().pool, Config().space, Config().scrub, Config().fuse, Config().log):
+    config = Config()
+    sections = (
+        config.nbd,
+        config.nbd.tls,
+        ExportConfig(),
+        config.pool,
+        config.space,
+        config.scrub,
+        config.fuse,
+        config.log,
+    )
+    for section in sections:
         for key, default in section.model_dump().items():
+            if isinstance(default, dict):  # a table of its own
+                continue
             shown = documented[key]
-            if isinstance(default, list):
+            if isinstance(default, bool):
+                assert shown == str(default).lower()
+            elif isinstance(default, list):
                 assert shown == str(default).replace("'", '"')
             elif isinstance(default, int | float):
                 assert parse_size(shown) == default
@@ -37,10 +52,13 @@ def test_the_configuration_page_has_every_key_with_its_default() -> None:
         assert documented[key] == str(default)
 
 
-def test_the_example_on_the_configuration_page_is_good() -> None:
+def test_the_examples_of_configuration_are_good() -> None:
     page = (DOCS / "configuration.md").read_text()
-    (example,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
-    assert {"database", "tenant", "archive"} < parse_config(example, "example").policies().keys()
+    rules, policies = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    assert {"database", "tenant", "archive"} < parse_config(policies, "example").policies().keys()
+    assert len(parse_config(rules, "example").nbd.rules()) == 3
+    (tls,) = re.findall(r"```toml\n(.*?)```", (DOCS / "nbd.md").read_text(), re.DOTALL)
+    assert parse_config(tls, "example").nbd.tls.mode == "required"
 
 
 def commands(group: click.Group, path: str) -> list[str]:

@@ -10,7 +10,7 @@ from tests.system.daemon import REPOSITORY
 
 def test_the_packages_named_are_those_of_the_extras() -> None:
     extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert sorted(REQUIREMENTS.values()) == sorted(extras["fuse"] + extras["plot"])
+    assert sorted(REQUIREMENTS.values()) == sorted(extras["fuse"] + extras["plot"] + extras["tls"])
 
 
 def test_the_command_is_for_the_python_that_runs() -> None:
