@@ -305,15 +305,18 @@ def endure(targets: Sequence[Target], seed: int, count: int) -> Endured:
     done = early = 0
     gc.collect()
     gc.freeze()  # so that looking for garbage after each batch costs little
-    with bounded():
-        while done < count:
-            for target in targets:
-                share = min(ENDURED_BATCH, count - done)
-                _run_batch(target, rng, known[target.name], share)
-                done += share
-                gc.collect()
-                if not early and done * 10 >= count:
-                    early = resident_bytes()
+    try:
+        with bounded():
+            while done < count:
+                for target in targets:
+                    share = min(ENDURED_BATCH, count - done)
+                    _run_batch(target, rng, known[target.name], share)
+                    done += share
+                    gc.collect()
+                    if not early and done * 10 >= count:
+                        early = resident_bytes()
+    finally:
+        gc.unfreeze()
     endured = Endured(done, time.monotonic() - begun, early, resident_bytes())
     if endured.late_bytes - endured.early_bytes > GROWTH_LIMIT_BYTES:
         raise GrowthError(f"memory grows: {endured}")

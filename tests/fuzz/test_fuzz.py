@@ -118,7 +118,7 @@ def test_a_run_of_many_inputs_notices_growth_and_names_the_input_that_breaks() -
     kept: list[bytes] = []
 
     def leaky(data: bytes) -> None:
-        kept.append(bytes(16 << 10))
+        kept.append(b"x" * (32 << 10))
 
     def fragile(inputs: Iterable[bytes]) -> None:
         for data in inputs:
