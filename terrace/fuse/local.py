@@ -225,7 +225,7 @@ class PoolFile:
     async def _seek(self, unique: int, offset: int, data: bool) -> None:
         async def extents(at: int, length: int) -> list[tuple[int, int]]:
             found = await self.export.extents(at, length, 1 << 10)
-            return [(span, flags & nbd_wire.STATE_HOLE) for span, flags in found]
+            return [(span, flags & nbd_wire.STATE_ZERO) for span, flags in found]
 
         try:
             found = await seek(extents, self.export.size_bytes, offset, data=data)
