@@ -36,7 +36,9 @@ from tiers.layout import (
 from tiers.limits import Limits, operations_of
 from tiers.maptree import FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL, MapTree, Page
 from tiers.overlay import Entry
+from tiers.policy import Placement
 from tiers.record import Kind
+from tiers.rotational import all_rotate
 
 if TYPE_CHECKING:
     from tiers.engine import Engine
@@ -63,7 +65,6 @@ class Reader:
     """What can be read block by block, and is verified. Implements the reading half of nbd's `Export`."""
 
     description = ""
-    rotational = False
     can_multi_conn = True
     minimum_block_size = 1
     preferred_block_size = BLOCK_BYTES
@@ -90,6 +91,16 @@ class Reader:
         self.reads: deque[int] = deque(maxlen=0)
         self._note_read = self.reads.append
         self.slow_reads: dict[str, int] = {"fast": 0, "base": 0}
+
+    @property
+    def placement(self) -> Placement:
+        """Where its policy wants its blocks."""
+        raise NotImplementedError
+
+    @property
+    def rotational(self) -> bool:
+        """Whether all the devices that it may be on rotate. Judged when a client connects."""
+        return all_rotate(self._engine.segments.devices, self.placement)
 
     def acquire(self) -> None:
         """Somebody uses it: it can't be deleted or shrunk."""

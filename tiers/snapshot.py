@@ -39,6 +39,7 @@ from tiers.history import changed_extents
 from tiers.layout import INHERITED, ZEROED
 from tiers.maptree import EMPTY_PAGE, FANOUT, FANOUT_BITS, FANOUT_MASK, MapTree, Page, page_of, read_pages
 from tiers.overlay import Entry
+from tiers.policy import Placement
 from tiers.reader import Reader, at_one_moment, entries_in, hole_in
 
 if TYPE_CHECKING:
@@ -148,6 +149,11 @@ class Snapshot(Reader):
     def shown_blocks(self) -> int:
         """Blocks with data that its clients see."""
         return self.referenced_blocks
+
+    @property
+    def placement(self) -> Placement:
+        """Where its volume's policy wants its blocks."""
+        return self.volume.policy.placement
 
     # -- what is seen ----------------------------------------------------------------------------------------------
 

@@ -45,7 +45,7 @@ from tiers.limits import Limits, operations_of
 from tiers.log import MAX_BATCH_BLOCKS
 from tiers.maptree import EMPTY_PAGE, FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL, MapTree, Page
 from tiers.overlay import LEAF_BITS, UNSET, Entry, Overlay
-from tiers.policy import DEFAULT, Policy
+from tiers.policy import DEFAULT, Placement, Policy
 from tiers.promotion import LARGEST_READ_BLOCKS
 from tiers.reader import PIECE_BYTES, Buffer, Reader, at_one_moment, checks_of, entries_in, hole_in
 from tiers.record import OP_WORDS, UNMAP_WORD, WRITE_WORD, Kind, Op, header_slots_for
@@ -131,6 +131,11 @@ class Volume(Reader):
     def shown_blocks(self) -> int:
         """Blocks with data that its clients see, at the last checkpoint."""
         return self.referenced_blocks if self.layered else self.tree.mapped_blocks
+
+    @property
+    def placement(self) -> Placement:
+        """Where its policy wants its blocks."""
+        return self.policy.placement
 
     @property
     def has_history(self) -> bool:
