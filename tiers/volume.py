@@ -278,6 +278,8 @@ class Volume(Reader):
 
     async def load_ahead(self, first: int, last: int, end: int) -> None:
         await load_ahead(self.tree, first, last, end)
+        if self.origin is not None:
+            await self.origin.load_ahead(first, last, end)
         if self.layered:
             await self.load_leaves(first, last)
         if self.snapshots:
