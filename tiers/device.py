@@ -24,6 +24,7 @@ from tiers.errors import TierError
 from tiers.label import LABEL_BYTES, LABEL_OFFSETS, Label, Tier, encode_label, newest_label
 from tiers.layout import BLOCK_BYTES, LABEL_AREA_BYTES
 from tiers.probe import size_of
+from tiers.rotational import rotates
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ class Device(Protocol):
     poisoned: str | None
     state: DeviceState
     error_count: int
+    rotational: bool
+    """What it lies on rotates, so far as that can be told."""
 
     @property
     def index(self) -> int: ...
@@ -124,6 +127,7 @@ class LabelledDevice:
         self.poisoned: str | None = None
         self.state: DeviceState = "online"
         self.error_count = 0
+        self.rotational = False
 
     @property
     def index(self) -> int:
@@ -355,7 +359,9 @@ def open_device(path: Path) -> FileDevice:
             direct_fd = os.open(path, flags | os.O_DIRECT)
         except OSError:
             direct_fd = None  # tmpfs before Linux 6.6, some FUSE filesystems
-        return FileDevice(str(path), fd, direct_fd, label, new_workers())
+        device = FileDevice(str(path), fd, direct_fd, label, new_workers())
+        device.rotational = rotates(fd)
+        return device
     except BaseException:
         os.close(fd)
         raise

@@ -15,9 +15,10 @@ import numpy as np
 import trio
 
 from tiers.errors import TierError
+from tiers.extents import add_extent
 from tiers.layout import BAD, BLOCK_SHIFT, FIRST_ADDRESS
 from tiers.maptree import BAD_PAGE, EMPTY_PAGE, FANOUT, FANOUT_BITS, ROOT_LEVEL, MapTree, Page
-from tiers.reader import add_extent, at_one_moment, hole_in
+from tiers.reader import at_one_moment, hole_in
 
 if TYPE_CHECKING:
     from tiers.snapshot import Snapshot

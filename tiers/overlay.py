@@ -10,8 +10,8 @@ overlay never changes.
 """
 
 from array import array
-from bisect import bisect_left, bisect_right
-from collections.abc import Collection
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Collection, Sequence
 
 from tiers.layout import FIRST_ADDRESS, UNMAPPED
 
@@ -36,7 +36,7 @@ RUN_BLOCKS = 16
 PATCH_WEIGHT = 8
 RANGE_WEIGHT = 64
 MAX_PROBES = 4096
-MAX_UNSORTED = 256
+MAX_UNSORTED = 4096
 
 
 class RangeSet:
@@ -57,6 +57,11 @@ class RangeSet:
     def __contains__(self, block: int) -> bool:
         i = bisect_right(self.starts, block) - 1
         return i >= 0 and block < self.ends[i]
+
+    def after(self, block: int) -> int:
+        """How many blocks from `block` on are in the range that it lies in; 0 if it is in none."""
+        i = bisect_right(self.starts, block) - 1
+        return max(0, self.ends[i] - block) if i >= 0 else 0
 
     def add(self, start: int, end: int) -> None:
         """Unite with [start, end)."""
@@ -82,7 +87,8 @@ class SortedKeys:
     """The keys of a dictionary in order, some of which may be gone, and those that came since.
 
     Discarding a volume asks for a range of them again and again, and so may zeroing with ragged ends, which adds keys
-    in between: so these are kept apart, and merged when they are many.
+    in between, and who asks what is where in a volume that is written: so these are kept apart, and merged when they
+    are many.
     """
 
     __slots__ = ("_keys", "_more", "_source")
@@ -94,13 +100,12 @@ class SortedKeys:
 
     def add(self, key: int) -> None:
         """A key came."""
-        self._more.append(key)
+        insort(self._more, key)
         if len(self._more) >= MAX_UNSORTED:
             if len(self._keys) > 2 * len(self._source) + MAX_PROBES:
                 self._keys = sorted(self._source)  # most of what was here is gone
             else:
                 # Two runs in order: merging them is linear.
-                self._more.sort()
                 self._keys += self._more
                 self._keys.sort()
             self._more.clear()
@@ -108,7 +113,22 @@ class SortedKeys:
     def between(self, start: int, end: int) -> list[int]:
         """The keys from `start` to before `end`; one that went and came again may be there twice."""
         found = self._keys[bisect_left(self._keys, start) : bisect_left(self._keys, end)]
-        return found + [key for key in self._more if start <= key < end]
+        return found + self._more[bisect_left(self._more, start) : bisect_left(self._more, end)]
+
+    def next(self, start: int) -> int | None:
+        """The first key from `start` on, of those that are still there."""
+        found: list[int] = []
+        for keys in (self._keys, self._more):
+            at = first = bisect_left(keys, start)
+            while at < len(keys) and keys[at] not in self._source:
+                at += 1
+            if at - first > MAX_PROBES:
+                # Many went: let nobody pass by them again.
+                self._keys = sorted(self._source)
+                self._more.clear()
+                return self.next(start)
+            found += keys[at : at + 1]
+        return min(found, default=None)
 
 
 class Overlay:
@@ -264,9 +284,13 @@ class Overlay:
             for lo, hi in self.ranges.overlapping(start, end):
                 addresses[lo - start : hi - start] = checks[lo - start : hi - start] = [0] * (hi - lo)
         if self.points:
-            for i, entry in enumerate(map(self.points.get, range(start, end))):
+            if self._order is not None and count >= LEAF_BLOCKS:
+                blocks: Sequence[int] = self._order.between(start, end)
+            else:
+                blocks = range(start, end)
+            for block, entry in zip(blocks, map(self.points.get, blocks), strict=True):
                 if entry is not None:
-                    addresses[i], checks[i] = entry
+                    addresses[block - start], checks[block - start] = entry
         if self.patches:
             at = start
             while at < end:
@@ -285,6 +309,21 @@ class Overlay:
                             if address != UNSET:
                                 addresses[i + j], checks[i + j] = address, new_checks[j]
                 at += part
+
+    def next_named(self, leaf: int) -> int | None:
+        """The first leaf from `leaf` on in which a point or patch may name a block; as a set, see `named_leaves`."""
+        found: list[int] = []
+        if self.points:
+            if self._order is None:
+                self._order = SortedKeys(self.points)
+            block = self._order.next(leaf << LEAF_BITS)
+            found += [] if block is None else [block >> LEAF_BITS]
+        if self.patches:
+            if self._leaves is None:
+                self._leaves = SortedKeys(self.patches)
+            patch = self._leaves.next(leaf)
+            found += [] if patch is None else [patch]
+        return min(found, default=None)
 
     def named_leaves(self) -> set[int]:
         """The leaves in which a point or patch may name a block."""

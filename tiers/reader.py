@@ -10,16 +10,16 @@ them, and kept for a while: what a cached frame holds is served without waiting.
 
 import contextlib
 import errno
-from bisect import bisect_left
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
-from itertools import groupby
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from os import RWF_NOWAIT
 from typing import TYPE_CHECKING
 
+import numpy as np
 import trio
 
 from tiers.errors import TierError
+from tiers.extents import EXTENT_ZERO, TIER_CONTEXT, allocation_of, tiers_of
 from tiers.frames import frame_of, index_of, unpack_all
 from tiers.layout import (
     BAD,
@@ -36,7 +36,9 @@ from tiers.layout import (
 from tiers.limits import Limits, operations_of
 from tiers.maptree import FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL, MapTree, Page
 from tiers.overlay import Entry
+from tiers.policy import Placement
 from tiers.record import Kind
+from tiers.rotational import all_rotate
 
 if TYPE_CHECKING:
     from tiers.engine import Engine
@@ -58,15 +60,11 @@ where it had to wait for a device."""
 _BLOCK_SLICES = [slice(i, i + BLOCK_BYTES) for i in range(0, PIECE_BYTES, BLOCK_BYTES)]
 """Ready-made: a quarter of the cost of checking 1 MiB was making these."""
 
-EXTENT_HOLE = 1
-EXTENT_ZERO = 2
-
 
 class Reader:
     """What can be read block by block, and is verified. Implements the reading half of nbd's `Export`."""
 
     description = ""
-    rotational = False
     can_multi_conn = True
     minimum_block_size = 1
     preferred_block_size = BLOCK_BYTES
@@ -93,6 +91,16 @@ class Reader:
         self.reads: deque[int] = deque(maxlen=0)
         self._note_read = self.reads.append
         self.slow_reads: dict[str, int] = {"fast": 0, "base": 0}
+
+    @property
+    def placement(self) -> Placement:
+        """Where its policy wants its blocks."""
+        raise NotImplementedError
+
+    @property
+    def rotational(self) -> bool:
+        """Whether all the devices that it may be on rotate. Judged when a client connects."""
+        return all_rotate(self._engine.segments.devices, self.placement)
 
     def acquire(self) -> None:
         """Somebody uses it: it can't be deleted or shrunk."""
@@ -125,8 +133,30 @@ class Reader:
         """How many blocks from `block` on certainly have no committed page; 0 if there is a leaf."""
         raise NotImplementedError
 
+    async def load_ahead(self, first: int, last: int, end: int) -> None:
+        """As `load_leaves`, for who goes on to leaf `end`; and what `shared_now` needs of them."""
+        await self.load_leaves(first, last)
+
     def named_leaves(self) -> list[int]:
         """The leaves, in order, in which something is mapped that no committed page tells of yet."""
+        return []
+
+    def next_named(self, leaf: int) -> int | None:
+        """The first of these from `leaf` on; one in which something was may be told too."""
+        return None
+
+    def unmapped_now(self, block: int) -> int:
+        """How many blocks from `block` on were unmapped as a whole, later than the committed pages tell.
+
+        What was written there since is in one of the leaves that `next_named` tells.
+        """
+        return 0
+
+    def shared_now(self, block: int, addresses: list[int]) -> list[bool] | None:
+        """Which of the blocks that lie at these addresses others have too, so that writing over them takes space.
+
+        Empty: none. None: a map page has to be loaded first.
+        """
         return []
 
     async def entries(self, block: int, count: int) -> tuple[list[int], list[int]]:
@@ -465,7 +495,7 @@ class Reader:
         while at < end:
             (span, flags), *_ = await self.extents(at, end - at, 1)
             stop = at + span
-            if flags & EXTENT_HOLE:
+            if flags & EXTENT_ZERO:
                 at = stop
             while at < stop:
                 piece = min(PIECE_BYTES, stop - at)
@@ -473,40 +503,31 @@ class Reader:
                 await trio.lowlevel.checkpoint()
                 at += piece
 
+    # -- what is where -------------------------------------------------------------------------------------------
+
     async def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
         """Describe a prefix of the range as (bytes, flags): HOLE|ZERO where nothing is mapped, 0 where data is.
 
         At most `limit` of them, neighbours differ, and terabytes of nothing cost a few page look-ups.
         """
-        result: list[tuple[int, int]] = []
-        at, end = offset, offset + length
-        named: list[int] | None = None
-        while at < end:
-            block = at >> BLOCK_SHIFT
-            most = (end - 1 >> BLOCK_SHIFT) + 1 - block
-            hole = min(await self.hole_at(block), most) if most > FANOUT else 0
-            if hole > FANOUT:
-                if named is None:
-                    # Later writes are concurrent with this request; what it must know is in the layers by now.
-                    named = self.named_leaves()
-                next_leaf = bisect_left(named, block >> FANOUT_BITS)
-                if next_leaf < len(named):
-                    hole = min(hole, (named[next_leaf] << FANOUT_BITS) - block)
-            if hole > FANOUT:
-                runs = [(hole, False)]
-            else:
-                addresses, _ = await self.entries(block, min(most, FANOUT - (block & FANOUT_MASK)))
-                runs = _run_lengths([address != UNMAPPED for address in addresses])
-            self._require_alive()
-            for count, is_mapped in runs:
-                block += count
-                stop = min(end, block << BLOCK_SHIFT)
-                flags = 0 if is_mapped else EXTENT_HOLE | EXTENT_ZERO
-                if not add_extent(result, stop - at, flags, limit):
-                    return result
-                at = stop
-            await trio.lowlevel.checkpoint()
-        return result
+        return await allocation_of(self, offset, length, limit)
+
+    def contexts(self, prefix: str) -> Iterable[str]:
+        """The metadata contexts that begin with `prefix`."""
+        return (TIER_CONTEXT,) if TIER_CONTEXT.startswith(prefix) else ()
+
+    def has_context(self, name: str) -> bool:
+        """Whether there is such a context now."""
+        return name == TIER_CONTEXT
+
+    async def context_extents(self, context: str, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+        """Describe a prefix of the range as `extents` does, with the flags of that context (`tiers.extents`).
+
+        Raises FileNotFoundError if there is no such context.
+        """
+        if context != TIER_CONTEXT:
+            raise FileNotFoundError(errno.ENOENT, f"{self.name} offers no {context!r}")
+        return await tiers_of(self, offset, length, limit)
 
 
 async def at_one_moment(views: "Views", look: Callable[[], Awaitable[int]]) -> int:
@@ -550,22 +571,10 @@ async def hole_in(tree: MapTree, block: int) -> int:
         shift = FANOUT_BITS * level
         slot = block >> shift & FANOUT_MASK
         if not page[slot]:
-            last = slot
-            while last + 1 < FANOUT and not page[last + 1]:
-                last += 1
-            return (((block >> shift) + last - slot + 1) << shift) - block
+            below = np.flatnonzero(np.frombuffer(page, np.uint64)[slot:FANOUT])
+            empty = int(below[0]) if len(below) else FANOUT - slot
+            return ((block >> shift) + empty << shift) - block
     return 0
-
-
-def add_extent(extents: list[tuple[int, int]], length: int, flags: int, limit: int) -> bool:
-    """Append (bytes, flags), or make the last one longer. False: it would be one more than `limit`, and isn't there."""
-    if extents and extents[-1][1] == flags:
-        extents[-1] = (extents[-1][0] + length, flags)
-    elif len(extents) == limit:
-        return False
-    else:
-        extents.append((length, flags))
-    return True
 
 
 def runs_of(addresses: list[int]) -> list[tuple[int, int]]:
@@ -592,7 +601,3 @@ def checks_of(data: Buffer) -> list[int]:
     if count <= len(_BLOCK_SLICES):
         return [check_of(view[part]) for part in _BLOCK_SLICES[:count]]
     return [check_of(view[i : i + BLOCK_BYTES]) for i in range(0, len(view), BLOCK_BYTES)]
-
-
-def _run_lengths(values: list[bool]) -> list[tuple[int, bool]]:
-    return [(sum(1 for _ in run), value) for value, run in groupby(values)]

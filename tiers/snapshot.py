@@ -34,10 +34,12 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from tiers.extents import load_ahead
 from tiers.history import changed_extents
 from tiers.layout import INHERITED, ZEROED
 from tiers.maptree import EMPTY_PAGE, FANOUT, FANOUT_BITS, FANOUT_MASK, MapTree, Page, page_of, read_pages
 from tiers.overlay import Entry
+from tiers.policy import Placement
 from tiers.reader import Reader, at_one_moment, entries_in, hole_in
 
 if TYPE_CHECKING:
@@ -148,6 +150,11 @@ class Snapshot(Reader):
         """Blocks with data that its clients see."""
         return self.referenced_blocks
 
+    @property
+    def placement(self) -> Placement:
+        """Where its volume's policy wants its blocks."""
+        return self.volume.policy.placement
+
     # -- what is seen ----------------------------------------------------------------------------------------------
 
     def layers(self) -> list[MapTree]:
@@ -230,6 +237,10 @@ class Snapshot(Reader):
         for index in range(first, last + 1):
             await self.leaf(index)
 
+    async def load_ahead(self, first: int, last: int, end: int) -> None:
+        await load_ahead(self.volume.tree, first, last, end)
+        await self.load_leaves(first, last)
+
     async def hole_at(self, block: int) -> int:
         hole = await at_one_moment(self._engine.views, partial(self.hole_in_trees, block))
         return 0 if self.gone else hole
@@ -255,7 +266,8 @@ class Snapshot(Reader):
     # -- what changed ----------------------------------------------------------------------------------------------
 
     def contexts(self, prefix: str) -> Iterator[str]:
-        """The metadata contexts that begin with `prefix`: the differences from each other snapshot of the volume."""
+        """The metadata contexts that begin with `prefix`: what differs from each other snapshot, too."""
+        yield from super().contexts(prefix)
         for other in self._engine.lineage.of_family(self.volume):
             name = DIFF_CONTEXT + other.short_name
             if other is not self and name.startswith(prefix):
@@ -263,7 +275,7 @@ class Snapshot(Reader):
 
     def has_context(self, name: str) -> bool:
         """Whether there is such a context now."""
-        return self._compared(name) is not None
+        return super().has_context(name) or self._compared(name) is not None
 
     def _compared(self, context: str) -> "Snapshot | None":
         if not context.startswith(DIFF_CONTEXT):
@@ -274,6 +286,8 @@ class Snapshot(Reader):
 
     async def context_extents(self, context: str, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
         """What has changed since another snapshot: (bytes, 1 for changed, else 0). FileNotFoundError: it is gone."""
+        if super().has_context(context):
+            return await super().context_extents(context, offset, length, limit)
         other = self._compared(context)
         if other is None:
             raise FileNotFoundError(errno.ENOENT, f"{self.name} offers no {context!r}: that snapshot is gone")

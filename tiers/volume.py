@@ -28,6 +28,7 @@ import trio
 
 from tiers.bypass import LEAST_BYTES
 from tiers.errors import NoRoomError, TierError
+from tiers.extents import load_ahead
 from tiers.kept import KeptLeaves
 from tiers.layout import (
     BLOCK_BYTES,
@@ -43,8 +44,8 @@ from tiers.layout import (
 from tiers.limits import Limits, operations_of
 from tiers.log import MAX_BATCH_BLOCKS
 from tiers.maptree import EMPTY_PAGE, FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL, MapTree, Page
-from tiers.overlay import LEAF_BITS, Entry, Overlay
-from tiers.policy import DEFAULT, Policy
+from tiers.overlay import LEAF_BITS, UNSET, Entry, Overlay
+from tiers.policy import DEFAULT, Placement, Policy
 from tiers.promotion import LARGEST_READ_BLOCKS
 from tiers.reader import PIECE_BYTES, Buffer, Reader, at_one_moment, checks_of, entries_in, hole_in
 from tiers.record import OP_WORDS, UNMAP_WORD, WRITE_WORD, Kind, Op, header_slots_for
@@ -130,6 +131,11 @@ class Volume(Reader):
     def shown_blocks(self) -> int:
         """Blocks with data that its clients see, at the last checkpoint."""
         return self.referenced_blocks if self.layered else self.tree.mapped_blocks
+
+    @property
+    def placement(self) -> Placement:
+        """Where its policy wants its blocks."""
+        return self.policy.placement
 
     @property
     def has_history(self) -> bool:
@@ -270,9 +276,45 @@ class Volume(Reader):
         hole = await hole_in(self.tree, block)
         return min(hole, await self.origin.hole_in_trees(block)) if hole and self.origin is not None else hole
 
+    async def load_ahead(self, first: int, last: int, end: int) -> None:
+        await load_ahead(self.tree, first, last, end)
+        if self.origin is not None:
+            await self.origin.load_ahead(first, last, end)
+        if self.layered:
+            await self.load_leaves(first, last)
+        if self.snapshots:
+            await self.snapshots[-1].tree.load(0, range(first, last + 1))
+
+    def _layers(self) -> tuple[Overlay, ...]:
+        return (self.active, self.frozen) if self.frozen is not None else (self.active,)
+
     def named_leaves(self) -> list[int]:
-        layers = (self.active, self.frozen) if self.frozen is not None else (self.active,)
-        return sorted(set().union(*(layer.named_leaves() for layer in layers)))
+        return sorted(set().union(*(layer.named_leaves() for layer in self._layers())))
+
+    def next_named(self, leaf: int) -> int | None:
+        found = [layer.next_named(leaf) for layer in self._layers()]
+        return min((leaf for leaf in found if leaf is not None), default=None)
+
+    def unmapped_now(self, block: int) -> int:
+        return max(layer.ranges.after(block) for layer in self._layers())
+
+    def shared_now(self, block: int, addresses: list[int]) -> list[bool] | None:
+        """As `_is_own`, for many blocks at once."""
+        if not (self.has_history or self.layered):
+            return []
+        count = len(addresses)
+        shared = [self.taking is not None] * count
+        trees = [self.tree] if self.layered else []
+        if self.snapshots:
+            trees.append(self.snapshots[-1].tree)
+        for tree in trees:
+            found = entries_in(tree.leaf_now, block, count)
+            if found is None:
+                return None
+            shared = [kept or not address for kept, address in zip(shared, found[0], strict=True)]
+        newest = [UNSET] * count
+        self.active.patch(block, newest, [0] * count)
+        return [kept and address == UNSET for kept, address in zip(shared, newest, strict=True)]
 
     def offer(self, block: int, addresses: list[int], checks: list[int], into: memoryview, suspects: list[int]) -> None:
         """Offer what was read from base for promotion."""

@@ -8,7 +8,6 @@ from typing import Final, TypeVarTuple
 
 import trio
 
-from nbd import wire as nbd_wire
 from nbd.export import Export
 from terrace.exports import ExportRecord, PoolExports, find_export, record_of, records_of
 from terrace.fuse.device import Device
@@ -224,8 +223,7 @@ class PoolFile:
 
     async def _seek(self, unique: int, offset: int, data: bool) -> None:
         async def extents(at: int, length: int) -> list[tuple[int, int]]:
-            found = await self.export.extents(at, length, 1 << 10)
-            return [(span, flags & nbd_wire.STATE_HOLE) for span, flags in found]
+            return await self.export.extents(at, length, 1 << 10)
 
         try:
             found = await seek(extents, self.export.size_bytes, offset, data=data)

@@ -268,7 +268,6 @@ class DaemonFile:
 
     async def _seek_with(self, client: Client, offset: int, data: bool) -> int:
         async def extents(at: int, length: int) -> list[tuple[int, int]]:
-            found = (await client.block_status(at, length))[_ALLOCATION]
-            return [(span, flags & nbd_wire.STATE_HOLE) for span, flags in found]
+            return (await client.block_status(at, length))[_ALLOCATION]
 
         return await seek(extents, client.size_bytes, offset, data=data)

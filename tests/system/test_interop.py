@@ -174,6 +174,29 @@ def test_nbdinfo_maps_data_and_holes_block_by_block(volume: Uri, run: Run) -> No
     assert extents() == [(0, 16 * MIB, True)]
 
 
+def test_nbdinfo_maps_the_tier_of_each_range_and_what_snapshots_share(
+    daemon: Daemon, volume: Uri, run: Run, tmp_path: Path
+) -> None:
+    uri = volume(16 * MIB)
+
+    def tiers(uri: str) -> list[tuple[int, int, int]]:
+        rows = json.loads(run("nbdinfo", "--map=terrace:tier", "--json", uri))
+        assert sum(row["length"] for row in rows) == 16 * MIB
+        return [(row["offset"] // 4096, row["length"] // 4096, row["type"]) for row in rows]
+
+    (export,) = json.loads(run("nbdinfo", "--json", uri))["exports"]
+    assert export["contexts"] == ["base:allocation", "terrace:tier"]
+    assert tiers(uri) == [(0, 4096, 0)]
+    (tmp_path / "in").write_bytes(random.Random(1).randbytes(MIB))
+    run("qemu-io", "-f", "raw", "-c", f"write -s {tmp_path / 'in'} 4M 1M", uri)
+    assert tiers(uri) == [(0, 1024, 0), (1024, 256, 1), (1280, 2816, 0)]
+    daemon.api("POST", "/v1/pools/p/volumes/v0/snapshots", {"name": "s"})
+    run("qemu-io", "-f", "raw", "-c", f"write -s {tmp_path / 'in'} 4M 512k", uri)
+    assert tiers(uri) == [(0, 1024, 0), (1024, 128, 1), (1152, 128, 9), (1280, 2816, 0)]
+    assert tiers(uri.replace("p/v0", "p/v0@s")) == [(0, 1024, 0), (1024, 256, 1), (1280, 2816, 0)]
+    daemon.api("DELETE", "/v1/pools/p/volumes/v0/snapshots/s")
+
+
 def test_fio_verifies_its_random_writes(volume: Uri, run: Run) -> None:
     uri = volume(32 * MIB)
     common = ["fio", "--name=v", "--ioengine=nbd", f"--uri={uri}", "--size=32M", "--output-format=json"]

@@ -24,6 +24,7 @@ from tests.system.conftest import Run
 from tests.system.daemon import Daemon
 from tests.system.nbdkit import MIB, PLUGIN, Nbdkit, command, environment, inspect, make_pool, once
 from tiers import Pool
+from tiers.rotational import rotates
 
 pytestmark = pytest.mark.system
 
@@ -72,7 +73,7 @@ def shell(uri: str, *lines: str, connect: str = "") -> str:
 # -- what it offers ----------------------------------------------------------------------------------------------------
 
 
-def test_nbdinfo_shows_what_the_volume_is(served: Nbdkit, run: Run) -> None:
+def test_nbdinfo_shows_what_the_volume_is(served: Nbdkit, run: Run, tmp_path: Path) -> None:
     (export,) = json.loads(run("nbdinfo", "--json", served.uri("p/v")))["exports"]
     assert export["export-size"] == 32 * MIB
     assert export["description"] == "32 MiB volume"
@@ -80,7 +81,8 @@ def test_nbdinfo_shows_what_the_volume_is(served: Nbdkit, run: Run) -> None:
     can = {"can_flush", "can_fua", "can_multi_conn", "can_trim", "can_zero", "can_fast_zero", "can_cache", "can_df"}
     assert {name for name in can if not export[name]} == set()
     assert not export["is_read_only"]
-    assert not export["is_rotational"]
+    with (tmp_path / "beside").open("w") as file:
+        assert export["is_rotational"] is rotates(file.fileno())
     assert [export[f"block_size_{what}"] for what in ("minimum", "preferred", "maximum")] == [1, 4096, 32 * MIB]
 
 

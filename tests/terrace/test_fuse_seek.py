@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from nbd.wire import STATE_HOLE, STATE_ZERO
 from terrace.fuse.seek import seek
 
 BLOCK = 4096
@@ -24,7 +25,7 @@ def find(extents: list[tuple[int, bool]], offset: int, *, data: bool, most: int 
         found, start = [], 0
         for span, hole in extents:
             if start + span > at:
-                found.append((start + span - max(at, start), int(hole)))
+                found.append((start + span - max(at, start), STATE_HOLE | STATE_ZERO if hole else 0))
             start += span
         return found[:most]
 
@@ -35,6 +36,14 @@ def fails(extents: list[tuple[int, bool]], offset: int, *, data: bool) -> int | 
     with pytest.raises(OSError) as caught:
         find(extents, offset, data=data)
     return caught.value.errno
+
+
+def test_what_may_not_be_allocated_but_does_not_read_as_zeroes_is_data() -> None:
+    async def tell(at: int, length: int) -> list[tuple[int, int]]:
+        return [(BLOCK, STATE_HOLE)] if at == 0 else [(length, STATE_ZERO)]
+
+    assert trio.run(lambda: seek(tell, 2 * BLOCK, 0, data=True)) == 0
+    assert trio.run(lambda: seek(tell, 2 * BLOCK, 0, data=False)) == BLOCK
 
 
 HOLED = [(4096, False), (8192, True), (4096, True), (100, False), (50, True)]

@@ -9,8 +9,8 @@ import pytest
 
 from tests.tiers.helpers import block, fresh_pool, run
 from tiers import Volume
+from tiers.extents import EXTENT_HOLE, EXTENT_ZERO
 from tiers.layout import BLOCK_BYTES, MIB
-from tiers.reader import EXTENT_HOLE, EXTENT_ZERO
 
 HOLE = EXTENT_HOLE | EXTENT_ZERO
 ANY = 1 << 20
@@ -135,6 +135,42 @@ def test_many_scattered_blocks_are_described_without_looking_at_each_for_each(tm
             found = await everything(volume, 0, 6000 << 30, ANY)
             assert time.thread_time() - begun < 2
             assert len(found) == 12000
+
+    run(body)
+
+
+def test_requests_of_32_bits_over_blocks_that_no_page_tells_of_cost_by_what_is_there(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path, fast_mib=1024) as pool:
+            volume = await pool.create_volume("v", 10 << 40)
+            rng = random.Random(3)
+            for _ in range(100):
+                places = [rng.randrange(10 << 28) * BLOCK_BYTES for _ in range(100)]
+                assert volume.write_now([(place, b"x" * BLOCK_BYTES) for place in places])
+            begun = time.thread_time()
+            for offset in range(0, 10 << 40, 4 << 30):
+                await volume.extents(offset, (4 << 30) - 1, 1)
+            assert time.thread_time() - begun < 2, "sorting all of them for each request takes 4 s, this 0.06"
+
+    run(body)
+
+
+def test_a_trim_of_all_is_described_at_once_although_pages_still_tell_of_what_was(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path, fast_mib=256) as pool:
+            volume = await pool.create_volume("v", 10 << 40)
+            for start in range(0, 3000, 100):
+                assert volume.write_now([(number << 30, b"x" * BLOCK_BYTES) for number in range(start, start + 100)])
+            await pool.checkpoint()
+            volume.tree.forget()
+            assert volume.trim_now([(0, 10 << 40)])
+            await volume.write(7 << 30, block(1))
+            assert await volume.extents(0, 10 << 40, ANY) == [
+                (7 << 30, HOLE),
+                (BLOCK_BYTES, 0),
+                ((10 << 40) - (7 << 30) - BLOCK_BYTES, HOLE),
+            ]
+            assert len(volume.tree._young) < 200, "of 3,000 leaves"
 
     run(body)
 

@@ -25,6 +25,9 @@ def test_a_range_set_is_a_set_of_blocks(spans: list[tuple[int, int]], window: tu
     assert len(parts) == len(ranges)
     assert all(start < end for start, end in parts)
     assert all(before[1] < after[0] for before, after in itertools.pairwise(parts)), "disjoint, not adjacent"
+    assert [ranges.after(b) for b in range(SPACE)] == [
+        next(n for n in itertools.count() if b + n not in model) for b in range(SPACE)
+    ]
     inside = ranges.overlapping(*window)
     assert [b for lo, hi in inside for b in range(lo, hi)] == sorted(model & set(range(*window)))
 
@@ -35,10 +38,14 @@ STEPS = st.lists(st.tuples(LONG, st.sampled_from(["put", "run", "unmap"])), max_
 SMALL = st.booleans()
 
 
-def play(script: list[tuple[tuple[int, int], str]], *, small: bool) -> tuple[Overlay, dict[int, Entry]]:
+def play(
+    script: list[tuple[tuple[int, int], str]],
+    *,
+    small: bool,
+    onto: tuple[Overlay, dict[int, Entry]] | None = None,
+) -> tuple[Overlay, dict[int, Entry]]:
     """Apply the script to an overlay and to a dictionary, and compare what the overlay says that it dropped."""
-    overlay = Overlay(small=small)
-    model: dict[int, Entry] = {}
+    overlay, model = onto or (Overlay(small=small), {})
     for number, ((start, end), what) in enumerate(script, 1):
         if what == "put":
             end = min(end, start + 30)
@@ -95,6 +102,27 @@ def test_a_leaf_has_points_or_a_patch_and_the_weight_counts_both(
 def test_every_named_block_lies_in_a_named_leaf(script: list[tuple[tuple[int, int], str]], small: bool) -> None:
     overlay, model = play(script, small=small)
     assert {block >> LEAF_BITS for block, entry in model.items() if entry != HOLE} <= overlay.named_leaves()
+
+
+@given(STEPS, STEPS, SMALL, LONG)
+def test_the_next_named_leaf_is_the_first_of_all_whatever_was_asked_before(
+    script: list[tuple[tuple[int, int], str]],
+    more: list[tuple[tuple[int, int], str]],
+    small: bool,
+    window: tuple[int, int],
+) -> None:
+    overlay, model = play(script, small=small)
+    for then in ([], more):
+        overlay, model = play(then, small=small, onto=(overlay, model))
+        leaves = range((WIDE >> LEAF_BITS) + 2)
+        named = overlay.named_leaves()
+        assert [overlay.next_named(leaf) for leaf in leaves] == [
+            min((other for other in named if other >= leaf), default=None) for leaf in leaves
+        ]
+    start, end = window
+    addresses, checks = [1] * (end - start), [1] * (end - start)
+    overlay.patch(start, addresses, checks)  # which now goes by the order of points
+    assert list(zip(addresses, checks, strict=True)) == [model.get(block, (1, 1)) for block in range(start, end)]
 
 
 def test_unmapping_terabytes_is_one_range_whatever_it_covers() -> None:
