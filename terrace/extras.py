@@ -6,7 +6,11 @@ import sys
 from pathlib import Path
 from typing import Final
 
-REQUIREMENTS: Final = {"pyfuse3": "pyfuse3>=3.4,<4", "matplotlib": "matplotlib>=3.9,<4"}
+REQUIREMENTS: Final = {
+    "pyfuse3": "pyfuse3>=3.4,<4",
+    "matplotlib": "matplotlib>=3.9,<4",
+    "cryptography": "cryptography>=43,<51",
+}
 """As the extras in pyproject.toml have them (tests/terrace/test_extras.py compares)."""
 
 
