@@ -589,7 +589,8 @@ def run_replies(data: bytes) -> None:
 
 def _answers(flags: int, pieces: list[bytes]) -> list[object]:
     """What each request was answered, in the order of the answers, and whether the protocol was broken."""
-    replies = Replies(structured=bool(flags & 1), context_ids=(1, 2) if flags & 2 else (1,))
+    contexts = {1: wire.META_ALLOCATION, 2: CONTEXT} if flags & 2 else {1: wire.META_ALLOCATION}
+    replies = Replies(structured=bool(flags & 9), contexts=contexts, extended=bool(flags & 8))
     for cookie, command in enumerate(
         (wire.CMD_READ, wire.CMD_READ, wire.CMD_BLOCK_STATUS, wire.CMD_WRITE, wire.CMD_FLUSH)
     ):

@@ -23,7 +23,7 @@ from nbd import wire
 from nbd.client import Client, ClientLimits, _pieces, attach, connect, describe
 from nbd.handshake import NEED_DATA, Handshake, Send, WantExport
 from nbd.listen import open_tcp
-from nbd.negotiate import MAX_SIZE_BYTES, Terms, negotiate
+from nbd.negotiate import MAX_SIZE_BYTES, Terms, Upgrade, negotiate
 from nbd.server import serve
 from nbd.transmission import transmission_flags
 from nbd.uri import Address, parse_uri
@@ -615,6 +615,8 @@ def test_without_fua_durable_writes_are_flushed() -> None:
     async def handler(stream: trio.SocketStream) -> None:
         await stream.send_all(b"NBDMAGICIHAVEOPT\0\3")
         await receive(stream, 4 + 16)
+        await stream.send_all(option_reply(wire.OPT_EXTENDED_HEADERS, wire.REP_ERR_UNSUP))
+        await receive(stream, 16)
         await stream.send_all(option_reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ERR_UNSUP))
         await receive(stream, 16 + 8)
         await stream.send_all(option_reply(wire.OPT_GO, wire.REP_INFO, size) + option_reply(wire.OPT_GO, wire.REP_ACK))
@@ -673,8 +675,10 @@ def option_reply(option: int, kind: int, data: bytes = b"") -> bytes:
 
 
 GREETING = b"NBDMAGICIHAVEOPT\0\3"
-NO_STRUCTURED = option_reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ERR_UNSUP)
-STRUCTURED = option_reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ACK)
+NO_EXTENDED = option_reply(wire.OPT_EXTENDED_HEADERS, wire.REP_ERR_UNSUP)
+EXTENDED = option_reply(wire.OPT_EXTENDED_HEADERS, wire.REP_ACK)
+NO_STRUCTURED = NO_EXTENDED + option_reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ERR_UNSUP)
+STRUCTURED = NO_EXTENDED + option_reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ACK)
 ACK = option_reply(wire.OPT_GO, wire.REP_ACK)
 EXPORT = option_reply(wire.OPT_GO, wire.REP_INFO, struct.pack(">HQH", 0, 1 << 30, wire.HAS_FLAGS))
 
@@ -691,15 +695,21 @@ def context(number: int, name: str) -> bytes:
 CONTEXT_ACK = option_reply(wire.OPT_SET_META_CONTEXT, wire.REP_ACK)
 
 
-def talk(server: bytes, contexts: Sequence[str] = ("a:b",)) -> tuple[Terms, bytes]:
-    """Negotiate with what a server says; returns the terms and what was said to it. EOFError if it wants more."""
-    steps = negotiate("mem", contexts)
+def talk(server: bytes, contexts: Sequence[str] = ("a:b",), *, tls: bool = False) -> tuple[Terms, bytes]:
+    """Negotiate with what a server says; returns the terms and what was said to it, with UPGRADE where TLS begins.
+
+    EOFError if it wants more.
+    """
+    steps = negotiate("mem", contexts, tls=tls)
     said = b""
     step = next(steps)
     while True:
         try:
             if isinstance(step, bytes):
                 said += step
+                step = steps.send(b"")
+            elif isinstance(step, Upgrade):
+                said += b"UPGRADE"
                 step = steps.send(b"")
             else:
                 assert 0 < step <= 65536
@@ -763,11 +773,14 @@ def test_a_refusal_of_go_says_why(refusal: int, number: int) -> None:
 @pytest.mark.parametrize(
     "server",
     [
-        struct.pack(">QIII", 1, wire.OPT_STRUCTURED_REPLY, 1, 0),
+        struct.pack(">QIII", 1, wire.OPT_EXTENDED_HEADERS, 1, 0),
         option_reply(wire.OPT_GO, wire.REP_ACK),
-        struct.pack(">QIII", wire.REP_MAGIC, wire.OPT_STRUCTURED_REPLY, 1, 1 << 31),
-        option_reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ACK, b"x"),
-        option_reply(wire.OPT_STRUCTURED_REPLY, wire.REP_INFO),
+        struct.pack(">QIII", wire.REP_MAGIC, wire.OPT_EXTENDED_HEADERS, 1, 1 << 31),
+        option_reply(wire.OPT_EXTENDED_HEADERS, wire.REP_ACK, b"x"),
+        NO_EXTENDED + option_reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ACK, b"x"),
+        NO_EXTENDED + option_reply(wire.OPT_STRUCTURED_REPLY, wire.REP_INFO),
+        EXTENDED + option_reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ACK),
+        EXTENDED + context(1, "a:b") + CONTEXT_ACK + option_reply(wire.OPT_GO, wire.REP_ERR_UNSUP),
         STRUCTURED + context(1, "a:other"),
         STRUCTURED + context(1, "a:b") + context(1, "a:b"),
         STRUCTURED + option_reply(wire.OPT_SET_META_CONTEXT, wire.REP_META_CONTEXT, b"\0\0\0"),

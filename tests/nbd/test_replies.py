@@ -55,8 +55,12 @@ def write() -> Pending:
     return Pending(7, wire.CMD_WRITE, 1000, 100)
 
 
-def machine(*requests: Pending, structured: bool = True, context_ids: Sequence[int] = (1,)) -> Replies:
-    replies = Replies(structured=structured, context_ids=context_ids)
+def machine(
+    *requests: Pending, structured: bool = True, context_ids: Sequence[int] = (1,), extended: bool = False
+) -> Replies:
+    """The contexts are named ``x:ID``, but for 1, which is base:allocation. Blocks have 2 bytes."""
+    names = {number: wire.META_ALLOCATION if number == 1 else f"x:{number}" for number in context_ids}
+    replies = Replies(structured=structured, contexts=names, extended=extended, minimum_block_size=2)
     for request in requests:
         replies.expect(request)
     return replies
@@ -205,7 +209,6 @@ HOSTILE = {
     "a second reply": (read(), data_chunk(1000, b"x" * 100) * 2),
     "a simple reply to READ": (read(), simple(data=b"x" * 100)),
     "a simple reply amid chunks": (write(), chunk(wire.REPLY_TYPE_ERROR, struct.pack(">IH", 5, 0), flags=0) + simple()),
-    "unknown flags": (read(), data_chunk(1000, b"x" * 100, flags=3)),
     "an unknown type": (read(), chunk(77)),
     "an empty chunk that doesn't end": (read(), chunk(wire.REPLY_TYPE_NONE, flags=0)),
     "an empty chunk that isn't empty": (write(), chunk(wire.REPLY_TYPE_NONE, b"x")),
