@@ -534,6 +534,7 @@ class Client:
                 if count > direct:
                     self._finish_all(replies.feed(inbox[: count - direct]))
                 if count >= MUCH_BYTES:
+                    sink = _NOTHING  # it would hold on to a buffer that is the caller's now
                     await trio.lowlevel.checkpoint()
         except OSError as error:
             self._fail(error)

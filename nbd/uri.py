@@ -50,7 +50,7 @@ class Target:
 
 
 def parse_uri(uri: str) -> tuple[Address, str]:
-    """For who doesn't speak TLS: the address and the export's name. EPROTONOSUPPORT for TLS; else as ``parse_target``."""
+    """The address and the export's name, for who speaks no TLS: EPROTONOSUPPORT; else as ``parse_target``."""
     target = parse_target(uri)
     if target.tls is not None:
         raise OSError(

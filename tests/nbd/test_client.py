@@ -5,13 +5,11 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-import socket
 import struct
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 import trio
@@ -21,13 +19,22 @@ from hypothesis import strategies as st
 
 from nbd import wire
 from nbd.client import Client, ClientLimits, _pieces, attach, connect, describe
-from nbd.handshake import NEED_DATA, Handshake, Send, WantExport
 from nbd.listen import open_tcp
 from nbd.negotiate import MAX_SIZE_BYTES, Terms, Upgrade, negotiate
 from nbd.server import serve
 from nbd.transmission import transmission_flags
 from nbd.uri import Address, parse_uri
 from tests.nbd.client import Served, run, serving
+from tests.nbd.fake import (
+    USUAL_FLAGS,
+    Asked,
+    Manners,
+    answering,
+    hostile,
+    option_reply,
+    replying,
+    shake_hands,
+)
 from tests.nbd.memory import ContextExport, MemoryExport, MemoryExports
 
 SIZE = 1 << 20
@@ -432,58 +439,6 @@ def test_an_export_that_is_not_there_is_enoent() -> None:
 
 # --- against hostile servers ---
 
-Handler = Callable[[trio.SocketStream], Awaitable[None]]
-
-
-@asynccontextmanager
-async def hostile(handler: Handler) -> AsyncIterator[Path]:
-    """A server that does what the handler does with each connection, on a Unix socket."""
-
-    async def guarded(stream: trio.SocketStream) -> None:
-        try:
-            async with stream:
-                await handler(stream)
-        except trio.BrokenResourceError:
-            pass
-
-    with TemporaryDirectory(prefix="nbd-test-") as name:
-        path = Path(name) / "sock"
-        with trio.socket.socket(socket.AF_UNIX) as sock:
-            await sock.bind(str(path))
-            sock.listen(5)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(trio.serve_listeners, guarded, [trio.SocketListener(sock)])
-                yield path
-                nursery.cancel_scope.cancel()
-
-
-async def shake_hands(stream: trio.SocketStream, export: MemoryExport) -> None:
-    machine = Handshake()
-    while not machine.begun:
-        event = machine.next_event()
-        if event is NEED_DATA:
-            data = await stream.receive_some(65536)
-            if not data:
-                raise trio.BrokenResourceError
-            machine.feed(data)
-        elif isinstance(event, Send):
-            await stream.send_all(event.data)
-        elif isinstance(event, WantExport):
-            await stream.send_all(machine.described(export))
-
-
-def answering(*answers: bytes, export: MemoryExport | None = None) -> Handler:
-    """A sound handshake, then an answer for each time that something arrives, then the end."""
-
-    async def handler(stream: trio.SocketStream) -> None:
-        await shake_hands(stream, export or MemoryExport())
-        for answer in answers:
-            if not await stream.receive_some(1 << 20):
-                return
-            await stream.send_all(answer)
-
-    return handler
-
 
 def read_reply(cookie: int, offset: int, data: bytes) -> bytes:
     return (
@@ -535,7 +490,7 @@ def test_a_broken_reply_fails_all_that_is_in_flight() -> None:
 
 def test_a_reply_before_its_request_is_refused() -> None:
     async def handler(stream: trio.SocketStream) -> None:
-        await shake_hands(stream, MemoryExport())
+        await shake_hands(stream, Manners())
         await stream.send_all(read_reply(1, 0, b"x" * 512))
         await stream.receive_some(1)
 
@@ -606,51 +561,26 @@ def test_who_is_no_server_of_this_protocol_is_told_so(greeting: bytes, number: i
     run(test)
 
 
-def test_without_fua_durable_writes_are_flushed() -> None:
-    export = MemoryExport()
-    flags = transmission_flags(export, structured=False) & ~wire.SEND_FUA
-    size = struct.pack(">HQH", wire.INFO_EXPORT, export.size_bytes, flags)
-    seen: list[int] = []
+def simple_done(asked: Asked) -> bytes:
+    return struct.pack(">IIQ", wire.SIMPLE_REPLY_MAGIC, 0, asked.cookie)
 
-    async def handler(stream: trio.SocketStream) -> None:
-        await stream.send_all(b"NBDMAGICIHAVEOPT\0\3")
-        await receive(stream, 4 + 16)
-        await stream.send_all(option_reply(wire.OPT_EXTENDED_HEADERS, wire.REP_ERR_UNSUP))
-        await receive(stream, 16)
-        await stream.send_all(option_reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ERR_UNSUP))
-        await receive(stream, 16 + 8)
-        await stream.send_all(option_reply(wire.OPT_GO, wire.REP_INFO, size) + option_reply(wire.OPT_GO, wire.REP_ACK))
-        while True:
-            _, flags, command, cookie, _, length = struct.unpack(">IHHQQI", await receive(stream, 28))
-            assert not flags
-            seen.append(command)
-            if command == wire.CMD_DISC:
-                return
-            if command == wire.CMD_WRITE:
-                await receive(stream, length)
-            await stream.send_all(struct.pack(">IIQ", wire.SIMPLE_REPLY_MAGIC, 0, cookie))
+
+def test_without_fua_durable_writes_are_flushed() -> None:
+    seen: list[Asked] = []
+    manners = Manners(structured=False, flags=USUAL_FLAGS & ~wire.SEND_FUA)
 
     async def test() -> None:
-        async with hostile(handler) as path:
+        async with hostile(replying(manners, simple_done, seen)) as path:
             async with connect(path) as client:
                 assert not client.can_fua and not client.terms.structured
                 await client.write(0, b"data", fua=True)
                 await client.write(0, b"data")
             while len(seen) < 4:
                 await trio.sleep(0.001)
-            assert seen == [wire.CMD_WRITE, wire.CMD_FLUSH, wire.CMD_WRITE, wire.CMD_DISC]
+            assert [asked.command for asked in seen] == [wire.CMD_WRITE, wire.CMD_FLUSH, wire.CMD_WRITE, wire.CMD_DISC]
+            assert not any(asked.flags for asked in seen)
 
     run(test)
-
-
-async def receive(stream: trio.SocketStream, length: int) -> bytes:
-    data = b""
-    while len(data) < length:
-        part = await stream.receive_some(length - len(data))
-        if not part:
-            raise trio.BrokenResourceError
-        data += part
-    return data
 
 
 def test_gigabytes_that_a_server_announces_take_no_memory() -> None:
@@ -668,10 +598,6 @@ def test_gigabytes_that_a_server_announces_take_no_memory() -> None:
 
 
 # --- the handshake, without IO ---
-
-
-def option_reply(option: int, kind: int, data: bytes = b"") -> bytes:
-    return struct.pack(">QIII", wire.REP_MAGIC, option, kind, len(data)) + data
 
 
 GREETING = b"NBDMAGICIHAVEOPT\0\3"
