@@ -271,7 +271,7 @@ def test_replies_with_extended_headers_byte_by_byte() -> None:
         6e8a278c 0001 0000 0000000000000004 0000000000000000 0000000000000000"""
     answered = take(machine(*requests, extended=True), bytes.fromhex(raw))
     assert [request.cookie for request in answered] == [2, 1, 3, 4]
-    assert requests[0].into == b"\0\0\0\0data"
+    assert bytes(requests[0].into) == b"\0\0\0\0data"
     assert requests[1].extents == {1: [(0x10000, 3), ((1 << 40) - 0x10000, 0)]}
     assert (requests[2].error, requests[2].message) == (errno.ENOTSUP, "nope")
     assert not requests[3].error
