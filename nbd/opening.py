@@ -126,6 +126,7 @@ async def _shake_hands(
 ) -> tuple[Transport, Terms]:
     transport: Transport = PlainTransport(sock)
     answer: bytes | None = None
+    unproven = False  # whether the server likes our certificate it tells behind the handshake of TLS 1.3
     while True:
         try:
             step = next(steps) if answer is None else steps.send(answer)
@@ -137,17 +138,28 @@ async def _shake_hands(
             assert context is not None
             over = TlsSocket(sock, context, server_side=False, server_hostname=host)
             await over.handshake()
-            transport = TlsTransport(over)
-        elif isinstance(step, int):
-            answer = await _receive_exactly(transport, step)
-        else:
-            try:
-                await transport.send([memoryview(step)])
-            except (BrokenPipeError, ConnectionResetError):
-                # Of a certificate that the server doesn't like it tells behind the handshake, and leaves: what it
-                # said is still to be read.
-                await _receive_exactly(transport, 1)
+            transport, unproven = TlsTransport(over), True
+            continue
+        try:
+            if isinstance(step, int):
+                answer = await _receive_exactly(transport, step)
+                unproven = False
+            else:
+                await _send_all(transport, step)
+        except (ConnectionResetError, BrokenPipeError) as error:
+            if not unproven:
                 raise
+            raise OSError(
+                error.errno, "the server left right behind the TLS handshake: does it accept the client's certificate?"
+            ) from None
+
+
+async def _send_all(transport: Transport, data: bytes) -> None:
+    try:
+        await transport.send([memoryview(data)])
+    except (ConnectionResetError, BrokenPipeError):
+        await _receive_exactly(transport, 1)  # it may have said why, which raises
+        raise
 
 
 async def _receive_exactly(transport: Transport, length: int) -> bytes:
