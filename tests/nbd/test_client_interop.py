@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -276,6 +277,19 @@ def test_a_server_without_tls_is_not_spoken_to_in_plain_text(kind: str, tmp_path
             assert caught.value.errno in (errno.EPROTONOSUPPORT, errno.EACCES)
 
     run(main, timeout_s=60)
+
+
+def test_a_host_that_is_gone_is_noticed_by_who_waits_and_by_who_does_not() -> None:
+    """In network namespaces: the server's address vanishes, and nothing says so."""
+    root = [] if os.geteuid() == 0 else ["--map-root-user"]
+    command = ["unshare", *root, "--net", sys.executable, "-m", "tests.nbd.halfopen", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    told = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert told.pop("read") == "ETIMEDOUT"
+    for name in ("idle", "busy"):
+        number, seconds = told[name].split()
+        assert number == "ETIMEDOUT" and 0.5 < float(seconds) < 4, told
 
 
 # --- what each has of its own ---
