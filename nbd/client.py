@@ -10,57 +10,63 @@ Threads of control
     event that the receiver sets. Any number of tasks may call at once.
 
 Bounds
-    ``ClientLimits``: requests in flight, and their bytes. Beyond them callers wait, in their order.
-    What a call needs beyond the payload that one request may have, the client splits, so a call
-    isn't atomic. The pieces are in flight together.
+    ``ClientLimits``: requests in flight, and their bytes. Beyond them callers wait, in their order,
+    and hold no buffer of ours. So a server that never answers costs no more than that, whatever is
+    asked and given up. What a call needs beyond the payload that one request may have, the client
+    splits, so a call isn't atomic. The pieces are in flight together.
 
 Cancellation
     A cancelled call leaves the connection as it is. A request that wasn't sent never is; one that
-    was is left to the server, and its late reply is taken in and dropped. So a write that was
-    cancelled may happen or not, in part, and until its last byte is sent it reads the caller's
-    buffer: don't change that buffer as long as the connection lives.
+    was is left to the server, keeps its room until it is answered, and its late reply is taken in and
+    dropped. So a write that was cancelled may happen or not, in part, and until its last byte is sent
+    it reads the caller's buffer: don't change that buffer as long as the connection lives.
 
 Failure
     Every error is an ``OSError`` with a sentence and a true errno: that of the server's error value,
     EPROTO where the server breaks the protocol, ETIMEDOUT where the handshake takes too long,
     ECONNRESET where the server closes the connection, or what the kernel says. When the
-    connection has failed, whoever waits and whoever asks later gets that error. There is no time
-    limit for requests: a caller sets its own (``trio.fail_after``).
+    connection has failed, whoever waits and whoever asks later gets that error; ``failed`` waits for
+    it. There is no time limit for requests: a caller sets its own (``trio.fail_after``). A host that is
+    gone is noticed after ``ClientLimits.dead_after_s``.
 
-``nbd.replies`` and ``nbd.negotiate`` are the parts without IO.
+``nbd.opening`` makes the connection, ``nbd.transport`` has its bytes; ``nbd.replies`` and
+``nbd.negotiate`` are the parts without IO.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import socket
+import ssl
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 import trio
 
 from nbd import wire
-from nbd.negotiate import Steps, Terms, inquire, negotiate
+from nbd.negotiate import Terms, negotiate
+from nbd.opening import ClientLimits, attach, begin, describe, peer_name
 from nbd.replies import KEPT_EXTENTS, Pending, Replies
-from nbd.uri import Address, parse_uri
+from nbd.transport import Transport
+from nbd.uri import Address, TlsOptions, parse_target, parse_uri
 
-__all__ = ["Address", "Client", "ClientLimits", "attach", "connect", "describe", "parse_uri"]
+__all__ = ["Address", "Client", "ClientLimits", "TlsOptions", "attach", "connect", "describe", "parse_uri"]
 
 INBOX_BYTES: Final = 256 << 10
-SEND_BUFFER_BYTES: Final = 1 << 20
-"""Of a Unix socket that ``attach`` returns: a WRITE of 1 MiB should leave in one call."""
+MUCH_BYTES: Final = 64 << 10
+"""After so many the others have their turn before more is received. It isn't slower: meanwhile more comes."""
 BATCH_BYTES: Final = 1 << 20
 """So much leaves with one call to the kernel."""
 BATCH_BUFFERS: Final = 128
 LONG_PIECE_BYTES: Final = 1 << 30
-"""Of TRIM and WRITE_ZEROES, which have no payload. Servers exist that take 31 bits."""
+"""Of TRIM and WRITE_ZEROES, which have no payload, without extended headers. Servers exist that take 31 bits."""
 MAX_STATUS_BYTES: Final = 0xFFFFFFFF
+
+_NOTHING: Final = memoryview(b"")
 
 _COMMANDS: Final = {
     wire.CMD_READ: "READ",
@@ -73,15 +79,6 @@ _COMMANDS: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class ClientLimits:
-    """What one connection may have under way."""
-
-    handshake_timeout_s: float = 10.0  # from the name look-up to the first request
-    inflight_requests: int = 128
-    inflight_bytes: int = 64 << 20  # payload; one request alone may be longer
-
-
 @asynccontextmanager
 async def connect(
     address: str | Address,
@@ -89,25 +86,29 @@ async def connect(
     *,
     contexts: Sequence[str] = (),
     limits: ClientLimits | None = None,
+    tls: TlsOptions | ssl.SSLContext | None = None,
 ) -> AsyncIterator[Client]:
     """Attach to an export for the length of the ``async with``.
 
     ``address`` is an NBD URI, a pair of host and port, or the path of a Unix socket. ``export`` goes
     before the URI's; the empty name is the server's default. ``contexts`` are asked for; see
-    ``Client.contexts`` for those that the server has.
+    ``Client.contexts`` for those that the server has. ``tls`` goes before the URI's (nbds://, see ``nbd.uri``);
+    where there is one the server must speak it: EPROTONOSUPPORT, EACCES if it doesn't want to, and EKEYREJECTED or
+    EKEYEXPIRED for its certificate.
 
     Leaving says DISC to the server. Calls that other tasks have under way then fail with ESHUTDOWN.
     """
     limits = limits or ClientLimits()
     if isinstance(address, str):
-        address, named = parse_uri(address)
-        export = named if export is None else export
+        target = parse_target(address)
+        address, tls = target.address, tls or target.tls
+        export = target.export if export is None else export
     export = export or ""
-    peer = _peer(address, export)
-    sock, terms = await _begin(address, export, partial(negotiate, export, contexts), limits.handshake_timeout_s)
+    steps = partial(negotiate, export, contexts, tls=tls is not None)
+    transport, terms = await begin(address, export, steps, limits, tls)
     failure: Exception | None = None
     try:
-        client = Client(sock, terms, peer, limits)
+        client = Client(transport, terms, peer_name(address, export), limits)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(client._receive)
             nursery.start_soon(client._send)
@@ -119,16 +120,9 @@ async def connect(
                 client._leave()
                 nursery.cancel_scope.cancel()
     finally:
-        sock.close()
+        transport.close()
     if failure is not None:
         raise failure
-
-
-async def describe(address: Address, export: str, *, timeout_s: float = 10.0) -> Terms:
-    """Size and flags of ``export`` now, without opening it. Raises as ``connect``."""
-    sock, terms = await _begin(address, export, partial(inquire, export), timeout_s)
-    sock.close()
-    return terms
 
 
 class Client:
@@ -139,18 +133,25 @@ class Client:
     to a read-only export EROFS.
     """
 
-    def __init__(self, sock: trio.socket.SocketType, terms: Terms, peer: str, limits: ClientLimits) -> None:
+    def __init__(self, transport: Transport, terms: Terms, peer: str, limits: ClientLimits) -> None:
         self.terms = terms
         self.peer = peer
-        self._sock = sock
+        self._transport = transport
         self._room = _Room(limits)
-        self._replies = Replies(structured=terms.structured, context_ids=terms.contexts)
+        self._replies = Replies(
+            structured=terms.structured,
+            contexts=terms.contexts,
+            extended=terms.extended,
+            minimum_block_size=terms.minimum_block_size,
+        )
         self._requests: dict[int, _Request] = {}  # by cookie, until the reply is complete
         self._outbox: deque[_Request] = deque()
         self._wake_sender = trio.Event()
         self._sending = False
         self._cookie = 0
+        self._takes_any_length = terms.extended  # until a request without payload was too long for it
         self._failure: OSError | None = None
+        self._over = trio.Event()
 
     # --- what was agreed on ---
 
@@ -220,6 +221,22 @@ class Client:
         """A flush on one connection covers the answered writes of all connections."""
         return self._has(wire.CAN_MULTI_CONN)
 
+    @property
+    def can_filter_contexts(self) -> bool:
+        """``block_status`` of some of the contexts costs the server no more than these."""
+        return self.terms.extended and self._has(wire.BLOCK_STATUS_PAYLOAD)
+
+    @property
+    def failure(self) -> OSError | None:
+        """Why the connection has ended; None as long as it lives."""
+        return self._failure
+
+    async def failed(self) -> OSError:
+        """Wait until the connection has ended, and return why; ESHUTDOWN if it was left."""
+        await self._over.wait()
+        assert self._failure is not None
+        return self._failure
+
     def _has(self, flag: int) -> bool:
         return bool(self.terms.flags & flag)
 
@@ -228,15 +245,15 @@ class Client:
     async def read(self, offset: int, length: int) -> bytearray:
         """The bytes of the range."""
         self._check(wire.CMD_READ, offset, length)
-        data = bytearray(length)
-        await self._run(wire.CMD_READ, _pieces(offset, length, self.terms), into=memoryview(data))
-        return data
+        data = _Buffer(length)
+        await self._run(wire.CMD_READ, self._pieces(offset, length), into=data)
+        return data.bytes
 
     async def write(self, offset: int, data: bytes | bytearray | memoryview, *, fua: bool = False) -> None:
         """Write; with ``fua`` it is durable when this returns. ``data`` must stay unchanged until then."""
         payload = memoryview(data).cast("B")
         self._check(wire.CMD_WRITE, offset, len(payload))
-        await self._run_durably(wire.CMD_WRITE, _pieces(offset, len(payload), self.terms), fua, payload=payload)
+        await self._run_durably(wire.CMD_WRITE, self._pieces(offset, len(payload)), fua, payload=payload)
 
     async def flush(self) -> None:
         """Make durable every write, trim and zeroing that had returned before the call."""
@@ -247,7 +264,7 @@ class Client:
         """Tell that the range isn't needed; what is read there afterwards is anything."""
         self._check(wire.CMD_TRIM, offset, length)
         self._need(wire.CMD_TRIM, self.can_trim)
-        await self._run_durably(wire.CMD_TRIM, _pieces(offset, length, self.terms, LONG_PIECE_BYTES), fua)
+        await self._run_long(wire.CMD_TRIM, offset, length, fua=fua)
 
     async def write_zeroes(
         self, offset: int, length: int, *, no_hole: bool = False, fast: bool = False, fua: bool = False
@@ -260,43 +277,49 @@ class Client:
         self._check(wire.CMD_WRITE_ZEROES, offset, length)
         self._need(wire.CMD_WRITE_ZEROES, self.can_write_zeroes and (self.can_fast_zero or not fast))
         flags = (wire.CMD_FLAG_NO_HOLE if no_hole else 0) | (wire.CMD_FLAG_FAST_ZERO if fast else 0)
-        pieces = _pieces(offset, length, self.terms, LONG_PIECE_BYTES)
-        await self._run_durably(wire.CMD_WRITE_ZEROES, pieces, fua, flags=flags)
+        await self._run_long(wire.CMD_WRITE_ZEROES, offset, length, fua=fua, flags=flags)
 
     async def cache(self, offset: int, length: int) -> None:
         """Hint that the range will be read soon."""
         self._check(wire.CMD_CACHE, offset, length)
         self._need(wire.CMD_CACHE, self.can_cache)
-        await self._run(wire.CMD_CACHE, _pieces(offset, length, self.terms))
+        await self._run_long(wire.CMD_CACHE, offset, length)
 
-    async def block_status(self, offset: int, length: int) -> dict[str, list[tuple[int, int]]]:
-        """For each of ``contexts``: ``(length, flags)`` of consecutive extents from ``offset`` on.
+    async def block_status(
+        self, offset: int, length: int, contexts: Sequence[str] | None = None
+    ) -> dict[str, list[tuple[int, int]]]:
+        """For each of ``contexts`` (all, if None): ``(length, flags)`` of consecutive extents from ``offset`` on.
 
         The answer to one request. At least one extent, none past the range, but they may end
-        before it, and for each context elsewhere: ask again from there, or see ``extents``.
+        before it, and for each context elsewhere: ask again from there, or see ``extents``. Flags have 64 bits
+        with extended headers, else 32. A context that the server doesn't have is ENOTSUP.
         """
-        self._need(wire.CMD_BLOCK_STATUS, bool(self.terms.contexts))
+        names = self.contexts if contexts is None else tuple(dict.fromkeys(contexts))
+        self._need(wire.CMD_BLOCK_STATUS, bool(names) and set(names) <= set(self.contexts))
         self._check(wire.CMD_BLOCK_STATUS, offset, length)
         if not length:
             raise self._error(errno.EINVAL, "BLOCK_STATUS of an empty range")
-        longest = MAX_STATUS_BYTES // self.minimum_block_size * self.minimum_block_size
-        (request,) = await self._run(wire.CMD_BLOCK_STATUS, [(offset, min(length, longest))])
-        return {name: request.pending.extents[number] for number, name in self.terms.contexts.items()}
+        if not self.terms.extended:
+            length = min(length, MAX_STATUS_BYTES // self.minimum_block_size * self.minimum_block_size)
+        wanted = {number: name for number, name in self.terms.contexts.items() if name in names}
+        asked = frozenset(wanted) if self.can_filter_contexts and len(wanted) < len(self.terms.contexts) else None
+        (request,) = await self._run(wire.CMD_BLOCK_STATUS, [(offset, length)], context_ids=asked)
+        return {name: request.pending.extents[number] for number, name in wanted.items()}
 
     async def extents(
         self, context: str, offset: int = 0, length: int | None = None
     ) -> AsyncIterator[tuple[int, int, int]]:
         """``(offset, length, flags)`` over the whole range (to the end, if None), equal neighbours merged.
 
-        Every context is asked for, so connect with this one alone for a long walk. A context that
-        the server doesn't have is ENOTSUP.
+        Where the server can't be asked for one context (``can_filter_contexts``), it looks up all of them, so connect
+        with this one alone for a long walk. A context that the server doesn't have is ENOTSUP.
         """
         self._need(wire.CMD_BLOCK_STATUS, context in self.contexts)
         at = offset
         end = self.size_bytes if length is None else offset + length
         start, kind = at, -1
         while at < end:
-            for span, flags in (await self.block_status(at, end - at))[context]:
+            for span, flags in (await self.block_status(at, end - at, [context]))[context]:
                 if flags != kind:
                     if start < at:
                         yield start, at - start, kind
@@ -325,6 +348,27 @@ class Client:
     def _error(self, number: int, text: str) -> OSError:
         return OSError(number, f"{self.peer}: {text}")
 
+    def _pieces(self, offset: int, length: int, longest: int = 0) -> Iterator[tuple[int, int]]:
+        return _pieces(offset, length, self.terms, longest)
+
+    async def _run_long(self, command: int, offset: int, length: int, *, fua: bool = False, flags: int = 0) -> None:
+        """A request without payload: in one piece with extended headers, unless it is too much for the server.
+
+        EOVERFLOW is how a server says so ("Size constraints" in the protocol text); it has done nothing then, and
+        what it did in part may be done again.
+        """
+        if self._takes_any_length and length > self.terms.maximum_payload:
+            try:
+                await self._run_durably(command, [(offset, length)], fua, flags=flags)
+                return
+            except OSError as error:
+                if error.errno != errno.EOVERFLOW:
+                    raise
+            self._takes_any_length = False
+        shorter = self.terms.extended or command == wire.CMD_CACHE
+        longest = self.terms.maximum_payload if shorter else LONG_PIECE_BYTES
+        await self._run_durably(command, self._pieces(offset, length, longest), fua, flags=flags)
+
     async def _run_durably(
         self,
         command: int,
@@ -348,7 +392,8 @@ class Client:
         flags: int = 0,
         *,
         payload: memoryview | None = None,
-        into: memoryview | None = None,
+        into: _Buffer | None = None,
+        context_ids: frozenset[int] | None = None,
     ) -> list[_Request]:
         """Send a request for each piece and wait until all are answered; raises the first error.
 
@@ -366,9 +411,17 @@ class Client:
                     failed = failed or (last[0] if last[0].pending.error else None)
                 if failed:
                     break
-                data = payload[at : at + length] if payload is not None else memoryview(b"")
-                place = into[at : at + length] if into is not None else memoryview(b"")
-                waiting.append(await self._start(command, flags, offset, length, data, place))
+                weight = self._weight(command, length)
+                await self._room.take(weight)
+                # No checkpoint from here on: the room is given back by who finishes the request, or here.
+                if self._failure is not None:
+                    self._room.give(weight)
+                    raise OSError(self._failure.errno, self._failure.strerror)
+                pending = Pending(self._cookie + 1, command, offset, length, context_ids=context_ids)
+                if into is not None:
+                    pending.into = into.view()[at : at + length]
+                data = payload[at : at + length] if payload is not None else _NOTHING
+                waiting.append(self._start(pending, flags, data, weight))
                 at += length
             while waiting:
                 await waiting[0].answered.wait()
@@ -376,7 +429,7 @@ class Client:
                 failed = failed or (last[0] if last[0].pending.error else None)
         finally:
             for request in waiting:
-                request.abandoned = True
+                self._abandon(request)
         if failed:
             raise self._failed(failed)
         if not last:
@@ -393,25 +446,41 @@ class Client:
             what += f" of {pending.length} bytes at {pending.offset}"
         return self._error(pending.error, f"{what}: {said}")
 
-    async def _start(
-        self, command: int, flags: int, offset: int, length: int, payload: memoryview, into: memoryview
-    ) -> _Request:
-        weight = len(payload) + len(into)
+    def _weight(self, command: int, length: int) -> int:
+        """What a request takes of the bytes in flight."""
         if command == wire.CMD_BLOCK_STATUS:
-            weight = KEPT_EXTENTS * wire.DESCRIPTOR.size * len(self.terms.contexts)
-        await self._room.take(weight)
-        # No checkpoint from here on: the room is given back by the receiver, or here.
-        if self._failure is not None:
-            self._room.give(weight)
-            raise OSError(self._failure.errno, self._failure.strerror)
+            size = wire.EXTENDED_DESCRIPTOR.size if self.terms.extended else wire.DESCRIPTOR.size
+            return KEPT_EXTENTS * size * len(self.terms.contexts)
+        return length if command in (wire.CMD_READ, wire.CMD_WRITE) else 0
+
+    def _start(self, pending: Pending, flags: int, payload: memoryview, weight: int) -> _Request:
         self._cookie += 1
-        head = wire.REQUEST_MAGIC << 32 | flags << 16 | command
-        header = wire.REQUEST.pack(head, self._cookie, offset, length)
-        request = _Request(Pending(self._cookie, command, offset, length, into), header, payload, weight)
+        assert pending.cookie == self._cookie
+        length = pending.length
+        if pending.context_ids is not None:
+            ids = b"".join(wire.U32.pack(number) for number in sorted(pending.context_ids))
+            payload = memoryview(wire.STATUS_FILTER.pack(length) + ids)
+            length = len(payload)
+        header = self._header(pending.command, flags, pending.offset, length, len(payload))
+        request = _Request(pending, header, payload, weight)
         self._requests[self._cookie] = request
         self._outbox.append(request)
         self._wake_sender.set()
         return request
+
+    def _header(self, command: int, flags: int, offset: int, length: int, payload_bytes: int = 0) -> bytes:
+        """Of the request with the last cookie."""
+        if self.terms.extended:
+            flags |= wire.CMD_FLAG_PAYLOAD_LEN if payload_bytes else 0
+            head = wire.EXTENDED_REQUEST_MAGIC << 32 | flags << 16 | command
+            return wire.EXTENDED_REQUEST.pack(head, self._cookie, offset, length)
+        return wire.REQUEST.pack(wire.REQUEST_MAGIC << 32 | flags << 16 | command, self._cookie, offset, length)
+
+    def _abandon(self, request: _Request) -> None:
+        """Nobody waits any more: what wasn't sent won't be, and its room is free at once."""
+        if not request.taken and not request.answered.is_set():
+            self._outbox.remove(request)
+            self._finish(request)
 
     # --- the two tasks ---
 
@@ -424,9 +493,11 @@ class Client:
                 batch = self._take_batch()
                 # Between requests nothing is owed to the framing; `_leave` looks at this.
                 self._sending = True
-                await _send_all(self._sock, batch)
+                await self._transport.send(batch)
                 self._sending = False
                 batch.clear()  # the buffers are the callers'
+                if self._outbox:
+                    await trio.lowlevel.checkpoint()  # the kernel may take all that there is, for long
         except OSError as error:
             if error.errno in (errno.EPIPE, errno.ECONNRESET):
                 # The server has closed, but may have said why: the receiver reads what is left, and then fails.
@@ -439,30 +510,32 @@ class Client:
         total = 0
         while self._outbox and len(batch) < BATCH_BUFFERS - 1 and total < BATCH_BYTES:
             request = self._outbox.popleft()
-            if request.abandoned:
-                self._finish(request)
-                continue
+            request.taken = True
             self._replies.expect(request.pending)
             batch.append(memoryview(request.header))
             if request.payload:
                 batch.append(request.payload)
             total += len(request.header) + len(request.payload)
-            request.payload = memoryview(b"")
+            request.payload = _NOTHING
         return batch
 
     async def _receive(self) -> None:
         inbox = memoryview(bytearray(INBOX_BYTES))
-        replies = self._replies
+        replies, receive = self._replies, self._transport.receive
         try:
             while True:
                 sink = replies.sink()
-                count, *_ = await self._sock.recvmsg_into([sink, inbox] if sink else [inbox])
+                count = await receive(sink, inbox)
                 if not count:
                     raise self._error(errno.ECONNRESET, "the server closed the connection")
                 direct = min(count, len(sink))
                 if direct:
                     self._finish_all(replies.filled(direct))
-                self._finish_all(replies.feed(inbox[: count - direct]))
+                if count > direct:
+                    self._finish_all(replies.feed(inbox[: count - direct]))
+                if count >= MUCH_BYTES:
+                    sink = _NOTHING  # it would hold on to a buffer that is the caller's now
+                    await trio.lowlevel.checkpoint()
         except OSError as error:
             self._fail(error)
 
@@ -487,17 +560,16 @@ class Client:
             request.lost = self._failure
             request.pending.error = self._failure.errno or errno.EIO
             self._finish(request)
+        self._over.set()
         # The server shall know at once, not when the caller leaves the context.
-        with suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+        self._transport.shutdown()
 
     def _leave(self) -> None:
         """Say goodbye, if that takes no waiting. Synchronous, as a cancelled caller leaves this way too."""
         if self._failure is None:
             if not self._sending:
-                head = wire.REQUEST_MAGIC << 32 | wire.CMD_DISC
-                with suppress(OSError):
-                    os.write(self._sock.fileno(), wire.REQUEST.pack(head, self._cookie + 1, 0, 0))
+                self._cookie += 1
+                self._transport.send_now(self._header(wire.CMD_DISC, 0, 0, 0))
             self._fail(self._error(errno.ESHUTDOWN, "this client has left"))
 
 
@@ -510,8 +582,25 @@ class _Request:
     payload: memoryview
     weight: int  # what it takes of the bytes in flight
     answered: trio.Event = field(default_factory=trio.Event)
-    abandoned: bool = False  # nobody waits any more
+    taken: bool = False  # by the sender
     lost: OSError | None = None  # the connection failed under it
+
+
+class _Buffer:
+    """The bytes of a READ, made when there is room for them."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self._bytes: bytearray | None = None
+
+    @property
+    def bytes(self) -> bytearray:
+        if self._bytes is None:
+            self._bytes = bytearray(self._length)
+        return self._bytes
+
+    def view(self) -> memoryview:
+        return memoryview(self.bytes)
 
 
 class _Room:
@@ -559,114 +648,3 @@ def _pieces(offset: int, length: int, terms: Terms, most: int = 0) -> Iterator[t
         stop = min(stop, end)
         yield offset, stop - offset
         offset = stop
-
-
-# --- sockets and the handshake ---
-
-
-async def attach(
-    address: Address, export: str, *, limits: ClientLimits | None = None
-) -> tuple[socket.socket, Terms]:
-    """A non-blocking socket that is in transmission, with simple replies, for who speaks the rest itself.
-
-    The socket is the caller's, who closes it. Raises OSError with a sentence, as ``connect`` does.
-    """
-    limits = limits or ClientLimits()
-    steps = partial(negotiate, export, (), structured=False)
-    sock, terms = await _begin(address, export, steps, limits.handshake_timeout_s)
-    family, kind = sock.family, sock.type
-    own = socket.socket(family, kind, fileno=sock.detach())
-    own.setblocking(False)
-    if family == socket.AF_UNIX:
-        own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-    return own, terms
-
-
-def _peer(address: Address, export: str) -> str:
-    return f"{address}/{export}" if isinstance(address, Path) else f"{address[0]}:{address[1]}/{export}"
-
-
-async def _begin(
-    address: Address, export: str, steps: Callable[[], Steps], timeout_s: float
-) -> tuple[trio.socket.SocketType, Terms]:
-    """A connected socket on which ``steps`` were taken."""
-    peer = _peer(address, export)
-    with trio.move_on_after(timeout_s):
-        try:
-            sock = await _open(address)
-            try:
-                return sock, await _shake_hands(sock, steps())
-            except BaseException:
-                sock.close()
-                raise
-        except OSError as error:
-            number = errno.ECONNRESET if error.errno == errno.EPIPE else error.errno or errno.EINVAL
-            raise OSError(number, f"{peer}: {error.strerror or error}") from None
-    raise OSError(errno.ETIMEDOUT, f"{peer}: no connection within {timeout_s:g} s")
-
-
-async def _open(address: Address) -> trio.socket.SocketType:
-    """A connected socket; of a host's addresses the first that answers."""
-    if isinstance(address, Path):
-        return await _open_one(socket.AF_UNIX, str(address))
-    host, port = address
-    try:
-        found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (socket.gaierror, UnicodeError) as error:
-        raise OSError(errno.EHOSTUNREACH, f"can't find the host {host}: {error}") from None
-    failed = OSError(errno.EHOSTUNREACH, f"the host {host} has no address")
-    for family, _, _, _, target in found:
-        try:
-            return await _open_one(family, target)
-        except OSError as error:
-            failed = error
-    raise failed
-
-
-async def _open_one(family: int, target: object) -> trio.socket.SocketType:
-    sock = trio.socket.socket(family, socket.SOCK_STREAM)
-    try:
-        await sock.connect(target)
-        if family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-async def _shake_hands(sock: trio.socket.SocketType, steps: Steps) -> Terms:
-    answer: bytes | None = None
-    while True:
-        try:
-            step = next(steps) if answer is None else steps.send(answer)
-        except StopIteration as end:
-            assert isinstance(end.value, Terms)
-            return end.value
-        if isinstance(step, int):
-            answer = await _receive_exactly(sock, step)
-        else:
-            await _send_all(sock, [memoryview(step)])
-            answer = b""
-
-
-async def _receive_exactly(sock: trio.socket.SocketType, length: int) -> bytes:
-    data = bytearray()
-    while len(data) < length:
-        part = await sock.recv(length - len(data))
-        if not part:
-            raise OSError(errno.ECONNRESET, "the server closed the connection during the handshake")
-        data += part
-    return bytes(data)
-
-
-async def _send_all(sock: trio.socket.SocketType, buffers: list[memoryview]) -> None:
-    first = 0
-    while first < len(buffers):
-        sent = await sock.sendmsg(buffers[first:])
-        while first < len(buffers) and sent >= len(buffers[first]):
-            sent -= len(buffers[first])
-            first += 1
-        if sent:
-            buffers[first] = buffers[first][sent:]

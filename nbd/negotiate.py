@@ -1,20 +1,23 @@
 """The client's side of the handshake, without IO.
 
-``negotiate`` is a generator: it yields bytes to send, or the number of bytes it needs next, which
-are sent in; it returns the ``Terms``. So it never holds more than one reply, and no byte behind the
-handshake is taken. It raises ``OSError``: EPROTO where the server breaks the protocol, else what the
-server's refusal means.
+``negotiate`` is a generator. It yields bytes to send, or the number of bytes it needs next, which are
+sent in, or ``UPGRADE``: from there on all is said over TLS. It returns the ``Terms``. So it never
+holds more than one reply, and no byte behind the handshake, or behind the agreement on TLS, is taken:
+what somebody slipped in there in plain text is for TLS to refuse. It raises ``OSError``: EPROTO where
+the server breaks the protocol, else what the server's refusal means.
 
-It asks for structured replies (if wanted) and the contexts, then for GO with the block sizes; of a
-server that has no GO it asks EXPORT_NAME. ``inquire`` asks what an export is, and doesn't attach.
-They speak fixed newstyle only, and no TLS.
+It asks for TLS (if wanted) before all else, and goes no step on without. Then for extended headers,
+else for structured replies, and the contexts, then for GO with the block sizes; of a server that has
+no GO it asks EXPORT_NAME. ``inquire`` asks what an export is, and doesn't attach. They speak fixed
+newstyle only.
 """
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from struct import Struct
 from typing import Final
 
@@ -29,19 +32,35 @@ _MAX_MINIMUM_BLOCK_SIZE: Final = 64 << 10
 _OLDSTYLE: Final = 0x00420281861253
 _REST_OF_GREETING: Final = Struct(">QH")  # IHAVEOPT, handshake flags
 _ERROR_BIT: Final = 1 << 31
+_DECLINES: Final = (wire.REP_ERR_UNSUP, wire.REP_ERR_POLICY, wire.REP_ERR_INVALID, wire.REP_ERR_PLATFORM)
+"""What a server says to an option that it doesn't take. Who can do without goes on."""
 
-Steps = Generator[bytes | int, bytes, "Terms"]
+
+class Upgrade(Enum):
+    """What ``negotiate`` yields when both sides have agreed on TLS."""
+
+    TLS = "TLS"
+
+
+UPGRADE: Final = Upgrade.TLS
+
+Step = bytes | int | Upgrade
+Steps = Generator[Step, bytes, "Terms"]
 
 _REFUSALS: Final = {
     wire.REP_ERR_UNSUP: (errno.ENOTSUP, "the server doesn't support this option"),
     wire.REP_ERR_POLICY: (errno.EACCES, "the server's policy forbids it"),
     wire.REP_ERR_INVALID: (errno.EINVAL, "the server finds the option invalid"),
     wire.REP_ERR_PLATFORM: (errno.ENOTSUP, "the server's platform doesn't support it"),
-    wire.REP_ERR_TLS_REQD: (errno.EPROTONOSUPPORT, "the server demands TLS, which this client doesn't speak"),
+    wire.REP_ERR_TLS_REQD: (
+        errno.EPROTONOSUPPORT,
+        "the server demands TLS; connect with a URI nbds:// or nbds+unix:// and its tls-certificates",
+    ),
     wire.REP_ERR_UNKNOWN: (errno.ENOENT, "the server has no such export"),
     wire.REP_ERR_SHUTDOWN: (errno.ESHUTDOWN, "the server is shutting down"),
     wire.REP_ERR_BLOCK_SIZE_REQD: (errno.EINVAL, "the server demands that its block sizes are obeyed"),
     wire.REP_ERR_TOO_BIG: (errno.E2BIG, "the server finds the option too big"),
+    wire.REP_ERR_EXT_HEADER_REQD: (errno.EPROTONOSUPPORT, "the server demands extended headers"),
 }
 
 
@@ -53,32 +72,43 @@ class Terms:
     flags: int
     """Transmission flags (``wire.SEND_*`` and others)."""
     structured: bool = False
+    """Replies come in chunks: structured ones, or extended ones."""
     contexts: dict[int, str] = field(default_factory=dict)
     """Those of the contexts asked for that the server has, by the id it gave them."""
     minimum_block_size: int = 1
     preferred_block_size: int = 4096
     maximum_payload: int = wire.MAX_PAYLOAD_BYTES
     """Of one READ or WRITE; a multiple of the minimum, and at most 32 MiB."""
+    extended: bool = False
+    """Requests and replies have extended headers, with lengths of 64 bits."""
+    encrypted: bool = False
+    """All but the greeting and the agreement on this went over TLS."""
 
 
-def negotiate(export: str, contexts: Sequence[str], *, structured: bool = True) -> Steps:
-    """Attach to ``export``; see above. Without structured replies there are no contexts either."""
-    flags = yield from _greeting()
-    no_zeroes = bool(flags & wire.FLAG_NO_ZEROES)
-    yield wire.CLIENT_FLAGS.pack(wire.FLAG_C_FIXED_NEWSTYLE | (wire.FLAG_C_NO_ZEROES if no_zeroes else 0))
+def negotiate(
+    export: str, contexts: Sequence[str], *, structured: bool = True, extended: bool = True, tls: bool = False
+) -> Steps:
+    """Attach to ``export``; see above. Without structured replies there are no extended headers and no contexts."""
+    no_zeroes = yield from _greeting()
     name = _string(export)
-    structured = structured and (yield from _structured_replies())
+    if tls:
+        yield from _start_tls()
+    extended = structured and extended and (yield from _agreed(wire.OPT_EXTENDED_HEADERS, tls))
+    structured = structured and (extended or (yield from _agreed(wire.OPT_STRUCTURED_REPLY, tls)))
     found: dict[int, str] = {}
     if structured and contexts:
-        found = yield from _select(name, list(dict.fromkeys(contexts)))
+        found = yield from _select(name, list(dict.fromkeys(contexts)), tls)
+    so_far = Terms(0, 0, structured, found, extended=extended, encrypted=tls)
     yield _option(wire.OPT_GO, name + wire.U16.pack(1) + wire.U16.pack(wire.INFO_BLOCK_SIZE))
-    terms = yield from _information(wire.OPT_GO, structured, found)
+    terms = yield from _information(wire.OPT_GO, so_far)
     if terms is None:
+        if extended:
+            raise protocol_error("a server with extended headers that doesn't know GO")
         yield _option(wire.OPT_EXPORT_NAME, name[wire.U32.size :])
         size_bytes, flags = wire.EXPORT_NAME_REPLY.unpack((yield wire.EXPORT_NAME_REPLY.size))
         if not no_zeroes:
             yield len(wire.EXPORT_NAME_PADDING)
-        terms = _judged(Terms(size_bytes, flags, structured, found))
+        terms = _judged(replace(so_far, size_bytes=size_bytes, flags=flags))
     return terms
 
 
@@ -87,18 +117,17 @@ def inquire(export: str) -> Steps:
 
     ENOTSUP where the server has no INFO.
     """
-    flags = yield from _greeting()
-    no_zeroes = bool(flags & wire.FLAG_NO_ZEROES)
-    yield wire.CLIENT_FLAGS.pack(wire.FLAG_C_FIXED_NEWSTYLE | (wire.FLAG_C_NO_ZEROES if no_zeroes else 0))
+    yield from _greeting()
     yield _option(wire.OPT_INFO, _string(export) + wire.U16.pack(1) + wire.U16.pack(wire.INFO_BLOCK_SIZE))
-    terms = yield from _information(wire.OPT_INFO, False, {})
+    terms = yield from _information(wire.OPT_INFO, Terms(0, 0))
     if terms is None:
         raise OSError(errno.ENOTSUP, "the server can't tell what an export is without opening it")
     yield _option(wire.OPT_ABORT)
     return terms
 
 
-def _greeting() -> Generator[bytes | int, bytes, int]:
+def _greeting() -> Generator[Step, bytes, bool]:
+    """Both sides' greetings; whether the zeroes behind the answer to EXPORT_NAME are left out."""
     # Eight bytes first: who isn't an NBD server may never send eighteen.
     magic = yield wire.U64.size
     if wire.U64.unpack(magic)[0] != wire.INIT_PASSWD:
@@ -110,27 +139,42 @@ def _greeting() -> Generator[bytes | int, bytes, int]:
         raise protocol_error("this is not an NBD server (bad second magic)")
     if not flags & wire.FLAG_FIXED_NEWSTYLE:
         raise OSError(errno.EPROTONOSUPPORT, "the server doesn't speak the fixed newstyle handshake")
-    return int(flags)
+    no_zeroes = bool(flags & wire.FLAG_NO_ZEROES)
+    yield wire.CLIENT_FLAGS.pack(wire.FLAG_C_FIXED_NEWSTYLE | (wire.FLAG_C_NO_ZEROES if no_zeroes else 0))
+    return no_zeroes
 
 
-def _structured_replies() -> Generator[bytes | int, bytes, bool]:
-    yield _option(wire.OPT_STRUCTURED_REPLY)
-    kind, data = yield from _reply(wire.OPT_STRUCTURED_REPLY)
-    if kind in (wire.REP_ERR_UNSUP, wire.REP_ERR_POLICY, wire.REP_ERR_INVALID, wire.REP_ERR_PLATFORM):
+def _start_tls() -> Generator[Step, bytes, None]:
+    yield _option(wire.OPT_STARTTLS)
+    kind, data = yield from _reply(wire.OPT_STARTTLS)
+    if kind in _DECLINES:
+        number = errno.EACCES if kind == wire.REP_ERR_POLICY else errno.EPROTONOSUPPORT
+        said = printable(data) or _REFUSALS[kind][1]
+        raise OSError(number, f"the server takes no TLS, which this client was told to insist on: {said}")
+    _raise_refusal(kind, data, tls=True)
+    _expect_ack(kind, data)
+    yield UPGRADE
+
+
+def _agreed(option: int, tls: bool) -> Generator[Step, bytes, bool]:
+    """Whether the server agrees to an option without data that one can do without."""
+    yield _option(option)
+    kind, data = yield from _reply(option)
+    if kind in _DECLINES:
         return False
-    _raise_refusal(kind, data)
+    _raise_refusal(kind, data, tls=tls)
     _expect_ack(kind, data)
     return True
 
 
-def _select(name: bytes, contexts: Sequence[str]) -> Generator[bytes | int, bytes, dict[int, str]]:
+def _select(name: bytes, contexts: Sequence[str], tls: bool) -> Generator[Step, bytes, dict[int, str]]:
     option = wire.OPT_SET_META_CONTEXT
     yield _option(option, name + wire.U32.pack(len(contexts)) + b"".join(map(_string, contexts)))
     found: dict[int, str] = {}
     for _ in range(MAX_REPLIES):
         kind, data = yield from _reply(option)
         if kind in (wire.REP_ERR_TLS_REQD, wire.REP_ERR_SHUTDOWN, wire.REP_ERR_TOO_BIG):
-            _raise_refusal(kind, data)
+            _raise_refusal(kind, data, tls=tls)
         if kind & _ERROR_BIT:
             return {}  # if it matters (there is no such export), GO fails too
         if kind != wire.REP_META_CONTEXT:
@@ -146,22 +190,24 @@ def _select(name: bytes, contexts: Sequence[str]) -> Generator[bytes | int, byte
     raise protocol_error("the server's answer to an option has no end")
 
 
-def _information(
-    option: int, structured: bool, contexts: dict[int, str]
-) -> Generator[bytes | int, bytes, Terms | None]:
-    """What GO or INFO was answered; None if the server doesn't know this option."""
+def _information(option: int, so_far: Terms) -> Generator[Step, bytes, Terms | None]:
+    """The terms with what GO or INFO was answered; None if the server doesn't know this option."""
     size: tuple[int, int] | None = None
     blocks = (1, 4096, wire.MAX_PAYLOAD_BYTES)
     for _ in range(MAX_REPLIES):
         kind, data = yield from _reply(option)
         if kind == wire.REP_ERR_UNSUP:
             return None
-        _raise_refusal(kind, data)
+        _raise_refusal(kind, data, tls=so_far.encrypted)
         if kind != wire.REP_INFO:
             _expect_ack(kind, data)
             if size is None:
                 raise protocol_error("the server didn't tell the export's size")
-            return _judged(Terms(*size, structured, contexts, *blocks))
+            told = replace(so_far, size_bytes=size[0], flags=size[1])
+            minimum, preferred, limit = blocks
+            return _judged(
+                replace(told, minimum_block_size=minimum, preferred_block_size=preferred, maximum_payload=limit)
+            )
         if len(data) < wire.U16.size:
             raise protocol_error("an information without a type")
         info = int.from_bytes(data[: wire.U16.size])
@@ -190,7 +236,7 @@ def _judged(terms: Terms) -> Terms:
     if not preferred or preferred % minimum or limit < minimum:
         raise protocol_error(f"block sizes of {minimum} (minimum), {preferred} (preferred), {limit} (maximum)")
     limit = min(limit, wire.MAX_PAYLOAD_BYTES) // minimum * minimum
-    return Terms(terms.size_bytes, terms.flags, terms.structured, terms.contexts, minimum, preferred, limit)
+    return replace(terms, maximum_payload=limit)
 
 
 # --- options and their replies ---
@@ -207,7 +253,7 @@ def _string(text: str) -> bytes:
     return wire.U32.pack(len(raw)) + raw
 
 
-def _reply(option: int) -> Generator[bytes | int, bytes, tuple[int, bytes]]:
+def _reply(option: int) -> Generator[Step, bytes, tuple[int, bytes]]:
     magic, echoed, kind, length = wire.OPTION_REPLY.unpack((yield wire.OPTION_REPLY.size))
     if magic != wire.REP_MAGIC:
         raise protocol_error(f"not a reply to an option (magic {magic:#x})")
@@ -219,8 +265,11 @@ def _reply(option: int) -> Generator[bytes | int, bytes, tuple[int, bytes]]:
     return kind, data
 
 
-def _raise_refusal(kind: int, data: bytes) -> None:
+def _raise_refusal(kind: int, data: bytes, *, tls: bool) -> None:
+    """Raise what an error means. ``tls``: it has been asked for already."""
     if kind & _ERROR_BIT:
+        if tls and kind == wire.REP_ERR_TLS_REQD:
+            raise protocol_error("the server demands TLS where there is TLS")
         number, text = _REFUSALS.get(kind, (errno.EPROTO, f"the server refuses an option (error {kind:#x})"))
         said = printable(data)
         raise OSError(number, f"{text}: {said}" if said else text)

@@ -12,6 +12,7 @@ import contextlib
 import errno
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+from itertools import groupby
 from os import RWF_NOWAIT
 from typing import TYPE_CHECKING
 
@@ -306,8 +307,8 @@ class Reader:
             return None
         holes = []
         at = offset
-        for count, is_mapped in _run_lengths([address != UNMAPPED for address in found[0]]):
-            first += count
+        for is_mapped, run in groupby(address != UNMAPPED for address in found[0]):
+            first += sum(1 for _ in run)
             stop = min(offset + length, first << BLOCK_SHIFT)
             if not is_mapped:
                 holes.append((at, stop - at))

@@ -580,7 +580,7 @@ def _request_seeds() -> list[bytes]:
 
 
 def run_replies(data: bytes) -> None:
-    """A server's replies to five requests. Input: flags, a seed for the pieces, what the server sends.
+    """A server's replies to six requests. Input: flags, a seed for the pieces, what the server sends.
 
     Whatever it is, the pieces in which it comes must not matter; and what is answered well must be complete.
     """
@@ -590,12 +590,16 @@ def run_replies(data: bytes) -> None:
 
 def _answers(flags: int, pieces: list[bytes]) -> list[object]:
     """What each request was answered, in the order of the answers, and whether the protocol was broken."""
-    replies = Replies(structured=bool(flags & 1), context_ids=(1, 2) if flags & 2 else (1,))
+    contexts = {1: wire.META_ALLOCATION, 2: CONTEXT} if flags & 2 else {1: wire.META_ALLOCATION}
+    replies = Replies(structured=bool(flags & 9), contexts=contexts, extended=bool(flags & 8))
     for cookie, command in enumerate(
         (wire.CMD_READ, wire.CMD_READ, wire.CMD_BLOCK_STATUS, wire.CMD_WRITE, wire.CMD_FLUSH)
     ):
         into = memoryview(bytearray(4096 if command == wire.CMD_READ else 0))
-        replies.expect(Pending(7 + cookie, command, 1000, 4096, into))
+        offset, length = (0, 0) if command == wire.CMD_FLUSH else (1000, 4096)
+        replies.expect(Pending(7 + cookie, command, offset, length, into))
+    filtered = Pending(12, wire.CMD_BLOCK_STATUS, 1000, 4096, context_ids=frozenset([max(contexts)]))
+    replies.expect(filtered)
     answered: list[Pending] = []
     broken = False
     try:
@@ -613,6 +617,8 @@ def _answers(flags: int, pieces: list[bytes]) -> list[object]:
         answered = []  # what was complete before the break in the same piece is lost with it
     for request in answered:
         assert request.error or request.command != wire.CMD_READ or request.cover.total == request.length
+        if request.command == wire.CMD_BLOCK_STATUS and not request.error:
+            assert set(request.extents) == (request.context_ids or set(contexts))
         for extents in request.extents.values():
             assert all(length for length, _ in extents) and sum(length for length, _ in extents) <= request.length
         assert request.message.isprintable() and request.error in (0, *errno.errorcode)
@@ -620,6 +626,7 @@ def _answers(flags: int, pieces: list[bytes]) -> list[object]:
 
 
 def _reply_seeds() -> list[bytes]:
+    """With flag 8 the connection has extended headers."""
     kinds = [
         (wire.REPLY_TYPE_NONE, b""),
         (wire.REPLY_TYPE_OFFSET_DATA, struct.pack(">Q", 1000) + b"x" * 4096),
@@ -645,12 +652,35 @@ def _reply_seeds() -> list[bytes]:
         chunk(8, 7, False) + chunk(2, 7, True) + simple[5],
         simple[0] + b"y" * 4096 + simple[3] + simple[4],
     ]
-    return [bytes([flags, 3]) + stream for stream in streams for flags in range(8)]
+    wide_kinds = [*kinds]
+    wide_kinds[5] = (wire.REPLY_TYPE_BLOCK_STATUS_EXT, struct.pack(">IIQQQQ", 1, 2, 96, 0, 1 << 40, 3))
+    wide_kinds[6] = (wire.REPLY_TYPE_BLOCK_STATUS_EXT, struct.pack(">IIQQ", 2, 1, 4096, 1 << 40))
+
+    def wide(index: int, cookie: int, done: bool) -> bytes:
+        kind, payload = wide_kinds[index]
+        offset = 0 if cookie == 11 else 1000
+        head = wire.EXTENDED_REPLY_MAGIC, done, kind, cookie, offset, len(payload)
+        return struct.pack(">IHHQQQ", *head) + payload
+
+    wide_streams = [
+        wide(2, 7, False) + wide(4, 8, False) + wide(3, 7, True) + wide(0, 8, True),
+        wide(1, 8, True) + wide(7, 7, True) + wide(0, 10, True) + wide(0, 11, True),
+        wide(6, 9, False) + wide(5, 9, True),
+        wide(5, 9, True) + wide(6, 12, True),
+        wide(8, 7, False) + wide(2, 7, True) + wide(8, 10, True),
+        wide(6, 12, True),
+    ]
+    return [
+        *(bytes([flags, 3]) + stream for stream in streams for flags in range(8)),
+        *(bytes([8 | flags, 3]) + stream for stream in wide_streams for flags in range(8)),
+    ]
 
 
 def run_negotiation(data: bytes) -> None:
     """What a server says in the handshake: our client agrees on sound terms, wants more, or says what is wrong."""
-    steps = negotiate("mem", ["base:allocation", CONTEXT])
+    tls = data[:1] == b"T"  # every server's greeting begins with N
+    data = data[1:] if tls else data
+    steps = negotiate("mem", ["base:allocation", CONTEXT], tls=tls)
     at = 0
     try:
         step = next(steps)
@@ -675,6 +705,8 @@ def run_negotiation(data: bytes) -> None:
         terms.maximum_payload % terms.minimum_block_size == terms.preferred_block_size % terms.minimum_block_size == 0
     )
     assert not terms.contexts or terms.structured
+    assert terms.structured or not terms.extended
+    assert terms.encrypted is tls
 
 
 def _negotiation_seeds() -> list[bytes]:
@@ -682,14 +714,22 @@ def _negotiation_seeds() -> list[bytes]:
         return struct.pack(">QIII", wire.REP_MAGIC, option, kind, len(data)) + data
 
     greeting = b"NBDMAGICIHAVEOPT\0"
-    structured = reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ACK)
-    simple = reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ERR_UNSUP, b"no")
+    extended = reply(wire.OPT_EXTENDED_HEADERS, wire.REP_ACK)
+    compact = reply(wire.OPT_EXTENDED_HEADERS, wire.REP_ERR_UNSUP)
+    tls = reply(wire.OPT_STARTTLS, wire.REP_ACK)
+    structured = compact + reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ACK)
+    simple = compact + reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ERR_UNSUP, b"no")
     context = reply(wire.OPT_SET_META_CONTEXT, wire.REP_META_CONTEXT, b"\0\0\0\1base:allocation")
     context += reply(wire.OPT_SET_META_CONTEXT, wire.REP_ACK)
     size = reply(wire.OPT_GO, wire.REP_INFO, struct.pack(">HQH", 0, 1 << 20, 1))
     blocks = reply(wire.OPT_GO, wire.REP_INFO, struct.pack(">HIII", 3, 512, 4096, 65536))
     ack = reply(wire.OPT_GO, wire.REP_ACK)
     return [
+        greeting + b"\3" + extended + context + size + blocks + ack,
+        greeting + b"\3" + extended + context + reply(wire.OPT_GO, wire.REP_ERR_UNSUP),
+        b"T" + greeting + b"\3" + tls + extended + context + size + blocks + ack,
+        b"T" + greeting + b"\3" + reply(wire.OPT_STARTTLS, wire.REP_ERR_POLICY, b"no TLS"),
+        b"T" + greeting + b"\3" + tls + reply(wire.OPT_EXTENDED_HEADERS, wire.REP_ERR_TLS_REQD),
         greeting + b"\3" + structured + context + size + blocks + ack,
         greeting + b"\3" + simple + blocks + size + ack,
         greeting
@@ -734,6 +774,11 @@ PROTOCOL = [
         [
             *(struct.pack(">IHHQ", wire.STRUCTURED_REPLY_MAGIC, done, kind, 7) for done in (0, 1) for kind in range(7)),
             *(
+                struct.pack(">IHHQQ", wire.EXTENDED_REPLY_MAGIC, done, kind, 9, 1000)
+                for done in (0, 1)
+                for kind in (0, 1, 2, 5, 6, 0x8001)
+            ),
+            *(
                 struct.pack(">IIQ", wire.SIMPLE_REPLY_MAGIC, error, cookie)
                 for error in (0, 5)
                 for cookie in range(7, 12)
@@ -745,7 +790,11 @@ PROTOCOL = [
         "negotiation",
         run_negotiation,
         _negotiation_seeds,
-        [struct.pack(">QII", wire.REP_MAGIC, option, kind) for option in (7, 8, 10) for kind in (1, 3, 4, 0x80000001)],
+        [
+            struct.pack(">QII", wire.REP_MAGIC, option, kind)
+            for option in (5, 7, 8, 10, 11)
+            for kind in (1, 3, 4, 0x80000001)
+        ],
         examples=200,
     ),
 ]

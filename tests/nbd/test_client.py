@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import errno
 import itertools
+import math
 import os
-import socket
 import struct
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 import trio
@@ -21,13 +21,25 @@ from hypothesis import strategies as st
 
 from nbd import wire
 from nbd.client import Client, ClientLimits, _pieces, attach, connect, describe
-from nbd.handshake import NEED_DATA, Handshake, Send, WantExport
 from nbd.listen import open_tcp
-from nbd.negotiate import MAX_SIZE_BYTES, Terms, negotiate
+from nbd.negotiate import MAX_SIZE_BYTES, Terms, Upgrade, negotiate
 from nbd.server import serve
 from nbd.transmission import transmission_flags
-from nbd.uri import Address, parse_uri
+from nbd.uri import Address, Target, TlsOptions, parse_target, parse_uri
 from tests.nbd.client import Served, run, serving
+from tests.nbd.fake import (
+    USUAL_FLAGS,
+    Asked,
+    Manners,
+    answering,
+    extended_chunk,
+    extended_done,
+    extended_error,
+    hostile,
+    option_reply,
+    replying,
+    shake_hands,
+)
 from tests.nbd.memory import ContextExport, MemoryExport, MemoryExports
 
 SIZE = 1 << 20
@@ -432,58 +444,6 @@ def test_an_export_that_is_not_there_is_enoent() -> None:
 
 # --- against hostile servers ---
 
-Handler = Callable[[trio.SocketStream], Awaitable[None]]
-
-
-@asynccontextmanager
-async def hostile(handler: Handler) -> AsyncIterator[Path]:
-    """A server that does what the handler does with each connection, on a Unix socket."""
-
-    async def guarded(stream: trio.SocketStream) -> None:
-        try:
-            async with stream:
-                await handler(stream)
-        except trio.BrokenResourceError:
-            pass
-
-    with TemporaryDirectory(prefix="nbd-test-") as name:
-        path = Path(name) / "sock"
-        with trio.socket.socket(socket.AF_UNIX) as sock:
-            await sock.bind(str(path))
-            sock.listen(5)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(trio.serve_listeners, guarded, [trio.SocketListener(sock)])
-                yield path
-                nursery.cancel_scope.cancel()
-
-
-async def shake_hands(stream: trio.SocketStream, export: MemoryExport) -> None:
-    machine = Handshake()
-    while not machine.begun:
-        event = machine.next_event()
-        if event is NEED_DATA:
-            data = await stream.receive_some(65536)
-            if not data:
-                raise trio.BrokenResourceError
-            machine.feed(data)
-        elif isinstance(event, Send):
-            await stream.send_all(event.data)
-        elif isinstance(event, WantExport):
-            await stream.send_all(machine.described(export))
-
-
-def answering(*answers: bytes, export: MemoryExport | None = None) -> Handler:
-    """A sound handshake, then an answer for each time that something arrives, then the end."""
-
-    async def handler(stream: trio.SocketStream) -> None:
-        await shake_hands(stream, export or MemoryExport())
-        for answer in answers:
-            if not await stream.receive_some(1 << 20):
-                return
-            await stream.send_all(answer)
-
-    return handler
-
 
 def read_reply(cookie: int, offset: int, data: bytes) -> bytes:
     return (
@@ -535,7 +495,7 @@ def test_a_broken_reply_fails_all_that_is_in_flight() -> None:
 
 def test_a_reply_before_its_request_is_refused() -> None:
     async def handler(stream: trio.SocketStream) -> None:
-        await shake_hands(stream, MemoryExport())
+        await shake_hands(stream, Manners())
         await stream.send_all(read_reply(1, 0, b"x" * 512))
         await stream.receive_some(1)
 
@@ -606,49 +566,326 @@ def test_who_is_no_server_of_this_protocol_is_told_so(greeting: bytes, number: i
     run(test)
 
 
-def test_without_fua_durable_writes_are_flushed() -> None:
-    export = MemoryExport()
-    flags = transmission_flags(export, structured=False) & ~wire.SEND_FUA
-    size = struct.pack(">HQH", wire.INFO_EXPORT, export.size_bytes, flags)
-    seen: list[int] = []
+def simple_done(asked: Asked) -> bytes:
+    return struct.pack(">IIQ", wire.SIMPLE_REPLY_MAGIC, 0, asked.cookie)
 
-    async def handler(stream: trio.SocketStream) -> None:
-        await stream.send_all(b"NBDMAGICIHAVEOPT\0\3")
-        await receive(stream, 4 + 16)
-        await stream.send_all(option_reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ERR_UNSUP))
-        await receive(stream, 16 + 8)
-        await stream.send_all(option_reply(wire.OPT_GO, wire.REP_INFO, size) + option_reply(wire.OPT_GO, wire.REP_ACK))
-        while True:
-            _, flags, command, cookie, _, length = struct.unpack(">IHHQQI", await receive(stream, 28))
-            assert not flags
-            seen.append(command)
-            if command == wire.CMD_DISC:
-                return
-            if command == wire.CMD_WRITE:
-                await receive(stream, length)
-            await stream.send_all(struct.pack(">IIQ", wire.SIMPLE_REPLY_MAGIC, 0, cookie))
+
+def test_without_fua_durable_writes_are_flushed() -> None:
+    seen: list[Asked] = []
+    manners = Manners(structured=False, flags=USUAL_FLAGS & ~wire.SEND_FUA)
 
     async def test() -> None:
-        async with hostile(handler) as path:
+        async with hostile(replying(manners, simple_done, seen)) as path:
             async with connect(path) as client:
                 assert not client.can_fua and not client.terms.structured
                 await client.write(0, b"data", fua=True)
                 await client.write(0, b"data")
             while len(seen) < 4:
                 await trio.sleep(0.001)
-            assert seen == [wire.CMD_WRITE, wire.CMD_FLUSH, wire.CMD_WRITE, wire.CMD_DISC]
+            assert [asked.command for asked in seen] == [wire.CMD_WRITE, wire.CMD_FLUSH, wire.CMD_WRITE, wire.CMD_DISC]
+            assert not any(asked.flags for asked in seen)
 
     run(test)
 
 
-async def receive(stream: trio.SocketStream, length: int) -> bytes:
-    data = b""
-    while len(data) < length:
-        part = await stream.receive_some(length - len(data))
-        if not part:
-            raise trio.BrokenResourceError
-        data += part
-    return data
+# --- extended headers ---
+
+WIDE = Manners(extended=True, size_bytes=1 << 62)
+
+
+def statuses(asked: Asked, ids: list[int]) -> bytes:
+    """One extent of 512 bytes for each context, with its id as the flags."""
+    found = b""
+    for number in ids:
+        payload = struct.pack(">IIQQ", number, 1, 512, number)
+        found += extended_chunk(6, payload, cookie=asked.cookie, offset=asked.offset, flags=0)
+    return found + extended_done(asked)
+
+
+def test_requests_with_extended_headers_byte_by_byte() -> None:
+    """Written down from the tables of the protocol text, not made by code."""
+    seen: list[Asked] = []
+    flags = USUAL_FLAGS | wire.BLOCK_STATUS_PAYLOAD
+    manners = Manners(extended=True, size_bytes=1 << 62, flags=flags, contexts={7: "a:b", 9: "a:c", 1 << 31: "a:d"})
+
+    def answer(asked: Asked) -> bytes:
+        if asked.command == wire.CMD_READ:
+            payload = struct.pack(">QI", asked.offset, asked.length)
+            return extended_chunk(wire.REPLY_TYPE_OFFSET_HOLE, payload, cookie=asked.cookie, offset=asked.offset)
+        if asked.command == wire.CMD_BLOCK_STATUS:
+            ids = [9, 1 << 31] if asked.payload else [7, 9, 1 << 31]
+            chunks = [
+                extended_chunk(
+                    6, struct.pack(">IIQQ", one, 1, 512, one), cookie=asked.cookie, offset=asked.offset, flags=0
+                )
+                for one in ids
+            ]
+            return b"".join(chunks) + extended_done(asked)
+        return extended_done(asked)
+
+    async def test() -> None:
+        async with hostile(replying(manners, answer, seen)) as path:
+            async with connect(path, contexts=["a:b", "a:c", "a:d"]) as client:
+                assert client.terms.extended and client.can_filter_contexts
+                assert await client.read(0x1000, 512) == bytes(512)
+                await client.write(0x2000, b"data", fua=True)
+                await client.trim(0x3000, 1 << 40)
+                await client.write_zeroes(0, 1 << 61, no_hole=True, fast=True)
+                await client.cache(1 << 33, 1 << 34)
+                await client.flush()
+                assert await client.block_status(0x4000, 1 << 35, ["a:d", "a:c", "a:d"]) == {
+                    "a:d": [(512, 1 << 31)],
+                    "a:c": [(512, 9)],
+                }
+                assert len(await client.block_status(0x4000, 1 << 35)) == 3
+            while not seen or seen[-1].command != wire.CMD_DISC:
+                await trio.sleep(0.001)
+        assert [asked.raw.hex(" ", 4).replace(" ", "") for asked in seen] == [
+            "".join(line.split())
+            for line in """
+                21e41c71 0000 0000 0000000000000001 0000000000001000 0000000000000200
+                21e41c71 0021 0001 0000000000000002 0000000000002000 0000000000000004 64617461
+                21e41c71 0000 0004 0000000000000003 0000000000003000 0000010000000000
+                21e41c71 0012 0006 0000000000000004 0000000000000000 2000000000000000
+                21e41c71 0000 0005 0000000000000005 0000000200000000 0000000400000000
+                21e41c71 0000 0003 0000000000000006 0000000000000000 0000000000000000
+                21e41c71 0020 0007 0000000000000007 0000000000004000 0000000000000010 0000000800000000 00000009 80000000
+                21e41c71 0000 0007 0000000000000008 0000000000004000 0000000800000000
+                21e41c71 0000 0002 0000000000000009 0000000000000000 0000000000000000
+            """.strip().splitlines()
+        ]
+
+    run(test)
+
+
+@pytest.mark.parametrize("manners", [Manners(), Manners(structured=False)], ids=["structured", "simple"])
+def test_without_extended_headers_requests_are_compact_and_lengths_have_32_bits(manners: Manners) -> None:
+    seen: list[Asked] = []
+
+    def answer(asked: Asked) -> bytes:
+        if asked.command == wire.CMD_BLOCK_STATUS:
+            payload = struct.pack(">III", 7, asked.length, 0)
+            head = (wire.STRUCTURED_REPLY_MAGIC, 1, wire.REPLY_TYPE_BLOCK_STATUS, asked.cookie, len(payload))
+            return struct.pack(">IHHQI", *head) + payload
+        return simple_done(asked)
+
+    async def test() -> None:
+        kind = replace(manners, size_bytes=1 << 40, contexts={7: "a:b"}, flags=USUAL_FLAGS | wire.BLOCK_STATUS_PAYLOAD)
+        async with hostile(replying(kind, answer, seen)) as path, connect(path, contexts=["a:b"]) as client:
+            assert not client.terms.extended and client.terms.structured is manners.structured
+            assert not client.can_filter_contexts, "the flag means nothing without extended headers"
+            await client.trim(0, 5 << 30)
+            await client.write_zeroes(0, 5 << 30)
+            assert [asked.length for asked in seen] == [1 << 30] * 10
+            if manners.structured:
+                assert await client.block_status(0, 1 << 40) == {"a:b": [(0xFFFFFFFF, 0)]}
+
+    run(test)
+
+
+@pytest.mark.parametrize("refusal", [wire.REP_ERR_UNSUP, wire.REP_ERR_POLICY, wire.REP_ERR_INVALID])
+@pytest.mark.parametrize("structured", [True, False])
+def test_what_a_server_does_not_take_is_done_without(refusal: int, structured: bool) -> None:
+    async def test() -> None:
+        manners = Manners(structured=structured, refusal=refusal)
+        async with hostile(answering(manners=manners)) as path, connect(path, contexts=["a:b"]) as client:
+            assert (client.terms.structured, client.terms.extended) == (structured, False)
+
+    run(test)
+
+
+def test_a_range_too_long_for_a_server_is_sent_in_shorter_pieces_from_then_on() -> None:
+    """The protocol text, "Size constraints": EOVERFLOW for an effect length beyond the maximum payload."""
+    seen: list[Asked] = []
+    manners = Manners(extended=True, blocks=(1, 4096, 1 << 18))
+
+    def answer(asked: Asked) -> bytes:
+        return extended_error(asked, wire.EOVERFLOW) if asked.length > 1 << 18 else extended_done(asked)
+
+    async def test() -> None:
+        async with hostile(replying(manners, answer, seen)) as path, connect(path) as client:
+            await client.write_zeroes(0, 1 << 20)
+            assert [asked.length for asked in seen] == [1 << 20] + [1 << 18] * 4
+            seen.clear()
+            await client.trim(0, 1 << 20)
+            await client.cache(0, 1 << 20)
+            assert [asked.length for asked in seen] == [1 << 18] * 8
+
+    run(test)
+
+
+def test_other_errors_of_long_ranges_are_errors() -> None:
+    async def test() -> None:
+        async with (
+            hostile(replying(WIDE, lambda asked: extended_error(asked, wire.ENOSPC, b"full"))) as path,
+            connect(path) as client,
+        ):
+            with fails(errno.ENOSPC, f"WRITE_ZEROES of {1 << 50} bytes at 0: full"):
+                await client.write_zeroes(0, 1 << 50)
+
+    run(test)
+
+
+@pytest.mark.parametrize("filtering", [True, False])
+def test_some_of_the_contexts_can_be_asked_for(filtering: bool) -> None:
+    """Where the server can't leave out the others, the client does."""
+    seen: list[Asked] = []
+    flags = USUAL_FLAGS | (wire.BLOCK_STATUS_PAYLOAD if filtering else 0)
+    manners = Manners(extended=True, flags=flags, contexts={1: "a:b", 2: "a:c"})
+
+    def answer(asked: Asked) -> bytes:
+        ids = [number for (number,) in struct.iter_unpack(">I", asked.payload[8:])] or [1, 2]
+        return statuses(asked, ids)
+
+    async def test() -> None:
+        async with (
+            hostile(replying(manners, answer, seen)) as path,
+            connect(path, contexts=["a:b", "a:c", "a:d"]) as client,
+        ):
+            assert await client.block_status(0, 4096, ["a:c"]) == {"a:c": [(512, 2)]}
+            assert await client.block_status(0, 4096, ["a:b", "a:c"]) == {"a:b": [(512, 1)], "a:c": [(512, 2)]}
+            assert [run async for run in client.extents("a:b", 0, 1024)] == [(0, 1024, 1)]
+            assert [bool(asked.payload) for asked in seen] == [filtering, False, filtering, filtering]
+            for wanted in (["a:d"], ["a:b", "a:d"], []):
+                with fails(errno.ENOTSUP, "BLOCK_STATUS"):
+                    await client.block_status(0, 4096, wanted)
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("answer", "match"),
+    [
+        (lambda asked: extended_chunk(0, cookie=asked.cookie, offset=asked.offset + 512), "offset"),
+        (lambda asked: struct.pack(">IIQ", wire.SIMPLE_REPLY_MAGIC, 0, asked.cookie), "without an extended header"),
+        (
+            lambda asked: struct.pack(">IHHQI", wire.STRUCTURED_REPLY_MAGIC, 1, 0, asked.cookie, 0),
+            "without an extended header",
+        ),
+        (lambda asked: extended_chunk(5, bytes(12), cookie=asked.cookie, offset=asked.offset), "block status"),
+    ],
+    ids=["offset", "simple", "structured", "status"],
+)
+def test_a_server_that_forgets_what_it_agreed_to_is_eproto(answer: Callable[[Asked], bytes], match: str) -> None:
+    async def test() -> None:
+        async with hostile(replying(WIDE, answer)) as path, connect(path) as client:
+            with fails(errno.EPROTO, match):
+                await client.trim(0, 1 << 40)
+
+    run(test)
+
+
+# --- what mirroring stands on ---
+
+
+async def never(stream: trio.SocketStream) -> None:
+    """Agrees to all, and then says nothing, but goes on reading."""
+    await shake_hands(stream, WIDE)
+    while await stream.receive_some(1 << 20):
+        pass
+
+
+def test_a_server_that_never_answers_costs_no_more_than_what_may_be_in_flight() -> None:
+    """Whatever is asked and given up: the buffers of callers that wait for room aren't made yet."""
+    limits = ClientLimits(inflight_requests=8, inflight_bytes=8 << 20)
+
+    async def test() -> None:
+        async with hostile(never) as path, connect(path, limits=limits) as client:
+
+            async def give_up() -> None:
+                with trio.move_on_after(0.05):
+                    await client.read(0, 1 << 20)
+
+            tracemalloc.start()
+            try:
+                for _ in range(3):
+                    async with trio.open_nursery() as nursery:
+                        for _ in range(200):
+                            nursery.start_soon(give_up)
+                assert client._room._requests == len(client._requests) == 8
+                assert tracemalloc.get_traced_memory()[1] < 24 << 20
+            finally:
+                tracemalloc.stop()
+            with trio.move_on_after(0.01) as scope:
+                await client.flush()
+            assert scope.cancelled_caught, "a deadline of the caller's holds while there is no room"
+
+    run(test)
+
+
+def test_what_was_not_sent_gives_its_room_back_when_it_is_cancelled() -> None:
+    """The server reads nothing, so the second write stays in the queue."""
+
+    async def deaf(stream: trio.SocketStream) -> None:
+        await shake_hands(stream, WIDE)
+        await trio.sleep_forever()
+
+    async def test() -> None:
+        limits = ClientLimits(inflight_bytes=64 << 20)
+        async with hostile(deaf) as path, connect(path, limits=limits) as client, trio.open_nursery() as nursery:
+            nursery.start_soon(client.write, 0, bytes(32 << 20))
+            await trio.testing.wait_all_tasks_blocked()
+            for _ in range(100):
+                with trio.move_on_after(0) as scope:
+                    await client.write(0, bytes(32 << 20))
+                with trio.move_on_after(0.001) as scope:
+                    await client.write(0, bytes(32 << 20))
+                assert scope.cancelled_caught
+                assert len(client._outbox) == 0 and client._room._bytes == 32 << 20
+            nursery.cancel_scope.cancel()
+
+    run(test)
+
+
+def test_whoever_waits_for_the_end_of_a_connection_is_told_why() -> None:
+    async def test() -> None:
+        export = MemoryExport()
+        async with serving(export) as served, trio.open_nursery() as nursery:
+            ends: list[OSError] = []
+
+            async def watch(client: Client) -> None:
+                ends.append(await client.failed())
+
+            async with connect(served.uri()) as client:
+                nursery.start_soon(watch, client)
+                await client.read(0, 1)
+                assert client.failure is None and not ends
+                served.server.disconnect("mem")
+                assert (await client.failed()).errno == errno.ECONNRESET
+                assert client.failure is not None
+            async with connect(served.uri()) as client:
+                nursery.start_soon(watch, client)
+                await trio.testing.wait_all_tasks_blocked()
+            await trio.testing.wait_all_tasks_blocked()
+            assert [end.errno for end in ends] == [errno.ECONNRESET, errno.ESHUTDOWN]
+
+    run(test)
+
+
+def test_cancelling_most_of_many_requests_leaves_the_rest_right() -> None:
+    async def test() -> None:
+        export = MemoryExport(size_bytes=SIZE, slow=True, delay_s=0.001)
+        export.data[:] = os.urandom(SIZE)
+        good = 0
+        async with attached(export) as (client, _):
+
+            async def one(number: int) -> None:
+                nonlocal good
+                offset = number * 997 % (SIZE - 9000)
+                with trio.move_on_after(math.inf if number % 3 == 0 else 0.0005 * (number % 20)):
+                    assert await client.read(offset, 9000) == export.data[offset : offset + 9000]
+                    good += 1
+
+            async with trio.open_nursery() as nursery:
+                for number in range(900):
+                    nursery.start_soon(one, number)
+            assert good >= 300
+            await client.flush()
+            while client._requests:
+                await trio.sleep(0.001)
+            assert client._room._requests == client._room._bytes == 0
+
+    run(test)
 
 
 def test_gigabytes_that_a_server_announces_take_no_memory() -> None:
@@ -668,13 +905,11 @@ def test_gigabytes_that_a_server_announces_take_no_memory() -> None:
 # --- the handshake, without IO ---
 
 
-def option_reply(option: int, kind: int, data: bytes = b"") -> bytes:
-    return struct.pack(">QIII", wire.REP_MAGIC, option, kind, len(data)) + data
-
-
 GREETING = b"NBDMAGICIHAVEOPT\0\3"
-NO_STRUCTURED = option_reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ERR_UNSUP)
-STRUCTURED = option_reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ACK)
+NO_EXTENDED = option_reply(wire.OPT_EXTENDED_HEADERS, wire.REP_ERR_UNSUP)
+EXTENDED = option_reply(wire.OPT_EXTENDED_HEADERS, wire.REP_ACK)
+NO_STRUCTURED = NO_EXTENDED + option_reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ERR_UNSUP)
+STRUCTURED = NO_EXTENDED + option_reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ACK)
 ACK = option_reply(wire.OPT_GO, wire.REP_ACK)
 EXPORT = option_reply(wire.OPT_GO, wire.REP_INFO, struct.pack(">HQH", 0, 1 << 30, wire.HAS_FLAGS))
 
@@ -691,15 +926,21 @@ def context(number: int, name: str) -> bytes:
 CONTEXT_ACK = option_reply(wire.OPT_SET_META_CONTEXT, wire.REP_ACK)
 
 
-def talk(server: bytes, contexts: Sequence[str] = ("a:b",)) -> tuple[Terms, bytes]:
-    """Negotiate with what a server says; returns the terms and what was said to it. EOFError if it wants more."""
-    steps = negotiate("mem", contexts)
+def talk(server: bytes, contexts: Sequence[str] = ("a:b",), *, tls: bool = False) -> tuple[Terms, bytes]:
+    """Negotiate with what a server says; returns the terms and what was said to it, with UPGRADE where TLS begins.
+
+    EOFError if it wants more.
+    """
+    steps = negotiate("mem", contexts, tls=tls)
     said = b""
     step = next(steps)
     while True:
         try:
             if isinstance(step, bytes):
                 said += step
+                step = steps.send(b"")
+            elif isinstance(step, Upgrade):
+                said += b"UPGRADE"
                 step = steps.send(b"")
             else:
                 assert 0 < step <= 65536
@@ -728,6 +969,64 @@ def test_the_block_sizes_of_the_server_are_taken_and_its_payload_is_capped() -> 
     assert terms.maximum_payload == 65536
 
 
+def test_extended_headers_are_asked_for_first_and_nothing_else_after() -> None:
+    server = GREETING + EXTENDED + context(77, "a:b") + CONTEXT_ACK + EXPORT + ACK
+    terms, said = talk(server)
+    assert terms.extended and terms.structured and terms.contexts == {77: "a:b"} and not terms.encrypted
+    assert [number for _, number, _ in options(said)] == [11, 10, 7]
+    assert [number for _, number, _ in options(talk(GREETING + NO_STRUCTURED + EXPORT + ACK)[1])] == [11, 8, 7]
+
+
+def options(said: bytes) -> list[tuple[int, int, bytes]]:
+    """Behind the flags; with where each begins."""
+    found = []
+    at = said.index(b"IHAVEOPT")
+    while at < len(said):
+        magic, option, length = struct.unpack_from(">QII", said, at)
+        assert magic == wire.IHAVEOPT
+        found.append((at, option, said[at + 16 : at + 16 + length]))
+        at += 16 + length
+        at += 7 if said[at:].startswith(b"UPGRADE") else 0
+    return found
+
+
+TLS = option_reply(wire.OPT_STARTTLS, wire.REP_ACK)
+
+
+def test_tls_comes_before_all_else() -> None:
+    terms, said = talk(GREETING + TLS + EXTENDED + context(77, "a:b") + CONTEXT_ACK + EXPORT + ACK, tls=True)
+    assert terms.encrypted and terms.extended
+    assert [number for _, number, _ in options(said)] == [5, 11, 10, 7]
+    assert said.index(b"UPGRADE") == 4 + 16, "right behind STARTTLS, which is the first option"
+
+
+@pytest.mark.parametrize(
+    ("refusal", "number"),
+    [
+        (wire.REP_ERR_UNSUP, errno.EPROTONOSUPPORT),
+        (wire.REP_ERR_PLATFORM, errno.EPROTONOSUPPORT),
+        (wire.REP_ERR_INVALID, errno.EPROTONOSUPPORT),
+        (wire.REP_ERR_POLICY, errno.EACCES),
+        (wire.REP_ERR_SHUTDOWN, errno.ESHUTDOWN),
+        (wire.REP_ERR_TLS_REQD, errno.EPROTO),
+        (wire.REP_INFO, errno.EPROTO),
+    ],
+)
+def test_without_tls_nothing_more_is_said_to_who_was_told_to_speak_it(refusal: int, number: int) -> None:
+    with fails(number):
+        talk(GREETING + option_reply(wire.OPT_STARTTLS, refusal), tls=True)
+
+
+@pytest.mark.parametrize("before", [b"", NO_EXTENDED, NO_STRUCTURED], ids=["first", "second", "GO"])
+def test_a_server_that_demands_tls_says_so_with_the_next_step(before: bytes) -> None:
+    option = {b"": wire.OPT_EXTENDED_HEADERS, NO_EXTENDED: wire.OPT_STRUCTURED_REPLY}.get(before, wire.OPT_GO)
+    demand = before + option_reply(option, wire.REP_ERR_TLS_REQD)
+    with fails(errno.EPROTONOSUPPORT, "nbds://"):
+        talk(GREETING + demand)
+    with fails(errno.EPROTO, "where there is TLS"):
+        talk(GREETING + TLS + demand, tls=True)
+
+
 def test_unknown_informations_are_passed_over() -> None:
     unknown = option_reply(wire.OPT_GO, wire.REP_INFO, b"\0\x63whatever")
     terms, _ = talk(GREETING + NO_STRUCTURED + unknown + EXPORT + unknown + ACK)
@@ -752,6 +1051,7 @@ def test_contexts_that_the_server_lacks_are_left_out() -> None:
         (wire.REP_ERR_TLS_REQD, errno.EPROTONOSUPPORT),
         (wire.REP_ERR_SHUTDOWN, errno.ESHUTDOWN),
         (wire.REP_ERR_BLOCK_SIZE_REQD, errno.EINVAL),
+        (wire.REP_ERR_EXT_HEADER_REQD, errno.EPROTONOSUPPORT),
         (0x80001234, errno.EPROTO),
     ],
 )
@@ -763,11 +1063,14 @@ def test_a_refusal_of_go_says_why(refusal: int, number: int) -> None:
 @pytest.mark.parametrize(
     "server",
     [
-        struct.pack(">QIII", 1, wire.OPT_STRUCTURED_REPLY, 1, 0),
+        struct.pack(">QIII", 1, wire.OPT_EXTENDED_HEADERS, 1, 0),
         option_reply(wire.OPT_GO, wire.REP_ACK),
-        struct.pack(">QIII", wire.REP_MAGIC, wire.OPT_STRUCTURED_REPLY, 1, 1 << 31),
-        option_reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ACK, b"x"),
-        option_reply(wire.OPT_STRUCTURED_REPLY, wire.REP_INFO),
+        struct.pack(">QIII", wire.REP_MAGIC, wire.OPT_EXTENDED_HEADERS, 1, 1 << 31),
+        option_reply(wire.OPT_EXTENDED_HEADERS, wire.REP_ACK, b"x"),
+        NO_EXTENDED + option_reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ACK, b"x"),
+        NO_EXTENDED + option_reply(wire.OPT_STRUCTURED_REPLY, wire.REP_INFO),
+        EXTENDED + option_reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ACK),
+        EXTENDED + context(1, "a:b") + CONTEXT_ACK + option_reply(wire.OPT_GO, wire.REP_ERR_UNSUP),
         STRUCTURED + context(1, "a:other"),
         STRUCTURED + context(1, "a:b") + context(1, "a:b"),
         STRUCTURED + option_reply(wire.OPT_SET_META_CONTEXT, wire.REP_META_CONTEXT, b"\0\0\0"),
@@ -853,6 +1156,16 @@ def test_uris(uri: str, address: object, export: str) -> None:
         "nbd+unix:///x?socket=",
         "nbd+unix:///x?socket=/a&socket=/b",
         "nbd+unix:///x?socket=/a&tls-certificates=/b",
+        "nbd://host/x?tls-hostname=h",
+        "nbds://host/x?tls-verify-peer=yes",
+        "nbds://host/x?tls-verify-peer=",
+        "nbds://host/x?tls-certificates=/a&tls-certificates=/b",
+        "nbds://host/x?tls-psk-file=/a",
+        "nbds://me@host/x",
+        "nbds:///x",
+        "nbds+unix:///x?tls-hostname=h",
+        "nbds+tcp://host/x",
+        "nbd+://host/x",
         "nbd+unix://host/x?socket=/a",
     ],
 )
@@ -861,10 +1174,34 @@ def test_bad_uris_are_einval(uri: str) -> None:
         parse_uri(uri)
 
 
-def test_tls_uris_are_refused_as_what_they_are() -> None:
+@pytest.mark.parametrize(
+    ("uri", "target"),
+    [
+        ("nbds://host/x", Target(("host", 10809), "x", TlsOptions())),
+        ("nbds://[::1]:7/", Target(("::1", 7), "", TlsOptions())),
+        (
+            "nbds://host/x?tls-certificates=/etc/p%20ki&tls-hostname=other.example&tls-type=x509",
+            Target(("host", 10809), "x", TlsOptions(Path("/etc/p ki"), "other.example")),
+        ),
+        ("nbds://host/x?tls-verify-peer=0", Target(("host", 10809), "x", TlsOptions(verify=False))),
+        (
+            "nbds+unix:///a/b?socket=/s&tls-certificates=pki&tls-verify-peer=1",
+            Target(Path("/s"), "a/b", TlsOptions(Path("pki"))),
+        ),
+        ("nbd://host/x", Target(("host", 10809), "x", None)),
+    ],
+)
+def test_uris_with_tls(uri: str, target: Target) -> None:
+    assert parse_target(uri) == target
+
+
+def test_tls_uris_are_refused_where_no_tls_is_spoken() -> None:
     for uri in ("nbds://host/x", "nbds+unix:///x?socket=/y"):
         with fails(errno.EPROTONOSUPPORT, "TLS"):
             parse_uri(uri)
+    for kind in ("psk", "anon"):
+        with fails(errno.EPROTONOSUPPORT, "tls-type=x509"):
+            parse_target(f"nbds://host/x?tls-type={kind}")
 
 
 @given(
