@@ -426,6 +426,11 @@ class Connection:
         elif self._waiting:
             self._scope.cancel()
 
+    @property
+    def is_suspending(self) -> bool:
+        """`suspend` was called, and it can be handed over."""
+        return self._suspending
+
     def drain(self, grace_s: float) -> None:
         """Read no more, and leave when what was read is done; refuse options of a handshake for ``grace_s``."""
         self._draining = True

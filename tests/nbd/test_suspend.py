@@ -423,7 +423,11 @@ class Load:
             await client.send(raw[cut:])
 
     async def receive(self) -> None:
-        while not self.stop or self.waiting:
+        while True:
+            while not self.waiting:  # so that it never waits for a reply that nobody owes
+                if self.stop:
+                    return
+                await trio.sleep(0.001)
             reply = await self.client.reply()
             command, block, data = self.waiting.pop(reply.cookie)  # KeyError: answered twice
             assert reply.error == 0
