@@ -198,9 +198,10 @@ class Server:
                     log.info("%s: left while the server was replaced", one.peer)
                     one.close()
                     continue
-                client = _client_of(one)
-                if self._tls_required and client.address is not None:
-                    log.warning("%s: dropped: it talks in plaintext, and TLS is required now", one.peer)
+                try:
+                    client = self._client_of(one)
+                except OSError as error:
+                    log.warning("%s: dropped: %s", one.peer, error.strerror)
                     one.close()
                     continue
                 connection = Connection(one.sock, client, self._exports, self._limits, self._workshop, resumed=one)
@@ -213,7 +214,16 @@ class Server:
                 entered.append(connection)
         for connection in entered:
             self._connections[connection] = trio.CancelScope()
+            self._count_address(connection.client, 1)
             nursery.start_soon(self._serve_one, connection)
+
+    def _client_of(self, one: Suspended) -> Client:
+        """Raises OSError, if it has gone, or may not go on as it is."""
+        if one.sock.family == socket.AF_UNIX:
+            return Client(one.peer)
+        if self._tls_required:
+            raise OSError(errno.EPERM, "it came without TLS, which is required now")
+        return Client(one.peer, plain_address(one.sock.getpeername()[0]))
 
     async def _accept(self, listener: Listener, nursery: trio.Nursery) -> None:
         while True:
@@ -254,8 +264,7 @@ class Server:
             # Known before its task runs, so that a drain in between reaches it.
             self._connections[connection] = trio.CancelScope()
             self._shaking[connection] = trio.current_time()
-            if client.address is not None:
-                self._of_address[client.address] = self._of_address.get(client.address, 0) + 1
+            self._count_address(client, 1)
             nursery.start_soon(self._serve_one, connection)
 
     def _refusal(self, client: Client) -> str:
@@ -282,6 +291,12 @@ class Server:
                 return f"{limits.connections} clients are connected already"
             self._drop_oldest_shaking("the room is needed, and it hasn't finished its handshake")
         return ""
+
+    def _count_address(self, client: Client, change: int) -> None:
+        if client.address is not None:
+            count = self._of_address.pop(client.address, 0) + change
+            if count:
+                self._of_address[client.address] = count
 
     def _forget_shaken(self) -> None:
         for connection in [one for one in self._shaking if not one.shaking]:
@@ -320,22 +335,8 @@ class Server:
         finally:
             del self._connections[connection]
             self._shaking.pop(connection, None)
-            address = connection.client.address
-            if address is not None:
-                self._of_address[address] -= 1
-                if not self._of_address[address]:
-                    del self._of_address[address]
+            self._count_address(connection.client, -1)
             self._past.add(connection.counters)
-
-
-def _client_of(one: Suspended) -> Client:
-    """As it was when it was accepted."""
-    if one.sock.family == socket.AF_UNIX:
-        return Client(one.peer)
-    try:
-        return Client(one.peer, plain_address(one.sock.getpeername()[0]))
-    except OSError:  # it has just gone
-        return Client(one.peer, "")
 
 
 def _is_hung_up(sock: socket.socket) -> bool:

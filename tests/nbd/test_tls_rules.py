@@ -9,6 +9,7 @@ import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from nbd.connection import Limits
 from nbd.export import Client
 from nbd.listen import open_tcp, open_unix
 from nbd.server import Server, serve
+from nbd.suspended import Suspended
 from nbd.tls import TlsFiles, client_context
 from tests.nbd.certificates import DAY, Authority, Pair
 from tests.nbd.client import Closed, RawClient, info_bytes, meta_bytes, option_bytes, run
@@ -124,6 +126,8 @@ async def serving(
             for sock in served.sockets:
                 sock.close()
             nursery.cancel_scope.cancel()
+            for listener in listeners:  # which a server that is suspended leaves open
+                listener.close()
     assert exports.open == 0, "an export was not released"
 
 
@@ -526,6 +530,73 @@ def test_a_changed_certificate_is_shown_to_the_next_client_and_a_bad_one_leaves_
         run(test)
     (record,) = caplog.records
     assert record.levelno == logging.ERROR and "doesn't belong to the certificate" in record.getMessage()
+
+
+# --- a server that is replaced ---
+
+
+def test_clients_over_tls_are_answered_and_let_go_where_others_are_handed_over(
+    server_pair: Pair, trusting: ssl.SSLContext
+) -> None:
+    async def test() -> None:
+        export = MemoryExport(size_bytes=SIZE, slow=True, delay_s=0.1)
+        async with serving(server_pair, required=False, export=export) as served:
+            plain, secured, idle = [await served.connect() for _ in range(3)]
+            await plain.go()
+            for client in (secured, idle):
+                await client.hello()
+                await served.secure(client, trusting)
+                assert errors(await client.option(wire.OPT_GO, info_bytes("mem")))[-1] == wire.REP_ACK
+            await secured.request(wire.CMD_READ, 0, 1000)
+            await trio.sleep(0.05)
+            left: list[Suspended] = []
+
+            async def suspend() -> None:
+                left.extend(await served.server.suspend(1))
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(suspend)
+                assert len((await secured.reply()).data) == 1000
+                # By TLS's own goodbye, after which they may close.
+                for client in (secured, idle):
+                    await client.expect_end()
+                    client.stream.socket.close()
+            assert [one.peer.rpartition(":")[0] for one in left] == ["127.0.0.1"]
+            left[0].close()
+            await plain.expect_end()
+
+    run(test)
+
+
+def test_where_tls_is_required_from_now_on_a_client_that_came_without_it_is_not_gone_on_with(
+    server_pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        exports = MemoryExports(MemoryExport(size_bytes=SIZE))
+        files = TlsFiles(server_pair.certificate, server_pair.key)
+        path = server_pair.key.parent / "again.sock"
+        listeners = [*await open_tcp("127.0.0.1", 0), await open_unix(path)]
+        async with trio.open_nursery() as nursery:
+            server = await nursery.start(serve, exports, listeners)
+            served = Served(exports, listeners[0].port, path, server)
+            clients = [await served.connect(unix=unix) for unix in (False, True)]
+            for client in clients:
+                await client.go()
+            left = await server.suspend(1)
+            assert len(left) == 2
+            again = partial(serve, exports, listeners, tls=files, tls_required=True, resumed=left)
+            await nursery.start(again)
+            await clients[0].expect_end()
+            assert (await clients[1].ask(wire.CMD_READ, 0, 10)).error == 0
+            for sock in served.sockets:
+                sock.close()
+            nursery.cancel_scope.cancel()
+        assert exports.open == 0
+
+    with caplog.at_level(logging.WARNING, "nbd.server"):
+        run(test)
+    (record,) = caplog.records
+    assert "dropped: it came without TLS, which is required now" in record.getMessage()
 
 
 # --- limits of connections ---

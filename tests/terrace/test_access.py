@@ -165,6 +165,7 @@ def test_the_view_of_an_export_is_the_export_but_for_writing() -> None:
         found = [await ruled.acquire(name, UNIX) for name in ("a", "b")]
         assert found[0] is exports.exports["a"] and isinstance(found[1], ReadOnlyView)
         assert exports.open == 2
+        assert ruled.identity(found[1]) == exports.identity(exports.exports["b"])
         for one in found:
             ruled.release(one)
         assert exports.open == 0
