@@ -1,8 +1,8 @@
-"""What every test may rely on: failures that can be repeated, no leftovers of the caller, and the machine where it must.
+"""What every test may rely on: failures that can be repeated, no leftovers of the caller, a machine alone if need be.
 
-Run by several processes (pytest-xdist; `scripts/check` does), tests are given out one by one from the front of one
-list. `long` ones stand first, so that the others go on beside them. `alone` ones stand last, and nothing runs beside
-one: they assert how long something takes, or use what a machine has but one of.
+`scripts/check` runs tests in several processes (pytest-xdist), to which they are given out one by one from the front
+of one list. `long` ones stand first, so that the others go on beside them. `alone` ones stand last, and nothing runs
+beside one: they assert how long something takes, or use what a machine has but one of.
 """
 
 from __future__ import annotations
