@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 from collections.abc import Generator
 
 import hypothesis
@@ -17,6 +18,10 @@ import pytest
 # A failure prints the line that reproduces it. The time of one example depends on the machine, so it is no property.
 hypothesis.settings.register_profile("terrace", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("terrace")
+
+# What a shell runs in the background ignores SIGINT, and so would all that tests start and then interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
