@@ -8,6 +8,7 @@ beside one: they assert how long something takes, or use what a machine has but 
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import signal
 from collections.abc import Generator
@@ -34,6 +35,16 @@ def _no_ambient_home(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (is_alone(item), item.get_closest_marker("long") is None))
+
+
+def pytest_collection_finish() -> None:
+    """The collector looks at everything once a quarter as much was added: with all tests in that, it seldom does.
+
+    Few objects are behind gigabytes of devices of simulated machines. Measured as CPU time and resident memory of 114
+    simulations: 6 % and 18 % less than with the tests in it.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
