@@ -572,6 +572,7 @@ def test_what_waits_is_bounded_in_bytes() -> None:
 
 
 @both_speeds
+@pytest.mark.alone
 def test_a_client_that_never_reads_its_replies_is_not_read_and_nobody_else_notices(slow: bool) -> None:
     async def test() -> None:
         export = MemoryExport(size_bytes=SIZE, slow=slow)
@@ -593,6 +594,7 @@ def test_a_client_that_never_reads_its_replies_is_not_read_and_nobody_else_notic
     run(test)
 
 
+@pytest.mark.alone
 def test_a_busy_connection_yields_to_the_others() -> None:
     async def test() -> None:
         export = MemoryExport(size_bytes=SIZE, recording=False)

@@ -7,6 +7,7 @@ overlayfs, cgroup version 2 somewhere, and Debian's systemd package. It has udev
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -178,14 +179,17 @@ def udev_package() -> str:
         return ""
     cache = REPOSITORY / ".cache" / "udev"
     cache.mkdir(parents=True, exist_ok=True)
-    found = sorted(cache.glob("udev_*.deb"))
-    if not found:
-        done = subprocess.run(
-            ["apt-get", "download", "-q", "udev"], cwd=cache, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"apt-get download udev failed; run apt-get update: {done.stderr}"
-        found = sorted(cache.glob("udev_*.deb"))
-    return str(found[-1])
+    lock = os.open(cache, os.O_RDONLY)  # another process of the same run may want it just now
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not any(cache.glob("udev_*.deb")):
+            done = subprocess.run(
+                ["apt-get", "download", "-q", "udev"], cwd=cache, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, f"apt-get download udev failed; run apt-get update: {done.stderr}"
+        return str(max(cache.glob("udev_*.deb")))
+    finally:
+        os.close(lock)
 
 
 def cgroup_of(machine: Machine, unit: str) -> Path:

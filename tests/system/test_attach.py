@@ -135,6 +135,7 @@ def test_a_device_that_is_mounted_and_lost_its_keeper_is_refused_at_once_and_say
     cli.ok("detach", "p/w")
 
 
+@pytest.mark.alone
 def test_a_device_that_has_taken_the_number_of_an_attached_one_is_left_alone(cli: Cli, tmp_path: Path) -> None:
     other, where = tmp_path / "other", tmp_path / "mnt"
     where.mkdir()

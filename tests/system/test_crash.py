@@ -32,6 +32,7 @@ CHECK_EVERY = 10
 
 
 @pytest.mark.system
+@pytest.mark.long
 def test_no_acknowledged_byte_is_lost_by_sigkill_under_load(tmp_path: Path) -> None:
     rng = random.Random(SEED)
     daemon = Daemon(tmp_path / "home")

@@ -57,6 +57,7 @@ def fio(daemon: Daemon, export: str, *options: str, depths: tuple[int, ...]) -> 
     return jobs
 
 
+@pytest.mark.alone
 def test_a_real_client_gets_as_much_as_the_policy_says(own: Daemon) -> None:
     own.cli("volume", "create", "p/v", "16M", "--policy", "iops")
     (job,) = fio(own, "p/v", "--rw=randrw", "--bs=4k", depths=(32,))
@@ -67,6 +68,7 @@ def test_a_real_client_gets_as_much_as_the_policy_says(own: Daemon) -> None:
     assert job["write"]["bw_bytes"] == pytest.approx(8 * MIB, rel=0.1)
 
 
+@pytest.mark.alone
 def test_connections_of_a_volume_share_its_limit_and_a_change_counts_for_requests_that_wait(own: Daemon) -> None:
     own.cli("volume", "create", "p/v", "16M", "--policy", "iops")
     jobs = fio(own, "p/v", "--rw=randread", "--bs=4k", depths=(16, 120))

@@ -37,6 +37,7 @@ def lose_catalog(home: Path, pool: str = "p") -> None:
         path.unlink()
 
 
+@pytest.mark.long
 def test_a_used_pool_is_rebuilt_byte_for_byte_after_sigkill_and_the_loss_of_its_catalog(tmp_path: Path) -> None:
     rng = random.Random(SEED)
     daemon = Daemon(tmp_path / "home", "[pool]\ncheckpoint_interval_s = 0.05\n")

@@ -33,6 +33,7 @@ def flip(device: Path, offset: int) -> None:
         file.write(bytes([byte ^ 0x10]))
 
 
+@pytest.mark.alone
 def test_flipped_bytes_are_named_by_volume_and_range_while_clients_write_and_a_rewrite_mends_them(
     tmp_path: Path,
 ) -> None:

@@ -238,6 +238,7 @@ def test_a_check_whose_client_went_away_ends_and_a_running_one_keeps_the_pool(da
     assert list(check(daemon, "p"))[-1]["report"]["ok"]
 
 
+@pytest.mark.alone
 def test_the_stall_measurement_can_be_reset_and_is_told_first(daemon: FakeDaemon) -> None:
     daemon.api("GET", "/v1/pools")
     first = daemon.api("GET", "/v1/status?reset=1")

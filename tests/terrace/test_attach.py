@@ -228,6 +228,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         loopdev.make(tmp_path / "none")
 
 
+@pytest.mark.alone
 def test_a_device_that_is_open_is_not_said_to_be_gone(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loopdev, "CLEAR_PATIENCE_S", 0.1)
     device = loopdev.make(image)
@@ -403,6 +404,7 @@ def keeper(tmp_path: Path) -> Iterator[Keeper]:
         loopdev.clear(made.device)
 
 
+@pytest.mark.alone
 def test_a_keeper_makes_a_device_records_it_and_takes_it_away(keeper: Keeper) -> None:
     assert loopdev.backing_of(keeper.device) == str(keeper.file)
     found = keeper.records.find("p/v")
@@ -462,6 +464,7 @@ def test_nothing_is_left_where_the_filesystem_cannot_be_made(tmp_path: Path) -> 
 # Devices whose numbers others use again, and what uses a device without claiming it
 
 
+@pytest.mark.alone
 def test_a_keeper_leaves_the_device_alone_that_has_taken_its_number(keeper: Keeper, tmp_path: Path) -> None:
     fd = os.open(keeper.device, os.O_RDONLY)
     loopdev_ended_by_somebody(fd)

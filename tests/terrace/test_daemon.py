@@ -277,6 +277,7 @@ def test_the_configuration_can_be_checked_without_starting(tmp_path: Path, capfd
     assert not (tmp_path / "home").exists()
 
 
+@pytest.mark.alone
 def test_an_idle_daemon_is_idle_and_small(own_daemon: FakeDaemon) -> None:
     own_daemon.start()
     own_daemon.api("GET", "/v1/pools")

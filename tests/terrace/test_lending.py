@@ -98,6 +98,7 @@ def test_steps_of_tasks_and_of_borrowers_never_overlap() -> None:
     assert state.ended
 
 
+@pytest.mark.alone
 def test_what_a_borrower_sets_wakes_the_task_that_waits_for_it_at_once() -> None:
     loop = LendingLoop(opened)
     state = loop.start()
@@ -141,6 +142,7 @@ def test_a_borrower_knows_the_loops_time_and_moves_its_deadlines() -> None:
     assert caught == [True]
 
 
+@pytest.mark.alone
 def test_the_loop_gets_its_turn_while_many_threads_borrow_all_the_time() -> None:
     loop = LendingLoop(opened)
     state = loop.start()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 
+import pytest
 import trio
 
 from terrace.stall import StallMeter
+
+pytestmark = pytest.mark.alone
 
 
 def test_the_longest_step_is_remembered_with_its_task_until_the_reset() -> None:

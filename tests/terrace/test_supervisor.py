@@ -76,6 +76,7 @@ def test_a_slow_start_and_a_slow_end_ask_for_time_and_say_what_for(
     assert "EXTEND_TIMEOUT_USEC" in until(hear, "STATUS", "closing pools: two (")
 
 
+@pytest.mark.alone
 def test_the_watchdog_hears_of_a_loop_that_runs_and_not_of_one_that_hangs(
     own_daemon: FakeDaemon, tmp_path: Path, hear: Supervised
 ) -> None:
