@@ -21,7 +21,8 @@ from nbd.uri import Address
 __all__ = ["PlainTransport", "TlsTransport", "Transport", "open_socket", "prepare"]
 
 SEND_BUFFER_BYTES: Final = 1 << 20
-"""Of Unix sockets: a WRITE of 1 MiB should leave in one call."""
+"""Of Unix sockets: a WRITE of 1 MiB, or the reply to a READ, should leave in one call. 1 MiB reads at queue depth 4:
+1.9 GB/s with 104 KiB, 2.2-2.6 from 256 KiB up (fio --ioengine=nbd --rw=read --bs=1m --iodepth=4)."""
 
 
 class Transport(Protocol):

@@ -37,6 +37,7 @@ from typing import Any
 import psutil
 from bench_fio import FioError, Measurement, fio
 from bench_fuse import fuse
+from bench_nbd import protocol
 from bench_nbdkit import nbdkit
 from bench_scrub import scrub
 from bench_sections import STALL_TARGET_MS, Result, big, pressure, reopen
@@ -53,7 +54,7 @@ from tests.system.daemon import REPOSITORY, DaemonError
 MIB = 1 << 20
 BASELINE = "qemu-nbd raw"
 SECTIONS = ("throughput", "big", "reopen", "pressure", "scrub")
-ALL_SECTIONS = (*SECTIONS, "tiering", "snapshots", "fuse", "nbdkit")
+ALL_SECTIONS = (*SECTIONS, "tiering", "snapshots", "fuse", "nbdkit", "nbd")
 WARM_PASSES = (3, 7)  # at least, at most
 console = Console(width=None if sys.stdout.isatty() else 160)
 
@@ -139,6 +140,7 @@ def main() -> int:
             "reopen": lambda: results.extend(reopen(directory, options.reopen_bytes)),
             "pressure": lambda: results.extend(pressure(directory, options.seconds, options.size // 2)),
             "scrub": lambda: results.extend(scrub(directory, options.size)),
+            "nbd": lambda: results.extend(protocol(directory, options.seconds)),
             "nbdkit": lambda: results.extend(nbdkit(directory, options.seconds, options.rounds, options.size)),
             "snapshots": lambda: results.extend(
                 snapshots(directory, options.snapshot_parts, options.seconds, options.rounds, full=options.full)

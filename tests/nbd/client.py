@@ -9,6 +9,7 @@ import struct
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,6 +19,7 @@ from nbd import wire
 from nbd.listen import Listener, open_unix
 from nbd.server import Limits, Server, serve
 from nbd.suspended import Suspended
+from nbd.tls import TlsFiles
 from tests.nbd.memory import MemoryExport, MemoryExports
 
 
@@ -300,20 +302,21 @@ class Served:
         self.server: Server
         self._nursery: trio.Nursery
 
-    async def start(self, limits: Limits | None, task_status: trio.TaskStatus[None]) -> None:
+    async def start(
+        self, limits: Limits | None, tls: TlsFiles | None, task_status: trio.TaskStatus[None]
+    ) -> None:
         with self.scope:
             async with trio.open_nursery() as self._nursery:
                 self._nursery.start_soon(trio.sleep_forever)  # keeps it open between two servers
-                await self.serve(limits)
+                await self.serve(limits, tls=tls)
                 task_status.started()
 
-    async def serve(self, limits: Limits | None = None, resumed: Sequence[Suspended] = ()) -> Server:
+    async def serve(
+        self, limits: Limits | None = None, resumed: Sequence[Suspended] = (), tls: TlsFiles | None = None
+    ) -> Server:
         """Start the server, or the next one."""
-        self.server = await self._nursery.start(
-            lambda task_status: serve(
-                self.exports, [self.listener], limits=limits, resumed=resumed, task_status=task_status
-            )
-        )
+        start = partial(serve, self.exports, [self.listener], limits=limits, resumed=resumed, tls=tls)
+        self.server = await self._nursery.start(start)
         return self.server
 
     async def connect(self) -> RawClient:
@@ -332,14 +335,16 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(*exports: MemoryExport, limits: Limits | None = None) -> AsyncIterator[Served]:
+async def serving(
+    *exports: MemoryExport, limits: Limits | None = None, tls: TlsFiles | None = None
+) -> AsyncIterator[Served]:
     """A real server on a Unix socket; every export must have been released when it ends."""
     with TemporaryDirectory(prefix="nbd-test-") as name:
         directory = Path(name)
         listener = await open_unix(directory / "nbd.sock")
         served = Served(MemoryExports(*(exports or (MemoryExport(),))), listener, directory)
         async with trio.open_nursery() as nursery:
-            await nursery.start(served.start, limits)
+            await nursery.start(served.start, limits, tls)
             try:
                 yield served
             finally:
