@@ -186,16 +186,16 @@ class Daemon:
             self.follow(int(now["pid"]))
         return now
 
-    def follow(self, pid: int) -> None:
-        """The daemon is that process now. Within `orphans_come_to_us`."""
+    def follow(self, pid: int, *, status: int = 0) -> None:
+        """The daemon is that process now; the one before ended with `status`. Within `orphans_come_to_us`."""
         process = self.process
         assert process is not None
-        status = process.wait(STOP_TIMEOUT_S)
+        found = process.wait(STOP_TIMEOUT_S)
         self.process = Successor(pid, process.stdout)
         if isinstance(process, subprocess.Popen):
             process.stdout = None  # not to be closed with it
-        if status != 0:
-            raise DaemonError(f"terraced ended with {status} after its upgrade; log:\n{self.tail()}")
+        if found != status:
+            raise DaemonError(f"terraced ended with {found} after its upgrade, not {status}; log:\n{self.tail()}")
         (self.port, *_) = [
             int(match[1])
             for uri in self.api("GET", "/v1/status")["nbd"]["uris"]
@@ -207,12 +207,12 @@ class Daemon:
         if self.process is not None:
             self.process.kill()
             self._reap()
-        while strays := self._holders():
+        while strays := self.holders():
             for stray in strays:
                 stray.kill()
                 stray.wait(STOP_TIMEOUT_S)
 
-    def _holders(self) -> list[psutil.Process]:
+    def holders(self) -> list[psutil.Process]:
         """The processes that have the home; usually that is told without looking for them."""
         if not self._held():
             return []
