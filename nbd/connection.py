@@ -426,6 +426,11 @@ class Connection:
         elif self._waiting:
             self._scope.cancel()
 
+    @property
+    def stays(self) -> bool:
+        """Whether `run` will return what it needs to go on, once the storage has let go of it."""
+        return self._suspending and self.export_name is not None and not self._left and not self._outbox.gone
+
     def drain(self, grace_s: float) -> None:
         """Read no more, and leave when what was read is done; refuse options of a handshake for ``grace_s``."""
         self._draining = True

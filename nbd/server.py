@@ -154,8 +154,10 @@ class Server:
         with trio.move_on_after(patience_s + _STRAGGLING_S):
             await self._over.wait()
             return self._suspended
-        for scope in self._connections.values():  # they were leaving, or could not be handed over
-            scope.cancel()
+        for connection, scope in self._connections.items():
+            # Who is to stay waits only for the storage: a flush that has begun, say, which can't be cut short.
+            if not connection.stays:
+                scope.cancel()
         await self._over.wait()
         return self._suspended
 
@@ -210,7 +212,7 @@ class Server:
                     continue
                 entered.append(connection)
         for connection in entered:
-            self._connections[connection] = trio.CancelScope()
+            self._know(connection)
             nursery.start_soon(self._serve_one, connection)
 
     async def _accept(self, listener: Listener, nursery: trio.Nursery) -> None:
@@ -250,11 +252,16 @@ class Server:
                 sock, client, self._exports, self._limits, self._workshop, tls=self._tls, tls_required=required
             )
             # Known before its task runs, so that a drain in between reaches it.
-            self._connections[connection] = trio.CancelScope()
+            self._know(connection)
             self._shaking[connection] = trio.current_time()
-            if client.address is not None:
-                self._of_address[client.address] = self._of_address.get(client.address, 0) + 1
             nursery.start_soon(self._serve_one, connection)
+
+    def _know(self, connection: Connection) -> None:
+        """Count it among those that are connected, until `_serve_one` ends."""
+        self._connections[connection] = trio.CancelScope()
+        address = connection.client.address
+        if address is not None:
+            self._of_address[address] = self._of_address.get(address, 0) + 1
 
     def _refusal(self, client: Client) -> str:
         """Why one more connection is too many; empty if it isn't.

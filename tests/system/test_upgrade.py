@@ -297,7 +297,7 @@ def kill_one(daemon: Daemon, images: list[Image], rng: random.Random) -> str:
         daemon.api("POST", "/v1/upgrade", {})
         successor = int(until("a successor is started", lambda: successors(predecessor.pid)))
         if late:
-            until("clients are stopped", lambda: "clients wait for a new" in daemon.log.read_text()[size:])
+            until("clients are stopped", lambda: "clients for the next terraced" in daemon.log.read_text()[size:])
         time.sleep(delay_s)
         try:
             os.kill(successor if whom == "successor" else predecessor.pid, signal.SIGKILL)

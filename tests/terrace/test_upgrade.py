@@ -28,7 +28,7 @@ from tiers import TierError
 
 MIB = 1 << 20
 PATTERN = bytes(range(256)) * 16
-CLIENTS_WAIT = "clients wait for a new terraced"
+CLIENTS_WAIT = "clients for the next terraced"
 
 
 @pytest.fixture(scope="module")
