@@ -427,9 +427,9 @@ class Connection:
             self._scope.cancel()
 
     @property
-    def is_suspending(self) -> bool:
-        """`suspend` was called, and it can be handed over."""
-        return self._suspending
+    def stays(self) -> bool:
+        """Whether `run` will return what it needs to go on, once the storage has let go of it."""
+        return self._suspending and self.export_name is not None and not self._left and not self._outbox.gone
 
     def drain(self, grace_s: float) -> None:
         """Read no more, and leave when what was read is done; refuse options of a handshake for ``grace_s``."""

@@ -153,8 +153,8 @@ class Server:
             await self._over.wait()
             return self._suspended
         for connection, scope in self._connections.items():
-            # Those that are handed over wait for nobody, however long a busy host makes it take.
-            if not connection.is_suspending:
+            # Who is to stay waits only for the storage: a flush that has begun, say, which can't be cut short.
+            if not connection.stays:
                 scope.cancel()
         await self._over.wait()
         return self._suspended
@@ -211,8 +211,7 @@ class Server:
                     continue
                 entered.append(connection)
         for connection in entered:
-            self._connections[connection] = trio.CancelScope()
-            self._count_address(connection.client, 1)
+            self._know(connection)
             nursery.start_soon(self._serve_one, connection)
 
     def _client_of(self, one: Suspended) -> Client:
@@ -260,10 +259,14 @@ class Server:
                 sock, client, self._exports, self._limits, self._workshop, tls=self._tls, tls_required=required
             )
             # Known before its task runs, so that a drain in between reaches it.
-            self._connections[connection] = trio.CancelScope()
+            self._know(connection)
             self._shaking[connection] = trio.current_time()
-            self._count_address(client, 1)
             nursery.start_soon(self._serve_one, connection)
+
+    def _know(self, connection: Connection) -> None:
+        """Count it among those that are connected, until `_serve_one` ends."""
+        self._connections[connection] = trio.CancelScope()
+        self._count_address(connection.client, 1)
 
     def _refusal(self, client: Client) -> str:
         """Why one more connection is too many; empty if it isn't.

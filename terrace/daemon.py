@@ -207,6 +207,7 @@ async def run(
                 begin()
             clients: Sequence[Suspended] = [] if heir is None else heir.estate.clients
             upgrade = Upgrade(version())
+            status = 0
             while not orders.told.is_set():
                 orders.opening, orders.serving = trio.CancelScope(), trio.CancelScope()
                 opened = open_pools(
@@ -226,7 +227,8 @@ async def run(
                             await heir.take_over(pools, config, orders.told)
                         except HandoverError as error:
                             print(f"terraced: {error}", file=sys.stderr)
-                            return 1
+                            status = 1
+                            break
                         begin()
                         upgrade.succession = heir.succession
                     elif passed.memory is not None:
@@ -268,7 +270,7 @@ async def run(
                 client.close()
             log.info("stopped")
             watchers.cancel_scope.cancel()
-    return 0
+    return status
 
 
 @dataclass(frozen=True)
@@ -327,7 +329,7 @@ class Service:
                 background.start_soon(keep_schedules, self.pools, self.definitions.schedules, self.events)
                 settle_collector()
                 self.stalls.reset()
-                print("terraced is ready:", *daemon.uris(), flush=True)
+                _announce(daemon.uris())
                 self.supervisor.ready(lambda: len(server.status().connections))
                 await _first(self.orders.told, self.upgrade.wanted)
                 background.cancel_scope.cancel()
@@ -350,6 +352,18 @@ class Service:
                 left = Left(await server.suspend(patience_s), open_now, list(self.pools.policies), since_s)
                 log.info("stopped %d clients for the next terraced", len(left.clients))
         return left
+
+
+def _announce(uris: Sequence[str]) -> None:
+    """Say where it serves. Who was to hear that may be gone long since, where this is a successor."""
+    try:
+        print("terraced is ready:", *uris, flush=True)
+    except OSError as error:
+        log.warning("can't say on standard output that it is ready: %s", error.strerror)
+        # What was not written would be tried again, and fail again, at the end.
+        null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
 
 
 async def _first(*events: trio.Event) -> None:

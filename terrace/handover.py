@@ -58,6 +58,7 @@ MAX_MESSAGE_BYTES: Final = 64 << 10
 LOADING_S: Final = 60.0
 OPENING_S: Final = 60.0
 """How long the predecessor waits for the successor. Clients wait during the second of the two."""
+_ENDED: Final = "the other terraced has ended; the log says why"
 _NOT_INHERITED: Final = (VARIABLE, "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID")
 
 
@@ -181,8 +182,15 @@ class Successor:
             await self._hear("more")
 
     async def commit(self) -> None:
-        """From here on it serves, and this process must not touch anything that it gave away."""
-        await self._say({"say": "serve"})
+        """From here on it serves, and this process must not touch anything that it gave away.
+
+        Raises HandoverError; it is dead then.
+        """
+        try:
+            await self._say({"say": "serve"})
+        except BaseException:
+            await self.kill()
+            raise
         self._process.returncode = 0  # nobody waits for it here
         self._sock.close()
 
@@ -205,8 +213,10 @@ class Successor:
                 return
             except BlockingIOError:
                 await trio.lowlevel.wait_writable(self._sock)
-            except OSError as error:
-                raise HandoverError(errno.EIO, f"the new terraced has ended: {error.strerror}") from None
+            except (BrokenPipeError, ConnectionResetError):
+                raise HandoverError(errno.ECONNRESET, _ENDED) from None
+            except OSError as error:  # too long, or more descriptors than the kernel lets a message have
+                raise HandoverError(errno.EIO, f"the new terraced can't be told all: {error.strerror}") from None
 
     async def _hear(self, expected: str) -> tuple[dict[str, Any], list[int]]:
         while True:
@@ -232,9 +242,10 @@ class Predecessor:
         try:
             sock = socket.socket(fileno=int(text))
             if sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) != socket.SOCK_SEQPACKET:
-                raise OSError(errno.EINVAL, "no SOCK_SEQPACKET")
+                sock.detach()  # whoever's it is
+                raise OSError(errno.EINVAL, "it is of another type")
             sock.set_inheritable(False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:
             raise HandoverError(
                 errno.EINVAL, f"{VARIABLE} is {text!r}, which is no socket of a running terraced ({error}); unset it"
             ) from None
@@ -260,6 +271,8 @@ class Predecessor:
         sockets: list[socket.socket] = []
         while len(sockets) < said["clients"]:
             _, descriptors = self._hear("clients")
+            if not descriptors:
+                raise HandoverError(errno.EPROTO, "a message that brings clients brought none")
             sockets += [socket.socket(fileno=fd) for fd in descriptors]
             self._say({"say": "more"})
         raw = _read_all(memory)
@@ -320,24 +333,48 @@ def _rights(descriptors: Sequence[int]) -> list[tuple[int, int, array.array[int]
     return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
 
 
-def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
-    """One message, and the descriptors that came with it, which no process that is started gets."""
+def _receive(sock: socket.socket) -> tuple[bytes, list[int], int]:
+    """One message, the descriptors that came with it, which no process that is started gets, and recvmsg's flags."""
     descriptors = array.array("i")
     size = socket.CMSG_SPACE(253 * descriptors.itemsize)
-    raw, ancillary, _, _ = sock.recvmsg(MAX_MESSAGE_BYTES, size, socket.MSG_CMSG_CLOEXEC)
+    try:
+        raw, ancillary, flags, _ = sock.recvmsg(MAX_MESSAGE_BYTES, size, socket.MSG_CMSG_CLOEXEC)
+    except ConnectionResetError:  # it has ended without reading all that it was told
+        return b"", [], 0
     for level, kind, data in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
-    return raw, list(descriptors)
+    return raw, list(descriptors), flags
 
 
-def _understood(raw: bytes, descriptors: list[int], expected: str) -> tuple[dict[str, Any], list[int]]:
+def _understood(raw: bytes, descriptors: list[int], flags: int, expected: str) -> tuple[dict[str, Any], list[int]]:
     """A message, if it is the one that must come now. Raises HandoverError with what was said in its place."""
+    try:
+        return _judged(raw, flags, expected), descriptors
+    except HandoverError:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise
+
+
+def _judged(raw: bytes, flags: int, expected: str) -> dict[str, Any]:
     if not raw:
-        raise HandoverError(errno.ECONNRESET, "the other terraced has ended; its log says why")
-    said = json.loads(raw)
+        raise HandoverError(errno.ECONNRESET, _ENDED)
+    if flags & socket.MSG_TRUNC:
+        raise HandoverError(errno.EMSGSIZE, f"the other terraced says more than {MAX_MESSAGE_BYTES} bytes at once")
+    if flags & socket.MSG_CTRUNC:
+        raise HandoverError(
+            errno.EMFILE,
+            "not all descriptors could be taken over: more files must be allowed (LimitNOFILE=, ulimit -n)",
+        )
+    try:
+        said = json.loads(raw)
+    except (ValueError, RecursionError):
+        said = None
+    if not isinstance(said, dict):
+        raise HandoverError(errno.EPROTO, f"{raw[:40]!r} came where {expected!r} belongs")
     if said.get("say") == "failed":
         raise HandoverError(errno.EIO, str(said.get("why")))
     if said.get("say") != expected:
         raise HandoverError(errno.EPROTO, f"{said.get('say')!r} came where {expected!r} belongs")
-    return said, descriptors
+    return said

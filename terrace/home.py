@@ -100,8 +100,9 @@ class Home:
 
 def write_holder(lock: int) -> None:
     """Leave this process's id in the lock file, for people."""
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    text = f"{os.getpid()}\n".encode()
+    os.pwrite(lock, text, 0)
+    os.ftruncate(lock, len(text))
 
 
 def find_home(option: str | os.PathLike[str] | None) -> Home:

@@ -114,6 +114,12 @@ class Upgrade:
         """Ask for it. Raises TierError EBUSY with what is in the way; `force` goes past that."""
         if self._state != "idle":
             raise TierError(errno.EBUSY, "an upgrade is under way already; `terrace status` shows when it is done")
+        if os.getpid() == 1:
+            raise TierError(
+                errno.ENOTSUP,
+                "this terraced is process 1, and its container would end with it: start the container with an init "
+                "(docker run --init), or restart it, which disconnects clients",
+            )
         if not force and (why := self.obstacle()):
             raise TierError(errno.EBUSY, why)
         self._state, self._error = "loading", None
@@ -170,7 +176,11 @@ class Upgrade:
                 # No checkpoint that could be cancelled from here to the end: there is one decision.
                 with trio.CancelScope(shield=True):
                     committing(successor.pid)
-                    await successor.commit()
+                    try:
+                        await successor.commit()
+                    except HandoverError:
+                        committing(os.getpid())
+                        raise
                 done = True
             except HandoverError as error:
                 self._failed(error)

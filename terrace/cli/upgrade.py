@@ -52,11 +52,16 @@ def _wait(context: Context, asked: dict[str, Any], status: Status) -> dict[str, 
             with context.connect() as client:
                 now: dict[str, Any] = client.get("upgrade")
         except ApiError as error:
-            # Between the two nobody answers; whoever listens does soon.
-            if error.errno not in (errno.ECONNRESET, errno.EPROTO) or time.monotonic() > deadline_s:
+            # Between the two nobody answers; whoever listens does when the pools are open.
+            if error.errno not in (errno.ECONNRESET, errno.EPROTO, errno.ETIMEDOUT) or time.monotonic() > deadline_s:
                 raise
             continue
         if now["pid"] != asked["pid"]:
+            if now["succession"] is None:
+                raise ApiError(
+                    errno.EIO,
+                    "terraced has ended meanwhile, which disconnected clients, and was started anew; its log says why",
+                )
             return now
         if now["attempt"] == asked["attempt"] and now["state"] == "idle":
             raise ApiError(errno.EIO, f"the running terraced goes on: {now['error']}")

@@ -225,6 +225,40 @@ def test_a_read_that_is_cut_short_between_two_chunks_goes_on_behind_what_was_tol
     run(test)
 
 
+def test_storage_that_can_not_be_cut_short_is_waited_for_and_no_client_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a flush of a busy disk, which takes longer than all patience."""
+
+    async def test() -> None:
+        export = MemoryExport(size_bytes=SIZE)
+        begun = trio.Event()
+
+        async def flush() -> None:
+            begun.set()
+            with trio.CancelScope(shield=True):
+                await trio.sleep(0.8)
+            await trio.lowlevel.checkpoint()
+
+        monkeypatch.setattr(export, "flush", flush)
+        async with serving(export) as served:
+            client, leaving = await served.connect(), await served.connect()
+            for each in (client, leaving):
+                await each.go()
+                await each.request(wire.CMD_WRITE, 0, data=b"x" * 512, flags=wire.CMD_FLAG_FUA)
+            flushed = await client.request(wire.CMD_FLUSH)
+            await leaving.request(wire.CMD_DISC)
+            await begun.wait()
+            await trio.testing.wait_all_tasks_blocked()
+            left = await served.server.suspend(0.05)
+            assert len(left) == 1
+            await replace(served, left)
+            assert {(await client.reply()).cookie for _ in range(2)} == {1, flushed}
+            await leaving.expect_end()
+
+    run(test)
+
+
 @all_forms
 def test_a_client_that_does_not_read_gets_all_its_replies_from_the_next_server(form: str) -> None:
     async def test() -> None:

@@ -20,17 +20,16 @@ class FakeDaemon(Daemon):
     def spawn(self, *options: str, **variables: str) -> subprocess.Popen[str]:
         assert self.process is None, "already started"
         self.home.mkdir(parents=True, exist_ok=True)
-        config = self.home.with_name(self.home.name + ".toml")
-        config.write_text('[nbd]\nlisten = ["127.0.0.1:0"]\n' + self.config)
         with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                [*command(), "--home", str(self.home), "--config", str(config), *options],
+            process = subprocess.Popen(
+                [*command(), "--home", str(self.home), "--config", str(self.configure()), *options],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
                 env=environment() | variables,
             )
-        return self.process
+        self.process = process
+        return process
 
     def directory(self, pool: str) -> Path:
         return self.home / "pools" / pool

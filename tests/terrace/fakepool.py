@@ -6,6 +6,8 @@ true there. What the real one does only in bad luck, this one does on demand, by
     fail-open       opening raises its text as EIO
     bad-log         opening raises EIO unless the log may be truncated
     slow-open       opening takes as many seconds as its text says
+    one-slow-open   the same, once: the file is gone when it begins
+    fail-one-open   as fail-open, once
     fail-later      once the file appears, the running pool fails with its text
     slow-checkpoint a checkpoint takes as many seconds as its text says
     slow-check      a check takes as many seconds as its text says, with progress
@@ -401,6 +403,10 @@ class FakePool:
         await trio.lowlevel.checkpoint()
         if (directory / "slow-open").exists():
             await trio.sleep(float((directory / "slow-open").read_text()))
+        if (once := directory / "one-slow-open").exists():
+            seconds = float(once.read_text())
+            once.unlink()
+            await trio.sleep(seconds)
         given_up = None
         if truncate_log and (directory / "bad-log").exists():
             (directory / "bad-log").unlink()
@@ -409,6 +415,10 @@ class FakePool:
             raise TierError(errno.EIO, "the log is damaged: `terrace pool check --truncate-log` gives up what follows")
         if (directory / "fail-open").exists():
             raise TierError(errno.EIO, (directory / "fail-open").read_text())
+        if (once := directory / "fail-one-open").exists():
+            cause = once.read_text()
+            once.unlink()
+            raise TierError(errno.EIO, cause)
         if not (directory / "fake.json").exists():
             raise TierError(errno.ENOENT, f"{directory} holds no pool")
         with (directory / "fake.json").open() as catalog:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.system.daemon import ApiError
+from tests.system.daemon import ApiError, orphans_come_to_us
 from tests.system.nbdclient import Connection
 from tests.terrace.fakedaemon import FakeDaemon
 
@@ -130,15 +130,19 @@ def test_a_bad_file_or_one_without_a_policy_in_use_changes_nothing_and_says_why(
     assert served.api("GET", "/v1/policies") == before
 
 
-def test_a_hangup_reloads_and_a_bad_file_only_reaches_the_log(served: FakeDaemon) -> None:
+def test_a_hangup_has_another_process_read_the_file_and_a_bad_one_only_reaches_the_log(served: FakeDaemon) -> None:
     assert served.process is not None
+    before = served.process.pid
     rewrite(served, TWO.replace("500", "x"))
     served.process.send_signal(signal.SIGHUP)
     served.wait_log("is not TOML")
+    served.wait_log("not handed over, this terraced goes on")
     assert served.api("GET", "/v1/policies/gold")["keys"]["iops_limit"] == 500
     rewrite(served, TWO.replace("500", "900"))
-    served.process.send_signal(signal.SIGHUP)
-    served.wait_log("policies are reloaded: added none, changed gold, removed none")
+    with orphans_come_to_us():
+        served.process.send_signal(signal.SIGHUP)
+        served.wait_log(f"took over from process {before} with 0 clients")
+        served.follow(served.api("GET", "/v1/status")["pid"])
     assert served.api("GET", "/v1/policies/gold")["keys"]["iops_limit"] == 900
 
 
@@ -161,11 +165,15 @@ def test_a_hangup_before_the_pools_are_open_is_obeyed_afterwards(own_daemon: Fak
     device = {"path": f"{own_daemon.home}/device", "tier": "fast", "size": 64 * MIB}
     own_daemon.api("POST", "/v1/pools", {"name": "p", "devices": [device]})
     own_daemon.stop()
-    (own_daemon.directory("p") / "slow-open").write_text("2")
+    slow = own_daemon.directory("p") / "one-slow-open"
+    slow.write_text("0.5")
     process = own_daemon.spawn()
-    while not own_daemon.socket.exists():
+    while slow.exists():
         time.sleep(0.02)
     rewrite(own_daemon, TWO.replace("500", "900"))
-    process.send_signal(signal.SIGHUP)
-    own_daemon.wait_log("policies are reloaded: added none, changed gold")
-    own_daemon.kill()
+    with orphans_come_to_us():
+        process.send_signal(signal.SIGHUP)
+        own_daemon.wait_log(f"took over from process {process.pid}")
+        own_daemon.follow(own_daemon.api("GET", "/v1/status")["pid"])
+    assert own_daemon.api("GET", "/v1/policies/gold")["keys"]["iops_limit"] == 900
+    assert own_daemon.stop() == 0

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from terrace.supervisor import Supervisor, watchdog_seconds
+from tests.system.daemon import orphans_come_to_us
 from tests.terrace.fakedaemon import FakeDaemon
 from tests.terrace.test_daemon import make_volume
 
@@ -98,15 +99,37 @@ def test_the_watchdog_hears_of_a_loop_that_runs_and_not_of_one_that_hangs(
         process.send_signal(signal.SIGCONT)
 
 
-def test_a_reload_is_announced_with_its_time_and_its_end(
+def test_a_hand_over_is_announced_with_its_time_and_who_is_the_service_from_then_on(
     own_daemon: FakeDaemon, tmp_path: Path, hear: Supervised
 ) -> None:
-    process = own_daemon.spawn(NOTIFY_SOCKET=str(tmp_path / "notify"))
+    process = own_daemon.spawn(NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="400000")
     until(hear, "READY")
     before = time.monotonic_ns() // 1000
-    process.send_signal(signal.SIGHUP)
-    assert before <= int(until(hear, "RELOADING")["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
+    with orphans_come_to_us():
+        process.send_signal(signal.SIGHUP)
+        assert before <= int(until(hear, "RELOADING")["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
+        successor = int(until(hear, "MAINPID")["MAINPID"])
+        assert until(hear, "READY")["STATUS"] == "serving 0 pools, 0 volumes, 0 clients"
+        own_daemon.follow(successor)
+    assert own_daemon.api("GET", "/v1/status")["pid"] == successor
+    until(hear, "WATCHDOG")  # the next one knows that it is watched
+    assert own_daemon.stop() == 0
+    until(hear, "STOPPING")
+
+
+def test_a_hand_over_that_comes_to_nothing_is_taken_back(
+    own_daemon: FakeDaemon, tmp_path: Path, hear: Supervised
+) -> None:
+    own_daemon.spawn(NOTIFY_SOCKET=str(tmp_path / "notify"))
     until(hear, "READY")
+    make_volume(own_daemon)
+    (own_daemon.directory("p") / "fail-one-open").write_text("bad luck")
+    own_daemon.api("POST", "/v1/upgrade", {})
+    found = until(hear, "RELOADING")
+    while "READY" not in found:
+        found = hear()
+        assert "MAINPID" not in found
+    assert found["STATUS"] == "serving 1 pool, 1 volume, 0 clients"
 
 
 def test_closing_asks_for_time_no_longer_than_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
