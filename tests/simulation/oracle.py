@@ -26,7 +26,7 @@ class OracleError(AssertionError):
     """The promise is broken."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Op:
     """One operation: bytes that it changes, a new size, or another policy, or the mark of being filled."""
 
@@ -67,6 +67,8 @@ class Model:
         self.first = 0
         self.ops: list[Op] = []
         self.in_flight: Op | None = None
+        self.in_doubt: Op | None = None
+        """Refused, and its record is where nothing could be put over it: a crash may still let it come true."""
 
     @classmethod
     def holding(cls, content: bytes | bytearray, policy: str = "") -> Model:
@@ -81,11 +83,17 @@ class Model:
         return self.first + len(self.ops)
 
     def returned(self, op: Op) -> None:
-        """An operation was acknowledged."""
+        """An operation was acknowledged. So the log goes on elsewhere, and a refused record is behind its end."""
+        self.in_doubt = None
         op.apply(self.content)
         self.policy = op.policy_after(self.policy)
         self.filling = op.filling_after(self.filling)
         self.ops.append(op)
+
+    def refused(self, op: Op, *, log_is_broken: bool) -> None:
+        """An operation has changed nothing."""
+        if log_is_broken and self.in_doubt is None:  # behind the first the log takes nothing
+            self.in_doubt = op
 
     def flushed(self, mark: int) -> None:
         """A flush that began at `mark` has returned."""
@@ -110,24 +118,25 @@ class Model:
         `unreadable`: blocks that are errors to their readers, whose bytes in `found` mean nothing. `policy` or
         `filling` None: as the last operation left it.
         """
-        state, wanted = bytearray(self.floor), (self.floor_policy, self.floor_filling)
         there = self.policy if policy is None else policy, self.filling if filling is None else filling
-        ops = [*self.ops, *([self.in_flight] if self.in_flight else [])]
         least = len(self.ops) if everything else 0
-        for k in range(len(ops) + 1):
-            if k >= least and wanted == there:
-                if _same(state, found, unreadable):
-                    self.adopt(state, *wanted)
-                    return
-                if k < len(ops) and ops[k].size is None:
-                    part = _part_of(state, ops[k].changes, found, unreadable)
-                    part = part or _part_of(state, ops[k].attempted, found, unreadable)
-                    if part is not None:
-                        self.adopt(part, *wanted)
+        for last in dict.fromkeys((self.in_flight, self.in_doubt)):
+            ops = [*self.ops, *([last] if last else [])]
+            state, wanted = bytearray(self.floor), (self.floor_policy, self.floor_filling)
+            for k in range(len(ops) + 1):
+                if k >= least and wanted == there:
+                    if _same(state, found, unreadable):
+                        self.adopt(state, *wanted)
                         return
-            if k < len(ops):
-                ops[k].apply(state)
-                wanted = ops[k].policy_after(wanted[0]), ops[k].filling_after(wanted[1])
+                    if k < len(ops) and ops[k].size is None:
+                        part = _part_of(state, ops[k].changes, found, unreadable)
+                        part = part or _part_of(state, ops[k].attempted, found, unreadable)
+                        if part is not None:
+                            self.adopt(part, *wanted)
+                            return
+                if k < len(ops):
+                    ops[k].apply(state)
+                    wanted = ops[k].policy_after(wanted[0]), ops[k].filling_after(wanted[1])
         raise OracleError(self._explain(found, there, ops, least))
 
     def _explain(self, found: bytes, there: tuple[str, bool], ops: Sequence[Op], least: int) -> str:
@@ -158,7 +167,7 @@ class Model:
         self.floor = bytearray(found)
         self.ops.clear()
         self.first = 0
-        self.in_flight = None
+        self.in_flight = self.in_doubt = None
 
 
 def _same(state: bytearray, found: bytes, unreadable: Collection[int]) -> bool:

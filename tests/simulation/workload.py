@@ -287,6 +287,8 @@ class Driver:
                 if volume.policy_name != policy or not self._flush_failed(volume):
                     raise OracleError(f"a refused {op.what} left the policy {volume.policy_name!r}") from None
                 model.returned(op)  # it took effect, only not durably
+            else:
+                model.refused(op, log_is_broken=pool._engine.log.broken)
             return
         model.in_flight = None
         model.returned(op)
@@ -311,6 +313,8 @@ class Driver:
                 if not self._flush_failed(volume):
                     raise OracleError(f"a refused {op.what} took effect") from None
                 model.returned(op)  # only not durably
+            else:
+                model.refused(op, log_is_broken=pool._engine.log.broken)
             return
         model.in_flight = None
         model.returned(op)
@@ -330,6 +334,7 @@ class Driver:
             for at in range(0, len(found), BLOCK):
                 if at // BLOCK not in unreadable and found[at : at + BLOCK] != model.content[at : at + BLOCK]:
                     raise OracleError(f"a refused {op.what} changed the content at {at}")
+            model.refused(op, log_is_broken=volume._engine.log.broken)
             return
         states = [bytes(model.content)]
         for change in op.changes:
