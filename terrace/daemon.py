@@ -261,10 +261,11 @@ async def run(
                     clients = []
                     break
             upgrade.abandon()
-            if heir is not None and heir.succession is None:  # told to stop before it had anything
-                heir.predecessor.failed("it was told to stop")
-                return 1
-            if has_store():
+            if heir is not None and heir.succession is None:
+                if not status:
+                    heir.predecessor.failed("it was told to stop")
+                    status = 1
+            elif has_store():
                 await trio.to_thread.run_sync(leave_behind, clients)
             for client in clients:
                 client.close()

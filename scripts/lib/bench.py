@@ -11,6 +11,7 @@
 - `snapshots`: what they cost, and what asking for changes costs (`bench_snapshots`); not among the default ones.
 - `fuse`: volumes as files against nbdfuse (`bench_fuse`); not among the default ones.
 - `nbdkit`: our nbdkit plugin against one of ten lines on a flat file (`bench_nbdkit`); not among the default ones.
+- `upgrade`: the daemon is replaced under a verified load (`bench_upgrade`); not among the default ones.
 - `tiering`: a fast tier over a base device slowed to a hard disk's pace (`bench_tiering`); not among the default ones.
 
 The daemon itself reports the longest stall of its event loop, which is shown for each load. Absolute numbers tell about
@@ -45,6 +46,7 @@ from bench_servers import Server, Terrace, all_servers
 from bench_snapshots import PARTS as SNAPSHOT_PARTS
 from bench_snapshots import snapshots
 from bench_tiering import PARTS, scale_of, tiering
+from bench_upgrade import upgrade
 from rich.console import Console
 from rich.table import Table
 
@@ -54,7 +56,7 @@ from tests.system.daemon import REPOSITORY, DaemonError
 MIB = 1 << 20
 BASELINE = "qemu-nbd raw"
 SECTIONS = ("throughput", "big", "reopen", "pressure", "scrub")
-ALL_SECTIONS = (*SECTIONS, "tiering", "snapshots", "fuse", "nbdkit", "nbd")
+ALL_SECTIONS = (*SECTIONS, "tiering", "snapshots", "fuse", "nbdkit", "nbd", "upgrade")
 WARM_PASSES = (3, 7)  # at least, at most
 console = Console(width=None if sys.stdout.isatty() else 160)
 
@@ -146,6 +148,7 @@ def main() -> int:
                 snapshots(directory, options.snapshot_parts, options.seconds, options.rounds, full=options.full)
             ),
             "fuse": lambda: results.extend(fuse(directory, options.seconds, options.rounds, options.size // 2, say)),
+            "upgrade": lambda: results.extend(upgrade(directory, options.upgrades, options.size // 16, say)),
             "tiering": lambda: results.extend(
                 tiering(directory, options.parts, scale_of(options.seconds, full=options.full), say)
             ),
@@ -189,6 +192,7 @@ def arguments() -> argparse.Namespace:
         "--only", nargs="+", choices=ALL_SECTIONS, default=SECTIONS, help=f"default: {', '.join(SECTIONS)}"
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of tiering (default: all)")
+    parser.add_argument("--upgrades", type=int, help="of upgrade (default 20)")
     parser.add_argument(
         "--snapshot-parts",
         nargs="+",
@@ -214,6 +218,7 @@ def arguments() -> argparse.Namespace:
     options.seconds = options.seconds or (1.0 if quick else 3.0)
     options.rounds = options.rounds or (1 if quick else 3)
     options.size = options.size or (512 * MIB if quick else 2048 * MIB)
+    options.upgrades = options.upgrades or (5 if quick else 20)
     options.reopen_bytes = 128 * MIB if quick else 1024 * MIB
     options.pool_bytes = 2 * options.size
     return options

@@ -22,7 +22,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.system.daemon import Daemon, environment, orphans_come_to_us
+from tests.system.daemon import Daemon, orphans_come_to_us
+from tests.system.fioload import Fio
 from tests.system.nbdclient import READ, WRITE, Connection
 from tests.system.verifier import Image, Worker, fill, payload, verify
 
@@ -54,40 +55,6 @@ def until(what: str, condition: Callable[[], Any], timeout_s: float = 20.0) -> A
     return found
 
 
-class Fio:
-    """fio's NBD engine, which writes at random at depth 32, verifying soon what it wrote, until it is told to stop."""
-
-    def __init__(self, uri: str) -> None:
-        self.process = subprocess.Popen(
-            [
-                *("fio", "--name=v", "--ioengine=nbd", f"--uri={uri}", "--output-format=json", "--rw=randwrite"),
-                *("--bs=4k", "--iodepth=32", "--size=32M", "--time_based", "--runtime=600"),
-                *("--verify=crc32c", "--verify_backlog=256", "--verify_fatal=1"),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd="/",
-            env=environment(),
-        )
-
-    def __enter__(self) -> Fio:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-    def stop(self) -> Any:
-        """What it has to say of its job, in which nothing failed and no byte was wrong until now."""
-        assert self.process.poll() is None, self.process.communicate()
-        self.process.send_signal(signal.SIGINT)
-        said, errors = self.process.communicate(timeout=60)
-        (job,) = json.loads(said[said.index("{") :])["jobs"]
-        assert job["error"] == 0 and "verify" not in errors and "error" not in errors.lower(), errors
-        return job
-
-
 def requests(daemon: Daemon) -> int:
     """How many this process has served, and those before it on connections that it goes on with."""
     return int(daemon.api("GET", "/v1/status")["nbd"]["total"]["requests"])
@@ -102,8 +69,8 @@ def test_fio_sees_a_pause_and_no_error_through_five_upgrades(daemon: Daemon) -> 
             served = requests(daemon)
             until("they go on", lambda enough=served + 1000: requests(daemon) > enough)
         for fio in (one, other):
-            job = fio.stop()
-            assert job["write"]["total_ios"] > 1000 * UPGRADES / 2 and job["read"]["total_ios"] > 500
+            report = fio.stop()
+            assert report.writes > 500 * UPGRADES and report.reads > 500
 
 
 def test_two_hundred_idle_clients_and_four_busy_ones_go_on(daemon: Daemon) -> None:
