@@ -1,7 +1,7 @@
 """The daemon replaced under a verified load: no error, no wrong byte, and how long clients wait.
 
-fio writes at random at queue depth 32 and reads back what it wrote, while `terrace upgrade` is done again and again. The
-longest pause is that of the slowest request of all, so it is never too small: a slow disk or a busy machine counts.
+fio writes at random at queue depth 32 and reads back what it wrote, while `terrace upgrade` is done again and again.
+The longest pause is that of the slowest request of all, so it is never too small: a slow disk or a busy machine counts.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ has in a process of its own. Then, unless --stock, `terrace attach` against a da
 file system is shared with it, read-only, so that it has this Python and this checkout, and `guest_attach.py` is run
 there.
 
-By default it starts a `terraced` of its own on a free port, with a sparse pool in a temporary home, and afterwards
+By default it starts a `terraced` of its own on a free port, with a sparse pool in a temporary home. While the guest's
+kernel writes back, another terraced takes over, of which it must see a pause and nothing else; and afterwards this
 looks at what the volume holds: trimmed space must be gone. With --host-port and --export it uses a server that is
 already there.
 Exit status 0: everything passed; 1: something did not, and the last lines say what.
@@ -27,9 +28,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from terrace.certificates import make_authority, make_client, make_server
 from tests.system.daemon import REPOSITORY, Daemon, DaemonError
@@ -53,6 +57,8 @@ DISK_BYTES = 1 << 30
 KEPT_BYTES = 64 << 20  # what guest_init.sh writes and keeps,
 TRIMMED_BYTES = 32 << 20  # and what it writes and deletes again before fstrim; ext4's own blocks take less than this
 TIMEOUT_S = 150.0
+UNDER_LOAD = "wrote 64 MiB to keep"
+"""After this line of guest_init.sh the guest's kernel writes it back."""
 
 
 class GuestError(Exception):
@@ -74,11 +80,11 @@ def main() -> int:
     try:
         require_programs()
         kernel = kernel_directory()
-        with server(options.host_port, options.export) as (port, export, certificates, check_after):
-            initramfs = build_initramfs(kernel, certificates)
+        with server(options.host_port, options.export) as served:
+            initramfs = build_initramfs(kernel, served.certificates)
             print(f"guest ready: {kernel.name}, initramfs {initramfs.stat().st_size >> 20} MiB", flush=True)
-            boot(kernel / "vmlinuz", initramfs, port, export, options, tls=certificates is not None)
-            check_after()
+            boot(kernel / "vmlinuz", initramfs, served, options)
+            served.check_after()
     except (GuestError, DaemonError) as error:
         print(f"FAIL: {error}", file=sys.stderr)
         return 1
@@ -89,11 +95,47 @@ def main() -> int:
 # The server under test
 
 
+@dataclass
+class Served:
+    """What the guest is to use."""
+
+    port: int
+    export: str
+    certificates: Path | None = None
+    """A directory with those of a client."""
+    daemon: Daemon | None = None
+    """Where it is ours."""
+    _upgrade: Future[dict[str, Any]] | None = None
+
+    def under_load(self) -> None:
+        """The guest writes, and goes on while another process takes over."""
+        if self.daemon is not None:
+            executor = ThreadPoolExecutor(1)
+            self._upgrade = executor.submit(self.daemon.upgrade)
+            executor.shutdown(wait=False)
+
+    def check_after(self) -> None:
+        """When the guest has finished."""
+        if self.daemon is None:
+            return
+        if self._upgrade is None:
+            raise GuestError(f"there was no upgrade: the guest never said {UNDER_LOAD!r}")
+        how = self._upgrade.result()["succession"]
+        print(f"an upgrade under load: {how['clients']} connections of the kernel waited for {how['pause_s']:.3f} s")
+        if not how["clients"]:
+            raise GuestError("the upgrade came when the guest was not connected")
+        self.daemon.api("POST", "/v1/pools/guest/checkpoint")  # between two of them the count is an upper bound
+        mapped_bytes = self.daemon.api("GET", "/v1/pools/guest/volumes/disk")["mapped_bytes"]
+        print(f"the volume holds {mapped_bytes >> 20} MiB: {KEPT_BYTES >> 20} MiB of files and ext4's own blocks")
+        if not KEPT_BYTES <= mapped_bytes < KEPT_BYTES + TRIMMED_BYTES:
+            raise GuestError(f"the volume maps {mapped_bytes} bytes after the trim; see TRIM in nbd and tiers")
+
+
 @contextmanager
-def server(host_port: int | None, export: str) -> Iterator[tuple[int, str, Path | None, Callable[[], None]]]:
-    """(port, export name, a directory with a client's certificates, a check to run when the guest has finished)."""
+def server(host_port: int | None, export: str) -> Iterator[Served]:
+    """A daemon of ours, or that of the options."""
     if host_port is not None:
-        yield host_port, export, None, lambda: None
+        yield Served(host_port, export)
         return
     with tempfile.TemporaryDirectory(prefix="terrace-guest-") as temporary:
         home = Path(temporary) / "home"
@@ -102,25 +144,10 @@ def server(host_port: int | None, export: str) -> Iterator[tuple[int, str, Path 
         make_server(home / "tls", [], 2)
         certificates = make_client(home / "tls", "guest", 2)
         with Daemon(home, '[nbd.tls]\nmode = "allowed"\n') as daemon:
-            yield from served(daemon, temporary, certificates)
-
-
-def served(
-    daemon: Daemon, temporary: str, certificates: Path
-) -> Iterator[tuple[int, str, Path | None, Callable[[], None]]]:
-    """What `server` yields, of a daemon that has just started."""
-    daemon.cli("pool", "create", "guest", "--fast", f"{temporary}/fast={POOL_BYTES}")
-    daemon.cli("volume", "create", "guest/disk", str(VOLUME_BYTES))
-    daemon.cli("volume", "create", "guest/tls", str(TLS_VOLUME_BYTES))
-
-    def space_was_given_back() -> None:
-        daemon.api("POST", "/v1/pools/guest/checkpoint")  # between two of them the count is an upper bound
-        mapped_bytes = daemon.api("GET", "/v1/pools/guest/volumes/disk")["mapped_bytes"]
-        print(f"the volume holds {mapped_bytes >> 20} MiB: {KEPT_BYTES >> 20} MiB of files and ext4's own blocks")
-        if not KEPT_BYTES <= mapped_bytes < KEPT_BYTES + TRIMMED_BYTES:
-            raise GuestError(f"the volume maps {mapped_bytes} bytes after the trim; see TRIM in nbd and tiers")
-
-    yield daemon.port, "guest/disk", certificates, space_was_given_back
+            daemon.cli("pool", "create", "guest", "--fast", f"{temporary}/fast={POOL_BYTES}")
+            daemon.cli("volume", "create", "guest/disk", str(VOLUME_BYTES))
+            daemon.cli("volume", "create", "guest/tls", str(TLS_VOLUME_BYTES))
+            yield Served(daemon.port, "guest/disk", certificates, daemon)
 
 
 # The guest: kernel, modules, programs
@@ -289,12 +316,12 @@ class Cpio:
 # Running it
 
 
-def boot(kernel: Path, initramfs: Path, port: int, export: str, options: argparse.Namespace, *, tls: bool) -> None:
+def boot(kernel: Path, initramfs: Path, served: Served, options: argparse.Namespace) -> None:
     """Runs the guest to its end, shows its story, and raises GuestError unless it passed."""
-    if re.search(r"[\s\"=]", export):
-        raise GuestError(f"export name {export!r} can't be put on a kernel command line")
-    settings = f"terrace_port={port} terrace_export={export} terrace_connections={options.connections}"
-    if tls:
+    if re.search(r"[\s\"=]", served.export):
+        raise GuestError(f"export name {served.export!r} can't be put on a kernel command line")
+    settings = f"terrace_port={served.port} terrace_export={served.export} terrace_connections={options.connections}"
+    if served.certificates is not None:
         settings += " terrace_tls=guest/tls"
     shared: list[str] = []
     with tempfile.TemporaryDirectory(prefix="terrace-guest-disk-") as temporary:
@@ -312,10 +339,12 @@ def boot(kernel: Path, initramfs: Path, port: int, export: str, options: argpars
                 *("-device", "virtio-9p-pci,fsdev=host,mount_tag=host"),
                 *("-drive", f"file={disk},format=raw,if=virtio,cache=unsafe,discard=unmap"),
             ]
-        run_guest(kernel, initramfs, settings, shared, options)
+        run_guest(kernel, initramfs, settings, shared, served, options)
 
 
-def run_guest(kernel: Path, initramfs: Path, settings: str, shared: list[str], options: argparse.Namespace) -> None:
+def run_guest(
+    kernel: Path, initramfs: Path, settings: str, shared: list[str], served: Served, options: argparse.Namespace
+) -> None:
     command = [
         *("qemu-system-x86_64", "-accel", options.accel, "-cpu", "max", "-M", "q35", "-m", "1024", "-smp", "2"),
         *("-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"),
@@ -341,6 +370,8 @@ def run_guest(kernel: Path, initramfs: Path, settings: str, shared: list[str], o
                 console.append(line.rstrip())
                 if options.verbose or "guest: " in line:
                     print(f"  {line.rstrip()}", flush=True)
+                if UNDER_LOAD in line:
+                    served.under_load()
         finally:
             timed_out = deadline.finished.is_set()
             deadline.cancel()

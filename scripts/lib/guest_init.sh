@@ -51,7 +51,7 @@ trim_scratch() { rm /mnt/scratch && sync && fstrim -v /mnt; }
 
 verify() { echo 3 >/proc/sys/vm/drop_caches && (cd /mnt && md5sum -c /tmp/sum); }
 
-no_io_errors() { ! dmesg | grep -E 'I/O error|EXT4-fs (error|warning)|nbd[01]: .*(error|timed out)'; }
+no_io_errors() { ! dmesg | grep -E 'I/O error|EXT4-fs (error|warning)|nbd[01]: .*(error|timed out|failed|reset|[Dd]ead)'; }
 
 write_over_tls() {
   dd if=/dev/urandom of=/tmp/data bs=1M count=8 && (cd /tmp && md5sum data >/tmp/sum) &&

@@ -32,7 +32,7 @@ class Fio:
         self.process = subprocess.Popen(
             [
                 *("fio", "--name=v", "--ioengine=nbd", f"--uri={uri}", "--output-format=json", "--rw=randwrite"),
-                *("--bs=4k", "--iodepth=32", f"--size={size}", "--time_based", "--runtime=86400"),
+                *("--bs=4k", "--iodepth=32", f"--size={size}", "--time_based", "--runtime=86400", "--thread"),
                 *("--verify=crc32c", "--verify_backlog=256", "--verify_fatal=1"),
             ],
             stdout=subprocess.PIPE,

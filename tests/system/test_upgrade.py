@@ -63,11 +63,15 @@ def requests(daemon: Daemon) -> int:
 def test_fio_sees_a_pause_and_no_error_through_five_upgrades(daemon: Daemon) -> None:
     with Fio(daemon.uri("p/a")) as one, Fio(daemon.uri("p/b", tcp=True)) as other:
         until("both are at work", lambda: requests(daemon) > 5000)
+        files = []
         for _ in range(UPGRADES):
             told = daemon.upgrade()
             assert told["succession"]["clients"] == 2
             served = requests(daemon)
             until("they go on", lambda enough=served + 1000: requests(daemon) > enough)
+            files.append(len(list(Path(f"/proc/{told['pid']}/fd").iterdir())))
+        # A request to the API or two may be among them.
+        assert files[-1] <= files[0] + UPGRADES - 1, f"more and more files are open: {files}"
         for fio in (one, other):
             report = fio.stop()
             assert report.writes > 500 * UPGRADES and report.reads > 500

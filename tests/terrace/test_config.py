@@ -98,7 +98,7 @@ def test_every_key_reaches_what_it_configures() -> None:
         ('[nbd.exports."demo/v"]\naddresses = ["unix", "10.0.0.1/8"]', 2, '"10.0.0.1/8" is no address'),
         ('[nbd.exports."demo/v"]\naddress = ["unix"]', 2, 'did you mean "addresses"?'),
         ('[nbd.exports."demo/v"]\nread_only = "yes"', 2, "nbd.exports.demo/v.read_only"),
-        ('[nbd.exports.demo]\nread_only = true', 1, '"demo/*" is a whole pool'),
+        ("[nbd.exports.demo]\nread_only = true", 1, '"demo/*" is a whole pool'),
         ('[nbd]\nexports = ["demo"]', 2, "write [nbd.exports.NAME] on a line of its own"),
     ],
 )
