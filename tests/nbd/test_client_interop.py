@@ -286,6 +286,7 @@ def test_a_server_without_tls_is_not_spoken_to_in_plain_text(kind: str, tmp_path
     run(main, timeout_s=60)
 
 
+@pytest.mark.alone
 def test_a_host_that_is_gone_is_noticed_by_who_waits_and_by_who_does_not() -> None:
     """In network namespaces: the server's address vanishes, and nothing says so."""
     root = [] if os.geteuid() == 0 else ["--map-root-user"]

@@ -712,6 +712,7 @@ def test_drain_answers_what_is_in_flight_and_nothing_after_that() -> None:
     run(test)
 
 
+@pytest.mark.alone
 def test_a_drain_waits_no_longer_than_its_grace_for_clients_that_stay() -> None:
     async def test() -> None:
         async with serving(limits=Limits(drain_grace_s=0.3)) as served:

@@ -72,6 +72,7 @@ def test_an_idle_client_goes_on_with_the_next_server(form: str) -> None:
     run(test)
 
 
+@pytest.mark.alone
 def test_suspending_an_idle_client_takes_no_time() -> None:
     async def test() -> None:
         async with serving(MemoryExport(size_bytes=SIZE)) as served:

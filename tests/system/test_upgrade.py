@@ -108,6 +108,7 @@ def test_two_hundred_idle_clients_and_four_busy_ones_go_on(daemon: Daemon) -> No
         verify(daemon.socket, image)
 
 
+@pytest.mark.alone
 def test_a_client_that_does_not_read_its_replies_holds_nobody_up_and_loses_none(daemon: Daemon) -> None:
     data = random.Random(2).randbytes(MIB)
     with Connection(daemon.socket, "p/a") as client, Connection(daemon.socket, "p/a") as other:

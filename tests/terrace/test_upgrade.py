@@ -105,6 +105,7 @@ class Client:
 # --- it takes over ---
 
 
+@pytest.mark.alone
 def test_clients_stay_connected_through_one_upgrade_after_the_other(daemon: FakeDaemon) -> None:
     clients = [Client(daemon), Client(daemon, tcp=True)]
     with Connection(daemon.socket, "p/v") as steady:
