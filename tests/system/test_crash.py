@@ -211,6 +211,31 @@ def test_the_oracle_accepts_exactly_old_or_new_under_a_request_in_flight() -> No
             judge(wrong)
 
 
+def test_the_oracle_judges_each_of_two_requests_in_flight_that_meet_in_a_unit() -> None:
+    image = Image("x", 4 * UNIT, payload(random.Random(0)))
+    ends, begins = UNIT + 100, UNIT + 200  # in unit 1, whose bytes between them are nobody's
+    one = Request(1, 1, 0, ends, data=np.full(ends, 2, np.uint8))
+    other = Request(2, 1, begins, UNIT, data=np.full(UNIT, 3, np.uint8))
+
+    def judge(found: np.ndarray) -> None:
+        image.expected = np.full(4 * UNIT, 1, np.uint8)
+        image.in_flight = {one, other}
+        image.judge(0, found)
+        assert np.array_equal(image.expected, found)
+
+    for one_is_there in (False, True):
+        for other_is_there in (False, True):
+            found = np.full(4 * UNIT, 1, np.uint8)
+            found[UNIT:ends] = 2 if one_is_there else 1
+            found[begins : 2 * UNIT] = 3 if other_is_there else 1
+            judge(found)
+            for at in (ends - 1, ends, begins - 1, begins):
+                wrong = found.copy()
+                wrong[at] = 9
+                with pytest.raises(Violation):
+                    judge(wrong)
+
+
 def test_the_oracle_names_the_write_that_came_back_from_the_past() -> None:
     image = Image("x", 64 << 10, payload(random.Random(0)))
     first = Request(1, 1, 0, 4096, data=np.full(4096, 1, np.uint8), acknowledged=True)

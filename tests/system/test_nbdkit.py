@@ -413,13 +413,12 @@ def test_a_plugin_without_its_packages_says_what_to_do(tmp_path: Path) -> None:
     alone = tmp_path / "terrace" / "nbdkit_plugin.py"
     alone.parent.mkdir()
     shutil.copy(PLUGIN, alone)
+    env = {name: value for name, value in environment().items() if name != "VIRTUAL_ENV"}  # of who runs the tests
 
     def line() -> str:
         arguments = ["nbdkit", "-U", "-", "python", str(alone), "pool=p", "--run", "true"]
         return refusal(
-            subprocess.run(
-                arguments, env=environment(), capture_output=True, text=True, timeout=30, check=False, cwd=tmp_path
-            )
+            subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=30, check=False, cwd=tmp_path)
         )
 
     assert "there is no environment with Terrace's dependencies beside this plugin" in line()

@@ -4,7 +4,7 @@
 reply has not come. `Worker` is one connection that keeps a window of requests in flight. Requests in flight never
 overlap one another (over all connections of an image), so the order in which a server takes them doesn't matter, and
 after a crash each 512-byte unit must be exactly as acknowledged, or, under a request that was in flight, either as
-before it or as after it.
+before it or as after it. Where two that were in flight meet within a unit, each of them is there or isn't.
 
 Reads under load are checked too. Everything random comes from one seed; only the server's timing doesn't.
 """
@@ -164,12 +164,15 @@ class Image:
             high = min(start + len(found), -(-request.end // UNIT) * UNIT)
             if request.data is None or low >= high:
                 continue
-            before = self.expected[low:high].reshape(-1, UNIT)
+            # Bytes of its first and last unit may be another's, who decides on these; theirs are nobody else's.
+            first, last = max(low, request.offset) - low, min(high, request.end) - low
+            before = self.expected[low:high]
             after = before.copy()
-            first, last = max(low, request.offset), min(high, request.end)
-            after.reshape(-1)[first - low : last - low] = request.data[first - request.offset : last - request.offset]
-            is_new = (found[low - start : high - start].reshape(-1, UNIT) == after).all(axis=1)
-            before[is_new] = after[is_new]
+            after[first:last] = request.data[low + first - request.offset : low + last - request.offset]
+            differs = found[low - start : high - start] != after
+            differs[:first] = differs[last:] = False
+            is_new = ~differs.reshape(-1, UNIT).any(axis=1)
+            before.reshape(-1, UNIT)[is_new] = after.reshape(-1, UNIT)[is_new]
         wrong = np.flatnonzero(found != expected)
         if len(wrong):
             units, first = len(np.unique(wrong // UNIT)), int(wrong[0])
