@@ -161,7 +161,8 @@ class Successor:
                 # A mistake of ours must not cost the clients, who can still be served here.
                 log.exception("internal error in the hand-over; please report this")
                 what = traceback.format_exception_only(error)[-1].strip()
-                raise HandoverError(errno.EIO, f"internal error: {what}; the log says where, please report it") from error
+                why = f"internal error: {what}; the log says where, please report it"
+                raise HandoverError(errno.EIO, why) from error
             raise
 
     async def _give(self, lock: int, estate: Estate) -> None:

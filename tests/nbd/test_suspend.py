@@ -196,7 +196,8 @@ def test_what_takes_longer_than_the_patience_is_done_by_the_next_server(form: st
 
 def test_a_long_write_that_waits_for_the_storage_waits_on_with_the_next_server() -> None:
     async def test() -> None:
-        export = MemoryExport(size_bytes=SIZE, slow=True, hold=trio.Event())
+        hold = trio.Event()
+        export = MemoryExport(size_bytes=SIZE, slow=True, hold=hold)
         async with serving(export) as served:
             client = await served.connect()
             await client.go()
@@ -208,7 +209,7 @@ def test_a_long_write_that_waits_for_the_storage_waits_on_with_the_next_server()
                 left = await server.suspend(0.05)
                 assert [work.kind for work in left[0].work] == ["long write"]
                 server = await replace(served, left)
-            export.hold.set()
+            hold.set()
             reply = await client.reply()
             assert (reply.cookie, reply.error) == (cookie, 0)
             assert export.data[8192 : 8192 + len(data)] == data
