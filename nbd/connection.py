@@ -478,7 +478,7 @@ class Connection:
             if event is NEED_DATA:
                 data = await self._receive_some()
                 if not data:
-                    log.debug("%s: left during the handshake", self.peer)
+                    self._tell_left()
                     return None
                 machine.feed(data)
             elif isinstance(event, Send):
@@ -497,9 +497,17 @@ class Connection:
                 await self._outbox.send_all(event.farewell)
                 if event.rude:
                     log.warning("%s: dropped: %s", self.peer, event.reason)
+                else:
+                    self._tell_left()
                 return None
             if self._outbox.broken:
                 return None
+
+    def _tell_left(self) -> None:
+        if self._handshake.plaintext_refused:
+            log.info("%s: left: it asked for an export without TLS, which is required here", self.peer)
+        else:
+            log.debug("%s: left during the handshake", self.peer)
 
     async def _start_tls(self, acknowledgement: bytes) -> bool:
         """From here on the connection talks through TLS; False if it doesn't come about."""
@@ -553,7 +561,7 @@ class Connection:
             if reply:
                 await self._outbox.send_all(reply)
             else:
-                log.warning("%s: dropped: no export %r: %s", self.peer, event.name, error)
+                log.warning("%s: dropped: no export %r: %s", self.peer, event.name, error.strerror or error)
                 self._outbox.broken = True
             return None
         keep = False

@@ -151,6 +151,8 @@ class Handshake:
         self._after_skip: Callable[[], Event] = self._read_option
         self.shutting_down = False
         """Set by the caller when the server drains: every option but ABORT is then refused."""
+        self.plaintext_refused = False
+        """The client asked for something without TLS, where that is required."""
         self.begun = False
         self.session = Session()
 
@@ -173,6 +175,7 @@ class Handshake:
         """After ``WantTls``: TLS is there. Everything begins anew but the client's flags."""
         assert not self._buffer
         self._secured = True
+        self.plaintext_refused = False
         self._structured = self._extended = False
         self._contexts_for, self._contexts = "", ()
 
@@ -285,6 +288,7 @@ class Handshake:
     def _refuse_plaintext(self, option: int) -> Event:
         if option == wire.OPT_EXPORT_NAME:
             return Hangup("an export asked for without TLS, which is required here")
+        self.plaintext_refused = True
         return Send(_error(option, wire.REP_ERR_TLS_REQD, "TLS is required here: begin with STARTTLS"))
 
     def _starttls(self, option: int, data: bytes) -> Event:

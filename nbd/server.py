@@ -206,7 +206,8 @@ class Server:
                 try:
                     await connection.enter()
                 except OSError as error:
-                    log.warning("%s: dropped: %s can't be served any more: %s", one.peer, one.export, error)
+                    why = error.strerror or error
+                    log.warning("%s: dropped: %s can't be served any more: %s", one.peer, one.export, why)
                     one.close()
                     continue
                 entered.append(connection)

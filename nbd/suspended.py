@@ -155,7 +155,11 @@ def _record(one: Suspended) -> dict[str, Any]:
         "counters": asdict(one.counters),
         "input": one.input,
         "output": one.output,
-        "work": [asdict(work) for work in one.work],
+        # Not asdict: it copies what it finds, and a WRITE's payload may be a memoryview, which nothing copies.
+        "work": [
+            {"kind": work.kind, "arguments": work.arguments, "requests": work.requests, "length": work.length}
+            for work in one.work
+        ],
         "writing": asdict(one.writing) if one.writing else None,
         "reading": asdict(one.reading) if one.reading else None,
     }

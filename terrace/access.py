@@ -89,6 +89,16 @@ def require_address(text: str) -> str:
     return text
 
 
+def require_subject(text: str) -> str:
+    """An entry of `subjects`. Raises ValueError for one that is like no part of a certificate."""
+    if text != ANY and not any(sign in text for sign in "=:*"):
+        raise ValueError(
+            f'"{text}" is no subject: write one such as "CN={text or "NAME"}", "DNS:host.example" for an alternative '
+            f'name, or "{ANY}"'
+        )
+    return text
+
+
 def _is_within(address: str | None, network: str) -> bool:
     if address is None or network == UNIX:
         return address is None and network == UNIX

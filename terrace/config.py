@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from nbd.server import Limits
 from nbd.tls import TlsFiles
-from terrace.access import ANY, Rule, require_address
+from terrace.access import ANY, Rule, require_address, require_subject
 from terrace.policies import PolicyConfig, ShownPolicy, require_policy_name, shown
 from terrace.schedule import Schedule
 from terrace.schema import ConfigError, KeyedError, Section, Size, Window, interval_seconds, validate, window_minutes
@@ -87,15 +87,14 @@ class ExportConfig(Section):
 
     read_only: bool = False
     addresses: list[Annotated[str, AfterValidator(require_address)]] = Field([ANY])
-    subjects: list[str] = Field([ANY])
+    subjects: list[Annotated[str, AfterValidator(require_subject)]] = Field([ANY])
 
 
 def _are_patterns(exports: dict[str, ExportConfig]) -> dict[str, ExportConfig]:
     for pattern in exports:
         if "/" not in pattern and "*" not in pattern:
-            raise KeyedError(
-                pattern, f'"{pattern}" matches no export: they are named POOL/VOL, and "{pattern}/*" is a whole pool'
-            )
+            other = f'"{pattern}/*" is a whole pool' if pattern else '"*" is all of them'
+            raise KeyedError(pattern, f'"{pattern}" matches no export: they are named POOL/VOL, and {other}')
     return exports
 
 

@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import errno
 import faulthandler
+import functools
 import importlib.metadata
 import logging
 import os
@@ -52,7 +53,7 @@ from terrace.handover import Estate, HandoverError, Predecessor
 from terrace.home import Home, HomeError, find_home, write_holder
 from terrace.httpserver import Shutdown, serve_http
 from terrace.keptclients import has_store, leave_behind, take_back
-from terrace.listening import Listening, listen
+from terrace.listening import Listening, judge_addresses, listen
 from terrace.lowwater import keep_watch
 from terrace.passedsockets import PassedSocketError, PassedSockets, inherit, receive, to_pass
 from terrace.pools import Pools, open_pools
@@ -80,8 +81,18 @@ def main(arguments: Sequence[str] | None = None, *, engine: type[Pool] = Pool) -
     try:
         predecessor = Predecessor.from_environment()
         config = load_config(options.config)
-    except HandoverError as error:
+        home = find_home(options.home)
+        if predecessor is not None or options.check_config:
+            # Before any client has to wait for what comes to nothing. At a start it comes where there is a log.
+            judge_addresses(config.nbd)
+            load_tls(home, config.nbd.tls)
+    except (HandoverError, HomeError) as error:
         print(f"terraced: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if predecessor is not None:
+            predecessor.failed(error.strerror or str(error))
+        print(f"terraced: {error.strerror}", file=sys.stderr)
         return 1
     except ConfigError as error:
         if predecessor is not None:
@@ -95,7 +106,6 @@ def main(arguments: Sequence[str] | None = None, *, engine: type[Pool] = Pool) -
     # Who ends a daemon that hangs, as systemd's watchdog does with SIGABRT, finds in the log where it hung.
     if not faulthandler.is_enabled():
         faulthandler.enable(2)
-    home = find_home(options.home)
     stalls = StallMeter()
     heir: Heir | None = None
     inherited: int | None = None
@@ -133,8 +143,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@functools.cache
 def version() -> str:
-    """The installed version of Terrace."""
+    """The version of this process, which stays what it is when another one is installed over it.
+
+    `main` asks for it before it does anything else.
+    """
     try:
         return importlib.metadata.version("terrace")
     except importlib.metadata.PackageNotFoundError:
@@ -394,18 +408,30 @@ def _obstacle(pools: Pools, config: Config) -> str:
 
 async def _tls_files(home: Home, config: TlsConfig) -> TlsFiles | None:
     """What TLS needs, if it is on. Raises OSError; what peers won't like is a warning, as it may yet be replaced."""
-    try:
-        files = await trio.to_thread.run_sync(config.files, home.path)
-        if files is not None:
+    files = await trio.to_thread.run_sync(load_tls, home, config)
+    if files is not None:
+        try:
             complaint = await trio.to_thread.run_sync(partial(rehearse, files.certificate, files.key, server=True))
-            if complaint:
-                log.warning(
-                    "clients will refuse the certificate %s: %s; put another in its place (no restart is needed)",
-                    *(files.certificate, complaint),
-                )
-    except OSError as error:
-        raise OSError(error.errno, f"TLS: {error.strerror}; see [nbd.tls] in the configuration") from None
+        except OSError as error:
+            raise _about_tls(error) from None
+        if complaint:
+            log.warning(
+                "clients will refuse the certificate %s: %s; put another in its place (no restart is needed)",
+                *(files.certificate, complaint),
+            )
     return files
+
+
+def load_tls(home: Home, config: TlsConfig) -> TlsFiles | None:
+    """What TLS needs, if it is on. Raises OSError that says which file can't be used."""
+    try:
+        return config.files(home.path)
+    except OSError as error:
+        raise _about_tls(error) from None
+
+
+def _about_tls(error: OSError) -> OSError:
+    return OSError(error.errno, f"TLS: {error.strerror}; see [nbd.tls] in the configuration")
 
 
 async def _require_fuse(mountpoint: Path) -> None:
@@ -461,7 +487,7 @@ class Daemon:
         return [listener.uri(tls=self._tls_required) for listener in self._listeners]
 
     def status(self, *, reset: bool) -> dict[str, Any]:
-        served = self._server.status()
+        served, upgrade = self._server.status(), self.upgrade.status()
         answer = {
             "version": version(),
             "pid": os.getpid(),
@@ -476,7 +502,8 @@ class Daemon:
                 "total": dataclasses.asdict(served.total),
                 "connections": [dataclasses.asdict(connection) for connection in served.connections],
             },
-            "succession": self.upgrade.status()["succession"],
+            "upgrade": {"state": upgrade["state"], "error": upgrade["error"]},
+            "succession": upgrade["succession"],
             "loop_stall_max_ms": round(self._stalls.max_ms, 3),
             "loop_stall_task": self._stalls.task_name,
         }

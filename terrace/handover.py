@@ -39,6 +39,7 @@ import os
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -153,9 +154,15 @@ class Successor:
             raise HandoverError(
                 errno.ETIMEDOUT, f"the new terraced had not opened the pools after {OPENING_S:g} s"
             ) from None
-        except BaseException:
+        except BaseException as error:
             with trio.CancelScope(shield=True):
                 await self.kill()
+            if isinstance(error, Exception) and not isinstance(error, HandoverError):
+                # A mistake of ours must not cost the clients, who can still be served here.
+                log.exception("internal error in the hand-over; please report this")
+                what = traceback.format_exception_only(error)[-1].strip()
+                why = f"internal error: {what}; the log says where, please report it"
+                raise HandoverError(errno.EIO, why) from error
             raise
 
     async def _give(self, lock: int, estate: Estate) -> None:

@@ -63,18 +63,34 @@ async def _listen_nbd(home: Home, config: NbdConfig, passed: PassedSockets, sock
     return listeners
 
 
+def judge_addresses(config: NbdConfig) -> None:
+    """What can be said of them before anything is bound: names are not looked up. Raises OSError."""
+    for address in config.listen:
+        host, _ = split_address(address)
+        try:
+            is_loopback = ipaddress.ip_address(plain_address(host)).is_loopback
+        except ValueError:
+            continue
+        if not is_loopback:
+            _refuse_open_address(config.tls, address)
+
+
 def _judge_open_address(tls: TlsConfig, address: str) -> None:
     """What others can reach wants TLS. Raises OSError."""
+    _refuse_open_address(tls, address)
+    if tls.mode != "required":
+        log.warning("NBD on %s is open: whoever reaches it can read and write every volume", address)
+    elif tls.clients == "any":
+        log.warning("NBD on %s takes clients without a certificate: whoever reaches it can have every volume", address)
+
+
+def _refuse_open_address(tls: TlsConfig, address: str) -> None:
     if tls.mode != "required" and not tls.plaintext:
         raise OSError(
             errno.EPERM,
             f"NBD on {address} would be open to the network without TLS: make certificates with `terrace tls init` "
             'and set mode = "required" under [nbd.tls], or, where nobody else can reach it, plaintext = true there',
         )
-    if tls.mode != "required":
-        log.warning("NBD on %s is open: whoever reaches it can read and write every volume", address)
-    elif tls.clients == "any":
-        log.warning("NBD on %s takes clients without a certificate: whoever reaches it can have every volume", address)
 
 
 def _next_step(error: OSError) -> str:

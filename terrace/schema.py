@@ -163,7 +163,12 @@ def line_of(text: str, key: Sequence[str]) -> int:
     return 1
 
 
-_TYPE_NAMES = {"int_type": "a whole number", "float_type": "a number", "string_type": "a string in quotes"}
+_TYPE_NAMES = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "a string in quotes",
+    "bool_type": "true or false",
+}
 
 
 def explain(model: type[BaseModel], detail: Any) -> str:
@@ -182,7 +187,8 @@ def explain(model: type[BaseModel], detail: Any) -> str:
     if kind in _TYPE_NAMES:
         return f"{_shown(value)} is not {'a size such as 64M' if is_size else _TYPE_NAMES[kind]}"
     if kind == "list_type":
-        return f'{_shown(value)} is not a list such as ["127.0.0.1:10809"]'
+        example = [value] if isinstance(value, str) else field.get_default() if field is not None else []
+        return f"{_shown(value)} is not a list such as [{', '.join(map(_shown, example))}]"
     if kind in ("model_type", "dict_type"):
         heading = ".".join(map(str, detail["loc"])) + (".NAME" if kind == "dict_type" else "")
         return f"{_shown(value)} is not a section; write [{heading}] on a line of its own"

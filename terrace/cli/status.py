@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from terrace.cli.context import Context, pass_context
@@ -25,6 +27,7 @@ def status(context: Context, output: str) -> None:
     show_facts(
         [
             ("Daemon", f"terraced {found['version']}, process {found['pid']}, up {duration(found['uptime_s'])}"),
+            *_upgrade(found),
             ("Home", found["home"]),
             ("Memory", format_size(found["resident_bytes"])),
             ("Longest loop stall", f"{found['loop_stall_max_ms']:.1f} ms"),
@@ -51,3 +54,16 @@ def status(context: Context, output: str) -> None:
             for connection in nbd["connections"]
         ]
         show_table(("Export", "Client", ">Reads", ">Writes", ">Flushes", ">Errors", ">Read", ">Written"), rows)
+
+
+def _upgrade(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What became of the last one, or becomes of one that is under way."""
+    upgrade, how = found["upgrade"], found["succession"]
+    if upgrade["state"] != "idle":
+        return [("Upgrade", f"under way: {upgrade['state']}")]
+    if upgrade["error"]:
+        return [("Upgrade", f"came to nothing: {upgrade['error']}")]
+    if how is None:
+        return []
+    waited = f"{how['clients']} client{'s' * (how['clients'] != 1)} waited for {how['pause_s']:.2f} s"
+    return [("Upgrade", f"took over from {how['from_version']}, process {how['from_pid']}; {waited}")]

@@ -148,10 +148,10 @@ def show(context: Context, directory: Path | None, output: str) -> None:
         )
         return
     rows = [
-        (one.file, one.subject, ", ".join(one.names) or "-", f"{one.not_after:%Y-%m-%d}", _state(one, now))
+        (one.file, one.subject, f"{one.not_after:%Y-%m-%d}", _state(one, now), ", ".join(one.names) or "-")
         for one in found
     ]
-    show_table(("File", "Subject", "Names", "Until", "State"), rows)
+    show_table(("File", "Subject", "Until", "State", "Names"), rows)
 
 
 def _state(one: certificates.Shown, now: datetime.datetime) -> str:
@@ -160,7 +160,9 @@ def _state(one: certificates.Shown, now: datetime.datetime) -> str:
     if now < one.not_before:
         return "not valid yet"
     days = (one.not_after - now).days
-    return f"expires in {days} days" if days < _SOON_DAYS else "valid"
+    if days >= _SOON_DAYS:
+        return "valid"
+    return f"expires in {days} day{'s' * (days != 1)}" if days else "expires within a day"
 
 
 def client_commands(host: str, directory: Path) -> list[str]:

@@ -32,7 +32,10 @@ def upgrade(context: Context, force: bool, output: str) -> None:
     with context.connect() as client:
         asked = client.request("POST", "upgrade", body={"force": force})
     with Status("starting the new terraced", console=Console(stderr=True)) as status:
-        done = _wait(context, asked, status)
+        try:
+            done = _wait(context, asked, status)
+        except KeyboardInterrupt:
+            raise click.ClickException("not waiting any longer; the upgrade goes on: see `terrace status`") from None
     if output == "json":
         show_json(done)
         return

@@ -17,7 +17,7 @@ import trio
 import trio.testing
 
 from nbd import wire
-from nbd.connection import BATCH_WRITES, INBOX_BYTES, Limits
+from nbd.connection import BATCH_WRITES, INBOX_BYTES, PIECE_PATIENCE_S, Limits
 from nbd.counters import Counters
 from nbd.server import Server
 from nbd.sparse import CHUNK_BYTES
@@ -191,6 +191,29 @@ def test_what_takes_longer_than_the_patience_is_done_by_the_next_server(form: st
             assert export.data[8192:12288] == data[:4096] == export.data[16384 : 16384 + 4096]
             (status,) = server.status().connections
             assert status.counters.requests == len(expected)
+
+    run(test)
+
+
+def test_a_long_write_that_waits_for_the_storage_waits_on_with_the_next_server() -> None:
+    async def test() -> None:
+        hold = trio.Event()
+        export = MemoryExport(size_bytes=SIZE, slow=True, hold=hold)
+        async with serving(export) as served:
+            client = await served.connect()
+            await client.go()
+            data = random.Random(6).randbytes(2 << 20)
+            cookie = await client.request(wire.CMD_WRITE, 8192, data=data)
+            await trio.sleep(3 * PIECE_PATIENCE_S)
+            server = served.server
+            for _ in range(2):
+                left = await server.suspend(0.05)
+                assert [work.kind for work in left[0].work] == ["long write"]
+                server = await replace(served, left)
+            hold.set()
+            reply = await client.reply()
+            assert (reply.cookie, reply.error) == (cookie, 0)
+            assert export.data[8192 : 8192 + len(data)] == data
 
     run(test)
 

@@ -464,6 +464,28 @@ def test_a_tls_handshake_that_never_ends_is_bounded_by_the_handshakes_timeout(
     assert "no handshake in 0.2 s" in record.getMessage()
 
 
+@pytest.mark.parametrize("aborts", [True, False])
+def test_who_asks_without_tls_where_it_is_required_and_leaves_is_named(
+    server_pair: Pair, caplog: pytest.LogCaptureFixture, aborts: bool
+) -> None:
+    async def test() -> None:
+        async with serving(server_pair) as served:
+            client = await served.connect()
+            await client.hello()
+            assert errors(await client.option(wire.OPT_LIST)) == [wire.REP_ERR_TLS_REQD]
+            if aborts:
+                assert errors(await client.option(wire.OPT_ABORT)) == [wire.REP_ACK]
+            await client.stream.aclose()
+            with trio.fail_after(5):
+                while not caplog.records:
+                    await trio.sleep(0.01)
+
+    with caplog.at_level(logging.INFO, "nbd.server"):
+        run(test)
+    (record,) = caplog.records
+    assert record.getMessage().endswith("left: it asked for an export without TLS, which is required here")
+
+
 def test_a_client_that_reads_no_replies_over_tls_holds_up_nobody_and_its_replies_arrive_in_the_end(
     server_pair: Pair, trusting: ssl.SSLContext
 ) -> None:

@@ -148,6 +148,20 @@ def test_what_is_no_window_of_hours_is_refused(text: str) -> None:
         ("# no\n[pol]", 't.toml:2: pol: unknown key; did you mean "pool"?'),
         ("[x]", "t.toml:1: x: unknown key; valid here: nbd, pool, space, scrub, fuse, log, policy"),
         ("nbd.listen = 1", 't.toml:1: nbd.listen: 1 is not a list such as ["127.0.0.1:10809"]'),
+        (
+            '[nbd.exports."p/v"]\nsubjects = "CN=a"',
+            't.toml:2: nbd.exports.p/v.subjects: "CN=a" is not a list such as ["CN=a"]',
+        ),
+        ('[nbd.exports."p/v"]\nread_only = "yes"', 't.toml:2: nbd.exports.p/v.read_only: "yes" is not true or false'),
+        (
+            '[nbd.exports."p/v"]\nsubjects = ["backup"]',
+            't.toml:2: nbd.exports.p/v.subjects: "backup" is no subject: write one such as "CN=backup", '
+            '"DNS:host.example" for an alternative name, or "any"',
+        ),
+        (
+            '[nbd.exports.""]',
+            't.toml:1: nbd.exports.: "" matches no export: they are named POOL/VOL, and "*" is all of them',
+        ),
         ("[nbd]\nlisten = [\n  1,\n]", "t.toml:2: nbd.listen: 1 is not a string in quotes"),
         ("nbd = 1", "t.toml:1: nbd: 1 is not a section; write [nbd] on a line of its own"),
         ("[nbd]\nmax_connections = 0", "t.toml:2: nbd.max_connections: 0 is not possible; it must be at least 1"),

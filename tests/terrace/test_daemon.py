@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import signal
 import socket
@@ -13,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from terrace.daemon import main
+from terrace.daemon import main, version
 from tests.system.daemon import environment
 from tests.system.nbdclient import Connection
 from tests.terrace.fakedaemon import FakeDaemon, command
@@ -274,7 +275,19 @@ def test_the_configuration_can_be_checked_without_starting(tmp_path: Path, capfd
     assert capfd.readouterr().err == ""
     assert main(["--check-config", "--config", str(bad)]) == 1
     assert capfd.readouterr().err == f'{bad}:2: pool.map_cash: unknown key; did you mean "map_cache"?\n'
+    bad.write_text('nbd.listen = ["0.0.0.0:10809"]\n')
+    assert main(["--check-config", "--config", str(bad)]) == 1
+    assert "NBD on 0.0.0.0:10809 would be open to the network without TLS" in capfd.readouterr().err
+    bad.write_text('nbd.tls.mode = "required"\n')
+    assert main(["--check-config", "--config", str(bad), "--home", str(tmp_path / "home")]) == 1
+    assert f"{tmp_path}/home/tls/server-cert.pem can't be read" in capfd.readouterr().err
     assert not (tmp_path / "home").exists()
+
+
+def test_a_daemon_keeps_its_version_when_another_one_is_installed_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = version()
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "99")
+    assert version() == before != "99"
 
 
 @pytest.mark.alone

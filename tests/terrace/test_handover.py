@@ -226,6 +226,21 @@ def test_one_that_dies_between_ready_and_serve_is_reaped_and_does_not_serve(
     assert started[0].returncode == 0
 
 
+def test_a_mistake_of_ours_costs_a_sentence_too(
+    started: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def encode(connections: object) -> bytes:
+        raise TypeError("cannot pickle memoryview objects")
+
+    monkeypatch.setattr(handover, "encode", encode)
+    error = refusal(raw("loaded(); time.sleep(600)"))
+    assert str(error) == (
+        "internal error: TypeError: cannot pickle memoryview objects; the log says where, please report it"
+    )
+    assert caplog.records[0].exc_info
+    assert started[0].returncode == -signal.SIGKILL
+
+
 @pytest.mark.parametrize("when", ["loading", "opening"])
 def test_who_is_told_to_stop_meanwhile_ends_it(when: str, started: list[subprocess.Popen[bytes]]) -> None:
     async def test() -> None:

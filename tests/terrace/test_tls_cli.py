@@ -101,6 +101,10 @@ def test_show_tells_whom_certificates_name_and_when_they_expire(tmp_path: Path) 
     by_file = {one["file"]: one for one in found}
     assert by_file["server-cert.pem"]["state"] == "expires in 9 days"
     assert set(by_file["server-cert.pem"]["names"]) == {socket.gethostname(), "localhost", "127.0.0.1", "::1"}
+    tls(tmp_path, "client", "two", "--days", "2")
+    tls(tmp_path, "client", "three", "--days", "1")
+    said = tls(tmp_path, "show").output
+    assert "expires in 1 day " in said and "expires within a day" in said
     client = by_file["clients/one/client-cert.pem"]
     assert (client["subject"], client["state"]) == ("CN=one", "valid")
     # None outlives its authority.

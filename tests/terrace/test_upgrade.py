@@ -275,6 +275,36 @@ def test_what_the_next_one_can_not_serve_is_refused_with_a_sentence_and_clients_
     assert daemon.api("GET", "/v1/policies/gold")["keys"]["iops_limit"] == 500
 
 
+def test_what_can_be_seen_beforehand_stops_no_client(daemon: FakeDaemon) -> None:
+    cli = Cli(daemon.home)
+    for config, reason in (
+        ('listen = ["0.0.0.0:0"]', "would be open to the network without TLS"),
+        ('tls.mode = "allowed"', "tls/server-cert.pem can't be read"),
+    ):
+        daemon.configure().write_text(f"[nbd]\n{config}\n[policy.gold]\n")
+        seen = len(daemon.log.read_text())
+        try:
+            assert reason in cli.error("upgrade")
+        finally:
+            daemon.configure()
+        assert "stopped" not in daemon.log.read_text()[seen:]
+        assert re.search(rf"Upgrade +came to nothing: .*{reason}", cli.ok("status"))
+
+
+def test_who_stops_waiting_for_it_is_told_that_it_goes_on(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = pid_of(daemon)
+    monkeypatch.setattr("terrace.cli.upgrade._wait", interrupted)
+    with orphans_come_to_us():
+        assert "not waiting any longer; the upgrade goes on" in Cli(daemon.home).error("upgrade")
+        assert re.search(r"Upgrade +(under way: |took over)", Cli(daemon.home).ok("status"))
+        until(lambda: holder(daemon) != before)
+        daemon.follow(holder(daemon))
+    assert re.search(rf"Upgrade +took over from \S+, process {before}; 0 clients", Cli(daemon.home).ok("status"))
+
+
 def test_the_command_says_why_it_came_to_nothing(daemon: FakeDaemon) -> None:
     daemon.configure().write_text("[")
     try:
