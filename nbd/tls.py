@@ -102,7 +102,7 @@ class Identity:
     subject: str
     """As RFC 4514 writes it, the most specific part first: ``CN=backup,O=Example``. May be empty."""
     names: tuple[str, ...] = ()
-    """Subject alternative names with their kind: ``DNS:host.example``, ``IP:::1``, ``URI:...``, ``email:...``."""
+    """Subject alternative names with their kind: ``DNS:host.example``, ``IP:::1``, ``URI:...``, ``DirName:CN=...``."""
 
 
 # --- a connection ---
@@ -125,7 +125,7 @@ class TlsSocket:
         self._out = ssl.MemoryBIO()
         try:
             self._ssl = context.wrap_bio(self._in, self._out, server_side, server_hostname)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # the latter for a NUL
             raise OSError(errno.EINVAL, f"{server_hostname!r} can't be the name in a certificate: {error}") from None
         self._read: Callable[[int, memoryview], int] = cast(Any, self._ssl.read)  # typeshed knows other buffers only
         self._hungry = False  # OpenSSL has used up what came
@@ -170,8 +170,17 @@ class TlsSocket:
 
     @property
     def peer(self) -> Identity | None:
-        """Whom the peer's certificate names; None if it showed none, or none was verified."""
-        return identity_of(self._ssl.getpeercert() or {})
+        """Whom the peer's certificate names; None if it showed none, or none was verified.
+
+        Raises TlsError where a name in it is none: it has been signed, and yet isn't the text that it claims to be.
+        """
+        try:
+            certificate = self._ssl.getpeercert()
+        except (ValueError, ssl.SSLError):
+            raise TlsError(
+                errno.EKEYREJECTED, "the peer's certificate is not accepted: a name in it can't be read"
+            ) from None
+        return identity_of(certificate)
 
     @property
     def version(self) -> str:
@@ -196,7 +205,8 @@ class TlsSocket:
         if self._ended:
             return 0
         size, got = len(target), 0
-        for _ in range(_ROUNDS):
+        # What came in the last round is still looked at: it is in the socket no more, and nothing would tell of it.
+        for rounds_left in range(_ROUNDS, -1, -1):
             if not self._hungry:
                 read = self._read
                 try:
@@ -220,6 +230,8 @@ class TlsSocket:
                     self._answer_unasked()
                 if got or self._ended or not size:
                     return got
+            if not rounds_left:
+                break
             scratch = _scratch()
             count = self._sock.recv_into(scratch)
             if not count:
@@ -367,14 +379,18 @@ def identity_of(certificate: Any) -> Identity | None:
     """Whom a certificate names, in the form that ``ssl.SSLSocket.getpeercert`` gives it; None for none."""
     if not certificate:
         return None
-    parts = ["+".join(_attribute(key, value) for key, value in part) for part in certificate.get("subject", ())]
     names = tuple(_alternative(kind, value) for kind, value in certificate.get("subjectAltName", ()))
-    return Identity(",".join(reversed(parts)), names)
+    return Identity(_distinguished(certificate.get("subject", ())), names)
+
+
+def _distinguished(name: Any) -> str:
+    parts = ["+".join(_attribute(key, value) for key, value in part) for part in name]
+    return ",".join(reversed(parts))
 
 
 def _attribute(key: str, value: str) -> str:
-    """One attribute as RFC 4514, section 2.4, writes it."""
-    text = "".join("\\00" if c == "\0" else "\\" + c if c in '"+,;<>\\' else c for c in value)
+    """One attribute as RFC 4514, section 2.4, writes it; in hexadecimal too what a log or a terminal would obey."""
+    text = "".join("\\" + c if c in '"+,;<>\\' else c if c.isprintable() else _hexadecimal(c) for c in value)
     if value[:1] in (" ", "#"):
         text = "\\" + text
     if len(value) > 1 and value.endswith(" "):
@@ -382,7 +398,13 @@ def _attribute(key: str, value: str) -> str:
     return f"{_SHORT_NAMES.get(key, key)}={text}"
 
 
-def _alternative(kind: str, value: str) -> str:
+def _hexadecimal(character: str) -> str:
+    return "".join(f"\\{byte:02X}" for byte in character.encode("utf-8", "surrogatepass"))
+
+
+def _alternative(kind: str, value: Any) -> str:
+    if not isinstance(value, str):  # a directory's name has the form of a subject
+        return f"{kind}:{_distinguished(value)}"
     value = value.strip()
     if kind == "IP Address":
         with suppress(ValueError):

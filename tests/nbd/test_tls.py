@@ -321,6 +321,30 @@ def test_a_peer_that_leaves_in_the_handshake_is_a_reset_connection(server_side: 
     trio.run(test)
 
 
+@VERSIONS
+@pytest.mark.parametrize("pieces", range(1, 12))
+def test_a_record_that_comes_in_pieces_is_received_when_the_last_one_is_there(
+    authority: Authority,
+    server_side: ssl.SSLContext,
+    version: ssl.TLSVersion,
+    pieces: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test() -> None:
+        client_side = client_context(authority.path)
+        client_side.maximum_version = version
+        async with connected(server_side, client_side) as (here, there):
+            there.send(b"q" * 5000)
+            size = len(here._sock.recv(1 << 20, socket.MSG_PEEK))
+            # As where a slow network brings a piece for each call: nothing is there after the last of them.
+            scratch = memoryview(bytearray(-(-size // pieces)))
+            monkeypatch.setattr(tls, "_scratch", lambda: scratch)
+            with trio.fail_after(2):
+                assert await receive(here, 5000) == b"q" * 5000
+
+    trio.run(test)
+
+
 def test_a_peer_that_makes_us_answer_and_reads_nothing_is_cut_off(
     server_side: ssl.SSLContext, client_side: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,6 +365,14 @@ def test_a_peer_that_makes_us_answer_and_reads_nothing_is_cut_off(
                 here.recv_into(bytearray(1))
 
     trio.run(test)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "", ".a", "a" * 300, "\udcff"])
+def test_what_cannot_be_a_hosts_name_is_einval(client_side: ssl.SSLContext, name: str) -> None:
+    left, right = sockets()
+    with left, right, pytest.raises(OSError, match="can't be the name in a certificate") as caught:
+        TlsSocket(left, client_side, server_side=False, server_hostname=name)
+    assert caught.value.errno == errno.EINVAL
 
 
 def test_old_versions_of_tls_are_refused(server_side: ssl.SSLContext, authority: Authority) -> None:
@@ -436,6 +468,15 @@ def test_a_subject_is_written_as_rfc_4514_says() -> None:
     assert identity is not None
     assert identity.subject == r"emailAddress=a\+b,CN=\#x+UID=\ y\ ,O=A\, B\; \"C\",C=NL"
     assert tls.identity_of({}) is None
+
+
+def test_a_subject_has_nothing_that_a_log_or_a_terminal_would_obey() -> None:
+    made = {
+        "subject": ((("commonName", "a\nERROR forged"),), (("organizationName", "\x1b[2J\0\u202eé"),)),
+        "subjectAltName": (("DirName", ((("commonName", "x\n"),), (("countryName", "NL"),))),),
+    }
+    identity = tls.identity_of(made)
+    assert identity == Identity(r"O=\1B[2J\00\E2\80\AEé,CN=a\0AERROR forged", (r"DirName:C=NL,CN=x\0A",))
 
 
 # --- files ---
