@@ -168,6 +168,47 @@ def test_one_call_to_the_kernel_brings_many_records(
     trio.run(test)
 
 
+def test_ciphertext_in_memory_is_bounded_as_its_buffers_never_shrink(
+    server_side: ssl.SSLContext, client_side: ssl.SSLContext
+) -> None:
+    class Watched:
+        """A memory buffer that remembers how full it was."""
+
+        def __init__(self, bio: ssl.MemoryBIO) -> None:
+            self.bio, self.peak = bio, 0
+
+        def write(self, data: memoryview) -> None:
+            self.bio.write(data)
+            self.peak = max(self.peak, self.bio.pending)
+
+    async def test() -> None:
+        async with connected(server_side, client_side) as (here, there):
+            for pair in (here, there):
+                pair._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            watched = here._in = Watched(here._in)  # type: ignore[assignment]
+            data = random.Random(3).randbytes(1 << 20)
+            sent, got = 0, bytearray()
+            buffer = memoryview(bytearray(1 << 20))
+            longest = 0
+            while len(got) < len(data):
+                with suppress(BlockingIOError):
+                    while sent < len(data):
+                        sent += there.send(data[sent:])
+                while True:
+                    try:
+                        count = here.recv_into(buffer)
+                    except BlockingIOError:
+                        break
+                    got += buffer[:count]
+                    longest = max(longest, count)
+            assert got == data
+            assert watched.peak <= tls.RECEIVE_BYTES + (17 << 10) < 100_000
+            # Yet what is there comes with one call, so that small requests are handled together.
+            assert longest > 2 * tls.RECEIVE_BYTES
+
+    trio.run(test)
+
+
 def test_a_small_buffer_leaves_the_rest_for_later_though_the_socket_is_empty(
     server_side: ssl.SSLContext, client_side: ssl.SSLContext
 ) -> None:
