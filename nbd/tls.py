@@ -54,6 +54,9 @@ SEND_BYTES: Final = 64 << 10
 """Plaintext that one ``send`` takes. OpenSSL's buffers in memory grow to these and never shrink: with 256 KiB a
 thousand connections that had once been busy held 0.7 GB, where it is 0.2 now. That costs about 5 % more CPU a byte."""
 UNASKED_BYTES: Final = 64 << 10
+CONTEXT_HANDSHAKES: Final = 256
+"""So many share a context. OpenSSL keeps each session of TLS 1.2 in it, 10 KiB, for hours and up to 20,480 of them,
+though none may be gone on with; Python has no switch for that."""
 _ROUNDS: Final = 4
 """So often one ``recv_into`` asks the kernel for more, where there was as much as it asked for, or none of the peer's
 data in it."""
@@ -160,6 +163,10 @@ class TlsSocket:
             while not self._flush():
                 await trio.lowlevel.wait_writable(self._sock)
             if done:
+                if self._ssl.server_side and self._ssl.session_reused:
+                    # TLS 1.2 by a session's id, which Python can't turn off: certificates weren't looked at.
+                    self._broken = TlsError(errno.EPROTO, "the peer goes on with an earlier session, which is refused")
+                    raise self._broken
                 return
             await trio.lowlevel.wait_readable(self._sock)
             try:
@@ -582,6 +589,7 @@ class TlsFiles:
         self.certificate, self.key = Path(certificate), Path(key)
         self.ca = None if ca is None else Path(ca)
         self._seen = self._looks()
+        self._handed_out = 0
         self._context = server_context(self.certificate, self.key, self.ca)
 
     def changed(self) -> bool:
@@ -591,8 +599,9 @@ class TlsFiles:
     def context(self) -> ssl.SSLContext:
         """For the next handshake. Raises OSError if what has changed can't be used: ``last_context`` still can."""
         seen = self._looks()
-        if seen != self._seen:
-            self._seen = seen
+        self._handed_out += 1
+        if seen != self._seen or self._handed_out == CONTEXT_HANDSHAKES:
+            self._seen, self._handed_out = seen, 0
             self._context = server_context(self.certificate, self.key, self.ca)
         return self._context
 

@@ -461,6 +461,44 @@ def test_client_certificates_are_demanded_and_verified(
     trio.run(test)
 
 
+def test_nobody_goes_on_with_an_earlier_session_past_a_look_at_the_certificate(
+    server: Pair, client: Pair, authority: Authority
+) -> None:
+    async def test() -> None:
+        server_side = server_context(server.certificate, server.key, authority.path)
+        client_side = client_context(authority.path, client.certificate, client.key)
+        client_side.maximum_version = ssl.TLSVersion.TLSv1_2
+        async with connected(server_side, client_side) as (_, there):
+            session = there._ssl.session
+        left, right = sockets()
+        here = TlsSocket(left, server_side, server_side=True)
+        there = TlsSocket(right, client_side, server_side=False, server_hostname="localhost")
+        there._ssl.session = session
+        try:
+            with trio.fail_after(5):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(there.handshake)
+                    with pytest.raises(TlsError, match="an earlier session, which is refused"):
+                        await here.handshake()
+            with pytest.raises(TlsError):
+                here.recv_into(bytearray(1))
+        finally:
+            here.close()
+            there.close()
+
+    trio.run(test)
+
+
+def test_what_openssl_remembers_of_handshakes_is_forgotten_after_some(
+    server: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tls, "CONTEXT_HANDSHAKES", 3)
+    files = TlsFiles(server.certificate, server.key)
+    contexts = [files.context() for _ in range(7)]
+    assert [context is contexts[0] for context in contexts] == [True, True] + 5 * [False]
+    assert contexts[2] is contexts[4] and contexts[5] is contexts[6] is not contexts[2]
+
+
 def test_a_client_refuses_another_authority_another_name_and_an_expired_certificate(
     server: Pair, authority: Authority, tmp_path: Path
 ) -> None:
