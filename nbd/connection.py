@@ -534,6 +534,7 @@ class Connection:
         self._sock = self._outbox.sock = sock = TlsSocket(raw, context, server_side=True)
         try:
             await sock.handshake()
+            identity = sock.peer
         except TlsError as error:
             log.warning("%s: dropped: %s", self.peer, error)
             return False
@@ -541,7 +542,7 @@ class Connection:
             log.info("%s: gone during the TLS handshake: %s", self.peer, error.strerror)
             return False
         self.tls_version = sock.version
-        self.client = replace(self.client, encrypted=True, identity=sock.peer)
+        self.client = replace(self.client, encrypted=True, identity=identity)
         return True
 
     def _secured_how(self) -> str:
@@ -1072,7 +1073,7 @@ class Connection:
                     at = stop
             except OSError as error:
                 self._long_read = None
-                await self._deliver(self._failed(long.cookie, long.offset, error), 0, 0)
+                await self._reply_alone(self._failed(long.cookie, long.offset, error))
                 return
             if at == long.offset + long.done:
                 while not self._has_room(end - at):
@@ -1125,7 +1126,7 @@ class Connection:
                 await self._yield()
         reply = await self._long_reply(long)
         self._long = None
-        await self._deliver(reply, 0, 0)
+        await self._reply_alone(reply)
         return True
 
     async def _park_long_write(self, long: LongWrite) -> bool:
@@ -1400,6 +1401,13 @@ class Connection:
         raise OSError(errno.EINVAL, f"the export has no context {context} any more")
 
     # --- sending ---
+
+    async def _reply_alone(self, reply: bytes) -> None:
+        """The main task's own answer, outside of a pass. It waits its turn: else nothing would bound such answers."""
+        assert self._bench is not None
+        self._bench.arena[: len(reply)] = reply
+        self._arena_used = len(reply)
+        await self._send_arena()
 
     async def _send_arena(self) -> None:
         """Send the arena's replies; when this returns the arena may be used again."""

@@ -18,6 +18,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 import trio
 
@@ -65,7 +66,7 @@ class Listener:
     def uri(self, export: str = "", *, tls: bool = False) -> str:
         """The NBD URI of an export behind this listener; with ``tls``, one that says so, over TCP."""
         if self._path:
-            return f"nbd+unix:///{export}?socket={self._path}"
+            return f"nbd+unix:///{export}?socket={quote(os.fsencode(self._path), safe='/')}"
         return f"{'nbds' if tls else 'nbd'}://{self.address}/{export}"
 
     def close(self) -> None:

@@ -247,7 +247,10 @@ def _option(option: int, data: bytes = b"") -> bytes:
 
 
 def _string(text: str) -> bytes:
-    raw = text.encode()
+    try:
+        raw = text.encode()
+    except UnicodeEncodeError:
+        raise OSError(errno.EINVAL, f"the name {text!r} is not UTF-8") from None
     if len(raw) > wire.MAX_STRING_BYTES or b"\0" in raw:
         raise OSError(errno.EINVAL, f"a name of {len(raw)} bytes; at most {wire.MAX_STRING_BYTES}, without NUL")
     return wire.U32.pack(len(raw)) + raw

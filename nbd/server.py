@@ -276,13 +276,14 @@ class Server:
         that is still in its handshake has to go.
         """
         limits = self._limits
+        # First what drops nobody: who is refused anyway must not cost another one's handshake.
+        most = limits.connections_per_address
+        if client.address is not None and most and self._of_address.get(client.address, 0) >= most:
+            return f"{most} clients of this address are connected already"
         if len(self._shaking) >= limits.handshakes:
             self._forget_shaken()
             if len(self._shaking) >= limits.handshakes:
                 self._drop_oldest_shaking(f"{limits.handshakes} others haven't finished their handshake either")
-        most = limits.connections_per_address
-        if client.address is not None and most and self._of_address.get(client.address, 0) >= most:
-            return f"{most} clients of this address are connected already"
         if len(self._connections) >= limits.connections:
             self._forget_shaken()
             oldest_s = next(iter(self._shaking.values()), math.inf)

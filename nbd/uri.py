@@ -64,7 +64,9 @@ def parse_target(uri: str) -> Target:
     try:
         parts = urlsplit(uri)
         host, port = parts.hostname, parts.port
-        query = parse_qs(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query), errors="strict")
+        # A plus sign is one in a URI, and a space only in forms of the web.
+        text = parts.query.replace("+", "%2B")
+        query = parse_qs(text, keep_blank_values=True, strict_parsing=bool(parts.query), errors="strict")
         export = unquote(parts.path.removeprefix("/"), errors="strict")
     except ValueError as error:
         raise OSError(errno.EINVAL, f"{uri!r} is no URI: {error}") from None

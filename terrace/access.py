@@ -4,8 +4,9 @@ A rule is for the exports whose names its pattern matches; the first in the file
 export that no rule matches is for everybody. The rule of a volume is that of its snapshots too, unless one before it
 matches those: whoever locks a volume up means its past as well.
 
-Who may not have an export isn't told that it exists: it is missing in the list, and asking for it gets the answer that
-any name gets which nothing has. The log says what was refused and why.
+Who may not have an export isn't told that it exists: it is missing in the list and among the snapshots with which
+another one can be compared, and asking for it gets the answer that any name gets which nothing has. The log says what
+was refused and why, as long as nobody makes it too much.
 """
 
 from __future__ import annotations
@@ -13,16 +14,25 @@ from __future__ import annotations
 import errno
 import ipaddress
 import logging
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
-from nbd.export import Client, Export, Exports
+import trio
+
+from nbd.export import Client, Export, Exports, OffersContexts
 from nbd.tls import Identity
+from tiers.snapshot import DIFF_CONTEXT
 
 log = logging.getLogger("terraced")
+
+_TOLD: Final = 32
+_TELLING_S: Final = 10.0
+"""So many refusals are logged in so long a time; of others there is only the number."""
+_SHOWN_LETTERS: Final = 200
 
 ANY: Final = "any"
 UNIX: Final = "unix"
@@ -65,7 +75,7 @@ def _refusal(rule: Rule, client: Client) -> str:
     if client.identity is None:
         return f'it showed no certificate that was verified, and [nbd.exports."{rule.pattern}"] names subjects'
     facts = facts_of(client.identity)
-    if any(_matches(pattern, fact) for pattern in rule.subjects for fact in facts):
+    if any(_matches(_as_units(pattern), _as_units(fact)) for pattern in rule.subjects for fact in facts):
         return ""
     return f'its subject {facts[0]} is none of those that [nbd.exports."{rule.pattern}"] allows'
 
@@ -111,13 +121,29 @@ def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
     return ipaddress.ip_network(text)
 
 
-@lru_cache(maxsize=1024)
-def _compiled(pattern: str) -> Callable[[str], object]:
-    return re.compile(".*".join(map(re.escape, pattern.split("*"))), re.DOTALL).fullmatch
-
-
 def _matches(pattern: str, text: str) -> bool:
-    return _compiled(pattern)(text) is not None
+    """In linear time: a client chooses the text, and what tries each place of each star can be kept busy for hours."""
+    first, *others = pattern.split("*")
+    if not others:
+        return text == first
+    *between, last = others
+    at, end = len(first), len(text) - len(last)
+    if at > end or not (text.startswith(first) and text.endswith(last)):
+        return False
+    for part in between:
+        found = text.find(part, at, end)
+        if found < 0:
+            return False
+        at = found + len(part)
+    return True
+
+
+def _as_units(text: str) -> str:
+    """With a NUL, which subjects never have, behind each character that a backslash takes its meaning from.
+
+    So no star can end between the two: the comma of `CN=x\\,O=Test` must not be the one of `*,O=Test`.
+    """
+    return re.sub(r"\\.", "\\g<0>\0", text, flags=re.DOTALL)
 
 
 class RuledExports:
@@ -126,6 +152,8 @@ class RuledExports:
     def __init__(self, exports: Exports, rules: Sequence[Rule]) -> None:
         self._exports = exports
         self._rules = tuple(rules)
+        self._told_since = -math.inf
+        self._told = 0
 
     def list(self, client: Client) -> list[tuple[str, str]]:
         """Those that the client may have."""
@@ -144,13 +172,32 @@ class RuledExports:
             name = volumes[0]
         decision = decide(self._rules, name, client)
         if decision.refusal:
-            log.warning("%s: %s is refused: %s", client.peer, name, decision.refusal)
+            # As `PoolExports` has one: a shorter way would tell which names have a rule.
+            await trio.lowlevel.checkpoint()
+            self._tell(f"{client.peer}: {_shown(name)} is refused: {decision.refusal}")
             raise _no_such_export(name)
         try:
             export = await self._exports.acquire(name, client)
         except FileNotFoundError:
             raise _no_such_export(name) from None
-        return ReadOnlyView(export) if decision.read_only and not export.read_only else export
+        if decision.read_only and not export.read_only:
+            return ReadOnlyView(export)
+        volume, at, _ = export.name.partition("@")
+        if at and isinstance(export, OffersContexts):
+            return SnapshotView(export, lambda other: not decide(self._rules, f"{volume}@{other}", client).refusal)
+        return export
+
+    def _tell(self, line: str) -> None:
+        """A client may ask a thousand times in one handshake, and must not fill the log."""
+        now = trio.current_time()
+        if now >= self._told_since + _TELLING_S:
+            left_out = self._told - _TOLD
+            if left_out > 0:
+                log.warning("%d more requests for exports were refused by rules since then", left_out)
+            self._told_since, self._told = now, 0
+        self._told += 1
+        if self._told <= _TOLD:
+            log.warning("%s", line)
 
     def identity(self, export: Export) -> str:
         """That of the export itself: whether it may be written is asked each time that it is acquired."""
@@ -158,6 +205,12 @@ class RuledExports:
 
     def release(self, export: Export) -> None:
         self._exports.release(export.whole if isinstance(export, ReadOnlyView) else export)
+
+
+def _shown(name: str) -> str:
+    """What a client calls an export, fit for a log: it may be anything."""
+    short = name if len(name) <= _SHOWN_LETTERS else f"{name[:_SHOWN_LETTERS]}..."
+    return short if short.isprintable() else repr(short)
 
 
 def _no_such_export(name: str) -> FileNotFoundError:
@@ -209,3 +262,29 @@ class ReadOnlyView:
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any: ...
+
+
+class SnapshotView(ReadOnlyView):
+    """A snapshot for a client that may not have all others of the volume, and so isn't told of them either."""
+
+    whole: Any
+
+    def __init__(self, whole: Any, may_have: Callable[[str], bool]) -> None:
+        """``may_have``: whether the client may have the snapshot of that name."""
+        super().__init__(whole)
+        self._may_have = may_have
+
+    def contexts(self, prefix: str) -> Iterable[str]:
+        return (context for context in self.whole.contexts(prefix) if self._is_open(context))
+
+    def has_context(self, name: str) -> bool:
+        return self._is_open(name) and self.whole.has_context(name)
+
+    async def context_extents(self, context: str, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+        if not self._is_open(context):  # selected before the daemon was replaced by one with other rules
+            raise FileNotFoundError(errno.ENOENT, f"{self.name} offers no {context!r}")
+        found: list[tuple[int, int]] = await self.whole.context_extents(context, offset, length, limit)
+        return found
+
+    def _is_open(self, context: str) -> bool:
+        return not context.startswith(DIFF_CONTEXT) or self._may_have(context[len(DIFF_CONTEXT) :])

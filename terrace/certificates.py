@@ -20,6 +20,8 @@ import errno
 import ipaddress
 import os
 import re
+import shlex
+import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -260,12 +262,19 @@ def _require_free(paths: Sequence[Path], force: bool) -> None:
 
 
 def _make_directory(path: Path) -> None:
-    """For its owner only, and what is missing above it too."""
+    """For its owner only, and what is missing above it too. One that is there must not be everybody's."""
     try:
         for missing in reversed([one for one in (path, *path.parents) if not one.exists()]):
             missing.mkdir(mode=0o700)
+        mode = path.stat().st_mode
     except OSError as error:
         raise CertificateError(error.errno, f"{path} can't be made: {error.strerror}; name another directory") from None
+    if mode & stat.S_IWOTH:
+        raise CertificateError(
+            errno.EPERM,
+            f"everybody can write to {path}, and so could put another authority in the place of this one: "
+            f"chmod o-w {shlex.quote(str(path))}, or name another directory",
+        )
 
 
 def _write(path: Path, data: bytes, mode: int) -> None:

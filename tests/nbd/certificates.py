@@ -10,7 +10,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 
 DAY = datetime.timedelta(days=1)
 
@@ -63,14 +63,24 @@ class Authority:
         server: bool = False,
         starts: datetime.timedelta = -DAY,
         ends: datetime.timedelta = DAY,
+        also: x509.GeneralName | None = None,
+        raw_names: bytes | None = None,
     ) -> Pair:
-        """For ``CN=name,O=Test``; a server's is for localhost and 127.0.0.1, a client's for a URI. From now on."""
+        """For ``CN=name,O=Test``; a server's is for localhost and 127.0.0.1, a client's for a URI. From now on.
+
+        ``also``: one more name. ``raw_names``: in place of all, what the extension for them contains.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
         now = datetime.datetime.now(datetime.UTC)
         names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(f"urn:test:{name}")]
         if server:
             names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
             names.append(x509.IPAddress(ipaddress.ip_address("::1")))
+        if also is not None:
+            names.append(also)
+        extension: x509.ExtensionType = x509.SubjectAlternativeName(names)
+        if raw_names is not None:
+            extension = x509.UnrecognizedExtension(ExtensionOID.SUBJECT_ALTERNATIVE_NAME, raw_names)
         usage = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
         certificate = (
             x509.CertificateBuilder()
@@ -80,7 +90,7 @@ class Authority:
             .serial_number(x509.random_serial_number())
             .not_valid_before(now + starts)
             .not_valid_after(now + ends)
-            .add_extension(x509.SubjectAlternativeName(names), critical=False)
+            .add_extension(extension, critical=False)
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
             .sign(self._key, hashes.SHA256())
         )

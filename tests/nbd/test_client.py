@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from nbd import wire
 from nbd.client import Client, ClientLimits, _pieces, attach, connect, describe
-from nbd.listen import open_tcp
+from nbd.listen import open_tcp, open_unix
 from nbd.negotiate import MAX_SIZE_BYTES, Terms, Upgrade, negotiate
 from nbd.server import serve
 from nbd.transmission import transmission_flags
@@ -421,6 +421,20 @@ def test_tcp_and_every_form_of_an_address_work() -> None:
     run(main)
 
 
+@pytest.mark.parametrize("name", ["a+b", "a%41", "a b", "a&b=c", "a#b?c;d", "ü"])
+def test_the_uri_of_a_unix_socket_leads_there_whatever_it_is_called(tmp_path: Path, name: str) -> None:
+    async def test() -> None:
+        listener = await open_unix(tmp_path / name)
+        try:
+            assert parse_uri(listener.uri("demo/vol")) == (tmp_path / name, "demo/vol")
+            # A plus sign needs no escape (RFC 3986).
+            assert parse_uri("nbd+unix:///x+y?socket=/a+b") == (Path("/a+b"), "x+y")
+        finally:
+            listener.close()
+
+    run(test)
+
+
 def test_an_export_that_is_not_there_is_enoent() -> None:
     async def test() -> None:
         async with serving(MemoryExport()) as served:
@@ -438,6 +452,10 @@ def test_an_export_that_is_not_there_is_enoent() -> None:
             with fails(errno.EINVAL):
                 async with connect(Path("/" + "x" * 200)):
                     pass
+            for name in ("a\0b", "\udcff", "x" * 5000):
+                with fails(errno.EINVAL):
+                    async with connect(served.uri(), name):
+                        pass
 
     run(test)
 

@@ -17,7 +17,7 @@ import trio
 
 from nbd import wire
 from nbd.client import ClientLimits, TlsOptions, connect
-from nbd.tls import server_context
+from nbd.tls import SEND_BYTES, server_context
 from nbd.transport import TlsTransport, _blocks
 from tests.nbd.certificates import DAY, Authority, Pair
 from tests.nbd.client import run
@@ -346,4 +346,4 @@ def test_blocks_for_tls_are_the_same_bytes_in_fewer_pieces() -> None:
         buffers = [memoryview(os.urandom(size)) for size in sizes]
         found = _blocks(buffers)
         assert b"".join(found) == b"".join(buffers)
-        assert len(found) <= 1 + 2 * sum(sizes) // 262_144
+        assert len(found) <= 1 + 2 * sum(sizes) // SEND_BYTES

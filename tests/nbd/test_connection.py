@@ -1091,3 +1091,31 @@ def test_a_client_that_vanishes_within_a_long_write_that_waits_leaves_nothing_be
             assert not export.calls
 
     run(test)
+
+
+@pytest.mark.parametrize("what", ["long-reads", "broken-writes"])
+def test_refusals_wait_for_a_client_that_reads_nothing_and_do_not_pile_up(what: str) -> None:
+    async def test() -> None:
+        bad = 48 << 20
+        export = MemoryExport(size_bytes=64 << 20, fail=lambda _, offset, length: errno.EIO if offset >= bad else 0)
+        form = "structured" if what == "long-reads" else "simple"
+        async with attached(export, form=form) as (client, served):
+            flags = wire.CMD_FLAG_DF if client.structured else 0
+            await client.request(wire.CMD_READ, 0, 32 << 20, flags=flags)  # a task of its own is busy sending this
+            (connection,) = served.server._connections
+            while not connection._outbox._sending:
+                await trio.sleep(0.005)
+            for number in range(100):
+                if client.structured:
+                    await client.request(wire.CMD_READ, bad, 1 << 20)
+                    continue
+                # Out of range, and the last byte late: such a payload is thrown away outside of a pass.
+                await client.send(client.encode(wire.CMD_WRITE, 1000 + number, 64 << 20, 2, data=b"x"))
+                await trio.sleep(0.001)
+                await client.send(b"y")
+            await trio.sleep(0.05)
+            assert len(connection._outbox._replies) <= 1
+            errors = [(await client.reply()).error for _ in range(101)]
+            assert sorted(errors) == [0] + 100 * [wire.EIO if client.structured else wire.ENOSPC]
+
+    run(test)

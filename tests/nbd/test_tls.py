@@ -168,6 +168,47 @@ def test_one_call_to_the_kernel_brings_many_records(
     trio.run(test)
 
 
+def test_ciphertext_in_memory_is_bounded_as_its_buffers_never_shrink(
+    server_side: ssl.SSLContext, client_side: ssl.SSLContext
+) -> None:
+    class Watched:
+        """A memory buffer that remembers how full it was."""
+
+        def __init__(self, bio: ssl.MemoryBIO) -> None:
+            self.bio, self.peak = bio, 0
+
+        def write(self, data: memoryview) -> None:
+            self.bio.write(data)
+            self.peak = max(self.peak, self.bio.pending)
+
+    async def test() -> None:
+        async with connected(server_side, client_side) as (here, there):
+            for pair in (here, there):
+                pair._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            watched = here._in = Watched(here._in)  # type: ignore[assignment]
+            data = random.Random(3).randbytes(1 << 20)
+            sent, got = 0, bytearray()
+            buffer = memoryview(bytearray(1 << 20))
+            longest = 0
+            while len(got) < len(data):
+                with suppress(BlockingIOError):
+                    while sent < len(data):
+                        sent += there.send(data[sent:])
+                while True:
+                    try:
+                        count = here.recv_into(buffer)
+                    except BlockingIOError:
+                        break
+                    got += buffer[:count]
+                    longest = max(longest, count)
+            assert got == data
+            assert watched.peak <= tls.RECEIVE_BYTES + (17 << 10) < 100_000
+            # Yet what is there comes with one call, so that small requests are handled together.
+            assert longest > 2 * tls.RECEIVE_BYTES
+
+    trio.run(test)
+
+
 def test_a_small_buffer_leaves_the_rest_for_later_though_the_socket_is_empty(
     server_side: ssl.SSLContext, client_side: ssl.SSLContext
 ) -> None:
@@ -321,6 +362,30 @@ def test_a_peer_that_leaves_in_the_handshake_is_a_reset_connection(server_side: 
     trio.run(test)
 
 
+@VERSIONS
+@pytest.mark.parametrize("pieces", range(1, 12))
+def test_a_record_that_comes_in_pieces_is_received_when_the_last_one_is_there(
+    authority: Authority,
+    server_side: ssl.SSLContext,
+    version: ssl.TLSVersion,
+    pieces: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test() -> None:
+        client_side = client_context(authority.path)
+        client_side.maximum_version = version
+        async with connected(server_side, client_side) as (here, there):
+            there.send(b"q" * 5000)
+            size = len(here._sock.recv(1 << 20, socket.MSG_PEEK))
+            # As where a slow network brings a piece for each call: nothing is there after the last of them.
+            scratch = memoryview(bytearray(-(-size // pieces)))
+            monkeypatch.setattr(tls, "_scratch", lambda: scratch)
+            with trio.fail_after(2):
+                assert await receive(here, 5000) == b"q" * 5000
+
+    trio.run(test)
+
+
 def test_a_peer_that_makes_us_answer_and_reads_nothing_is_cut_off(
     server_side: ssl.SSLContext, client_side: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,6 +406,14 @@ def test_a_peer_that_makes_us_answer_and_reads_nothing_is_cut_off(
                 here.recv_into(bytearray(1))
 
     trio.run(test)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "", ".a", "a" * 300, "\udcff"])
+def test_what_cannot_be_a_hosts_name_is_einval(client_side: ssl.SSLContext, name: str) -> None:
+    left, right = sockets()
+    with left, right, pytest.raises(OSError, match="can't be the name in a certificate") as caught:
+        TlsSocket(left, client_side, server_side=False, server_hostname=name)
+    assert caught.value.errno == errno.EINVAL
 
 
 def test_old_versions_of_tls_are_refused(server_side: ssl.SSLContext, authority: Authority) -> None:
@@ -386,6 +459,44 @@ def test_client_certificates_are_demanded_and_verified(
             assert theirs.peer == Identity("CN=server,O=Test", ("DNS:localhost", "IP:127.0.0.1", "IP:::1"))
 
     trio.run(test)
+
+
+def test_nobody_goes_on_with_an_earlier_session_past_a_look_at_the_certificate(
+    server: Pair, client: Pair, authority: Authority
+) -> None:
+    async def test() -> None:
+        server_side = server_context(server.certificate, server.key, authority.path)
+        client_side = client_context(authority.path, client.certificate, client.key)
+        client_side.maximum_version = ssl.TLSVersion.TLSv1_2
+        async with connected(server_side, client_side) as (_, there):
+            session = there._ssl.session
+        left, right = sockets()
+        here = TlsSocket(left, server_side, server_side=True)
+        there = TlsSocket(right, client_side, server_side=False, server_hostname="localhost")
+        there._ssl.session = session
+        try:
+            with trio.fail_after(5):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(there.handshake)
+                    with pytest.raises(TlsError, match="an earlier session, which is refused"):
+                        await here.handshake()
+            with pytest.raises(TlsError):
+                here.recv_into(bytearray(1))
+        finally:
+            here.close()
+            there.close()
+
+    trio.run(test)
+
+
+def test_what_openssl_remembers_of_handshakes_is_forgotten_after_some(
+    server: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tls, "CONTEXT_HANDSHAKES", 3)
+    files = TlsFiles(server.certificate, server.key)
+    contexts = [files.context() for _ in range(7)]
+    assert [context is contexts[0] for context in contexts] == [True, True] + 5 * [False]
+    assert contexts[2] is contexts[4] and contexts[5] is contexts[6] is not contexts[2]
 
 
 def test_a_client_refuses_another_authority_another_name_and_an_expired_certificate(
@@ -436,6 +547,15 @@ def test_a_subject_is_written_as_rfc_4514_says() -> None:
     assert identity is not None
     assert identity.subject == r"emailAddress=a\+b,CN=\#x+UID=\ y\ ,O=A\, B\; \"C\",C=NL"
     assert tls.identity_of({}) is None
+
+
+def test_a_subject_has_nothing_that_a_log_or_a_terminal_would_obey() -> None:
+    made = {
+        "subject": ((("commonName", "a\nERROR forged"),), (("organizationName", "\x1b[2J\0\u202eé"),)),
+        "subjectAltName": (("DirName", ((("commonName", "x\n"),), (("countryName", "NL"),))),),
+    }
+    identity = tls.identity_of(made)
+    assert identity == Identity(r"O=\1B[2J\00\E2\80\AEé,CN=a\0AERROR forged", (r"DirName:C=NL,CN=x\0A",))
 
 
 # --- files ---

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import trio
+from cryptography import x509
+from cryptography.x509.oid import NameOID
 
 from nbd import wire
 from nbd.connection import Limits
@@ -359,6 +361,36 @@ def test_a_verified_certificate_is_the_clients_identity(
     assert any("attached to mem (TLSv1.3, CN=backup,O=Test)" in record.getMessage() for record in caplog.records)
 
 
+def test_a_certificate_with_a_directorys_name_is_taken_and_one_with_a_name_that_is_none_is_not(
+    server_pair: Pair, authority: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = x509.DirectoryName(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "x")]))
+    good = authority.issue("directory", also=name)
+    # cryptography wouldn't write such bytes, but a signature can be over any.
+    bad = authority.issue("bytes", raw_names=b"\x30\x07\x86\x05urn:\xff")
+
+    async def test() -> None:
+        async with serving(server_pair, ca=authority.path) as served:
+            client = await served.connect()
+            await client.hello()
+            await served.secure(client, client_context(authority.path, good.certificate, good.key))
+            (connection,) = served.server._connections
+            await client.option(wire.OPT_LIST)
+            assert connection.client.identity is not None and connection.client.identity.names[1] == "DirName:CN=x"
+            await works(client)
+            client = await served.connect()
+            await client.hello()
+            with pytest.raises((Closed, trio.BrokenResourceError)):
+                await served.secure(client, client_context(authority.path, bad.certificate, bad.key))
+                await client.option(wire.OPT_LIST)
+            await served.until_quiet()
+
+    with caplog.at_level(logging.WARNING, "nbd.server"):
+        run(test)
+    (record,) = caplog.records
+    assert record.getMessage().endswith("the peer's certificate is not accepted: a name in it can't be read")
+
+
 @VERSIONS
 @pytest.mark.parametrize("wrong", ["none", "expired", "foreign", "early"])
 def test_a_client_whose_certificate_is_not_good_is_dropped_with_one_line_and_others_notice_nothing(
@@ -680,5 +712,18 @@ def test_connections_of_one_address_are_bounded_and_those_of_the_unix_socket_are
                 while len(served.server.status().connections) > 4:
                     await trio.sleep(0.005)
             await (await served.connect()).go()
+
+    run(test)
+
+
+def test_who_is_refused_for_its_address_drops_nobodys_handshake(server_pair: Pair) -> None:
+    async def test() -> None:
+        async with serving(server_pair, off=True, limits=Limits(connections_per_address=1, handshakes=1)) as served:
+            await (await served.connect()).go()
+            waiting = await served.connect(unix=True)
+            await waiting.hello()
+            await waiting.option(wire.OPT_LIST)
+            await (await served.connect()).expect_end()
+            assert errors(await waiting.option(wire.OPT_LIST))[-1] == wire.REP_ACK
 
     run(test)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import inspect
 import logging
+import time
 
 import pytest
 
@@ -12,7 +13,7 @@ from nbd import wire
 from nbd.export import Client, OffersContexts
 from nbd.listen import plain_address
 from nbd.tls import Identity
-from terrace.access import Decision, ReadOnlyView, Rule, RuledExports, decide, facts_of, require_address
+from terrace.access import Decision, ReadOnlyView, Rule, RuledExports, SnapshotView, decide, facts_of, require_address
 from tests.nbd.client import info_bytes, meta_bytes, option_bytes, run, serving
 from tests.nbd.memory import ContextExport, MemoryExport, MemoryExports
 
@@ -91,6 +92,75 @@ def test_subjects_are_the_whole_one_or_a_part_or_an_alternative_name_and_need_a_
     # Whoever may open the Unix socket is our own user or root.
     assert allowed(Rule("*", subjects=()), UNIX)
     assert not allowed(Rule("*", addresses=("10.0.0.0/8",), subjects=("CN=backup*",)), BACKUP)
+
+
+def test_no_star_ends_in_the_middle_of_an_escape_so_a_name_cannot_pass_for_two_parts() -> None:
+    def holder(subject: str) -> Client:
+        return Client("c", "192.0.2.7", True, Identity(subject))
+
+    rule = Rule("*", subjects=("CN=*,O=Test",))
+    assert allowed(rule, holder("CN=me,O=Test")) and allowed(rule, holder(r"CN=a\,b\\,O=Test"))
+    assert not allowed(rule, holder(r"CN=me\,O=Test")) and not allowed(rule, holder(r"CN=me\\\,O=Test"))
+    assert allowed(Rule("*", subjects=(r"CN=a\,*",)), holder(r"CN=a\,b"))
+
+
+def test_a_long_name_is_matched_in_an_instant_however_many_stars_a_pattern_has() -> None:
+    rules = [Rule("*-*-*-*-db", read_only=True)]
+    began = time.perf_counter()
+    assert decide(rules, "p/" + 4000 * "-", FAR) == Decision()
+    assert time.perf_counter() - began < 0.5  # hours, where each place of each star is tried
+    assert decide(rules, "p/" + 4000 * "-" + "db", FAR).read_only
+    short = [("p/*a*a", "p/a", False), ("p/*a*a", "p/aa", True), ("p/a*", "p/a", True), ("*/*", "p", False)]
+    for pattern, name, matched in short:
+        assert decide([Rule(pattern, read_only=True)], name, FAR).read_only is matched, pattern
+
+
+def test_what_a_client_calls_an_export_forges_no_line_of_the_log_and_does_not_fill_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def test() -> None:
+        async with serving(MemoryExport("demo/a")) as served:
+            served.server._exports = RuledExports(served.exports, [Rule("*", addresses=())])  # type: ignore[arg-type]
+            client = await served.connect()
+            await client.hello()
+            for name in ("demo/x\n12:00:00 ERROR   terraced: forged", "demo/\x1b[2J", "demo/" + 3000 * "y"):
+                await client.option(wire.OPT_INFO, info_bytes(name))
+            for _ in range(500):
+                await client.option(wire.OPT_INFO, info_bytes("demo/a"))
+
+    with caplog.at_level(logging.WARNING, "terraced"):
+        run(test)
+    lines = [record.getMessage() for record in caplog.records if record.name == "terraced"]
+    assert all(line.isprintable() and len(line) < 500 for line in lines) and r"\n12:00:00" in lines[0]
+    assert len(lines) == 32
+
+
+def test_a_snapshot_is_not_compared_with_one_that_the_client_may_not_have() -> None:
+    async def test() -> None:
+        contexts = {f"terrace:diff:{name}": [1] for name in ("open", "secret")} | {"terrace:tier": [0]}
+        export = ContextExport("demo/vol@now", read_only=True, flags=contexts)
+        async with serving(export) as served:
+            served.server._exports = RuledExports(served.exports, [Rule("demo/vol@secret", addresses=())])  # type: ignore[arg-type]
+            client = await served.connect()
+            await client.hello()
+            await client.option(wire.OPT_STRUCTURED_REPLY)
+            for option, queries in (
+                (wire.OPT_LIST_META_CONTEXT, ()),
+                (wire.OPT_LIST_META_CONTEXT, ("terrace:diff:",)),
+                (wire.OPT_SET_META_CONTEXT, tuple(contexts)),
+            ):
+                told = await client.option(option, meta_bytes("demo/vol@now", *queries))
+                names = [payload[4:].decode() for kind, payload in told if kind == wire.REP_META_CONTEXT]
+                assert "terrace:diff:open" in names and "terrace:diff:secret" not in names
+            view = await served.server._exports.acquire("demo/vol@now", FAR)
+            assert isinstance(view, SnapshotView) and view.read_now == export.read_now
+            assert served.server._exports.identity(view) == served.exports.identity(export)
+            assert await view.context_extents("terrace:diff:open", 0, 4096, 1)
+            with pytest.raises(FileNotFoundError):  # selected under other rules
+                await view.context_extents("terrace:diff:secret", 0, 4096, 1)
+            served.server._exports.release(view)
+
+    run(test)
 
 
 def test_a_refused_export_is_missing_in_lists_and_answers_like_one_that_is_not_there(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import ssl
 import stat
@@ -128,6 +129,35 @@ def test_what_cannot_be_done_is_one_line_with_the_next_step(
     output = tls(tmp_path, *arguments, status=1).output
     assert said in output and output.count("\n") == 1
     assert not (tmp_path / "tls").exists()
+
+
+def test_no_authority_is_made_where_everybody_can_put_another_in_its_place(tmp_path: Path) -> None:
+    directory = tmp_path / "open"
+    directory.mkdir()
+    directory.chmod(0o777)
+    output = tls(tmp_path, "init", str(directory), status=1).output
+    assert f"chmod o-w {directory}" in output and output.count("\n") == 1 and not list(directory.iterdir())
+    directory.chmod(0o775)
+    tls(tmp_path, "init", str(directory))
+
+
+def test_keys_are_private_whatever_the_umask_and_links_are_not_written_through(tmp_path: Path) -> None:
+    elsewhere, made = tmp_path / "elsewhere", tmp_path / "tls"
+    elsewhere.write_text("kept")
+    elsewhere.chmod(0o666)
+    made.mkdir()
+    for name in ("ca-key.pem", ".ca-key.pem.new", ".server-key.pem.new"):
+        (made / name).symlink_to(elsewhere)
+    before = os.umask(0)
+    try:
+        tls(tmp_path, "init", "--force")
+        tls(tmp_path, "client", "one")
+    finally:
+        os.umask(before)
+    assert elsewhere.read_text() == "kept"
+    for key in made.rglob("*-key.pem"):
+        assert not key.is_symlink() and mode(key) == 0o600
+    assert mode(made / "clients") == mode(made / "clients" / "one") == 0o700
 
 
 def test_damaged_files_of_an_authority_are_named(tmp_path: Path) -> None:
