@@ -22,6 +22,7 @@ import logging
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Final
 
 from nbd.suspended import FormatError, Suspended, decode, encode
@@ -85,6 +86,9 @@ def take_back(memory: int | None, sockets: Sequence[socket.socket]) -> list[Susp
     known = {one.sock for one in clients}
     for sock in sockets:
         if sock not in known:
+            # Not only closed: where the store still has it, its client would wait for who knows whom.
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
             sock.close()
         else:
             sock.setblocking(False)

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final, Literal, NoReturn
 
 import trio
@@ -27,6 +28,8 @@ log = logging.getLogger("terraced")
 
 PATIENCE_S: Final = 0.25
 """What clients have under way gets so long to end; the rest is carried out by the successor."""
+_ONE_CHILD: Final = frozenset({"docker-init", "tini", "tini-static", "dumb-init", "catatonit"})
+"""Process 1 of containers (docker run --init), which ends when the process that it has started does."""
 CHECKPOINT_S: Final = 10.0
 """So long the daemon tries to have little left to write when clients are stopped."""
 
@@ -40,6 +43,15 @@ class Succession:
     clients: int
     pause_s: float
     """How long clients waited, from the first that was stopped to the last that went on."""
+
+
+def _is_a_container_s() -> bool:
+    """Whether a container ends when this process does: it is process 1, or the one that process 1 was to start."""
+    if os.getpid() == 1:
+        return True
+    with suppress(OSError):
+        return os.getppid() == 1 and Path("/proc/1/comm").read_text(encoding="utf-8").strip() in _ONE_CHILD
+    return False
 
 
 class Heir:
@@ -94,6 +106,7 @@ class Upgrade:
         """A successor is loaded: clients are to be stopped, and `hand_over` to be called."""
         self.attempt = 0
         self._version = version
+        self._force = False
         self._state: Literal["idle", "loading", "handing over"] = "idle"
         self._error: str | None = None
         self._asked = trio.Event()
@@ -114,15 +127,15 @@ class Upgrade:
         """Ask for it. Raises TierError EBUSY with what is in the way; `force` goes past that."""
         if self._state != "idle":
             raise TierError(errno.EBUSY, "an upgrade is under way already; `terrace status` shows when it is done")
-        if os.getpid() == 1:
+        if _is_a_container_s():
             raise TierError(
                 errno.ENOTSUP,
-                "this terraced is process 1, and its container would end with it: start the container with an init "
-                "(docker run --init), or restart it, which disconnects clients",
+                "the container that this terraced runs in would end with it, and its successor too: restart the "
+                "container, which disconnects clients",
             )
         if not force and (why := self.obstacle()):
             raise TierError(errno.EBUSY, why)
-        self._state, self._error = "loading", None
+        self._state, self._error, self._force = "loading", None, force
         self.attempt += 1
         self._asked.set()
 
@@ -151,6 +164,12 @@ class Upgrade:
                 for pool in pools.open_pools():
                     with suppress(OSError):
                         await pool.checkpoint()
+            # What has begun while it was loaded.
+            if not self._force and (why := self.obstacle()):
+                successor, self._successor = self._successor, None
+                await successor.kill()
+                self._failed(HandoverError(errno.EBUSY, why))
+                continue
             self._state = "handing over"
             self.wanted.set()
             return

@@ -305,6 +305,21 @@ def test_who_stops_waiting_for_it_is_told_that_it_goes_on(daemon: FakeDaemon, mo
     assert re.search(rf"Upgrade +took over from \S+, process {before}; 0 clients", Cli(daemon.home).ok("status"))
 
 
+def test_policies_that_were_reloaded_hold_on_when_it_comes_to_nothing(own_daemon: FakeDaemon) -> None:
+    own_daemon.start()
+    add_volume(own_daemon)
+    own_daemon.configure().write_text('[nbd]\nlisten = ["127.0.0.1:0"]\n[policy.silver]\niops_limit = 900\n')
+    own_daemon.api("POST", "/v1/policies/reload")
+    own_daemon.api("PUT", "/v1/pools/p/volumes/v/policy", {"policy": "silver"})
+    (own_daemon.directory("p") / "fail-one-open").write_text("the device is on fire")
+    with pytest.raises(DaemonError, match="on fire"):
+        own_daemon.upgrade()
+    assert own_daemon.api("GET", "/v1/policies/silver")["keys"]["iops_limit"] == 900
+    own_daemon.configure().write_text("[policy.gold]\n")
+    with pytest.raises(ApiError, match="a policy in use can't go: 'silver'"):
+        own_daemon.api("POST", "/v1/policies/reload")
+
+
 def test_the_command_says_why_it_came_to_nothing(daemon: FakeDaemon) -> None:
     daemon.configure().write_text("[")
     try:
@@ -356,14 +371,35 @@ def test_an_operation_under_way_is_in_the_way_unless_forced(daemon: FakeDaemon) 
     assert list(check(daemon, "p"))[-1]["report"]["ok"]
 
 
-def test_process_1_of_a_container_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_operation_that_begins_while_the_next_one_is_loaded_is_in_the_way_too(own: FakeDaemon) -> None:
+    client, before = Client(own), pid_of(own)
+    (own.directory("p") / "slow-check").write_text("3")
+    own.api("POST", "/v1/upgrade", {})
+    successor = successor_of(own)
+    successor.suspend()
+    stream = check(own, "p")
+    next(stream)
+    successor.resume()
+    told = until(lambda: (now := own.api("GET", "/v1/upgrade"))["state"] == "idle" and now)
+    assert told["pid"] == before and "operations are running on p" in told["error"]
+    assert list(stream)[-1]["report"]["ok"]
+    client.goes_on()
+    own.upgrade()
+
+
+@pytest.mark.parametrize("init", ["", "tini", "docker-init"])
+def test_what_a_container_ends_with_is_not_replaced(monkeypatch: pytest.MonkeyPatch, init: str) -> None:
+    """Process 1, and the child of an init that waits for no other."""
     upgrade = Upgrade("1")
     upgrade.obstacle = lambda: ""
-    monkeypatch.setattr(os, "getpid", lambda: 1)
-    with pytest.raises(TierError, match=r"this terraced is process 1, .*: start the container with an init") as error:
-        upgrade.request(force=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getppid" if init else "getpid", lambda: 1)
+        patch.setattr(Path, "read_text", lambda *_, **__: f"{init}\n")
+        with pytest.raises(TierError, match=r"the container .* would end with it, .*: restart the container") as error:
+            upgrade.request(force=True)
     assert error.value.errno == errno.ENOTSUP
-    monkeypatch.undo()
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "systemd\n")
     upgrade.request()
     assert upgrade.status()["state"] == "loading"
 
