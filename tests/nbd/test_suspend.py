@@ -35,7 +35,7 @@ all_forms = pytest.mark.parametrize("form", ["simple", "structured", "extended"]
 
 def handed_over(left: Sequence[Suspended]) -> list[Suspended]:
     """As another process sees it."""
-    raw = encode(left)
+    raw = b"".join(encode(left))
     sockets = [socket.socket(fileno=socket.dup(one.sock.fileno())) for one in left]
     for one in left:
         one.close()
@@ -721,16 +721,16 @@ def test_what_is_written_down_is_read_back() -> None:
     one, other = socket.socketpair()
     with one, other:
         first, second = one_of_each(one), Suspended(other, "p", "e", "i", Session())
-        raw = encode([first, second])
+        raw = b"".join(encode([first, second]))
         assert decode(raw, [other, one]) == [first, second]
         assert decode(raw, [other]) == [second]
-        assert decode(encode([]), [one]) == []
+        assert decode(b"".join(encode([])), [one]) == []
 
 
 def test_what_cannot_be_understood_is_refused() -> None:
     one, other = socket.socketpair()
     with one, other:
-        raw = encode([one_of_each(one)])
+        raw = b"".join(encode([one_of_each(one)]))
         for bad, reason in [
             (b"", "no list"),
             (b"X" + raw[1:], "no list"),
