@@ -242,6 +242,8 @@ async def run(
                             await heir.take_over(pools, config, orders.told)
                         except HandoverError as error:
                             print(f"terraced: {error}", file=sys.stderr)
+                            sockets.close()
+                            heir.predecessor.failed(str(error))
                             status = 1
                             break
                         begin()
@@ -279,12 +281,15 @@ async def run(
             upgrade.abandon()
             if heir is not None and heir.succession is None:
                 if not status:
+                    sockets.close()
                     heir.predecessor.failed("it was told to stop")
                     status = 1
             elif has_store():
                 await trio.to_thread.run_sync(leave_behind, clients)
             for client in clients:
                 client.close()
+            if orders.told.is_set():
+                upgrade.pass_on_stop()
             log.info("stopped")
             watchers.cancel_scope.cancel()
     return status

@@ -300,7 +300,9 @@ class Predecessor:
         self._sock.close()
 
     def failed(self, why: str) -> None:
-        """Tell the predecessor, if it is still there."""
+        """Tell the predecessor, if it is still there and hasn't been told."""
+        if self._sock.fileno() < 0:
+            return
         try:
             self._say({"say": "failed", "why": why[:4000]})
         except HandoverError as error:

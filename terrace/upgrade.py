@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -63,10 +64,12 @@ class Heir:
         self.predecessor = predecessor
 
     async def take_over(self, pools: Pools, config: Config, told: trio.Event) -> None:
-        """All is opened: returns when it is this process that serves. Raises HandoverError if it is not."""
+        """All is opened: returns when it is this process that serves. Raises HandoverError if it is not.
+
+        The caller tells the predecessor, which then ends this process, when nothing of it is left to be cleared away.
+        """
         why = self._unfit(pools, config, told)
         if why:
-            self.predecessor.failed(why)
             raise HandoverError(errno.EIO, why)
         predecessor_pid = os.getppid()
         await trio.to_thread.run_sync(self.predecessor.ready, abandon_on_cancel=True)
@@ -111,6 +114,7 @@ class Upgrade:
         self._error: str | None = None
         self._asked = trio.Event()
         self._successor: Successor | None = None
+        self._serving: int | None = None
 
     def status(self) -> dict[str, Any]:
         """For the control API."""
@@ -205,9 +209,16 @@ class Upgrade:
                 self._failed(error)
             nursery.cancel_scope.cancel()
         if done:
+            self._serving = successor.pid
             log.info("process %d serves now", successor.pid)
         self._state = "idle"
         return done
+
+    def pass_on_stop(self) -> None:
+        """Who was told to stop just when it handed over lets its successor stop. Synchronous."""
+        if self._serving is not None:
+            with suppress(ProcessLookupError):
+                os.kill(self._serving, signal.SIGTERM)
 
     def abandon(self) -> None:
         """End a successor that is loaded and not needed any more. Synchronous."""

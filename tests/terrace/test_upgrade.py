@@ -11,19 +11,23 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
+import trio
 
+from terrace.handover import Successor
 from terrace.upgrade import Upgrade
 from tests.system.daemon import ApiError, DaemonError, environment, orphans_come_to_us
 from tests.system.nbdclient import READ, WRITE, Connection
 from tests.terrace.fakedaemon import FakeDaemon, command
 from tests.terrace.test_api import check
 from tests.terrace.test_cli import Cli
+from tests.terrace.test_handover import an_estate, raw, run
 from tiers import TierError
 
 MIB = 1 << 20
@@ -305,6 +309,16 @@ def test_who_stops_waiting_for_it_is_told_that_it_goes_on(daemon: FakeDaemon, mo
     assert re.search(rf"Upgrade +took over from \S+, process {before}; 0 clients", Cli(daemon.home).ok("status"))
 
 
+def test_an_address_that_only_the_next_one_has_goes_with_it(own: FakeDaemon) -> None:
+    client = Client(own)
+    own.configure().write_text('[nbd]\nlisten = ["127.0.0.1:0"]\nsocket = "new.sock"\n')
+    (own.directory("p") / "fail-one-open").write_text("the device is on fire")
+    with pytest.raises(DaemonError, match="on fire"):
+        own.upgrade()
+    assert own.socket.exists() and not (own.home / "new.sock").exists()
+    client.goes_on()
+
+
 def test_policies_that_were_reloaded_hold_on_when_it_comes_to_nothing(own_daemon: FakeDaemon) -> None:
     own_daemon.start()
     add_volume(own_daemon)
@@ -447,6 +461,27 @@ def test_told_to_stop_while_the_next_one_is_loaded_both_end(own: FakeDaemon) -> 
     assert not successor.is_running()
     assert not list(own.home.glob("*.sock"))
     own.start()
+
+
+def test_who_is_told_to_stop_in_the_moment_of_decision_passes_that_on() -> None:
+    told = trio.Event()
+
+    def committing(pid: int) -> None:
+        told.set()
+
+    async def test() -> None:
+        with ExitStack() as sockets:
+            upgrade = Upgrade("1")
+            upgrade._successor = successor = await Successor.start(
+                raw("taken(); say('ready'); hear(); time.sleep(600)")
+            )
+            lock = sockets.enter_context(socket.socket()).fileno()
+            assert await upgrade.hand_over(lock, an_estate(sockets), told, committing)
+            upgrade.pass_on_stop()
+            _, status = await trio.to_thread.run_sync(os.waitpid, successor.pid, 0)
+            assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
+
+    run(test)
 
 
 def test_a_successor_that_is_told_to_stop_leaves_the_clients_to_its_predecessor(
