@@ -32,7 +32,8 @@ PATIENCE_S: Final = 0.25
 _ONE_CHILD: Final = frozenset({"docker-init", "tini", "tini-static", "dumb-init", "catatonit"})
 """Process 1 of containers (docker run --init), which ends when the process that it has started does."""
 CHECKPOINT_S: Final = 10.0
-"""So long the daemon tries to have little left to write when clients are stopped."""
+"""So long the daemon tries to have little left to write when clients are stopped. If that isn't enough, closing the
+pools could take as long as a disk that hangs, and clients of all pools would wait for it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,22 @@ def _is_a_container_s() -> bool:
     with suppress(OSError):
         return os.getppid() == 1 and Path("/proc/1/comm").read_text(encoding="utf-8").strip() in _ONE_CHILD
     return False
+
+
+async def _checkpoint(pools: Pools) -> str:
+    """Have little left to write; why that takes too long, empty if it doesn't."""
+    under_way = ""
+    with trio.move_on_after(CHECKPOINT_S) as scope:
+        for pool in pools.open_pools():
+            under_way = pool.name
+            with suppress(OSError):
+                await pool.checkpoint()
+    if not scope.cancelled_caught:
+        return ""
+    return (
+        f"a checkpoint of pool {under_way} has not ended in {CHECKPOINT_S:g} s, and clients would wait for longer than "
+        "that; try again when its devices are less busy, or --force"
+    )
 
 
 class Heir:
@@ -164,12 +181,9 @@ class Upgrade:
                 self._failed(error)
                 continue
             log.info("terraced %s is loaded as process %d", self._successor.version, self._successor.pid)
-            with trio.move_on_after(CHECKPOINT_S):
-                for pool in pools.open_pools():
-                    with suppress(OSError):
-                        await pool.checkpoint()
-            # What has begun while it was loaded.
-            if not self._force and (why := self.obstacle()):
+            slow = await _checkpoint(pools)
+            # What has begun while it was loaded is in the way too.
+            if not self._force and (why := slow or self.obstacle()):
                 successor, self._successor = self._successor, None
                 await successor.kill()
                 self._failed(HandoverError(errno.EBUSY, why))

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import psutil
@@ -21,6 +21,7 @@ import pytest
 import trio
 
 from terrace.handover import Successor
+from terrace.pools import Pools
 from terrace.upgrade import Upgrade
 from tests.system.daemon import ApiError, DaemonError, environment, orphans_come_to_us
 from tests.system.nbdclient import READ, WRITE, Connection
@@ -399,6 +400,39 @@ def test_an_operation_that_begins_while_the_next_one_is_loaded_is_in_the_way_too
     assert list(stream)[-1]["report"]["ok"]
     client.goes_on()
     own.upgrade()
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_disk_that_hangs_is_in_the_way_before_clients_are_stopped(
+    monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    class HangingPool:
+        name = "slow"
+
+        async def checkpoint(self) -> None:
+            await trio.sleep_forever()
+
+    class HangingPools:
+        def open_pools(self) -> Iterator[HangingPool]:
+            yield HangingPool()
+
+    async def test() -> None:
+        monkeypatch.setattr("terrace.upgrade.CHECKPOINT_S", 0.05)
+        monkeypatch.setattr("terrace.handover.own_command", lambda: raw("loaded(); hear()"))
+        upgrade = Upgrade("1")
+        upgrade.obstacle = lambda: ""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(upgrade.run, cast(Pools, HangingPools()))
+            upgrade.request(force=force)
+            while upgrade.status()["state"] == "loading":
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+        assert upgrade.wanted.is_set() == force
+        error = "a checkpoint of pool slow has not ended in 0.05 s, and clients would wait"
+        assert force or error in upgrade.status()["error"]
+        upgrade.abandon()
+
+    run(test)
 
 
 @pytest.mark.parametrize("init", ["", "tini", "docker-init"])
