@@ -169,7 +169,10 @@ def _record(one: Suspended) -> dict[str, Any]:
 
 def read(descriptor: int, sockets: Iterable[socket.socket]) -> list[Suspended]:
     """`decode` of a memory file, which is not copied for it."""
-    return decode(mmap(descriptor, 0, prot=PROT_READ) if os.fstat(descriptor).st_size else b"", sockets)
+    if not os.fstat(descriptor).st_size:
+        return decode(b"", sockets)
+    with mmap(descriptor, 0, prot=PROT_READ) as raw:
+        return decode(raw, sockets)
 
 
 def decode(raw: bytes | mmap, sockets: Iterable[socket.socket]) -> list[Suspended]:
@@ -184,21 +187,21 @@ def decode(raw: bytes | mmap, sockets: Iterable[socket.socket]) -> list[Suspende
         raise FormatError("it is no list of connections")
     if version != VERSION:
         raise FormatError(f"the connections are written down in version {version}, and this is version {VERSION}")
-    text, blobs = raw[HEADER.size : HEADER.size + length], memoryview(raw)[HEADER.size + length :]
+    begin = HEADER.size + length
 
     def filled(value: Any) -> Any:
         if isinstance(value, dict):
             if value.keys() == {"bytes"}:
                 start, size = value["bytes"]
-                if not 0 <= start <= start + size <= len(blobs):
+                if not 0 <= start <= start + size <= len(raw) - begin:
                     raise FormatError("bytes of a connection are missing")
-                return bytes(blobs[start : start + size])
+                return raw[begin + start : begin + start + size]
             return {key: filled(part) for key, part in value.items()}
         return [filled(part) for part in value] if isinstance(value, list) else value
 
     by_cookie = {socket_cookie(sock): sock for sock in sockets}
     try:
-        records = [filled(record) for record in json.loads(text)["connections"]]
+        records = [filled(record) for record in json.loads(raw[HEADER.size : begin])["connections"]]
         return [_connection(record, by_cookie[record["socket"]]) for record in records if record["socket"] in by_cookie]
     except FormatError:
         raise
