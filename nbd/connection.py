@@ -293,13 +293,6 @@ class Connection:
         self._backlog = memoryview(resumed.input)
         self._long, self._long_read = resumed.writing, resumed.reading
 
-    def forgo(self) -> None:
-        """Close it after `enter`, where it doesn't come to `run`."""
-        self._leave_fence()
-        self._exports.release(self._export)
-        self._sock.close()
-        self.ended.set()
-
     async def run(self) -> Suspended | None:
         """Serve until the client leaves, breaks the protocol, ``drain`` ends it, or ``suspend`` stops it.
 
@@ -1140,20 +1133,19 @@ class Connection:
             while len(data) < rest:
                 if self._start == self._end and not await self._receive():
                     self._say_cut_short()
-                    break
+                    return False
                 have = min(self._end - self._start, rest - len(data))
                 assert self._bench is not None
                 data += self._bench.inbox[self._start : self._start + have]
                 self._start += have
                 if perf_counter() > self._slice_end:
                     await self._yield()
+            self._long = None
         finally:
-            if len(data) < rest:
+            # Also where it is cut short with the last byte taken in.
+            if self._long is not None:
                 self._taken_back = bytes(data)
                 self._finish_task(1, rest)
-        if len(data) < rest:
-            return False
-        self._long = None
         self._nursery.start_soon(
             self._slow_long_write, long.cookie, long.flags, long.offset, memoryview(data), long.length
         )
@@ -1164,14 +1156,19 @@ class Connection:
     ) -> None:
         """Write what was left of a WRITE of `length` bytes."""
         data = memoryview(data)
-        work = Work("long write", (cookie, flags, offset, data, length), 1, len(data))
-        with _Kept(self._unfinished, work):
-            at = error = 0
+        at = error = 0
+
+        def left() -> Work:
+            return Work("long write", (cookie, flags, offset + at, data[at:], length), 1, len(data) - at)
+
+        with _Kept(self._unfinished, left()) as kept:
             while at < len(data) and not error:
                 start = offset + at
                 end = min(offset + len(data), (start + PIECE_BYTES) // PIECE_ALIGNMENT * PIECE_ALIGNMENT)
                 error = await self._write_piece(start, data[at : end - offset])
-                at = end - offset
+                if not error:
+                    at = end - offset
+                    kept.work = left()
                 await trio.lowlevel.checkpoint()
             reply = await self._long_reply(LongWrite(cookie, flags, offset + len(data), 0, error, length))
         await self._deliver(reply, 1, len(data))
@@ -1307,12 +1304,14 @@ class Connection:
         try:
             with _Kept(self._unfinished, Work("write", (cookie, offset, data, fua), 1, len(data))):
                 await self._export.write(offset, data)
-                if fua:
-                    await self._export.flush()
         except OSError as error:
             reply = self._failed(cookie, offset, error)
         else:
             self._count_writes(1, len(data))
+            if fua:
+                # From here on others may read it and write over it, so whoever goes on only flushes.
+                self._finish_task(0, len(data))
+                return await self._slow_flush([(cookie, offset)])
             reply = success(self._session, cookie, offset)
         await self._deliver(reply, 1, len(data))
 
@@ -1381,12 +1380,12 @@ class Connection:
                         (number, await self._extents(context, offset, length, limit)) for number, context in contexts
                     ]
                     reply = block_status(self._session, cookie, offset, statuses, length=length, only_one=only_one)
-                if flags & wire.CMD_FLAG_FUA and command in (wire.CMD_TRIM, wire.CMD_WRITE_ZEROES):
-                    await export.flush()
         except OSError as error:
             reply = self._failed(cookie, offset, error, fast_zero=bool(flags & wire.CMD_FLAG_FAST_ZERO))
         else:
             self._count(command)
+            if flags & wire.CMD_FLAG_FUA and command in (wire.CMD_TRIM, wire.CMD_WRITE_ZEROES):
+                return await self._slow_flush([(cookie, offset)])
         await self._deliver(reply, 1, 0)
 
     async def _extents(self, context: str, offset: int, length: int, limit: int) -> list[tuple[int, int]]:

@@ -85,6 +85,8 @@ class Outbox:
                 raise
         # No checkpoint from here to the send, or to _pump's first line: nobody else sends.
         if self.broken:
+            if not self.gone:
+                self._replies.append((bytes(view), 0, 0))
             return waited
         try:
             sent = self.sock.send(view)
@@ -110,7 +112,8 @@ class Outbox:
         try:
             if first:
                 await self.send_all(first)
-            while self._replies:
+            # Behind a send that was cut short none goes, but one may still come: of storage that can't be cut short.
+            while self._replies and (self.gone or not self.broken):
                 batch = [self._replies.popleft()]
                 total = len(batch[0][0])
                 while self._replies and total + len(self._replies[0][0]) <= JOINED_BYTES:

@@ -188,32 +188,47 @@ class Server:
 
     async def _resume(self, resumed: Sequence[Suspended], nursery: trio.Nursery) -> None:
         """Go on with clients of an earlier server. All are known to the fence before the first does anything."""
-        entered: list[Connection] = []
-        with trio.CancelScope(shield=True):  # a moment: nothing here waits for anybody
-            for one in resumed:
-                if _is_hung_up(one.sock):
-                    # What it left unanswered may have been sent again on another connection, and done.
-                    log.info("%s: left while the server was replaced", one.peer)
-                    one.close()
-                    continue
-                try:
-                    client = self._client_of(one)
-                except OSError as error:
-                    log.warning("%s: dropped: %s", one.peer, error.strerror)
-                    one.close()
-                    continue
-                connection = Connection(one.sock, client, self._exports, self._limits, self._workshop, resumed=one)
-                try:
-                    await connection.enter()
-                except OSError as error:
-                    why = error.strerror or error
-                    log.warning("%s: dropped: %s can't be served any more: %s", one.peer, one.export, why)
-                    one.close()
-                    continue
-                entered.append(connection)
-        for connection in entered:
-            self._know(connection)
-            nursery.start_soon(self._serve_one, connection)
+        everybody = trio.Event()
+        try:
+            with trio.CancelScope(shield=True):  # a moment: nothing here waits for anybody
+                for one in resumed:
+                    connection = await self._entered(one)
+                    if connection is not None:
+                        self._know(connection)
+                        # Started here, for a task takes the context that its parent has when it starts it, and by that
+                        # exports tell clients apart.
+                        nursery.start_soon(self._go_on, connection, everybody)
+        finally:
+            everybody.set()
+
+    async def _entered(self, one: Suspended) -> Connection | None:
+        """A connection that goes on, or None where it can't and is closed."""
+        if _is_hung_up(one.sock):
+            # What it left unanswered may have been sent again on another connection, and done.
+            log.info("%s: left while the server was replaced", one.peer)
+            one.close()
+            return None
+        try:
+            client = self._client_of(one)
+        except OSError as error:
+            log.warning("%s: dropped: %s", one.peer, error.strerror)
+            one.close()
+            return None
+        connection = Connection(one.sock, client, self._exports, self._limits, self._workshop, resumed=one)
+        try:
+            await connection.enter()
+        except OSError as error:
+            why = error.strerror or error
+            log.warning("%s: dropped: %s can't be served any more: %s", one.peer, one.export, why)
+            one.close()
+            return None
+        return connection
+
+    async def _go_on(self, connection: Connection, everybody: trio.Event) -> None:
+        """Serve a connection that has entered, when all have."""
+        with trio.CancelScope(shield=True):
+            await everybody.wait()
+        await self._serve_one(connection)
 
     def _client_of(self, one: Suspended) -> Client:
         """Raises OSError, if it has gone, or may not go on as it is."""

@@ -27,10 +27,12 @@ It passes between two processes in memory and is never stored, so it has no chec
 from __future__ import annotations
 
 import json
+import os
 import socket
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from mmap import PROT_READ, mmap
 from struct import Struct
 from typing import Any, Final, cast
 
@@ -122,8 +124,8 @@ def socket_cookie(sock: socket.socket) -> int:
     return int(number)
 
 
-def encode(connections: Iterable[Suspended]) -> bytes:
-    """What `decode` takes, without the sockets."""
+def encode(connections: Iterable[Suspended]) -> list[bytes]:
+    """What `decode` takes, without the sockets, in pieces: clients that don't read may have left gigabytes."""
     blobs: list[bytes] = []
     position = 0
 
@@ -142,7 +144,7 @@ def encode(connections: Iterable[Suspended]) -> bytes:
         return value
 
     text = json.dumps({"connections": [plain(_record(one)) for one in connections]}).encode()
-    return b"".join((HEADER.pack(MAGIC, VERSION, len(text)), text, *blobs))
+    return [HEADER.pack(MAGIC, VERSION, len(text)), text, *blobs]
 
 
 def _record(one: Suspended) -> dict[str, Any]:
@@ -165,7 +167,15 @@ def _record(one: Suspended) -> dict[str, Any]:
     }
 
 
-def decode(raw: bytes, sockets: Iterable[socket.socket]) -> list[Suspended]:
+def read(descriptor: int, sockets: Iterable[socket.socket]) -> list[Suspended]:
+    """`decode` of a memory file, which is not copied for it."""
+    if not os.fstat(descriptor).st_size:
+        return decode(b"", sockets)
+    with mmap(descriptor, 0, prot=PROT_READ) as raw:
+        return decode(raw, sockets)
+
+
+def decode(raw: bytes | mmap, sockets: Iterable[socket.socket]) -> list[Suspended]:
     """The connections of those `sockets` that are named in `raw`; the others of both are left out.
 
     Raises FormatError.
@@ -177,21 +187,21 @@ def decode(raw: bytes, sockets: Iterable[socket.socket]) -> list[Suspended]:
         raise FormatError("it is no list of connections")
     if version != VERSION:
         raise FormatError(f"the connections are written down in version {version}, and this is version {VERSION}")
-    text, blobs = raw[HEADER.size : HEADER.size + length], raw[HEADER.size + length :]
+    begin = HEADER.size + length
 
     def filled(value: Any) -> Any:
         if isinstance(value, dict):
             if value.keys() == {"bytes"}:
                 start, size = value["bytes"]
-                if not 0 <= start <= start + size <= len(blobs):
+                if not 0 <= start <= start + size <= len(raw) - begin:
                     raise FormatError("bytes of a connection are missing")
-                return blobs[start : start + size]
+                return raw[begin + start : begin + start + size]
             return {key: filled(part) for key, part in value.items()}
         return [filled(part) for part in value] if isinstance(value, list) else value
 
     by_cookie = {socket_cookie(sock): sock for sock in sockets}
     try:
-        records = [filled(record) for record in json.loads(text)["connections"]]
+        records = [filled(record) for record in json.loads(raw[HEADER.size : begin])["connections"]]
         return [_connection(record, by_cookie[record["socket"]]) for record in records if record["socket"] in by_cookie]
     except FormatError:
         raise

@@ -221,6 +221,7 @@ async def run(
                 begin()
             clients: Sequence[Suspended] = [] if heir is None else heir.estate.clients
             upgrade = Upgrade(version())
+            in_force = config
             status = 0
             while not orders.told.is_set():
                 orders.opening, orders.serving = trio.CancelScope(), trio.CancelScope()
@@ -228,24 +229,26 @@ async def run(
                     home.pools,
                     config.pool_settings(),
                     engine,
-                    policies=config.policies(),
+                    policies=in_force.policies(),
                     opening=orders.opening,
                     events=events.add,
                     known=supervisor.opening,
                 )
                 left: Left | None = None
                 async with opened as pools, trio.open_nursery() as turn:
-                    definitions = Definitions(file, config, pools)
+                    definitions = Definitions(file, config, pools, in_force)
                     if heir is not None and heir.succession is None:
                         try:
                             await heir.take_over(pools, config, orders.told)
                         except HandoverError as error:
                             print(f"terraced: {error}", file=sys.stderr)
+                            sockets.close()
+                            heir.predecessor.failed(str(error))
                             status = 1
                             break
                         begin()
                         upgrade.succession = heir.succession
-                    elif passed.memory is not None:
+                    elif (passed.memory is not None or passed.clients) and not orders.told.is_set():
                         clients = await trio.to_thread.run_sync(take_back, passed.memory, passed.clients)
                         passed.memory, passed.clients = None, []
                     upgrade.obstacle = partial(_obstacle, pools, config)
@@ -258,8 +261,9 @@ async def run(
                         )
                         with orders.serving:
                             left = await service.run(clients)
+                        clients = []
                     turn.cancel_scope.cancel()
-                clients = []
+                in_force = definitions.config
                 if left is None:
                     break
                 clients = left.clients
@@ -277,12 +281,15 @@ async def run(
             upgrade.abandon()
             if heir is not None and heir.succession is None:
                 if not status:
+                    sockets.close()
                     heir.predecessor.failed("it was told to stop")
                     status = 1
             elif has_store():
                 await trio.to_thread.run_sync(leave_behind, clients)
             for client in clients:
                 client.close()
+            if orders.told.is_set():
+                upgrade.pass_on_stop()
             log.info("stopped")
             watchers.cancel_scope.cancel()
     return status

@@ -40,12 +40,19 @@ class Reloaded:
 class Definitions:
     """What the configuration file says of policies; `pools` obey."""
 
-    def __init__(self, file: Path | None, config: Config, pools: Pools) -> None:
+    def __init__(self, file: Path | None, config: Config, pools: Pools, reloaded: Config | None = None) -> None:
+        """`config` is what the daemon was started with; `reloaded`: what it has been told since of policies."""
         self._file = file.absolute() if file is not None else None
-        self._started = self._config = config
-        self._schedules = config.schedules()
+        self._started = config
+        self._config = reloaded or config
+        self._schedules = self._config.schedules()
         self._pools = pools
         self._lock = trio.Lock()
+
+    @property
+    def config(self) -> Config:
+        """What is in force, as far as policies go."""
+        return self._config
 
     def show(self) -> list[ShownPolicy]:
         """Every policy in force, by name."""

@@ -46,7 +46,7 @@ from typing import Any, Final
 
 import trio
 
-from nbd.suspended import FormatError, Suspended, decode, encode
+from nbd.suspended import FormatError, Suspended, encode, read
 
 log = logging.getLogger(__name__)
 
@@ -282,11 +282,12 @@ class Predecessor:
                 raise HandoverError(errno.EPROTO, "a message that brings clients brought none")
             sockets += [socket.socket(fileno=fd) for fd in descriptors]
             self._say({"say": "more"})
-        raw = _read_all(memory)
         try:
-            clients = decode(raw, sockets)
+            clients = read(memory, sockets)
         except FormatError as error:
             raise HandoverError(errno.EPROTO, f"the running terraced's clients can't be taken over: {error}") from None
+        finally:
+            os.close(memory)
         if len(clients) != len(sockets):
             raise HandoverError(errno.EPROTO, f"{len(sockets)} sockets came for {len(clients)} clients")
         names = said["pools"], said["policies"]
@@ -299,7 +300,9 @@ class Predecessor:
         self._sock.close()
 
     def failed(self, why: str) -> None:
-        """Tell the predecessor, if it is still there."""
+        """Tell the predecessor, if it is still there and hasn't been told."""
+        if self._sock.fileno() < 0:
+            return
         try:
             self._say({"say": "failed", "why": why[:4000]})
         except HandoverError as error:
@@ -325,15 +328,9 @@ def _spawn(command: Sequence[str], descriptor: int, environment: Mapping[str, st
     return subprocess.Popen(command, pass_fds=[descriptor], stdin=subprocess.DEVNULL, env=dict(environment))
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
+def _write_all(descriptor: int, pieces: Sequence[bytes]) -> None:
     with os.fdopen(descriptor, "wb", closefd=False) as file:
-        file.write(data)
-
-
-def _read_all(descriptor: int) -> bytes:
-    with os.fdopen(descriptor, "rb") as file:
-        file.seek(0)
-        return file.read()
+        file.writelines(pieces)
 
 
 def _rights(descriptors: Sequence[int]) -> list[tuple[int, int, array.array[int]]]:

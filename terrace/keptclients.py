@@ -22,9 +22,10 @@ import logging
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Final
 
-from nbd.suspended import FormatError, Suspended, decode, encode
+from nbd.suspended import FormatError, Suspended, encode, read
 from terrace.sdnotify import barrier, notify, wanted
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def leave_behind(clients: Sequence[Suspended]) -> None:
     memory = os.memfd_create("terrace-clients", os.MFD_CLOEXEC)
     try:
         with os.fdopen(memory, "wb", closefd=False) as file:
-            file.write(encode(clients))
+            file.writelines(encode(clients))
         # FDPOLL stays as it is: systemd lets go of a client that leaves while it waits.
         sockets = [one.sock.fileno() for one in clients]
         taken = notify("FDSTORE=1", f"FDNAME={CLIENTS}", descriptors=[memory], patience_s=PATIENCE_S)
@@ -66,25 +67,26 @@ def leave_behind(clients: Sequence[Suspended]) -> None:
 
 def take_back(memory: int | None, sockets: Sequence[socket.socket]) -> list[Suspended]:
     """The clients that an earlier daemon has left, which from now on are nobody else's. Takes all descriptors over."""
+    if memory is None and not sockets:
+        return []
+    clients: list[Suspended] = []
     try:
-        raw = b""
-        if memory is not None:
-            with os.fdopen(memory, "rb") as file:
-                file.seek(0)
-                raw = file.read()
-        if memory is None and not sockets:
-            return []
         removed = [notify("FDSTOREREMOVE=1", f"FDNAME={name}", patience_s=PATIENCE_S) for name in (CLIENT, CLIENTS)]
         if not all(removed) or not barrier(PATIENCE_S):
             log.warning("systemd did not confirm that the clients are ours alone: they are disconnected")
-            raw = b""
-        clients = decode(raw, sockets) if raw else []
+        elif memory is not None:
+            clients = read(memory, sockets)
     except FormatError as error:
         log.warning("clients of an earlier terraced are disconnected: %s", error)
-        clients = []
+    finally:
+        if memory is not None:
+            os.close(memory)
     known = {one.sock for one in clients}
     for sock in sockets:
         if sock not in known:
+            # Not only closed: where the store still has it, its client would wait for who knows whom.
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
             sock.close()
         else:
             sock.setblocking(False)

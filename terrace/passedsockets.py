@@ -145,6 +145,8 @@ def receive(environment: MutableMapping[str, str] = os.environ) -> PassedSockets
             if name == keptclients.CLIENT:
                 clients.append(socket.socket(fileno=descriptor))
             else:
+                if memory is not None:
+                    os.close(memory)  # of an earlier one, which nobody could have taken back
                 memory = descriptor
             continue
         listener = _judge(descriptor, name)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final, Literal, NoReturn
 
 import trio
@@ -27,8 +29,11 @@ log = logging.getLogger("terraced")
 
 PATIENCE_S: Final = 0.25
 """What clients have under way gets so long to end; the rest is carried out by the successor."""
+_ONE_CHILD: Final = frozenset({"docker-init", "tini", "tini-static", "dumb-init", "catatonit"})
+"""Process 1 of containers (docker run --init), which ends when the process that it has started does."""
 CHECKPOINT_S: Final = 10.0
-"""So long the daemon tries to have little left to write when clients are stopped."""
+"""So long the daemon tries to have little left to write when clients are stopped. If that isn't enough, closing the
+pools could take as long as a disk that hangs, and clients of all pools would wait for it."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,31 @@ class Succession:
     """How long clients waited, from the first that was stopped to the last that went on."""
 
 
+def _is_a_container_s() -> bool:
+    """Whether a container ends when this process does: it is process 1, or the one that process 1 was to start."""
+    if os.getpid() == 1:
+        return True
+    with suppress(OSError):
+        return os.getppid() == 1 and Path("/proc/1/comm").read_text(encoding="utf-8").strip() in _ONE_CHILD
+    return False
+
+
+async def _checkpoint(pools: Pools) -> str:
+    """Have little left to write; why that takes too long, empty if it doesn't."""
+    under_way = ""
+    with trio.move_on_after(CHECKPOINT_S) as scope:
+        for pool in pools.open_pools():
+            under_way = pool.name
+            with suppress(OSError):
+                await pool.checkpoint()
+    if not scope.cancelled_caught:
+        return ""
+    return (
+        f"a checkpoint of pool {under_way} has not ended in {CHECKPOINT_S:g} s, and clients would wait for longer than "
+        "that; try again when its devices are less busy, or --force"
+    )
+
+
 class Heir:
     """A successor, in its own process, until it has taken over."""
 
@@ -51,10 +81,12 @@ class Heir:
         self.predecessor = predecessor
 
     async def take_over(self, pools: Pools, config: Config, told: trio.Event) -> None:
-        """All is opened: returns when it is this process that serves. Raises HandoverError if it is not."""
+        """All is opened: returns when it is this process that serves. Raises HandoverError if it is not.
+
+        The caller tells the predecessor, which then ends this process, when nothing of it is left to be cleared away.
+        """
         why = self._unfit(pools, config, told)
         if why:
-            self.predecessor.failed(why)
             raise HandoverError(errno.EIO, why)
         predecessor_pid = os.getppid()
         await trio.to_thread.run_sync(self.predecessor.ready, abandon_on_cancel=True)
@@ -94,10 +126,12 @@ class Upgrade:
         """A successor is loaded: clients are to be stopped, and `hand_over` to be called."""
         self.attempt = 0
         self._version = version
+        self._force = False
         self._state: Literal["idle", "loading", "handing over"] = "idle"
         self._error: str | None = None
         self._asked = trio.Event()
         self._successor: Successor | None = None
+        self._serving: int | None = None
 
     def status(self) -> dict[str, Any]:
         """For the control API."""
@@ -114,15 +148,15 @@ class Upgrade:
         """Ask for it. Raises TierError EBUSY with what is in the way; `force` goes past that."""
         if self._state != "idle":
             raise TierError(errno.EBUSY, "an upgrade is under way already; `terrace status` shows when it is done")
-        if os.getpid() == 1:
+        if _is_a_container_s():
             raise TierError(
                 errno.ENOTSUP,
-                "this terraced is process 1, and its container would end with it: start the container with an init "
-                "(docker run --init), or restart it, which disconnects clients",
+                "the container that this terraced runs in would end with it, and its successor too: restart the "
+                "container, which disconnects clients",
             )
         if not force and (why := self.obstacle()):
             raise TierError(errno.EBUSY, why)
-        self._state, self._error = "loading", None
+        self._state, self._error, self._force = "loading", None, force
         self.attempt += 1
         self._asked.set()
 
@@ -147,10 +181,13 @@ class Upgrade:
                 self._failed(error)
                 continue
             log.info("terraced %s is loaded as process %d", self._successor.version, self._successor.pid)
-            with trio.move_on_after(CHECKPOINT_S):
-                for pool in pools.open_pools():
-                    with suppress(OSError):
-                        await pool.checkpoint()
+            slow = await _checkpoint(pools)
+            # What has begun while it was loaded is in the way too.
+            if not self._force and (why := slow or self.obstacle()):
+                successor, self._successor = self._successor, None
+                await successor.kill()
+                self._failed(HandoverError(errno.EBUSY, why))
+                continue
             self._state = "handing over"
             self.wanted.set()
             return
@@ -186,9 +223,16 @@ class Upgrade:
                 self._failed(error)
             nursery.cancel_scope.cancel()
         if done:
+            self._serving = successor.pid
             log.info("process %d serves now", successor.pid)
         self._state = "idle"
         return done
+
+    def pass_on_stop(self) -> None:
+        """Who was told to stop just when it handed over lets its successor stop. Synchronous."""
+        if self._serving is not None:
+            with suppress(ProcessLookupError):
+                os.kill(self._serving, signal.SIGTERM)
 
     def abandon(self) -> None:
         """End a successor that is loaded and not needed any more. Synchronous."""

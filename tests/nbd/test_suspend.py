@@ -11,6 +11,8 @@ import math
 import random
 import socket
 from collections.abc import Sequence
+from contextvars import ContextVar
+from functools import partial
 
 import pytest
 import trio
@@ -24,7 +26,7 @@ from nbd.sparse import CHUNK_BYTES
 from nbd.suspended import HEADER, MAGIC, FormatError, LongRead, LongWrite, Suspended, Work, decode, encode
 from nbd.transmission import Session
 from tests.nbd.client import Closed, RawClient, Served, filter_bytes, request_bytes, run, serving
-from tests.nbd.memory import MemoryExport, SparseExport
+from tests.nbd.memory import MemoryExport, MemoryExports, SparseExport
 from tests.nbd.test_connection import pattern
 
 SIZE = 8 << 20
@@ -33,7 +35,7 @@ all_forms = pytest.mark.parametrize("form", ["simple", "structured", "extended"]
 
 def handed_over(left: Sequence[Suspended]) -> list[Suspended]:
     """As another process sees it."""
-    raw = encode(left)
+    raw = b"".join(encode(left))
     sockets = [socket.socket(fileno=socket.dup(one.sock.fileno())) for one in left]
     for one in left:
         one.close()
@@ -249,6 +251,133 @@ def test_a_read_that_is_cut_short_between_two_chunks_goes_on_behind_what_was_tol
     run(test)
 
 
+@pytest.mark.parametrize("fua", [False, True])
+def test_a_long_write_that_waits_for_room_is_written_down_too(fua: bool) -> None:
+    async def test() -> None:
+        export = MemoryExport(size_bytes=SIZE, slow=True, hold=trio.Event())
+        async with serving(export) as served:
+            client = await served.connect()
+            await client.go()
+            data = random.Random(6).randbytes(3 << 20)
+            cookie = await client.request(wire.CMD_WRITE, 512, data=data, flags=wire.CMD_FLAG_FUA if fua else 0)
+            await trio.sleep(0.2)  # more than it has patience with a piece
+            left = await served.server.suspend(0.05)
+            assert [work.kind for work in left[0].work] == ["long write"]
+            export.hold = None
+            await replace(served, left)
+            reply = await client.reply()
+            assert (reply.cookie, reply.error) == (cookie, 0)
+            assert export.data[512 : 512 + len(data)] == data
+
+    run(test)
+
+
+def test_a_long_write_that_is_just_taken_in_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever its connection gives way to others, and is cut short there."""
+    monkeypatch.setattr("nbd.connection.SLICE_S", -1.0)
+    monkeypatch.setattr("nbd.connection.PIECE_PATIENCE_S", 0.0)
+    data = random.Random(6).randbytes(INBOX_BYTES + 5000)
+
+    async def test() -> None:
+        for ticks in range(3, 40, 2):
+            export = MemoryExport(size_bytes=SIZE, slow=True, hold=trio.Event())
+            async with serving(export) as served:
+                client = await served.connect()
+                await client.go()
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(partial(client.request, wire.CMD_WRITE, 0, data=data, cookie=7))
+                    for _ in range(ticks):
+                        await trio.lowlevel.checkpoint()
+                    left = await served.server.suspend(0)
+                    export.hold = None
+                    await replace(served, left)
+                    with trio.fail_after(2):
+                        assert (await client.reply()).cookie == 7
+                assert export.data[: len(data)] == data
+
+    run(test)
+
+
+@all_forms
+def test_what_the_storage_finishes_behind_a_send_that_was_cut_short_is_answered_by_the_next_server(
+    monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """A thread that reads can't be cut short: what it was asked for is done when it has ended."""
+
+    async def test() -> None:
+        export = MemoryExport(size_bytes=SIZE)
+        export.data[:] = content = random.Random(4).randbytes(SIZE)
+
+        async def read(offset: int, length: int, into: memoryview) -> None:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(0.2)
+            into[:] = export.view[offset : offset + length]
+
+        async with serving(export) as served:
+            client = await served.connect()
+            await client.go(structured=form == "structured", extended=form == "extended")
+            with monkeypatch.context() as patch:
+                patch.setattr(export, "read", read)
+                patch.setattr(export, "read_now", lambda *_: False)
+                for _ in range(3):
+                    await client.request(wire.CMD_READ, 0, 4096)
+                await trio.sleep(0.02)
+                patch.undo()
+            for _ in range(8):
+                await client.request(wire.CMD_READ, 0, 1 << 20)
+            await trio.sleep(0.02)  # a send waits for the client now
+            left = await served.server.suspend(0.02)
+            assert left[0].output
+            await replace(served, left)
+            replies = [await client.reply() for _ in range(11)]
+            assert {reply.cookie for reply in replies} == set(range(1, 12))
+            assert all(reply.data == content[: 4096 if reply.cookie <= 3 else 1 << 20] for reply in replies)
+
+    run(test)
+
+
+def test_what_is_written_and_only_not_durable_yet_is_not_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may have read it meanwhile, and written over it: they would see it come back."""
+
+    async def test() -> None:
+        export = MemoryExport(size_bytes=SIZE, slow=True)
+        flush, flushing = export.flush, 0
+
+        async def held() -> None:
+            nonlocal flushing
+            flushing += 1
+            await trio.sleep_forever()
+
+        monkeypatch.setattr(export, "flush", held)
+        async with serving(export) as served:
+            client, other = await served.connect(), await served.connect()
+            await client.go()
+            await other.go()
+            size = INBOX_BYTES + 4096
+            fua = wire.CMD_FLAG_FUA
+            asked = {
+                await client.request(wire.CMD_WRITE, 0, data=b"old" * 1000, flags=fua),
+                await client.request(wire.CMD_TRIM, 1 << 20, 4096, flags=fua),
+                await client.request(wire.CMD_WRITE_ZEROES, 2 << 20, 4096, flags=fua),
+                await client.request(wire.CMD_WRITE, 4 << 20, data=bytes(size), flags=fua),
+            }
+            while flushing < 4:
+                await trio.sleep(0.001)
+            for at in (0, 1 << 20, 2 << 20, 4 << 20):
+                assert (await other.ask(wire.CMD_WRITE, at, data=b"new" * 1000)).error == 0
+            left = await served.server.suspend(0)
+            monkeypatch.setattr(export, "flush", flush)
+            server = await replace(served, left)
+            assert {(await client.reply()).cookie for _ in asked} == asked
+            for at in (0, 1 << 20, 2 << 20, 4 << 20):
+                assert export.data[at : at + 3000] == b"new" * 1000
+            mine = max(server.status().connections, key=lambda status: status.counters.requests + status.counters.trims)
+            assert (mine.counters.writes, mine.counters.trims, mine.counters.zeroes) == (2, 1, 1)
+            assert mine.counters.written_bytes == 3000 + size
+
+    run(test)
+
+
 def test_storage_that_can_not_be_cut_short_is_waited_for_and_no_client_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -442,6 +571,39 @@ def test_an_empty_disconnect_is_obeyed_and_not_handed_over() -> None:
     run(test)
 
 
+def test_clients_that_go_on_are_told_apart_by_the_storage_as_before() -> None:
+    """As by the limits of a policy, shared among clients: by the context of the task that opens the export."""
+
+    async def test() -> None:
+        export = MemoryExport(size_bytes=SIZE)
+        who: ContextVar[object] = ContextVar("who", default=None)
+        seen: list[object] = []
+        acquire, flush = MemoryExports.acquire, export.flush
+
+        async def acquiring(exports: MemoryExports, name: str, client: object = None) -> MemoryExport:
+            found = await acquire(exports, name, client)
+            who.set(object())
+            return found
+
+        async def flushing() -> None:
+            seen.append(who.get())
+            await flush()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(MemoryExports, "acquire", acquiring)
+            patch.setattr(export, "flush", flushing)
+            async with serving(export) as served:
+                clients = [await served.connect() for _ in range(3)]
+                for client in clients:
+                    await client.go()
+                await replace(served, await served.server.suspend(1.0))
+                for client in clients * 2:
+                    await client.ask(wire.CMD_FLUSH)
+        assert None not in seen and seen[:3] == seen[3:] and len(set(seen)) == 3
+
+    run(test)
+
+
 class Load:
     """Requests over blocks of its own, as many at a time as it likes, each verified."""
 
@@ -559,16 +721,16 @@ def test_what_is_written_down_is_read_back() -> None:
     one, other = socket.socketpair()
     with one, other:
         first, second = one_of_each(one), Suspended(other, "p", "e", "i", Session())
-        raw = encode([first, second])
+        raw = b"".join(encode([first, second]))
         assert decode(raw, [other, one]) == [first, second]
         assert decode(raw, [other]) == [second]
-        assert decode(encode([]), [one]) == []
+        assert decode(b"".join(encode([])), [one]) == []
 
 
 def test_what_cannot_be_understood_is_refused() -> None:
     one, other = socket.socketpair()
     with one, other:
-        raw = encode([one_of_each(one)])
+        raw = b"".join(encode([one_of_each(one)]))
         for bad, reason in [
             (b"", "no list"),
             (b"X" + raw[1:], "no list"),

@@ -11,19 +11,24 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import psutil
 import pytest
+import trio
 
+from terrace.handover import Successor
+from terrace.pools import Pools
 from terrace.upgrade import Upgrade
 from tests.system.daemon import ApiError, DaemonError, environment, orphans_come_to_us
 from tests.system.nbdclient import READ, WRITE, Connection
 from tests.terrace.fakedaemon import FakeDaemon, command
 from tests.terrace.test_api import check
 from tests.terrace.test_cli import Cli
+from tests.terrace.test_handover import an_estate, raw, run
 from tiers import TierError
 
 MIB = 1 << 20
@@ -305,6 +310,31 @@ def test_who_stops_waiting_for_it_is_told_that_it_goes_on(daemon: FakeDaemon, mo
     assert re.search(rf"Upgrade +took over from \S+, process {before}; 0 clients", Cli(daemon.home).ok("status"))
 
 
+def test_an_address_that_only_the_next_one_has_goes_with_it(own: FakeDaemon) -> None:
+    client = Client(own)
+    own.configure().write_text('[nbd]\nlisten = ["127.0.0.1:0"]\nsocket = "new.sock"\n')
+    (own.directory("p") / "fail-one-open").write_text("the device is on fire")
+    with pytest.raises(DaemonError, match="on fire"):
+        own.upgrade()
+    assert own.socket.exists() and not (own.home / "new.sock").exists()
+    client.goes_on()
+
+
+def test_policies_that_were_reloaded_hold_on_when_it_comes_to_nothing(own_daemon: FakeDaemon) -> None:
+    own_daemon.start()
+    add_volume(own_daemon)
+    own_daemon.configure().write_text('[nbd]\nlisten = ["127.0.0.1:0"]\n[policy.silver]\niops_limit = 900\n')
+    own_daemon.api("POST", "/v1/policies/reload")
+    own_daemon.api("PUT", "/v1/pools/p/volumes/v/policy", {"policy": "silver"})
+    (own_daemon.directory("p") / "fail-one-open").write_text("the device is on fire")
+    with pytest.raises(DaemonError, match="on fire"):
+        own_daemon.upgrade()
+    assert own_daemon.api("GET", "/v1/policies/silver")["keys"]["iops_limit"] == 900
+    own_daemon.configure().write_text("[policy.gold]\n")
+    with pytest.raises(ApiError, match="a policy in use can't go: 'silver'"):
+        own_daemon.api("POST", "/v1/policies/reload")
+
+
 def test_the_command_says_why_it_came_to_nothing(daemon: FakeDaemon) -> None:
     daemon.configure().write_text("[")
     try:
@@ -356,14 +386,68 @@ def test_an_operation_under_way_is_in_the_way_unless_forced(daemon: FakeDaemon) 
     assert list(check(daemon, "p"))[-1]["report"]["ok"]
 
 
-def test_process_1_of_a_container_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_operation_that_begins_while_the_next_one_is_loaded_is_in_the_way_too(own: FakeDaemon) -> None:
+    client, before = Client(own), pid_of(own)
+    (own.directory("p") / "slow-check").write_text("3")
+    own.api("POST", "/v1/upgrade", {})
+    successor = successor_of(own)
+    successor.suspend()
+    stream = check(own, "p")
+    next(stream)
+    successor.resume()
+    told = until(lambda: (now := own.api("GET", "/v1/upgrade"))["state"] == "idle" and now)
+    assert told["pid"] == before and "operations are running on p" in told["error"]
+    assert list(stream)[-1]["report"]["ok"]
+    client.goes_on()
+    own.upgrade()
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_disk_that_hangs_is_in_the_way_before_clients_are_stopped(
+    monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    class HangingPool:
+        name = "slow"
+
+        async def checkpoint(self) -> None:
+            await trio.sleep_forever()
+
+    class HangingPools:
+        def open_pools(self) -> Iterator[HangingPool]:
+            yield HangingPool()
+
+    async def test() -> None:
+        monkeypatch.setattr("terrace.upgrade.CHECKPOINT_S", 0.05)
+        monkeypatch.setattr("terrace.handover.own_command", lambda: raw("loaded(); hear()"))
+        upgrade = Upgrade("1")
+        upgrade.obstacle = lambda: ""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(upgrade.run, cast(Pools, HangingPools()))
+            upgrade.request(force=force)
+            while upgrade.status()["state"] == "loading":
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+        assert upgrade.wanted.is_set() == force
+        error = "a checkpoint of pool slow has not ended in 0.05 s, and clients would wait"
+        assert force or error in upgrade.status()["error"]
+        upgrade.abandon()
+
+    run(test)
+
+
+@pytest.mark.parametrize("init", ["", "tini", "docker-init"])
+def test_what_a_container_ends_with_is_not_replaced(monkeypatch: pytest.MonkeyPatch, init: str) -> None:
+    """Process 1, and the child of an init that waits for no other."""
     upgrade = Upgrade("1")
     upgrade.obstacle = lambda: ""
-    monkeypatch.setattr(os, "getpid", lambda: 1)
-    with pytest.raises(TierError, match=r"this terraced is process 1, .*: start the container with an init") as error:
-        upgrade.request(force=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getppid" if init else "getpid", lambda: 1)
+        patch.setattr(Path, "read_text", lambda *_, **__: f"{init}\n")
+        with pytest.raises(TierError, match=r"the container .* would end with it, .*: restart the container") as error:
+            upgrade.request(force=True)
     assert error.value.errno == errno.ENOTSUP
-    monkeypatch.undo()
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "systemd\n")
     upgrade.request()
     assert upgrade.status()["state"] == "loading"
 
@@ -411,6 +495,27 @@ def test_told_to_stop_while_the_next_one_is_loaded_both_end(own: FakeDaemon) -> 
     assert not successor.is_running()
     assert not list(own.home.glob("*.sock"))
     own.start()
+
+
+def test_who_is_told_to_stop_in_the_moment_of_decision_passes_that_on() -> None:
+    told = trio.Event()
+
+    def committing(pid: int) -> None:
+        told.set()
+
+    async def test() -> None:
+        with ExitStack() as sockets:
+            upgrade = Upgrade("1")
+            upgrade._successor = successor = await Successor.start(
+                raw("taken(); say('ready'); hear(); time.sleep(600)")
+            )
+            lock = sockets.enter_context(socket.socket()).fileno()
+            assert await upgrade.hand_over(lock, an_estate(sockets), told, committing)
+            upgrade.pass_on_stop()
+            _, status = await trio.to_thread.run_sync(os.waitpid, successor.pid, 0)
+            assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
+
+    run(test)
 
 
 def test_a_successor_that_is_told_to_stop_leaves_the_clients_to_its_predecessor(
