@@ -24,7 +24,7 @@ from tests.nbd.test_suspend import replace
 SIZE = 32 << 20
 READ_ONLY = 16 << 20  # below it nothing is written
 CONTENT = random.Random(1).randbytes(READ_ONLY)
-FIRST, _, BEHIND = os.environ.get("SUSPEND_SEEDS", "0-40").partition("-")
+FIRST, _, BEHIND = os.environ.get("SUSPEND_SEEDS", "0-30").partition("-")
 
 
 @dataclass
