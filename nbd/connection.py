@@ -1,4 +1,4 @@
-"""One client: its handshake, then the data path.
+"""One client: its data path, behind the handshake (``nbd.reception``).
 
 Threads of control
     ``run`` is the connection's main task. It receives, judges and carries out whatever does not
@@ -50,7 +50,6 @@ import logging
 import math
 import socket
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Final
 
@@ -59,12 +58,11 @@ import trio
 from nbd import wire
 from nbd.counters import Counters
 from nbd.export import Client, Export, Exports, OffersContexts
-from nbd.fence import Fence
-from nbd.handshake import NEED_DATA, Handshake, Hangup, Send, WantExport, WantList, WantTls
 from nbd.outbox import Outbox
+from nbd.reception import Reception, tell_lost
 from nbd.sparse import CHUNK_BYTES, next_pieces, teller_of
-from nbd.suspended import LongRead, LongWrite, Suspended, Work
-from nbd.tls import TlsError, TlsFiles, TlsSocket
+from nbd.suspended import Kept, LongRead, LongWrite, Suspended, Work
+from nbd.tls import TlsFiles, TlsSocket
 from nbd.transmission import (
     Contexts,
     Session,
@@ -86,19 +84,14 @@ from nbd.transmission import (
     read_header,
     success,
 )
+from nbd.workshop import INBOX_BYTES, INLINE_READ_BYTES, Bench, Limits, Workshop
 
 log = logging.getLogger("nbd.server")
 
-INBOX_BYTES: Final = (1 << 20) + (128 << 10)
-"""The receive buffer. A WRITE that doesn't fit is taken in pieces."""
-INLINE_READ_BYTES: Final = 1 << 20
-"""A longer READ gets a buffer and a task of its own."""
 BATCH_BYTES: Final = 512 << 10
 """A pass ends when its replies reach this, so that they are still in the CPU's cache when sent."""
 BATCH_WRITES: Final = 1000
 """Most writes in one pass: a pwritev takes 1,023 buffers."""
-ARENA_BYTES: Final = INLINE_READ_BYTES + (64 << 10)
-"""The reply buffer: one inline READ, or a batch; and behind it the short replies of a pass."""
 BATCH_TRIMS: Final = 100
 """Most trims in one pass: if the storage makes them wait, each becomes a task, and these are bounded."""
 CACHE_BYTES: Final = 0xFFFFFFFF
@@ -127,53 +120,6 @@ LEAST_PARTING_S: Final = 0.2
 _NEVER: Final = -1  # a size that no range is inside of
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What clients may make the server hold."""
-
-    connections: int = 1024
-    connections_per_address: int = 0  # of one IP address; 0: as many as there may be at all
-    handshakes: int = 128  # connections without an export yet; one more, and the oldest of them is dropped
-    handshake_timeout_s: float = 10.0
-    inflight_requests: int = 128  # per connection: requests that wait for the storage
-    inflight_bytes: int = 64 << 20  # per connection: their payload and replies
-    drain_grace_s: float = 1.0  # a server that stops waits so long for clients to take their replies and close
-    linger_s: float = 10.0  # how long a leaving client may take to receive its last replies
-
-
-class Bench:
-    """A connection's two buffers, lent while it has work."""
-
-    __slots__ = ("arena", "inbox")
-
-    def __init__(self) -> None:
-        self.inbox = memoryview(bytearray(INBOX_BYTES))
-        self.arena = memoryview(bytearray(ARENA_BYTES))
-
-
-class Workshop:
-    """What the connections of one server share.
-
-    The free benches: the one returned last, still in the CPU's cache, goes out first. And whose
-    turn was last, by which a connection knows whether others are busy too. And who is connected to
-    which export.
-    """
-
-    _KEPT: Final = 8
-
-    def __init__(self) -> None:
-        self._free: list[Bench] = []
-        self.last_active: Connection | None = None
-        self.fence = Fence()
-
-    def take(self) -> Bench:
-        return self._free.pop() if self._free else Bench()
-
-    def give(self, bench: Bench) -> None:
-        if len(self._free) < self._KEPT:
-            self._free.append(bench)
-
-
 class _After(enum.Enum):
     """Why a pass ended."""
 
@@ -184,25 +130,6 @@ class _After(enum.Enum):
     LONG_WRITE = enum.auto()  # a WRITE whose payload is taken in pieces, or thrown away
     DISCONNECT = enum.auto()
     GARBAGE = enum.auto()
-
-
-class _Kept:
-    """Around what carries a request out: should that be cut short, the request is kept for who goes on here."""
-
-    __slots__ = ("_unfinished", "work")
-
-    def __init__(self, unfinished: list[Work], work: Work) -> None:
-        self._unfinished = unfinished
-        self.work = work
-        """May be replaced as it goes on, by what is left."""
-
-    def __enter__(self) -> _Kept:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        # Cancelled, alone or in a group with others of its kind; an error of the storage becomes a reply.
-        if kind is not None and not issubclass(kind, Exception):
-            self._unfinished.append(self.work)
 
 
 class Connection:
@@ -221,20 +148,16 @@ class Connection:
         resumed: Suspended | None = None,
     ) -> None:
         self.peer = client.peer
-        self.client = client
         self.shaking = resumed is None
         """Whether its handshake goes on."""
-        self.tls_version = ""
         self.counters = Counters()
         self.export_name: str | None = None
         self.ended = trio.Event()
         """Set when nothing of it is under way any more."""
         self._sock: socket.socket | TlsSocket = sock
-        self._tls = tls
         self._exports = exports
         self._limits = limits
         self._workshop = workshop
-        self._handshake = Handshake(tls_offered=tls is not None, tls_required=tls_required)
         self._session = Session()
         self._export: Export
         self._nursery: trio.Nursery
@@ -266,6 +189,7 @@ class Connection:
 
         self._outbox = Outbox(sock, client.peer, self._finish_task)
         self._deliver = self._outbox.deliver
+        self._reception = Reception(sock, client, exports, self._outbox, tls=tls, tls_required=tls_required)
 
         self._alone = True
         self._fruitless = 0
@@ -326,13 +250,13 @@ class Connection:
         if resumed is None:
             self._export = export
             self.export_name = export.name
-            self._backlog = memoryview(self._handshake.leftover())
+            self._backlog = memoryview(self._reception.leftover())
             self._enter()
         if self._suspending and isinstance(self._sock, TlsSocket):
             self._suspending = False
             self.drain(LEAST_PARTING_S)
         does = "goes on with" if resumed else "attached to"
-        log.info("%s: %s %s%s", self.peer, does, export.name, self._secured_how())
+        log.info("%s: %s %s%s", self.peer, does, export.name, self._reception.secured_how)
         with self._patience:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
@@ -399,6 +323,16 @@ class Connection:
             self._entered = False
             self._workshop.fence.leave(self._export, self._sock)
 
+    @property
+    def client(self) -> Client:
+        """Who it is, as far as is known by now."""
+        return self._reception.client
+
+    @property
+    def tls_version(self) -> str:
+        """Such as ``TLSv1.3``; empty without TLS."""
+        return self._reception.tls_version
+
     def cut(self) -> None:
         """End it at once, answering nothing more. Synchronous; ``ended`` tells when it is done."""
         self._left = True
@@ -406,7 +340,7 @@ class Connection:
 
     def suspend(self, patience_s: float) -> None:
         """Stop at a request boundary; what is under way, and a handshake, gets ``patience_s`` to end."""
-        if isinstance(self._sock, TlsSocket):
+        if isinstance(self._outbox.sock, TlsSocket):
             # Its keys can't be handed over.
             self.drain(patience_s)
             return
@@ -427,7 +361,7 @@ class Connection:
     def drain(self, grace_s: float) -> None:
         """Read no more, and leave when what was read is done; refuse options of a handshake for ``grace_s``."""
         self._draining = True
-        self._handshake.shutting_down = True
+        self._reception.shut_down()
         self._leave_by = trio.current_time() + grace_s
         self._scope.deadline = min(self._scope.deadline, self._leave_by)
         if self._waiting:
@@ -457,137 +391,17 @@ class Connection:
     async def _shake_hands(self) -> Export | None:
         deadline = min(trio.current_time() + self._limits.handshake_timeout_s, self._leave_by)
         with trio.CancelScope(deadline=deadline) as self._scope:
-            return await self._negotiate()
+            try:
+                export = await self._reception.run()
+            finally:
+                self._sock = self._reception.sock
+            self._session = self._reception.session
+            return export
         if self._suspending:
             log.info("%s: dropped: its handshake did not end before the server was replaced", self.peer)
         elif not self._draining:
             log.warning("%s: dropped: no handshake in %g s", self.peer, self._limits.handshake_timeout_s)
         return None
-
-    async def _negotiate(self) -> Export | None:
-        machine = self._handshake
-        while True:
-            event = machine.next_event()
-            if event is NEED_DATA:
-                data = await self._receive_some()
-                if not data:
-                    self._tell_left()
-                    return None
-                machine.feed(data)
-            elif isinstance(event, Send):
-                await self._outbox.send_all(event.data)
-            elif isinstance(event, WantList):
-                await self._outbox.send_all(machine.listed(self._exports.list(self.client)))
-            elif isinstance(event, WantExport):
-                export = await self._open(event)
-                if export is not None:
-                    return export
-            elif isinstance(event, WantTls):
-                if not await self._start_tls(event.acknowledgement):
-                    return None
-                machine.secured()
-            elif isinstance(event, Hangup):
-                await self._outbox.send_all(event.farewell)
-                if event.rude:
-                    log.warning("%s: dropped: %s", self.peer, event.reason)
-                else:
-                    self._tell_left()
-                return None
-            if self._outbox.broken:
-                return None
-
-    def _tell_left(self) -> None:
-        if self._handshake.plaintext_refused:
-            log.info("%s: left: it asked for an export without TLS, which is required here", self.peer)
-        else:
-            log.debug("%s: left during the handshake", self.peer)
-
-    async def _start_tls(self, acknowledgement: bytes) -> bool:
-        """From here on the connection talks through TLS; False if it doesn't come about."""
-        raw = self._sock
-        assert isinstance(raw, socket.socket) and self._tls is not None
-        try:
-            context = self._tls.context()
-        except OSError as error:
-            log.error("TLS files have changed and can't be used, so those of before stay: %s", error.strerror)
-            context = self._tls.last_context
-        try:
-            early = raw.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            pass
-        except OSError:
-            return False
-        else:
-            if early:
-                log.warning("%s: dropped: data in plaintext behind STARTTLS", self.peer)
-            return False
-        await self._outbox.send_all(acknowledgement)
-        if self._outbox.broken:
-            return False
-        self._sock = self._outbox.sock = sock = TlsSocket(raw, context, server_side=True)
-        try:
-            await sock.handshake()
-            identity = sock.peer
-        except TlsError as error:
-            log.warning("%s: dropped: %s", self.peer, error)
-            return False
-        except OSError as error:
-            log.info("%s: gone during the TLS handshake: %s", self.peer, error.strerror)
-            return False
-        self.tls_version = sock.version
-        self.client = replace(self.client, encrypted=True, identity=identity)
-        return True
-
-    def _secured_how(self) -> str:
-        """For the log: `` (TLSv1.3, CN=backup)``."""
-        if not self.tls_version:
-            return ""
-        identity = self.client.identity
-        return f" ({self.tls_version}, {identity.subject or identity.names})" if identity else f" ({self.tls_version})"
-
-    async def _open(self, event: WantExport) -> Export | None:
-        """Answer a question about an export; returns it, still open, if transmission begins."""
-        machine = self._handshake
-        try:
-            export = await self._exports.acquire(event.name, self.client)
-        except OSError as error:
-            reply = machine.refused(error)
-            if reply:
-                await self._outbox.send_all(reply)
-            else:
-                log.warning("%s: dropped: no export %r: %s", self.peer, event.name, error.strerror or error)
-                self._outbox.broken = True
-            return None
-        keep = False
-        try:
-            await self._outbox.send_all(machine.described(export))
-            keep = event.enters and not self._outbox.broken
-        finally:
-            if not keep:
-                self._exports.release(export)
-        if not keep:
-            return None
-        self._session = machine.session
-        return export
-
-    async def _receive_some(self) -> bytes:
-        await trio.lowlevel.checkpoint()
-        while True:
-            # What TLS has decrypted already is not in the socket any more, so first the call and then the wait.
-            try:
-                return self._sock.recv(16384)
-            except BlockingIOError:
-                await trio.lowlevel.wait_readable(self._sock)
-            except OSError as error:
-                self._tell_lost(error)
-                return b""
-
-    def _tell_lost(self, error: OSError) -> None:
-        """Nothing more can be received. That clients vanish is no news; what breaks TLS may be an attack."""
-        if isinstance(error, TlsError):
-            log.warning("%s: dropped: %s", self.peer, error)
-        else:
-            log.debug("%s: %s", self.peer, error)
 
     # --- the main task ---
 
@@ -663,7 +477,7 @@ class Connection:
                 except BlockingIOError:
                     continue
                 except OSError as error:
-                    self._tell_lost(error)
+                    tell_lost(self.peer, error)
                     self._left = True
                     return False
                 self._end += count
@@ -703,7 +517,7 @@ class Connection:
             except BlockingIOError:
                 continue
             except OSError as error:
-                self._tell_lost(error)
+                tell_lost(self.peer, error)
                 self._left = True
                 return False
             finally:
@@ -1161,7 +975,7 @@ class Connection:
         def left() -> Work:
             return Work("long write", (cookie, flags, offset + at, data[at:], length), 1, len(data) - at)
 
-        with _Kept(self._unfinished, left()) as kept:
+        with Kept(self._unfinished, left()) as kept:
             while at < len(data) and not error:
                 start = offset + at
                 end = min(offset + len(data), (start + PIECE_BYTES) // PIECE_ALIGNMENT * PIECE_ALIGNMENT)
@@ -1248,7 +1062,7 @@ class Connection:
         reply[: len(header)] = header
         done = 0
         try:
-            with _Kept(self._unfinished, Work("read", (cookie, offset, length), 1, length)):
+            with Kept(self._unfinished, Work("read", (cookie, offset, length), 1, length)):
                 while done < length:
                     piece = min(length - done, INLINE_READ_BYTES)
                     into = reply[len(header) + done : len(header) + done + piece]
@@ -1275,7 +1089,7 @@ class Connection:
         held = end - offset
         tell = teller_of(export)
         try:
-            with _Kept(self._unfinished, left()) as kept:
+            with Kept(self._unfinished, left()) as kept:
                 while True:
                     # One piece at a time: what the export said of the next one would be old by then.
                     start, offset, is_hole = next_pieces(tell, offset, end, INLINE_READ_BYTES)[0]
@@ -1302,7 +1116,7 @@ class Connection:
 
     async def _slow_write(self, cookie: int, offset: int, data: bytes, fua: bool) -> None:
         try:
-            with _Kept(self._unfinished, Work("write", (cookie, offset, data, fua), 1, len(data))):
+            with Kept(self._unfinished, Work("write", (cookie, offset, data, fua), 1, len(data))):
                 await self._export.write(offset, data)
         except OSError as error:
             reply = self._failed(cookie, offset, error)
@@ -1344,7 +1158,7 @@ class Connection:
     async def _slow_flush(self, waiting: Sequence[tuple[int, int]]) -> None:
         """One flush for a pass's FLUSH requests and for its FUA writes, which are already written."""
         try:
-            with _Kept(self._unfinished, Work("flush", (tuple(waiting),), len(waiting))):
+            with Kept(self._unfinished, Work("flush", (tuple(waiting),), len(waiting))):
                 await self._export.flush()
         except OSError as error:
             value = error_value(error)
@@ -1363,7 +1177,7 @@ class Connection:
         export = self._export
         reply = success(self._session, cookie, offset)
         try:
-            with _Kept(self._unfinished, Work("command", (cookie, command, flags, offset, length, contexts))):
+            with Kept(self._unfinished, Work("command", (cookie, command, flags, offset, length, contexts))):
                 if command in (wire.CMD_TRIM, wire.CMD_WRITE_ZEROES):
                     await self._keep_apart()
                 if command == wire.CMD_TRIM:

@@ -20,13 +20,14 @@ from typing import Final
 
 import trio
 
-from nbd.connection import Connection, Limits, Workshop
+from nbd.connection import Connection
 from nbd.counters import Counters
 from nbd.export import Client, Exports
 from nbd.listen import Listener, plain_address, shown
 from nbd.suspended import Suspended
 from nbd.tls import TlsFiles
 from nbd.transport import prepare
+from nbd.workshop import Limits, Workshop
 
 __all__ = ["ConnectionStatus", "Counters", "Limits", "Server", "ServerStatus", "serve"]
 

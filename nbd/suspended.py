@@ -60,6 +60,25 @@ class Work:
     """What it takes of the connection's bounds."""
 
 
+class Kept:
+    """Around what carries a request out: should that be cut short, the request is kept for who goes on here."""
+
+    __slots__ = ("_unfinished", "work")
+
+    def __init__(self, unfinished: list[Work], work: Work) -> None:
+        self._unfinished = unfinished
+        self.work = work
+        """May be replaced as it goes on, by what is left."""
+
+    def __enter__(self) -> Kept:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        # Cancelled, alone or in a group with others of its kind; an error of the storage becomes a reply.
+        if kind is not None and not issubclass(kind, Exception):
+            self._unfinished.append(self.work)
+
+
 @dataclass(slots=True)
 class LongWrite:
     """A WRITE whose payload is taken in pieces: what is left of it. Or a payload of any request that failed already."""

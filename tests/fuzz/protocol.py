@@ -21,7 +21,7 @@ import trio
 import trio.testing
 
 from nbd import wire
-from nbd.connection import ARENA_BYTES, INBOX_BYTES, Connection, Limits, Workshop
+from nbd.connection import Connection
 from nbd.export import Client
 from nbd.handshake import (
     MAX_OPTION_BYTES,
@@ -36,6 +36,7 @@ from nbd.handshake import (
 from nbd.negotiate import MAX_REPLY_BYTES, negotiate
 from nbd.replies import Pending, Replies
 from nbd.transmission import Session, block_status, failure, judge, read_header
+from nbd.workshop import ARENA_BYTES, INBOX_BYTES, Limits, Workshop
 from tests.fuzz.engine import Target
 from tests.nbd.client import extended_bytes, filter_bytes, info_bytes, meta_bytes, option_bytes, request_bytes
 from tests.nbd.memory import GRAIN, ContextExport, MemoryExport, MemoryExports, SparseExport

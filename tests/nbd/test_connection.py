@@ -19,9 +19,10 @@ import pytest
 import trio
 
 from nbd import wire
-from nbd.connection import BATCH_WRITES, INBOX_BYTES, INLINE_READ_BYTES, Limits
+from nbd.connection import BATCH_WRITES
 from nbd.listen import open_tcp, open_unix
 from nbd.server import serve
+from nbd.workshop import INBOX_BYTES, INLINE_READ_BYTES, Limits
 from tests.nbd.client import Closed, RawClient, attached, info_bytes, request_bytes, run, serving
 from tests.nbd.memory import ContextExport, MemoryExport, MemoryExports
 

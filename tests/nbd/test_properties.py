@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbd import wire
-from nbd.connection import ARENA_BYTES, INBOX_BYTES, Connection, Limits, Workshop
+from nbd.connection import Connection
 from nbd.export import Client
+from nbd.workshop import ARENA_BYTES, INBOX_BYTES, Limits, Workshop
 from tests.nbd.client import RawClient, info_bytes, meta_bytes, option_bytes, request_bytes
 from tests.nbd.memory import MemoryExport, MemoryExports
 

@@ -19,12 +19,13 @@ import trio
 import trio.testing
 
 from nbd import wire
-from nbd.connection import BATCH_WRITES, INBOX_BYTES, PIECE_PATIENCE_S, Limits
+from nbd.connection import BATCH_WRITES, PIECE_PATIENCE_S
 from nbd.counters import Counters
 from nbd.server import Server
 from nbd.sparse import CHUNK_BYTES
 from nbd.suspended import HEADER, MAGIC, FormatError, LongRead, LongWrite, Suspended, Work, decode, encode
 from nbd.transmission import Session
+from nbd.workshop import INBOX_BYTES, Limits
 from tests.nbd.client import Closed, RawClient, Served, filter_bytes, request_bytes, run, serving
 from tests.nbd.memory import MemoryExport, MemoryExports, SparseExport
 from tests.nbd.test_connection import pattern

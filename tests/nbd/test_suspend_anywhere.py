@@ -16,7 +16,7 @@ import pytest
 import trio
 
 from nbd import wire
-from nbd.connection import Limits
+from nbd.workshop import Limits
 from tests.nbd.client import RawClient, Served, run, serving
 from tests.nbd.memory import MemoryExport
 from tests.nbd.test_suspend import replace

@@ -18,12 +18,12 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from nbd import wire
-from nbd.connection import Limits
 from nbd.export import Client
 from nbd.listen import open_tcp, open_unix
 from nbd.server import Server, serve
 from nbd.suspended import Suspended
 from nbd.tls import TlsFiles, client_context
+from nbd.workshop import Limits
 from tests.nbd.certificates import DAY, Authority, Pair
 from tests.nbd.client import Closed, RawClient, info_bytes, meta_bytes, option_bytes, run
 from tests.nbd.memory import MemoryExport, MemoryExports
