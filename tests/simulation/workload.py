@@ -355,11 +355,16 @@ class Driver:
                 if all(into != state[at : at + BLOCK] for state in states):
                     raise OracleError(f"a refused {op.what} left neither old nor new bytes at {at}")
                 seen.append((at, bytes(into)))
+        in_doubt = model.in_doubt
         model.returned(Op(f"refused {op.what}", seen, attempted=op.changes))
+        # It wasn't acknowledged, so what was in doubt is. A flush makes durable what is seen; but a record of it whose
+        # place nothing could be put over stays behind the end of the log.
+        model.in_doubt = in_doubt
+        model.refused(op, log_is_broken=volume._engine.log.broken)
 
     @staticmethod
-    def _flush_failed(volume: Volume) -> bool:
-        return volume._engine.flusher.failure is not None
+    def _flush_failed(of: Volume | Pool) -> bool:
+        return of._engine.flusher.failure is not None
 
     async def compare(self, volume: Volume, model: Model, offset: int, length: int) -> None:
         """A read returns what was written last."""
@@ -649,6 +654,8 @@ class Driver:
                 await self.load(pool, count)
                 self.injector.active = False
                 durable_end = pool.status().state == "online"
+            # A sync that had begun may have failed while the pool closed.
+            durable_end = durable_end and not self._flush_failed(pool)
         self.injector.active = False
         if machine.goes_in_circles:
             raise OracleError("the engine is busy for ever: its tasks wake each other up, and no time passes")
