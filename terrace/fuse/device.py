@@ -105,9 +105,10 @@ async def mount(mountpoint: Path, options: str) -> int:
             said = result.stderr.decode("utf-8", "replace").strip().removeprefix("fusermount3: ")
             raise MountError(errno.EIO, f"can't mount on {mountpoint}: {said or 'fusermount3 failed without a word'}")
         theirs.close()
-        _, descriptors, _, _ = socket.recv_fds(ours, 1, 1, socket.MSG_CMSG_CLOEXEC)
+        _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)  # which takes no notice of flags: see below
         if len(descriptors) != 1:
             raise MountError(errno.EIO, f"can't mount on {mountpoint}: fusermount3 gave no file descriptor")
+    os.set_inheritable(descriptors[0], False)
     os.set_blocking(descriptors[0], False)
     return descriptors[0]
 

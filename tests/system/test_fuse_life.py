@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from terrace.fuse.device import MountError
+from terrace.fuse.device import MountError, mount, unmount
 from terrace.fuse.session import require_mountpoint
 from tests.system.daemon import REPOSITORY, ApiError, Daemon, environment, program
 from tests.system.mount import Mount, is_mounted, opened, take_away, until
@@ -526,3 +526,17 @@ def load(inside: Path, over: threading.Event) -> None:
 def allocated(daemon: Daemon, name: str) -> int:
     daemon.api("POST", "/v1/pools/p/checkpoint")
     return int(daemon.api("GET", f"/v1/pools/p/exports/{name}")["allocated_bytes"])
+
+
+def test_no_process_that_is_started_later_gets_the_descriptor_of_a_mount(directory: Path) -> None:
+    directory.mkdir()
+
+    async def test() -> None:
+        descriptor = await mount(directory, "fsname=terrace,subtype=terrace")
+        try:
+            assert not os.get_inheritable(descriptor)
+        finally:
+            os.close(descriptor)
+            assert await unmount(directory, lazy=True) == ""
+
+    trio.run(test)
