@@ -44,11 +44,6 @@ class Listener:
         self._path = path
         self._inode = None if adopted or path is None else _inode(path)
 
-    @property
-    def owns_file(self) -> bool:
-        """Whether it removes the Unix socket's file when it closes."""
-        return self._inode is not None
-
     def take_file(self) -> None:
         """From now on the file is this listener's, which somebody else has bound and given up."""
         self.adopted = False

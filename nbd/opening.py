@@ -23,8 +23,6 @@ from nbd.uri import Address, TlsOptions
 
 __all__ = ["ClientLimits", "attach", "begin", "describe", "peer_name"]
 
-Upgrader = Callable[[PlainTransport], TlsSocket]
-
 
 @dataclass(frozen=True, slots=True)
 class ClientLimits:

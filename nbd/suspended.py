@@ -186,6 +186,18 @@ def _record(one: Suspended) -> dict[str, Any]:
     }
 
 
+def write(connections: Iterable[Suspended]) -> int:
+    """What `encode` makes in a new memory file, whose descriptor is the caller's. Raises OSError: no memory for it."""
+    descriptor = os.memfd_create("terrace-clients", os.MFD_CLOEXEC)
+    try:
+        with os.fdopen(descriptor, "wb", closefd=False) as file:
+            file.writelines(encode(connections))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
 def read(descriptor: int, sockets: Iterable[socket.socket]) -> list[Suspended]:
     """`decode` of a memory file, which is not copied for it."""
     if not os.fstat(descriptor).st_size:

@@ -44,8 +44,27 @@ class Transport(Protocol):
         """Synchronous; a second call does nothing."""
 
 
-class PlainTransport:
+class _Ending:
+    """What both kinds have in common: their socket, and the end of it."""
+
+    sock: socket.socket | TlsSocket
+
+    def send_now(self, data: bytes) -> None:
+        with suppress(OSError):
+            self.sock.send(data)
+
+    def shutdown(self) -> None:
+        with suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+class PlainTransport(_Ending):
     """Over the non-blocking socket itself, which is its own from now on."""
+
+    sock: socket.socket
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -73,20 +92,11 @@ class PlainTransport:
             except BlockingIOError:
                 await trio.lowlevel.wait_readable(self.sock)
 
-    def send_now(self, data: bytes) -> None:
-        with suppress(OSError):
-            self.sock.send(data)
 
-    def shutdown(self) -> None:
-        with suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self.sock.close()
-
-
-class TlsTransport:
+class TlsTransport(_Ending):
     """Over TLS, whose handshake is done. Small buffers are put together, for each call makes records of its own."""
+
+    sock: TlsSocket
 
     def __init__(self, sock: TlsSocket) -> None:
         self.sock = sock
@@ -110,17 +120,6 @@ class TlsTransport:
                 return self.sock.recv_into(target)
             except BlockingIOError:
                 await trio.lowlevel.wait_readable(self.sock.fileno())
-
-    def send_now(self, data: bytes) -> None:
-        with suppress(OSError):
-            self.sock.send(data)
-
-    def shutdown(self) -> None:
-        with suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self.sock.close()
 
 
 def _blocks(buffers: list[memoryview]) -> list[bytes | memoryview]:

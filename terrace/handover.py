@@ -46,7 +46,7 @@ from typing import Any, Final
 
 import trio
 
-from nbd.suspended import FormatError, Suspended, encode, read
+from nbd.suspended import FormatError, Suspended, read, write
 
 log = logging.getLogger(__name__)
 
@@ -166,9 +166,8 @@ class Successor:
             raise
 
     async def _give(self, lock: int, estate: Estate) -> None:
-        memory = os.memfd_create("terrace-clients", os.MFD_CLOEXEC)
+        memory = await trio.to_thread.run_sync(write, estate.clients)
         try:
-            await trio.to_thread.run_sync(_write_all, memory, encode(estate.clients))
             message = {
                 "say": "take",
                 "version": estate.version,
@@ -216,7 +215,7 @@ class Successor:
     async def _say(self, message: Mapping[str, Any], descriptors: Sequence[int] = ()) -> None:
         while True:
             try:
-                self._sock.sendmsg([json.dumps(message).encode()], _rights(descriptors))
+                socket.send_fds(self._sock, [json.dumps(message).encode()], descriptors)
                 return
             except BlockingIOError:
                 await trio.lowlevel.wait_writable(self._sock)
@@ -326,15 +325,6 @@ def own_command() -> list[str]:
 
 def _spawn(command: Sequence[str], descriptor: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, pass_fds=[descriptor], stdin=subprocess.DEVNULL, env=dict(environment))
-
-
-def _write_all(descriptor: int, pieces: Sequence[bytes]) -> None:
-    with os.fdopen(descriptor, "wb", closefd=False) as file:
-        file.writelines(pieces)
-
-
-def _rights(descriptors: Sequence[int]) -> list[tuple[int, int, array.array[int]]]:
-    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
 
 
 def _receive(sock: socket.socket) -> tuple[bytes, list[int], int]:

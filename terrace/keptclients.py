@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Final
 
-from nbd.suspended import FormatError, Suspended, encode, read
+from nbd.suspended import FormatError, Suspended, read, write
 from terrace.sdnotify import barrier, notify, wanted
 
 log = logging.getLogger(__name__)
@@ -47,10 +47,8 @@ def leave_behind(clients: Sequence[Suspended]) -> None:
     """Put them into the store. What it doesn't take is disconnected when this process ends."""
     if not clients:
         return
-    memory = os.memfd_create("terrace-clients", os.MFD_CLOEXEC)
+    memory = write(clients)
     try:
-        with os.fdopen(memory, "wb", closefd=False) as file:
-            file.writelines(encode(clients))
         # FDPOLL stays as it is: systemd lets go of a client that leaves while it waits.
         sockets = [one.sock.fileno() for one in clients]
         taken = notify("FDSTORE=1", f"FDNAME={CLIENTS}", descriptors=[memory], patience_s=PATIENCE_S)

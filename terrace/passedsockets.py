@@ -83,7 +83,6 @@ class PassedSockets:
                 "(`terrace install-units --config FILE` writes it so)",
             )
 
-
     def claim(self) -> None:
         """This process serves: the files of what it inherited are its own, and what nobody wants is given up."""
         for listener in self._ours:

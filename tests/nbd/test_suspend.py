@@ -492,18 +492,23 @@ def test_a_handshake_that_ends_in_time_is_handed_over_and_another_one_is_dropped
         run(test)
 
 
+async def one_writes_and_another_waits(served: Served) -> tuple[RawClient, RawClient, list[Suspended]]:
+    """Two clients of a server that is suspended while a write of the first, "old", waits for the storage."""
+    client, other = await served.connect(), await served.connect()
+    await client.go()
+    await other.go()
+    await client.request(wire.CMD_WRITE, 0, data=b"old" * 100)
+    await trio.testing.wait_all_tasks_blocked()
+    return client, other, await served.server.suspend(0.05)
+
+
 def test_a_client_that_left_meanwhile_is_not_gone_on_with() -> None:
     """What it had under way may have been sent again on another connection, and must not come behind that."""
 
     async def test() -> None:
         export = MemoryExport(size_bytes=SIZE, slow=True, hold=trio.Event())
         async with serving(export) as served:
-            client, other = await served.connect(), await served.connect()
-            await client.go()
-            await other.go()
-            await client.request(wire.CMD_WRITE, 0, data=b"old" * 100)
-            await trio.testing.wait_all_tasks_blocked()
-            left = await served.server.suspend(0.05)
+            client, other, left = await one_writes_and_another_waits(served)
             assert sorted(len(one.work) for one in left) == [0, 1]
             export.hold = None
             client.stream.socket.close()
@@ -520,12 +525,7 @@ def test_a_client_that_leaves_after_the_hand_over_is_fenced() -> None:
     async def test() -> None:
         export = MemoryExport(size_bytes=SIZE, slow=True, hold=trio.Event())
         async with serving(export) as served:
-            client, other = await served.connect(), await served.connect()
-            await client.go()
-            await other.go()
-            await client.request(wire.CMD_WRITE, 0, data=b"old" * 100)
-            await trio.testing.wait_all_tasks_blocked()
-            left = await served.server.suspend(0.05)
+            client, other, left = await one_writes_and_another_waits(served)
             await replace(served, left)
             await trio.testing.wait_all_tasks_blocked()
             client.stream.socket.close()

@@ -229,10 +229,10 @@ def test_one_that_dies_between_ready_and_serve_is_reaped_and_does_not_serve(
 def test_a_mistake_of_ours_costs_a_sentence_too(
     started: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def encode(connections: object) -> bytes:
+    def write(connections: object) -> bytes:
         raise TypeError("cannot pickle memoryview objects")
 
-    monkeypatch.setattr(handover, "encode", encode)
+    monkeypatch.setattr(handover, "write", write)
     error = refusal(raw("loaded(); time.sleep(600)"))
     assert str(error) == (
         "internal error: TypeError: cannot pickle memoryview objects; the log says where, please report it"
