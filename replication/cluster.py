@@ -1,43 +1,58 @@
-"""The cluster's truth behind one small interface: who is primary, in which term, and which legs are in sync.
+"""The cluster's truth behind one small interface: a mirror's newest `Membership` that counts.
 
-A node alone, or one that people promote by hand, keeps it in a local store; nodes that must decide by themselves keep
-it in etcd. Both must satisfy the same contract, so the mirror can't tell them apart.
+Without an arbiter it is what the legs' nodes, and tie-breakers, have stored (`Voter`); with etcd it is there. Both are
+used through `ClusterStore`, so that a mirror can't tell them apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from replication.leg import Term
+from replication.membership import Membership, Term
 
 
 @dataclass(frozen=True)
-class Membership:
-    """One mirror's truth at one revision."""
+class VoterState:
+    """What a node says of a mirror."""
 
-    mirror: str
-    term: Term
-    primary: str | None  # node name; None after a clean demotion
-    in_sync: frozenset[str]  # names of the legs that have every acknowledged write
-    revision: int
+    node: str
+    promised: Term | None
+    accepted: Membership | None
+    primary_here: bool = False
+    """It is the primary itself, and serves."""
+    heard_s: float | None = None
+    """How long ago it has heard the primary; None: not since it was started."""
+    intact: bool = True
+    """Its leg can't have lost anything since it was in sync."""
+    inconsistent: bool = False
+    """Its leg was being resynced, and is no state that the volume ever had."""
+    recent_bytes: int = 0
+
+
+class Voter(Protocol):
+    """A node's say, here or over the network. Every call raises OSError, ETIMEDOUT when it can't be heard."""
+
+    node: str
+
+    async def state(self, mirror: str) -> VoterState:
+        """ENOENT: it knows nothing of that mirror."""
+
+    async def prepare(self, mirror: str, term: Term, candidate: str, *, force: bool = False) -> VoterState:
+        """Promise to take nothing of lower terms any more, durably; sessions of lower terms are fenced on return.
+
+        ESTALE: a term as high was promised. EBUSY: the primary is alive.
+        """
+
+    async def accept(self, membership: Membership) -> None:
+        """Store it, durably. ESTALE: a higher term was promised, or a later record stored."""
 
 
 class ClusterStore(Protocol):
-    """Linearizable and durable: what `propose` returned survives every crash and is what every later `read` sees."""
+    """Makes records count. ETIMEDOUT: it isn't known whether one does."""
 
-    arbiter: bool
-    """True when a majority decides, so that a node may promote itself; False when only a person may."""
+    async def newest(self, mirror: str) -> Membership:
+        """ETIMEDOUT: the store can't prove what is newest."""
 
-    async def read(self, mirror: str) -> Membership:
-        """The newest membership. ENOENT: no such mirror. ETIMEDOUT: the store can't prove what is newest."""
-
-    async def propose(self, new: Membership, *, expected_revision: int) -> Membership:
-        """Replace the membership if it is still at `expected_revision`, else ESTALE and nothing has changed.
-
-        A term never goes back, and `in_sync` never becomes empty: EINVAL.
-        """
-
-    def watch(self, mirror: str) -> AsyncIterator[Membership]:
-        """Each newer membership, in order; may skip one that was replaced at once."""
+    async def commit(self, new: Membership, *, expected: Membership) -> None:
+        """Make `new` the truth if `expected` still is: on return it survives, and everybody finds it. ESTALE."""

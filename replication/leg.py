@@ -1,22 +1,31 @@
 """A leg: one complete copy of a mirrored volume, local or on a peer, behind an ordered connection.
 
-The mirror acknowledges a write when every in-sync leg has it. Everything else follows from who may write to a leg
-(terms), and from what a leg knows about its own past (position, stale mark).
+`Leg` is what a mirror uses, and all that it knows of where a copy is. `LegStore` is what a node offers to have a leg
+in: a volume of the engine, seen through an adapter of the application's.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
+
+from replication.membership import LegInfo, Membership, Term
+
+BLOCK_BYTES: Final = 4096
+EXTENT_BYTES: Final = 64 << 10
+"""What is remembered of what was written, and what a read waits for, goes by extents of this size."""
+
+Done = Callable[[OSError | None], None]
+"""Called once, on the trio thread, never from within the call that it was given to."""
 
 
 class LegState(enum.Enum):
     """What one leg is worth to the mirror."""
 
     UP_TO_DATE = "UpToDate"  # has every acknowledged write
-    SYNCING = "Syncing"  # receives new writes and the missing old ones; not readable
+    SYNCING = "Syncing"  # receives new writes and the missing old ones; not read
     STALE = "Stale"  # durably known to miss an acknowledged write
     UNPROVEN = "Unproven"  # lost its primary; may or may not have every acknowledged write
     OFFLINE = "Offline"  # can't be reached
@@ -30,55 +39,154 @@ class MirrorState(enum.Enum):
     FAULTED = "Faulted"  # no leg may be served
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One write or trim of whole blocks. `data` None: the range reads as zeros and needs no space."""
+
+    offset: int
+    length: int
+    data: memoryview | None
+    """Valid only during the call that it is given to."""
+
+
 @dataclass(frozen=True)
-class Term:
-    """One start of one primary. Two terms with the same number and different ids are split brain, not a tie."""
-
-    number: int
-    id: bytes  # 16 random bytes
-
-
-@dataclass(frozen=True, order=True)
 class Position:
-    """How far a leg has come: the sequence of the last write it has, within the term that wrote it."""
+    """The last batch that a leg has applied, of the session of one term."""
 
-    term_number: int
+    term: Term
     sequence: int
 
 
-class Leg(Protocol):
-    """One copy. Every method raises OSError; a leg that raised anything is out of sync until a resync says otherwise.
+class Extents(Protocol):
+    """A set of extents of a volume, sparse; `tiers.changes.ChangedExtents` is one."""
 
-    A leg applies the calls of one session in the order in which they were made, and applies none of an older session
-    once `begin` of a newer one has returned, not even what was still in a socket buffer.
+    def add(self, offset: int, length: int) -> None:
+        """All extents that the bytes touch."""
+
+    def discard(self, offset: int, length: int) -> None:
+        """Only the extents that lie wholly in there."""
+
+    def runs(self, start: int = 0) -> Iterator[tuple[int, int]]:
+        """(offset, length) in bytes of maximal runs from `start` on, in order."""
+
+    def update(self, other: Extents) -> None: ...
+
+    def clear(self) -> None: ...
+
+    def encode(self) -> bytes: ...
+
+    @property
+    def count(self) -> int:
+        """How many extents are in it."""
+
+    def __bool__(self) -> bool: ...
+
+
+class Leg(Protocol):
+    """One copy, in one session of one term. A leg that has failed stays failed: a new session is another object.
+
+    Each awaited call raises OSError. All changes are applied in the order in which they were submitted.
     """
 
-    name: str
-    size_bytes: int
+    info: LegInfo
 
-    async def begin(self, term: Term, session: int) -> Position:
-        """Raise the leg to `term`, durably, before returning, and fence every older term and session.
+    @property
+    def failure(self) -> OSError | None:
+        """Why it can't be used any more; then each `done` that was due has been called with it."""
 
-        ESTALE: the leg has seen a later term. EEXIST: it has seen another term of the same number (split brain).
-        """
+    @property
+    def is_local(self) -> bool: ...
 
-    async def history(self) -> Sequence[tuple[Term, int]]:
-        """Each term this leg has seen with the sequence at which it began, oldest first."""
+    @property
+    def queued_bytes(self) -> int:
+        """Of what was submitted and isn't done."""
+
+    @property
+    def silent_since(self) -> float | None:
+        """trio's clock when it should have begun to answer what it hasn't yet; None if it owes nothing."""
+
+    def submit(self, sequence: int, changes: Sequence[Change], done: Done) -> None:
+        """Apply these; `done(None)` when the leg's kernel has them. Never waits; the caller bounds `queued_bytes`."""
+
+    def read_now(self, offset: int, length: int, into: memoryview) -> bool:
+        """As `nbd.export.Export.read_now`; a leg on a peer always says False."""
 
     async def read(self, offset: int, length: int, into: memoryview) -> None:
-        """Fill `into` with verified bytes; EIO rather than anything else."""
-
-    async def write(self, sequence: int, offset: int, data: memoryview) -> None:
-        """Whole blocks only. Returns when the leg's kernel has them. ESTALE: this session is fenced."""
-
-    async def trim(self, sequence: int, offset: int, length: int) -> None:
-        """As `write`, with zeros that need no space."""
+        """Fill `into` with verified bytes that have all that was done before; EIO rather than anything else."""
 
     async def flush(self) -> None:
-        """Everything whose call has returned is durable on this leg."""
+        """All that was submitted before is durable."""
 
-    async def mark_stale(self, leg_name: str, sequence: int) -> None:
-        """Record, durably, that `leg_name` misses writes from `sequence` on. Precedes that write's acknowledgement."""
+    def flushed_by_all(self, sequence: int) -> None:
+        """Each leg has made durable what was submitted up to `sequence`: older changes need not be remembered."""
 
-    def changed_since(self, position: Position) -> AsyncIterator[tuple[int, int]]:
-        """Extents (offset, length) written after `position`: a superset, never a subset, across crashes too."""
+    async def checks(self, offset: int, length: int) -> bytes:
+        """8 bytes for each block: its checksum as the map has it; 0 where nothing is mapped. No data is read."""
+
+    async def mapped(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """(offset, length) of what isn't a hole: at least one that reaches the end of what was looked at."""
+
+    async def changed(self, trackers: Iterable[str]) -> Extents:
+        """The union of these sets; a name may end in `*`. One that isn't there is empty."""
+
+    async def accept(self, membership: Membership, *, inconsistent: bool) -> None:
+        """Store the record, durably. ESTALE: the leg knows of a later one."""
+
+    async def resize(self, size_bytes: int) -> None: ...
+
+    async def snapshot(self, name: str) -> None: ...
+
+    def close(self) -> None:
+        """Synchronous. What isn't done fails with ECANCELED."""
+
+
+class LegStore(Protocol):
+    """A volume in which a node has a leg. Changes are whole blocks."""
+
+    export_name: str
+    """POOL/VOL."""
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    @property
+    def record(self) -> bytes:
+        """What `save` was given last, durable; empty if nothing."""
+
+    async def save(self, record: bytes, trackers: dict[str, Extents] | None = None) -> None:
+        """Store both, durably and together, after all writes that returned. `trackers` replace those there are.
+
+        A tracker that is in the store grows by each write from the moment of the call on.
+        """
+
+    @property
+    def trackers(self) -> dict[str, Extents]:
+        """Live: each write is added to all of them. May be changed in place; that is durable some time later."""
+
+    def empty_extents(self) -> Extents: ...
+
+    def decode_extents(self, data: bytes) -> Extents:
+        """Raises OSError EPROTO."""
+
+    def write_now(self, writes: list[tuple[int, memoryview]]) -> bool: ...
+
+    def trim_now(self, ranges: list[tuple[int, int]]) -> bool: ...
+
+    def read_now(self, offset: int, length: int, into: memoryview) -> bool: ...
+
+    async def write(self, offset: int, data: memoryview | bytes) -> None: ...
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Zeros afterwards, surely: unlike a hint."""
+
+    async def read(self, offset: int, length: int, into: memoryview) -> None: ...
+
+    async def flush(self) -> None: ...
+
+    async def checks(self, offset: int, length: int) -> bytes: ...
+
+    async def mapped(self, offset: int, length: int) -> list[tuple[int, int]]: ...
+
+    async def resize(self, size_bytes: int) -> None: ...
+
+    async def snapshot(self, name: str) -> None: ...

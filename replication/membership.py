@@ -1,0 +1,164 @@
+"""A mirror's truth: who is primary, in which term, which legs have every acknowledged write.
+
+It changes only by whole records, each with its place in one order: (term, epoch). A primary that excludes or admits a
+leg, or changes what the mirror is made of, writes the next epoch of its term; whoever becomes primary writes the first
+epoch of a higher term. Who must have stored a record before it counts is `replication.voters`' affair.
+
+A `Membership` is immutable, and on disk and between nodes it is JSON (`encode`, `decode`), with a version: an unknown
+one is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+FORMAT_VERSION = 1
+MAX_LEGS = 4
+MAX_HISTORY = 128
+"""Generations that are remembered, the newest: a leg that was away for longer than these is compared in full."""
+
+
+@dataclass(frozen=True, order=True)
+class Term:
+    """One start of one primary. Equal numbers with different ids are split brain, not a tie."""
+
+    number: int
+    id: str
+    """16 random hex digits."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One record that counted, as later ones remember it: what is not in a leg's history it has not come from."""
+
+    term: Term
+    epoch: int
+    primary: str | None
+
+
+@dataclass(frozen=True)
+class LegInfo:
+    """One copy, as the mirror knows it. A fresh disk is a fresh leg: its id never comes back."""
+
+    id: str
+    """16 random hex digits."""
+    node: str
+    """Name of the node that it is on; of an NBD leg, of the node that talks to it."""
+    export: str
+    """POOL/VOL there; of an NBD leg, its URI."""
+    kind: Literal["terrace", "nbd"] = "terrace"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the mirror behaves; the same on each leg."""
+
+    timeout_s: float = 5.0
+    """So long a leg may be silent before writes go on without it."""
+    lease_s: float = 3.0
+    below_quorum: Literal["suspend", "fail"] = "suspend"
+    arbiter: Literal["legs", "etcd"] = "legs"
+
+
+@dataclass(frozen=True)
+class Membership:
+    """See the module."""
+
+    mirror: str
+    """32 random hex digits."""
+    size_bytes: int
+    legs: tuple[LegInfo, ...]
+    voters: tuple[str, ...]
+    """Names of nodes: of each Terrace leg's, and of diskless tie-breakers."""
+    term: Term
+    epoch: int
+    primary: str | None
+    """Name of the node; None after a clean demotion."""
+    in_sync: frozenset[str]
+    """Ids of legs. Never empty."""
+    token: str | None = None
+    """After a clean demotion: the node that may become primary without hearing the others."""
+    history: tuple[Generation, ...] = ()
+    """Oldest first; the newest is this record itself."""
+    options: Options = Options()
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """In the order of records: (term number, epoch)."""
+        return self.term.number, self.epoch
+
+    @property
+    def generation(self) -> Generation:
+        """Itself, as its successors remember it."""
+        return Generation(self.term, self.epoch, self.primary)
+
+    def leg(self, leg_id: str) -> LegInfo:
+        """Raises KeyError."""
+        return next(leg for leg in self.legs if leg.id == leg_id) if self.has(leg_id) else _missing(leg_id)
+
+    def has(self, leg_id: str) -> bool:
+        """Whether it is one of the legs."""
+        return any(leg.id == leg_id for leg in self.legs)
+
+    def legs_on(self, node: str) -> tuple[LegInfo, ...]:
+        """The Terrace legs of a node."""
+        return tuple(leg for leg in self.legs if leg.node == node and leg.kind == "terrace")
+
+    def next_epoch(self, **changes: Any) -> Membership:
+        """The record that its primary writes next."""
+        return self._followed(dataclasses.replace(self, epoch=self.epoch + 1, **changes))
+
+    def next_term(self, term: Term, primary: str | None, in_sync: frozenset[str]) -> Membership:
+        """The record with which `primary` begins `term`."""
+        changed = dataclasses.replace(self, term=term, epoch=0, primary=primary, in_sync=in_sync, token=None)
+        return self._followed(changed)
+
+    def _followed(self, changed: Membership) -> Membership:
+        history = (*self.history, changed.generation)[-MAX_HISTORY:]
+        return dataclasses.replace(changed, history=history)
+
+    def descends_from(self, other: Membership) -> bool:
+        """Whether `other` is this record or one that it came from."""
+        return other.generation in self.history or other.generation == self.generation
+
+
+def _missing(leg_id: str) -> LegInfo:
+    raise KeyError(leg_id)
+
+
+def encode(membership: Membership) -> bytes:
+    """As JSON in UTF-8."""
+    plain = dataclasses.asdict(membership) | {"in_sync": sorted(membership.in_sync), "version": FORMAT_VERSION}
+    return json.dumps(plain, separators=(",", ":"), sort_keys=True).encode()
+
+
+def decode(data: bytes) -> Membership:
+    """Judges what a disk or a peer says. Raises OSError EPROTO with a sentence."""
+    try:
+        plain = json.loads(data)
+        version = plain.pop("version")
+        if version != FORMAT_VERSION:
+            raise OSError(errno.EPROTO, f"a mirror's record has version {version}, and {FORMAT_VERSION} is understood")
+        term = Term(**plain.pop("term"))
+        history = tuple(
+            Generation(Term(**one["term"]), int(one["epoch"]), one["primary"]) for one in plain.pop("history")
+        )
+        membership = Membership(
+            term=term,
+            legs=tuple(LegInfo(**leg) for leg in plain.pop("legs")),
+            voters=tuple(plain.pop("voters")),
+            in_sync=frozenset(plain.pop("in_sync")),
+            history=history,
+            options=Options(**plain.pop("options")),
+            **plain,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OSError(errno.EPROTO, f"a mirror's record can't be understood: {error}") from None
+    ids = {leg.id for leg in membership.legs}
+    if not membership.in_sync <= ids or not membership.in_sync or len(ids) != len(membership.legs):
+        raise OSError(errno.EPROTO, "a mirror's record names legs in sync that it doesn't have, or none")
+    return membership
