@@ -62,7 +62,7 @@ class Site:
         ]
 
     def log_since(self, position: int, *, lines: tuple[str, ...] = (), count: int = 0) -> str:
-        """What was logged since. A client may be gone before its line is: waits for `count` that have one of `lines`."""
+        """What was logged since. A client may leave before its line is there: waits for `count` of `lines`."""
         deadline = time.monotonic() + 10
         while True:
             log = self.daemon.log.read_text()[position:]
