@@ -97,9 +97,7 @@ def make_client(directory: Path, name: str, days: int, *, force: bool = False) -
     return into
 
 
-def make_node(
-    directory: Path, name: str, names: Sequence[str], days: int, *, here: bool, force: bool = False
-) -> Path:
+def make_node(directory: Path, name: str, names: Sequence[str], days: int, *, here: bool, force: bool = False) -> Path:
     """A node's certificate, with which it is server and client: CN=NAME, for these host names, its own and loopback.
 
     In a directory of its own, or beside the authority if `here`; that is returned. Raises CertificateError.

@@ -299,7 +299,7 @@ class Config(Section):
             if not peer.plaintext and nbd.tls.mode == "off":
                 raise KeyedError(
                     name,
-                    'nodes talk over TLS, which is off: make certificates with `terrace tls node` and set mode = '
+                    "nodes talk over TLS, which is off: make certificates with `terrace tls node` and set mode = "
                     '"required" under [nbd.tls]',
                 )
             if not peer.plaintext and nbd.tls.clients == "any":

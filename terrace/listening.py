@@ -35,7 +35,10 @@ class Listening:
 async def listen(
     home: Home, config: NbdConfig, passed: PassedSockets, sockets: ExitStack, for_peers: Sequence[str] = ()
 ) -> Listening:
-    """All addresses, those `for_peers` behind the others; closed with `sockets`. Raises OSError whose text names the one that can't be had."""
+    """All addresses, those `for_peers` behind the others; closed with `sockets`.
+
+    Raises OSError whose text names the one that can't be had.
+    """
     try:
         nbd = await _listen_nbd(home, config, passed, sockets, for_peers)
         api = await open_unix(home.api_socket, 0o600, passed.take)
