@@ -24,8 +24,8 @@ import trio
 
 from replication.cluster import ClusterStore, Voter
 from replication.keeper import LegKeeper, LegRecord
-from replication.leg import Leg, LegState, MirrorState
 from replication.lease import PrimaryLease
+from replication.leg import Leg, LegState, MirrorState
 from replication.lineage import Relation, both_histories, relation
 from replication.link import RemoteLeg, open_remote_leg
 from replication.localleg import LocalLeg
@@ -54,7 +54,7 @@ Tell = Callable[[str, str, str], None]
 class ServedMirror(Mirror):
     """The export: a `Mirror` that knows the volume of its local leg."""
 
-    volume: Volume
+    mirrored_volume: Volume
 
 
 class Surroundings(Protocol):
@@ -83,7 +83,9 @@ class LocalMirror:
         self.pool = pool
         self.volume = volume
         self.store = PoolLegStore(pool, volume)
-        self.keeper = LegKeeper(self.store, LegRecord.decode(volume.mirror_record), node=node.peers.node, boot=node.boot)
+        self.keeper = LegKeeper(
+            self.store, LegRecord.decode(volume.mirror_record), node=node.peers.node, boot=node.boot
+        )
         self.replica = Replica(self.keeper)
         self.mirror: ServedMirror | None = None
         """While this node is primary, from before it serves."""
@@ -101,6 +103,13 @@ class LocalMirror:
         self._scope: trio.CancelScope | None = None
         self._closing = False
         self._gone = trio.Event()
+        self._lease: PrimaryLease
+        self._leased: Membership
+        """The record that the lease was judged by."""
+        self._lease_voters: tuple[str, ...] = ()
+        self._needs_lease = False
+        self._stirred = trio.Event()
+        """Replaced when this node has ceased to be primary."""
         self._told: dict[str, LegState] = {}
         self._told_state: MirrorState | None = None
         accepted = self.keeper.record.accepted
@@ -158,8 +167,8 @@ class LocalMirror:
         if primary is None:
             return OSError(
                 errno.EBUSY,
-                f"{self.name} is a leg of a mirror that has no primary now: `terrace volume mirror promote {self.name}` "
-                "makes this node the primary",
+                f"{self.name} is a leg of a mirror that has no primary now: `terrace volume mirror promote "
+                f"{self.name}` makes this node the primary",
             )
         if primary == self._node.peers.node:
             return OSError(errno.EBUSY, f"{self.name} is a mirror that is being started; try again in a moment")
@@ -188,6 +197,16 @@ class LocalMirror:
         if not self.serves:
             raise self.problem or self.refusal()
 
+    async def begin_anew(self) -> None:
+        """End as primary, and be it again in a later term, whatever others have: by an operator's order."""
+        if self._scope is not None:
+            self._force = True
+            mirror = self.mirror
+            self._scope.cancel()
+            while self.mirror is mirror and mirror is not None:
+                await self._stirred.wait()
+        await self.promote(force=True)
+
     async def demote(self, token: str | None) -> None:
         """Cease to be primary, cleanly; on return the leg is one as any other. Idempotent."""
         mirror = self.mirror
@@ -195,7 +214,7 @@ class LocalMirror:
             return
         await mirror.demote(token)
         while self.mirror is mirror:
-            await trio.sleep(0.01)
+            await self._stirred.wait()
 
     async def close(self) -> None:
         """End, and be clean; the volume is not written to from then on. Idempotent."""
@@ -248,6 +267,8 @@ class LocalMirror:
                 self.problem = _first(group)
         self._scope = None
         mirror, self.mirror = self.mirror, None
+        self._stirred.set()
+        self._stirred = trio.Event()
         if mirror is not None:
             dropped = self._node.disconnect(self.name)
             log.info("%s: no longer served from here; %d clients were disconnected", self.name, dropped)
@@ -258,15 +279,15 @@ class LocalMirror:
         accepted = self.keeper.record.accepted
         if self._force:
             return  # a forced promotion has come while an ordinary one waited
-        if self.problem is not None and restarts and accepted is not None:
-            if accepted.primary == self._node.peers.node:
-                # It is the primary by all that is known, and only lacks a proof: others may come.
-                self._tell_problem(self.problem)
-                self._settled.set()
-                with trio.move_on_after(RETRY_S) as self._scope:
-                    await trio.sleep_forever()
-                self._scope = None
-                return
+        still = accepted is not None and accepted.primary == self._node.peers.node
+        if self.problem is not None and restarts and still:
+            # It is the primary by all that is known, and only lacks a proof: others may come.
+            self._tell_problem(self.problem)
+            self._settled.set()
+            with trio.move_on_after(RETRY_S) as self._scope:
+                await trio.sleep_forever()
+            self._scope = None
+            return
         self._wanted = trio.Event()
         self._settled.set()
 
@@ -289,9 +310,9 @@ class LocalMirror:
     async def _proven(self, *, force: bool) -> Membership:
         """The record with which this node is primary, which counts. Raises OSError."""
         membership = self.membership
-        if membership.primary == self._node.peers.node and membership.place == (1, 0) and not force:
-            if set(membership.in_sync) == {self.me}:
-                return membership  # just made, and nobody else knows of it
+        fresh = membership.place == (1, 0) and set(membership.in_sync) == {self.me} and len(membership.legs) == 1
+        if fresh and membership.primary == self._node.peers.node and not force:
+            return membership  # just made, and nobody else knows of it
         timeout_s = membership.options.timeout_s
         decision = await promote(
             self._node.peers.node,
@@ -312,11 +333,10 @@ class LocalMirror:
         """As primary of that term, until it ends."""
         await self.keeper.take_part()
         async with trio.open_nursery() as nursery:
-            lease: PrimaryLease | None = None
-            if rule_of(membership) != "all":
-                lease = PrimaryLease(membership.options.lease_s, membership.voters)
-                await self._beat(lease, membership)
-                nursery.start_soon(self._heartbeats, lease, membership)
+            self._lease = PrimaryLease(membership.options.lease_s, membership.voters)
+            self._lease_voters = membership.voters
+            self._leased, self._needs_lease = membership, rule_of(membership) != "all"
+            nursery.start_soon(self._heartbeats)
             mirror = ServedMirror(
                 self.name,
                 membership,
@@ -324,17 +344,28 @@ class LocalMirror:
                 partial(self._connect, nursery),
                 store=self.store,
                 facts=self._facts,
-                may_serve=(lambda: lease.may_serve) if lease is not None else (lambda: True),
+                may_serve=self._may_serve,
                 description=f"mirror {membership.mirror[:8]}",
                 rotational=self.volume.rotational,
             )
-            mirror.volume = self.volume
+            mirror.mirrored_volume = self.volume
             self.mirror = mirror
             nursery.start_soon(self._watch, mirror)
             await mirror.run()
             nursery.cancel_scope.cancel()
 
-    async def _beat(self, lease: PrimaryLease, membership: Membership) -> None:
+    def _may_serve(self) -> bool:
+        """Asked for each request. Where a majority decides, only while a majority has heard this node lately."""
+        if self.mirror is not None and self.mirror.membership is not self._leased:
+            membership = self._leased = self.mirror.membership
+            self._needs_lease = rule_of(membership) != "all"
+            if set(membership.voters) != set(self._lease_voters):
+                self._lease_voters = membership.voters
+                self._lease = PrimaryLease(membership.options.lease_s, membership.voters)
+        return not self._needs_lease or self._lease.may_serve
+
+    async def _beat(self) -> None:
+        lease, membership = self._lease, self.membership
         begun = lease.begin()
 
         async def one(node: str) -> None:
@@ -349,20 +380,25 @@ class LocalMirror:
                 for node in membership.voters:
                     nursery.start_soon(one, node)
 
-    async def _heartbeats(self, lease: PrimaryLease, membership: Membership) -> None:
-        """A round begins on time though one before it may not have ended: a voter that is away delays nobody."""
+    async def _heartbeats(self) -> None:
+        """A round begins on time though one before it may not have ended: a voter that is away delays nobody.
+
+        With fewer than three voters nobody's lease counts; the rounds tell the others all the same that this node is
+        alive, so that none of them is promoted by mistake.
+        """
         async with trio.open_nursery() as nursery:
             while True:
-                nursery.start_soon(self._beat, lease, self.membership)
-                await trio.sleep(membership.options.lease_s / HEARTBEATS)
+                self._may_serve()  # takes a record with other voters in
+                nursery.start_soon(self._beat)
+                await trio.sleep(self.membership.options.lease_s / HEARTBEATS)
 
     # -- legs ----------------------------------------------------------------------------------------------------
 
     async def _connect(self, nursery: trio.Nursery, info: LegInfo, membership: Membership) -> Leg:
         if info.id == self.me:
-            leg = LocalLeg(self.keeper, info, membership.term)
-            nursery.start_soon(leg.run)
-            return leg
+            local = LocalLeg(self.keeper, info, membership.term)
+            nursery.start_soon(local.run)
+            return local
         if info.kind != "terrace":
             raise OSError(errno.ENOTSUP, f"the leg {info.export} is an NBD server's, which this release can't use")
         peers = self._node.peers
@@ -434,9 +470,8 @@ class LocalMirror:
             if state is LegState.UP_TO_DATE:
                 self.compared_in_full.discard(leg.info.id)
             where = f"the leg of {self.name} on node {leg.info.node}"
-            if before is None and (first or state is not LegState.UP_TO_DATE):
-                if state is LegState.UP_TO_DATE:
-                    continue
+            if before is None and first and state is LegState.UP_TO_DATE:
+                continue
             why = f": {leg.error}" if leg.error else ""
             self._node.tell("leg", self.name, f"{where} is {state.value}{why}")
             if leg.error and leg.error.startswith("split brain"):

@@ -24,7 +24,8 @@ from replication.keeper import LegKeeper, LegRecord
 from replication.leg import LegState, MirrorState
 from replication.membership import LegInfo, Membership, decode
 from replication.mirror import MirrorStatus
-from replication.voters import KeptVoter, LegsCluster, RemoteVoter, handlers as voter_handlers
+from replication.voters import KeptVoter, LegsCluster, RemoteVoter
+from replication.voters import handlers as voter_handlers
 from replication.wire import LegOption
 from terrace.localmirror import LocalMirror, ServedMirror, boot_id, nodes_of_mirror
 from terrace.peers import Handler, Peers, Socket
@@ -217,7 +218,7 @@ class Mirrors:
         """Implements `terrace.peers.Legs`."""
         mirror = self.by_leg(option.leg)
         if mirror is None:
-            return f"node {self.node} has no leg {option.leg[:32]} open: `terrace pool list` there tells about its pools"
+            return f"node {self.node} has no leg {option.leg[:32]} open: see `terrace pool list` there"
         return None
 
     async def serve(self, sock: Socket, received: bytes, option: LegOption) -> None:
@@ -370,7 +371,11 @@ class Mirrors:
             }
         served = mirror.mirror
         status = served.status() if served is not None and mirror.serves else None
-        legs = _served_legs(status) if status is not None else [self._leg_of_record(mirror, leg) for leg in membership.legs]
+        legs = (
+            _served_legs(status)
+            if status is not None
+            else [self._leg_of_record(mirror, leg) for leg in membership.legs]
+        )
         role = "primary" if mirror.serves else "starting" if mirror.starting else "secondary"
         state = status.state.value if status is not None else "Unknown"
         if mirror.problem is not None and not mirror.serves:
