@@ -12,7 +12,7 @@ import click
 from terrace.cli.context import DEVICE, POOL, SIZE, Context, confirm, pass_context
 from terrace.cli.evacuate import brief as brief_evacuation
 from terrace.cli.evacuate import evacuate
-from terrace.cli.mirrorbrief import brief
+from terrace.cli.mirrorbrief import brief as brief_mirror
 from terrace.cli.output import count, output_option, patience, percent, show_facts, show_json, show_table
 from terrace.cli.scrub import brief, scrub_facts, show_scrub, verdict
 from terrace.sizes import format_size
@@ -258,7 +258,7 @@ def show_volumes(volumes: Sequence[dict[str, Any]], empty: str) -> None:
             volume["snapshots"] or "-",
             shown_policy(volume),
             *([volume["origin"] or "-"] if clones else []),
-            *([brief(volume["mirror"])] if mirrored else []),
+            *([brief_mirror(volume["mirror"])] if mirrored else []),
         )
         for volume in volumes
     ]

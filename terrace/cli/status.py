@@ -44,10 +44,7 @@ def status(context: Context, output: str) -> None:
         show_nodes(found["nodes"])
     if found["mirrors"]:
         click.echo()
-        rows = [
-            (one["volume"], one["state"], one["role"], one["primary"] or "none", _legs(one)) for one in found["mirrors"]
-        ]
-        show_table(("Mirror", "State", "Here", "Primary", "Legs"), rows)
+        _show_mirrors(found["mirrors"])
     if nbd["connections"]:
         click.echo()
         rows = [
