@@ -69,7 +69,11 @@ def create(
     with context.connect() as client, patience(f"Creating {pool}/{name}"):
         body: dict[str, Any] = {"name": name, "size": size, "policy": policy}
         if places:
-            body |= {"mirror": [{"node": node, "pool": there} for node, there in places], "quorum": quorum, "timeout_s": timeout_s}
+            body |= {
+                "mirror": [{"node": node, "pool": there} for node, there in places],
+                "quorum": quorum,
+                "timeout_s": timeout_s,
+            }
         made = client.request("POST", "pools", pool, "volumes", body=body)
         uris = uris_of(client, made["name"])
     if output == "json":
