@@ -266,6 +266,7 @@ class Network:
         self._nursery = nursery
         self._tls = tls
         self._raw: list[socket.socket] = []
+        self._other_raw: list[socket.socket] = []
 
     async def connect(self, term: Term = TERM) -> tuple[socket.socket | TlsSocket, bytes]:
         """A `replication.link.Connect`."""
@@ -283,7 +284,8 @@ class Network:
         raw = socket.socketpair()
         for one in raw:
             one.setblocking(False)
-        self._raw = [one for one in self._raw if one.fileno() >= 0] + [raw[0]]
+        self._raw.append(raw[0])
+        self._other_raw.append(raw[1])
         if self._tls is None:
             return raw
         here = TlsSocket(raw[0], self._tls[1], server_side=False, server_hostname="localhost")
@@ -307,6 +309,11 @@ class Network:
         for one in self._raw:
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """When no task uses them any more."""
+        for one in self._raw + self._other_raw:
+            one.close()
 
     def restart(self) -> None:
         """Another process serves the same leg, after the earlier one was killed."""
@@ -333,14 +340,19 @@ class Link:
 @asynccontextmanager
 async def linked(*, timeout_s: float = 5.0, tls: Contexts | None = None) -> AsyncIterator[Link]:
     """A leg with its replica."""
-    async with trio.open_nursery() as nursery:
-        network = Network(nursery, Keeper(), tls=tls)
-        leg = await open_remote_leg(
-            nursery, network.connect, INFO, MEMBERSHIP, timeout_s=timeout_s, decode_extents=decode_extents
-        )
-        yield Link(leg, network, nursery)
-        leg.close()
-        nursery.cancel_scope.cancel()
+    network: Network | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            network = Network(nursery, Keeper(), tls=tls)
+            leg = await open_remote_leg(
+                nursery, network.connect, INFO, MEMBERSHIP, timeout_s=timeout_s, decode_extents=decode_extents
+            )
+            yield Link(leg, network, nursery)
+            leg.close()
+            nursery.cancel_scope.cancel()
+    finally:
+        if network is not None:
+            network.close()
 
 
 class Told:
