@@ -88,6 +88,29 @@ def test_after_a_lost_connection_exactly_what_is_missing_is_sent_again_in_its_or
     run(body)
 
 
+def test_what_was_applied_while_the_connection_was_gone_is_done_and_not_sent_again() -> None:
+    async def body() -> None:
+        async with linked() as link:
+            told = Told()
+            link.store.blocks, link.store.gate = True, trio.Event()
+            for sequence in (1, 2, 3):
+                link.leg.submit(sequence, [data(0, sequence)], told.of(sequence))
+            await until(lambda: link.store.waiting)
+            link.network.is_down = True
+            link.network.cut()
+            link.store.gate.set()
+            await until(lambda: link.network.replica.applied == 3)
+            assert told.calls == []
+            link.network.is_down = False
+            await until(lambda: told.done == [1, 2, 3])
+            link.leg.submit(4, [data(0, 4)], told.of(4))
+            await until(lambda: told.done == [1, 2, 3, 4])
+            assert [fill for _, fill, _ in link.store.log] == [1, 2, 3, 4]
+            assert link.leg.failure is None and link.leg.resumptions == 1
+
+    run(body)
+
+
 def test_a_batch_that_was_cut_in_the_middle_is_applied_again_from_its_beginning() -> None:
     async def body() -> None:
         async with linked() as link:
