@@ -82,6 +82,7 @@ from terrace.snapshots import Snapshots
 from terrace.upgrade import Upgrade
 from tiers import DeviceSpec, Pool, TierError
 from tiers.heatmap import MAX_RANGES
+from tiers.names import validate_name
 from tiers.policy import DEFAULT_NAME
 
 log = logging.getLogger(__name__)
@@ -511,19 +512,32 @@ class Api:
     async def take_snapshots(self, request: Request) -> Response:
         body = await read_body(request, TakeBody)
         with self._pools.using(request.path_params["pool"]) as pool:
+            if len(body.volumes) == 1:
+                mirrored = await self._take_mirrored(pool, body.volumes[0], body.name)
+                if mirrored is not None:
+                    return JSONResponse([mirrored], HTTPStatus.CREATED)
             taken = await self._snapshots.create(pool, body.volumes, body.name)
             return JSONResponse(list(map(plain, taken)), HTTPStatus.CREATED)
+
+    async def _take_mirrored(self, pool: Pool, volume: str, name: str) -> Any:
+        """A snapshot on every leg that is in sync, at one place in the order of writes; None if it isn't served here."""
+        mirror = self._mirrors.of(pool.volume(volume))
+        if mirror is None or not mirror.is_primary:
+            return None
+        validate_name("snapshot", name)
+        if any(one.short_name == name for one in pool.snapshots(volume)):
+            raise TierError(errno.EEXIST, f"{pool.name}/{volume}@{name} exists already; choose another name")
+        await (await self._admin.served(mirror)).snapshot(name)
+        (made,) = await pool.snapshot_status(volume, name)
+        self._tell("snapshot", made.name, f"{made.name} was taken, on every leg that is in sync")
+        return plain(made)
 
     async def take_snapshot(self, request: Request) -> Response:
         body = await read_body(request, TakeOneBody)
         with self._pools.using(request.path_params["pool"]) as pool:
             volume = request.path_params["volume"]
-            mirror = self._mirrors.of(pool.volume(volume))
-            if mirror is not None and mirror.mirror is not None:
-                await (await self._admin.served(mirror)).snapshot(body.name)
-                (made,) = await pool.snapshot_status(volume, body.name)
-                self._tell("snapshot", made.name, f"{made.name} was taken, on every leg that is in sync")
-                return JSONResponse(plain(made), HTTPStatus.CREATED)
+            if (mirrored := await self._take_mirrored(pool, volume, body.name)) is not None:
+                return JSONResponse(mirrored, HTTPStatus.CREATED)
             (taken,) = await self._snapshots.create(pool, [volume], body.name, by_filler=body.by_filler)
             return JSONResponse(plain(taken), HTTPStatus.CREATED)
 

@@ -87,6 +87,17 @@ class MirrorAdmin:
         self.mirrors.tell("mirror", volume.name, f"{volume.name} got a leg on node {place.node}")
         return mirror
 
+    async def add_voter(self, mirror: LocalMirror, node: str) -> LocalMirror:
+        """A tie-breaker: a node without a leg that has a say. With three voters a majority decides who is primary."""
+        served = await self.served(mirror)
+        if node != self.mirrors.node:
+            self.mirrors.peers.peer(node)
+        membership = served.membership
+        if node not in membership.voters:
+            await served.reconfigure(voters=(*membership.voters, node))
+            self.mirrors.tell("mirror", mirror.name, f"node {node} is a tie-breaker of {mirror.name} now")
+        return mirror
+
     async def _add_first(self, pool: Pool, volume: Volume, place: Place, options: Options) -> LocalMirror:
         if volume.filling:
             raise TierError(errno.EBUSY, f"{volume.name} is not complete; mirror it once what fills it has ended")
@@ -184,6 +195,9 @@ class MirrorAdmin:
         served = await self.served(mirror)
         membership = served.membership
         going = [leg for leg in membership.legs if leg.node == node]
+        if not going and node in membership.voters:
+            await served.reconfigure(voters=tuple(voter for voter in membership.voters if voter != node))
+            self.mirrors.tell("mirror", mirror.name, f"node {node} is no tie-breaker of {mirror.name} any more")
         if not going:
             await trio.lowlevel.checkpoint()
             return {"removed": [], "left": [], "mirrored": True}

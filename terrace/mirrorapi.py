@@ -6,7 +6,8 @@ POST   /v1/nodes/N/drain                           {to?, dry_run?}; only of this
 GET    /v1/mirrors                                 all mirrors that have a leg here, as their primaries see them
 GET    /v1/pools/P/volumes/V/mirror                one of them
 GET    /v1/pools/P/volumes/V/mirror/explain        {state, legs, text}: what is wrong, what is waited for, what to do
-POST   /v1/pools/P/volumes/V/mirror/legs           {node, pool?}; one more leg, also of a volume without a mirror
+POST   /v1/pools/P/volumes/V/mirror/legs           {node, pool?, voter?}; one more leg, or the first but one;
+                                                       voter: no leg, only a say
 DELETE /v1/pools/P/volumes/V/mirror/legs/N[?force=1]   tells {removed, left, mirrored}
 POST   /v1/pools/P/volumes/V/mirror/promote        {force?, dry_run?}; dry_run tells {may_lose}
 POST   /v1/pools/P/volumes/V/mirror/demote         {to?, force?}
@@ -41,6 +42,10 @@ class PlaceBody(Body):
     def place(self) -> Place:
         """For `MirrorAdmin`."""
         return Place(self.node, self.pool)
+
+
+class AddBody(PlaceBody):
+    voter: bool = False
 
 
 class DrainBody(Body):
@@ -130,7 +135,9 @@ class MirrorApi:
         return JSONResponse({"volume": mirror.name, "state": found.state.value, "legs": legs, "text": found.paragraph})
 
     async def add_leg(self, request: Request) -> Response:
-        body = await read_body(request, PlaceBody)
+        body = await read_body(request, AddBody)
+        if body.voter:
+            return await self._status(await self._admin.add_voter(self._one(request), body.node), 201)
         with self._pools.using(request.path_params["pool"]) as pool:
             volume = pool.volume(request.path_params["volume"])
             mirror = await self._admin.add(pool, volume, body.place(), Options())

@@ -366,7 +366,15 @@ class Mirrors:
             membership = mirror.membership
         except OSError as error:
             return found | {
-                **{"mirror": None, "role": "secondary", "primary": None, "term": None, "epoch": None, "token": None},
+                **{
+                    "mirror": None,
+                    "role": "secondary",
+                    "primary": None,
+                    "term": None,
+                    "epoch": None,
+                    "token": None,
+                    "voters": [],
+                },
                 **{"state": MirrorState.FAULTED.value, "waiting": None, "problem": error.strerror, "legs": []},
             }
         served = mirror.mirror
@@ -387,6 +395,7 @@ class Mirrors:
             "term": membership.term.number,
             "epoch": membership.epoch,
             "token": membership.token,
+            "voters": list(membership.voters),
             "state": state,
             "waiting": status.waiting if status is not None else None,
             "problem": mirror.problem.strerror if mirror.problem is not None else None,
@@ -415,7 +424,7 @@ class Mirrors:
             return own
         try:
             theirs = await self.peers.call(primary, "mirror.status", {"mirror": own["mirror"]}, 2.0)
-            known = ("state", "waiting", "problem", "legs", "term", "epoch", "primary", "token")
+            known = ("state", "waiting", "problem", "legs", "term", "epoch", "primary", "token", "voters")
             return own | {key: theirs[key] for key in known}
         except (OSError, KeyError, TypeError) as error:
             why = error.strerror if isinstance(error, OSError) else "it gave no answer that is understood"

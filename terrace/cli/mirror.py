@@ -97,6 +97,7 @@ def _show(found: dict[str, Any], output: str) -> None:
             ("Primary", found["primary"] or "none"),
             ("Here", f"{found['node']}, {found['role']}"),
             ("Size", format_size(found["size_bytes"])),
+            *([("Voters", ", ".join(found["voters"]))] if len(found["voters"]) > 2 else []),
             ("Term", f"{found['term']}.{found['epoch']}"),
             *([("Next primary", found["token"])] if found["token"] else []),
             *([("Writes wait", found["waiting"])] if found["waiting"] else []),
@@ -142,18 +143,23 @@ def explain(context: Context, volume: tuple[str, str], output: str) -> None:
 @_mirror_argument
 @click.argument("place", type=LEG_PLACE, metavar="NODE[/POOL]")
 @click.option("--wait", is_flag=True, help="Until the new leg is up to date.")
+@click.option("--voter", is_flag=True, help="No leg: NODE is a tie-breaker, with a say about who is primary.")
 @output_option
 @pass_context
-def add(context: Context, volume: tuple[str, str], place: tuple[str, str | None], wait: bool, output: str) -> None:
+def add(
+    context: Context, volume: tuple[str, str], place: tuple[str, str | None], wait: bool, voter: bool, output: str
+) -> None:
     """Give a volume one more leg, on NODE. One that isn't mirrored yet must have no clients for that moment."""
     node, pool = place
     with context.connect() as client:
         with patience(f"Adding a leg on {node}"):
-            found = client.request("POST", *_path(volume, "legs"), body={"node": node, "pool": pool})
-        if wait:
+            found = client.request("POST", *_path(volume, "legs"), body={"node": node, "pool": pool, "voter": voter})
+        if wait and not voter:
             found = _follow(client, volume, node)
     if output == "json":
         show_json(found)
+    elif voter:
+        click.echo(f"{found['volume']} has the voters {', '.join(found['voters'])}.")
     else:
         leg = _leg(found, node)
         click.echo(f"{found['volume']} has a leg on {node}, {leg['export']}, which is {leg['state']}.")

@@ -8,8 +8,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from terrace.cli.context import Context, ask, confirm, pass_context
-from terrace.cli.output import count, duration, output_option, patience, show_facts, show_json, show_table
+from terrace.cli.context import Context, ask, pass_context
+from terrace.cli.output import duration, output_option, patience, show_facts, show_json, show_table
 
 NO_NODES = (
     "This node has no name and so no peers; set name under [node] in the configuration, and [peers.NAME] for each of "
@@ -134,10 +134,9 @@ def show(context: Context, name: str, output: str) -> None:
 @click.argument("name", type=NODE, metavar="NODE")
 @click.option("--to", type=NODE, metavar="NODE", help="Who is to take its mirrors over (default: any that may).")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done, and what is in the way.")
-@click.option("-y", "--yes", is_flag=True, help="Don't ask.")
 @output_option
 @pass_context
-def drain(context: Context, name: str, to: str | None, dry_run: bool, yes: bool, output: str) -> None:
+def drain(context: Context, name: str, to: str | None, dry_run: bool, output: str) -> None:
     """Make this node ready to be taken down: it stops being primary of mirrors.
 
     Refuses where a mirror has its only up-to-date leg here, and where clients are connected to one. Exit status 1: it
@@ -145,9 +144,6 @@ def drain(context: Context, name: str, to: str | None, dry_run: bool, yes: bool,
     """
     with context.connect() as client:
         plan = client.request("POST", "nodes", name, "drain", body={"to": to, "dry_run": True})
-        if not dry_run and not plan["refused"] and plan["demote"]:
-            what = count(len(plan["demote"]), "mirror")
-            confirm(f"Demote {what} on {name}, which nobody can use then until it is promoted elsewhere?", yes=yes)
         if not dry_run and not plan["refused"]:
             with patience(f"Draining {name}"):
                 plan = client.request("POST", "nodes", name, "drain", body={"to": to, "dry_run": False})

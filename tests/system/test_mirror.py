@@ -136,6 +136,7 @@ def test_what_is_written_while_one_node_is_down_is_on_both_afterwards_and_either
         client.flush()
         b.daemon.start()
         a.wait_for({"a": "UpToDate", "b": "UpToDate"})
+        a.daemon.api("POST", "/v1/pools/p/snapshots", {"name": "both", "volumes": ["v"]})
         client.write(3 * MIB, second[:4096])
     assert any("leg of p/v on node b is Stale" in text for text in a.events())
 
@@ -155,6 +156,9 @@ def test_what_is_written_while_one_node_is_down_is_on_both_afterwards_and_either
         client.write(MIB, first)
     with pytest.raises(Refused, match="primary is node b"):
         a.connect()
+    for node in (a, b):  # at the same place in the order of writes
+        with node.connect("v@both") as snapshot:
+            assert snapshot.read(2 * MIB, 2 * MIB) == second + bytes(MIB)
     assert (b.mirror()["primary"], b.mirror()["role"], a.mirror()["role"]) == ("b", "primary", "secondary")
 
 
