@@ -941,7 +941,8 @@ class Mirror:
     def _adopt(self, record: Membership) -> None:
         """It counts."""
         self.membership = record
-        self._attempts.clear()
+        # What was tried later may be stored somewhere: the next record has to come after it.
+        self._attempts = [attempt for attempt in self._attempts if attempt.epoch > record.epoch]
         if all(getattr(record, name) == value for name, value in self._wanted.items()):
             self._wanted = {}
         for member in self.members.values():

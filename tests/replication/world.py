@@ -31,6 +31,7 @@ from tests.replication.fakes import FakeCluster, FakeLink, FakeNode, MemoryLegSt
 SECTOR = 512
 SIZE = 8 * EXTENT_BYTES
 TERM_SEQUENCES = 10**9
+REFUSALS = {errno.EIO, errno.ENOSPC, errno.ESTALE, errno.ESHUTDOWN, errno.ECONNRESET, errno.ETIMEDOUT, errno.ECANCELED}
 
 
 class ViolationError(AssertionError):
@@ -104,9 +105,7 @@ class World:
     def submitted(self, sequence: int, changes: list[Change], done: Done) -> Done:
         place = sequence
         fresh: list[int] = []
-        touched: set[int] = set()
         for change in changes:
-            touched.update(range(change.offset // EXTENT_BYTES, (change.offset + change.length - 1) // EXTENT_BYTES + 1))
             for at in range(change.offset, change.offset + change.length, SECTOR):
                 index = at // SECTOR
                 sector = self.sectors[index]
@@ -127,7 +126,7 @@ class World:
             if error is None:
                 for index in fresh:
                     self.sectors[index].acknowledged = max(self.sectors[index].acknowledged, place)
-                self._check_missing(touched)
+                self._check_missing(fresh, place)
                 self.counts["acknowledged"] += 1
             else:
                 self.counts[f"refused: {errno.errorcode.get(error.errno or 0)}"] += 1
@@ -135,21 +134,28 @@ class World:
 
         return watched
 
-    def _check_missing(self, touched: set[int]) -> None:
+    def _check_missing(self, fresh: list[int], place: int) -> None:
         mirror = self.mirror
         if mirror is None:
             return
         for leg_id, member in mirror.members.items():
+            node = self.nodes[leg_id]
+            if member.leg is not None and leg_id not in self.cluster.truth.in_sync:
+                continue  # it is being brought up to date
+            missed = [index for index in fresh if self.place_at(node, index) < place]
+            touched = {index * SECTOR // EXTENT_BYTES for index in missed}
             if leg_id in self.cluster.truth.in_sync:
-                if member.leg is None:
+                if missed and node.intact:
                     raise ViolationError(f"acknowledged without {leg_id}, which the record calls in sync")
-                continue
-            if member.leg is not None:
                 continue
             for other in self.cluster.truth.in_sync:
                 missing = trackers_matching(self.nodes[other].store, missing_tracker(leg_id))
                 if not touched <= missing:
                     raise ViolationError(f"{leg_id} misses {sorted(touched - missing)}, and {other} doesn't know it")
+
+    def place_at(self, node: FakeNode, index: int) -> int:
+        number = int.from_bytes(node.store.image[index * SECTOR : index * SECTOR + 8], "little")
+        return self.sectors[index].numbers.get(number, 0)
 
     def judge(self, index: int, number: int, where: str, floor: int) -> int:
         """The place of what was found in a sector."""
@@ -174,7 +180,7 @@ class World:
             try:
                 await self.operation(mirror, rng.random())
             except OSError as error:
-                if self.mirror is mirror and error.errno not in (errno.EIO, errno.ESTALE, errno.ESHUTDOWN, 5, 104, 110, 125):
+                if self.mirror is mirror and error.errno not in REFUSALS:
                     raise
                 self.counts["failed"] += 1
                 await trio.sleep(0.02)
