@@ -85,12 +85,15 @@ async def differing(source: Leg, target: Leg, offset: int, length: int) -> list[
 
 @contextlib.contextmanager
 def ungrouped() -> Iterator[None]:
-    """The first OSError of a nursery in place of its group."""
+    """The first OSError of a nursery in place of its group.
+
+    Also where there are cancellations beside it: they come again at the next checkpoint.
+    """
     try:
         yield
     except BaseExceptionGroup as group:
         own, rest = group.split(OSError)
-        if own is None or rest is not None:
+        if own is None or (rest is not None and rest.split(trio.Cancelled)[1] is not None):
             raise
         first: BaseException = own
         while isinstance(first, BaseExceptionGroup):

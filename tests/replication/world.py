@@ -392,8 +392,9 @@ class World:
                         inner.start_soon(announce, mirror)
                         await mirror.run()
                         inner.cancel_scope.cancel()
-                except* OSError:
-                    pass
+                except* OSError as group:
+                    if mirror.started.is_set():
+                        raise ViolationError("the mirror ended by itself") from group
                 if mirror.ended.is_set():
                     raise ViolationError(f"deposed by nobody: {mirror.status().deposed}")
                 await trio.sleep(0.05)
