@@ -263,6 +263,7 @@ class Mirror:
             for m in self.members.values()
             if m.leg is not None and m.state in (LegState.UP_TO_DATE, LegState.SYNCING)
         )
+        self._tell_room()
         self._changed.set()
         self._changed = trio.Event()
 
@@ -390,10 +391,14 @@ class Mirror:
         self.inflight.remove(batch)
         took = trio.current_time() - batch.began
         self.latency_s += (took - self.latency_s) * 0.05
+        self._tell_room()
+        batch.done(error)
+
+    def _tell_room(self) -> None:
+        """Some queue may have become shorter."""
         if self._room is not None:
             self._room.set()
             self._room = None
-        batch.done(error)
 
     def _release(self, error: OSError | None) -> None:
         parked, self._parked = self._parked, []
@@ -526,7 +531,7 @@ class Mirror:
             if losses == self._losses and self._may_serve():
                 return
 
-    def _readable(self) -> list[Member]:
+    def readable(self) -> list[Member]:
         """The local leg, then the nearest; one that was never measured counts as near."""
         found = [m for m in self.members.values() if m.leg is not None and m.state is LegState.UP_TO_DATE]
         return sorted(found, key=lambda m: (m.leg is not None and not m.leg.is_local, m.latency_s or 0.0, m.info.id))
@@ -537,7 +542,7 @@ class Mirror:
             await self._admitted(reading=True)
             self.client_at = trio.current_time()
             bad: list[Member] = []
-            for member in self._readable():
+            for member in self.readable():
                 if await self._read_from(member, offset, length, into):
                     for other in bad:
                         self._heal_later(other, offset, length)
@@ -545,7 +550,7 @@ class Mirror:
                 if member.leg is not None:
                     bad.append(member)
             self._look()
-            if bad and all(m in bad for m in self._readable()):
+            if bad and all(m in bad for m in self.readable()):
                 what = f"{length:,} bytes at {offset:,}: {bad[0].error}"
                 raise OSError(errno.EIO, f"{self.name}: no leg can read {what}; write them anew, or restore them")
             await trio.lowlevel.checkpoint()
@@ -598,7 +603,7 @@ class Mirror:
                 await self.inflight.settle(at, piece)
                 for block in await self._unreadable(member, at, piece):
                     data = memoryview(bytearray(BLOCK_BYTES))
-                    for source in [m for m in self._readable() if m is not member]:
+                    for source in [m for m in self.readable() if m is not member]:
                         if await self._read_from(source, block, BLOCK_BYTES, data):
                             healed += await self.copy_to(member, block, data)
                             break
@@ -642,6 +647,8 @@ class Mirror:
         except OSError:
             self._look()
             return False
+        finally:
+            self._tell_room()
         return True
 
     async def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
@@ -674,7 +681,7 @@ class Mirror:
     async def _mapped_any(self, offset: int, length: int) -> list[tuple[int, int]]:
         while True:
             await self._admitted(reading=True)
-            for member in self._readable():
+            for member in self.readable():
                 if member.leg is None:
                     continue
                 try:
@@ -1126,7 +1133,7 @@ class Mirror:
 
     def source(self) -> Leg | None:
         """The leg in sync to copy from."""
-        return next((m.leg for m in self._readable()), None)
+        return next((m.leg for m in self.readable()), None)
 
     async def read_for_copy(self, offset: int, length: int, into: memoryview) -> None:
         """From any leg in sync. Not a client's read."""

@@ -199,7 +199,7 @@ class MemoryLegStore:
 
     def _apply(self, offset: int, length: int, data: bytes | None) -> None:
         assert not (offset | length) % BLOCK_BYTES, "a change of part of a block came to a store"
-        assert 0 <= offset and offset + length <= len(self.image), "a change beyond the end"
+        assert offset >= 0 and offset + length <= len(self.image), "a change beyond the end"
         self.image[offset : offset + length] = bytes(length) if data is None else data
         self._log.append((offset, length, data))
         for tracker in self.trackers.values():
@@ -281,7 +281,7 @@ class MemoryLegStore:
         await self._pause()
         self._usable()
         stop = min(offset + length, len(self.image))
-        found = []
+        found: list[tuple[int, int]] = []
         for at in range(offset // BLOCK_BYTES * BLOCK_BYTES, stop, BLOCK_BYTES):
             if any(self.image[at : at + BLOCK_BYTES]):
                 begin = max(at, offset)

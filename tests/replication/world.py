@@ -244,7 +244,9 @@ class World:
         for _ in range(self.faults):
             await trio.sleep(rng.random() * 0.4)
             node = rng.choice(list(self.nodes.values()))
-            kind = rng.choice(("cut", "stall", "long stall", "kill", "power", "full", "stuck", "primary", "quorum", "bad"))
+            kind = rng.choice(
+                ("cut", "stall", "long stall", "kill", "power", "full", "stuck", "primary", "quorum", "bad")
+            )
             self.counts[kind] += 1
             is_primary = node.info.node == "a"
             if kind == "cut" and not is_primary:
@@ -302,8 +304,10 @@ class World:
         return found
 
     def safely_bad(self, node: FakeNode) -> bool:
-        return len(self.up()) == len(self.nodes) and len(self.cluster.truth.in_sync) == len(self.nodes) and not any(
-            other.store.bad for other in self.nodes.values()
+        return (
+            len(self.up()) == len(self.nodes)
+            and len(self.cluster.truth.in_sync) == len(self.nodes)
+            and not any(other.store.bad for other in self.nodes.values())
         )
 
     async def crash_primary(self, *, power: bool) -> None:
