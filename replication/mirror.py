@@ -789,10 +789,10 @@ class Mirror:
         log.warning("%s: the leg on %s is out: %s", self.name, member.info.node, error)
         if leg.is_local and error.errno == errno.ESTALE:
             self._depose(error)
+        # Also of a leg that a record being written calls in sync: who hasn't stored that sees no leg leave by the next.
+        self._remember(member)
         if member.info.id in self._required():
             self._excluding.add(member.info.id)
-        else:
-            self._remember(member)
         if not any(m.state is LegState.UP_TO_DATE and m.leg is not None for m in self.members.values()):
             self._lose(error)
         if self._commit_scope is not None:
@@ -804,7 +804,7 @@ class Mirror:
         return self.membership.in_sync.union(*(attempt.in_sync for attempt in self._attempts))
 
     def _remember(self, member: Member) -> None:
-        """A leg that wasn't in sync may lose what it has got since the last common flush; nobody else notes that."""
+        """A leg that was brought up to date may lose what it has got since the last common flush: nobody else notes."""
         trackers = self._store.trackers if self._store is not None else {}
         missing = trackers.get(missing_tracker(member.info.id))
         if missing is not None:
