@@ -752,9 +752,9 @@ class Mirror:
             await trio.sleep(self.settings.flush_every_s)
             if self._shut:
                 continue
-            # Once more after the last write: what the round before has rotated is forgotten then.
+            # Some more after the last write: what one round has rotated is forgotten with the next.
             clean = 0 if self._sequence != self._flushed_sequence else clean + 1
-            if clean <= 2 and self._sequence:
+            if clean <= 3 and self._sequence:
                 try:
                     await self.flush()
                 except OSError as error:
@@ -920,6 +920,7 @@ class Mirror:
                 error = failed
             else:
                 self._commit_scope = None
+                await self._tell_syncing(record)
                 self._adopt(record)
                 return True
         cancelled = self._commit_scope is not None and self._commit_scope.cancelled_caught
@@ -944,6 +945,23 @@ class Mirror:
             self._fail_parked()
             self._change()
         return False
+
+    async def _tell_syncing(self, record: Membership) -> None:
+        """Legs that are being brought up to date must know who has left, as what that one misses is noted by each leg
+        that may be in sync some day. Before anything that it misses is acknowledged."""
+        if self.membership.in_sync <= record.in_sync:
+            return
+        for member in list(self.members.values()):
+            leg = member.leg
+            if leg is not None and member.info.id not in record.in_sync and leg.failure is None:
+                try:
+                    await leg.accept(record, inconsistent=True)
+                except OSError as error:
+                    self.leg_failed(leg, error)
+
+    def stale_beside(self, member: Member) -> list[str]:
+        """Ids of other legs that aren't in sync."""
+        return [leg.id for leg in self.membership.legs if leg.id not in self.membership.in_sync | {member.info.id}]
 
     def _adopt(self, record: Membership) -> None:
         """It counts."""
@@ -1131,9 +1149,9 @@ class Mirror:
         """The primary's own store, if its leg is in sync."""
         return self._store if self._reader is not None else None
 
-    def source(self) -> Leg | None:
-        """The leg in sync to copy from."""
-        return next((m.leg for m in self.readable()), None)
+    def sources(self) -> list[Leg]:
+        """The legs in sync; the first one is to be copied from."""
+        return [m.leg for m in self.readable() if m.leg is not None]
 
     async def read_for_copy(self, offset: int, length: int, into: memoryview) -> None:
         """From any leg in sync. Not a client's read."""

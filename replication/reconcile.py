@@ -120,8 +120,9 @@ async def reconcile(source: Leg, others: Sequence[Leg], sequence: int, size_byte
                 await submitted(leg, sequence, Change(at, count, data))
     for leg in (source, *others):
         await leg.flush()
-    for leg in (source, *others):
-        leg.flushed_by_all(sequence)
+    for _ in range(2):  # the first makes what is left of `recent` old
+        for leg in (source, *others):
+            leg.flushed_by_all(sequence)
     return sequence
 
 
