@@ -1250,7 +1250,7 @@ class Mirror:
         finally:
             if self._end is None:
                 self._end = OSError(errno.ESHUTDOWN, f"{self.name}: the mirror was stopped")
-            self._release(self._end)
+            self._doom(self._end)  # legs may be gone already without having been excluded
             for member in self.members.values():
                 if member.leg is not None:
                     member.leg.close()
