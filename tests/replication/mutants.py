@@ -44,3 +44,12 @@ MUTANTS: dict[str, Plant] = {
         Mirror, "_completed", "if batch.doomed is not None:", "if False:"
     ),
 }
+
+SEEDS: dict[str, int] = {
+    "acknowledges before a record without the leg counts": 0,
+    "goes on writing while a leg is being excluded": 1,
+    "resync ignores what was touched": 24,
+    "resync reads while older batches are in flight": 88,
+    "what was written recently is forgotten when a leg is excluded": 0,
+}
+"""Seeds on which the random runs catch them."""
