@@ -263,16 +263,18 @@ class Resync:
                 offset, length = piece
             whole = True
             for at, count in await self._wanted(offset, length):
-                if not await self._bring(at, count, tries):
+                if await self._bring(at, count, tries):
+                    self._done.append((at, count))
+                else:
                     whole = False
                     self.progress.retries += 1
                     for extent in range(at, at + count, EXTENT_BYTES):
                         again.append((extent, min(EXTENT_BYTES, at + count - extent), tries + 1))
-            self.progress.done_bytes += length if not tries else 0
+                if self._copied >= self._settings.flush_bytes:
+                    await self._flush()
             if whole:
                 self._done.append((offset, length))
-            if self._copied >= self._settings.flush_bytes:
-                await self._flush()
+            self.progress.done_bytes += length if not tries else 0
             await trio.lowlevel.checkpoint()
 
     async def _wanted(self, offset: int, length: int) -> list[tuple[int, int]]:

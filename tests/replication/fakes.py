@@ -515,16 +515,20 @@ class FakeLeg:
         await self._call(lambda: self._inner.read(offset, length, into))
 
     async def flush(self) -> None:
-        # Its place is behind what was submitted before.
-        arrived = trio.Event()
-        self._out.append(arrived.set)
-        self._wake.set()
+        arrived = self._arrival()
 
         async def flush() -> None:
             await arrived.wait()
             await self._inner.flush()
 
         await self._call(flush)
+
+    def _arrival(self) -> trio.Event:
+        """Is set when all that was sent before has arrived."""
+        arrived = trio.Event()
+        self._out.append(arrived.set)
+        self._wake.set()
+        return arrived
 
     def flushed_by_all(self, sequence: int) -> None:
         self._out.append(lambda: self._inner.flushed_by_all(sequence))
@@ -537,8 +541,14 @@ class FakeLeg:
         return await self._call(lambda: self._inner.mapped(offset, length))
 
     async def changed(self, trackers: Iterable[str]) -> Extents:
-        wanted = list(trackers)
-        return await self._call(lambda: self._inner.changed(wanted))
+        # Behind what was sent before, as it may change what is remembered.
+        arrived, wanted = self._arrival(), list(trackers)
+
+        async def changed() -> Extents:
+            await arrived.wait()
+            return await self._inner.changed(wanted)
+
+        return await self._call(changed)
 
     async def accept(self, membership: Membership, *, inconsistent: bool) -> None:
         await self._call(lambda: self._inner.accept(membership, inconsistent=inconsistent))

@@ -15,7 +15,7 @@ from replication.mirror import Member, MirrorSettings
 from replication.resync import Pace, ResyncSettings
 from replication.verify import VerifyReport, verify
 from tests.replication.fakes import trackers_matching
-from tests.replication.rig import SIZE, Rig, run
+from tests.replication.rig import SIZE, Rig, Told, run
 from tests.replication.test_mirror import block
 
 
@@ -91,6 +91,45 @@ def test_a_resync_goes_on_where_it_was_after_the_link_broke() -> None:
             assert again is not None and again is not first
             assert again.progress.total_bytes <= SIZE // 2 + (1 << 20)
             assert rig.store("a").image == rig.store("b").image
+
+    run(body)
+
+
+def test_an_extent_is_missing_until_the_leg_has_made_it_durable() -> None:
+    async def body() -> None:
+        settings = ResyncSettings(ceiling_bytes_s=1 << 20, flush_bytes=EXTENT_BYTES, workers=1)
+        rig = Rig(2, in_sync=["lega"], settings=MirrorSettings(resync=settings, flush_every_s=1000))
+        rig.known = False
+        rig.store("a").image[:] = b"".join(bytes([1 + n % 250]) * EXTENT_BYTES for n in range(SIZE // EXTENT_BYTES))
+        async with rig.running():
+            name = missing_tracker("legb")
+            await rig.until(lambda: 0 < len(trackers_matching(rig.store("a"), name)) < 40)
+            left = trackers_matching(rig.store("a"), name)
+            for extent in set(range(SIZE // EXTENT_BYTES)) - left:
+                at = slice(extent * EXTENT_BYTES, (extent + 1) * EXTENT_BYTES)
+                assert rig.store("b")._durable[at] == rig.store("a").image[at]
+
+    run(body)
+
+
+def test_batches_that_were_in_flight_when_a_leg_came_back_are_copied_to_it() -> None:
+    async def body() -> None:
+        rig = Rig(3, in_sync=["lega", "legb"])
+        rig.nodes["c"].link.cut()
+        async with rig.running() as mirror:
+            rig.store("a").stuck = stuck = trio.Event()
+            rig.nodes["b"].link.stall()
+            told = Told()
+            assert mirror.write_later([(0, block(9))], told)
+            rig.nodes["c"].link.mend()
+            await rig.until(lambda: member(rig, "c").state is LegState.SYNCING)
+            await trio.sleep(0.2)
+            rig.store("a").stuck = None
+            stuck.set()
+            rig.nodes["b"].link.resume()
+            await rig.whole()
+            assert told.outcomes == [None]
+            assert rig.store("c").image[0] == 9
 
     run(body)
 

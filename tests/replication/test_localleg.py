@@ -1,0 +1,153 @@
+"""The leg on this node: its queue, its trackers, its fence."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+import pytest
+import trio
+
+from replication.leg import BLOCK_BYTES, EXTENT_BYTES, Change
+from replication.localleg import RECENT, RECENT_OLD, LocalLeg, LocalSite
+from replication.membership import LegInfo, Term
+from tests.replication.fakes import FakeKeeper, MemoryExtents, MemoryLegStore, trackers_matching
+from tests.replication.rig import SIZE, TERM, run
+
+INFO = LegInfo("lega", "a", "pool/vol")
+
+
+class Told:
+    """What each `done` was called with, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, OSError | None]] = []
+
+    def of(self, sequence: int) -> Callable[[OSError | None], None]:
+        return lambda error: self.calls.append((sequence, error))
+
+    @property
+    def done(self) -> list[int]:
+        return [sequence for sequence, error in self.calls if error is None]
+
+
+async def until(true: Callable[[], bool]) -> None:
+    while not true():
+        await trio.sleep(0.001)
+
+
+def stored() -> tuple[MemoryLegStore, FakeKeeper]:
+    store = MemoryLegStore(SIZE)
+    store.trackers = {RECENT: MemoryExtents(), RECENT_OLD: MemoryExtents()}
+    return store, FakeKeeper(store, INFO.id)
+
+
+def change(block: int, value: int) -> Change:
+    return Change(block * BLOCK_BYTES, BLOCK_BYTES, memoryview(bytes([value]) * BLOCK_BYTES))
+
+
+def test_what_would_block_holds_up_what_comes_behind_it_and_data_are_copied() -> None:
+    async def body() -> None:
+        store, keeper = stored()
+        async with trio.open_nursery() as nursery:
+            leg = await LocalSite(keeper).open(nursery, INFO, TERM)
+            told = Told()
+            store.stuck = stuck = trio.Event()
+            buffer = bytearray(b"\1" * BLOCK_BYTES)
+            leg.submit(1, [Change(0, BLOCK_BYTES, memoryview(buffer))], told.of(1))
+            buffer[:] = b"\7" * BLOCK_BYTES
+            await until(lambda: leg.silent_since is not None)
+            store.stuck = None
+            leg.submit(2, [change(0, 2)], told.of(2))
+            assert store.image[0] == 0 and leg.queued_bytes == 2 * BLOCK_BYTES
+            stuck.set()
+            await until(lambda: told.done == [1, 2])
+            assert store.image[0] == 2 and leg.queued_bytes == 0 and leg.silent_since is None
+            assert [entry[2][:1] for entry in store._log if entry[2]] == [b"\1", b"\2"]
+            leg.close()
+
+    run(body)
+
+
+def test_a_change_that_fails_fails_the_leg_and_everything_behind_it() -> None:
+    async def body() -> None:
+        store, keeper = stored()
+        async with trio.open_nursery() as nursery:
+            leg = await LocalSite(keeper).open(nursery, INFO, TERM)
+            store.failing = OSError(errno.ENOSPC, "the pool is full")
+            told = Told()
+            leg.submit(1, [change(0, 1)], told.of(1))
+            leg.submit(2, [change(0, 2)], told.of(2))
+            await until(lambda: len(told.calls) == 2)
+            assert told.done == []
+            assert leg.failure is not None and leg.failure.errno == errno.ENOSPC
+            with pytest.raises(OSError, match="the pool is full"):
+                await leg.flush()
+
+    run(body)
+
+
+def test_a_later_term_stops_it_at_once() -> None:
+    async def body() -> None:
+        store, keeper = stored()
+        async with trio.open_nursery() as nursery:
+            site = LocalSite(keeper)
+            leg = await site.open(nursery, INFO, TERM)
+            await keeper.promise(Term(TERM.number + 1, "b" * 16))
+            assert leg.failure is not None and leg.failure.errno == errno.ESTALE
+            told = Told()
+            leg.submit(1, [change(0, 1)], told.of(1))
+            await until(lambda: len(told.calls) == 1)
+            assert told.done == [] and not any(store.image)
+            with pytest.raises(OSError, match="later term"):
+                await site.open(nursery, INFO, TERM)
+
+    run(body)
+
+
+def test_a_new_leg_waits_for_what_the_last_one_is_just_doing() -> None:
+    async def body() -> None:
+        store, keeper = stored()
+        async with trio.open_nursery() as nursery:
+            site = LocalSite(keeper)
+            old = await site.open(nursery, INFO, TERM)
+            store.stuck = stuck = trio.Event()
+            old.submit(1, [change(0, 1)], Told().of(1))
+            await until(lambda: old.silent_since is not None)
+            await trio.sleep(0.01)
+            store.stuck = None
+            old.close()
+            with trio.move_on_after(0.05) as scope:
+                await site.open(nursery, INFO, TERM)
+            assert scope.cancelled_caught
+            stuck.set()
+            new = await site.open(nursery, INFO, TERM)
+            told = Told()
+            new.submit(2, [change(0, 2)], told.of(2))
+            await until(lambda: told.done == [2])
+            assert store.image[0] == 2
+            new.close()
+
+    run(body)
+
+
+def test_what_was_written_after_a_flush_began_is_remembered_when_it_has_ended_everywhere() -> None:
+    async def body() -> None:
+        store, keeper = stored()
+        async with trio.open_nursery() as nursery:
+            leg: LocalLeg = await LocalSite(keeper).open(nursery, INFO, TERM)
+            told = Told()
+            leg.submit(1, [change(0, 1)], told.of(1))
+            await leg.flush()
+            leg.submit(2, [change(EXTENT_BYTES // BLOCK_BYTES, 2)], told.of(2))
+            leg.flushed_by_all(0)
+            assert trackers_matching(store, "recent*") == {0, 1}
+            leg.flushed_by_all(1)
+            assert trackers_matching(store, "recent*") == {1}
+            leg.flushed_by_all(1)
+            assert trackers_matching(store, "recent*") == {1}
+            leg.flushed_by_all(2)
+            assert trackers_matching(store, "recent*") == set()
+            leg.close()
+
+    run(body)
