@@ -29,7 +29,17 @@ from tests.replication.stores import MIRROR, MemoryStore, first_record
 
 R = TypeVar("R")
 
-LAYOUTS = (("ab", ""), ("ab", ""), ("a", "t"), ("ab", "t"), ("abc", ""), ("abc", "t"), ("abcd", "t"))
+LAYOUTS = (
+    ("ab", ""),
+    ("ab", ""),
+    ("ab", ""),
+    ("ab", ""),
+    ("a", "t"),
+    ("ab", "t"),
+    ("abc", ""),
+    ("abc", "t"),
+    ("abcd", "t"),
+)
 CALL_S = 0.5
 
 
@@ -160,6 +170,7 @@ class World:
         self.oracle = Oracle()
         self.forces = forces
         self.loss = self.rng.choice([0.0, 0.02, 0.1])
+        self.crashing = self.rng.choice([0.0, 0.01, 0.05])
         self.cuts: set[frozenset[str]] = set()
         self.numbers = 0
         self.sessions: dict[tuple[Term, str], int] = {}
@@ -182,6 +193,11 @@ class World:
                 if self._is_lost(source, target, life):
                     raise lost from None
                 raise error
+            if self.rng.random() < self.crashing:
+                # Between two steps of a protocol, where it matters.
+                name = self.rng.choice([source, source, target])
+                self.trace(f"{trio.current_time():8.2f} crash {name} between steps")
+                self.crash(name)
             await trio.sleep(self.rng.expovariate(1 / 0.01))
             if self._is_lost(source, target, life):
                 raise lost
@@ -200,20 +216,22 @@ class World:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._as_node, "a", self._serve, self.first, "a")
             for _ in range(steps):
-                await trio.sleep(self.rng.choice([0.05, 0.3, 1.0, 3.0]))
+                await trio.sleep(self.rng.choice([0.02, 0.1, 0.5, 2.0]))
                 self.step(nursery)
             nursery.cancel_scope.cancel()
 
     def step(self, nursery: trio.Nursery) -> None:
         rng, name = self.rng, self.rng.choice(sorted(self.all))
         node = self.all[name]
-        what = rng.choice(["promote"] * 5 + ["crash"] * 3 + ["start"] * 3 + ["cut"] * 3 + ["heal"] * 2 + ["demote"] * 2)
+        what = rng.choice(
+            ["promote"] * 5 + ["crash"] * 3 + ["start"] * 5 + ["cut"] * 4 + ["heal"] * 2 + ["demote"] * 3 + ["duel"] * 3
+        )
         self.trace(f"{trio.current_time():8.2f} {what} {name}")
         if what == "promote" and node.up and node.scope is None:
             force = self.forces and rng.random() < 0.4
             nursery.start_soon(self._as_node, name, self._promote, force)
         elif what == "crash" and node.up:
-            node.crash(power=rng.random() < 0.3, rng=rng, oracle=self.oracle)
+            self.crash(name)
         elif what == "start":
             for one in self.all.values():
                 if not one.up and rng.random() < 0.7:
@@ -221,12 +239,24 @@ class World:
         elif what == "cut":
             side = {one for one in self.all if rng.random() < 0.5}
             self.cuts = {frozenset((a, b)) for a in side for b in set(self.all) - side}
+        elif what == "duel":
+            # Both sides of a cut try to go on: what the rules are for.
+            side = {one for one in self.all if rng.random() < 0.5}
+            self.cuts = {frozenset((a, b)) for a in side for b in set(self.all) - side}
+            for each in sorted(self.all):
+                if not self.all[each].up:
+                    self.all[each].come_back()
+                if self.all[each].scope is None:
+                    nursery.start_soon(self._as_node, each, self._promote, self.forces and rng.random() < 0.2)
         elif what == "heal":
             self.cuts = set()
         elif what == "demote":
             for one in self.all.values():
                 if one.primary:
                     one.demoting = True  # type: ignore[attr-defined]
+
+    def crash(self, name: str) -> None:
+        self.all[name].crash(power=self.rng.random() < 0.3, rng=self.rng, oracle=self.oracle)
 
     async def _as_node(self, name: str, what: Callable[..., Awaitable[None]], *args: Any) -> None:
         node = self.all[name]
