@@ -333,7 +333,11 @@ class World:
                 failed.add(leg_id)
         if failed:
             record = await self._exclude(me, record, failed)
-        await self._flush(me, record)
+        if not await self._flush(me, record):
+            raise OSError(errno.EIO, "a leg has failed")
+        for leg_id in sorted(record.in_sync):
+            keeper = self.all[leg_id].keeper
+            await self.carry(me, leg_id, lambda keeper=keeper: keeper.accept(record))  # type: ignore[misc]
         return record
 
     def _set(self, node: ModelNode, data: set[int], record: Membership) -> None:
@@ -437,7 +441,8 @@ class World:
                 return False
         self.oracle.flushed |= set.intersection(*(self.all[leg_id].flushed for leg_id in record.in_sync))
         for leg_id in sorted(record.in_sync):
-            await self._at_leg(me, leg_id, record.term, lambda node: node.keeper.settled())
+            if not await self._at_leg(me, leg_id, record.term, lambda node: node.keeper.settled()):
+                return False
         return True
 
     async def _resync(self, me: str, record: Membership, leg_id: str) -> Membership:
