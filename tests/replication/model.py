@@ -22,7 +22,7 @@ import trio.testing
 
 from replication.lease import PrimaryLease
 from replication.membership import Generation, Membership, Options, Term
-from replication.promotion import Forced, Promote, SplitBrain, demote, is_rejoin_allowed, promote
+from replication.promotion import Promote, SplitBrain, demote, is_rejoin_allowed, promote
 from replication.voters import rule_of
 from tests.replication.nodes import Node, Nodes
 from tests.replication.stores import MIRROR, MemoryStore, first_record
@@ -283,8 +283,6 @@ class World:
             return
         source = decision.sources[0].node
         record = decision.membership
-        if isinstance(decision, Forced):
-            self.oracle.force(record, self.all[source].data, trio.current_time())
         self.oracle.judge_gone(decision.expected.in_sync, self.all[source].data)
         missing = self.oracle.required(record) - self.all[source].data
         if missing:
@@ -343,7 +341,6 @@ class World:
     def _set(self, node: ModelNode, data: set[int], record: Membership) -> None:
         self.oracle.overwrite(node.data, data, record, node.keeper.record.accepted)
         node.data = set(data)
-        self.oracle.doubtful.get(node.name, set()).difference_update(data)
         node.flushed &= data
 
     async def _at_leg(self, me: str, leg_id: str, term: Term, what: Callable[[ModelNode], None]) -> bool:
@@ -441,9 +438,13 @@ class World:
                 return False
         self.oracle.flushed |= set.intersection(*(self.all[leg_id].flushed for leg_id in record.in_sync))
         for leg_id in sorted(record.in_sync):
-            if not await self._at_leg(me, leg_id, record.term, lambda node: node.keeper.settled()):
+            if not await self._at_leg(me, leg_id, record.term, self._settle):
                 return False
         return True
+
+    def _settle(self, node: ModelNode) -> None:
+        node.keeper.settled()
+        self.oracle.doubtful.get(node.name, set()).difference_update(node.data)
 
     async def _resync(self, me: str, record: Membership, leg_id: str) -> Membership:
         node = self.all[leg_id]
@@ -467,7 +468,9 @@ class World:
         new = record.next_epoch(in_sync=record.in_sync | {leg_id})
         if not await self._at_leg(me, leg_id, record.term, lambda leg: setattr(leg, "flushed", set(leg.data))):
             return record
-        return await self._commit(me, new, record)
+        new = await self._commit(me, new, record)
+        self.oracle.doubtful.get(leg_id, set()).difference_update(data)
+        return new
 
 
 class Committing:
@@ -485,6 +488,9 @@ class Committing:
 
     async def commit(self, new: Membership, *, expected: Membership) -> None:
         sides = f"{new.place} by {self._cluster.node}, in sync {sorted(new.in_sync)}, primary {new.primary}"
+        if new.forced != "no":
+            # From now on: should the answer be lost, it may still come to count.
+            self._world.oracle.force(new, self._world.all[self._cluster.node].data, trio.current_time())
         try:
             await self._cluster.commit(new, expected=expected)
         except OSError as error:
