@@ -520,7 +520,7 @@ class Api:
             return JSONResponse(list(map(plain, taken)), HTTPStatus.CREATED)
 
     async def _take_mirrored(self, pool: Pool, volume: str, name: str) -> Any:
-        """A snapshot on every leg that is in sync, at one place in the order of writes; None if it isn't served here."""
+        """A snapshot on every leg that is in sync, at one place in the order of writes; None if not served here."""
         mirror = self._mirrors.of(pool.volume(volume))
         if mirror is None or not mirror.is_primary:
             return None

@@ -688,6 +688,10 @@ class FakeCluster:
             raise OSError(errno.ETIMEDOUT, "too few voters answer")
         return self.truth
 
+    async def create(self, first: Membership) -> None:
+        await trio.lowlevel.checkpoint()
+        self.truth = first
+
     async def commit(self, new: Membership, *, expected: Membership) -> None:
         await trio.lowlevel.checkpoint()
         if expected != self.truth:
