@@ -1016,7 +1016,10 @@ class Mirror:
             async with trio.open_nursery() as nursery:
                 for member in members:
                     nursery.start_soon(self._connect_member, member)
-        here = [m for m in members if m.leg is not None and m.leg.failure is None]
+        for member in members:
+            if member.leg is not None and member.leg.failure is not None:
+                member.error, member.leg = member.leg.failure, None  # gone again: it is excluded like one never heard
+        here = [m for m in members if m.leg is not None]
         try:
             legs = [m.leg for m in here if m.leg is not None]
             if not legs:
