@@ -1,0 +1,277 @@
+"""Real `terraced` processes, each a node with a home, a pool and a namespace of its own, and what may happen to them.
+
+`Nodes` starts them over one `Network`, which has one more host, `CLIENT`, for who uses the volume. How the volume is
+made and who serves it is a `Deployment`'s affair: `Alone` (one node, no mirror: what the harness itself is tested
+with) or `Mirrored`.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import trio
+
+from terrace.certificates import make_authority
+from tests.cluster.network import Host, Network
+from tests.system.daemon import Daemon, DaemonError
+from tiers import Pool
+
+CLIENT = "client"
+PORT = 10809
+POOL = "p"
+VOLUME = "p/v"
+TIMEOUT_S = 0.3
+"""So long a leg may be silent before writes go on without it."""
+_MIB = 1 << 20
+
+
+class Node(Daemon):
+    """One node. Its home is DIRECTORY/NAME."""
+
+    def __init__(self, host: Host, directory: Path, config: str) -> None:
+        super().__init__(directory / host.name, config, wrap=host.command())
+        self.host = host
+        self.name = host.name
+        self.paused = False
+
+    def configure(self) -> Path:
+        """The loopback address is for `Daemon`, the other for everybody."""
+        file = self.home.with_name(self.home.name + ".toml")
+        file.write_text(f'[nbd]\nlisten = ["127.0.0.1:0", "{self.host.address}:{PORT}"]\n{self.config}')
+        return file
+
+    def pause(self) -> None:
+        """SIGSTOP: it stands still, and its host's kernel goes on."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+        self.paused = True
+
+    def resume(self) -> None:
+        if self.paused and self.process is not None:
+            self.process.send_signal(signal.SIGCONT)
+        self.paused = False
+
+    def kill(self) -> None:
+        self.paused = False
+        super().kill()
+
+    def stop(self) -> int:
+        self.resume()
+        return super().stop()
+
+    @property
+    def answers(self) -> bool:
+        """Whether it can be asked."""
+        return self.alive() and not self.paused
+
+
+class Deployment(Protocol):
+    """How the volume comes to be on the nodes, and who serves it."""
+
+    names: Sequence[str]
+    """Of all nodes."""
+
+    def create(self, nodes: Nodes, size_bytes: int) -> None: ...
+
+    def promote(self, nodes: Nodes, name: str, *, timeout_s: float = 10.0) -> str | None:
+        """Make that node serve; None, or why it refuses."""
+
+    def demote(self, nodes: Nodes, name: str, *, timeout_s: float = 10.0) -> str | None:
+        """Make that node serve no more, cleanly; None, or why it refuses."""
+
+    def primary(self, nodes: Nodes) -> str | None:
+        """Who serves, as far as somebody that can be asked knows."""
+
+    def whole(self, nodes: Nodes) -> str | None:
+        """None if every copy is up to date, else what is missing."""
+
+    def copies(self) -> Sequence[str]:
+        """The nodes that have one."""
+
+
+class Nodes:
+    """See the module. `with Nodes(network, directory, deployment) as nodes:` starts all, and kills them in the end."""
+
+    def __init__(self, network: Network, directory: Path, deployment: Deployment) -> None:
+        self.network = network
+        self.directory = directory
+        self.deployment = deployment
+        self.by_name: dict[str, Node] = {}
+        for name in deployment.names:
+            self.by_name[name] = Node(network.host(name), directory, self._configuration(name))
+
+    def __enter__(self) -> Nodes:
+        try:
+            self._make_certificates()
+            for node in self.by_name.values():
+                node.start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for node in self.by_name.values():
+            node.kill()
+
+    def __getitem__(self, name: str) -> Node:
+        return self.by_name[name]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.by_name)
+
+    @property
+    def addresses(self) -> dict[str, tuple[str, int]]:
+        """Where clients find each."""
+        return {name: (node.host.address, PORT) for name, node in self.by_name.items()}
+
+    def answering(self) -> list[Node]:
+        return [node for node in self.by_name.values() if node.answers]
+
+    def _configuration(self, name: str) -> str:
+        others = [other for other in self.deployment.names if other != name]
+        if not others:
+            return "[nbd.tls]\nplaintext = true\n"
+        peers = [f'[peers.{other}]\naddress = "{self.network.host(other).address}:{PORT}"\n' for other in others]
+        # The load needs no secrets, and encrypts nothing; nodes do among themselves.
+        return f'[nbd.tls]\nmode = "allowed"\nplaintext = true\n[node]\nname = "{name}"\n' + "".join(peers)
+
+    def _make_certificates(self) -> None:
+        """One authority, and a certificate for each node, as `terrace tls` makes them."""
+        if len(self.by_name) < 2:
+            return
+        authority = self.directory / "authority"
+        make_authority(authority, "cluster", 2)
+        for node in self.by_name.values():
+            node.cli("tls", "node", node.name, "--name", node.host.address, "--dir", str(authority))
+            made, into = authority / "nodes" / node.name, node.home / "tls"
+            into.mkdir(parents=True, exist_ok=True)
+            for file in made.iterdir():
+                (into / file.name).write_bytes(file.read_bytes())
+                (into / file.name).chmod(0o600)
+
+    def contents(self, name: str) -> bytes:
+        """The volume as that node's pool has it, read by the engine alone; the node must have been stopped or killed."""
+        node = self.by_name[name]
+        assert node.process is None, f"the node {name} still runs"
+
+        async def read() -> bytes:
+            async with Pool.open(node.home / "pools" / POOL) as pool:
+                volume = pool.volume(VOLUME.partition("/")[2])
+                data = bytearray(volume.size_bytes)
+                for at in range(0, len(data), _MIB):
+                    part = min(_MIB, len(data) - at)
+                    await volume.read(at, part, memoryview(data)[at : at + part])
+                return bytes(data)
+
+        return trio.run(read)
+
+    def make_pool(self, name: str, size_bytes: int) -> None:
+        device = {"path": str(self.directory / f"{name}.fast"), "tier": "fast", "size": max(96 * _MIB, 4 * size_bytes)}
+        self.by_name[name].api("POST", "/v1/pools", {"name": POOL, "devices": [device]})
+
+    def wait_for(self, what: str, found: Callable[[], str | None], timeout_s: float) -> float:
+        """Until `found` returns None; else a DaemonError with what it said last. Returns the seconds that took."""
+        start_s = time.monotonic()
+        while (missing := found()) is not None:
+            if time.monotonic() - start_s > timeout_s:
+                logs = "\n".join(f"--- log of {node.name}:\n{node.tail(60)}" for node in self.by_name.values())
+                raise DaemonError(f"not {what} in {timeout_s:g} s: {missing}\n{logs}")
+            time.sleep(0.05)
+        return time.monotonic() - start_s
+
+
+@dataclass
+class Alone:
+    """One node with a plain volume, which it always serves while it runs."""
+
+    names: Sequence[str] = ("a",)
+
+    def create(self, nodes: Nodes, size_bytes: int) -> None:
+        nodes.make_pool("a", size_bytes)
+        nodes["a"].cli("volume", "create", VOLUME, str(size_bytes))
+
+    def promote(self, nodes: Nodes, name: str, *, timeout_s: float = 10.0) -> str | None:
+        return None
+
+    def demote(self, nodes: Nodes, name: str, *, timeout_s: float = 10.0) -> str | None:
+        return "there is no other node"
+
+    def primary(self, nodes: Nodes) -> str | None:
+        return "a" if nodes["a"].answers else None
+
+    def whole(self, nodes: Nodes) -> str | None:
+        return None
+
+    def copies(self) -> Sequence[str]:
+        return ("a",)
+
+
+@dataclass
+class Mirrored:
+    """Two nodes with a leg each, or three: `third` is a tie-breaker without a leg, or has one too."""
+
+    names: Sequence[str] = ("a", "b")
+    legs: Sequence[str] = ("a", "b")
+    options: Sequence[str] = ()
+    """Of `terrace volume create`."""
+
+    def create(self, nodes: Nodes, size_bytes: int) -> None:
+        for name in self.legs:
+            nodes.make_pool(name, size_bytes)
+        first, *others = self.legs
+        mirrors = [f"--mirror={name}/{POOL}" for name in others]
+        nodes[first].cli("volume", "create", VOLUME, str(size_bytes), *mirrors, *self.options)
+
+    def promote(self, nodes: Nodes, name: str, *, timeout_s: float = 10.0) -> str | None:
+        return self._ask(nodes[name], "promote", timeout_s)
+
+    def demote(self, nodes: Nodes, name: str, *, timeout_s: float = 10.0) -> str | None:
+        return self._ask(nodes[name], "demote", timeout_s)
+
+    def primary(self, nodes: Nodes) -> str | None:
+        for node in nodes.answering():
+            status = self.status(node)
+            if status is not None and status.get("role") == "primary":
+                return node.name
+        return None
+
+    def whole(self, nodes: Nodes) -> str | None:
+        primary = self.primary(nodes)
+        if primary is None:
+            return "there is no primary"
+        status = self.status(nodes[primary])
+        if status is None:
+            return f"the primary {primary} doesn't answer"
+        states = {leg["node"]: leg["state"] for leg in status["legs"]}
+        return None if set(states.values()) == {"UpToDate"} else f"legs as {primary} says: {states}"
+
+    def copies(self) -> Sequence[str]:
+        return self.legs
+
+    def status(self, node: Node) -> dict[str, Any] | None:
+        """What that node says of the mirror; None if it can't be asked now."""
+        try:
+            found = node.cli_json("volume", "mirror", "list")
+        except DaemonError:
+            return None
+        return next((one for one in found if one["volume"] == VOLUME), None)
+
+    @staticmethod
+    def _ask(node: Node, what: str, timeout_s: float) -> str | None:
+        if not node.answers:
+            return f"{node.name} doesn't run"
+        result = node.cli("volume", "mirror", what, VOLUME, status=None, timeout_s=timeout_s + 30)
+        if result.returncode == 0:
+            return None
+        said = result.stderr.strip()
+        if not re.match(r"error: ", said) or "Traceback" in said:
+            raise DaemonError(f"`terrace volume mirror {what}` on {node.name} ended with {result.returncode}:\n{said}")
+        return said
