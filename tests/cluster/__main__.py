@@ -38,9 +38,8 @@ def main(seed: int, profile: str | None, seconds: float, stream: int | None, ver
         sys.exit(1)
     if verbose:
         click.echo("\n".join(outcome.story.lines))
-    click.echo(
-        f"seed {seed}, {profile}: {outcome.faults} faults; {outcome.summary}; whole {outcome.settled_s:.1f} s after them"
-    )
+    told = f"{outcome.faults} faults; {outcome.summary}; whole {outcome.settled_s:.1f} s after them"
+    click.echo(f"seed {seed}, {profile}: {told}")
 
 
 def profile_of(seed: int) -> str:

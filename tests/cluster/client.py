@@ -3,10 +3,10 @@
 Each writer has its region (`oracle.Region`) and a connection; so have readers, who read anywhere. All run in a thread
 of their own, which is on the client's host. What they see goes to the `Oracle`.
 
-A request whose connection ends is answered by nobody, and is sent again by nobody: whether it happened is unknown. Where
-the server ended the connection, it is over: a daemon closes a connection when all that it had begun has ended, or dies
-with it. Where *we* gave up a silent one, the node may still carry it out, at any time; so its units are left alone,
-except for reading, until the same writer is served by another node, which that one must be fenced from by then.
+A request whose connection ends is not sent again: whether it happened is unknown. Where the server ended the
+connection, it is over: a daemon closes one when all that it had begun has ended, or dies with it. Where *we* gave up a
+silent one, the node may still carry it out, at any time; so its units are left alone, except for reading, until another
+node serves that writer: by then the first one must have been fenced.
 """
 
 from __future__ import annotations

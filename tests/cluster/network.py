@@ -22,6 +22,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,7 +55,12 @@ class Host:
 
     def run(self, work: Callable[[], T]) -> T:
         """Calls `work` in a thread that is in there: sockets that it makes, and children, stay there."""
-        return _in_thread(lambda: (_set_namespace(self.namespace), work())[1])
+
+        def there() -> T:
+            _set_namespace(self.namespace)
+            return work()
+
+        return _in_thread(there)
 
 
 class Network:
@@ -72,7 +78,7 @@ class Network:
             raise NetworkError("nodes in network namespaces need root and /dev/net/tun")
         try:
             for number, name in enumerate(self._names, 1):
-                self._hosts[name] = _in_thread(lambda: _new_host(name, f"10.99.0.{number}"))
+                self._hosts[name] = _in_thread(partial(_new_host, name, f"10.99.0.{number}"))
             ours, theirs = socket.socketpair()
             self._control = ours
             ours.settimeout(20)

@@ -158,7 +158,7 @@ class Nodes:
                 (into / file.name).chmod(0o600)
 
     def contents(self, name: str) -> bytes:
-        """The volume as that node's pool has it, read by the engine alone; the node must have been stopped or killed."""
+        """The volume as that node's pool has it, read by the engine alone. The node must not run."""
         node = self.by_name[name]
         assert node.process is None, f"the node {name} still runs"
 

@@ -1,7 +1,7 @@
 """What a volume may show to whom, whatever happens to the nodes behind it. Pure: a load tells it what it sees.
 
 The volume is divided into *units*. A unit is written whole, by one writer, one write at a time, each with the next
-number; the bytes of a unit tell which one they are, and of which unit. Zeroing is a write too, whose bytes tell nothing.
+number; its bytes tell which one they are, and of which unit. Zeroing is a write too, whose bytes tell nothing.
 
 - A read never returns a write older than the newest that was acknowledged before the read began, nor older than what
   a read that had ended by then returned. So what is acknowledged is never lost, and no value ever goes back, that of a

@@ -182,6 +182,10 @@ def _begin(nodes: Nodes, fault: Fault, story: Story) -> Callable[[], None] | Non
     def start_again() -> None:
         story.tell(f"start {name}, which takes {node.start():.2f} s")
 
+    def resume() -> None:
+        story.tell(f"resume {name}")
+        node.resume()
+
     match fault.kind:
         case "kill":
             story.tell(f"kill {name}")
@@ -190,7 +194,7 @@ def _begin(nodes: Nodes, fault: Fault, story: Story) -> Callable[[], None] | Non
         case "pause":
             story.tell(f"pause {name}")
             node.pause()
-            return lambda: (story.tell(f"resume {name}"), node.resume())[1]
+            return resume
         case "restart":
             story.tell(f"stop {name}")
             status = node.stop()

@@ -109,9 +109,9 @@ def test_copies_are_judged_and_have_to_be_the_same() -> None:
     judge.judge_copies({"a": volume, "b": volume})
     with pytest.raises(Violation, match="the copies a and b differ, first at byte 4096"):
         judge.judge_copies({"a": volume, "b": newer})
-    with pytest.raises(Violation, match="b: unit 0 .* was read before"):
+    with pytest.raises(Violation, match=r"b: unit 0 .* was read before"):
         judge.judge_copies({"a": newer, "b": volume})
     lost = oracle()
     written(lost)
-    with pytest.raises(Violation, match="b: unit 0 .* zeros"):
+    with pytest.raises(Violation, match=r"b: unit 0 .* zeros"):
         lost.judge_copies({"a": volume, "b": bytes(len(volume))})

@@ -1,7 +1,8 @@
 """scripts/soak: fresh seeds of the simulation, or of real nodes under faults, until time is up, on all cores.
 
-Each worker is a process of `python -m tests.simulation --stream` (with `--nodes`, of `tests.cluster`), which tells of
-each seed when it begins and when it ends. A seed that takes too long by the wall clock, or kills its worker, has failed too. Ctrl-C ends with the summary.
+Each worker is a process of `python -m tests.simulation --stream`, with `--nodes` of `tests.cluster`, which tells of
+each seed when it begins and when it ends. A seed that takes too long by the wall clock, or kills its worker, has failed
+too. Ctrl-C ends with the summary.
 """
 
 from __future__ import annotations
