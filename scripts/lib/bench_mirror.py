@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import statistics
 import subprocess
@@ -263,6 +264,8 @@ class Cell:
 
 def load(directory: Path, seconds: float, rounds: int, size_bytes: int, say: Callable[[str], None]) -> list[Result]:
     """Rates, ratios and CPU time of all contestants. Raises RuntimeError, DaemonError and FioError."""
+    if shutil.which("qemu-storage-daemon") is None:
+        raise RuntimeError("qemu-storage-daemon is not installed; run scripts/install-tools")
     directory.mkdir()
     contestants: list[Contestant] = [
         Plain(directory / "plain", size_bytes, 2 * size_bytes),
