@@ -49,8 +49,9 @@ import errno
 import logging
 import math
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from time import perf_counter
+from types import MappingProxyType
 from typing import Final
 
 import trio
@@ -62,6 +63,7 @@ from nbd.outbox import Outbox
 from nbd.reception import Reception, tell_lost
 from nbd.sparse import CHUNK_BYTES, next_pieces, teller_of
 from nbd.suspended import Kept, LongRead, LongWrite, Suspended, Work
+from nbd.takeover import TakenOver, Takeover
 from nbd.tls import TlsFiles, TlsSocket
 from nbd.transmission import (
     Contexts,
@@ -145,6 +147,7 @@ class Connection:
         *,
         tls: TlsFiles | None = None,
         tls_required: bool = False,
+        takeovers: Mapping[int, Takeover] = MappingProxyType({}),
         resumed: Suspended | None = None,
     ) -> None:
         self.peer = client.peer
@@ -152,6 +155,8 @@ class Connection:
         """Whether its handshake goes on."""
         self.counters = Counters()
         self.export_name: str | None = None
+        self.taken_over = False
+        """It isn't NBD any more (``nbd.takeover``)."""
         self.ended = trio.Event()
         """Set when nothing of it is under way any more."""
         self._sock: socket.socket | TlsSocket = sock
@@ -189,7 +194,9 @@ class Connection:
 
         self._outbox = Outbox(sock, client.peer, self._finish_task)
         self._deliver = self._outbox.deliver
-        self._reception = Reception(sock, client, exports, self._outbox, tls=tls, tls_required=tls_required)
+        self._reception = Reception(
+            sock, client, exports, self._outbox, tls=tls, tls_required=tls_required, takeovers=takeovers
+        )
 
         self._alone = True
         self._fruitless = 0
@@ -227,8 +234,12 @@ class Connection:
         try:
             with self._whole:
                 if export is None:
-                    export = await self._shake_hands()
+                    agreed = await self._shake_hands()
                     self.shaking = False
+                    if isinstance(agreed, TakenOver):
+                        await self._give_away(agreed)
+                    else:
+                        export = agreed
                 if export is not None:
                     suspended = await self._serve(export)
         finally:
@@ -347,7 +358,9 @@ class Connection:
         until = trio.current_time() + patience_s
         self._suspending = True
         self._patience.deadline = min(self._patience.deadline, until)
-        if self.export_name is None:
+        if self.taken_over:
+            self._scope.cancel()
+        elif self.export_name is None:
             self._leave_by = until
             self._scope.deadline = min(self._scope.deadline, until)
         elif self._waiting:
@@ -364,7 +377,7 @@ class Connection:
         self._reception.shut_down()
         self._leave_by = trio.current_time() + grace_s
         self._scope.deadline = min(self._scope.deadline, self._leave_by)
-        if self._waiting:
+        if self._waiting or self.taken_over:
             # It owes nothing, so it can be cancelled. Should it have been woken already, it sees `_draining`.
             self._scope.cancel()
 
@@ -388,20 +401,36 @@ class Connection:
 
     # --- handshake ---
 
-    async def _shake_hands(self) -> Export | None:
+    async def _shake_hands(self) -> Export | TakenOver | None:
         deadline = min(trio.current_time() + self._limits.handshake_timeout_s, self._leave_by)
         with trio.CancelScope(deadline=deadline) as self._scope:
             try:
-                export = await self._reception.run()
+                agreed = await self._reception.run()
             finally:
                 self._sock = self._reception.sock
             self._session = self._reception.session
-            return export
+            return agreed
         if self._suspending:
             log.info("%s: dropped: its handshake did not end before the server was replaced", self.peer)
         elif not self._draining:
             log.warning("%s: dropped: no handshake in %g s", self.peer, self._limits.handshake_timeout_s)
         return None
+
+    async def _give_away(self, agreed: TakenOver) -> None:
+        """Let another protocol have the connection until it is done, or the server ends it."""
+        if self._draining or self._suspending:
+            return
+        log.info("%s: taken over%s", self.peer, self._reception.secured_how)
+        with trio.CancelScope() as self._scope:
+            # From here on `drain` and `suspend` cancel it.
+            self.taken_over = True
+            try:
+                await agreed.takeover.run(self._sock, self.client, agreed.data, agreed.received)
+            except* OSError as errors:
+                error = _first(errors)
+                log.warning("%s: its connection ended: %s", self.peer, error.strerror or error)
+            return
+        log.info("%s: its connection is closed, for the server stops or is replaced", self.peer)
 
     # --- the main task ---
 
@@ -1228,3 +1257,9 @@ class Connection:
         assert self._bench is not None
         if await self._outbox.send_arena(self._bench.arena[:used]):
             self._woke()
+
+
+def _first(errors: BaseExceptionGroup[OSError]) -> OSError:
+    """One of a group, which may have groups in it."""
+    found = errors.exceptions[0]
+    return _first(found) if isinstance(found, BaseExceptionGroup) else found

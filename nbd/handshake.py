@@ -2,18 +2,20 @@
 
 Bytes go in with ``feed``; ``next_event`` says what is to be done next:
 
-=============  ==========================================================================
-event          the caller's part
-=============  ==========================================================================
-``NEED_DATA``  feed more
-``Send``       send these bytes
-``WantList``   call ``listed`` with the directory (or ``refused``), send what it returns
-``WantExport`` open the export; call ``described`` with it or ``refused``; send what is
-               returned; keep the export open if ``enters``, as transmission has begun
-``WantTls``    nothing may have come behind what was fed; send ``acknowledgement``, do the TLS
-               handshake as a server, call ``secured``, and feed what comes decrypted
-``Hangup``     send ``farewell`` if there is any, then close; ``reason`` is for the log
-=============  ==========================================================================
+================  ==========================================================================
+event             the caller's part
+================  ==========================================================================
+``NEED_DATA``     feed more
+``Send``          send these bytes
+``WantList``      call ``listed`` with the directory (or ``refused``), send what it returns
+``WantExport``    open the export; call ``described`` with it or ``refused``; send what is
+                  returned; keep the export open if ``enters``, as transmission has begun
+``WantTls``       nothing may have come behind what was fed; send ``acknowledgement``, do the TLS
+                  handshake as a server, call ``secured``, and feed what comes decrypted
+``WantTakeover``  call ``given_away`` or ``declined``; send what is returned. Given away, the
+                  connection is no longer NBD, and ``leftover`` is the first of what it is now
+``Hangup``        send ``farewell`` if there is any, then close; ``reason`` is for the log
+================  ==========================================================================
 
 Where TLS is required, nothing but STARTTLS and ABORT is answered before it is there. What was negotiated
 before it is forgotten, and what came behind STARTTLS in plaintext ends the connection: somebody in between
@@ -35,7 +37,7 @@ from __future__ import annotations
 
 import enum
 import errno
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final
@@ -46,6 +48,8 @@ from nbd.transmission import Contexts, Session, clip_utf8, payload_limit, transm
 
 MAX_OPTION_BYTES: Final = 64 << 10
 MAX_SKIPPED_BYTES: Final = 1 << 20
+MAX_TAKEOVER_BYTES: Final = 4096
+"""Of the data of an option that takes the connection over."""
 MAX_OPTIONS: Final = 1024
 
 MAX_QUERIES: Final = 256
@@ -67,6 +71,7 @@ OPTION_NAMES: Final = {
     wire.OPT_LIST_META_CONTEXT: "LIST_META_CONTEXT",
     wire.OPT_SET_META_CONTEXT: "SET_META_CONTEXT",
     wire.OPT_EXTENDED_HEADERS: "EXTENDED_HEADERS",
+    wire.OPT_TERRACE: "TERRACE",
 }
 
 
@@ -103,6 +108,14 @@ class WantTls:
 
 
 @dataclass(frozen=True, slots=True)
+class WantTakeover:
+    """The client asks for the connection itself, by a private option with this data."""
+
+    option: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Hangup:
     """Close the connection. ``rude``: the client broke the protocol, which deserves a log line."""
 
@@ -111,7 +124,7 @@ class Hangup:
     rude: bool = True
 
 
-Event = _NeedData | Send | WantList | WantExport | WantTls | Hangup
+Event = _NeedData | Send | WantList | WantExport | WantTls | WantTakeover | Hangup
 
 
 class _Invalid(Exception):
@@ -124,18 +137,24 @@ class _TooBig(_Invalid):
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """An option that waits for ``listed``, ``described`` or ``refused``."""
+    """An option that waits for ``listed``, ``described`` or ``refused``, ``given_away`` or ``declined``."""
 
     option: int
-    answer: Callable[[Export], bytes]
+    answer: Callable[[Export], bytes] = lambda export: b""
 
 
 class Handshake:
-    """One connection's handshake. ``begun`` tells that transmission follows, with ``session``."""
+    """One connection's handshake. ``begun`` tells that transmission follows, with ``session``, or another protocol.
 
-    def __init__(self, *, tls_offered: bool = False, tls_required: bool = False) -> None:
+    ``takeovers``: the options by which a client may ask for the latter.
+    """
+
+    def __init__(
+        self, *, tls_offered: bool = False, tls_required: bool = False, takeovers: Collection[int] = ()
+    ) -> None:
         assert tls_offered or not tls_required
         self._tls_offered, self._tls_required = tls_offered, tls_required
+        self._takeovers = takeovers
         self._secured = False
         self._buffer = bytearray()
         self._next: Callable[[], Event] = self._greet
@@ -161,13 +180,13 @@ class Handshake:
         self._buffer += data
 
     def leftover(self) -> bytes:
-        """After ``begun``: bytes that arrived behind the handshake; they are the first requests."""
+        """After ``begun``: bytes that arrived behind the handshake, such as the first requests."""
         rest = bytes(self._buffer)
         self._buffer.clear()
         return rest
 
     def next_event(self) -> Event:
-        """What to do now. After ``WantList`` or ``WantExport`` answer before asking again."""
+        """What to do now. After ``WantList``, ``WantExport`` or ``WantTakeover`` answer before asking again."""
         assert not self.begun and self._question is None
         return self._next()
 
@@ -280,6 +299,8 @@ class Handshake:
         }
         if self._tls_offered:
             handlers[wire.OPT_STARTTLS] = self._starttls
+        for option in self._takeovers:
+            handlers.setdefault(option, self._takeover)
         return handlers
 
     def _abort(self, option: int) -> Event:
@@ -326,8 +347,14 @@ class Handshake:
     def _list(self, option: int, data: bytes) -> Event:
         if data:
             raise _Invalid("LIST takes no data")
-        self._question = _Question(option, lambda export: b"")
+        self._question = _Question(option)
         return WantList()
+
+    def _takeover(self, option: int, data: bytes) -> Event:
+        if len(data) > MAX_TAKEOVER_BYTES:
+            raise _TooBig(f"more than {MAX_TAKEOVER_BYTES} bytes of data")
+        self._question = _Question(option)
+        return WantTakeover(option, data)
 
     def _structured_reply(self, option: int, data: bytes) -> Event:
         if data:
@@ -448,6 +475,16 @@ class Handshake:
         else:
             reply = wire.REP_ERR_UNKNOWN
         return _error(option, reply, error.strerror or str(error))
+
+    def given_away(self) -> bytes:
+        """Answer ``WantTakeover`` with yes; returns the bytes to send, the last that are NBD."""
+        option = self._answered().option
+        self.begun = True
+        return _reply(option, wire.REP_ACK)
+
+    def declined(self, why: str) -> bytes:
+        """Answer ``WantTakeover`` with no; returns the bytes to send."""
+        return _error(self._answered().option, wire.REP_ERR_POLICY, why)
 
     def _answered(self) -> _Question:
         question = self._question

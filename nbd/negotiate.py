@@ -8,8 +8,8 @@ the server breaks the protocol, else what the server's refusal means.
 
 It asks for TLS (if wanted) before all else, and goes no step on without. Then for extended headers,
 else for structured replies, and the contexts, then for GO with the block sizes; of a server that has
-no GO it asks EXPORT_NAME. ``inquire`` asks what an export is, and doesn't attach. They speak fixed
-newstyle only.
+no GO it asks EXPORT_NAME. ``inquire`` asks what an export is, and doesn't attach. ``ask_for_connection``
+asks for the connection itself (``nbd.takeover``). They speak fixed newstyle only.
 """
 
 from __future__ import annotations
@@ -124,6 +124,20 @@ def inquire(export: str) -> Steps:
         raise OSError(errno.ENOTSUP, "the server can't tell what an export is without opening it")
     yield _option(wire.OPT_ABORT)
     return terms
+
+
+def ask_for_connection(option: int, data: bytes, *, tls: bool = False) -> Steps:
+    """Have the connection taken over by a private option: what follows is no longer NBD. The terms say nothing."""
+    yield from _greeting()
+    if tls:
+        yield from _start_tls()
+    yield _option(option, data)
+    kind, answer = yield from _reply(option)
+    if kind == wire.REP_ERR_TLS_REQD and not tls:
+        raise OSError(errno.EPROTONOSUPPORT, "the server demands TLS")
+    _raise_refusal(kind, answer, tls=tls)
+    _expect_ack(kind, answer)
+    return Terms(0, 0, encrypted=tls)
 
 
 def _greeting() -> Generator[Step, bytes, bool]:

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import trio
 
-from nbd.negotiate import Steps, Terms, Upgrade, inquire, negotiate
+from nbd.negotiate import Steps, Terms, Upgrade, ask_for_connection, inquire, negotiate
 from nbd.tls import TlsSocket, client_context
 from nbd.transport import PlainTransport, TlsTransport, Transport, open_socket
 from nbd.uri import Address, TlsOptions
 
-__all__ = ["ClientLimits", "attach", "begin", "describe", "peer_name"]
+__all__ = ["ClientLimits", "attach", "begin", "describe", "peer_name", "take_over"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +58,35 @@ async def describe(address: Address, export: str, *, timeout_s: float = 10.0) ->
     return terms
 
 
-def peer_name(address: Address, export: str) -> str:
-    """For sentences."""
-    return f"{address}/{export}" if isinstance(address, Path) else f"{address[0]}:{address[1]}/{export}"
+async def take_over(
+    address: Address,
+    option: int,
+    data: bytes,
+    *,
+    limits: ClientLimits | None = None,
+    tls: TlsOptions | ssl.SSLContext | None = None,
+) -> tuple[socket.socket | TlsSocket, bytes]:
+    """A connection that is no longer NBD (``nbd.takeover``), and what has already been received of what it is now.
+
+    ``data``, up to 4 KiB, says to the server what is wanted. With ``tls`` the option is only sent over TLS. The socket
+    is non-blocking, and the caller's, who closes it. Raises OSError with the server's sentence: EACCES if it refuses,
+    ENOTSUP if it doesn't know the option; else as ``connect`` does.
+    """
+    steps = partial(ask_for_connection, option, data, tls=tls is not None)
+    transport, _ = await begin(address, None, steps, limits or ClientLimits(), tls)
+    assert isinstance(transport, PlainTransport | TlsTransport)
+    return transport.sock, b""  # no byte behind the answer has been asked for
+
+
+def peer_name(address: Address, export: str | None) -> str:
+    """For sentences. ``export``: None where it isn't about one."""
+    host = str(address) if isinstance(address, Path) else f"{address[0]}:{address[1]}"
+    return host if export is None else f"{host}/{export}"
 
 
 async def begin(
     address: Address,
-    export: str,
+    export: str | None,
     steps: Callable[[], Steps],
     limits: ClientLimits,
     tls: TlsOptions | ssl.SSLContext | None = None,

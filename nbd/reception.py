@@ -1,4 +1,4 @@
-"""A client from its first byte to its export: the handshake over a socket, and TLS where it asks for that.
+"""A client from its first byte to its export, or to who takes it over: the handshake, and TLS where it asks for that.
 
 What is said is decided in ``nbd.handshake``; here is what waits: for the client, for the export to be opened, for TLS.
 """
@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import trio
 
 from nbd.export import Client, Export, Exports
-from nbd.handshake import NEED_DATA, Handshake, Hangup, Send, WantExport, WantList, WantTls
+from nbd.handshake import NEED_DATA, Handshake, Hangup, Send, WantExport, WantList, WantTakeover, WantTls
 from nbd.outbox import Outbox
+from nbd.takeover import TakenOver, Takeover
 from nbd.tls import TlsError, TlsFiles, TlsSocket
 from nbd.transmission import Session
 
@@ -32,6 +35,7 @@ class Reception:
         *,
         tls: TlsFiles | None = None,
         tls_required: bool = False,
+        takeovers: Mapping[int, Takeover] = MappingProxyType({}),
     ) -> None:
         self.sock: socket.socket | TlsSocket = sock
         self.client = client
@@ -40,7 +44,9 @@ class Reception:
         self._exports = exports
         self._outbox = outbox
         self._tls = tls
-        self._machine = Handshake(tls_offered=tls is not None, tls_required=tls_required)
+        self._takeovers = takeovers
+        self._declined = False
+        self._machine = Handshake(tls_offered=tls is not None, tls_required=tls_required, takeovers=takeovers)
 
     @property
     def session(self) -> Session:
@@ -55,8 +61,11 @@ class Reception:
         """Refuse what is asked from now on, for the server drains."""
         self._machine.shutting_down = True
 
-    async def run(self) -> Export | None:
-        """The export, opened for the client, if it comes to that. How long that may take is the caller's affair."""
+    async def run(self) -> Export | TakenOver | None:
+        """The export, opened for the client, or who takes it over, if it comes to that.
+
+        How long that may take is the caller's affair.
+        """
         machine = self._machine
         while True:
             event = machine.next_event()
@@ -78,6 +87,10 @@ class Reception:
                 if not await self._start_tls(event.acknowledgement):
                     return None
                 machine.secured()
+            elif isinstance(event, WantTakeover):
+                taken = await self._give_away(event)
+                if taken is not None:
+                    return taken
             elif isinstance(event, Hangup):
                 await self._outbox.send_all(event.farewell)
                 if event.rude:
@@ -161,6 +174,19 @@ class Reception:
         if not keep:
             return None
         return export
+
+    async def _give_away(self, event: WantTakeover) -> TakenOver | None:
+        """Answer a private option; None where it is refused, or nobody is there any more."""
+        machine, takeover = self._machine, self._takeovers[event.option]
+        why = takeover.judge(self.client, event.data)
+        if why is not None:
+            if not self._declined:  # a client may ask as often as it likes
+                log.info("%s: refused: %s", self._peer, why)
+            self._declined = True
+            await self._outbox.send_all(machine.declined(why))
+            return None
+        await self._outbox.send_all(machine.given_away())
+        return None if self._outbox.broken else TakenOver(takeover, event.data, machine.leftover())
 
     async def _receive_some(self) -> bytes:
         await trio.lowlevel.checkpoint()

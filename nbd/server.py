@@ -14,8 +14,9 @@ import math
 import select
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 import trio
@@ -25,6 +26,7 @@ from nbd.counters import Counters
 from nbd.export import Client, Exports
 from nbd.listen import Listener, plain_address, shown
 from nbd.suspended import Suspended
+from nbd.takeover import Takeover
 from nbd.tls import TlsFiles
 from nbd.transport import prepare
 from nbd.workshop import Limits, Workshop
@@ -43,7 +45,7 @@ _STRAGGLING_S: Final = 0.25
 
 @dataclass(frozen=True, slots=True)
 class ConnectionStatus:
-    """A client as it is now. ``export`` is None during the handshake."""
+    """A client as it is now. ``export`` is None during the handshake, and empty where there is none."""
 
     peer: str
     export: str | None
@@ -52,6 +54,8 @@ class ConnectionStatus:
     """The version of TLS; empty without it."""
     subject: str | None
     """Of its certificate, where one was verified."""
+    kind: str = "client"
+    """``client``, or ``takeover`` if the connection isn't NBD any more (``nbd.takeover``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +80,10 @@ class Server:
         limits: Limits,
         tls: TlsFiles | None = None,
         tls_required: bool = False,
+        takeovers: Mapping[int, Takeover] = MappingProxyType({}),
     ) -> None:
         self._exports = exports
+        self._takeovers = takeovers
         self._tls = tls
         self._tls_required = tls_required
         self._listeners = list(listeners)
@@ -108,8 +114,16 @@ class Server:
             counters.add(connection.counters)
             identity = connection.client.identity
             subject = identity.subject if identity is not None else None
+            taken = connection.taken_over
             connections.append(
-                ConnectionStatus(connection.peer, connection.export_name, counters, connection.tls_version, subject)
+                ConnectionStatus(
+                    connection.peer,
+                    "" if taken else connection.export_name,
+                    counters,
+                    connection.tls_version,
+                    subject,
+                    "takeover" if taken else "client",
+                )
             )
         return ServerStatus(
             [listener.address for listener in self._listeners],
@@ -143,7 +157,7 @@ class Server:
 
         What is under way gets ``patience_s`` to end; what doesn't is part of what is returned, for who goes on with
         the clients (``serve(..., resumed=...)``). The listeners stay open, and clients wait in their backlogs.
-        Connections that can't be handed over are drained: those over TLS.
+        Connections that can't be handed over are drained (those over TLS) or ended (those that were taken over).
         """
         assert not self._draining
         self._suspending = self._draining = True
@@ -273,7 +287,14 @@ class Server:
             # The Unix socket is ours and our user's anyway, so TLS is offered there and never demanded.
             required = self._tls_required and client.address is not None
             connection = Connection(
-                sock, client, self._exports, self._limits, self._workshop, tls=self._tls, tls_required=required
+                sock,
+                client,
+                self._exports,
+                self._limits,
+                self._workshop,
+                tls=self._tls,
+                tls_required=required,
+                takeovers=self._takeovers,
             )
             # Known before its task runs, so that a drain in between reaches it.
             self._know(connection)
@@ -370,6 +391,7 @@ async def serve(
     resumed: Sequence[Suspended] = (),
     tls: TlsFiles | None = None,
     tls_required: bool = False,
+    takeovers: Mapping[int, Takeover] = MappingProxyType({}),
     task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve ``exports`` on ``listeners``, which it owns and closes, unless it is suspended.
@@ -378,10 +400,13 @@ async def serve(
 
     With ``tls`` clients may ask for it; ``tls_required``: those that come over TCP must.
 
+    ``takeovers``: who takes connections over, by the option that asks for it (``nbd.takeover``).
+
     ``server = await nursery.start(serve, exports, listeners)`` gives the ``Server``. Returns after
     a drain; cancelling it drops all clients at once.
     """
     if not listeners:
         raise OSError(errno.EINVAL, "the NBD server has no address to listen on")
     assert tls is not None or not tls_required
-    await Server(exports, listeners, limits or Limits(), tls, tls_required)._run(resumed, task_status)
+    server = Server(exports, listeners, limits or Limits(), tls, tls_required, takeovers)
+    await server._run(resumed, task_status)

@@ -76,6 +76,7 @@ OPT_STRUCTURED_REPLY: Final = 8
 OPT_LIST_META_CONTEXT: Final = 9
 OPT_SET_META_CONTEXT: Final = 10
 OPT_EXTENDED_HEADERS: Final = 11
+OPT_TERRACE: Final = 0x54524331  # "TRC1"; not of the protocol, ours: the connection is taken over (nbd.takeover)
 
 REP_ACK: Final = 1
 REP_SERVER: Final = 2

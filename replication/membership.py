@@ -38,6 +38,9 @@ class Generation:
     term: Term
     epoch: int
     primary: str | None
+    forced: Literal["no", "fenced", "apart"] = "no"
+    """Whether it was made without proof. "fenced": a leg has promised that its predecessor's primary could acknowledge
+    nothing without, except after a record of its own. "apart": none has, so it may have gone on unseen."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ class Membership:
     history: tuple[Generation, ...] = ()
     """Oldest first; the newest is this record itself."""
     options: Options = Options()
+    forced: Literal["no", "fenced", "apart"] = "no"
+    """Of this record; see `Generation`."""
 
     @property
     def place(self) -> tuple[int, int]:
@@ -94,7 +99,7 @@ class Membership:
     @property
     def generation(self) -> Generation:
         """Itself, as its successors remember it."""
-        return Generation(self.term, self.epoch, self.primary)
+        return Generation(self.term, self.epoch, self.primary, self.forced)
 
     def leg(self, leg_id: str) -> LegInfo:
         """Raises KeyError."""
@@ -110,16 +115,28 @@ class Membership:
 
     def next_epoch(self, **changes: Any) -> Membership:
         """The record that its primary writes next."""
-        return self._followed(dataclasses.replace(self, epoch=self.epoch + 1, **changes))
+        return self._followed(dataclasses.replace(self, epoch=self.epoch + 1, forced="no", **changes))
 
-    def next_term(self, term: Term, primary: str | None, in_sync: frozenset[str]) -> Membership:
+    def next_term(
+        self,
+        term: Term,
+        primary: str | None,
+        in_sync: frozenset[str],
+        forced: Literal["no", "fenced", "apart"] = "no",
+    ) -> Membership:
         """The record with which `primary` begins `term`."""
-        changed = dataclasses.replace(self, term=term, epoch=0, primary=primary, in_sync=in_sync, token=None)
+        changed = dataclasses.replace(
+            self, term=term, epoch=0, primary=primary, in_sync=in_sync, token=None, forced=forced
+        )
         return self._followed(changed)
 
     def _followed(self, changed: Membership) -> Membership:
-        history = (*self.history, changed.generation)[-MAX_HISTORY:]
-        return dataclasses.replace(changed, history=history)
+        """Forgets the oldest generations, but none that was forced: without these, a fork can't be called harmless."""
+        history = (*self.history, changed.generation)
+        room = MAX_HISTORY - sum(one.forced != "no" for one in history)
+        plain = [one for one in history if one.forced == "no"]
+        gone = set(plain[: max(len(plain) - max(room, 1), 0)])
+        return dataclasses.replace(changed, history=tuple(one for one in history if one not in gone))
 
     def descends_from(self, other: Membership) -> bool:
         """Whether `other` is this record or one that it came from."""
@@ -145,7 +162,8 @@ def decode(data: bytes) -> Membership:
             raise OSError(errno.EPROTO, f"a mirror's record has version {version}, and {FORMAT_VERSION} is understood")
         term = Term(**plain.pop("term"))
         history = tuple(
-            Generation(Term(**one["term"]), int(one["epoch"]), one["primary"]) for one in plain.pop("history")
+            Generation(Term(**one["term"]), int(one["epoch"]), one["primary"], one.get("forced", "no"))
+            for one in plain.pop("history")
         )
         membership = Membership(
             term=term,

@@ -75,7 +75,7 @@ def _refusal(rule: Rule, client: Client) -> str:
     if client.identity is None:
         return f'it showed no certificate that was verified, and [nbd.exports."{rule.pattern}"] names subjects'
     facts = facts_of(client.identity)
-    if any(_matches(_as_units(pattern), _as_units(fact)) for pattern in rule.subjects for fact in facts):
+    if any(matches_subject(pattern, facts) for pattern in rule.subjects):
         return ""
     return f'its subject {facts[0]} is none of those that [nbd.exports."{rule.pattern}"] allows'
 
@@ -83,6 +83,11 @@ def _refusal(rule: Rule, client: Client) -> str:
 def facts_of(identity: Identity) -> list[str]:
     """What a pattern of subjects is compared with: the whole subject, each part of it, each alternative name."""
     return [identity.subject, *re.findall(r"(?:[^,+\\]|\\.)+", identity.subject), *identity.names]
+
+
+def matches_subject(pattern: str, facts: Sequence[str]) -> bool:
+    """Whether a pattern of subjects, other than `any`, is like one of `facts_of` somebody."""
+    return any(_matches(_as_units(pattern), _as_units(fact)) for fact in facts)
 
 
 def require_address(text: str) -> str:

@@ -6,6 +6,8 @@ A directory is laid out as libnbd, qemu and nbdkit expect it, so that each can b
     DIR/ca-key.pem                         its key: needed only to sign, and best kept elsewhere afterwards
     DIR/server-cert.pem, server-key.pem
     DIR/clients/NAME/ca-cert.pem, client-cert.pem, client-key.pem      to be copied to that client
+    DIR/nodes/NAME/ca-cert.pem, node-cert.pem, node-key.pem            to be copied to HOME/tls of that node
+    DIR/node-cert.pem, node-key.pem                                    those of the node that DIR is on
 
 A key's file has the mode 0600 from its first moment. Nothing that exists is replaced unless that was asked for; what is
 replaced is replaced in one step, so that a server which reads it anew never finds half of it.
@@ -37,6 +39,7 @@ CA_CERTIFICATE: Final = "ca-cert.pem"
 CA_KEY: Final = "ca-key.pem"
 SERVER: Final = "server"
 CLIENT: Final = "client"
+NODE: Final = "node"
 CA_DAYS: Final = 3650
 LEAF_DAYS: Final = 825
 LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
@@ -94,6 +97,28 @@ def make_client(directory: Path, name: str, days: int, *, force: bool = False) -
     return into
 
 
+def make_node(directory: Path, name: str, names: Sequence[str], days: int, *, here: bool, force: bool = False) -> Path:
+    """A node's certificate, with which it is server and client: CN=NAME, for these host names, its own and loopback.
+
+    In a directory of its own, or beside the authority if `here`; that is returned. Raises CertificateError.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
+        raise CertificateError(
+            errno.EINVAL, f"{name!r} can't be a node's name: up to 63 of A-Z a-z 0-9 . _ -, a letter or digit first"
+        )
+    into = directory if here else directory / "nodes" / name
+    alternatives = [as_name(one) for one in dict.fromkeys((*names, name, *LOOPBACK))]
+    _issue(directory, into, NODE, name, alternatives, days, force)
+    return into
+
+
+_USAGES: Final = {
+    SERVER: [ExtendedKeyUsageOID.SERVER_AUTH],
+    CLIENT: [ExtendedKeyUsageOID.CLIENT_AUTH],
+    NODE: [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH],
+}
+
+
 def _issue(
     directory: Path, into: Path, role: str, name: str, names: list[x509.GeneralName], days: int, force: bool
 ) -> None:
@@ -107,14 +132,13 @@ def _issue(
     paths = [into / f"{role}-key.pem", into / f"{role}-cert.pem"]
     _require_free(paths, force)
     key = ec.generate_private_key(ec.SECP256R1())
-    usage = ExtendedKeyUsageOID.SERVER_AUTH if role == SERVER else ExtendedKeyUsageOID.CLIENT_AUTH
     begun = _begun(_subject(name), authority.subject, key.public_key(), days, authority.not_valid_after_utc)
     if names:
         begun = begun.add_extension(x509.SubjectAlternativeName(names), critical=False)
     certificate = (
         begun.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(signs_certificates=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage(_USAGES[role]), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False)
         .sign(authority_key, hashes.SHA256())
     )
@@ -126,11 +150,12 @@ def _issue(
 
 
 def show(directory: Path) -> list[Shown]:
-    """Every certificate in a directory and in those of its clients. Raises CertificateError."""
+    """Every certificate in a directory and in those of its clients and nodes. Raises CertificateError."""
     if not directory.is_dir():
         raise CertificateError(errno.ENOENT, f"there is no directory {directory}; `terrace tls init` makes one")
-    paths = [directory / name for name in (CA_CERTIFICATE, "server-cert.pem", "client-cert.pem")]
+    paths = [directory / name for name in (CA_CERTIFICATE, "server-cert.pem", "client-cert.pem", "node-cert.pem")]
     paths += sorted(directory.glob("clients/*/client-cert.pem"))
+    paths += sorted(directory.glob("nodes/*/node-cert.pem"))
     found = []
     for path in paths:
         if path.exists():

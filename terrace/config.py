@@ -6,12 +6,14 @@ limit that is silently ignored is found in the night when it was needed.
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
 from nbd.server import Limits
 from nbd.tls import TlsFiles
@@ -73,13 +75,6 @@ class TlsConfig(Section):
     ca: str = Field("tls/ca-cert.pem", min_length=1, max_length=4095)
     clients: Literal["verify", "any"] = "verify"
     plaintext: bool = False
-
-    def files(self, home: Path) -> TlsFiles | None:
-        """What the mode needs, which is read here. Raises OSError with a sentence."""
-        if self.mode == "off":
-            return None
-        ca = home / self.ca if self.clients == "verify" else None
-        return TlsFiles(home / self.certificate, home / self.key, ca)
 
 
 class ExportConfig(Section):
@@ -192,10 +187,86 @@ class LogConfig(Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
+def require_node_name(name: str) -> str:
+    """A node's name, as it stands in certificates and records. Raises ValueError."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
+        raise ValueError(
+            f'"{name}" can\'t be a node\'s name: up to 63 of A-Z a-z 0-9 . _ -, a letter or digit first, such as "a"'
+        )
+    return name
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or address is this host's own, as far as that can be said without a look-up."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _is_node_name(name: str) -> str:
+    return require_node_name(name) if name else name
+
+
+class NodeConfig(Section):
+    """[node]: who this host is among those that it mirrors volumes with. Relative paths begin at the home."""
+
+    name: Annotated[str, AfterValidator(_is_node_name)] = ""
+    listen: list[Address] = Field([])
+    certificate: str = Field("", max_length=4095)
+    key: str = Field("", max_length=4095, validate_default=True)
+
+    @field_validator("key")
+    @classmethod
+    def _goes_with_its_certificate(cls, key: str, found: ValidationInfo) -> str:
+        if bool(key) != bool(found.data.get("certificate")):
+            raise ValueError("certificate and key go together: name both, or neither")
+        return key
+
+
+class PeerConfig(Section):
+    """[peers.NAME]: another node, where it is reached and how its certificate is known."""
+
+    address: Address
+    subject: str = Field("", max_length=1024)
+    plaintext: bool = False
+
+    @field_validator("address")
+    @classmethod
+    def _can_be_connected_to(cls, address: str) -> str:
+        if split_address(address)[1] == 0:
+            raise ValueError(f"{address!r} has no port that can be connected to; write one such as 10809")
+        return address
+
+    @field_validator("subject")
+    @classmethod
+    def _is_subject(cls, text: str) -> str:
+        if text == ANY:
+            raise ValueError('a peer has to be told from others; write a subject such as "CN=b"')
+        return require_subject(text) if text else text
+
+    @field_validator("plaintext")
+    @classmethod
+    def _only_on_this_host(cls, plaintext: bool, found: ValidationInfo) -> bool:
+        address = found.data.get("address")
+        if plaintext and address is not None and not is_loopback(split_address(address)[0]):
+            raise ValueError(
+                f"{address} is not this host, and between hosts all is encrypted: take this key away, and make "
+                "certificates with `terrace tls node`"
+            )
+        return plaintext
+
+    def subjects(self, name: str) -> tuple[str, ...]:
+        """Patterns, one of which its certificate must have among its facts (`terrace.access.facts_of`)."""
+        return (self.subject,) if self.subject else (f"CN={name}",)
+
+
 class Config(Section):
     """Everything that can be configured."""
 
     nbd: NbdConfig = NbdConfig()
+    node: NodeConfig = NodeConfig()
+    peers: dict[str, PeerConfig] = Field(default_factory=dict)
     pool: PoolConfig = PoolConfig()
     space: SpaceConfig = SpaceConfig()
     scrub: ScrubConfig = ScrubConfig()
@@ -203,12 +274,64 @@ class Config(Section):
     log: LogConfig = LogConfig()
     policy: dict[str, PolicyConfig] = Field(default_factory=dict)
 
+    @field_validator("peers")
+    @classmethod
+    def _are_other_nodes(cls, peers: dict[str, PeerConfig], found: ValidationInfo) -> dict[str, PeerConfig]:
+        node, nbd = found.data.get("node"), found.data.get("nbd")
+        if node is None or nbd is None:  # which is an error of its own
+            return peers
+        own = {*nbd.listen, *node.listen}
+        taken: dict[str, str] = {}
+        for name, peer in peers.items():
+            try:
+                require_node_name(name)
+            except ValueError as error:
+                raise KeyedError(name, str(error)) from None
+            if not node.name:
+                raise KeyedError(name, 'there is no name for this node itself: set name = "..." under [node]')
+            if name == node.name:
+                raise KeyedError(name, f'"{name}" is this node itself, which is no peer of its own: take it away')
+            if peer.address in own:
+                raise KeyedError(name, f"{peer.address} is an address of this node itself; write that of {name}")
+            if peer.address in taken:
+                raise KeyedError(name, f"{peer.address} is the address of the peer {taken[peer.address]} already")
+            taken[peer.address] = name
+            if not peer.plaintext and nbd.tls.mode == "off":
+                raise KeyedError(
+                    name,
+                    "nodes talk over TLS, which is off: make certificates with `terrace tls node` and set mode = "
+                    '"required" under [nbd.tls]',
+                )
+            if not peer.plaintext and nbd.tls.clients == "any":
+                raise KeyedError(
+                    name, 'its certificate has to be verified: set clients = "verify" under [nbd.tls], the default'
+                )
+        return peers
+
     @field_validator("policy")
     @classmethod
     def _have_possible_names(cls, policies: dict[str, PolicyConfig]) -> dict[str, PolicyConfig]:
         for name in policies:
             require_policy_name(name)
         return policies
+
+    def tls_files(self, home: Path) -> TlsFiles | None:
+        """What clients and peers are shown, and who is let in; read here. Raises OSError with a sentence."""
+        if self.nbd.tls.mode == "off":
+            return None
+        ca = home / self.nbd.tls.ca if self.nbd.tls.clients == "verify" else None
+        return TlsFiles(*self.certificate_and_key(home), ca)
+
+    def certificate_and_key(self, home: Path) -> tuple[Path, Path]:
+        """A node's own where it has one, for both directions; else those of [nbd.tls]."""
+        tls, node = self.nbd.tls, self.node
+        if node.certificate:
+            return home / node.certificate, home / node.key
+        if node.name:
+            beside = (home / tls.certificate).with_name("node-cert.pem"), (home / tls.key).with_name("node-key.pem")
+            if all(path.exists() for path in beside):
+                return beside
+        return home / tls.certificate, home / tls.key
 
     def pool_settings(self) -> PoolSettings:
         """What every pool is opened with."""

@@ -44,7 +44,7 @@ from nbd.tls import TlsFiles, rehearse
 from terrace.access import RuledExports
 from terrace.api import Api
 from terrace.collector import settle_collector
-from terrace.config import Config, TlsConfig, load_config
+from terrace.config import Config, load_config
 from terrace.definitions import Definitions
 from terrace.events import Events
 from terrace.exports import PoolExports
@@ -84,8 +84,8 @@ def main(arguments: Sequence[str] | None = None, *, engine: type[Pool] = Pool) -
         home = find_home(options.home)
         if predecessor is not None or options.check_config:
             # Before any client has to wait for what comes to nothing. At a start it comes where there is a log.
-            judge_addresses(config.nbd)
-            load_tls(home, config.nbd.tls)
+            judge_addresses(config.nbd, config.node.listen)
+            load_tls(home, config)
     except (HandoverError, HomeError) as error:
         print(f"terraced: {error}", file=sys.stderr)
         return 1
@@ -200,8 +200,8 @@ async def run(
             try:
                 if config.fuse.mountpoint:
                     await _require_fuse(Path(config.fuse.mountpoint))
-                tls = await _tls_files(home, config.nbd.tls)
-                listening = await listen(home, config.nbd, passed, sockets)
+                tls = await _tls_files(home, config)
+                listening = await listen(home, config.nbd, passed, sockets, config.node.listen)
             except OSError as error:
                 if heir is not None:
                     heir.predecessor.failed(error.strerror or str(error))
@@ -413,12 +413,20 @@ def _obstacle(pools: Pools, config: Config) -> str:
     return ""
 
 
-async def _tls_files(home: Home, config: TlsConfig) -> TlsFiles | None:
+async def _tls_files(home: Home, config: Config) -> TlsFiles | None:
     """What TLS needs, if it is on. Raises OSError; what peers won't like is a warning, as it may yet be replaced."""
     files = await trio.to_thread.run_sync(load_tls, home, config)
     if files is not None:
         try:
             complaint = await trio.to_thread.run_sync(partial(rehearse, files.certificate, files.key, server=True))
+            if complaint is None and any(not peer.plaintext for peer in config.peers.values()):
+                judged = partial(rehearse, files.certificate, files.key, server=False)
+                if await trio.to_thread.run_sync(judged):
+                    log.warning(
+                        "peers will refuse the certificate %s, which is for servers only: `terrace tls node %s --here` "
+                        "makes one for both directions",
+                        *(files.certificate, config.node.name),
+                    )
         except OSError as error:
             raise _about_tls(error) from None
         if complaint:
@@ -429,10 +437,10 @@ async def _tls_files(home: Home, config: TlsConfig) -> TlsFiles | None:
     return files
 
 
-def load_tls(home: Home, config: TlsConfig) -> TlsFiles | None:
+def load_tls(home: Home, config: Config) -> TlsFiles | None:
     """What TLS needs, if it is on. Raises OSError that says which file can't be used."""
     try:
-        return config.files(home.path)
+        return config.tls_files(home.path)
     except OSError as error:
         raise _about_tls(error) from None
 

@@ -32,10 +32,15 @@ class Listening:
         leave(self.all())
 
 
-async def listen(home: Home, config: NbdConfig, passed: PassedSockets, sockets: ExitStack) -> Listening:
-    """All addresses, closed with `sockets`. Raises OSError whose text names the one that can't be had."""
+async def listen(
+    home: Home, config: NbdConfig, passed: PassedSockets, sockets: ExitStack, for_peers: Sequence[str] = ()
+) -> Listening:
+    """All addresses, those `for_peers` behind the others; closed with `sockets`.
+
+    Raises OSError whose text names the one that can't be had.
+    """
     try:
-        nbd = await _listen_nbd(home, config, passed, sockets)
+        nbd = await _listen_nbd(home, config, passed, sockets, for_peers)
         api = await open_unix(home.api_socket, 0o600, passed.take)
         sockets.callback(api.close)
         passed.settle()
@@ -44,9 +49,11 @@ async def listen(home: Home, config: NbdConfig, passed: PassedSockets, sockets: 
     return Listening(nbd, api, passed)
 
 
-async def _listen_nbd(home: Home, config: NbdConfig, passed: PassedSockets, sockets: ExitStack) -> list[Listener]:
+async def _listen_nbd(
+    home: Home, config: NbdConfig, passed: PassedSockets, sockets: ExitStack, for_peers: Sequence[str]
+) -> list[Listener]:
     listeners: list[Listener] = []
-    for address in config.listen:
+    for address in dict.fromkeys((*config.listen, *for_peers)):
         host, port = split_address(address)
         bound = await open_tcp(host, port, passed.take)
         for listener in bound:
@@ -63,9 +70,9 @@ async def _listen_nbd(home: Home, config: NbdConfig, passed: PassedSockets, sock
     return listeners
 
 
-def judge_addresses(config: NbdConfig) -> None:
+def judge_addresses(config: NbdConfig, for_peers: Sequence[str] = ()) -> None:
     """What can be said of them before anything is bound: names are not looked up. Raises OSError."""
-    for address in config.listen:
+    for address in (*config.listen, *for_peers):
         host, _ = split_address(address)
         try:
             is_loopback = ipaddress.ip_address(plain_address(host)).is_loopback

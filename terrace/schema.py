@@ -67,7 +67,7 @@ def validate(model: type[ModelT], text: str, file_name: str) -> ModelT:
             key = tuple(part for part in detail["loc"] if isinstance(part, str))
             if isinstance(reason := detail.get("ctx", {}).get("error"), KeyedError):
                 key += (reason.key,)
-            line = line_of(text, key)
+            line = line_of(text, key[:-1] if detail["type"] == "missing" else key)
             problems.append((line, f"{file_name}:{line}: {'.'.join(key)}: {explain(model, detail)}"))
         raise ConfigError([problem for _, problem in sorted(problems)]) from None
 
@@ -180,6 +180,8 @@ def explain(model: type[BaseModel], detail: Any) -> str:
         valid = list(section.model_fields)
         near = difflib.get_close_matches(str(detail["loc"][-1]), valid, n=1)
         return f'unknown key; did you mean "{near[0]}"?' if near else f"unknown key; valid here: {', '.join(valid)}"
+    if kind == "missing":
+        return f"is missing: write {detail['loc'][-1]} = ... there"
     if kind == "value_error":
         return str(context["error"])
     if kind == "literal_error" and field is not None:

@@ -14,6 +14,7 @@ a power cut; it is written only after the data that it names was made durable.
               held
     segments  id, device, idx, kind, open, used, live, last_seq, blocks
     dead      address, check_value, level, volume   subtrees that no volume has any more, to be walked in slices
+    marks     id, record, trackers                  of volumes that have them: `tiers.changes`
 
 64-bit values are stored as SQLite's signed integers. A ballast file lies beside the catalog, because it may share a
 file system with sparse devices that fill up: when a commit finds the disk full the ballast goes, and the commit is
@@ -30,6 +31,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tiers.changes import MAX_RECORD_BYTES, decode_trackers
 from tiers.device import DEVICE_STATES, Device, DeviceState
 from tiers.errors import TierError
 from tiers.label import MAX_DEVICES
@@ -46,7 +48,7 @@ from tiers.layout import (
 from tiers.names import MAX_VOLUME_BYTES, validate_name, validate_volume_size
 from tiers.record import MAX_TIME_S, Kind
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 SNAPSHOT_STATES = ("visible", "hidden", "deleted")
 CATALOG_NAME = "catalog.sqlite"
 BALLAST_NAME = "ballast"
@@ -71,6 +73,7 @@ CREATE TABLE segments (id INTEGER PRIMARY KEY, device INTEGER NOT NULL, idx INTE
     blocks INTEGER NOT NULL);
 CREATE TABLE dead (address INTEGER PRIMARY KEY, check_value INTEGER NOT NULL, level INTEGER NOT NULL,
     volume INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE marks (id INTEGER PRIMARY KEY, record BLOB NOT NULL, trackers BLOB NOT NULL);
 """
 
 _TABLES = {statement.split()[2]: statement.strip() for statement in _SCHEMA.split(";") if statement.strip()}
@@ -153,6 +156,16 @@ class SegmentRow:
     """Blocks that were written into it, where they are more than slots (frames); else 0."""
 
 
+@dataclass(frozen=True, slots=True)
+class MarkRow:
+    """What is saved with a volume for whoever follows its changes."""
+
+    id: int
+    record: bytes
+    trackers: bytes
+    """As `tiers.changes.encode_trackers` makes it."""
+
+
 DeadRow = tuple[int, int, int, int]
 """(address, check, level, volume) of the root page of a detached subtree."""
 
@@ -184,6 +197,8 @@ class Change:
     snapshots: list[SnapshotRow] = field(default_factory=list)
     """Those that are new or have changed."""
     snapshots_removed: list[int] = field(default_factory=list)
+    marks: list[MarkRow] = field(default_factory=list)
+    """All that there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +213,7 @@ class State:
     segments: list[SegmentRow]
     dead: list[DeadRow]
     snapshots: list[SnapshotRow] = field(default_factory=list)
+    marks: list[MarkRow] = field(default_factory=list)
 
 
 def judge_state(state: State) -> None:
@@ -270,6 +286,15 @@ def judge_state(state: State) -> None:
             raise ValueError(f"{what}: created_at is {volume.created_at!r}")
     _judge_snapshots(state, volume_ids)
     _judge_descent(state)
+    for mark in state.marks:
+        if mark.id not in volume_ids:
+            raise ValueError(f"there are marks of volume {mark.id!r:.80}, which isn't there")
+        for what, value in (("record", mark.record), ("trackers", mark.trackers)):
+            if not isinstance(value, bytes):
+                raise ValueError(f"volume {mark.id}: {what} is {value!r:.80}, which can't be")
+        if len(mark.record) > MAX_RECORD_BYTES:
+            raise ValueError(f"volume {mark.id} has a record of {len(mark.record)} bytes")
+        decode_trackers(mark.trackers)
     for segment in state.segments:
         _within("a segment's id", segment.id, 1, MAX_SEGMENT_ID)
         what = f"segment {segment.id}"
@@ -485,6 +510,7 @@ class Catalog:
                         "SELECT * FROM snapshots ORDER BY id"
                     )
                 ],
+                [MarkRow(*row) for row in db.execute("SELECT * FROM marks ORDER BY id")],
             )
         except KeyError as error:
             raise self._damaged(f"{error} is not in it") from error
@@ -608,6 +634,7 @@ def _build(directory: Path, state: State) -> None:
             dead_added=state.dead,
             devices=state.devices,
             snapshots=state.snapshots,
+            marks=state.marks,
         )
         _write_change(db, change)
         db.execute("COMMIT")
@@ -686,7 +713,20 @@ def _write_change(db: sqlite3.Connection, change: Change) -> None:
         "INSERT OR REPLACE INTO dead VALUES (?, ?, ?, ?)",
         [(_signed(address), _signed(check), level, volume) for address, check, level, volume in change.dead_added],
     )
+    _write_marks(db, change.marks)
     _write_devices(db, change.devices)
+
+
+def _write_marks(db: sqlite3.Connection, marks: Sequence[MarkRow]) -> None:
+    there = {mark.id for mark in marks}
+    gone = [(i,) for (i,) in db.execute("SELECT id FROM marks") if i not in there]
+    db.executemany("DELETE FROM marks WHERE id = ?", gone)
+    # They may be long: what is as it was isn't written.
+    db.executemany(
+        "INSERT INTO marks VALUES (?, ?, ?) ON CONFLICT (id) DO UPDATE SET record = excluded.record,"
+        " trackers = excluded.trackers WHERE record <> excluded.record OR trackers <> excluded.trackers",
+        [(mark.id, mark.record, mark.trackers) for mark in marks],
+    )
 
 
 def _write_position(db: sqlite3.Connection, position: Position) -> None:

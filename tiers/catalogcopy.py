@@ -10,7 +10,7 @@ Little-endian.
 
     offset size type  field
       0     8   bytes  magic "TRCCATA1"
-      8     2   u16    format version (4); another version is refused
+      8     2   u16    format version (5); another version is refused
      10     2   u16    kind: 1 full, 2 delta
      12     4   u32    0
      16     8   u64    incarnation of the pool that wrote it
@@ -22,7 +22,7 @@ Little-endian.
      64     7 x u64    position: incarnation, checkpoint_seq, log_segment, log_slot, log_prev_check, next_segment_id,
                        next_volume_id
     120     2   u16    length of the pool's name, which follows in UTF-8
-    ...                five tables: devices, volumes, segments, dead, snapshots
+    ...                six tables: devices, volumes, segments, dead, snapshots, marks
 
     table:   u32 removed keys (0 in a full copy), u32 rows, then the keys (u64 each), then the rows
     device:  u16 index, u16 tier (1 fast, 2 base), u32 state (0 online, 1 evacuating, 2 lost), u64 size, u64 segment
@@ -36,9 +36,10 @@ Little-endian.
     snapshot: u64 id, u64 volume, u64 size, u64 root address, u64 root check, u64 mapped blocks, u64 referenced blocks,
              f64 creation time, u16 state (0 visible, 1 hidden, 2 deleted), u16 held, u16 length of the name, which
              follows in UTF-8
+    marks:   u64 volume id, u32 length of the record, u32 length of the trackers, then both (`tiers.changes`)
 
-Rows replace those of the same key (device index, volume id, segment id, address, snapshot id). A copy whose write was
-torn lacks blocks, or fails its check; then the copy before it counts, whose time has not passed.
+Rows replace those of the same key (device index, volume id, segment id, address, snapshot id, volume id). A copy whose
+write was torn lacks blocks, or fails its check; then the copy before it counts, whose time has not passed.
 """
 
 import struct
@@ -51,6 +52,7 @@ from tiers.catalog import (
     Change,
     DeadRow,
     DeviceRow,
+    MarkRow,
     Position,
     SegmentRow,
     SnapshotRow,
@@ -62,7 +64,7 @@ from tiers.layout import BLOCK_BYTES, check_of
 from tiers.names import NAME_LIMIT
 
 MAGIC = b"TRCCATA1"
-COPY_VERSION = 4
+COPY_VERSION = 5
 
 _HEADER = struct.Struct("<8sHHIQQQQQQ")
 _POSITION = struct.Struct("<7Q")
@@ -74,9 +76,10 @@ _VOLUME = struct.Struct("<QQQQQdQQQQHHH")
 _SEGMENT = struct.Struct("<QIIHHIIIQ")
 _DEAD = struct.Struct("<QQQQ")
 _SNAPSHOT = struct.Struct("<QQQQQQQdHHH")
+_MARK = struct.Struct("<QII")
 assert _HEADER.size == 64
 assert _POSITION.size == 56
-assert (_DEVICE.size, _VOLUME.size, _SEGMENT.size, _DEAD.size, _SNAPSHOT.size) == (44, 86, 40, 32, 70)
+assert (_DEVICE.size, _VOLUME.size, _SEGMENT.size, _DEAD.size, _SNAPSHOT.size, _MARK.size) == (44, 86, 40, 32, 70, 16)
 _CHECK_OFFSET = 56
 _SOUND = 0xFFFF
 _LAYERED, _RETIRED, _FILLING = 1, 2, 4
@@ -196,6 +199,10 @@ def _pack_snapshot(row: SnapshotRow) -> bytes:
     )
 
 
+def _pack_mark(row: MarkRow) -> bytes:
+    return _MARK.pack(row.id, len(row.record), len(row.trackers)) + row.record + row.trackers
+
+
 def _pack_segment(row: SegmentRow) -> bytes:
     return _SEGMENT.pack(
         row.id, row.device, row.index, row.kind, row.open, row.used, row.live, row.blocks, row.last_seq
@@ -256,6 +263,12 @@ def _unpack_segment(data: bytes) -> SegmentRow:
     return SegmentRow(number, device, index, kind, bool(is_open), used, live, last_seq, blocks)
 
 
+def _unpack_mark(data: bytes) -> MarkRow:
+    number, record_length, _ = _MARK.unpack_from(data)
+    end = _MARK.size + record_length
+    return MarkRow(number, data[_MARK.size : end], data[end:])
+
+
 def _device_length(data: memoryview, at: int) -> int:
     *_, path_length, why_length = _DEVICE.unpack_from(data, at)
     return int(_DEVICE.size + path_length + (0 if why_length == _SOUND else why_length))
@@ -279,9 +292,14 @@ def _snapshot_length(data: memoryview, at: int) -> int:
     return int(_SNAPSHOT.size + name_length)
 
 
+def _mark_length(data: memoryview, at: int) -> int:
+    _, record_length, trackers_length = _MARK.unpack_from(data, at)
+    return int(_MARK.size + record_length + trackers_length)
+
+
 _KEY_OF_DEVICE = struct.Struct("<H")
-_LENGTHS = (_device_length, _volume_length, _segment_length, _dead_length, _snapshot_length)
-_KEYS = (_KEY_OF_DEVICE, _CHECK, _CHECK, _CHECK, _CHECK)
+_LENGTHS = (_device_length, _volume_length, _segment_length, _dead_length, _snapshot_length, _mark_length)
+_KEYS = (_KEY_OF_DEVICE, _CHECK, _CHECK, _CHECK, _CHECK, _CHECK)
 
 
 # -- the catalog in memory ---------------------------------------------------------------------------------------------
@@ -293,18 +311,19 @@ class Mirror:
     def __init__(self, state: State) -> None:
         self.pool_name = state.pool_name
         self.position = state.position
-        self.tables: tuple[Table, Table, Table, Table, Table] = (
+        self.tables: tuple[Table, Table, Table, Table, Table, Table] = (
             {row.index: _pack_device(row) for row in state.devices},
             {row.id: _pack_volume(row) for row in state.volumes},
             {row.id: _pack_segment(row) for row in state.segments},
             {row[0]: _dead(row) for row in state.dead},
             {row.id: _pack_snapshot(row) for row in state.snapshots},
+            {row.id: _pack_mark(row) for row in state.marks},
         )
         self._poisoned = {row.index: row.poisoned for row in state.devices}
 
     def apply(self, change: Change) -> list[TableChange]:
         """Do what a commit did; return what is different now, by table."""
-        devices, volumes, segments, dead, snapshots = self.tables
+        devices, volumes, segments, dead, snapshots, marks = self.tables
         self.position = change.position
         delta: list[TableChange] = []
         rows = []
@@ -333,6 +352,9 @@ class Mirror:
         delta.append((_remove(dead, change.dead_removed), _put(dead, added)))
         rows = [(row.id, _pack_snapshot(row)) for row in change.snapshots]
         delta.append((_remove(snapshots, change.snapshots_removed), _put(snapshots, rows)))
+        there = {mark.id for mark in change.marks}
+        gone = [number for number in marks if number not in there]
+        delta.append((_remove(marks, gone), _put(marks, ((mark.id, _pack_mark(mark)) for mark in change.marks))))
         return delta
 
     def whole(self) -> list[TableChange]:
@@ -368,6 +390,7 @@ def bound_bytes(
     segments: int,
     dead: int,
     snapshots: int,
+    marks: Iterable[MarkRow] = (),
 ) -> int:
     """At most so long is a full copy of a catalog with these rows. `volumes`: names, and those of their policies."""
     return (
@@ -381,6 +404,7 @@ def bound_bytes(
         + segments * _SEGMENT.size
         + dead * _DEAD.size
         + snapshots * (_SNAPSHOT.size + NAME_LIMIT)
+        + sum(_MARK.size + len(mark.record) + len(mark.trackers) for mark in marks)
     )
 
 
@@ -528,7 +552,7 @@ def tables_of(chain: Sequence[Copy]) -> list[Table]:
 def state_of(chain: Sequence[Copy], pool_uuid: bytes) -> State:
     """The catalog that a chain of copies describes. Raises BadCopyError."""
     newest = chain[-1]
-    devices, volumes, segments, dead, snapshots = tables_of(chain)
+    devices, volumes, segments, dead, snapshots, marks = tables_of(chain)
     try:
         return State(
             newest.pool_name,
@@ -539,6 +563,7 @@ def state_of(chain: Sequence[Copy], pool_uuid: bytes) -> State:
             [_unpack_segment(data) for data in segments.values()],
             [_DEAD.unpack(data) for data in dead.values()],
             [_unpack_snapshot(snapshots[number]) for number in sorted(snapshots)],
+            [_unpack_mark(marks[number]) for number in sorted(marks)],
         )
     except (struct.error, UnicodeDecodeError) as error:
         raise BadCopyError(f"a copy of a catalog with impossible values ({error})") from None

@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import trio
 
-from tiers.catalog import Change, DeadRow, Position, SegmentRow, SnapshotRow, VolumeRow, device_row
+from tiers.catalog import Change, DeadRow, MarkRow, Position, SegmentRow, SnapshotRow, VolumeRow, device_row
+from tiers.changes import encode_trackers
 from tiers.copies import CopyWriter
 from tiers.errors import TierError
 from tiers.failpoint import hit
@@ -157,6 +158,7 @@ class Checkpointer:
             or engine.relocations
             or self._more_deleted
             or self.copies.behind
+            or any(volume.marks_differ for volume in engine.volumes.values())
             or any(is_free(segment, self._last_seq) for segment in engine.segments.idle())
         )
 
@@ -248,8 +250,10 @@ class Checkpointer:
             hit("checkpoint.walked")
             await self._engine.flusher.flush_all()
             hit("checkpoint.flushed")
-            self.copies.prepare(len(self._engine.dead) + len(merge.dead), len(frozen.taken) + len(frozen.made))
+            marks = await self._marks(frozen, merge)
+            self.copies.prepare(len(self._engine.dead) + len(merge.dead), len(frozen.taken) + len(frozen.made), marks)
             change = self._change(frozen, merge)
+            change.marks = marks
             committing = True
             with trio.CancelScope(shield=True):
                 await self._engine.offload(self._engine.catalog.commit, change)
@@ -308,6 +312,7 @@ class Checkpointer:
             item = FrozenVolume(
                 volume, volume.size_bytes, volume.policy_name, volume.filling, overlay, forced, volume.heir
             )
+            item.record, item.trackers = volume.freeze_marks()
             item.keeper = next((s for s in reversed(volume.snapshots) if s.state != "deleted"), None)
             if item.keeper is not None:
                 item.blockers = volume.snapshots[volume.snapshots.index(item.keeper) + 1 :]
@@ -464,6 +469,23 @@ class Checkpointer:
         change.dead_removed = merge.dead_removed
         change.devices = [*map(device_row, engine.devices), *engine.removed_devices]
         return change
+
+    async def _marks(self, frozen: Frozen, merge: Merge) -> list[MarkRow]:
+        """What volumes had for who follows their changes, at the freeze; encoded in a worker, for it may be long."""
+        buried = {volume.id for volume in merge.buried}
+        there = [
+            item
+            for item in frozen.volumes
+            if (item.record or item.trackers)
+            and not item.volume.retired
+            and item.volume not in frozen.retiring
+            and item.volume.id not in buried
+        ]
+        rows: list[MarkRow] = []
+        for item in there:
+            encoded = await self._engine.offload(encode_trackers, item.trackers) if item.trackers else b""
+            rows.append(MarkRow(item.volume.id, item.record, encoded))
+        return rows
 
     def _volume_rows(self, frozen: Frozen, merge: Merge) -> list[VolumeRow]:
         buried = {volume.id for volume in merge.buried}

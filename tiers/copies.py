@@ -20,10 +20,10 @@ catalog would take it for a free place. What an earlier life left is never appen
 
 import errno
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from tiers.catalog import Change, Position, State, device_row
+from tiers.catalog import Change, MarkRow, Position, State, device_row
 from tiers.catalogcopy import (
     BadCopyError,
     Copy,
@@ -99,13 +99,14 @@ class CopyWriter:
 
     # -- a checkpoint ------------------------------------------------------------------------------------------------
 
-    def prepare(self, dead: int, more: int = 0) -> None:
+    def prepare(self, dead: int, more: int = 0, marks: Sequence[MarkRow] = ()) -> None:
         """Before a commit: have room for a full copy, in segments that the commit will tell of. Raises ENOSPC.
 
-        `dead`: the rows of the dead list; `more`: volumes and snapshots that are about to be committed.
+        `dead`: the rows of the dead list; `more`: volumes and snapshots that are about to be committed;
+        `marks`: as they are about to be.
         """
         engine = self._engine
-        blocks = self._bound_blocks(len(engine.segments.by_id) + len(self._open) + 1, dead, more)
+        blocks = self._bound_blocks(len(engine.segments.by_id) + len(self._open) + 1, dead, more, marks)
         self._bound = blocks
         self._reserve(blocks)
         if any(segment.device.state != "online" for segment in self._open):
@@ -125,12 +126,12 @@ class CopyWriter:
             self._open.append(segment)
             room += _room(segment.slots - segment.used)
 
-    def _bound_blocks(self, segments: int, dead: int, more: int) -> int:
+    def _bound_blocks(self, segments: int, dead: int, more: int, marks: Sequence[MarkRow]) -> int:
         engine = self._engine
         names = ((volume.short_name, volume.policy_name) for volume in engine.volumes.values())
         devices = [*map(device_row, engine.devices), *engine.removed_devices]
         snapshots = len(engine.lineage.snapshots)
-        length = bound_bytes(engine.pool_name, devices, names, segments, dead, snapshots)
+        length = bound_bytes(engine.pool_name, devices, names, segments, dead, snapshots, marks)
         length += VOLUME_BYTES * (len(engine.graveyard) + more)  # deleted since the freeze: the copy still has them
         length += 2 * NAME_LIMIT * len(engine.volumes)  # given another name or policy: the copy still has the old one
         return -(-length // BLOCK_BYTES)

@@ -9,6 +9,8 @@ more asks again from there, as clients of NBD do anyway.
 """
 
 import contextlib
+import sys
+from array import array
 from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import trio
 
-from tiers.layout import BAD, BLOCK_SHIFT, FIRST_ADDRESS, SLOT_BITS, UNMAPPED
+from tiers.layout import BAD, BLOCK_SHIFT, FIRST_ADDRESS, SLOT_BITS, UNMAPPED, ZERO_CHECK
 from tiers.maptree import FANOUT, FANOUT_BITS, FANOUT_MASK, MapTree
 from tiers.record import Kind
 
@@ -34,6 +36,11 @@ undefined, and clients take it at its word: from an export that says so of data,
 """
 
 TIER_CONTEXT = "terrace:tier"
+
+LOST_CHECK = (1 << 64) - 1
+"""Among checks, a block that is lost: whoever compares must not take it for equal to anything, to itself neither."""
+MOST_EXTENTS = 4096
+"""Asked for at once."""
 
 # Flags of `terrace:tier`. 0: nothing is stored there, it reads as zeroes, and a write takes space.
 #
@@ -134,6 +141,73 @@ def _add_runs(extents: list[tuple[int, int]], runs: Runs, at: int, end: int, lim
             break
         at = stop
     return at
+
+
+async def mapped_in(reader: "Reader", offset: int, length: int) -> list[tuple[int, int]]:
+    """(offset, length) of what isn't a hole, of the whole range. Raises TierError EIO for a damaged map page.
+
+    The last one reaches the end of the range: where a hole is there, it has no length.
+    """
+    found: list[tuple[int, int]] = []
+    at, end = offset, offset + length
+    while at < end:
+        for size, flags in await allocation_of(reader, at, end - at, MOST_EXTENTS):
+            if not flags & EXTENT_HOLE:
+                if found and sum(found[-1]) == at:
+                    found[-1] = (found[-1][0], found[-1][1] + size)
+                else:
+                    found.append((at, size))
+            at += size
+    if not found or sum(found[-1]) < end:
+        found.append((end, 0))
+    return found
+
+
+async def checks_of_map(reader: "Reader", offset: int, length: int) -> bytes:
+    """8 bytes for each block that the range touches, little-endian: what its map says of it. No data is read.
+
+    The check of the block; 0 for a hole and for a block of zeros, which read the same; `LOST_CHECK` for one that is
+    lost. What is told of each map page is of one moment. Raises TierError EIO for a damaged map page.
+    """
+    found = bytearray()
+    block = offset >> BLOCK_SHIFT
+    end = (offset + length - 1 >> BLOCK_SHIFT) + 1 if length else block
+    steps = 0
+    stride = 1
+    while block < end:
+        hole = min(await _hole_at(reader, block), end - block) if end - block > FANOUT else 0
+        if hole > FANOUT:
+            found += bytes(8 * hole)
+            block += hole
+            stride = 1
+        else:
+            count = min(end - block, (stride << FANOUT_BITS) - (block & FANOUT_MASK))
+            first, last = block >> FANOUT_BITS, block + count - 1 >> FANOUT_BITS
+            while (entries := reader.entries_now(block, count)) is None:
+                await reader.load_ahead(first, last, end - 1 >> FANOUT_BITS)
+            found += _checks(*entries)
+            block += count
+            steps += last - first
+            stride = min(2 * stride, STRIDE_LEAVES)
+        reader._require_alive()
+        steps += 1
+        if steps >= STEPS_A_TURN:
+            steps = 0
+            await trio.lowlevel.checkpoint()
+    await trio.lowlevel.checkpoint()
+    return bytes(found)
+
+
+def _checks(addresses: list[int], checks: list[int]) -> bytes:
+    if ZERO_CHECK in checks or BAD in addresses:
+        checks = [
+            LOST_CHECK if address == BAD else 0 if check == ZERO_CHECK else check
+            for address, check in zip(addresses, checks, strict=True)
+        ]
+    words = array("Q", checks)
+    if sys.byteorder == "big":
+        words.byteswap()
+    return words.tobytes()
 
 
 async def _hole_at(reader: "Reader", block: int) -> int:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import trio
 
+from tiers.changes import ChangedExtents
 from tiers.failpoint import hit
 from tiers.layout import BAD, BLOCK_BYTES, FIRST_ADDRESS, INHERITED, SLOT_BITS, ZEROED
 from tiers.maptree import (
@@ -84,6 +85,9 @@ class FrozenVolume:
     forced: set[int]
     heir: Volume | None
     """Of a retired volume."""
+    record: bytes = b""
+    trackers: dict[str, ChangedExtents] = field(default_factory=dict)
+    """Copies."""
     keeper: Snapshot | None = None
     """The snapshot that what is overwritten goes to."""
     blockers: list[Snapshot] = field(default_factory=list)

@@ -20,6 +20,7 @@ from typing import Literal
 import trio
 
 from tiers.catalog import CATALOG_NAME, Catalog, DeviceRow, Position, State
+from tiers.changes import MAX_RECORD_BYTES, ChangedExtents, require_trackers
 from tiers.check import CheckReport, check_pool
 from tiers.checkpoint import Checkpointer, Frozen
 from tiers.cleaner import Cleaner
@@ -422,17 +423,59 @@ class Pool:
             hit("filling.durable")
             return volume
 
+    async def set_mirror(
+        self, volume: Volume, record: bytes, trackers: Mapping[str, ChangedExtents] | None = None
+    ) -> None:
+        """Save a record with a volume, and replace its trackers unless they are None: durable, both or none.
+
+        What it says holds after all writes that had returned. It is a checkpoint, which this waits for, and for one
+        that is under way. A tracker grows by every change from the moment of the call on; it is the very object, which
+        its owner may change in place: a later checkpoint saves that. `record`: at most 64 KiB; empty, with no trackers:
+        nobody follows the volume any more.
+
+        Raises TierError: EINVAL, ESTALE for a volume that is gone; if no checkpoint can be committed, after which the
+        volume has what was given, and the next one that succeeds, or none, makes it durable.
+        """
+        if len(record) > MAX_RECORD_BYTES:
+            raise TierError(errno.EINVAL, f"a record of {len(record)} bytes is too long: at most {MAX_RECORD_BYTES}")
+        if trackers is not None:
+            require_trackers(trackers)
+        if volume.deleted or self._engine.volumes.get(volume.id) is not volume:
+            raise TierError(errno.ESTALE, f"{volume.name} was deleted or rolled back")
+        self._engine.space.require_writable()
+        # No checkpoint of trio until the volume has both.
+        volume.mirror_record = bytes(record)
+        if trackers is not None:
+            volume.trackers = dict(trackers)
+        hit("mirror.set")
+        await self._checkpointer.checkpoint()
+        if volume.deleted:
+            raise TierError(errno.ESTALE, f"{volume.name} was deleted or rolled back meanwhile")
+
+    @staticmethod
+    def _require_plain(volume: Volume, done: str, *, mirrored: bool) -> None:
+        if volume.mirror_record and not mirrored:
+            raise TierError(
+                errno.EBUSY,
+                f"{volume.name} is mirrored and can't be {done} by itself: see `terrace volume mirror show "
+                f"{volume.name}`; `terrace volume mirror remove {volume.name}` ends the mirror",
+            )
+
     async def heat_map(self, name: str, ranges: int) -> HeatMap:
         """What of a volume lies on which tier, and how hot it is. Raises TierError ENOENT."""
         volume = self.volume(name)
         await self.recorder.drain()
         return await heat_map(self._engine, volume, ranges)
 
-    async def resize_volume(self, name: str, size_bytes: int) -> Volume:
-        """Grow or shrink a volume; durable when this returns. Shrinking discards the tail, and needs it unused."""
+    async def resize_volume(self, name: str, size_bytes: int, *, mirrored: bool = False) -> Volume:
+        """Grow or shrink a volume; durable when this returns. Shrinking discards the tail, and needs it unused.
+
+        `mirrored`: even one that has a record (`set_mirror`), for its owner sees to the other copies; else EBUSY.
+        """
         validate_volume_size(size_bytes)
         async with self._ddl:
             volume = self.volume(name)
+            self._require_plain(volume, "resized", mirrored=mirrored)
             if size_bytes < volume.size_bytes:
                 await self._shrink(volume, size_bytes)
             else:
@@ -482,19 +525,21 @@ class Pool:
                 volume.shrink_logged(size_bytes, last)
                 return
 
-    async def delete_volume(self, name: str, *, snapshots: bool = False) -> None:
+    async def delete_volume(self, name: str, *, snapshots: bool = False, mirrored: bool = False) -> None:
         """Delete a volume that nobody uses; durable when this returns, its space comes back afterwards in slices.
 
         `snapshots`: and all its snapshots; without this a volume that has some isn't deleted (EBUSY). Clones live on.
+        `mirrored`: even one that has a record (`set_mirror`); else EBUSY.
         """
         async with self._ddl:
             volume = self.volume(name)
-            family = self._require_deletable(volume, snapshots=snapshots)
+            family = self._require_deletable(volume, snapshots=snapshots, mirrored=mirrored)
             if volume.has_history or volume.deleted or family:
-                await self._engine.lineage.ask(partial(self._retire_all, name, snapshots=snapshots))
+                act = partial(self._retire_all, name, snapshots=snapshots, mirrored=mirrored)
+                await self._engine.lineage.ask(act)
                 return
             await self._engine.admit_release()
-            self._require_deletable(volume, snapshots=snapshots)
+            self._require_deletable(volume, snapshots=snapshots, mirrored=mirrored)
             self._engine.append_record(Op.DELETE, volume.id)
             self._engine.remove_volume(volume)
             self._engine.space.kick_checkpoint.set()
@@ -502,14 +547,15 @@ class Pool:
             await self._engine.flusher.flush()
             hit("delete.durable")
 
-    def _retire_all(self, name: str, frozen: Frozen, *, snapshots: bool) -> None:
+    def _retire_all(self, name: str, frozen: Frozen, *, snapshots: bool, mirrored: bool) -> None:
         # Looked for anew: a rollback whose checkpoint was under way has put another volume in its place.
         volume = self.volume(name)
-        self._delete_all(self._require_deletable(volume, snapshots=snapshots), frozen)
+        self._delete_all(self._require_deletable(volume, snapshots=snapshots, mirrored=mirrored), frozen)
         self._engine.lineage.retire(frozen, volume)
 
-    def _require_deletable(self, volume: Volume, *, snapshots: bool) -> list[Snapshot]:
+    def _require_deletable(self, volume: Volume, *, snapshots: bool, mirrored: bool) -> list[Snapshot]:
         """Raise TierError unless a volume may be deleted; returns its snapshots, which go with it."""
+        self._require_plain(volume, "deleted", mirrored=mirrored)
         self._require_unused(volume, "deleted")
         family = self._engine.lineage.of_family(volume)
         if family and not snapshots:
@@ -736,12 +782,15 @@ class Pool:
             await self._engine.lineage.ask(act)
         return made[0]
 
-    async def rollback(self, volume: str, name: str, *, keep_as: str | None, force: bool = False) -> Volume:
+    async def rollback(
+        self, volume: str, name: str, *, keep_as: str | None, force: bool = False, mirrored: bool = False
+    ) -> Volume:
         """Let a volume be again what it was at a snapshot; durable when this returns. Costs the same at any size.
 
         `keep_as`: a snapshot of this name keeps what it was before, unless that was being filled (EBUSY). `force`: even
         while it is in use, whose connections get ESTALE from then on. What it is then is complete, as every snapshot
-        is. Raises TierError: ENOENT, EEXIST, EBUSY.
+        is; it has neither record nor trackers, and one that has a record (`set_mirror`) is rolled back only with
+        `mirrored`. Raises TierError: ENOENT, EEXIST, EBUSY.
         """
         if keep_as is not None:
             validate_name("snapshot", keep_as)
@@ -751,6 +800,7 @@ class Pool:
             lineage = self._engine.lineage
             snapshot = self.snapshot(volume, name)
             old = self.volume(volume)
+            self._require_plain(old, "rolled back", mirrored=mirrored)
             if not force:
                 self._require_unused(old, "rolled back")
             self._engine.lineage.require_descent(snapshot)

@@ -20,7 +20,7 @@ import numpy as np
 import trio
 
 from tiers.errors import TierError
-from tiers.extents import EXTENT_ZERO, TIER_CONTEXT, allocation_of, tiers_of
+from tiers.extents import EXTENT_ZERO, TIER_CONTEXT, allocation_of, checks_of_map, mapped_in, tiers_of
 from tiers.frames import frame_of, index_of, unpack_all
 from tiers.layout import (
     BAD,
@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from tiers.snapshot import Views
 
 Buffer = bytes | bytearray | memoryview
+
+Healer = Callable[[int, int], Awaitable[Buffer | None]]
+"""(first block, blocks) -> their bytes, verified by whoever has them, or None. May take time; an OSError is None."""
 
 PIECE_BYTES = 1 << 20
 FRAMES_A_READ = 32
@@ -92,6 +95,8 @@ class Reader:
         self.reads: deque[int] = deque(maxlen=0)
         self._note_read = self.reads.append
         self.slow_reads: dict[str, int] = {"fast": 0, "base": 0}
+        self.healer: Healer | None = None
+        """Who may have the bytes of blocks that can't be read here."""
 
     @property
     def placement(self) -> Placement:
@@ -196,6 +201,8 @@ class Reader:
         address, check = entry
         if address < FIRST_ADDRESS:
             if address == BAD:
+                if self.healer is not None:
+                    return False
                 raise self._bad(block)
             into[:] = ZERO_BLOCK
             return True
@@ -347,8 +354,35 @@ class Reader:
         self._note_read(
             ~(block << RUN_SHIFT | SLOW | count)
         )  # behind the offer: what judges it counts this read by itself
+        failed: list[tuple[int, TierError]] = []
         for i in suspects:
-            await self._read_suspect(block + i, into[i << BLOCK_SHIFT : i + 1 << BLOCK_SHIFT])
+            try:
+                await self._read_suspect(block + i, into[i << BLOCK_SHIFT : i + 1 << BLOCK_SHIFT])
+            except TierError as error:
+                if self.healer is None:
+                    raise
+                failed.append((i, error))
+        if failed:
+            await self._heal_failed(block, failed, into)
+
+    async def _heal_failed(self, block: int, failed: list[tuple[int, TierError]], into: memoryview) -> None:
+        """Have blocks that can't be read from the healer, neighbours together. Raises the error of one that is lost."""
+        failed.sort(key=lambda item: item[0])
+        at = 0
+        while at < len(failed):
+            first, error = failed[at]
+            count = 1
+            while at + count < len(failed) and failed[at + count][0] == first + count:
+                count += 1
+            data = await self.heal(block + first, count)
+            if data is None:
+                raise error
+            into[first << BLOCK_SHIFT : first + count << BLOCK_SHIFT] = data
+            at += count
+
+    async def heal(self, block: int, count: int) -> bytes | None:
+        """The bytes of blocks that can't be read, from elsewhere; None: nobody has them. A volume's business."""
+        return None
 
     def _note_slow(self, address: int) -> None:
         """Count a read that had to wait by the tier of its first block: a drain may come after its promotion."""
@@ -512,6 +546,21 @@ class Reader:
         At most `limit` of them, neighbours differ, and terabytes of nothing cost a few page look-ups.
         """
         return await allocation_of(self, offset, length, limit)
+
+    async def mapped(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """(offset, length) of what isn't a hole, in order; the last one reaches the end of the range.
+
+        Where a hole is there, it has no length. Terabytes of nothing cost a few page look-ups.
+        """
+        return await mapped_in(self, offset, length)
+
+    async def checks(self, offset: int, length: int) -> bytes:
+        """8 bytes for each block that the range touches, little-endian: its XXH3-64 as the map has it.
+
+        0 for what reads as zeros, mapped or not; 2**64 - 1 for a block that is lost, which is equal to nothing, not
+        even to another such. No data is read. Raises TierError EIO for a damaged map page.
+        """
+        return await checks_of_map(self, offset, length)
 
     def contexts(self, prefix: str) -> Iterable[str]:
         """The metadata contexts that begin with `prefix`."""

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, cast
 import trio
 
 from tiers.catalog import State
+from tiers.changes import decode_trackers
 from tiers.device import Device, read_what_can_be_read
 from tiers.errors import TierError
 from tiers.failpoint import hit
@@ -142,6 +143,11 @@ def restore(engine: "Engine", state: State) -> None:
         volume.layered = bool(volume_row.layered)
         volume.retired = volume.deleted = bool(volume_row.retired)
         volume.filling = bool(volume_row.filling)
+    for mark in state.marks:
+        volume = engine.volumes[mark.id]
+        volume.mirror_record = mark.record
+        volume.trackers = decode_trackers(mark.trackers)  # the catalog was judged
+        volume.freeze_marks()
     _restore_snapshots(engine, state)
     engine.dead = {address: (check, level, volume_id) for address, check, level, volume_id in state.dead}
     engine.next_volume_id = max(engine.next_volume_id, state.position.next_volume_id)
@@ -623,5 +629,7 @@ async def _apply_move(
                     engine.relocate(volume, start + i, old, base | places[at], batch.checks[at])
                 else:
                     moves.append((volume, start + i, base | places[at], batch.checks[at]))
+                    # It may be a stream that went past the log: no record tells it from what was only moved.
+                    volume.mark([0, start + i, 1])
             at += 1
     put_moved(engine, moves)

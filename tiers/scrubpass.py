@@ -360,6 +360,10 @@ class Pass:
         if reason is None:
             return
         target = await self._target(owner, address)
+        if target is not None and target.kind == "data" and target.volume.healer is not None:
+            if await target.volume.heal(target.offset >> BLOCK_SHIFT, 1) is not None:
+                return
+            target = await self._target(owner, address)
         if target is not None:
             self._record_block(damage, segment, address, target, reason)
 

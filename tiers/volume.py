@@ -18,6 +18,7 @@ How blocks are read is in `tiers.reader`.
 
 import contextlib
 import errno
+import logging
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
@@ -27,10 +28,12 @@ from typing import TYPE_CHECKING
 import trio
 
 from tiers.bypass import LEAST_BYTES
+from tiers.changes import ChangedExtents
 from tiers.errors import NoRoomError, TierError
 from tiers.extents import load_ahead
 from tiers.kept import KeptLeaves
 from tiers.layout import (
+    BAD,
     BLOCK_BYTES,
     BLOCK_MASK,
     BLOCK_SHIFT,
@@ -53,6 +56,8 @@ from tiers.snapshot import Snapshot, compose
 
 if TYPE_CHECKING:
     from tiers.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 Edges = dict[int, tuple[Entry, bytes]]
 """Blocks read beforehand for a merge: block -> (the entry it was read through, its bytes)."""
@@ -114,6 +119,13 @@ class Volume(Reader):
         """Who takes over the blocks that a retired volume has. Their headers go on naming this one."""
         self.family = volume_id
         """The id of the first volume of that name: a rollback makes another one, which takes name and family over."""
+        self.trackers: dict[str, ChangedExtents] = {}
+        """By name; every change is added to each of them in the step in which it is logged. See `Pool.set_mirror`."""
+        self.mirror_record = b""
+        """What `Pool.set_mirror` was given last: the engine doesn't know what it means."""
+        self.healed_blocks = 0
+        """Blocks that the `healer` has had the bytes of, since the pool was opened."""
+        self._saved_marks: tuple[bytes, dict[str, tuple[ChangedExtents, int]]] = b"", {}
         self.referenced_blocks = 0
         """Blocks with data as clients see them at the last checkpoint: for a clone, those of its origin too."""
         self._merge_lock = trio.Lock()
@@ -488,13 +500,13 @@ class Volume(Reader):
         self._log_unnoticed(writes)
 
     def _log_unnoticed(self, writes: Sequence[tuple[int, Buffer]]) -> None:
-        """Log whole blocks that no client has written: they earn no heat, and aren't counted as clients' bytes."""
-        written, noted = self._engine.client_written_bytes, self.writes
-        self.writes = deque(maxlen=0)
+        """Log whole blocks that hold what they held: they earn no heat, and are neither clients' bytes nor changes."""
+        written, noted, trackers = self._engine.client_written_bytes, self.writes, self.trackers
+        self.writes, self.trackers = deque(maxlen=0), {}
         try:
             self._log_blocks(writes, keep_zeroes=True)
         finally:
-            self._engine.client_written_bytes, self.writes = written, noted
+            self._engine.client_written_bytes, self.writes, self.trackers = written, noted, trackers
 
     def _rewrite_history(self, writes: Sequence[tuple[int, Buffer]]) -> None:
         """The same where snapshots may name these blocks too: each block's old address is logged with it."""
@@ -573,6 +585,8 @@ class Volume(Reader):
         segments = self._engine.segments
         before = active.weight
         dropped: list[int] = []
+        if self.trackers:
+            self.mark(ops)
         if checks:
             segments.add_pending(address, len(checks))
         at = 0
@@ -599,6 +613,91 @@ class Volume(Reader):
         if dropped:
             segments.drop_pending(dropped)
         space.active_weight += active.weight - before
+
+    async def heal(self, block: int, count: int) -> bytes | None:
+        """The bytes of blocks that can't be read here, from the `healer`, put right here too; None: it hasn't them.
+
+        They are taken for what was written only if they match the check that the map has for each block. Of a block
+        that the map knows as lost there is none: then the healer is believed. Blocks that clients change meanwhile are
+        read again. What can't be written, for want of room or because the pool takes no writes, is returned too.
+        """
+        healer = self.healer
+        if healer is None:
+            return None
+        before = await self.entries(block, count)
+        at = block << BLOCK_SHIFT
+        try:
+            given = await healer(block, count)
+        except OSError as error:
+            logger.error("%s at byte %d: can't be read, nor had from elsewhere: %s", self.name, at, error)
+            return None
+        if given is None:
+            return None
+        if len(given) != count << BLOCK_SHIFT:
+            logger.error("%s at byte %d: %d bytes came from elsewhere for %d blocks", self.name, at, len(given), count)
+            return None
+        data = memoryview(bytearray(given))
+        now = await self.entries(block, count)
+        found = checks_of(data)
+        for i, (old, new) in enumerate(zip(zip(*before, strict=True), zip(*now, strict=True), strict=True)):
+            part = data[i << BLOCK_SHIFT : i + 1 << BLOCK_SHIFT]
+            if old != new:
+                # Somebody wrote, or moved it. No healer a second time.
+                await self._read_suspect(block + i, part)
+            elif new[0] == UNMAPPED:
+                part[:] = ZERO_BLOCK
+            elif new[0] != BAD and found[i] != new[1]:
+                logger.error("%s at byte %d: what came from elsewhere isn't what was written", self.name, at)
+                return None
+        with contextlib.suppress(OSError):
+            await self._rewrite_healed(block, data, now)
+        self.healed_blocks += count
+        logger.warning("%s at byte %d: %d damaged blocks were had from elsewhere", self.name, at, count)
+        return bytes(data)
+
+    async def _rewrite_healed(self, block: int, data: memoryview, entries: tuple[list[int], list[int]]) -> None:
+        """Write blocks, whose entries are still these, anew. Raises OSError."""
+        charge = await self._admission(block, len(entries[0]))
+        self._require_alive()
+        # No checkpoint of trio from here on.
+        moved: list[tuple[int, Buffer]] = []
+        replaced: list[tuple[int, Buffer]] = []
+        for i, entry in enumerate(zip(*entries, strict=True)):
+            if entry[0] == UNMAPPED or self.entry_now(block + i) != entry:
+                continue
+            write = (block + i) << BLOCK_SHIFT, data[i << BLOCK_SHIFT : i + 1 << BLOCK_SHIFT]
+            # Snapshots that name the damaged block get the new one too; one that is lost has no name to know it by.
+            is_named = entry[0] != BAD and self.owns_now(block + i)
+            (moved if is_named else replaced).append(write)
+        if moved:
+            self.rewrite(moved)
+        if replaced:
+            self._log_unnoticed(replaced)
+        self._engine.space.active_charge += charge if moved or replaced else 0
+
+    def mark(self, ops: Sequence[int]) -> None:
+        """Add the blocks that these operations of a batch change to each tracker."""
+        for tracker in self.trackers.values():
+            add = tracker.add
+            for i in range(0, len(ops), OP_WORDS):
+                add(ops[i + 1] << BLOCK_SHIFT, ops[i + 2] << BLOCK_SHIFT)
+
+    def freeze_marks(self) -> tuple[bytes, dict[str, ChangedExtents]]:
+        """The record and copies of the trackers, which are about to be saved. No checkpoint of trio in here."""
+        self._saved_marks = self.mirror_record, self._edits() if self.trackers else {}
+        return self.mirror_record, {name: tracker.copy() for name, tracker in self.trackers.items()}
+
+    @property
+    def marks_differ(self) -> bool:
+        """Whether these were changed, other than by writes, since a checkpoint has taken them."""
+        record, edits = self._saved_marks
+        return bool(
+            (self.trackers or edits or self.mirror_record or record)
+            and (record != self.mirror_record or edits != self._edits())
+        )
+
+    def _edits(self) -> dict[str, tuple[ChangedExtents, int]]:
+        return {name: (tracker, tracker.edits) for name, tracker in self.trackers.items()}
 
     async def write(self, offset: int, data: Buffer, *, keep_zeroes: bool = False) -> None:
         """Write, waiting for space, map pages and the blocks to merge with. `data` must not change meanwhile."""

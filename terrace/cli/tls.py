@@ -1,4 +1,4 @@
-"""`terrace tls`: certificates for the NBD server and its clients. Needs no daemon."""
+"""`terrace tls`: certificates for the NBD server, its clients, and nodes among themselves. Needs no daemon."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SOON_DAYS = 30
 
 @click.group()
 def tls() -> None:
-    """Certificates for NBD over TLS: a private authority, the server's certificate, and one for each client.
+    """Certificates for NBD over TLS: a private authority, the server's certificate, and one for each client and node.
 
     DIR is HOME/tls unless another is given.
     """
@@ -121,6 +121,49 @@ def client(context: Context, name: str, directory: Path | None, days: int, force
     host = (made.server_names(directory) if (directory / "server-cert.pem").exists() else [*_this_host()])[0]
     click.echo(f"{into}: a certificate for CN={name}. Copy the directory to the client; there, with its path:\n")
     for line in client_commands(host, into):
+        click.echo(f"  {line}")
+
+
+@tls.command()
+@click.argument("name")
+@click.option(
+    "--name",
+    "names",
+    multiple=True,
+    metavar="HOST",
+    help="A name or address by which peers and NBD clients reach the node; may be repeated.",
+)
+@click.option("--here", is_flag=True, help="It is for this node: goes into DIR itself, where the daemon looks for it.")
+@click.option("--days", type=_DAYS, default=825, show_default=True, help="How long the certificate holds.")
+@click.option("--force", is_flag=True, help="Replace one of that name.")
+@_directory_option
+@pass_context
+def node(
+    context: Context, name: str, names: tuple[str, ...], here: bool, directory: Path | None, days: int, force: bool
+) -> None:
+    """Make a certificate for a node that mirrors volumes, CN=NAME, and say how it is used.
+
+    One authority for all nodes: make it on one of them, and all certificates there. A node shows it to its peers, as
+    server and as client, and to NBD clients.
+    """
+    made = _certificates()
+    directory = _chosen(context, directory)
+    called = list(names)
+    if here and (directory / "server-cert.pem").exists():  # NBD clients know it by these
+        called += [one for one in made.server_names(directory) if one not in made.LOOPBACK]
+    into = made.make_node(directory, name, called, days, here=here, force=force)
+    shown = ", ".join(dict.fromkeys((*called, name, *made.LOOPBACK)))
+    click.echo(f"{into / 'node-cert.pem'}: for the node {name} ({shown})")
+    if not here:
+        where = shlex.quote(str(into))
+        click.echo(f"Copy what is in {where} to HOME/tls on that node; its keys belong to nobody else.")
+    click.echo("For the configuration of its daemon:\n")
+    listen = called[0] if called else "0.0.0.0"
+    listen = f"[{listen}]" if ":" in listen else listen
+    for line in (
+        *("[nbd]", f'listen = ["{listen}:10809"]', "[nbd.tls]", 'mode = "required"', "[node]", f'name = "{name}"'),
+        *("[peers.OTHER]", 'address = "HOST:10809"'),
+    ):
         click.echo(f"  {line}")
 
 

@@ -26,12 +26,14 @@ from nbd.export import Client
 from nbd.handshake import (
     MAX_OPTION_BYTES,
     MAX_SELECTED_CONTEXTS,
+    MAX_TAKEOVER_BYTES,
     NEED_DATA,
     Handshake,
     Hangup,
     Send,
     WantExport,
     WantList,
+    WantTakeover,
 )
 from nbd.negotiate import MAX_REPLY_BYTES, negotiate
 from nbd.replies import Pending, Replies
@@ -74,7 +76,7 @@ def run_handshake(data: bytes) -> None:
     """Any bytes in any pieces. Input: flags, a seed for the pieces, what the client sends."""
     flags, seed, rest = (data[0], data[1], data[2:]) if len(data) > 1 else (0, 0, b"")
     export = _OFFERED[flags & 3]
-    machine = Handshake()
+    machine = Handshake(takeovers=() if flags & 32 else (wire.OPT_TERRACE,))
     machine.shutting_down = bool(flags & 4)
     pieces = _pieces(rest, seed)
     out = bytearray()
@@ -105,6 +107,14 @@ def run_handshake(data: bytes) -> None:
             if machine.begun:
                 assert rest[:fed].endswith(machine.leftover())
                 break
+        elif isinstance(event, WantTakeover):
+            assert event.option == wire.OPT_TERRACE and len(event.data) <= MAX_TAKEOVER_BYTES
+            assert not flags & 36, "nobody is there for it, or it is too late"
+            if event.data.startswith(b"{"):
+                out += machine.given_away()
+                assert rest[:fed].endswith(option_bytes(wire.OPT_TERRACE, event.data) + machine.leftover())
+                break
+            out += machine.declined("no: " + "\0é" * 5000)
         else:
             assert isinstance(event, Hangup) and event.reason
             out += event.farewell
@@ -169,8 +179,10 @@ def _handshake_seeds() -> list[bytes]:
         FLAGS + struct.pack(">QII", wire.IHAVEOPT, wire.OPT_GO, 70000) + bytes(70000 - 65536),
         struct.pack(">I", 0) + option_bytes(wire.OPT_EXPORT_NAME, b""),
         struct.pack(">I", 4),
+        FLAGS + option_bytes(wire.OPT_TERRACE, b"no") + option_bytes(wire.OPT_TERRACE, b'{"version": 1}') + b"behind",
+        FLAGS + option_bytes(wire.OPT_TERRACE, b"{" * 4097) + HELLO[4:],
     ]
-    return [bytes([flags, seed]) + stream for stream in streams for flags, seed in ((0, 0), (7, 3), (24, 0))]
+    return [bytes([flags, seed]) + stream for stream in streams for flags, seed in ((0, 0), (7, 3), (24, 0), (32, 3))]
 
 
 # -- one request -------------------------------------------------------------------------------------------------------

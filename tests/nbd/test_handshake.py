@@ -19,12 +19,14 @@ from nbd.handshake import (
     MAX_QUERIES,
     MAX_SELECTED_CONTEXTS,
     MAX_SKIPPED_BYTES,
+    MAX_TAKEOVER_BYTES,
     NEED_DATA,
     Handshake,
     Hangup,
     Send,
     WantExport,
     WantList,
+    WantTakeover,
 )
 from nbd.transmission import Session
 from tests.nbd.client import info_bytes, meta_bytes, option_bytes
@@ -520,3 +522,78 @@ def test_garbage_never_raises_and_never_grows_the_buffer(pieces: list[bytes]) ->
         if talk.end or talk.machine.begun:
             break
         assert len(talk.machine._buffer) <= 16 + MAX_OPTION_BYTES
+
+
+# --- a private option ---
+
+
+def with_takeover(flags: int = 3, **terms: bool) -> Handshake:
+    """A machine that takes the private option, as far as its options."""
+    machine = Handshake(takeovers=(wire.OPT_TERRACE,), **terms)
+    assert isinstance(machine.next_event(), Send)
+    machine.feed(struct.pack(">I", flags))
+    return machine
+
+
+def test_a_private_option_is_asked_about_and_given_away_with_all_behind_it() -> None:
+    machine = with_takeover()
+    machine.feed(option_bytes(wire.OPT_TERRACE, b"data") + b"behind")
+    assert machine.next_event() == WantTakeover(wire.OPT_TERRACE, b"data")
+    assert split(machine.given_away(), wire.OPT_TERRACE) == [(wire.REP_ACK, b"")]
+    assert machine.begun and machine.leftover() == b"behind"
+
+
+def test_a_private_option_that_is_declined_changes_nothing() -> None:
+    machine = with_takeover()
+    machine.feed(option_bytes(wire.OPT_STRUCTURED_REPLY) + option_bytes(wire.OPT_TERRACE))
+    assert isinstance(machine.next_event(), Send)
+    assert machine.next_event() == WantTakeover(wire.OPT_TERRACE, b"")
+    assert split(machine.declined("not you"), wire.OPT_TERRACE) == [(wire.REP_ERR_POLICY, b"not you")]
+    machine.feed(option_bytes(wire.OPT_GO, info_bytes("mem")))
+    assert isinstance(machine.next_event(), WantExport)
+    machine.described(EXPORT)
+    assert machine.session.structured
+
+
+@pytest.mark.parametrize("length", [MAX_TAKEOVER_BYTES, MAX_TAKEOVER_BYTES + 1, MAX_OPTION_BYTES + 1])
+def test_the_data_of_a_private_option_has_a_bound(length: int) -> None:
+    machine = with_takeover()
+    machine.feed(option_bytes(wire.OPT_TERRACE, bytes(length)))
+    event = machine.next_event()
+    if length > MAX_TAKEOVER_BYTES:
+        assert isinstance(event, Send)
+        ((kind, _),) = split(event.data, wire.OPT_TERRACE)
+        assert kind == wire.REP_ERR_TOO_BIG
+    else:
+        assert event == WantTakeover(wire.OPT_TERRACE, bytes(length))
+
+
+def test_a_private_option_is_refused_before_tls_where_that_is_required_and_at_the_end() -> None:
+    machine = with_takeover(tls_offered=True, tls_required=True)
+    machine.feed(option_bytes(wire.OPT_TERRACE, b"data"))
+    event = machine.next_event()
+    assert isinstance(event, Send) and split(event.data, wire.OPT_TERRACE)[0][0] == wire.REP_ERR_TLS_REQD
+    machine = with_takeover()
+    machine.shutting_down = True
+    machine.feed(option_bytes(wire.OPT_TERRACE, b"data"))
+    event = machine.next_event()
+    assert isinstance(event, Send) and split(event.data, wire.OPT_TERRACE)[0][0] == wire.REP_ERR_SHUTDOWN
+
+
+def test_a_private_option_without_fixed_newstyle_ends_the_connection() -> None:
+    machine = with_takeover(flags=0)
+    machine.feed(option_bytes(wire.OPT_TERRACE, b"data"))
+    event = machine.next_event()
+    assert isinstance(event, Hangup) and "TERRACE" in event.reason
+
+
+def test_no_option_of_the_protocol_is_given_away() -> None:
+    machine = Handshake(takeovers=(wire.OPT_GO,))
+    assert isinstance(machine.next_event(), Send)
+    machine.feed(struct.pack(">I", 3) + option_bytes(wire.OPT_GO, info_bytes("mem")))
+    assert isinstance(machine.next_event(), WantExport)
+
+
+def test_a_private_option_that_nobody_is_there_for_is_as_any_unknown_one() -> None:
+    ((kind, text),) = Talk().option(wire.OPT_TERRACE, b"data")
+    assert kind == wire.REP_ERR_UNSUP and b"not supported" in text

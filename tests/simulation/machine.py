@@ -259,6 +259,7 @@ def _changed(state: State, change: Change) -> State:
         list(segments.values()),
         list(dead.values()),
         [snapshots[number] for number in sorted(snapshots)],
+        sorted(change.marks, key=lambda row: row.id),
     )
 
 

@@ -146,7 +146,7 @@ def test_what_is_no_window_of_hours_is_refused(text: str) -> None:
     [
         ("[nbd]\n\nlisen = []", 't.toml:3: nbd.lisen: unknown key; did you mean "listen"?'),
         ("# no\n[pol]", 't.toml:2: pol: unknown key; did you mean "pool"?'),
-        ("[x]", "t.toml:1: x: unknown key; valid here: nbd, pool, space, scrub, fuse, log, policy"),
+        ("[x]", "t.toml:1: x: unknown key; valid here: nbd, node, peers, pool, space, scrub, fuse, log, policy"),
         ("nbd.listen = 1", 't.toml:1: nbd.listen: 1 is not a list such as ["127.0.0.1:10809"]'),
         (
             '[nbd.exports."p/v"]\nsubjects = "CN=a"',
@@ -236,3 +236,48 @@ def test_a_file_that_can_not_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="is not UTF-8"):
         load_config(tmp_path / "binary")
+
+
+NODES = '[nbd.tls]\nmode = "required"\n[node]\nname = "a"\n'
+
+
+def test_peers_are_known_by_the_name_in_their_certificate_unless_a_subject_is_given() -> None:
+    config = parse_config(
+        NODES + 'listen = ["192.0.2.1:1"]\n[peers.b]\naddress = "192.0.2.2:1"\n'
+        '[peers.c]\naddress = "[::1]:1"\nsubject = "DNS:c.example"\nplaintext = true',
+        "t.toml",
+    )
+    assert (config.node.name, config.node.listen) == ("a", ["192.0.2.1:1"])
+    assert config.peers["b"].subjects("b") == ("CN=b",) and not config.peers["b"].plaintext
+    assert config.peers["c"].subjects("c") == ("DNS:c.example",) and config.peers["c"].plaintext
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[node]\nname = "a/b"', "t.toml:2: node.name: \"a/b\" can't be a node's name"),
+        ('[node]\nname = "a"\ncertificate = "c"', "certificate and key go together"),
+        (NODES + '[peers.a]\naddress = "192.0.2.2:1"', 't.toml:5: peers.a: "a" is this node itself'),
+        (NODES + '[peers."x y"]\naddress = "192.0.2.2:1"', "peers.x y: \"x y\" can't be a node's name"),
+        (NODES + '[peers.b]\naddress = "127.0.0.1:10809"', "is an address of this node itself; write that of b"),
+        (
+            NODES + '[peers.b]\naddress = "192.0.2.2:1"\n[peers.c]\naddress = "192.0.2.2:1"',
+            "peers.c: 192.0.2.2:1 is the address of the peer b already",
+        ),
+        (NODES + '[peers.b]\naddress = "192.0.2.2"', "t.toml:6: peers.b.address: '192.0.2.2' is not an address"),
+        (NODES + '[peers.b]\naddress = "192.0.2.2:0"', "no port that can be connected to"),
+        (NODES + "[peers.b]", "t.toml:5: peers.b.address: is missing"),
+        (NODES + '[peers.b]\naddress = "192.0.2.2:1"\nplaintext = true', "192.0.2.2:1 is not this host"),
+        (NODES + '[peers.b]\naddress = "192.0.2.2:1"\nsubject = "b"', '"b" is no subject'),
+        (NODES + '[peers.b]\naddress = "192.0.2.2:1"\nsubject = "any"', "a peer has to be told from others"),
+        ('[peers.b]\naddress = "192.0.2.2:1"', "there is no name for this node itself"),
+        ('[node]\nname = "a"\n[peers.b]\naddress = "192.0.2.2:1"', "nodes talk over TLS, which is off"),
+        (
+            NODES.replace("[node]", 'clients = "any"\n[node]') + '[peers.b]\naddress = "192.0.2.2:1"',
+            "its certificate has to be verified",
+        ),
+    ],
+)
+def test_what_can_be_no_peer_is_refused_by_name(text: str, said: str) -> None:
+    (problem,) = problems(text)
+    assert said in problem

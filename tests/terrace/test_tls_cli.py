@@ -56,7 +56,7 @@ def test_what_is_made_is_taken_by_both_sides_and_keys_are_private(tmp_path: Path
     # The lines that it prints are what the daemon needs, and no more.
     lines = [line for line in said.splitlines() if line.startswith("  ")]
     config = parse_config("\n".join(lines), "printed")
-    files = config.nbd.tls.files(home)
+    files = config.tls_files(home)
     assert config.nbd.tls.mode == "required" and files is not None and files.ca == made / "ca-cert.pem"
 
 

@@ -26,6 +26,7 @@ from tiers.catalog import (
     SNAPSHOT_STATES,
     Change,
     DeviceRow,
+    MarkRow,
     Position,
     SegmentRow,
     SnapshotRow,
@@ -202,6 +203,7 @@ def sample(seq: int = 41, volumes: int = 3, incarnation: int = 2) -> State:
         ],
         [(3 << 24 | 5, 99, 1, 4)],
         [SnapshotRow(9, 1, "monday", 1 << 30, 3 << 24 | 2, 78, 4, 6, 1700000001.5, "hidden", True)],
+        [MarkRow(2, b"a record", b"trackers, which are judged elsewhere")],
     )
 
 
@@ -253,13 +255,13 @@ def test_a_sound_copy_of_a_newer_version_is_told_from_a_damaged_one() -> None:
     with pytest.raises(BadCopyError) as damaged:
         decode_copy(data)
     assert not damaged.value.newer
-    with pytest.raises(BadCopyError, match="format version 99 and this release reads 4") as newer:
+    with pytest.raises(BadCopyError, match="format version 99 and this release reads 5") as newer:
         decode_copy(sealed(data))
     assert newer.value.newer
 
 
-def test_version_4_has_these_bytes() -> None:
-    assert full(sample())[0] == golden("v4-catalog-copy.hex", BLOCK_BYTES)
+def test_version_5_has_these_bytes() -> None:
+    assert full(sample())[0] == golden("v5-catalog-copy.hex", BLOCK_BYTES)
 
 
 # -- chains ------------------------------------------------------------------------------------------------------------

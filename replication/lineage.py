@@ -1,0 +1,71 @@
+"""Whether two records come from each other: what a leg that returns is to the mirror. Pure.
+
+Each record remembers its ancestors (`Membership.history`). A leg whose newest record is one of ours has only missed
+something. If neither record is the other's ancestor, there is a fork, and there are two kinds of them:
+
+- Nobody has forced anything since they parted. Then one of the two records has never counted: a candidate finds every
+  record that does (`replication.voters`). Nothing was acknowledged by it, so the leg is resynced like an ancestor.
+- Somebody has. Then both sides may have acknowledged writes: split brain, which an operator must decide.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from replication.membership import Generation, Membership
+
+
+class Relation(enum.Enum):
+    """What their record is to ours."""
+
+    SAME = "same"
+    ANCESTOR = "ancestor"  # ours came from it: what it misses is copied to it
+    DESCENDANT = "descendant"  # it came from ours: we are the ones who have missed something
+    FORK = "fork"  # one of both never counted: as ANCESTOR for whoever is primary by a record that counts
+    SPLIT_BRAIN = "split brain"  # both may have acknowledged writes
+
+
+def relation(ours: Membership, theirs: Membership, their_leg: str) -> Relation:
+    """What the record `theirs`, of the leg with the id `their_leg`, is to `ours`."""
+    if ours.generation == theirs.generation:
+        return Relation.SAME
+    if theirs.generation in ours.history:
+        after = ours.history[ours.history.index(theirs.generation) + 1 :]
+        went_on = theirs.primary is not None and their_leg in theirs.in_sync
+        if went_on and after[0].forced == "apart":
+            return Relation.SPLIT_BRAIN
+        return Relation.ANCESTOR
+    if ours.generation in theirs.history:
+        return Relation.DESCENDANT
+    ours_since, theirs_since = since_common(ours, theirs)
+    if any(one.forced != "no" for one in (*ours_since, *theirs_since)):
+        return Relation.SPLIT_BRAIN
+    return Relation.FORK
+
+
+def since_common(ours: Membership, theirs: Membership) -> tuple[tuple[Generation, ...], tuple[Generation, ...]]:
+    """The generations of each since the newest that both have; all that are remembered if there is none."""
+    common = set(ours.history) & set(theirs.history)
+    newest = max(common, key=lambda one: (one.term.number, one.epoch), default=None)
+    return _after(ours, newest), _after(theirs, newest)
+
+
+def _after(membership: Membership, common: Generation | None) -> tuple[Generation, ...]:
+    history = membership.history or (membership.generation,)
+    return history if common is None else history[history.index(common) + 1 :]
+
+
+def both_histories(ours: Membership, theirs: Membership, our_name: str, their_name: str) -> str:
+    """A sentence with the two sides of a split brain."""
+    ours_since, theirs_since = since_common(ours, theirs)
+    return f"{our_name} has {_listed(ours_since)}, and {their_name} has {_listed(theirs_since)}"
+
+
+def _listed(generations: tuple[Generation, ...]) -> str:
+    shown = [
+        f"{one.term.number}.{one.epoch} ({one.term.id[:8]}, primary {one.primary or 'none'}"
+        f"{', forced' if one.forced != 'no' else ''})"
+        for one in generations[-3:]
+    ]
+    more = [f"{len(generations) - 3} older"] if len(generations) > 3 else []
+    return ", ".join([*more, *shown]) if shown else "nothing that the other doesn't have"

@@ -1,0 +1,332 @@
+"""Resync: a leg that was away gets what it missed, while clients go on.
+
+From the moment that a leg is `Syncing` every batch goes to it too. What it missed before is known by extent: the
+tracker `missing:ID` at a leg in sync, and its own trackers, which hold what it has and others don't. A leg of unknown
+history is compared wherever one of the two has something mapped.
+
+Each piece is compared by checks, without reading data; what differs is read from a leg in sync and submitted to this
+leg only, in its order. **The touched rule**: a batch that touches the piece between the moment when nothing was in
+flight there and the copy's `submit` makes the copy void, as it would put older bytes over newer ones. Then it is done
+again, by single extents; after a few tries writers of the extent wait.
+
+Extents leave the primary's tracker only after the leg has been flushed: what a power cut takes from it is still there.
+So a resync that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, Protocol
+
+import trio
+
+from replication.inflight import InFlight, Locks
+from replication.leg import EXTENT_BYTES, Extents, Leg, LegStore
+from replication.localleg import RECENT, RECENT_OLD, missing_tracker
+from replication.reconcile import PIECE_BYTES, differing, pieces, ungrouped
+
+if TYPE_CHECKING:
+    from replication.mirror import Member
+
+MAX_TRIES: Final = 4
+COMPARE_BYTES: Final = 16 << 20
+"""Of a leg of unknown history, so much is compared at a time: 32 KiB of checks from each side."""
+
+
+@dataclass(frozen=True)
+class ResyncSettings:
+    """What may be tuned. Rates are bytes a second."""
+
+    floor_bytes_s: float = 16 << 20
+    """Not slower than that, whatever clients suffer."""
+    ceiling_bytes_s: float = math.inf
+    workers: int = 4
+    idle_s: float = 1.0
+    """With no request for so long, clients are idle."""
+    slower_from: float = 2.0
+    """It goes slower when clients' batches take so many times as long as they did at best."""
+    judge_s: float = 0.2
+    flush_bytes: int = 64 << 20
+    """So much is copied between two flushes; extents leave the tracker with each."""
+    stalled_s: float = 30.0
+    """Without progress for so long it is given up, and begun again."""
+
+
+@dataclass
+class Progress:
+    """How far it is."""
+
+    state: str = "looking for what is missing"
+    total_bytes: int = 0
+    done_bytes: int = 0
+    """Compared, and copied where it differed."""
+    copied_bytes: int = 0
+    retries: int = 0
+    began: float = 0.0
+    rate_bytes_s: float = 0.0
+    eta_s: float | None = None
+    ceiling_bytes_s: float = math.inf
+    """How fast it may go now."""
+
+    def seen(self, now: float) -> Progress:
+        """A copy, with rate and remaining time."""
+        took = now - self.began
+        rate = self.done_bytes / took if took > 0 else 0.0
+        eta = (self.total_bytes - self.done_bytes) / rate if rate else None
+        return replace(self, rate_bytes_s=rate, eta_s=eta)
+
+
+class Pace:
+    """How fast it may go: a decision from what clients suffer, and a bucket."""
+
+    def __init__(self, settings: ResyncSettings) -> None:
+        self._settings = settings
+        self.rate = settings.ceiling_bytes_s
+        self._best_s = math.inf
+        self._budget = 0.0
+        self._filled_at = 0.0
+
+    def judge(self, *, idle: bool, latency_s: float, measured_bytes_s: float) -> None:
+        """Each `judge_s`. Pure but for what it remembers."""
+        settings = self._settings
+        if idle:
+            self.rate = settings.ceiling_bytes_s
+            return
+        self._best_s = min(self._best_s * 1.01, latency_s)
+        if latency_s > self._best_s * settings.slower_from:
+            at = min(self.rate, max(measured_bytes_s, settings.floor_bytes_s))
+            self.rate = max(settings.floor_bytes_s, at / 2)
+        else:
+            self.rate = min(settings.ceiling_bytes_s, self.rate * 1.25)
+
+    async def take(self, size_bytes: int) -> None:
+        """Wait until so much may be copied."""
+        while math.isfinite(self.rate):
+            now = trio.current_time()
+            # A quarter of a second may be saved up; a piece may be longer than that, and is then owed.
+            self._budget = min(self._budget + (now - self._filled_at) * self.rate, self.rate / 4)
+            self._filled_at = now
+            if self._budget > 0:
+                break
+            await trio.sleep(min(0.1, -self._budget / self.rate + 0.001))
+        self._budget -= size_bytes
+
+
+class Site(Protocol):
+    """What a resync needs of the mirror."""
+
+    inflight: InFlight
+    locks: Locks
+    client_at: float
+    latency_s: float
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    def source(self) -> Leg | None: ...
+
+    async def read_for_copy(self, offset: int, length: int, into: memoryview) -> None: ...
+
+    async def copy_to(self, member: Member, offset: int, data: memoryview | None, *, length: int = 0) -> bool: ...
+
+
+class Resync:
+    """One leg's. `run` returns when the leg has everything; it is cancelled when the leg fails."""
+
+    def __init__(
+        self, site: Site, member: Member, *, known: bool, store: LegStore | None, settings: ResyncSettings
+    ) -> None:
+        assert member.leg is not None
+        self._site = site
+        self._member = member
+        self._target = member.leg
+        self._known = known
+        self._store = store
+        self._settings = settings
+        self._pace = Pace(settings)
+        self._done: list[tuple[int, int]] = []
+        """Brought up to date since the last flush."""
+        self._copied = 0
+        self._flushing = trio.Lock()
+        self.progress = Progress(began=trio.current_time())
+
+    async def run(self) -> None:
+        """Raises OSError: the leg, or all sources, failed."""
+        # Batches that were in flight when the leg began to get them didn't go to it: they are in the set when they
+        # have been applied.
+        await self._site.inflight.settle_all()
+        todo = await self._todo()
+        self.progress.total_bytes = sum(length for _, length in pieces(todo, self._site.size_bytes))
+        self.progress.state = "copying"
+        self.progress.began = trio.current_time()
+        work = self._work(todo)
+        again: deque[tuple[int, int, int]] = deque()
+        with ungrouped():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._judge)
+                nursery.start_soon(self._watch)
+                async with trio.open_nursery() as workers:
+                    for _ in range(self._settings.workers):
+                        workers.start_soon(self._worker, work, again)
+                nursery.cancel_scope.cancel()
+        self.progress.state = "flushing"
+        await self._flush()
+        self.progress.state = "done"
+
+    def _work(self, todo: Extents) -> Iterator[tuple[int, int]]:
+        return pieces(todo, self._site.size_bytes, PIECE_BYTES if self._known else COMPARE_BYTES)
+
+    # -- what is missing ---------------------------------------------------------------------------------------------
+
+    def _source(self) -> Leg:
+        source = self._site.source()
+        if source is None:
+            raise OSError(errno.EHOSTUNREACH, "no leg in sync is there to copy from")
+        return source
+
+    async def _todo(self) -> Extents:
+        name = missing_tracker(self._target.info.id)
+        source = self._source()
+        if self._store is not None and name not in self._store.trackers:
+            self._known = False
+        if self._known:
+            todo = await source.changed([name])
+            todo.update(await self._target.changed([RECENT, RECENT_OLD, missing_tracker("*")]))
+        else:
+            todo = await source.changed([])
+            for leg in (source, self._target):
+                await self._add_mapped(leg, todo)
+        if self._store is not None:
+            missing = self._store.empty_extents()
+            missing.update(todo)
+            if name in self._store.trackers:
+                missing.update(self._store.trackers[name])
+            self._store.trackers[name] = missing
+        return todo
+
+    async def _add_mapped(self, leg: Leg, todo: Extents) -> None:
+        at, size = 0, self._site.size_bytes
+        while at < size:
+            length = min(1 << 30, size - at)
+            try:
+                found = await leg.mapped(at, length)
+            except OSError as error:
+                if error.errno != errno.ENOTSUP:
+                    raise
+                found = [(at, length)]
+            for start, count in found:
+                if count:
+                    todo.add(start, count)
+            at = max(at + EXTENT_BYTES, found[-1][0] + found[-1][1]) if found else at + length
+
+    # -- copying -----------------------------------------------------------------------------------------------------
+
+    async def _worker(self, work: Iterator[tuple[int, int]], again: deque[tuple[int, int, int]]) -> None:
+        while True:
+            tries = 0
+            if again:
+                offset, length, tries = again.popleft()
+            else:
+                piece = next(work, None)
+                if piece is None:
+                    return
+                offset, length = piece
+            whole = True
+            for at, count in await self._wanted(offset, length):
+                if not await self._bring(at, count, tries):
+                    whole = False
+                    self.progress.retries += 1
+                    for extent in range(at, at + count, EXTENT_BYTES):
+                        again.append((extent, min(EXTENT_BYTES, at + count - extent), tries + 1))
+            self.progress.done_bytes += length if not tries else 0
+            if whole:
+                self._done.append((offset, length))
+            if self._copied >= self._settings.flush_bytes:
+                await self._flush()
+            await trio.lowlevel.checkpoint()
+
+    async def _wanted(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """What of a long range differs at all, by extents, in pieces. It need not be guarded: a block that is equal now
+        and changes later does so by a batch that goes to this leg too."""
+        if length <= PIECE_BYTES:
+            return [(offset, length)]
+        extents: set[int] = set()
+        for at, count, _ in await differing(self._source(), self._target, offset, length):
+            extents.update(range(at // EXTENT_BYTES, (at + count - 1) // EXTENT_BYTES + 1))
+        found: list[tuple[int, int]] = []
+        for extent in sorted(extents):
+            at = extent * EXTENT_BYTES
+            count = min(EXTENT_BYTES, offset + length - at)
+            if found and sum(found[-1]) == at and found[-1][1] < PIECE_BYTES:
+                found[-1] = found[-1][0], found[-1][1] + count
+            else:
+                found.append((at, count))
+        return found
+
+    async def _bring(self, offset: int, length: int, tries: int) -> bool:
+        """False: it was touched meanwhile."""
+        if tries >= MAX_TRIES:
+            async with self._site.locks.holding(offset, length):
+                return await self._copy(offset, length)
+        return await self._copy(offset, length)
+
+    async def _copy(self, offset: int, length: int) -> bool:
+        site = self._site
+        with site.inflight.watching(offset, length) as watch:
+            # From here on, what the source is asked for holds all batches up to now, and a later one is noticed.
+            await site.inflight.settle(offset, length)
+            for at, count, hole in await differing(self._source(), self._target, offset, length):
+                await self._pace.take(count)
+                data = None
+                if not hole:
+                    data = memoryview(bytearray(count))
+                    await site.read_for_copy(at, count, data)
+                if watch.touched:
+                    return False
+                # No checkpoint between that and `submit`.
+                if not await site.copy_to(self._member, at, data, length=count):
+                    raise OSError(errno.EIO, "the leg failed while it was brought up to date")
+                self.progress.copied_bytes += count
+                self._copied += count
+        return True
+
+    async def _flush(self) -> None:
+        """What is done is durable, and is missing no more."""
+        async with self._flushing:
+            done, self._done, self._copied = self._done, [], 0
+            await self._target.flush()
+            if self._store is not None:
+                missing = self._store.trackers.get(missing_tracker(self._target.info.id))
+                if missing is not None:
+                    for offset, length in done:
+                        missing.discard(offset, length)
+
+    # -- how fast ----------------------------------------------------------------------------------------------------
+
+    async def _judge(self) -> None:
+        settings = self._settings
+        before = self.progress.copied_bytes
+        while True:
+            await trio.sleep(settings.judge_s)
+            copied, before = self.progress.copied_bytes - before, self.progress.copied_bytes
+            self._pace.judge(
+                idle=trio.current_time() - self._site.client_at > settings.idle_s,
+                latency_s=self._site.latency_s,
+                measured_bytes_s=copied / settings.judge_s,
+            )
+            self.progress.ceiling_bytes_s = self._pace.rate
+
+    async def _watch(self) -> None:
+        """The watchdog."""
+        seen, since = -1, trio.current_time()
+        while True:
+            await trio.sleep(self._settings.stalled_s / 10)
+            now = self.progress.done_bytes + self.progress.copied_bytes
+            if now != seen:
+                seen, since = now, trio.current_time()
+            elif trio.current_time() - since >= self._settings.stalled_s:
+                raise OSError(errno.ETIMEDOUT, f"the resync made no progress for {self._settings.stalled_s:g} s")
