@@ -143,6 +143,12 @@ class Load:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
+    def longest_stall_s(self) -> float:
+        """Since it was asked for last."""
+        self.answered()
+        longest_s, self.summary.longest_stall_s = self.summary.longest_stall_s, 0.0
+        return longest_s
+
     def check(self) -> None:
         """Raises what went wrong until now."""
         if self._failure is not None:

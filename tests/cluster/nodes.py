@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import signal
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ POOL = "p"
 VOLUME = "p/v"
 TIMEOUT_S = 0.3
 """So long a leg may be silent before writes go on without it."""
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _MIB = 1 << 20
 
 
@@ -35,7 +37,11 @@ class Node(Daemon):
     """One node. Its home is DIRECTORY/NAME."""
 
     def __init__(self, host: Host, directory: Path, config: str) -> None:
-        super().__init__(directory / host.name, config, wrap=host.command())
+        self._boot = directory / f"{host.name}.boot"
+        # In the place of the machine's; a mount namespace is its process's own. All of these become the daemon.
+        boot = ["unshare", "--mount", "sh", "-c", f'mount --bind "$0" {BOOT_ID} && exec "$@"', str(self._boot)]
+        super().__init__(directory / host.name, config, wrap=host.command(*boot))
+        self.new_boot()
         self.host = host
         self.name = host.name
         self.paused = False
@@ -45,6 +51,13 @@ class Node(Daemon):
         file = self.home.with_name(self.home.name + ".toml")
         file.write_text(f'[nbd]\nlisten = ["127.0.0.1:0", "{self.host.address}:{PORT}"]\n{self.config}')
         return file
+
+    def new_boot(self) -> None:
+        """From its next start on its machine has been booted anew, as far as it can tell: it may have lost something.
+
+        It hasn't, for the page cache of the real machine lives on; what is really lost is the simulation's affair.
+        """
+        self._boot.write_text(f"{uuid.uuid4()}\n")
 
     def pause(self) -> None:
         """SIGSTOP: it stands still, and its host's kernel goes on."""

@@ -28,7 +28,8 @@ PROFILES: Final[dict[str, Callable[[], Deployment]]] = {
     "two and a tie-breaker": lambda: Mirrored(("a", "b", "c"), ("a", "b"), ("--tie-breaker", "c")),
     "three": lambda: Mirrored(("a", "b", "c"), ("a", "b", "c")),
 }
-NODE_FAULTS: Final = ("kill", "pause", "restart")
+NODE_FAULTS: Final = ("kill", "pause", "restart", "crash")
+ALL_FAULTS: Final = ("kill all", "crash all")
 LINK_FAULTS: Final = ("cut", "cut one way", "delay", "loss")
 MOVES: Final = ("promote", "hand over", "kill and promote")
 
@@ -58,12 +59,14 @@ def plan(seed: int, nodes: int, seconds: float) -> list[Fault]:
     rng = random.Random(f"faults {seed} {nodes}")
     faults, at = [], rng.uniform(0.3, 0.8)
     while at < seconds:
-        kinds = NODE_FAULTS * 2 + LINK_FAULTS + (MOVES if nodes > 1 else ())
+        kinds = NODE_FAULTS * 2 + LINK_FAULTS + ((*MOVES, rng.choice(ALL_FAULTS)) if nodes > 1 else ())
         kind = rng.choice(kinds)
         length_s = rng.uniform(0.1, 0.25) if rng.random() < 0.3 else rng.uniform(0.3, 1.8)
         role = "primary" if nodes == 1 or rng.random() < 0.6 else "other"
         end, amount = "", 0.0
-        if kind in LINK_FAULTS:
+        if kind in ALL_FAULTS:
+            role = "primary"
+        elif kind in LINK_FAULTS:
             end = CLIENT if nodes == 1 or rng.random() < 0.25 else ("other" if role == "primary" else "primary")
             amount = {
                 "delay": rng.choice([0.02, 0.1, 0.4]),
@@ -187,10 +190,14 @@ def _begin(nodes: Nodes, fault: Fault, story: Story) -> Callable[[], None] | Non
         node.resume()
 
     match fault.kind:
-        case "kill":
-            story.tell(f"kill {name}")
+        case "kill" | "crash":
+            story.tell(f"{fault.kind} {name}")
             node.kill()
+            if fault.kind == "crash":
+                node.new_boot()
             return start_again
+        case "kill all" | "crash all":
+            return _end_all(nodes, fault, story)
         case "pause":
             story.tell(f"pause {name}")
             node.pause()
@@ -213,6 +220,22 @@ def _begin(nodes: Nodes, fault: Fault, story: Story) -> Callable[[], None] | Non
             _promote_another(nodes, name, story)
             return start_again
     return None
+
+
+def _end_all(nodes: Nodes, fault: Fault, story: Story) -> Callable[[], None]:
+    """All that run end at once; they come back in any order, which their names decide here."""
+    ended = [node for node in nodes.by_name.values() if node.alive()]
+    story.tell(f"{fault.kind}: {', '.join(node.name for node in ended)}")
+    for node in ended:
+        node.kill()
+        if fault.kind == "crash all":
+            node.new_boot()
+
+    def start_again() -> None:
+        for node in reversed(ended) if fault.length_s > 1 else ended:
+            story.tell(f"start {node.name}, which takes {node.start():.2f} s")
+
+    return start_again
 
 
 def _break_link(network: Network, fault: Fault, a: str, b: str, story: Story) -> Callable[[], None]:

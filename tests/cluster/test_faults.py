@@ -13,9 +13,9 @@ import pytest
 
 from tests.cluster.client import Load, regions_of
 from tests.cluster.network import Network
-from tests.cluster.nodes import CLIENT, VOLUME, Alone, Nodes
+from tests.cluster.nodes import CLIENT, TIMEOUT_S, VOLUME, Alone, Mirrored, Nodes
 from tests.cluster.oracle import Oracle, Violation
-from tests.cluster.schedule import LINK_FAULTS, MOVES, NODE_FAULTS, SIZE_BYTES, plan, run
+from tests.cluster.schedule import ALL_FAULTS, LINK_FAULTS, MOVES, NODE_FAULTS, SIZE_BYTES, Story, plan, run, settle
 
 pytestmark = [pytest.mark.system]
 
@@ -23,8 +23,8 @@ pytestmark = [pytest.mark.system]
 def test_a_plan_is_its_seeds_alone_and_has_every_kind_of_fault() -> None:
     assert plan(5, 2, 10.0) == plan(5, 2, 10.0) != plan(6, 2, 10.0)
     kinds = {fault.kind for seed in range(50) for fault in plan(seed, 2, 10.0)}
-    assert kinds == {*NODE_FAULTS, *LINK_FAULTS, *MOVES}
-    assert not {fault.kind for seed in range(50) for fault in plan(seed, 1, 10.0)} & set(MOVES)
+    assert kinds == {*NODE_FAULTS, *LINK_FAULTS, *MOVES, *ALL_FAULTS}
+    assert not {fault.kind for seed in range(50) for fault in plan(seed, 1, 10.0)} & {*MOVES, *ALL_FAULTS}
     assert all(0 < fault.begin_s < 10 and 0.1 <= fault.length_s < 2 for fault in plan(5, 3, 10.0))
 
 
@@ -54,3 +54,37 @@ def test_a_node_that_comes_back_with_an_older_state_is_found(tmp_path: Path) -> 
         nodes["a"].start()
         with pytest.raises(Violation, match=r"write \d+, from before what was|zeros, from before"):
             load.stop()
+
+
+@pytest.mark.parametrize(("profile", "seed"), [("two", 1), ("two and a tie-breaker", 2), ("three", 3)])
+def test_no_fault_costs_an_acknowledged_byte_or_shows_a_stale_one(profile: str, seed: int, tmp_path: Path) -> None:
+    outcome = run(seed, profile, 5.0, tmp_path)
+    print("\n".join(outcome.story.lines))
+    assert outcome.faults >= 3
+
+
+def test_a_leg_that_is_gone_holds_clients_up_for_its_timeouts_at_most(tmp_path: Path) -> None:
+    """Once for its silence, and once while it might still come back."""
+    with Network(["a", "b", CLIENT]) as network, Nodes(network, tmp_path, Mirrored()) as nodes:
+        nodes.deployment.create(nodes, SIZE_BYTES)
+        oracle = Oracle(regions_of(SIZE_BYTES), 1)
+        load = Load(network.host(CLIENT), nodes.addresses, VOLUME, oracle, 1)
+        load.start()
+        time.sleep(0.5)
+        faults = {
+            "kill": nodes["b"].kill,
+            "pause": nodes["b"].pause,
+            "cut": lambda: network.cut("a", "b", both=True),
+            "cut one way": lambda: network.cut("b", "a"),
+        }
+        stalls = {}
+        story = Story("two", 1, 0)
+        for name, begin in faults.items():
+            load.longest_stall_s()
+            begin()
+            time.sleep(4 * TIMEOUT_S)
+            stalls[name] = load.longest_stall_s()
+            settle(nodes, load, story)
+        load.stop()
+    print(stalls)
+    assert max(stalls.values()) < 2 * TIMEOUT_S + 0.4, stalls
