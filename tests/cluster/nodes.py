@@ -148,6 +148,18 @@ class Nodes:
     def answering(self) -> list[Node]:
         return [node for node in self.by_name.values() if node.answers]
 
+    def check(self) -> None:
+        """That nobody has ended by itself."""
+        for node in self.by_name.values():
+            if node.process is not None and not node.alive():
+                raise DaemonError(f"the node {node.name} has ended by itself; its log:\n{node.tail(100)}")
+
+    def check_logs(self) -> None:
+        """That no node has met what its authors didn't expect."""
+        for node in self.by_name.values():
+            if "Traceback" in node.log.read_text(errors="replace"):
+                raise DaemonError(f"a stack trace in the log of the node {node.name}:\n{node.tail(100)}")
+
     def _configuration(self, name: str) -> str:
         others = [other for other in self.deployment.names if other != name]
         if not others:

@@ -141,6 +141,7 @@ def _live(nodes: Nodes, story: Story) -> Outcome:
     for node in nodes.by_name.values():
         status = node.stop()
         assert status == 0, f"the node {node.name} ended with {status}:\n{node.tail()}"
+    nodes.check_logs()
     oracle.judge_copies({f"the copy of {name}": nodes.contents(name) for name in nodes.deployment.copies()})
     assert summary.writes > 50 * story.seconds, f"hardly anything was written, so this tested nothing: {summary}"
     return Outcome(summary, len(faults), settled_s, story)
@@ -153,6 +154,7 @@ def _carry_out(nodes: Nodes, faults: Sequence[Fault], load: Load, story: Story) 
     running: list[tuple[float, Callable[[], None]]] = []
     while waiting or running:
         load.check()
+        nodes.check()
         now = time.monotonic() - began_s
         for one in sorted(running, key=lambda one: one[0]):
             if one[0] <= now:
@@ -287,10 +289,6 @@ def settle(nodes: Nodes, load: Load, story: Story) -> float:
     nodes.network.heal()
     for node in nodes.by_name.values():
         node.resume()
-        if not node.alive():
-            node.kill()
-            node.start()
-            story.tell(f"start {node.name}")
 
     def served() -> str | None:
         load.check()
@@ -309,6 +307,7 @@ def settle(nodes: Nodes, load: Load, story: Story) -> float:
 
     def whole() -> str | None:
         load.check()
+        nodes.check()
         return nodes.deployment.whole(nodes)
 
     nodes.wait_for("whole", whole, SETTLE_S)

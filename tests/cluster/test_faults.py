@@ -84,6 +84,8 @@ def test_a_leg_that_is_gone_holds_clients_up_for_its_timeouts_at_most(tmp_path: 
             begin()
             time.sleep(4 * TIMEOUT_S)
             stalls[name] = load.longest_stall_s()
+            if not nodes["b"].alive():
+                nodes["b"].start()
             settle(nodes, load, story)
         load.stop()
     print(stalls)
