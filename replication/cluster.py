@@ -19,6 +19,8 @@ class VoterState:
     node: str
     promised: Term | None
     accepted: Membership | None
+    candidates: frozenset[str] = frozenset()
+    """Nodes that it has promised a term since it accepted the record; in the answer of `prepare`, before that one."""
     primary_here: bool = False
     """It is the primary itself, and serves."""
     heard_s: float | None = None
@@ -45,7 +47,10 @@ class Voter(Protocol):
         """
 
     async def accept(self, membership: Membership) -> None:
-        """Store it, durably. ESTALE: a higher term was promised, or a later record stored."""
+        """Store it, durably. ESTALE: a higher term was promised, or a later record stored. EUCLEAN: split brain."""
+
+    async def heartbeat(self, mirror: str, term: Term) -> None:
+        """The primary of this term is alive: for a lease from now on, no other is promised a term. ESTALE."""
 
 
 class ClusterStore(Protocol):

@@ -79,7 +79,7 @@ class Batch:
         return any(first <= extent < stop for extent in self.extents)
 
     def settled(self) -> trio.Event:
-        """Is set when it is in flight no more."""
+        """Is set when it is in flight no more; to be asked for while it is."""
         if self._waiting is None:
             self._waiting = trio.Event()
         return self._waiting
@@ -156,13 +156,13 @@ class InFlight:
     async def settle(self, offset: int, length: int) -> None:
         """Wait for the batches that overlap now."""
         first, stop = extents_of(offset, length)
-        for batch in [batch for batch in self.batches.values() if batch.touches(first, stop)]:
-            await batch.settled().wait()
+        for settled in [batch.settled() for batch in self.batches.values() if batch.touches(first, stop)]:
+            await settled.wait()
 
     async def settle_all(self) -> None:
         """Wait for all that is in flight now."""
-        for batch in list(self.batches.values()):
-            await batch.settled().wait()
+        for settled in [batch.settled() for batch in self.batches.values()]:
+            await settled.wait()
 
     @contextlib.contextmanager
     def watching(self, offset: int, length: int) -> Iterator[Watch]:

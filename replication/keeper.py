@@ -52,6 +52,8 @@ class LegRecord:
     promised: Term | None = None
     """Nothing of lower terms is taken any more."""
     accepted: Membership | None = None
+    candidates: frozenset[str] = frozenset()
+    """Nodes that were promised a term since the record was accepted."""
     inconsistent: bool = False
     """It is being resynced, and is no state that the volume ever had."""
     boot: str | None = None
@@ -68,6 +70,7 @@ class LegRecord:
             "me": self.me,
             "promised": term_to_json(self.promised),
             "accepted": json.loads(encode(self.accepted)) if self.accepted else None,
+            "candidates": sorted(self.candidates),
             "inconsistent": self.inconsistent,
             "boot": self.boot,
             "doubtful": self.doubtful,
@@ -93,6 +96,7 @@ class LegRecord:
                 me=_of_type(plain["me"], str),
                 promised=term_from_json(plain["promised"]),
                 accepted=decode(json.dumps(accepted).encode()) if accepted is not None else None,
+                candidates=frozenset(_of_type(name, str) for name in plain["candidates"]),
                 inconsistent=_of_type(plain["inconsistent"], bool),
                 boot=None if plain["boot"] is None else _of_type(plain["boot"], str),
                 doubtful=_of_type(plain["doubtful"], bool),
@@ -184,14 +188,19 @@ class LegKeeper:
         """Whether a session of this term may write."""
         return allowed(self.record.promised, term)
 
-    async def prepare(self, term: Term) -> LegRecord:
-        """Promise to take nothing of lower terms; durable, and they are fenced, on return. Raises OSError ESTALE."""
+    async def prepare(self, term: Term, candidate: str = "") -> LegRecord:
+        """Promise the node `candidate` to take nothing of lower terms; durable, and they are fenced, on return.
+
+        The record is as it was before, but for the promise. Raises OSError ESTALE.
+        """
         async with self._lock:
-            judge_prepare(self.record.promised, term, self._who)
-            if term != self.record.promised:
-                await self._save(dataclasses.replace(self.record, promised=term))
+            before = self.record
+            judge_prepare(before.promised, term, self._who)
+            if term != before.promised:
+                candidates = before.candidates | {candidate}
+                await self._save(dataclasses.replace(before, promised=term, candidates=candidates))
                 self._fence(term)
-            return self.record
+            return dataclasses.replace(before, promised=term)
 
     async def accept(self, membership: Membership, *, inconsistent: bool = False, discard: bool = False) -> None:
         """Store a record, durably.
@@ -212,6 +221,7 @@ class LegKeeper:
                 old,
                 promised=membership.term,
                 accepted=membership,
+                candidates=frozenset() if needed else old.candidates,
                 inconsistent=(old.inconsistent or inconsistent) and not in_sync,
                 doubtful=old.doubtful and not (in_sync and self._joins(membership)),
             )

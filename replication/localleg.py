@@ -98,7 +98,8 @@ class LocalLeg:
 
     def submit(self, sequence: int, changes: Sequence[Change], done: Done) -> None:
         if self.failure is not None:
-            self._call_later(done, self.failure)
+            # Whether or not `run` is still there.
+            trio.lowlevel.current_trio_token().run_sync_soon(done, self.failure)
             return
         if not self._queue:
             try:

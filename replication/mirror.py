@@ -219,6 +219,7 @@ class Mirror:
         self._barriers = 0
         self._lost = True
         """No leg in sync is connected: everything begins anew."""
+        self._losses = 0
         self._failing: OSError | None = None
         """With the option `fail`, below quorum: what clients get."""
         self._end: OSError | None = None
@@ -514,14 +515,16 @@ class Mirror:
 
     async def read(self, offset: int, length: int, into: memoryview) -> None:
         """Read; what was read is on all legs when this returns."""
-        await self._read_any(offset, length, into)
-        # What was read may be of a batch that isn't on all legs yet. Later batches can't be in it.
-        await self.inflight.settle(offset, length)
-        self.check()
-        if not self._may_serve():
-            # The lease has run out meanwhile: another primary may have begun, and written.
-            await self._admitted(reading=True)
+        while True:
+            losses = self._losses
             await self._read_any(offset, length, into)
+            # What was read may be of a batch that isn't on all legs yet. Later batches can't be in it.
+            await self.inflight.settle(offset, length)
+            self.check()
+            # Begun anew meanwhile, what was read may have been taken back; with the lease over, another primary may
+            # have begun, and written.
+            if losses == self._losses and self._may_serve():
+                return
 
     def _readable(self) -> list[Member]:
         """The local leg, then the nearest; one that was never measured counts as near."""
@@ -807,6 +810,7 @@ class Mirror:
             return
         log.error("%s: no leg in sync is left: %s; nothing is served until one is back", self.name, error)
         self._lost = True
+        self._losses += 1
         self._doom(error)
         for member in self.members.values():
             if member.leg is not None:
@@ -937,7 +941,8 @@ class Mirror:
     def _adopt(self, record: Membership) -> None:
         """It counts."""
         self.membership = record
-        self._attempts.clear()
+        # What was tried later may be stored somewhere: the next record has to come after it.
+        self._attempts = [attempt for attempt in self._attempts if attempt.epoch > record.epoch]
         if all(getattr(record, name) == value for name, value in self._wanted.items()):
             self._wanted = {}
         for member in self.members.values():

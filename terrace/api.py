@@ -15,10 +15,11 @@
     GET    /v1/pools/P/scrub                  the newest scrub, with every damaged range that is kept
     POST   /v1/pools/P/scrub                  {action: "start" | "pause" | "stop", rate?}
     GET    /v1/pools/P/volumes
-    POST   /v1/pools/P/volumes                {name, size, policy?, filling?}
+    POST   /v1/pools/P/volumes                {name, size, policy?, filling?, mirror?: [{node, pool?}], quorum?}
     GET    /v1/pools/P/volumes/V
     PATCH  /v1/pools/P/volumes/V              {size, shrink?}; a smaller size needs shrink, for it discards data
-    DELETE /v1/pools/P/volumes/V[?snapshots=1]     and all its snapshots; without this it must have none
+    DELETE /v1/pools/P/volumes/V[?snapshots=1]     and all its snapshots; without this it must have none; of a mirror
+                                              at its primary all legs, tells {deleted, left}; force=1: only that here
     PUT    /v1/pools/P/volumes/V/policy       {policy}
     PUT    /v1/pools/P/volumes/V/filling      {filling}; by who fills it: true before the first byte, false at the end
     GET    /v1/pools/P/volumes/V/heat[?ranges=N]   what lies on which tier and how hot it is, in N ranges (1 to 4096)
@@ -38,6 +39,8 @@
     GET    /v1/upgrade                        how far the daemon's replacement is, and how it came to serve
     POST   /v1/upgrade                        {"force": false}: let another process take over; see `terrace upgrade`
 
+Nodes and mirrors have routes of their own: `terrace.mirrorapi`.
+
 Sizes are bytes, or strings such as "10G". An error is {error, errno} with a 4xx or 5xx status; `error` is a sentence
 for the operator. What a client sends is judged by the pydantic models here and by the engine, and by nobody else.
 """
@@ -48,25 +51,28 @@ import dataclasses
 import errno
 import json
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol
 
-import pydantic
 import trio
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from replication.membership import MAX_LEGS, Options
+from terrace.apikit import Body, Progress, Stream, error_response, plain, read_body, route
 from terrace.definitions import Definitions
 from terrace.events import Events
 from terrace.exports import find_export, record_of, records_of
+from terrace.mirroradmin import MirrorAdmin
+from terrace.mirrorapi import MirrorApi, PlaceBody
+from terrace.mirrors import Mirrors
 from terrace.pools import Pools, Slot
 from terrace.sandbox import explained
 from terrace.schema import Size
@@ -80,8 +86,6 @@ from tiers.policy import DEFAULT_NAME
 log = logging.getLogger(__name__)
 
 BODY_LIMIT_BYTES = 1 << 20
-_PROGRESS_INTERVAL_S = 0.1
-_REPEAT_S = 5.0
 _LIST_STEP = 100
 DEFAULT_RANGES = 512
 """Of a heat map."""
@@ -107,11 +111,7 @@ def _absolute(path: Path) -> Path:
     return path
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DeviceBody(_Body):
+class DeviceBody(Body):
     path: Annotated[Path, AfterValidator(_absolute)]
     tier: Literal["fast", "base"]
     size: Size | None = None
@@ -120,7 +120,7 @@ class DeviceBody(_Body):
         return DeviceSpec(self.path, self.tier, self.size)
 
 
-class GrowBody(_Body):
+class GrowBody(Body):
     devices: list[DeviceBody] = Field(min_length=1, max_length=256)
     force: bool = False
 
@@ -132,11 +132,11 @@ class CreatePoolBody(GrowBody):
     name: str
 
 
-class OpenBody(_Body):
+class OpenBody(Body):
     truncate_log: bool = False
 
 
-class CheckBody(_Body):
+class CheckBody(Body):
     full: bool = False
 
 
@@ -146,124 +146,70 @@ def _as_rate(rate: int) -> int:
     return rate
 
 
-class EvacuateBody(_Body):
+class EvacuateBody(Body):
     device: str
     action: Literal["start", "cancel", "lost"] = "start"
     truncate_log: bool = False
 
 
-class ScrubBody(_Body):
+class ScrubBody(Body):
     action: Literal["start", "pause", "stop"]
     rate: Annotated[Size, AfterValidator(_as_rate)] | None = None
 
 
-class CreateVolumeBody(_Body):
+class CreateVolumeBody(Body):
     name: str
     size: Size
     policy: str = DEFAULT_NAME
     filling: bool = False
+    mirror: list[PlaceBody] = Field(default=[], max_length=MAX_LEGS)
+    quorum: Literal["suspend", "fail"] = "suspend"
 
 
-class ResizeBody(_Body):
+class ResizeBody(Body):
     size: Size
     shrink: bool = False
 
 
-class PolicyBody(_Body):
+class PolicyBody(Body):
     policy: str
 
 
-class FillingBody(_Body):
+class FillingBody(Body):
     filling: bool
 
 
-class TakeOneBody(_Body):
+class TakeOneBody(Body):
     name: str
     by_filler: bool = False
 
 
-class TakeBody(_Body):
+class TakeBody(Body):
     name: str
     volumes: list[str] = Field(min_length=1, max_length=4096)
 
 
-class ChangeSnapshotBody(_Body):
+class ChangeSnapshotBody(Body):
     name: str | None = None
     held: bool | None = None
 
 
-class RollbackBody(_Body):
+class RollbackBody(Body):
     keep_as: str | None = None
     safety: bool = True
     force: bool = False
 
 
-class UpgradeBody(_Body):
+class UpgradeBody(Body):
     force: bool = False
 
 
-class CloneBody(_Body):
+class CloneBody(Body):
     name: str
     policy: str | None = None
 
 
-BodyT = TypeVar("BodyT", bound=BaseModel)
-
-
-async def _body(request: Request, model: type[BodyT]) -> BodyT:
-    """The request's body as a `model`; EINVAL naming the field that is wrong."""
-    data = await request.body()
-    try:
-        return model.model_validate_json(data or b"{}")
-    except pydantic.ValidationError as error:
-        details = error.errors(include_url=False)
-        sentences = []
-        for detail in details:
-            where = ".".join(map(str, detail["loc"]))
-            reason = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"]
-            sentences.append(f"{where or 'the body'}: {reason}")
-        raise TierError(errno.EINVAL, "; ".join(sentences)) from None
-
-
 # What they get
-
-
-_STATUS_OF_ERRNO = {
-    errno.ENOENT: HTTPStatus.NOT_FOUND,
-    errno.EEXIST: HTTPStatus.CONFLICT,
-    errno.EBUSY: HTTPStatus.CONFLICT,
-    errno.ENOTEMPTY: HTTPStatus.CONFLICT,
-    errno.EINVAL: HTTPStatus.BAD_REQUEST,
-    errno.EFBIG: HTTPStatus.BAD_REQUEST,
-    errno.ENAMETOOLONG: HTTPStatus.BAD_REQUEST,
-    errno.EACCES: HTTPStatus.FORBIDDEN,
-    errno.EPERM: HTTPStatus.FORBIDDEN,
-    errno.EROFS: HTTPStatus.FORBIDDEN,
-    errno.ENOSPC: HTTPStatus.INSUFFICIENT_STORAGE,
-    errno.ESHUTDOWN: HTTPStatus.SERVICE_UNAVAILABLE,
-}
-_ERRNO_OF_STATUS = {404: errno.ENOENT, 405: errno.ENOTSUP, 413: errno.EFBIG}
-
-
-def _error_body(error: OSError) -> dict[str, str]:
-    text = str(error) if isinstance(error, TierError) else (error.strerror or str(error))
-    return {"error": text, "errno": errno.errorcode.get(error.errno or errno.EIO, "EIO")}
-
-
-def _error_response(request: Request, error: Exception) -> Response:
-    if isinstance(error, HTTPException):
-        number = _ERRNO_OF_STATUS.get(error.status_code, errno.EINVAL)
-        sentence = f"{request.method} {request.url.path}: {error.detail}"
-        return JSONResponse({"error": sentence, "errno": errno.errorcode[number]}, error.status_code)
-    if not isinstance(error, OSError):
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    refusal = error if isinstance(error, OSError) else _internal(error)
-    status = _STATUS_OF_ERRNO.get(refusal.errno or errno.EIO, HTTPStatus.INTERNAL_SERVER_ERROR)
-    return JSONResponse(_error_body(refusal), status)
-
-
-def _internal(error: Exception) -> OSError:
-    return TierError(errno.EIO, f"internal error: {type(error).__name__}; please report it with the daemon's log")
 
 
 def pool_summary(slot: Slot) -> dict[str, Any]:
@@ -271,13 +217,8 @@ def pool_summary(slot: Slot) -> dict[str, Any]:
     if slot.pool is None:
         state = "failed" if slot.error else "busy"
         return {"name": slot.name, "state": state, "error": str(slot.error) if slot.error else None}
-    status = _plain(slot.pool.status())
+    status = plain(slot.pool.status())
     return {**status, "error": status["problem"]}
-
-
-def _plain(status: Any) -> Any:
-    """A dataclass as JSON's types."""
-    return json.loads(json.dumps(dataclasses.asdict(status), default=str))
 
 
 async def _long_list(statuses: Sequence[Any]) -> Response:
@@ -290,96 +231,80 @@ async def _long_list(statuses: Sequence[Any]) -> Response:
     return Response(f"[{','.join(parts)}]", media_type="application/json")
 
 
-Handler = Callable[[Request], Awaitable[Response]]
-Progress = Callable[[int, int], None]
-"""Takes how many bytes are done, and of how many."""
-
-
-class Work(Protocol):
-    """Something that may take hours; what it returns is the last line of the answer."""
-
-    __name__: str
-
-    async def __call__(self, pool: Pool, progress: Progress) -> dict[str, Any]: ...
-
-
 class Api:
     """The handlers. Every one leaves the daemon as it was when it raises."""
 
-    def __init__(self, pools: Pools, daemon: DaemonStatus, definitions: Definitions, events: Events) -> None:
+    def __init__(
+        self, pools: Pools, daemon: DaemonStatus, definitions: Definitions, events: Events, mirrors: Mirrors
+    ) -> None:
         self._pools = pools
         self._daemon = daemon
         self._definitions = definitions
         self._events = events
         self._snapshots = Snapshots(self._clients, self._tell)
+        self._mirrors = mirrors
+        self._admin = MirrorAdmin(mirrors, self._clients)
 
     def app(self) -> ASGIApp:
         """The ASGI application."""
         pool, volume = "/v1/pools/{pool}", "/v1/pools/{pool}/volumes/{volume}"
         snapshot = f"{volume}/snapshots/{{snapshot}}"
         routes = [
-            self._route("GET", "/v1/status", self.status),
-            self._route("GET", "/v1/pools", self.list_pools),
-            self._route("POST", "/v1/pools", self.create_pool),
-            self._route("GET", pool, self.show_pool),
-            self._route("DELETE", pool, self.delete_pool),
-            self._route("POST", f"{pool}/open", self.open_pool),
-            self._route("POST", f"{pool}/grow", self.grow_pool),
-            self._route("POST", f"{pool}/checkpoint", self.checkpoint_pool),
-            self._route("POST", f"{pool}/check", self.check_pool),
-            self._route("GET", f"{pool}/evacuate", self.show_evacuations),
-            self._route("POST", f"{pool}/evacuate", self.evacuate_device),
-            self._route("GET", "/v1/events", self.list_events),
-            self._route("GET", f"{pool}/scrub", self.show_scrub),
-            self._route("POST", f"{pool}/scrub", self.scrub_pool),
-            self._route("GET", f"{pool}/exports", self.list_exports),
-            self._route("GET", f"{pool}/exports/{{export}}", self.show_export),
-            self._route("GET", f"{pool}/volumes", self.list_volumes),
-            self._route("POST", f"{pool}/volumes", self.create_volume),
-            self._route("GET", volume, self.show_volume),
-            self._route("PATCH", volume, self.resize_volume),
-            self._route("DELETE", volume, self.delete_volume),
-            self._route("PUT", f"{volume}/policy", self.set_policy),
-            self._route("PUT", f"{volume}/filling", self.set_filling),
-            self._route("GET", f"{volume}/heat", self.show_heat),
-            self._route("POST", f"{volume}/promote", self.promote_volume),
-            self._route("GET", f"{pool}/snapshots", self.list_snapshots),
-            self._route("POST", f"{pool}/snapshots", self.take_snapshots),
-            self._route("GET", f"{volume}/snapshots", self.list_snapshots),
-            self._route("POST", f"{volume}/snapshots", self.take_snapshot),
-            self._route("GET", snapshot, self.show_snapshot),
-            self._route("PATCH", snapshot, self.change_snapshot),
-            self._route("DELETE", snapshot, self.delete_snapshot),
-            self._route("POST", f"{snapshot}/rollback", self.roll_back),
-            self._route("POST", f"{snapshot}/clone", self.clone_snapshot),
-            self._route("GET", "/v1/policies", self.list_policies),
-            self._route("GET", "/v1/policies/{policy}", self.show_policy),
-            self._route("POST", "/v1/policies/reload", self.reload_policies),
-            self._route("GET", "/v1/upgrade", self.show_upgrade),
-            self._route("POST", "/v1/upgrade", self.begin_upgrade),
+            route("GET", "/v1/status", self.status),
+            route("GET", "/v1/pools", self.list_pools),
+            route("POST", "/v1/pools", self.create_pool),
+            route("GET", pool, self.show_pool),
+            route("DELETE", pool, self.delete_pool),
+            route("POST", f"{pool}/open", self.open_pool),
+            route("POST", f"{pool}/grow", self.grow_pool),
+            route("POST", f"{pool}/checkpoint", self.checkpoint_pool),
+            route("POST", f"{pool}/check", self.check_pool),
+            route("GET", f"{pool}/evacuate", self.show_evacuations),
+            route("POST", f"{pool}/evacuate", self.evacuate_device),
+            route("GET", "/v1/events", self.list_events),
+            route("GET", f"{pool}/scrub", self.show_scrub),
+            route("POST", f"{pool}/scrub", self.scrub_pool),
+            route("GET", f"{pool}/exports", self.list_exports),
+            route("GET", f"{pool}/exports/{{export}}", self.show_export),
+            route("GET", f"{pool}/volumes", self.list_volumes),
+            route("POST", f"{pool}/volumes", self.create_volume),
+            route("GET", volume, self.show_volume),
+            route("PATCH", volume, self.resize_volume),
+            route("DELETE", volume, self.delete_volume),
+            route("PUT", f"{volume}/policy", self.set_policy),
+            route("PUT", f"{volume}/filling", self.set_filling),
+            route("GET", f"{volume}/heat", self.show_heat),
+            route("POST", f"{volume}/promote", self.promote_volume),
+            route("GET", f"{pool}/snapshots", self.list_snapshots),
+            route("POST", f"{pool}/snapshots", self.take_snapshots),
+            route("GET", f"{volume}/snapshots", self.list_snapshots),
+            route("POST", f"{volume}/snapshots", self.take_snapshot),
+            route("GET", snapshot, self.show_snapshot),
+            route("PATCH", snapshot, self.change_snapshot),
+            route("DELETE", snapshot, self.delete_snapshot),
+            route("POST", f"{snapshot}/rollback", self.roll_back),
+            route("POST", f"{snapshot}/clone", self.clone_snapshot),
+            route("GET", "/v1/policies", self.list_policies),
+            route("GET", "/v1/policies/{policy}", self.show_policy),
+            route("POST", "/v1/policies/reload", self.reload_policies),
+            route("GET", "/v1/upgrade", self.show_upgrade),
+            route("POST", "/v1/upgrade", self.begin_upgrade),
+            *MirrorApi(self._pools, self._mirrors, self._admin).routes(),
         ]
-        return _BoundedBody(Starlette(routes=routes, exception_handlers={HTTPException: _error_response}))
-
-    def _route(self, method: str, path: str, handler: Handler) -> Route:
-        async def endpoint(request: Request) -> Response:
-            try:
-                return await handler(request)
-            except HTTPException:
-                raise
-            except Exception as error:
-                return _error_response(request, error)
-
-        return Route(path, endpoint, methods=[method])
+        return _BoundedBody(Starlette(routes=routes, exception_handlers={HTTPException: error_response}))
 
     async def status(self, request: Request) -> Response:
         reset = request.query_params.get("reset") in ("1", "true")
-        return JSONResponse(self._daemon.status(reset=reset) | {"pools": list(map(pool_summary, self._pools.slots()))})
+        status = self._daemon.status(reset=reset)
+        status["nodes"] = self._mirrors.peers.status()
+        status["mirrors"] = [self._mirrors.local_status(mirror) for mirror in self._mirrors.all()]
+        return JSONResponse(status | {"pools": list(map(pool_summary, self._pools.slots()))})
 
     async def list_pools(self, request: Request) -> Response:
         return JSONResponse(list(map(pool_summary, self._pools.slots())))
 
     async def create_pool(self, request: Request) -> Response:
-        body = await _body(request, CreatePoolBody)
+        body = await read_body(request, CreatePoolBody)
         with explained():
             pool = await self._pools.create(body.name, body.specs(), force=body.force)
         return JSONResponse(pool_summary(self._pools.slot(pool.name)), HTTPStatus.CREATED)
@@ -397,13 +322,13 @@ class Api:
         return Response(status_code=HTTPStatus.NO_CONTENT)
 
     async def open_pool(self, request: Request) -> Response:
-        body = await _body(request, OpenBody)
+        body = await read_body(request, OpenBody)
         with explained():
             pool = await self._pools.reopen(request.path_params["pool"], truncate_log=body.truncate_log)
         return JSONResponse(pool_summary(self._pools.slot(pool.name)))
 
     async def grow_pool(self, request: Request) -> Response:
-        body = await _body(request, GrowBody)
+        body = await read_body(request, GrowBody)
         with self._pools.using(request.path_params["pool"]) as pool, explained():
             await pool.grow(body.specs(), force=body.force)
         return JSONResponse(pool_summary(self._pools.slot(pool.name)))
@@ -411,24 +336,24 @@ class Api:
     async def checkpoint_pool(self, request: Request) -> Response:
         with self._pools.using(request.path_params["pool"]) as pool:
             await pool.checkpoint()
-            return JSONResponse(_plain(pool.status()))
+            return JSONResponse(plain(pool.status()))
 
     async def check_pool(self, request: Request) -> Response:
-        body = await _body(request, CheckBody)
+        body = await read_body(request, CheckBody)
         name = request.path_params["pool"]
         self._pools.pool(name)  # what can be refused is refused with a status, before the stream begins
 
         async def check(pool: Pool, progress: Progress) -> dict[str, Any]:
-            return {"report": _plain(await pool.check(body.full, progress))}
+            return {"report": plain(await pool.check(body.full, progress))}
 
-        return _Stream(self._pools, name, check)
+        return Stream(self._pools.occupying(name), name, check)
 
     async def show_evacuations(self, request: Request) -> Response:
         with self._pools.using(request.path_params["pool"]) as pool:
             return JSONResponse(await _evacuations(pool))
 
     async def evacuate_device(self, request: Request) -> Response:
-        body = await _body(request, EvacuateBody)
+        body = await read_body(request, EvacuateBody)
         name = request.path_params["pool"]
         if body.truncate_log and body.action != "lost":
             raise TierError(errno.EINVAL, "truncate_log: it goes with a device that is lost")
@@ -447,13 +372,13 @@ class Api:
             wait_s = min(60.0, max(0.0, float(request.query_params.get("wait", "0"))))
         except ValueError:
             raise TierError(errno.EINVAL, "after and wait are numbers") from None
-        return JSONResponse(list(map(_plain, await self._events.wait(after, wait_s))))
+        return JSONResponse(list(map(plain, await self._events.wait(after, wait_s))))
 
     async def show_scrub(self, request: Request) -> Response:
-        return JSONResponse(_plain(self._pools.pool(request.path_params["pool"]).scrubber.status()))
+        return JSONResponse(plain(self._pools.pool(request.path_params["pool"]).scrubber.status()))
 
     async def scrub_pool(self, request: Request) -> Response:
-        body = await _body(request, ScrubBody)
+        body = await read_body(request, ScrubBody)
         if body.rate is not None and body.action != "start":
             raise TierError(errno.EINVAL, f"rate: it is for starting a scrub; to {body.action} one takes none")
         with self._pools.using(request.path_params["pool"]) as pool:
@@ -461,7 +386,7 @@ class Api:
                 status = await pool.scrubber.start(body.rate)
             else:
                 status = await (pool.scrubber.pause() if body.action == "pause" else pool.scrubber.stop())
-            return JSONResponse(_plain(status))
+            return JSONResponse(plain(status))
 
     async def list_exports(self, request: Request) -> Response:
         with self._pools.using(request.path_params["pool"]) as pool:
@@ -469,28 +394,36 @@ class Api:
 
     async def show_export(self, request: Request) -> Response:
         with self._pools.using(request.path_params["pool"]) as pool:
-            return JSONResponse(_plain(record_of(pool, find_export(pool, request.path_params["export"]))))
+            return JSONResponse(plain(record_of(pool, find_export(pool, request.path_params["export"]))))
 
     async def list_volumes(self, request: Request) -> Response:
         with self._pools.using(request.path_params["pool"]) as pool:
             await _count_exactly(pool)
-            return JSONResponse(_plain(pool.status())["volumes"])
+            volumes = plain(pool.status())["volumes"]
+            return JSONResponse([self._with_mirror(pool, volume) for volume in volumes])
 
     async def create_volume(self, request: Request) -> Response:
-        body = await _body(request, CreateVolumeBody)
+        body = await read_body(request, CreateVolumeBody)
         with self._pools.using(request.path_params["pool"]) as pool:
-            await pool.create_volume(body.name, body.size, body.policy, filling=body.filling)
-            return JSONResponse(_volume(pool, body.name), HTTPStatus.CREATED)
+            if body.mirror:
+                if body.filling:
+                    raise TierError(errno.EINVAL, "filling: mirror a volume once it is complete")
+                places = [place.place() for place in body.mirror]
+                options = Options(below_quorum=body.quorum)
+                await self._admin.create(pool, body.name, body.size, body.policy, places, options)
+            else:
+                await pool.create_volume(body.name, body.size, body.policy, filling=body.filling)
+            return JSONResponse(self._volume(pool, body.name), HTTPStatus.CREATED)
 
     async def show_volume(self, request: Request) -> Response:
         name = request.path_params["volume"]
         with self._pools.using(request.path_params["pool"]) as pool:
             pool.volume(name)
             await _count_exactly(pool)
-            return JSONResponse(_volume(pool, name))
+            return JSONResponse(self._volume(pool, name))
 
     async def resize_volume(self, request: Request) -> Response:
-        body = await _body(request, ResizeBody)
+        body = await read_body(request, ResizeBody)
         name = request.path_params["volume"]
         with self._pools.using(request.path_params["pool"]) as pool:
             now_bytes = pool.volume(name).size_bytes
@@ -500,28 +433,35 @@ class Api:
                     f"{pool.name}/{name} has {format_size(now_bytes)}, and shrinking it to {format_size(body.size)} "
                     "discards everything behind that for good; say --shrink if that is meant",
                 )
-            await pool.resize_volume(name, body.size)
-            return JSONResponse(_volume(pool, name))
+            mirror = self._mirrors.of(pool.volume(name))
+            if mirror is None:
+                await pool.resize_volume(name, body.size)
+            else:
+                await (await self._admin.served(mirror)).resize(body.size)
+            return JSONResponse(self._volume(pool, name))
 
     async def delete_volume(self, request: Request) -> Response:
-        snapshots = request.query_params.get("snapshots") in ("1", "true")
+        snapshots, force = (request.query_params.get(key) in ("1", "true") for key in ("snapshots", "force"))
         with self._pools.using(request.path_params["pool"]) as pool:
+            mirror = self._mirrors.of(pool.volume(request.path_params["volume"]))
+            if mirror is not None:
+                return JSONResponse(await self._admin.delete(mirror, snapshots=snapshots, force=force))
             await self._snapshots.delete_volume(pool, request.path_params["volume"], snapshots=snapshots)
         return Response(status_code=HTTPStatus.NO_CONTENT)
 
     async def set_policy(self, request: Request) -> Response:
-        body = await _body(request, PolicyBody)
+        body = await read_body(request, PolicyBody)
         name = request.path_params["volume"]
         with self._pools.using(request.path_params["pool"]) as pool:
             await pool.set_policy(name, body.policy)
-            return JSONResponse(_volume(pool, name))
+            return JSONResponse(self._volume(pool, name))
 
     async def set_filling(self, request: Request) -> Response:
-        body = await _body(request, FillingBody)
+        body = await read_body(request, FillingBody)
         name = request.path_params["volume"]
         with self._pools.using(request.path_params["pool"]) as pool:
             await pool.set_filling(name, body.filling)
-            return JSONResponse(_volume(pool, name))
+            return JSONResponse(self._volume(pool, name))
 
     async def show_heat(self, request: Request) -> Response:
         given = request.query_params.get("ranges", str(DEFAULT_RANGES))
@@ -530,6 +470,20 @@ class Api:
         with self._pools.using(request.path_params["pool"]) as pool:
             found = await pool.heat_map(request.path_params["volume"], int(given))
             return JSONResponse(dataclasses.asdict(found))
+
+    def _volume(self, pool: Pool, volume_name: str) -> Any:
+        """One volume's status. Raises ENOENT."""
+        name = pool.volume(volume_name).name
+        found = next(status for status in plain(pool.status())["volumes"] if status["name"] == name)
+        return self._with_mirror(pool, found)
+
+    def _with_mirror(self, pool: Pool, status: dict[str, Any]) -> dict[str, Any]:
+        """With `mirror`: what is known here of the mirror that it is a leg of, or null."""
+        volume = pool.volume(status["name"].partition("/")[2])
+        mirror = None
+        with suppress(OSError):  # a record that can't be understood was told of
+            mirror = self._mirrors.of(volume)
+        return status | {"mirror": self._mirrors.local_status(mirror) if mirror is not None else None}
 
     def _tell(self, kind: str, subject: str, text: str) -> None:
         self._events.add(kind, subject, text)
@@ -547,31 +501,37 @@ class Api:
             return await _long_list(await pool.snapshot_status(volume))
 
     async def take_snapshots(self, request: Request) -> Response:
-        body = await _body(request, TakeBody)
+        body = await read_body(request, TakeBody)
         with self._pools.using(request.path_params["pool"]) as pool:
             taken = await self._snapshots.create(pool, body.volumes, body.name)
-            return JSONResponse(list(map(_plain, taken)), HTTPStatus.CREATED)
+            return JSONResponse(list(map(plain, taken)), HTTPStatus.CREATED)
 
     async def take_snapshot(self, request: Request) -> Response:
-        body = await _body(request, TakeOneBody)
+        body = await read_body(request, TakeOneBody)
         with self._pools.using(request.path_params["pool"]) as pool:
             volume = request.path_params["volume"]
+            mirror = self._mirrors.of(pool.volume(volume))
+            if mirror is not None and mirror.mirror is not None:
+                await (await self._admin.served(mirror)).snapshot(body.name)
+                (made,) = await pool.snapshot_status(volume, body.name)
+                self._tell("snapshot", made.name, f"{made.name} was taken, on every leg that is in sync")
+                return JSONResponse(plain(made), HTTPStatus.CREATED)
             (taken,) = await self._snapshots.create(pool, [volume], body.name, by_filler=body.by_filler)
-            return JSONResponse(_plain(taken), HTTPStatus.CREATED)
+            return JSONResponse(plain(taken), HTTPStatus.CREATED)
 
     async def show_snapshot(self, request: Request) -> Response:
         pool_name, volume, name = _snapshot_named(request)
         with self._pools.using(pool_name) as pool:
             self._snapshots.find(pool, volume, name)
             await _count_exactly(pool)
-            return JSONResponse(_plain((await pool.snapshot_status(volume, name))[0]))
+            return JSONResponse(plain((await pool.snapshot_status(volume, name))[0]))
 
     async def change_snapshot(self, request: Request) -> Response:
-        body = await _body(request, ChangeSnapshotBody)
+        body = await read_body(request, ChangeSnapshotBody)
         pool_name, volume, name = _snapshot_named(request)
         with self._pools.using(pool_name) as pool:
             changed = await self._snapshots.change(pool, volume, name, new_name=body.name, held=body.held)
-            return JSONResponse(_plain(changed))
+            return JSONResponse(plain(changed))
 
     async def delete_snapshot(self, request: Request) -> Response:
         pool_name, volume, name = _snapshot_named(request)
@@ -580,7 +540,7 @@ class Api:
             return JSONResponse(await self._snapshots.delete(pool, volume, name))
 
     async def roll_back(self, request: Request) -> Response:
-        body = await _body(request, RollbackBody)
+        body = await read_body(request, RollbackBody)
         if body.keep_as is not None and not body.safety:
             raise TierError(errno.EINVAL, "keep_as: it names the safety snapshot, which is not wanted")
         pool_name, volume, name = _snapshot_named(request)
@@ -588,14 +548,14 @@ class Api:
             done = await self._snapshots.rollback(
                 pool, volume, name, keep_as=body.keep_as, safety=body.safety, force=body.force
             )
-            return JSONResponse(done | {"volume": _volume(pool, volume)})
+            return JSONResponse(done | {"volume": self._volume(pool, volume)})
 
     async def clone_snapshot(self, request: Request) -> Response:
-        body = await _body(request, CloneBody)
+        body = await read_body(request, CloneBody)
         pool_name, volume, name = _snapshot_named(request)
         with self._pools.using(pool_name) as pool:
             await self._snapshots.clone(pool, volume, name, body.name, body.policy)
-            return JSONResponse(_volume(pool, body.name), HTTPStatus.CREATED)
+            return JSONResponse(self._volume(pool, body.name), HTTPStatus.CREATED)
 
     async def promote_volume(self, request: Request) -> Response:
         pool_name, name = request.path_params["pool"], request.path_params["volume"]
@@ -604,24 +564,24 @@ class Api:
         async def promote(pool: Pool, progress: Progress) -> dict[str, Any]:
             await self._snapshots.promote(pool, name, progress)
             await _count_exactly(pool)
-            return {"volume": _volume(pool, name)}
+            return {"volume": self._volume(pool, name)}
 
-        return _Stream(self._pools, pool_name, promote)
+        return Stream(self._pools.occupying(pool_name), pool_name, promote)
 
     async def list_policies(self, request: Request) -> Response:
-        return JSONResponse(list(map(_plain, self._definitions.show())))
+        return JSONResponse(list(map(plain, self._definitions.show())))
 
     async def show_policy(self, request: Request) -> Response:
-        return JSONResponse(_plain(self._definitions.show_one(request.path_params["policy"])))
+        return JSONResponse(plain(self._definitions.show_one(request.path_params["policy"])))
 
     async def reload_policies(self, request: Request) -> Response:
-        return JSONResponse(_plain(await self._definitions.reload()))
+        return JSONResponse(plain(await self._definitions.reload()))
 
     async def show_upgrade(self, request: Request) -> Response:
         return JSONResponse(self._daemon.upgrade.status())
 
     async def begin_upgrade(self, request: Request) -> Response:
-        body = await _body(request, UpgradeBody)
+        body = await read_body(request, UpgradeBody)
         self._daemon.upgrade.request(force=body.force)
         return JSONResponse(self._daemon.upgrade.status(), 202)
 
@@ -632,77 +592,16 @@ def _snapshot_named(request: Request) -> tuple[str, str, str]:
     return pool, volume, snapshot
 
 
-def _volume(pool: Pool, volume_name: str) -> Any:
-    """One volume's status. Raises ENOENT."""
-    name = pool.volume(volume_name).name
-    return next(status for status in _plain(pool.status())["volumes"] if status["name"] == name)
-
-
 async def _evacuations(pool: Pool) -> dict[str, Any]:
     """How far they are, and all that is known to be lost now."""
-    losses = [_plain(loss) for loss in await pool.losses()]
-    return {"evacuations": _plain(pool.status())["evacuations"], "losses": losses, "given_up": pool.given_up}
+    losses = [plain(loss) for loss in await pool.losses()]
+    return {"evacuations": plain(pool.status())["evacuations"], "losses": losses, "given_up": pool.given_up}
 
 
 async def _count_exactly(pool: Pool) -> None:
     """Mapped bytes are counted at checkpoints; people who ask mean now. A pool that can't tells its last count."""
     with suppress(OSError):
         await pool.checkpoint()
-
-
-class _Stream(Response):
-    """Does some long work and streams its progress as lines of JSON. A client that goes away cancels it."""
-
-    media_type = "application/x-ndjson"
-
-    def __init__(self, pools: Pools, name: str, work: Work) -> None:
-        super().__init__()
-        del self.headers["content-length"]
-        self._pools = pools
-        self._name = name
-        self._work = work
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        done = (0, 0)
-
-        def progress(done_bytes: int, total_bytes: int) -> None:
-            nonlocal done
-            done = (done_bytes, total_bytes)
-
-        async def line(content: dict[str, Any], *, more: bool = True) -> None:
-            body = json.dumps(content).encode() + b"\n"
-            await send({"type": "http.response.body", "body": body, "more_body": more})
-
-        async def report_progress() -> None:
-            told, told_at = (0, 0), trio.current_time()
-            while True:
-                await trio.sleep(_PROGRESS_INTERVAL_S)
-                # Again if there is nothing new: clients take silence for a daemon that is stuck.
-                if done != told or trio.current_time() - told_at >= _REPEAT_S:
-                    told, told_at = done, trio.current_time()
-                    await line({"done_bytes": told[0], "total_bytes": told[1]})
-
-        async def watch_client(scope: trio.CancelScope) -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            scope.cancel()
-
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        result: dict[str, Any] | None = None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(report_progress)
-            nursery.start_soon(watch_client, nursery.cancel_scope)
-            try:
-                with self._pools.occupying(self._name) as pool:
-                    result = await self._work(pool, progress)
-            except OSError as error:
-                result = _error_body(error)
-            except Exception as error:
-                log.error("%s of pool %s failed", self._work.__name__, self._name, exc_info=error)
-                result = _error_body(_internal(error))
-            nursery.cancel_scope.cancel()
-        if result is not None:
-            await line(result, more=False)
 
 
 class _BoundedBody:

@@ -41,6 +41,7 @@ from nbd.export import Exports
 from nbd.listen import Listener
 from nbd.suspended import Suspended
 from nbd.tls import TlsFiles, rehearse
+from nbd.wire import OPT_TERRACE
 from terrace.access import RuledExports
 from terrace.api import Api
 from terrace.collector import settle_collector
@@ -55,7 +56,9 @@ from terrace.httpserver import Shutdown, serve_http
 from terrace.keptclients import has_store, leave_behind, take_back
 from terrace.listening import Listening, judge_addresses, listen
 from terrace.lowwater import keep_watch
+from terrace.mirrors import Mirrors
 from terrace.passedsockets import PassedSocketError, PassedSockets, inherit, receive, to_pass
+from terrace.peers import NodeTakeover, Peers
 from terrace.pools import Pools, open_pools
 from terrace.reclaim import stand_apart
 from terrace.scheduler import keep_schedules
@@ -326,25 +329,42 @@ class Service:
 
         Returns when what is in flight has ended; the clients, where they are for a successor.
         """
+        peers = Peers(self.config, self.home.path, version(), self._pool_names, self.events.add)
+        mirrors = Mirrors(self.pools, peers, self.home.path, self.events.add)
+        async with trio.open_nursery() as around:
+            # They end behind the server: what clients have in flight goes to other nodes over these.
+            around.start_soon(peers.run)
+            await around.start(mirrors.run)
+            left = await self._serve(clients, peers, mirrors)
+            await mirrors.close()
+            around.cancel_scope.cancel()
+        return left
+
+    def _pool_names(self) -> list[str]:
+        return [pool.name for pool in self.pools.open_pools()]
+
+    async def _serve(self, clients: Sequence[Suspended], peers: Peers, mirrors: Mirrors) -> Left | None:
         left: Left | None = None
         ending = trio.Event()
         async with trio.open_nursery() as services:
             settings, listeners = self.config.nbd, self.listening.nbd
-            exports: Exports = PoolExports(self.pools)
+            exports: Exports = PoolExports(self.pools, mirrors)
             if rules := settings.rules():
                 exports = RuledExports(exports, rules)
             required = settings.tls.mode == "required"
             serve = partial(nbd.server.serve, exports, listeners, limits=settings.limits(), resumed=clients)
-            server = await services.start(partial(serve, tls=self.tls, tls_required=required))
+            takeovers = {OPT_TERRACE: NodeTakeover(peers, mirrors.handlers(), mirrors)} if peers.node else {}
+            server = await services.start(partial(serve, tls=self.tls, tls_required=required, takeovers=takeovers))
+            mirrors.drop_clients = server.disconnect
             daemon = Daemon(self.home, listeners, server, self.stalls, self.upgrade, tls_required=required)
             shutdown = Shutdown()
-            app = Api(self.pools, daemon, self.definitions, self.events).app()
+            app = Api(self.pools, daemon, self.definitions, self.events, mirrors).app()
             await services.start(serve_http, app, self.listening.api.sock, shutdown)
             if self.config.fuse.mountpoint:
                 # What it needs is an extra that not everybody has; who configures it has been asked for it at start.
                 from terrace.fuse.service import serve_files
 
-                services.start_soon(serve_files, self.pools, Path(self.config.fuse.mountpoint), ending)
+                services.start_soon(serve_files, self.pools, mirrors, Path(self.config.fuse.mountpoint), ending)
             async with trio.open_nursery() as background:
                 background.start_soon(keep_schedule, self.pools, self.config.scrub.plan())
                 background.start_soon(keep_watch, self.pools, self.config.space.levels, self.events)

@@ -77,11 +77,31 @@ class OpenPools(Protocol):
         """Every volume of these."""
 
 
-class PoolExports:
-    """Implements `nbd.export.Exports`: everything is for everybody. Who may have what: `terrace.access`."""
+class Mirrored(Protocol):
+    """What stands for volumes that are legs of mirrors: `terrace.mirrors.Mirrors`."""
 
-    def __init__(self, pools: OpenPools) -> None:
+    def is_exported(self, volume: Volume) -> bool:
+        """Whether clients may have it from here, as a volume of its own or as a mirror."""
+
+    async def serving(self, volume: Volume) -> MirrorExport:
+        """The export under that volume's name. Raises OSError EBUSY for one that is served elsewhere."""
+
+
+class MirrorExport(Export, Protocol):
+    """An export that stands for a volume."""
+
+    mirrored_volume: Volume
+
+
+class PoolExports:
+    """Implements `nbd.export.Exports`: everything is for everybody. Who may have what: `terrace.access`.
+
+    A volume that is a leg of a mirror is no export by itself; without `mirrored` nobody gets it at all.
+    """
+
+    def __init__(self, pools: OpenPools, mirrored: Mirrored | None = None) -> None:
         self._pools = pools
+        self._mirrored = mirrored
 
     def list(self, client: Client | None = None) -> list[tuple[str, str]]:
         """Each volume, followed by those of its snapshots that are among the newest."""
@@ -95,7 +115,9 @@ class PoolExports:
             by_volume.setdefault(snapshot.name.partition("@")[0], []).append(snapshot)
         found: list[tuple[str, str]] = []
         for volume in self._pools.open_volumes():
-            found.append((volume.name, f"{format_size(volume.size_bytes)} volume"))
+            if self._is_exported(volume):
+                what = "mirrored volume" if volume.mirror_record else "volume"
+                found.append((volume.name, f"{format_size(volume.size_bytes)} {what}"))
             found += [
                 (snapshot.name, f"{format_size(snapshot.size_bytes)} snapshot, read-only")
                 for snapshot in by_volume.get(volume.name, ())
@@ -112,17 +134,35 @@ class PoolExports:
                 raise FileNotFoundError(errno.ENOENT, str(error)) from None
             raise
         # No checkpoint from the look-up to here: it can't be deleted in between.
+        if not export.read_only and cast(Volume, export).mirror_record:
+            return await self._acquire_mirror(cast(Volume, export))
         export.acquire()
         begin_client()  # this task is the connection's, which starts all others of it
         return export
 
+    async def _acquire_mirror(self, volume: Volume) -> Export:
+        if self._mirrored is None:
+            raise TierError(
+                errno.EBUSY, f"{volume.name} is a leg of a mirror, which only a terraced that is its primary can serve"
+            )
+        mirror = await self._mirrored.serving(volume)
+        # No checkpoint since it was found to serve.
+        volume.acquire()
+        begin_client()
+        return mirror
+
+    def _is_exported(self, volume: Volume) -> bool:
+        if not volume.mirror_record:
+            return True
+        return self._mirrored is not None and self._mirrored.is_exported(volume)
+
     def identity(self, export: Export) -> str:
         """As in its `ExportRecord`."""
-        kept = cast("Volume | Snapshot", export)
+        kept = _behind(export)
         return record_of(self._pools.pool(kept.name.partition("/")[0]), kept).identity
 
     def release(self, export: Export) -> None:
-        cast("Volume | Snapshot", export).release()
+        _behind(export).release()
 
     def find(self, name: str) -> Volume | Snapshot:
         """What is exported under a name; the empty one is the only volume there is, where there is exactly one.
@@ -139,7 +179,13 @@ class PoolExports:
         return find_export(self._pools.pool(pool_name), rest)
 
     def _default(self) -> Volume:
-        volumes = list(self._pools.open_volumes())
+        volumes = [volume for volume in self._pools.open_volumes() if self._is_exported(volume)]
         if len(volumes) != 1:
             raise FileNotFoundError(errno.ENOENT, f"there are {len(volumes)} volumes, so none is the default; name one")
         return volumes[0]
+
+
+def _behind(export: Export) -> Volume | Snapshot:
+    """What the engine counts as used."""
+    volume: Volume | None = getattr(export, "mirrored_volume", None)
+    return cast("Volume | Snapshot", export) if volume is None else volume

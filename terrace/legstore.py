@@ -65,7 +65,7 @@ class PoolLegStore:
         await self.volume.write_zeroes(offset, length, no_hole=False)
 
     async def resize(self, size_bytes: int) -> None:
-        await self._pool.resize_volume(self.volume.short_name, size_bytes)
+        await self._pool.resize_volume(self.volume.short_name, size_bytes, mirrored=True)
 
     async def snapshot(self, name: str) -> None:
         await self._pool.take_snapshots([(self.volume.short_name, name)])

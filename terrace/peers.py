@@ -17,7 +17,6 @@ from __future__ import annotations
 import enum
 import errno
 import ipaddress
-import json
 import logging
 import random
 import secrets
@@ -27,7 +26,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import trio
 
@@ -36,6 +35,7 @@ from nbd.opening import ClientLimits, take_over
 from nbd.tls import Identity, TlsSocket, client_context
 from nbd.wire import OPT_TERRACE
 from replication.calls import Calls, serve_calls
+from replication.wire import CallsOption, LegOption, read_option
 from terrace.access import facts_of, matches_subject
 from terrace.config import Config, PeerConfig, split_address
 
@@ -52,8 +52,17 @@ ID_FILE: Final = "node-id"
 Socket = socket.socket | TlsSocket
 Handler = Callable[[str, dict[str, Any]], Awaitable[Any]]
 """Takes the name of the node that calls, and the parameters. Raises OSError with a sentence."""
-Session = Callable[[Socket, bytes, str, dict[str, Any]], Awaitable[None]]
-"""Serves a leg's session: socket, what was received, the node, its hello."""
+
+
+class Legs(Protocol):
+    """The legs of this node, for primaries elsewhere."""
+
+    def judge(self, option: LegOption) -> str | None:
+        """A sentence for a session that can't be had."""
+
+    async def serve(self, sock: Socket, received: bytes, option: LegOption) -> None:
+        """One session."""
+
 
 _REFUSALS: Final = (errno.EACCES, errno.EKEYREJECTED, errno.EKEYEXPIRED, errno.EPROTO, errno.ENOTSUP, errno.EPERM)
 
@@ -185,17 +194,16 @@ class Peers:
             raise OSError(errno.ENOTCONN, f"node {name} can't be reached: {peer.problem or 'no connection yet'}")
         return await peer.calls.call(method, params, timeout_s=timeout_s)
 
-    async def connect(self, name: str, wanted: Mapping[str, Any]) -> tuple[Socket, bytes]:
-        """A connection to that node which is no longer NBD; the caller's. `wanted` goes with it: kind and more."""
+    async def connect(self, name: str, wanted: CallsOption | LegOption) -> tuple[Socket, bytes]:
+        """A connection to that node which is no longer NBD; the caller's. Raises OSError."""
         peer = self.peer(name)
         config = peer.config
-        data = json.dumps({"version": PROTOCOL, "node": self.node, **wanted}).encode()
         context: ssl.SSLContext | None = None
         if not config.plaintext:
             context = await trio.to_thread.run_sync(self._client_context, abandon_on_cancel=True)
         limits = ClientLimits(handshake_timeout_s=CONNECT_S, dead_after_s=HELLO_TIMEOUT_S)
         address = split_address(config.address)
-        sock, received = await take_over(address, OPT_TERRACE, data, limits=limits, tls=context)
+        sock, received = await take_over(address, OPT_TERRACE, wanted.encode(), limits=limits, tls=context)
         try:
             if isinstance(sock, TlsSocket):
                 refusal = judge_identity(sock.peer, name, config)
@@ -221,7 +229,7 @@ class Peers:
         while True:
             try:
                 async with trio.open_nursery() as nursery:
-                    sock, received = await self.connect(peer.name, {"kind": "calls"})
+                    sock, received = await self.connect(peer.name, CallsOption(self.node))
                     calls = Calls(sock, received, peer=f"node {peer.name}")
                     nursery.start_soon(calls.run)
                     try:
@@ -296,22 +304,27 @@ def judge_identity(identity: Identity | None, name: str, config: PeerConfig) -> 
 class NodeTakeover:
     """Takes over the connections of peers; implements `nbd.takeover.Takeover`."""
 
-    def __init__(self, peers: Peers, handlers: Mapping[str, Handler], session: Session) -> None:
+    def __init__(self, peers: Peers, handlers: Mapping[str, Handler], legs: Legs) -> None:
         self._peers = peers
         self._handlers = handlers
-        self._session = session
+        self._legs = legs
 
     def judge(self, client: Client, data: bytes) -> str | None:
         """A sentence for who may not have it."""
         try:
-            wanted = _wanted(data)
-        except ValueError as error:
-            return f"this is no request of a node that is understood: {error}"
-        name = wanted["node"]
+            option = read_option(data)
+        except OSError as error:
+            return error.strerror
+        refusal = self._judge_node(client, option.node)
+        if refusal is None and isinstance(option, LegOption):
+            return self._legs.judge(option)
+        return refusal
+
+    def _judge_node(self, client: Client, name: str) -> str | None:
         config = self._peers.peers[name].config if name in self._peers.peers else None
         if config is None:
-            return f"node {name!r} is no peer of {self._peers.node!r}: write it under [peers.{name}] there"
-        if config.plaintext and client.identity is None and _is_here(client):
+            return f"node {name[:64]!r} is no peer of {self._peers.node!r}: write it under [peers.{name[:64]}] there"
+        if config.plaintext and not client.encrypted and _is_here(client):
             return None
         if not client.encrypted:
             return "nodes talk over TLS only"
@@ -319,29 +332,13 @@ class NodeTakeover:
 
     async def run(self, sock: Socket, client: Client, data: bytes, received: bytes) -> None:
         """Serve calls, or a leg's session, until the peer has gone."""
-        wanted = _wanted(data)
-        name = wanted["node"]
-        if wanted["kind"] == "calls":
-            handlers = {one: partial(call, name) for one, call in self._handlers.items()}
-            await serve_calls(sock, received, handlers, peer=f"node {name}")
-        else:
-            await self._session(sock, received, name, wanted)
+        option = read_option(data)
+        if isinstance(option, LegOption):
+            await self._legs.serve(sock, received, option)
+            return
+        handlers = {method: partial(call, option.node) for method, call in self._handlers.items()}
+        await serve_calls(sock, received, handlers, peer=f"node {option.node}")
 
 
 def _is_here(client: Client) -> bool:
     return client.address is None or ipaddress.ip_address(client.address).is_loopback
-
-
-def _wanted(data: bytes) -> dict[str, Any]:
-    """Judges the option's data. Raises ValueError."""
-    try:
-        wanted = json.loads(data)
-    except (ValueError, RecursionError):
-        raise ValueError("it isn't JSON") from None
-    if not isinstance(wanted, dict):
-        raise ValueError("it isn't an object")
-    if wanted.get("version") != PROTOCOL:
-        raise ValueError(f"version {wanted.get('version')!r}, and {PROTOCOL} is spoken here")
-    if not isinstance(wanted.get("node"), str) or wanted.get("kind") not in ("calls", "leg"):
-        raise ValueError("it lacks a node's name, or is neither for calls nor for a leg")
-    return wanted

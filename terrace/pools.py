@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import trio
 
@@ -43,6 +44,19 @@ class Slot:
     closed: trio.Event = field(default_factory=trio.Event)
 
 
+class Watcher(Protocol):
+    """Who has something of his own in pools while they are open."""
+
+    def opened(self, pool: Pool) -> None:
+        """It is open, and found by its name. Synchronous."""
+
+    async def closing(self, pool: Pool) -> None:
+        """It is about to be closed, and not found by its name any more; it is closed when this returns."""
+
+    def gone(self, pool: Pool) -> None:
+        """It has failed. Synchronous."""
+
+
 class Pools:
     """Made by `open_pools`. Every refusal is an OSError whose text is a sentence."""
 
@@ -57,6 +71,8 @@ class Pools:
     ) -> None:
         self.policies = policies
         """What the names of policies mean, in every pool that is open or will be."""
+        self.watcher: Watcher | None = None
+        """There is one at most: the mirrors."""
         self._directory = directory
         self._settings = settings
         self._nursery = nursery
@@ -211,6 +227,12 @@ class Pools:
         slot = self.slot(name)
         if slot.pool is not None:
             self._require_unused(slot)
+            if mirrored := [volume.name for volume in slot.pool.volumes() if volume.mirror_record]:
+                raise TierError(
+                    errno.EBUSY,
+                    f"pool {name!r} has legs of mirrors, {', '.join(mirrored[:5])}: `terrace volume delete` or "
+                    "`terrace volume mirror remove` first, so that the others know that these are gone",
+                )
             if held := [snapshot.name for snapshot in slot.pool.snapshots() if snapshot.held]:
                 more = f" and {len(held) - 1} more snapshot{'s' * (len(held) > 2)}" if len(held) > 1 else ""
                 raise TierError(
@@ -276,15 +298,19 @@ class Pools:
                     f"`terrace pool show {slot.name}`, and try again later",
                 ) from None
             raise
+        await self._end(slot, pool)
+
+    async def _end(self, slot: Slot, pool: Pool) -> None:
+        if self.watcher is not None:
+            await self.watcher.closing(pool)
         slot.close.set()
         await slot.closed.wait()
 
     async def _close(self, slot: Slot) -> None:
         if slot.pool is not None:
             # In one step: from here on no export and no request finds the pool.
-            slot.pool = None
-            slot.close.set()
-            await slot.closed.wait()
+            pool, slot.pool = slot.pool, None
+            await self._end(slot, pool)
 
     async def _run(
         self,
@@ -313,6 +339,8 @@ class Pools:
                     )
                 pool.define_policies(self.policies)
                 slot.pool, opened = pool, True
+                if self.watcher is not None:
+                    self.watcher.opened(pool)
                 log.info("pool %s is open", slot.name)
                 task_status.started()
                 await slot.close.wait()
@@ -327,6 +355,8 @@ class Pools:
             # A refusal speaks for itself; anything else is a bug, whose traceback belongs into the report.
             log.error("pool %s %s: %s", slot.name, what, slot.error, exc_info=None if error is slot.error else error)
         finally:
+            if slot.pool is not None and self.watcher is not None:
+                self.watcher.gone(slot.pool)
             slot.pool = None
             slot.closed.set()
         if not opened:

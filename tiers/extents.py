@@ -169,7 +169,7 @@ async def checks_of_map(reader: "Reader", offset: int, length: int) -> bytes:
     The check of the block; 0 for a hole and for a block of zeros, which read the same; `LOST_CHECK` for one that is
     lost. What is told of each map page is of one moment. Raises TierError EIO for a damaged map page.
     """
-    found = bytearray()
+    found: list[bytes] = []
     block = offset >> BLOCK_SHIFT
     end = (offset + length - 1 >> BLOCK_SHIFT) + 1 if length else block
     steps = 0
@@ -177,7 +177,7 @@ async def checks_of_map(reader: "Reader", offset: int, length: int) -> bytes:
     while block < end:
         hole = min(await _hole_at(reader, block), end - block) if end - block > FANOUT else 0
         if hole > FANOUT:
-            found += bytes(8 * hole)
+            found.append(bytes(8 * hole))
             block += hole
             stride = 1
         else:
@@ -185,7 +185,7 @@ async def checks_of_map(reader: "Reader", offset: int, length: int) -> bytes:
             first, last = block >> FANOUT_BITS, block + count - 1 >> FANOUT_BITS
             while (entries := reader.entries_now(block, count)) is None:
                 await reader.load_ahead(first, last, end - 1 >> FANOUT_BITS)
-            found += _checks(*entries)
+            found.append(_checks(*entries))
             block += count
             steps += last - first
             stride = min(2 * stride, STRIDE_LEAVES)
@@ -195,7 +195,7 @@ async def checks_of_map(reader: "Reader", offset: int, length: int) -> bytes:
             steps = 0
             await trio.lowlevel.checkpoint()
     await trio.lowlevel.checkpoint()
-    return bytes(found)
+    return b"".join(found)
 
 
 def _checks(addresses: list[int], checks: list[int]) -> bytes:

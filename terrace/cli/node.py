@@ -12,7 +12,8 @@ from terrace.cli.context import Context, ask, confirm, pass_context
 from terrace.cli.output import count, duration, output_option, patience, show_facts, show_json, show_table
 
 NO_NODES = (
-    "This node has no name and so no peers; set name under [node] in the configuration, and [peers.NAME] for each other."
+    "This node has no name and so no peers; set name under [node] in the configuration, and [peers.NAME] for each of "
+    "the others."
 )
 
 

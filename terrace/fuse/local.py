@@ -9,7 +9,7 @@ from typing import Final, TypeVarTuple
 import trio
 
 from nbd.export import Export
-from terrace.exports import ExportRecord, PoolExports, find_export, record_of, records_of
+from terrace.exports import ExportRecord, Mirrored, PoolExports, find_export, record_of, records_of
 from terrace.fuse.device import Device
 from terrace.fuse.files import OpenFile
 from terrace.fuse.seek import seek
@@ -27,9 +27,9 @@ BATCH_WRITES: Final = 256
 class PoolDirectory:
     """Implements `terrace.fuse.files.Directory`. What has to wait becomes a task of `nursery`."""
 
-    def __init__(self, pools: Pools, nursery: trio.Nursery) -> None:
+    def __init__(self, pools: Pools, nursery: trio.Nursery, mirrored: Mirrored | None = None) -> None:
         self._pools = pools
-        self._exports = PoolExports(pools)
+        self._exports = PoolExports(pools, mirrored)
         self._nursery = nursery
         self._arena = memoryview(bytearray(REPLY.size + LONGEST_BYTES))
         """For replies to READs that need no waiting; each is sent before the next begins."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import trio
 
+from terrace.exports import Mirrored
 from terrace.fuse.device import MountError
 from terrace.fuse.local import PoolDirectory
 from terrace.fuse.session import mounted
@@ -16,7 +17,7 @@ from tiers.limits import begin_client
 log = logging.getLogger("terrace.fuse")
 
 
-async def serve_files(pools: Pools, mountpoint: Path, told: trio.Event) -> None:
+async def serve_files(pools: Pools, mirrored: Mirrored, mountpoint: Path, told: trio.Event) -> None:
     """Serve all exports at `mountpoint` until `told` to stop, or until somebody unmounts it.
 
     A mount point that can't be had is logged; volumes are served over NBD all the same. So they are if there is a bug
@@ -24,7 +25,7 @@ async def serve_files(pools: Pools, mountpoint: Path, told: trio.Event) -> None:
     """
     begin_client()  # as far as the limits of policies go, all who use these files are one client
     try:
-        async with trio.open_nursery() as slow, mounted(PoolDirectory(pools, slow), mountpoint) as session:
+        async with trio.open_nursery() as slow, mounted(PoolDirectory(pools, slow, mirrored), mountpoint) as session:
             log.info("volumes and snapshots are files below %s", mountpoint)
             async with trio.open_nursery() as watching:
 

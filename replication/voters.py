@@ -1,0 +1,597 @@
+"""Who must have stored a record before it counts, and the nodes that store them.
+
+A **voter** is a node's say about a mirror: in the records of its legs (`replication.keeper`), or in a file of the
+daemon's home where it has no leg. `KeptVoter` is this node's, `RemoteVoter` another's.
+
+A record counts when it is stored (`LegsCluster.commit`):
+
+- **all** (fewer than three voters): at every leg of its own `in_sync`. Whoever wants to go on from an older record must
+  hear all legs of that one, and so finds it.
+- **majority** (three or more): also at a majority of the voters, by the record before it and by its own list.
+- **etcd**: there, before it is at the legs; see `replication.etcd`.
+
+**The order.** A primary that is restarted may go on alone if its own record says that nobody else can have
+(`replication.promotion`). So what it has stored itself must never be behind what counts:
+
+- A record by which it could go on alone it stores itself *last*. If it doesn't get there, the record has never counted.
+- A record that takes this from it (a demotion; its own leg leaves `in_sync`) it stores itself *first*. It counts
+  without that leg: were it stored at the others first, and the primary killed, both could go on.
+  A primary whose disk is dead stores it in its home.
+
+**What is in doubt.** ETIMEDOUT from `commit` says that the record may come to count. The same one may be tried again,
+since `accept` is idempotent; a primary may also write another, made from it. None may be made from its predecessor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+import trio
+
+from replication.cluster import Voter, VoterState
+from replication.keeper import LegKeeper, judge_accept, judge_prepare, term_from_json, term_to_json
+from replication.lease import Clock, VoterLease, boottime
+from replication.membership import Membership, Term, decode, encode
+
+FORMAT_VERSION = 1
+DECIDED = frozenset({errno.ESTALE, errno.EUCLEAN, errno.EINVAL, errno.EBUSY, errno.EPROTO})
+"""Errors by which a voter has answered: asking again gives the same."""
+
+T = TypeVar("T")
+Rule = Literal["all", "majority", "etcd"]
+
+
+def rule_of(membership: Membership) -> Rule:
+    """By which rule the successor of this record comes to count."""
+    if membership.options.arbiter == "etcd":
+        return "etcd"
+    return "majority" if len(membership.voters) >= 3 else "all"
+
+
+def is_majority(nodes: Iterable[str], voters: Sequence[str]) -> bool:
+    """Whether more than half of the voters are among these nodes."""
+    return 2 * len(set(nodes) & set(voters)) > len(set(voters))
+
+
+def in_sync_nodes(membership: Membership) -> frozenset[str]:
+    """The nodes with a Terrace leg in sync: an NBD server stores no records."""
+    return frozenset(leg.node for leg in membership.legs if leg.id in membership.in_sync and leg.kind == "terrace")
+
+
+def counts(new: Membership, expected: Membership | None, stored: frozenset[str]) -> bool:
+    """Whether `new` counts when these nodes have stored it; `expected` is the record that it follows."""
+    if not in_sync_nodes(new) <= stored:
+        return False
+    if rule_of(new) == "majority" and not is_majority(stored, new.voters):
+        return False
+    followed = expected is not None and new.forced == "no" and rule_of(expected) == "majority"
+    return not followed or (expected is not None and is_majority(stored, expected.voters))
+
+
+def goes_first(node: str, new: Membership, expected: Membership) -> bool:
+    """Whether this node, which makes the record, stores its own copy first; see the module."""
+    own = {leg.id for leg in (*new.legs_on(node), *expected.legs_on(node))}
+    leaves = bool(own & expected.in_sync - new.in_sync) and not own & new.in_sync
+    return new.primary != node or leaves
+
+
+# This node's
+
+
+class KeptVoter:
+    """This node's say about all mirrors that it has legs of or is a voter of."""
+
+    def __init__(
+        self,
+        node: str,
+        home: Path,
+        legs: Callable[[str], Sequence[LegKeeper]],
+        *,
+        is_primary: Callable[[str], bool] = lambda mirror: False,
+        clock: Clock = boottime,
+    ) -> None:
+        self.node = node
+        self.on_fence: list[Callable[[str, Term], None]] = []
+        """Called synchronously with mirror and term when a promise kept in the home has risen."""
+        self._directory = home / "voters"
+        self._legs = legs
+        self._is_primary = is_primary
+        self._lease = VoterLease(clock)
+        self._files: dict[str, _Kept | None] = {}
+        self._locks: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)
+
+    def heard(self, mirror: str) -> None:
+        """The primary has shown that it is alive, by a session for instance. Gives it no lease: `heartbeat` does."""
+        self._lease.heard(mirror)
+
+    async def mirrors(self) -> frozenset[str]:
+        """All that the home has records of."""
+        return frozenset(await trio.to_thread.run_sync(_names, self._directory))
+
+    async def state(self, mirror: str) -> VoterState:
+        """Raises OSError ENOENT; EPROTO if the record in the home can't be read."""
+        return await self._say(mirror, await self._file(mirror))
+
+    async def prepare(self, mirror: str, term: Term, candidate: str, *, force: bool = False) -> VoterState:
+        """Raises OSError ESTALE, EBUSY, ENOENT, EPROTO, EIO."""
+        async with self._locks[mirror]:
+            file = await self._file(mirror)
+            said = await self._say(mirror, file)
+            judge_prepare(said.promised, term, f"node {self.node}")
+            if not force:
+                self._judge_alive(said, candidate)
+            for keeper in self._legs(mirror):
+                try:
+                    await keeper.prepare(term, candidate)
+                except OSError as error:
+                    if error.errno in DECIDED or file is None or not _is_out(keeper.record.me, file.accepted):
+                        raise
+            if file is not None:
+                candidates = file.candidates | ({candidate} if term != file.promised else frozenset())
+                await self._keep(mirror, dataclasses.replace(file, promised=term, candidates=candidates))
+            return dataclasses.replace(said, promised=term)
+
+    def _judge_alive(self, said: VoterState, candidate: str) -> None:
+        accepted = said.accepted
+        if accepted is None or accepted.primary is None or accepted.primary == candidate:
+            return
+        if said.primary_here:
+            raise OSError(errno.EBUSY, f"node {self.node} is primary and alive; demote it first, or promote with force")
+        needs_lease = rule_of(accepted) == "majority"
+        left_s = self._lease.left_s(accepted.mirror, accepted.options.lease_s, since_start=needs_lease)
+        if left_s > 0:
+            raise OSError(
+                errno.EBUSY,
+                f"node {self.node} may promise nothing for {left_s:.1f} s: it has heard the primary, node "
+                f"{accepted.primary}, or was just started; demote that one, wait, or promote with force",
+            )
+
+    async def accept(self, membership: Membership) -> None:
+        """Raises OSError ESTALE, EUCLEAN, EINVAL, ENOENT, EIO."""
+        async with self._locks[membership.mirror]:
+            file = await self._file(membership.mirror)
+            keepers = self._legs(membership.mirror)
+            homed = file is not None or not keepers
+            if membership.in_sync & {leg.id for leg in membership.legs_on(self.node)} - _ids(keepers):
+                raise OSError(errno.ENOENT, f"node {self.node} doesn't have its leg of mirror {membership.mirror} open")
+            if homed and file is None and self.node not in (*membership.voters, membership.primary):
+                raise OSError(errno.EINVAL, f"node {self.node} is no voter of mirror {membership.mirror}")
+            for keeper in keepers:
+                try:
+                    await keeper.accept(membership)
+                except OSError as error:
+                    # A leg that is out, on a disk that is dead: the home must know it, or the leg could go on alone.
+                    if error.errno in DECIDED or not _is_out(keeper.record.me, membership):
+                        raise
+                    homed = True
+            if homed:
+                before = file or _Kept()
+                if judge_accept(before.promised, before.accepted, membership, f"node {self.node}"):
+                    await self._keep(membership.mirror, _Kept(membership.term, membership))
+
+    async def heartbeat(self, mirror: str, term: Term) -> None:
+        """Raises OSError ESTALE, ENOENT."""
+        # Under the lock: a promise that is being stored must not be followed by a lease for the primary before it.
+        async with self._locks[mirror]:
+            said = await self._say(mirror, await self._file(mirror))
+            judge_prepare(said.promised, term, f"node {self.node}")
+            self._lease.heard(mirror)
+
+    async def forget(self, mirror: str) -> None:
+        """The mirror is gone, or this node is no voter of it any more."""
+        async with self._locks[mirror]:
+            await trio.to_thread.run_sync(_remove, self._path(mirror))
+            self._files.pop(mirror, None)
+
+    async def _say(self, mirror: str, file: _Kept | None) -> VoterState:
+        keepers = self._legs(mirror)
+        if file is None and not keepers:
+            raise OSError(errno.ENOENT, f"node {self.node} knows nothing of a mirror {mirror}")
+        records: list[Membership | None] = [keeper.record.accepted for keeper in keepers]
+        promises: list[Term | None] = [keeper.record.promised for keeper in keepers]
+        candidates = frozenset[str]().union(*(keeper.record.candidates for keeper in keepers))
+        if file is not None:
+            records.append(file.accepted)
+            promises.append(file.promised)
+            candidates |= file.candidates
+        accepted = max((one for one in records if one), key=lambda one: one.place, default=None)
+        voices = [one for one in keepers if accepted and one.record.me in accepted.in_sync] or list(keepers)
+        return VoterState(
+            node=self.node,
+            promised=max((one for one in promises if one), key=lambda one: one.number, default=None),
+            accepted=accepted,
+            candidates=candidates,
+            primary_here=self._is_primary(mirror),
+            heard_s=self._lease.heard_s(mirror),
+            intact=all(one.intact for one in voices),
+            inconsistent=any(one.record.inconsistent for one in voices),
+            recent_bytes=sum(_recent_bytes(one) for one in voices),
+        )
+
+    def _path(self, mirror: str) -> Path:
+        # It comes from peers, and becomes part of a path.
+        if not re.fullmatch("[0-9a-f]{32}", mirror):
+            raise OSError(errno.EINVAL, f"{mirror[:64]!r} is no mirror's id: that is 32 hexadecimal digits")
+        return self._directory / f"{mirror}.json"
+
+    async def _file(self, mirror: str) -> _Kept | None:
+        path = self._path(mirror)
+        if mirror not in self._files:
+            kept = await trio.to_thread.run_sync(_load, path)
+            self._files.setdefault(mirror, kept)
+        return self._files[mirror]
+
+    async def _keep(self, mirror: str, kept: _Kept) -> None:
+        """Durable on return. If it fails, the one before remains what is believed; see `replication.keeper`."""
+        before = self._files.get(mirror)
+        await trio.to_thread.run_sync(_store, self._path(mirror), kept.encode())
+        self._files[mirror] = kept
+        if kept.promised is not None and (before is None or before.promised != kept.promised):
+            for fenced in list(self.on_fence):
+                fenced(mirror, kept.promised)
+
+
+def _is_out(leg_id: str, membership: Membership | None) -> bool:
+    return membership is not None and leg_id not in membership.in_sync
+
+
+def _ids(keepers: Sequence[LegKeeper]) -> set[str]:
+    return {keeper.record.me for keeper in keepers}
+
+
+def _recent_bytes(keeper: LegKeeper) -> int:
+    return sum(
+        length
+        for name in ("recent", "recent-old")
+        if name in keeper.store.trackers
+        for _, length in keeper.store.trackers[name].runs()
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """A voter's record in the home: HOME/voters/MIRROR.json, replaced whole by a rename."""
+
+    promised: Term | None = None
+    accepted: Membership | None = None
+    candidates: frozenset[str] = frozenset()
+
+    def encode(self) -> bytes:
+        plain = {
+            "version": FORMAT_VERSION,
+            "promised": term_to_json(self.promised),
+            "accepted": json.loads(encode(self.accepted)) if self.accepted else None,
+            "candidates": sorted(self.candidates),
+        }
+        return json.dumps(plain, sort_keys=True).encode()
+
+
+def _load(path: Path) -> _Kept | None:
+    try:
+        plain = json.loads(path.read_bytes())
+        if plain["version"] != FORMAT_VERSION:
+            raise OSError(errno.EPROTO, f"{path} has version {plain['version']}, and {FORMAT_VERSION} is understood")
+        accepted = plain["accepted"]
+        return _Kept(
+            term_from_json(plain["promised"]),
+            decode(json.dumps(accepted).encode()) if accepted is not None else None,
+            frozenset(plain["candidates"]),
+        )
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        # A voter that has forgotten its promises must not vote.
+        raise OSError(
+            errno.EPROTO, f"{path} can't be understood ({error!r}); remove this node from the mirror's voters, then it"
+        ) from None
+
+
+def _store(path: Path, data: bytes) -> None:
+    """Blocks. After a crash there is the old file or the new one; the new one after a return."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".new")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    _sync_directory(path.parent)
+    _sync_directory(path.parent.parent)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+        _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _names(directory: Path) -> list[str]:
+    return [path.stem for path in directory.glob("*.json")] if directory.is_dir() else []
+
+
+# Another node's
+
+
+class Caller(Protocol):
+    """Calls to one peer; `replication.calls.Calls` is one."""
+
+    async def call(self, method: str, params: dict[str, Any], timeout_s: float) -> Any:
+        """Raises OSError: the peer's own, or ETIMEDOUT and what a connection raises."""
+
+
+class RemoteVoter:
+    """The voter of a peer."""
+
+    def __init__(self, node: str, caller: Caller, *, timeout_s: float = 1.0) -> None:
+        self.node = node
+        self._caller = caller
+        self._timeout_s = timeout_s
+
+    async def state(self, mirror: str) -> VoterState:
+        """As `Voter.state`; EPROTO for an answer that makes no sense."""
+        return self._judged(await self._caller.call("voter.state", {"mirror": mirror}, self._timeout_s))
+
+    async def prepare(self, mirror: str, term: Term, candidate: str, *, force: bool = False) -> VoterState:
+        """As `Voter.prepare`."""
+        params = {"mirror": mirror, "term": term_to_json(term), "candidate": candidate, "force": force}
+        return self._judged(await self._caller.call("voter.prepare", params, self._timeout_s))
+
+    async def accept(self, membership: Membership) -> None:
+        """As `Voter.accept`."""
+        params = {"membership": json.loads(encode(membership))}
+        await self._caller.call("voter.accept", params, self._timeout_s)
+
+    async def heartbeat(self, mirror: str, term: Term) -> None:
+        """As `Voter.heartbeat`."""
+        await self._caller.call("voter.heartbeat", {"mirror": mirror, "term": term_to_json(term)}, self._timeout_s)
+
+    def _judged(self, plain: Any) -> VoterState:
+        state = state_from_json(plain)
+        if state.node != self.node:
+            raise OSError(
+                errno.EPROTO, f"the peer {self.node} says that it is node {state.node}; see [peers] and [node]"
+            )
+        return state
+
+
+def state_to_json(state: VoterState) -> dict[str, Any]:
+    """What `state_from_json` understands."""
+    return dataclasses.asdict(state) | {
+        "promised": term_to_json(state.promised),
+        "accepted": json.loads(encode(state.accepted)) if state.accepted else None,
+        "candidates": sorted(state.candidates),
+    }
+
+
+def state_from_json(plain: Any) -> VoterState:
+    """Judges what a peer says. Raises OSError EPROTO."""
+    try:
+        accepted, heard_s = plain["accepted"], plain["heard_s"]
+        return VoterState(
+            node=_typed(plain["node"], str),
+            promised=term_from_json(plain["promised"]),
+            accepted=decode(json.dumps(accepted).encode()) if accepted is not None else None,
+            candidates=frozenset(_typed(name, str) for name in plain["candidates"]),
+            primary_here=_typed(plain["primary_here"], bool),
+            heard_s=None if heard_s is None else float(heard_s),
+            intact=_typed(plain["intact"], bool),
+            inconsistent=_typed(plain["inconsistent"], bool),
+            recent_bytes=_typed(plain["recent_bytes"], int),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise OSError(errno.EPROTO, f"a voter's answer can't be understood: {error!r}") from None
+
+
+def _typed(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"{value!r} is no {kind.__name__}")
+    return value
+
+
+Handler = Callable[[dict[str, Any]], Awaitable[Any]]
+
+
+def handlers(voter: Voter) -> Mapping[str, Handler]:
+    """What a node serves its peers: judges their parameters, EINVAL, and asks its own voter."""
+
+    async def state(params: dict[str, Any]) -> Any:
+        return state_to_json(await voter.state(_param(params, "mirror", str)))
+
+    async def prepare(params: dict[str, Any]) -> Any:
+        mirror, candidate = _param(params, "mirror", str), _param(params, "candidate", str)
+        return state_to_json(await voter.prepare(mirror, _term(params), candidate, force=_param(params, "force", bool)))
+
+    async def accept(params: dict[str, Any]) -> Any:
+        await voter.accept(decode(json.dumps(params.get("membership")).encode()))
+
+    async def heartbeat(params: dict[str, Any]) -> Any:
+        await voter.heartbeat(_param(params, "mirror", str), _term(params))
+
+    return {"voter.state": state, "voter.prepare": prepare, "voter.accept": accept, "voter.heartbeat": heartbeat}
+
+
+def _param(params: dict[str, Any], name: str, kind: type) -> Any:
+    if type(params.get(name)) is not kind:
+        raise OSError(errno.EINVAL, f"a voter was asked with {name} {params.get(name)!r}, which is no {kind.__name__}")
+    return params[name]
+
+
+def _term(params: dict[str, Any]) -> Term:
+    try:
+        term = term_from_json(params.get("term"))
+    except (ValueError, TypeError):
+        term = None
+    if term is None:
+        raise OSError(errno.EINVAL, f"a voter was asked with term {params.get('term')!r}, which is none")
+    return term
+
+
+# All of them
+
+
+class LegsCluster:
+    """The truth as the legs' nodes and tie-breakers have stored it: a `ClusterStore`."""
+
+    def __init__(
+        self,
+        node: str,
+        voter: Callable[[str], Voter],
+        known: Callable[[str], Awaitable[Sequence[str]]],
+        *,
+        timeout_s: float = 2.0,
+    ) -> None:
+        """`voter`: of a node, by its name. `known`: nodes that may know of a mirror, this one included if it is one.
+
+        `timeout_s` bounds each method.
+        """
+        self.node = node
+        self._voter = voter
+        self._known = known
+        self._timeout_s = timeout_s
+
+    async def newest(self, mirror: str) -> Membership:
+        """Raises OSError ETIMEDOUT, naming who must answer; ENOENT if all have answered and nobody knows it."""
+        nodes = tuple(await self._known(mirror))
+        states, failures = await ask(
+            nodes, lambda node: self._voter(node).state(mirror), lambda states: False, timeout_s=self._timeout_s
+        )
+        records = {node: state.accepted for node, state in states.items() if state.accepted is not None}
+        if not records:
+            if all(error.errno == errno.ENOENT for error in failures.values()):
+                raise OSError(errno.ENOENT, f"no node knows of a mirror {mirror}")
+            raise OSError(errno.ETIMEDOUT, f"no voter of mirror {mirror} has answered: {_told(failures)}")
+        newest = max(records.values(), key=lambda one: one.place)
+        stored = frozenset(node for node, record in records.items() if record == newest)
+        if not counts(newest, None, stored):
+            lacking = sorted(in_sync_nodes(newest) - stored) or sorted(set(newest.voters) - stored)
+            raise OSError(
+                errno.ETIMEDOUT,
+                f"the newest record of mirror {mirror} can't be proven: it must be seen at {', '.join(lacking)} too"
+                + (f" ({_told(failures)})" if failures else ""),
+            )
+        return newest
+
+    async def commit(self, new: Membership, *, expected: Membership) -> None:
+        """Raises OSError ESTALE (somebody else went on), EINVAL, EUCLEAN; ETIMEDOUT: see the module."""
+        judge_successor(new, expected)
+        own = await self._has_own(new)
+        if own and goes_first(self.node, new, expected):
+            await self._own(new)
+            own = False
+            stored = frozenset({self.node})
+        else:
+            stored = frozenset()
+        will_have = stored | ({self.node} if own else frozenset())
+        others = dict.fromkeys((*expected.voters, *new.voters, *sorted(in_sync_nodes(new))))
+        others.pop(self.node, None)
+
+        def enough(answers: Mapping[str, None]) -> bool:
+            return counts(new, expected, will_have | frozenset(answers))
+
+        needed = in_sync_nodes(new)
+        answers, failures = await ask(
+            tuple(others), lambda node: self._voter(node).accept(new), enough, timeout_s=self._timeout_s, needed=needed
+        )
+        if not enough(answers):
+            decided = [error for error in failures.values() if error.errno in DECIDED]
+            number = decided[0].errno if decided else errno.ETIMEDOUT
+            raise OSError(
+                number, f"record {new.term.number}.{new.epoch} of mirror {new.mirror} isn't stored: {_told(failures)}"
+            )
+        if own:
+            await self._own(new)
+
+    async def _has_own(self, new: Membership) -> bool:
+        if self.node in new.voters or new.legs_on(self.node):
+            return True
+        try:
+            await self._voter(self.node).state(new.mirror)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return False
+            raise
+        return True
+
+    async def _own(self, new: Membership) -> None:
+        with trio.move_on_after(self._timeout_s):
+            await self._voter(self.node).accept(new)
+            return
+        raise OSError(errno.ETIMEDOUT, f"node {self.node} didn't store the record within {self._timeout_s:g} s")
+
+
+def judge_successor(new: Membership, expected: Membership) -> None:
+    """Raises OSError EINVAL for a record that must not follow `expected`."""
+    if new.mirror != expected.mirror or not new.descends_from(expected) or new.place <= expected.place:
+        raise OSError(errno.EINVAL, f"record {new.place} isn't a successor of {expected.place}")
+    if not in_sync_nodes(new):
+        raise OSError(errno.EINVAL, "at least one Terrace leg must be in sync: an NBD server stores no records")
+    if new.forced == "no" and not new.in_sync & expected.in_sync:
+        # Else a candidate that knows only the older record would find none of the legs that have the newer one.
+        raise OSError(errno.EINVAL, "a record must keep at least one leg in sync that was")
+
+
+async def ask(
+    nodes: Sequence[str],
+    question: Callable[[str], Awaitable[T]],
+    enough: Callable[[Mapping[str, T]], bool],
+    *,
+    timeout_s: float,
+    needed: frozenset[str] = frozenset(),
+    grace_s: float = 0.05,
+) -> tuple[dict[str, T], dict[str, OSError]]:
+    """Ask all at once, again after errors that aren't an answer, until enough have answered or the time is up.
+
+    Then the others have `grace_s` more, so that those that are well hear it too. An error that is an answer, of a node
+    that is needed, ends it at once.
+    """
+    answers: dict[str, T] = {}
+    failures: dict[str, OSError] = {}
+
+    async def one(node: str, stop: trio.CancelScope) -> None:
+        pause_s = 0.05
+        while True:
+            try:
+                answers[node] = await question(node)
+            except OSError as error:
+                failures[node] = error
+                if error.errno in DECIDED | {errno.ENOENT}:
+                    if node in needed:
+                        stop.cancel()
+                    return
+            else:
+                failures.pop(node, None)
+                if enough(answers):
+                    stop.deadline = min(stop.deadline, trio.current_time() + grace_s)
+                return
+            await trio.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.5)
+
+    with trio.move_on_after(grace_s if enough(answers) else timeout_s) as stop:
+        async with trio.open_nursery() as nursery:
+            for node in nodes:
+                nursery.start_soon(one, node, stop)
+    for node in nodes:
+        if node not in answers:
+            failures.setdefault(node, OSError(errno.ETIMEDOUT, f"node {node} hasn't answered within {timeout_s:g} s"))
+    return answers, failures
+
+
+def _told(failures: Mapping[str, OSError]) -> str:
+    return "; ".join(f"{node}: {error.strerror}" for node, error in sorted(failures.items()))

@@ -1,0 +1,149 @@
+"""The part of the control API that is about nodes and mirrors.
+
+GET    /v1/nodes                                   this node, where it has a name, and its peers
+GET    /v1/nodes/N                                 one of them, with the legs of mirrors that it has
+POST   /v1/nodes/N/drain                           {to?, dry_run?}; only of this node: {demote, refused}
+GET    /v1/mirrors                                 all mirrors that have a leg here, as their primaries see them
+GET    /v1/pools/P/volumes/V/mirror                one of them
+GET    /v1/pools/P/volumes/V/mirror/explain        sentences: what is wrong, what is waited for, what to do
+POST   /v1/pools/P/volumes/V/mirror/legs           {node, pool?}; one more leg, also of a volume without a mirror
+DELETE /v1/pools/P/volumes/V/mirror/legs/N[?force=1]   tells {removed, left, mirrored}
+POST   /v1/pools/P/volumes/V/mirror/promote        {force?, dry_run?}; dry_run tells {may_lose}
+POST   /v1/pools/P/volumes/V/mirror/demote         {to?, force?}
+POST   /v1/pools/P/volumes/V/mirror/resync         {node, discard?, full?}
+"""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from replication.membership import Options
+from terrace.apikit import Body, read_body, route
+from terrace.localmirror import LocalMirror
+from terrace.mirroradmin import MirrorAdmin, Place
+from terrace.mirrors import Mirrors
+from terrace.mirrorwords import explain
+from terrace.pools import Pools
+
+
+class PlaceBody(Body):
+    """Where a leg is to be."""
+
+    node: str
+    pool: str | None = None
+
+    def place(self) -> Place:
+        """For `MirrorAdmin`."""
+        return Place(self.node, self.pool)
+
+
+class DrainBody(Body):
+    to: str | None = None
+    dry_run: bool = False
+
+
+class PromoteBody(Body):
+    force: bool = False
+    dry_run: bool = False
+
+
+class DemoteBody(Body):
+    to: str | None = None
+    force: bool = False
+
+
+class ResyncBody(Body):
+    node: str
+    discard: bool = False
+    full: bool = False
+
+
+class MirrorApi:
+    """The handlers."""
+
+    def __init__(self, pools: Pools, mirrors: Mirrors, admin: MirrorAdmin) -> None:
+        self._pools = pools
+        self._mirrors = mirrors
+        self._admin = admin
+
+    def routes(self) -> list[Route]:
+        """For the application."""
+        mirror = "/v1/pools/{pool}/volumes/{volume}/mirror"
+        return [
+            route("GET", "/v1/nodes", self.list_nodes),
+            route("GET", "/v1/nodes/{node}", self.show_node),
+            route("POST", "/v1/nodes/{node}/drain", self.drain_node),
+            route("GET", "/v1/mirrors", self.list_mirrors),
+            route("GET", mirror, self.show_mirror),
+            route("GET", f"{mirror}/explain", self.explain_mirror),
+            route("POST", f"{mirror}/legs", self.add_leg),
+            route("DELETE", f"{mirror}/legs/{{node}}", self.remove_leg),
+            route("POST", f"{mirror}/promote", self.promote),
+            route("POST", f"{mirror}/demote", self.demote),
+            route("POST", f"{mirror}/resync", self.resync),
+        ]
+
+    async def list_nodes(self, request: Request) -> Response:
+        return JSONResponse(self._mirrors.peers.status())
+
+    async def show_node(self, request: Request) -> Response:
+        name = request.path_params["node"]
+        found = next((one for one in self._mirrors.peers.status() if one["name"] == name), None)
+        if found is None:
+            self._mirrors.peers.peer(name)
+            raise AssertionError("a peer that has no status")
+        return JSONResponse(found | {"legs": self._mirrors.legs_on(name)})
+
+    async def drain_node(self, request: Request) -> Response:
+        body = await read_body(request, DrainBody)
+        return JSONResponse(await self._admin.drain(request.path_params["node"], to=body.to, dry_run=body.dry_run))
+
+    async def list_mirrors(self, request: Request) -> Response:
+        return JSONResponse(await self._mirrors.statuses())
+
+    def _one(self, request: Request) -> LocalMirror:
+        return self._mirrors.one(request.path_params["pool"], request.path_params["volume"])
+
+    async def _status(self, mirror: LocalMirror, status: int = 200) -> Response:
+        return JSONResponse(await self._mirrors.status(mirror), status)
+
+    async def show_mirror(self, request: Request) -> Response:
+        return await self._status(self._one(request))
+
+    async def explain_mirror(self, request: Request) -> Response:
+        mirror = self._one(request)
+        return JSONResponse({"volume": mirror.name, "sentences": await explain(self._mirrors, mirror)})
+
+    async def add_leg(self, request: Request) -> Response:
+        body = await read_body(request, PlaceBody)
+        with self._pools.using(request.path_params["pool"]) as pool:
+            volume = pool.volume(request.path_params["volume"])
+            mirror = await self._admin.add(pool, volume, body.place(), Options())
+            return await self._status(mirror, 201)
+
+    async def remove_leg(self, request: Request) -> Response:
+        force = request.query_params.get("force") in ("1", "true")
+        with self._pools.using(request.path_params["pool"]):
+            return JSONResponse(await self._admin.remove(self._one(request), request.path_params["node"], force=force))
+
+    async def promote(self, request: Request) -> Response:
+        body = await read_body(request, PromoteBody)
+        mirror = self._one(request)
+        if body.dry_run:
+            return JSONResponse({"may_lose": await self._admin.what_force_loses(mirror)})
+        await self._admin.promote(mirror, force=body.force)
+        return await self._status(mirror)
+
+    async def demote(self, request: Request) -> Response:
+        body = await read_body(request, DemoteBody)
+        mirror = self._one(request)
+        await self._admin.demote(mirror, to=body.to, force=body.force)
+        return await self._status(mirror)
+
+    async def resync(self, request: Request) -> Response:
+        body = await read_body(request, ResyncBody)
+        mirror = self._one(request)
+        await self._admin.resync(mirror, body.node, discard=body.discard, full=body.full)
+        return await self._status(mirror)

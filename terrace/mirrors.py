@@ -1,0 +1,498 @@
+"""The mirrors of this node: which volumes are legs of one, and what other nodes may ask about them.
+
+A volume that has a record (`Volume.mirror_record`) is a leg. When its pool is opened, it becomes a `LocalMirror`, and
+when the pool is about to be closed that ends cleanly, before the engine flushes for the last time. What NBD clients,
+files and devices get under the name of such a volume is decided here too: the mirror where this node is primary, and a
+refusal that names the primary everywhere else. The engine itself refuses to resize, delete or roll back a volume that
+has a record, except for us.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import trio
+
+from replication.cluster import ClusterStore, Voter
+from replication.keeper import LegKeeper, LegRecord
+from replication.leg import LegState, MirrorState
+from replication.membership import LegInfo, Membership, decode
+from replication.mirror import MirrorStatus
+from replication.voters import KeptVoter, LegsCluster, RemoteVoter
+from replication.voters import handlers as voter_handlers
+from replication.wire import LegOption
+from terrace.localmirror import LocalMirror, ServedMirror, boot_id, nodes_of_mirror
+from terrace.peers import Handler, Peers, Socket
+from terrace.pools import Pools
+from tiers import Pool, TierError, Volume
+
+log = logging.getLogger("terraced")
+
+
+class PeerCaller:
+    """Calls to one peer, on whatever connection there is to it. Implements `replication.voters.Caller`."""
+
+    def __init__(self, peers: Peers, node: str) -> None:
+        self._peers = peers
+        self._node = node
+
+    async def call(self, method: str, params: dict[str, Any], timeout_s: float = 10.0) -> Any:
+        """As `Calls.call`. EHOSTUNREACH for a node that isn't configured: that it knows nothing isn't said by that."""
+        if self._node not in self._peers.peers:
+            await trio.lowlevel.checkpoint()
+            raise OSError(errno.EHOSTUNREACH, f"node {self._node} is no peer of this node: write [peers.{self._node}]")
+        return await self._peers.call(self._node, method, params, timeout_s)
+
+
+class Mirrors:
+    """All `LocalMirror`s of the open pools. `run` has to be run; implements `terrace.localmirror.Surroundings`."""
+
+    def __init__(self, pools: Pools, peers: Peers, home: Path, tell: Callable[[str, str, str], None]) -> None:
+        self.pools = pools
+        self.peers = peers
+        self.tell = tell
+        self.boot = boot_id()
+        self.own_voter = KeptVoter(peers.node, home, self._keepers, is_primary=self._is_primary)
+        self.drop_clients: Callable[[str], int] = lambda export: 0
+        self._mirrors: dict[Volume, LocalMirror] = {}
+        self._broken: dict[Volume, OSError] = {}
+        self._nursery: trio.Nursery | None = None
+        self._callers = {name: RemoteVoter(name, PeerCaller(peers, name)) for name in peers.peers}
+
+    @property
+    def node(self) -> str:
+        """This node's name; empty if it has none."""
+        return self.peers.node
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> NoReturn:
+        """The task: mirrors of all pools that are open, or will be."""
+        async with trio.open_nursery() as self._nursery:
+            self.pools.watcher = self
+            try:
+                for pool in self.pools.open_pools():
+                    self.opened(pool)
+                task_status.started()
+                await trio.sleep_forever()
+            finally:
+                self.pools.watcher = None
+        raise AssertionError("it sleeps for ever")
+
+    def opened(self, pool: Pool) -> None:
+        """A pool was opened: its mirrors begin. Synchronous."""
+        for volume in pool.volumes():
+            if volume.mirror_record:
+                self.adopt(pool, volume)
+
+    def adopt(self, pool: Pool, volume: Volume) -> LocalMirror | None:
+        """A volume has a record now. None if that can't be understood, or this node has no name: then it is closed."""
+        assert self._nursery is not None
+        if volume in self._mirrors:
+            return self._mirrors[volume]
+        try:
+            if not self.node:
+                raise OSError(errno.EINVAL, "this node has no name any more: set name under [node] to what it was")
+            mirror = LocalMirror(pool, volume, self)
+        except OSError as error:
+            self._broken[volume] = error
+            self.tell("mirror", volume.name, f"{volume.name} is a leg of a mirror, and can't be used: {error.strerror}")
+            return None
+        self._broken.pop(volume, None)
+        self._mirrors[volume] = mirror
+        self._nursery.start_soon(self._live, mirror)
+        return mirror
+
+    async def _live(self, mirror: LocalMirror) -> None:
+        try:
+            await mirror.run()
+        except Exception as error:
+            log.error("mirror %s failed", mirror.name, exc_info=error)
+            self.tell("mirror", mirror.name, f"mirror {mirror.name} failed: {error}; please report it with the log")
+            mirror.problem = OSError(errno.EIO, f"internal error: {error}; restart terraced")
+
+    async def closing(self, pool: Pool) -> None:
+        """A pool is about to be closed: its mirrors end, cleanly."""
+        async with trio.open_nursery() as nursery:
+            for mirror in [one for one in self._mirrors.values() if one.pool is pool]:
+                nursery.start_soon(self.forget, mirror)
+
+    def gone(self, pool: Pool) -> None:
+        """A pool has failed. Synchronous: nothing of it can be used any more."""
+        for volume in [volume for volume, mirror in self._mirrors.items() if mirror.pool is pool]:
+            mirror = self._mirrors.pop(volume)
+            if self._nursery is not None:
+                self._nursery.start_soon(mirror.close)
+
+    async def close(self) -> None:
+        """All end, cleanly; the pools can be closed then."""
+        async with trio.open_nursery() as nursery:
+            for mirror in list(self._mirrors.values()):
+                nursery.start_soon(self.forget, mirror)
+
+    async def forget(self, mirror: LocalMirror) -> None:
+        """End one, cleanly."""
+        await mirror.close()
+        self._mirrors.pop(mirror.volume, None)
+
+    # -- what there is -------------------------------------------------------------------------------------------
+
+    def all(self) -> list[LocalMirror]:
+        """By name."""
+        return sorted(self._mirrors.values(), key=lambda mirror: mirror.name)
+
+    def of(self, volume: Volume) -> LocalMirror | None:
+        """The mirror that a volume is a leg of. Raises OSError EIO for one whose record can't be understood."""
+        if volume in self._broken and volume.mirror_record:
+            error = self._broken[volume]
+            raise TierError(errno.EIO, f"{volume.name} is a leg of a mirror, and can't be used: {error.strerror}")
+        return self._mirrors.get(volume)
+
+    def one(self, pool_name: str, volume_name: str) -> LocalMirror:
+        """Raises ENOENT, with the next step."""
+        volume = self.pools.pool(pool_name).volume(volume_name)
+        mirror = self.of(volume)
+        if mirror is None:
+            raise TierError(
+                errno.ENOENT,
+                f"{volume.name} is not mirrored; `terrace volume mirror add {volume.name} NODE` makes a mirror of it",
+            )
+        return mirror
+
+    def by_leg(self, leg: str) -> LocalMirror | None:
+        """The mirror that has this leg here."""
+        return next((mirror for mirror in self._mirrors.values() if mirror.me == leg), None)
+
+    def by_mirror(self, mirror_id: str) -> list[LocalMirror]:
+        """All legs of a mirror here: one as a rule."""
+        return [one for one in self._mirrors.values() if _mirror_of(one) == mirror_id]
+
+    def is_exported(self, volume: Volume) -> bool:
+        """Whether clients may have it from here."""
+        if not volume.mirror_record:
+            return True
+        mirror = self._mirrors.get(volume)
+        return mirror is not None and (mirror.serves or mirror.starting)
+
+    async def serving(self, volume: Volume) -> ServedMirror:
+        """What clients get under the name of a volume that is a leg. Raises OSError EBUSY, EIO."""
+        mirror = self.of(volume)
+        if mirror is None:
+            raise TierError(errno.EBUSY, f"{volume.name} is a leg of a mirror that is being started or stopped")
+        return await mirror.serving()
+
+    # -- surroundings of each ------------------------------------------------------------------------------------
+
+    def _keepers(self, mirror_id: str) -> Sequence[LegKeeper]:
+        return [one.keeper for one in self.by_mirror(mirror_id)]
+
+    def _is_primary(self, mirror_id: str) -> bool:
+        return any(one.serves for one in self.by_mirror(mirror_id))
+
+    def voter(self, node: str) -> Voter:
+        if node == self.node:
+            return self.own_voter
+        if node not in self._callers:
+            return RemoteVoter(node, PeerCaller(self.peers, node))
+        return self._callers[node]
+
+    def cluster(self, membership: Membership) -> ClusterStore:
+        async def known(mirror_id: str) -> Sequence[str]:
+            await trio.lowlevel.checkpoint()
+            return tuple(dict.fromkeys((self.node, *nodes_of_mirror(membership))))
+
+        return LegsCluster(self.node, self.voter, known)
+
+    def disconnect(self, export: str) -> int:
+        return self.drop_clients(export)
+
+    # -- what other nodes ask ------------------------------------------------------------------------------------
+
+    def judge(self, option: LegOption) -> str | None:
+        """Implements `terrace.peers.Legs`."""
+        mirror = self.by_leg(option.leg)
+        if mirror is None:
+            return f"node {self.node} has no leg {option.leg[:32]} open: see `terrace pool list` there"
+        return None
+
+    async def serve(self, sock: Socket, received: bytes, option: LegOption) -> None:
+        """Implements `terrace.peers.Legs`."""
+        mirror = self.by_leg(option.leg)
+        if mirror is None:
+            raise OSError(errno.ENOENT, f"the leg {option.leg} is no longer here")
+        self.own_voter.heard(option.mirror)
+        await mirror.replica.serve(sock, received, option)
+
+    def handlers(self) -> Mapping[str, Handler]:
+        """What peers may call."""
+
+        async def hello(node: str, params: dict[str, Any]) -> Any:
+            await trio.lowlevel.checkpoint()
+            return self.peers.hello()
+
+        own = {
+            "node.hello": hello,
+            "leg.create": self._create_leg,
+            "leg.delete": self._delete_leg,
+            "leg.discard": self._discard_leg,
+            "mirror.status": self._tell_status,
+            "mirror.promote": self._promote,
+            "mirror.demote": self._demote,
+        }
+        voters = {name: partial(_without_node, call) for name, call in voter_handlers(self.own_voter).items()}
+        return own | cast("dict[str, Handler]", voters)
+
+    async def _create_leg(self, node: str, params: dict[str, Any]) -> Any:
+        """A volume that is a leg. The same again does nothing; returns {export}."""
+        membership = decode(json.dumps(params.get("membership")).encode())
+        leg, name, size = _text(params, "leg"), _text(params, "volume"), params.get("size_bytes")
+        if type(size) is not int:
+            raise OSError(errno.EINVAL, "leg.create: size_bytes is no whole number")
+        there = self.by_leg(leg)
+        if there is not None:
+            return {"export": there.name}
+        pool = self._pool_for(params.get("pool"), _text(params, "like"))
+        with self.pools.using(pool.name):
+            if any(volume.short_name == name for volume in pool.volumes()):
+                raise OSError(
+                    errno.EEXIST,
+                    f"node {self.node} has a volume {pool.name}/{name} already: name another pool, or delete or rename "
+                    "that volume first",
+                )
+            policy = params.get("policy")
+            known = policy if isinstance(policy, str) and policy in self.pools.policies else ""
+            volume = await pool.create_volume(name, size, known)
+            record = LegRecord(me=leg, accepted=membership, promised=membership.term, inconsistent=True)
+            try:
+                await pool.set_mirror(volume, record.encode(), {})
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await pool.delete_volume(name, mirrored=True)
+                raise
+            self.adopt(pool, volume)
+        self.tell("leg", volume.name, f"{volume.name} was made as a leg of a mirror of node {node}")
+        return {"export": volume.name}
+
+    def _pool_for(self, wanted: object, like: str) -> Pool:
+        """The pool of that name; else one called as the primary's, or the only one. Raises ENOENT."""
+        if isinstance(wanted, str) and wanted:
+            return self.pools.pool(wanted)
+        pools = {pool.name: pool for pool in self.pools.open_pools()}
+        if like in pools:
+            return pools[like]
+        if len(pools) == 1:
+            return next(iter(pools.values()))
+        names = ", ".join(pools) or "none that is open"
+        raise OSError(errno.ENOENT, f"say which pool of node {self.node} is meant, as {self.node}/POOL: it has {names}")
+
+    async def _delete_leg(self, node: str, params: dict[str, Any]) -> Any:
+        """The volume of a leg. One that is gone already is no error; returns {deleted}."""
+        leg = _text(params, "leg")
+        mirror = self.by_leg(leg)
+        if mirror is None:
+            await trio.lowlevel.checkpoint()
+            return {"deleted": None}
+        if mirror.is_primary:
+            raise OSError(errno.EBUSY, f"node {self.node} is primary of {mirror.name}: demote it first")
+        name = mirror.name
+        await self.delete_local(mirror)
+        self.tell("leg", name, f"{name} was deleted: node {node} has removed this leg from its mirror")
+        return {"deleted": name}
+
+    async def delete_local(self, mirror: LocalMirror, *, snapshots: bool = False) -> None:
+        """The leg's volume, whatever others may say."""
+        await self.forget(mirror)
+        try:
+            await mirror.pool.delete_volume(mirror.volume.short_name, snapshots=snapshots, mirrored=True)
+        except BaseException:
+            self.adopt(mirror.pool, mirror.volume)
+            raise
+
+    async def dissolve(self, mirror: LocalMirror) -> None:
+        """The leg becomes a volume like any other, and its record is gone."""
+        await self.forget(mirror)
+        try:
+            await mirror.pool.set_mirror(mirror.volume, b"", {})
+        except BaseException:
+            self.adopt(mirror.pool, mirror.volume)
+            raise
+
+    async def _discard_leg(self, node: str, params: dict[str, Any]) -> Any:
+        """An operator has decided at the primary that what was written here, and nowhere else, is given up."""
+        membership = decode(json.dumps(params.get("membership")).encode())
+        mirror = self.by_leg(_text(params, "leg"))
+        if mirror is None:
+            raise OSError(errno.ENOENT, f"node {self.node} has no such leg open")
+        await mirror.keeper.prepare(membership.term, node)  # which ends what this node serves of it
+        await mirror.keeper.accept(membership, inconsistent=True, discard=True)
+        self.tell("splitbrain", mirror.name, f"what was written to {mirror.name} here is given up, by order of {node}")
+        return {}
+
+    async def _tell_status(self, node: str, params: dict[str, Any]) -> Any:
+        found = self.by_mirror(_text(params, "mirror"))
+        await trio.lowlevel.checkpoint()
+        if not found:
+            raise OSError(errno.ENOENT, f"node {self.node} has no leg of that mirror open")
+        return self.local_status(found[0])
+
+    async def _promote(self, node: str, params: dict[str, Any]) -> Any:
+        found = self.by_mirror(_text(params, "mirror"))
+        if not found:
+            raise OSError(errno.ENOENT, f"node {self.node} has no leg of that mirror open")
+        await found[0].promote()
+        return self.local_status(found[0])
+
+    async def _demote(self, node: str, params: dict[str, Any]) -> Any:
+        found = self.by_mirror(_text(params, "mirror"))
+        if not found:
+            raise OSError(errno.ENOENT, f"node {self.node} has no leg of that mirror open")
+        if found[0].volume.open_count:
+            raise OSError(errno.EBUSY, f"{found[0].name} is in use on node {self.node}: disconnect its clients first")
+        await found[0].demote(node)
+        return self.local_status(found[0])
+
+    # -- what people are shown -----------------------------------------------------------------------------------
+
+    def local_status(self, mirror: LocalMirror) -> dict[str, Any]:
+        """What is known here, without asking anybody. JSON."""
+        found: dict[str, Any] = {"volume": mirror.name, "node": self.node, "size_bytes": mirror.volume.size_bytes}
+        try:
+            membership = mirror.membership
+        except OSError as error:
+            return found | {
+                **{"mirror": None, "role": "secondary", "primary": None, "term": None, "epoch": None, "token": None},
+                **{"state": MirrorState.FAULTED.value, "waiting": None, "problem": error.strerror, "legs": []},
+            }
+        served = mirror.mirror
+        status = served.status() if served is not None and mirror.serves else None
+        legs = (
+            _served_legs(status)
+            if status is not None
+            else [self._leg_of_record(mirror, leg) for leg in membership.legs]
+        )
+        role = "primary" if mirror.serves else "starting" if mirror.starting else "secondary"
+        state = status.state.value if status is not None else "Unknown"
+        if mirror.problem is not None and not mirror.serves:
+            state = MirrorState.FAULTED.value
+        return found | {
+            "mirror": membership.mirror,
+            "role": role,
+            "primary": membership.primary,
+            "term": membership.term.number,
+            "epoch": membership.epoch,
+            "token": membership.token,
+            "state": state,
+            "waiting": status.waiting if status is not None else None,
+            "problem": mirror.problem.strerror if mirror.problem is not None else None,
+            "legs": legs,
+        }
+
+    def _leg_of_record(self, mirror: LocalMirror, leg: LegInfo) -> dict[str, Any]:
+        """A leg as a node that isn't primary knows it."""
+        membership = mirror.membership
+        peer = self.peers.peers.get(leg.node)
+        state = LegState.UNPROVEN if leg.id in membership.in_sync else LegState.STALE
+        if membership.primary is None and leg.id in membership.in_sync:
+            state = LegState.UP_TO_DATE  # cleanly demoted: nothing was written since
+        if leg.id == mirror.me and mirror.keeper.record.inconsistent:
+            state = LegState.SYNCING
+        elif leg.node != self.node and (peer is None or peer.calls is None):
+            state = LegState.OFFLINE
+        return _leg(leg, state.value)
+
+    async def status(self, mirror: LocalMirror) -> dict[str, Any]:
+        """As the primary sees it, where that answers; else what is known here. JSON."""
+        own = self.local_status(mirror)
+        primary = own["primary"]
+        if own["role"] != "secondary" or primary in (None, self.node):
+            await trio.lowlevel.checkpoint()
+            return own
+        try:
+            theirs = await self.peers.call(primary, "mirror.status", {"mirror": own["mirror"]}, 2.0)
+            known = ("state", "waiting", "problem", "legs", "term", "epoch", "primary", "token")
+            return own | {key: theirs[key] for key in known}
+        except (OSError, KeyError, TypeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it gave no answer that is understood"
+            return own | {"problem": f"the primary, node {primary}, can't be asked: {why}"}
+
+    async def statuses(self) -> list[dict[str, Any]]:
+        """Of all mirrors here, asked for at once, by name."""
+        found: dict[str, dict[str, Any]] = {}
+
+        async def ask(mirror: LocalMirror) -> None:
+            found[mirror.name] = await self.status(mirror)
+
+        async with trio.open_nursery() as nursery:
+            for mirror in self.all():
+                nursery.start_soon(ask, mirror)
+        return [found[name] for name in sorted(found)]
+
+    def legs_on(self, node: str) -> list[dict[str, Any]]:
+        """Legs that a node has, of the mirrors that this one has a leg of. JSON."""
+        return list(self._legs_on(node))
+
+    def _legs_on(self, node: str) -> Iterator[dict[str, Any]]:
+        for mirror in self.all():
+            status = self.local_status(mirror)
+            for leg in status["legs"]:
+                if leg["node"] == node:
+                    role = "primary" if status["primary"] == node else "secondary"
+                    yield {"volume": mirror.name, "pool": leg["pool"], "role": role, "state": leg["state"]}
+
+
+def _mirror_of(mirror: LocalMirror) -> str | None:
+    accepted = mirror.keeper.record.accepted
+    return accepted.mirror if accepted is not None else None
+
+
+def _leg(leg: LegInfo, state: str) -> dict[str, Any]:
+    return {
+        "id": leg.id,
+        "node": leg.node,
+        "export": leg.export,
+        "pool": leg.export.partition("/")[0] if leg.kind == "terrace" else "-",
+        "kind": leg.kind,
+        "state": state,
+        "for_s": None,
+        "to_sync_bytes": None,
+        "bytes_per_s": None,
+        "eta_s": None,
+        "queued_bytes": 0,
+        "healed_blocks": 0,
+        "error": None,
+    }
+
+
+def _served_legs(status: MirrorStatus) -> list[dict[str, Any]]:
+    found = []
+    for leg in status.legs:
+        state = leg.state
+        if state is LegState.OFFLINE and leg.info.id not in status.membership.in_sync:
+            state = LegState.STALE
+        shown = _leg(leg.info, state.value)
+        progress = leg.resync if leg.state is LegState.SYNCING else None
+        if progress is not None:
+            shown["to_sync_bytes"] = max(0, progress.total_bytes - progress.done_bytes)
+            shown["bytes_per_s"] = progress.rate_bytes_s
+            shown["eta_s"] = progress.eta_s
+        shown |= {"for_s": leg.for_s, "queued_bytes": leg.queued_bytes, "error": leg.error}
+        shown["healed_blocks"] = leg.counters.healed_blocks
+        found.append(shown)
+    return found
+
+
+def _text(params: dict[str, Any], key: str) -> str:
+    value = params.get(key)
+    if not isinstance(value, str) or not value:
+        raise OSError(errno.EINVAL, f"{key} is missing in what a node has asked")
+    return value
+
+
+async def _without_node(call: Callable[[dict[str, Any]], Awaitable[Any]], node: str, params: dict[str, Any]) -> Any:
+    return await call(params)

@@ -1,0 +1,1 @@
+"""Mirroring: over stores in memory, with nodes, links and power that fail by seed."""
