@@ -7,7 +7,6 @@ with) or `Mirrored`.
 
 from __future__ import annotations
 
-import re
 import signal
 import time
 import uuid
@@ -16,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import httpx
 import trio
 
 from terrace.certificates import make_authority
 from tests.cluster.network import Host, Network
-from tests.system.daemon import Daemon, DaemonError
+from tests.system.daemon import ApiError, Daemon, DaemonError
 from tiers import Pool
 
 CLIENT = "client"
@@ -30,6 +30,9 @@ VOLUME = "p/v"
 TIMEOUT_S = 0.3
 """So long a leg may be silent before writes go on without it."""
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
+ANSWER_S = 30.0
+"""What is asked of a node is answered in this time, whatever it can't reach."""
+_MIRROR = f"/v1/pools/{POOL}/volumes/{VOLUME.partition('/')[2]}/mirror"
 _MIB = 1 << 20
 
 
@@ -92,11 +95,11 @@ class Deployment(Protocol):
 
     def create(self, nodes: Nodes, size_bytes: int) -> None: ...
 
-    def promote(self, nodes: Nodes, name: str, *, timeout_s: float = 10.0) -> str | None:
+    def promote(self, nodes: Nodes, name: str) -> str | None:
         """Make that node serve; None, or why it refuses."""
 
-    def demote(self, nodes: Nodes, name: str, *, timeout_s: float = 10.0) -> str | None:
-        """Make that node serve no more, cleanly; None, or why it refuses."""
+    def demote(self, nodes: Nodes, name: str, to: str | None = None) -> str | None:
+        """Make that node serve no more, cleanly, and `to` in its place; None, or why it refuses."""
 
     def primary(self, nodes: Nodes) -> str | None:
         """Who serves, as far as somebody that can be asked knows."""
@@ -223,10 +226,10 @@ class Alone:
         nodes.make_pool("a", size_bytes)
         nodes["a"].cli("volume", "create", VOLUME, str(size_bytes))
 
-    def promote(self, nodes: Nodes, name: str, *, timeout_s: float = 10.0) -> str | None:
+    def promote(self, nodes: Nodes, name: str) -> str | None:
         return None
 
-    def demote(self, nodes: Nodes, name: str, *, timeout_s: float = 10.0) -> str | None:
+    def demote(self, nodes: Nodes, name: str, to: str | None = None) -> str | None:
         return "there is no other node"
 
     def primary(self, nodes: Nodes) -> str | None:
@@ -241,30 +244,38 @@ class Alone:
 
 @dataclass
 class Mirrored:
-    """Two nodes with a leg each, or three: `third` is a tie-breaker without a leg, or has one too."""
+    """A mirror with a leg on each node."""
 
     names: Sequence[str] = ("a", "b")
-    legs: Sequence[str] = ("a", "b")
-    options: Sequence[str] = ()
-    """Of `terrace volume create`."""
 
     def create(self, nodes: Nodes, size_bytes: int) -> None:
-        for name in self.legs:
+        for name in self.names:
             nodes.make_pool(name, size_bytes)
-        first, *others = self.legs
-        mirrors = [f"--mirror={name}/{POOL}" for name in others]
-        nodes[first].cli("volume", "create", VOLUME, str(size_bytes), *mirrors, *self.options)
+        first, *others = self.names
+        mirror = [{"node": name, "pool": POOL} for name in others]
+        body = {"name": VOLUME.partition("/")[2], "size": size_bytes, "mirror": mirror}
+        body |= {"timeout_s": TIMEOUT_S, "lease_s": TIMEOUT_S}
+        nodes.wait_for("connected", lambda: self._connected(nodes), 10)
+        nodes[first].api("POST", f"/v1/pools/{POOL}/volumes", body)
 
-    def promote(self, nodes: Nodes, name: str, *, timeout_s: float = 10.0) -> str | None:
-        return self._ask(nodes[name], "promote", timeout_s)
+    @staticmethod
+    def _connected(nodes: Nodes) -> str | None:
+        for node in nodes.answering():
+            for one in node.api("GET", "/v1/nodes"):
+                if one["state"] != "Online":
+                    return f"{one['name']} is {one['state']} for {node.name}"
+        return None
 
-    def demote(self, nodes: Nodes, name: str, *, timeout_s: float = 10.0) -> str | None:
-        return self._ask(nodes[name], "demote", timeout_s)
+    def promote(self, nodes: Nodes, name: str) -> str | None:
+        return self._ask(nodes[name], "promote", {})
+
+    def demote(self, nodes: Nodes, name: str, to: str | None = None) -> str | None:
+        return self._ask(nodes[name], "demote", {"to": to, "force": True})
 
     def primary(self, nodes: Nodes) -> str | None:
         for node in nodes.answering():
             status = self.status(node)
-            if status is not None and status.get("role") == "primary":
+            if status is not None and status["role"] == "primary":
                 return node.name
         return None
 
@@ -275,28 +286,29 @@ class Mirrored:
         status = self.status(nodes[primary])
         if status is None:
             return f"the primary {primary} doesn't answer"
-        states = {leg["node"]: leg["state"] for leg in status["legs"]}
-        return None if set(states.values()) == {"UpToDate"} else f"legs as {primary} says: {states}"
+        states = {leg["node"]: (leg["state"], leg["error"]) for leg in status["legs"]}
+        is_whole = len(states) == len(self.names) and {state for state, _ in states.values()} == {"UpToDate"}
+        return None if is_whole else f"legs as {primary} says: {states}"
 
     def copies(self) -> Sequence[str]:
-        return self.legs
+        return self.names
 
     def status(self, node: Node) -> dict[str, Any] | None:
         """What that node says of the mirror; None if it can't be asked now."""
         try:
-            found = node.cli_json("volume", "mirror", "list")
-        except DaemonError:
+            found: dict[str, Any] = node.api("GET", _MIRROR, timeout_s=ANSWER_S)
+        except (httpx.TransportError, ApiError):
             return None
-        return next((one for one in found if one["volume"] == VOLUME), None)
+        return found
 
     @staticmethod
-    def _ask(node: Node, what: str, timeout_s: float) -> str | None:
+    def _ask(node: Node, what: str, body: dict[str, Any]) -> str | None:
         if not node.answers:
             return f"{node.name} doesn't run"
-        result = node.cli("volume", "mirror", what, VOLUME, status=None, timeout_s=timeout_s + 30)
-        if result.returncode == 0:
-            return None
-        said = result.stderr.strip()
-        if not re.match(r"error: ", said) or "Traceback" in said:
-            raise DaemonError(f"`terrace volume mirror {what}` on {node.name} ended with {result.returncode}:\n{said}")
-        return said
+        try:
+            node.api("POST", f"{_MIRROR}/{what}", body, timeout_s=ANSWER_S)
+        except ApiError as error:
+            if error.status >= 500 and error.errno is None:
+                raise
+            return error.message
+        return None

@@ -25,13 +25,12 @@ SETTLE_S: Final = 40.0
 PROFILES: Final[dict[str, Callable[[], Deployment]]] = {
     "alone": Alone,
     "two": Mirrored,
-    "two and a tie-breaker": lambda: Mirrored(("a", "b", "c"), ("a", "b"), ("--tie-breaker", "c")),
-    "three": lambda: Mirrored(("a", "b", "c"), ("a", "b", "c")),
+    "three": lambda: Mirrored(("a", "b", "c")),
 }
 NODE_FAULTS: Final = ("kill", "pause", "restart", "crash")
 ALL_FAULTS: Final = ("kill all", "crash all")
 LINK_FAULTS: Final = ("cut", "cut one way", "delay", "loss")
-MOVES: Final = ("promote", "hand over", "kill and promote")
+MOVES: Final = ("promote", "demote and promote", "hand over", "kill and promote")
 
 
 @dataclass(frozen=True)
@@ -212,6 +211,9 @@ def _begin(nodes: Nodes, fault: Fault, story: Story) -> Callable[[], None] | Non
         case "promote":
             _told(story, f"promote {name}", nodes.deployment.promote(nodes, name))
         case "hand over":
+            to = _of_role(nodes, "other")
+            _told(story, f"hand over from {name} to {to}", nodes.deployment.demote(nodes, name, to))
+        case "demote and promote":
             refused = nodes.deployment.demote(nodes, name)
             _told(story, f"demote {name}", refused)
             if refused is None:
