@@ -31,7 +31,7 @@ PATIENCE_S = 2.0
 """A connection on which a request takes longer is given up."""
 TASKS = 4
 """Requests of one writer or reader at a time."""
-PAUSE_S = 0.004
+PAUSE_S = 0.01
 READ_UNITS = 32
 _LIMITS = ClientLimits(handshake_timeout_s=1.0)
 

@@ -11,6 +11,7 @@ import signal
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 import httpx
 import trio
 
-from terrace.certificates import make_authority
+from terrace.certificates import make_authority, make_node
 from tests.cluster.network import Host, Network
 from tests.system.daemon import ApiError, Daemon, DaemonError
 from tiers import Pool
@@ -104,6 +105,9 @@ class Deployment(Protocol):
     def primary(self, nodes: Nodes) -> str | None:
         """Who serves, as far as somebody that can be asked knows."""
 
+    def starting(self, nodes: Nodes) -> bool:
+        """Whether a node is about to serve by itself, as it did before it was restarted."""
+
     def whole(self, nodes: Nodes) -> str | None:
         """None if every copy is up to date, else what is missing."""
 
@@ -125,8 +129,7 @@ class Nodes:
     def __enter__(self) -> Nodes:
         try:
             self._make_certificates()
-            for node in self.by_name.values():
-                node.start()
+            start_all(list(self.by_name.values()))
         except BaseException:
             self.__exit__()
             raise
@@ -178,12 +181,9 @@ class Nodes:
         authority = self.directory / "authority"
         make_authority(authority, "cluster", 2)
         for node in self.by_name.values():
-            node.cli("tls", "node", node.name, "--name", node.host.address, "--dir", str(authority))
-            made, into = authority / "nodes" / node.name, node.home / "tls"
-            into.mkdir(parents=True, exist_ok=True)
-            for file in made.iterdir():
-                (into / file.name).write_bytes(file.read_bytes())
-                (into / file.name).chmod(0o600)
+            made = make_node(authority, node.name, [node.host.address], 2, here=False)
+            node.home.mkdir()
+            made.rename(node.home / "tls")
 
     def contents(self, name: str) -> bytes:
         """The volume as that node's pool has it, read by the engine alone. The node must not run."""
@@ -216,6 +216,13 @@ class Nodes:
         return time.monotonic() - start_s
 
 
+def start_all(nodes: Sequence[Node]) -> None:
+    """At once. Raises what went wrong with the first of them."""
+    with ThreadPoolExecutor(max(1, len(nodes))) as pool:
+        for started in [pool.submit(node.start) for node in nodes]:
+            started.result()
+
+
 @dataclass
 class Alone:
     """One node with a plain volume, which it always serves while it runs."""
@@ -234,6 +241,9 @@ class Alone:
 
     def primary(self, nodes: Nodes) -> str | None:
         return "a" if nodes["a"].answers else None
+
+    def starting(self, nodes: Nodes) -> bool:
+        return False
 
     def whole(self, nodes: Nodes) -> str | None:
         return None
@@ -273,9 +283,15 @@ class Mirrored:
         return self._ask(nodes[name], "demote", {"to": to, "force": True})
 
     def primary(self, nodes: Nodes) -> str | None:
+        return self._with_role(nodes, "primary")
+
+    def starting(self, nodes: Nodes) -> bool:
+        return self._with_role(nodes, "starting") is not None
+
+    def _with_role(self, nodes: Nodes, role: str) -> str | None:
         for node in nodes.answering():
             status = self.status(node)
-            if status is not None and status["role"] == "primary":
+            if status is not None and status["role"] == role:
                 return node.name
         return None
 

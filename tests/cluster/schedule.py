@@ -17,11 +17,13 @@ from typing import Final
 
 from tests.cluster.client import Load, Summary, regions_of
 from tests.cluster.network import Network
-from tests.cluster.nodes import CLIENT, VOLUME, Alone, Deployment, Mirrored, Nodes
+from tests.cluster.nodes import CLIENT, VOLUME, Alone, Deployment, Mirrored, Nodes, start_all
 from tests.cluster.oracle import Oracle
 
 SIZE_BYTES: Final = 24 << 20
 SETTLE_S: Final = 40.0
+BY_ITSELF_S: Final = 5.0
+"""So long a node that was primary before its restart may take until it is again; then somebody is promoted."""
 PROFILES: Final[dict[str, Callable[[], Deployment]]] = {
     "alone": Alone,
     "two": Mirrored,
@@ -227,7 +229,7 @@ def _begin(nodes: Nodes, fault: Fault, story: Story) -> Callable[[], None] | Non
 
 
 def _end_all(nodes: Nodes, fault: Fault, story: Story) -> Callable[[], None]:
-    """All that run end at once; they come back in any order, which their names decide here."""
+    """All that run end at once."""
     ended = [node for node in nodes.by_name.values() if node.alive()]
     story.tell(f"{fault.kind}: {', '.join(node.name for node in ended)}")
     for node in ended:
@@ -236,8 +238,12 @@ def _end_all(nodes: Nodes, fault: Fault, story: Story) -> Callable[[], None]:
             node.new_boot()
 
     def start_again() -> None:
-        for node in reversed(ended) if fault.length_s > 1 else ended:
-            story.tell(f"start {node.name}, which takes {node.start():.2f} s")
+        if fault.length_s > 1:  # at once, or one after the other
+            story.tell("start all")
+            start_all(ended)
+        for node in reversed(ended):
+            if not node.alive():
+                story.tell(f"start {node.name}, which takes {node.start():.2f} s")
 
     return start_again
 
@@ -296,6 +302,8 @@ def settle(nodes: Nodes, load: Load, story: Story) -> float:
         load.check()
         if nodes.deployment.primary(nodes) is not None:
             return None
+        if time.monotonic() - start_s < BY_ITSELF_S and nodes.deployment.starting(nodes):
+            return "a node is starting to"
         refusals = []
         for name in nodes.deployment.copies():
             refused = nodes.deployment.promote(nodes, name)
