@@ -59,5 +59,12 @@ class ClusterStore(Protocol):
     async def newest(self, mirror: str) -> Membership:
         """ETIMEDOUT: the store can't prove what is newest."""
 
+    async def create(self, first: Membership) -> None:
+        """The first record of a new mirror. EEXIST: it has another already."""
+
     async def commit(self, new: Membership, *, expected: Membership) -> None:
-        """Make `new` the truth if `expected` still is: on return it survives, and everybody finds it. ESTALE."""
+        """Make `new` the truth if `expected` still is: on return it survives, and everybody finds it.
+
+        ESTALE: somebody else went on. After ETIMEDOUT the same may be tried again, or a record made from `new`; but
+        none made from `expected`, since `new` may count. EINVAL: it doesn't follow. EUCLEAN: split brain.
+        """

@@ -305,7 +305,7 @@ class _Session:
         self._told: int | None = None
         self._open: int | None = None  # sequence of a batch of which more is to come
         self._entries: list[wire.Entry] = []  # judged, and not applied yet
-        self._whole: int | None = None  # the last batch that is in them to its end
+        self._ends: list[tuple[int, int]] = []  # of batches in them: (number of entries up to there, sequence)
         self._tasks = 0
         self._task_bytes = 0
         self._room = trio.Event()
@@ -339,7 +339,8 @@ class _Session:
                     await self._serve()
                 except OSError as failed:
                     error = failed
-        error = self.fence_error or error
+        if self.fence_error is not None:
+            await self.refuse(self.fence_error)
         if error is not None:
             if isinstance(error, ConnectionError):
                 raise error
@@ -419,7 +420,8 @@ class _Session:
                 if frame.more:
                     self._open = frame.number
                 else:
-                    self._open, self._whole = None, frame.number
+                    self._open = None
+                    self._ends.append((len(entries), frame.number))
             else:
                 await self._apply()
                 inbox.start += frame.size_bytes
@@ -435,7 +437,7 @@ class _Session:
     def _judge_sequence(self, frame: Frame) -> None:
         if not self._begun:
             raise BreachError("a WRITE before BEGIN")
-        last = self._whole if self._whole is not None else self._replica.applied
+        last = self._ends[-1][1] if self._ends else self._replica.applied
         if self._open is not None:
             if frame.number != self._open:
                 raise BreachError(f"a WRITE of batch {frame.number} in the middle of {self._open}")
@@ -453,12 +455,13 @@ class _Session:
         writes = [(offset, data) for offset, _, data in entries if data is not None]
         if len(writes) == len(entries):
             if not self._store.write_now(writes):
-                await self._write(writes)
+                await self._write(writes, 0)
         else:
             await self._apply_mixed(entries)
+        if self._ends:
+            self._replica.applied = self._ends[-1][1]
+            self._ends.clear()
         entries.clear()
-        if self._whole is not None:
-            self._replica.applied, self._whole = self._whole, None
 
     async def _take_part(self) -> None:
         await self._keeper.take_part()
@@ -482,20 +485,28 @@ class _Session:
             self._check()
             if writes:
                 if not self._store.write_now(writes):
-                    await self._write(writes)
+                    await self._write(writes, at)
             elif not self._store.trim_now(trims):
-                self._tell()
-                for offset, length in trims:
+                for index, (offset, length) in enumerate(trims, at + 1):
                     self._check()
                     await self._store.trim(offset, length)
+                    self._advance(index)
             at = stop
 
-    async def _write(self, writes: list[tuple[int, memoryview]]) -> None:
-        """One after the other, with everything behind them waiting."""
-        self._tell()
-        for offset, data in writes:
+    async def _write(self, writes: list[tuple[int, memoryview]], at: int) -> None:
+        """One after the other, with everything behind them waiting. `at`: the entries before them."""
+        for index, (offset, data) in enumerate(writes, at + 1):
             self._check()
             await self._store.write(offset, data)
+            self._advance(index)
+
+    def _advance(self, applied: int) -> None:
+        """In the middle of a pass that takes its time: so many entries are applied."""
+        ends = self._ends
+        if ends and ends[0][0] <= applied:
+            while ends and ends[0][0] <= applied:
+                self._replica.applied = ends.pop(0)[1]
+            self._tell()
 
     def _tell(self) -> None:
         applied = self._replica.applied

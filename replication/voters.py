@@ -46,6 +46,8 @@ FORMAT_VERSION = 1
 DECIDED = frozenset({errno.ESTALE, errno.EUCLEAN, errno.EINVAL, errno.EBUSY, errno.EPROTO})
 """Errors by which a voter has answered: asking again gives the same."""
 
+NO_TERRACE_LEG = "at least one Terrace leg must be in sync: an NBD server stores no records"
+
 T = TypeVar("T")
 Rule = Literal["all", "majority", "etcd"]
 
@@ -488,26 +490,41 @@ class LegsCluster:
             )
         return newest
 
+    async def create(self, first: Membership) -> None:
+        """Raises OSError EEXIST, ETIMEDOUT; EINVAL."""
+        if not in_sync_nodes(first):
+            raise OSError(errno.EINVAL, NO_TERRACE_LEG)
+        try:
+            await self._spread(first, None, own_first=False)
+        except OSError as error:
+            if error.errno == errno.ESTALE:
+                raise OSError(errno.EEXIST, f"there is a mirror {first.mirror} already: {error.strerror}") from None
+            raise
+
     async def commit(self, new: Membership, *, expected: Membership) -> None:
         """Raises OSError ESTALE (somebody else went on), EINVAL, EUCLEAN; ETIMEDOUT: see the module."""
         judge_successor(new, expected)
+        await self._spread(new, expected, own_first=goes_first(self.node, new, expected))
+
+    async def _spread(self, new: Membership, expected: Membership | None, *, own_first: bool) -> None:
         own = await self._has_own(new)
-        if own and goes_first(self.node, new, expected):
+        if own and own_first:
             await self._own(new)
-            own = False
-            stored = frozenset({self.node})
-        else:
-            stored = frozenset()
-        will_have = stored | ({self.node} if own else frozenset())
-        others = dict.fromkeys((*expected.voters, *new.voters, *sorted(in_sync_nodes(new))))
+        # Its own is counted already: if it isn't stored in the end, this raises.
+        will_have = frozenset({self.node} if own else ())
+        before = expected.voters if expected is not None else ()
+        others = dict.fromkeys((*before, *new.voters, *sorted(in_sync_nodes(new))))
         others.pop(self.node, None)
 
         def enough(answers: Mapping[str, None]) -> bool:
             return counts(new, expected, will_have | frozenset(answers))
 
-        needed = in_sync_nodes(new)
         answers, failures = await ask(
-            tuple(others), lambda node: self._voter(node).accept(new), enough, timeout_s=self._timeout_s, needed=needed
+            tuple(others),
+            lambda node: self._voter(node).accept(new),
+            enough,
+            timeout_s=self._timeout_s,
+            needed=in_sync_nodes(new),
         )
         if not enough(answers):
             decided = [error for error in failures.values() if error.errno in DECIDED]
@@ -515,7 +532,7 @@ class LegsCluster:
             raise OSError(
                 number, f"record {new.term.number}.{new.epoch} of mirror {new.mirror} isn't stored: {_told(failures)}"
             )
-        if own:
+        if own and not own_first:
             await self._own(new)
 
     async def _has_own(self, new: Membership) -> bool:
@@ -541,7 +558,7 @@ def judge_successor(new: Membership, expected: Membership) -> None:
     if new.mirror != expected.mirror or not new.descends_from(expected) or new.place <= expected.place:
         raise OSError(errno.EINVAL, f"record {new.place} isn't a successor of {expected.place}")
     if not in_sync_nodes(new):
-        raise OSError(errno.EINVAL, "at least one Terrace leg must be in sync: an NBD server stores no records")
+        raise OSError(errno.EINVAL, NO_TERRACE_LEG)
     if new.forced == "no" and not new.in_sync & expected.in_sync:
         # Else a candidate that knows only the older record would find none of the legs that have the newer one.
         raise OSError(errno.EINVAL, "a record must keep at least one leg in sync that was")

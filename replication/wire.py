@@ -87,8 +87,8 @@ MAX_READ_BYTES: Final = 1 << 20
 MAX_CHECKS_BYTES: Final = 128 << 20
 MAX_MAPPED: Final = 16384
 MAX_TRACKERS: Final = 32
-MAX_CHANGED_BYTES: Final = 256 << 20
-"""Of an answer to CHANGED: a bitmap of 128 TiB."""
+MAX_CHANGED_BYTES: Final = 8 << 20
+"""Of an answer to CHANGED: twice what the engine makes of the largest set."""
 MAX_TEXT_BYTES: Final = 2000
 MAX_NAME_BYTES: Final = 255
 MAX_REQUESTS: Final = 64

@@ -301,16 +301,16 @@ class Api:
         status = self._daemon.status(reset=reset)
         status["nodes"] = self._mirrors.peers.status()
         status["mirrors"] = [self._mirrors.local_status(mirror) for mirror in self._mirrors.all()]
-        return JSONResponse(status | {"pools": list(map(pool_summary, self._pools.slots()))})
+        return JSONResponse(status | {"pools": list(map(self._summary, self._pools.slots()))})
 
     async def list_pools(self, request: Request) -> Response:
-        return JSONResponse(list(map(pool_summary, self._pools.slots())))
+        return JSONResponse(list(map(self._summary, self._pools.slots())))
 
     async def create_pool(self, request: Request) -> Response:
         body = await read_body(request, CreatePoolBody)
         with explained():
             pool = await self._pools.create(body.name, body.specs(), force=body.force)
-        return JSONResponse(pool_summary(self._pools.slot(pool.name)), HTTPStatus.CREATED)
+        return JSONResponse(self._summary(self._pools.slot(pool.name)), HTTPStatus.CREATED)
 
     async def show_pool(self, request: Request) -> Response:
         slot = self._pools.slot(request.path_params["pool"])
@@ -318,7 +318,7 @@ class Api:
             with self._pools.using(slot.name) as pool:
                 await _count_exactly(pool)
                 await pool.losses()  # what was written since is none any more
-        return JSONResponse(pool_summary(self._pools.slot(request.path_params["pool"])))
+        return JSONResponse(self._summary(self._pools.slot(request.path_params["pool"])))
 
     async def delete_pool(self, request: Request) -> Response:
         await self._pools.delete(request.path_params["pool"])
@@ -328,13 +328,13 @@ class Api:
         body = await read_body(request, OpenBody)
         with explained():
             pool = await self._pools.reopen(request.path_params["pool"], truncate_log=body.truncate_log)
-        return JSONResponse(pool_summary(self._pools.slot(pool.name)))
+        return JSONResponse(self._summary(self._pools.slot(pool.name)))
 
     async def grow_pool(self, request: Request) -> Response:
         body = await read_body(request, GrowBody)
         with self._pools.using(request.path_params["pool"]) as pool, explained():
             await pool.grow(body.specs(), force=body.force)
-        return JSONResponse(pool_summary(self._pools.slot(pool.name)))
+        return JSONResponse(self._summary(self._pools.slot(pool.name)))
 
     async def checkpoint_pool(self, request: Request) -> Response:
         with self._pools.using(request.path_params["pool"]) as pool:
@@ -473,6 +473,12 @@ class Api:
         with self._pools.using(request.path_params["pool"]) as pool:
             found = await pool.heat_map(request.path_params["volume"], int(given))
             return JSONResponse(dataclasses.asdict(found))
+
+    def _summary(self, slot: Slot) -> dict[str, Any]:
+        found = pool_summary(slot)
+        if slot.pool is not None:
+            found["volumes"] = [self._with_mirror(slot.pool, volume) for volume in found["volumes"]]
+        return found
 
     def _volume(self, pool: Pool, volume_name: str) -> Any:
         """One volume's status. Raises ENOENT."""

@@ -101,7 +101,7 @@ class LocalMirror:
         self._wanted = trio.Event()
         self._force = False
         self._scope: trio.CancelScope | None = None
-        self._closing = False
+        self._closing = trio.Event()
         self._gone = trio.Event()
         self._lease: PrimaryLease
         self._leased: Membership
@@ -218,10 +218,10 @@ class LocalMirror:
 
     async def close(self) -> None:
         """End, and be clean; the volume is not written to from then on. Idempotent."""
-        if self._closing:
+        if self._closing.is_set():
             await self._gone.wait()
             return
-        self._closing = True
+        self._closing.set()
         mirror = self.mirror
         if mirror is not None and mirror.started.is_set():
             try:
@@ -238,9 +238,9 @@ class LocalMirror:
     async def run(self) -> None:
         """The task: primary whenever that is wanted, until `close`."""
         try:
-            while not self._closing:
+            while not self._closing.is_set():
                 await self._wanted.wait()
-                if self._closing:
+                if self._closing.is_set():
                     break
                 await self._be_primary()
             try:
@@ -273,7 +273,7 @@ class LocalMirror:
             dropped = self._node.disconnect(self.name)
             log.info("%s: no longer served from here; %d clients were disconnected", self.name, dropped)
         self.starting = False
-        if self._closing:
+        if self._closing.is_set():
             return
         await self._settle_as_replica()
         accepted = self.keeper.record.accepted

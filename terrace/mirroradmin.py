@@ -221,7 +221,7 @@ class MirrorAdmin:
             raise TierError(
                 errno.EBUSY,
                 f"{name} is a leg of a mirror: delete all of it at its primary, {where}, or take this leg out there "
-                "with `terrace volume mirror remove`; --force deletes the copy here, which the others then miss for good",
+                "with `terrace volume mirror remove`; --force deletes the copy here, which is then missing for good",
             )
         others = [leg for leg in mirror.membership.legs if leg.id != mirror.me] if mirror.serves else []
         if not snapshots and mirror.volume.snapshots:

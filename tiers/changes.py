@@ -75,10 +75,13 @@ class _Runs(Protocol):
 class ChangedExtents:
     """A set of extents of 64 KiB. Offsets and lengths are bytes."""
 
-    __slots__ = ("_pages", "edits")
+    __slots__ = ("_pages", "_shared", "edits")
 
     def __init__(self) -> None:
         self._pages: Pages = {}  # none is empty; a full one may be `_FULL`, which is never changed
+        self._shared: set[int] = set()
+        """Pages that a copy may have too: they are copied before they change. A copy is taken at each freeze, while
+        clients wait."""
         self.edits = 0
         """Grows with each change other than an add."""
 
@@ -113,11 +116,21 @@ class ChangedExtents:
                 page = self._pages[index] = bytearray(PAGE_BYTES)
             at = first >> 3 & _OFFSET_MASK
             bit = _BITS[first & 7]
-            if not page[at] & bit:
-                page[at] |= bit  # type: ignore[index]  # so it isn't the full page
+            if not page[at] & bit:  # so it isn't the full page
+                if index in self._shared:
+                    page = self._own(index)
+                page[at] |= bit  # type: ignore[index]
         elif length > 0:
             assert last < MAX_PAGES << PAGE_BITS
             self._add_run(first, last + 1)
+
+    def _own(self, index: int) -> bytearray:
+        """A page, which is made if it isn't there, that no copy has: to be changed."""
+        page = self._pages.get(index, _EMPTY)
+        if not isinstance(page, bytearray) or index in self._shared:
+            page = self._pages[index] = bytearray(page)
+            self._shared.discard(index)
+        return page
 
     def _add_run(self, first: int, end: int) -> None:
         pages = self._pages
@@ -133,12 +146,9 @@ class ChangedExtents:
             self._set_bits(tail, 0, end & _PAGE_MASK)
 
     def _set_bits(self, index: int, lo: int, hi: int) -> None:
-        page = self._pages.get(index)
-        if page is _FULL:
+        if self._pages.get(index) is _FULL or lo == hi:
             return
-        if page is None:
-            page = self._pages[index] = bytearray(PAGE_BYTES)
-        assert isinstance(page, bytearray)
+        page = self._own(index)
         for at, mask in _ends(lo, hi):
             page[at] |= mask
         lo, hi = -(-lo // 8), hi // 8
@@ -169,11 +179,9 @@ class ChangedExtents:
             self._clear_bits(tail, 0, end & _PAGE_MASK)
 
     def _clear_bits(self, index: int, lo: int, hi: int) -> None:
-        page = self._pages.get(index)
-        if page is None:
+        if index not in self._pages or lo == hi:
             return
-        if not isinstance(page, bytearray):
-            page = self._pages[index] = bytearray(page)
+        page = self._own(index)
         for at, mask in _ends(lo, hi):
             page[at] &= ~mask
         lo, hi = -(-lo // 8), hi // 8
@@ -185,6 +193,7 @@ class ChangedExtents:
     def clear(self) -> None:
         """Have none."""
         self._pages.clear()
+        self._shared.clear()
         self.edits += 1
 
     def update(self, other: _Runs) -> None:
@@ -202,11 +211,14 @@ class ChangedExtents:
             elif page is not more and page is not _FULL:
                 both = int.from_bytes(page, "little") | int.from_bytes(more, "little")
                 pages[index] = bytearray(both.to_bytes(PAGE_BYTES, "little"))
+                self._shared.discard(index)
 
     def copy(self) -> "ChangedExtents":
-        """Another set with the same extents."""
+        """Another set with the same extents. It may be read in a worker while this one changes."""
         result = ChangedExtents()
-        result._pages = {index: page if page is _FULL else bytearray(page) for index, page in self._pages.items()}
+        result._pages = self._pages.copy()
+        self._shared = set(self._pages)
+        result._shared = self._shared.copy()
         return result
 
     def runs(self, start: int = 0) -> Iterator[tuple[int, int]]:

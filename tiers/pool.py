@@ -447,7 +447,6 @@ class Pool:
         volume.mirror_record = bytes(record)
         if trackers is not None:
             volume.trackers = dict(trackers)
-        hit("mirror.set")
         await self._checkpointer.checkpoint()
         if volume.deleted:
             raise TierError(errno.ESTALE, f"{volume.name} was deleted or rolled back meanwhile")

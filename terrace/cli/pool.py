@@ -12,6 +12,7 @@ import click
 from terrace.cli.context import DEVICE, POOL, SIZE, Context, confirm, pass_context
 from terrace.cli.evacuate import brief as brief_evacuation
 from terrace.cli.evacuate import evacuate
+from terrace.cli.mirrorbrief import brief as brief_mirror
 from terrace.cli.output import count, output_option, patience, percent, show_facts, show_json, show_table
 from terrace.cli.scrub import brief, scrub_facts, show_scrub, verdict
 from terrace.sizes import format_size
@@ -245,6 +246,7 @@ def show_volumes(volumes: Sequence[dict[str, Any]], empty: str) -> None:
     """The table of volumes."""
     clones = any(volume["origin"] for volume in volumes)
     unfilled = any(volume["filling"] for volume in volumes)
+    mirrored = any(volume.get("mirror") for volume in volumes)
     rows = [
         (
             volume["name"],
@@ -256,11 +258,13 @@ def show_volumes(volumes: Sequence[dict[str, Any]], empty: str) -> None:
             volume["snapshots"] or "-",
             shown_policy(volume),
             *([volume["origin"] or "-"] if clones else []),
+            *([brief_mirror(volume["mirror"])] if mirrored else []),
         )
         for volume in volumes
     ]
     state = ["State"] * unfilled
-    columns = ("Volume", *state, ">Size", ">Mapped", ">Use", ">Clients", ">Snapshots", "Policy", *(["Origin"] * clones))
+    last = [*(["Origin"] * clones), *(["Mirror"] * mirrored)]
+    columns = ("Volume", *state, ">Size", ">Mapped", ">Use", ">Clients", ">Snapshots", "Policy", *last)
     show_table(columns, rows, empty=empty, spare=(">Use", ">Clients"))
 
 

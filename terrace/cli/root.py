@@ -16,6 +16,7 @@ from terrace.cli.completion import completion
 from terrace.cli.context import Context
 from terrace.cli.events import events
 from terrace.cli.mount import mount
+from terrace.cli.node import node
 from terrace.cli.output import complain
 from terrace.cli.policy import policy
 from terrace.cli.pool import pool
@@ -79,7 +80,7 @@ def root(context: click.Context, home: str | None) -> None:
 
 
 for command in (
-    *(pool, volume, snapshot, policy, backup, restore, attach, detach, mount),
+    *(pool, volume, snapshot, policy, backup, restore, attach, detach, mount, node),
     *(status, events, upgrade, tls, install_units, completion),
 ):
     root.add_command(command)

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from terrace.cli.context import Context, pass_context
+from terrace.cli.node import show_nodes
 from terrace.cli.output import duration, output_option, show_facts, show_json, show_table
 from terrace.cli.pool import show_pools
 from terrace.sizes import format_size
@@ -38,6 +39,12 @@ def status(context: Context, output: str) -> None:
     )
     click.echo()
     show_pools(found["pools"])
+    if found["nodes"]:
+        click.echo()
+        show_nodes(found["nodes"])
+    if found["mirrors"]:
+        click.echo()
+        _show_mirrors(found["mirrors"])
     if nbd["connections"]:
         click.echo()
         rows = [
@@ -54,6 +61,15 @@ def status(context: Context, output: str) -> None:
             for connection in nbd["connections"]
         ]
         show_table(("Export", "Client", ">Reads", ">Writes", ">Flushes", ">Errors", ">Read", ">Written"), rows)
+
+
+def _show_mirrors(mirrors: list[dict[str, Any]]) -> None:
+    rows = [(one["volume"], one["state"], one["role"], one["primary"] or "none", _legs(one)) for one in mirrors]
+    show_table(("Mirror", "State", "Here", "Primary", "Legs"), rows)
+
+
+def _legs(mirror: dict[str, Any]) -> str:
+    return ", ".join(f"{leg['node']} {leg['state']}" for leg in mirror["legs"])
 
 
 def _upgrade(found: dict[str, Any]) -> list[tuple[str, str]]:

@@ -10,6 +10,9 @@ from terrace.cli.attach import grow_device, require_detached
 from terrace.cli.context import POOL, SIZE, SNAPSHOT, VOLUME, Context, SizeCommand, confirm, pass_context
 from terrace.cli.heat import heat
 from terrace.cli.images import export_volume, import_image
+from terrace.cli.mirror import mirror
+from terrace.cli.mirrorbrief import brief
+from terrace.cli.node import LEG_PLACE
 from terrace.cli.output import count, output_option, patience, percent, show_facts, show_json, uris_of
 from terrace.cli.policy import POLICY
 from terrace.cli.pool import show_volumes, shown_policy, shown_state
@@ -25,19 +28,45 @@ def volume() -> None:
 @click.argument("volume", type=VOLUME, metavar="POOL/VOL")
 @click.argument("size", type=SIZE)
 @click.option("--policy", type=POLICY, default="default", show_default=True, help="One that terrace policy list shows.")
+@click.option(
+    "--mirror",
+    "places",
+    type=LEG_PLACE,
+    multiple=True,
+    metavar="NODE[/POOL]",
+    help="A leg on that node, too; may be repeated.",
+)
+@click.option(
+    "--quorum",
+    type=click.Choice(["suspend", "fail"]),
+    default="suspend",
+    show_default=True,
+    help="What becomes of writes to a mirror that can't be acknowledged safely: they wait, or fail.",
+)
 @output_option
 @pass_context
-def create(context: Context, volume: tuple[str, str], size: int, policy: str, output: str) -> None:
+def create(
+    context: Context,
+    volume: tuple[str, str],
+    size: int,
+    policy: str,
+    places: tuple[tuple[str, str | None], ...],
+    quorum: str,
+    output: str,
+) -> None:
     """Create a volume. It takes no space until it is written to."""
     pool, name = volume
-    with context.connect() as client:
-        body = {"name": name, "size": size, "policy": policy}
+    with context.connect() as client, patience(f"Creating {pool}/{name}"):
+        body: dict[str, Any] = {"name": name, "size": size, "policy": policy}
+        if places:
+            body |= {"mirror": [{"node": node, "pool": there} for node, there in places], "quorum": quorum}
         made = client.request("POST", "pools", pool, "volumes", body=body)
         uris = uris_of(client, made["name"])
     if output == "json":
         show_json(made | {"uris": uris})
     else:
-        click.echo(f"Volume {made['name']} has {format_size(made['size_bytes'])}: {uris[0]}")
+        mirrored = f", mirrored to {', '.join(node for node, _ in places)}" if places else ""
+        click.echo(f"Volume {made['name']} has {format_size(made['size_bytes'])}{mirrored}: {uris[0]}")
 
 
 @volume.command()
@@ -135,6 +164,7 @@ def show(context: Context, volume: tuple[str, str], output: str) -> None:
             *([("Origin", _origin(found))] if found["origin"] else []),
             ("Snapshots", found["snapshots"]),
             ("Policy", shown_policy(found, remedy=True)),
+            *([("Mirror", brief(found["mirror"]))] if found["mirror"] else []),
             ("Clients", found["open_count"]),
             *([("Waiting", _waiting(found))] if found["throttled"] or found["queued"] else []),
             *(("NBD URI", uri) for uri in uris),
@@ -216,11 +246,12 @@ def complete(context: Context, volume: tuple[str, str], yes: bool, output: str) 
 @volume.command()
 @click.argument("volume", type=VOLUME, metavar="POOL/VOL")
 @click.option("--snapshots", is_flag=True, help="And all its snapshots. Clones of them stay as they are.")
+@click.option("--force", is_flag=True, help="Of a mirror, only the leg here, though this node isn't its primary.")
 @click.option("-y", "--yes", is_flag=True, help="Don't ask.")
 @output_option
 @pass_context
-def delete(context: Context, volume: tuple[str, str], snapshots: bool, yes: bool, output: str) -> None:
-    """Delete a volume and all its data."""
+def delete(context: Context, volume: tuple[str, str], snapshots: bool, force: bool, yes: bool, output: str) -> None:
+    """Delete a volume and all its data; of a mirror, at its primary, all legs. What is offline is left and told."""
     pool, name = volume
     with context.connect() as client:
         found = client.get("pools", pool, "volumes", name)
@@ -235,11 +266,14 @@ def delete(context: Context, volume: tuple[str, str], snapshots: bool, yes: bool
             data += f" and its {count(found['snapshots'], 'snapshot')}"
         confirm(f"Delete volume {found['name']} with {data} for good?", yes=yes)
         with patience(f"Deleting {found['name']}"):
-            query = {"snapshots": "1"} if snapshots else None
-            client.request("DELETE", "pools", pool, "volumes", name, query=query)
+            query = {key: "1" for key, wanted in (("snapshots", snapshots), ("force", force)) if wanted}
+            done = client.request("DELETE", "pools", pool, "volumes", name, query=query or None) or {"left": []}
     if output == "json":
-        show_json({"deleted": found["name"], "snapshots": found["snapshots"]})
-    elif found["snapshots"]:
+        show_json({"deleted": found["name"], "snapshots": found["snapshots"], "left": done["left"]})
+        return
+    for sentence in done["left"]:
+        click.echo(f"Left: {sentence}")
+    if found["snapshots"]:
         click.echo(f"Volume {found['name']} and its {count(found['snapshots'], 'snapshot')} are deleted.")
     else:
         click.echo(f"Volume {found['name']} is deleted.")
@@ -260,5 +294,5 @@ def _own(volume: dict[str, Any]) -> str:
     return f", of which {format_size(volume['mapped_bytes'])} are its own" if volume["origin"] else ""
 
 
-for command in (heat, import_image, export_volume):
+for command in (heat, import_image, export_volume, mirror):
     volume.add_command(command)

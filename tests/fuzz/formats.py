@@ -20,6 +20,7 @@ import trio
 
 from tests.fuzz.engine import Target
 from tiers.catalog import CATALOG_NAME, Catalog, Change, DeviceRow, Position, SegmentRow, State, VolumeRow
+from tiers.changes import EXTENT_BYTES, ChangedExtents, decode_trackers, encode_trackers
 from tiers.device import Device
 from tiers.errors import TierError
 from tiers.frames import FIRST_SLOT_LIMIT, MAX_FRAME_BYTES, BadFrameError, pack, slots_of, unpack
@@ -542,7 +543,28 @@ def _heat_seeds() -> list[bytes]:
     return [bytes([SEALED]) + header + b"".join(sections) for sections in parts]
 
 
+# -- trackers ----------------------------------------------------------------------------------------------------------
+
+
+def run_trackers(data: bytes) -> None:
+    """What is accepted is what it says, and can be encoded again."""
+    with contextlib.suppress(TierError):
+        found = decode_trackers(data)
+        assert decode_trackers(encode_trackers(found)) == found
+        for tracker in found.values():
+            runs = list(tracker.runs())
+            assert sum(length for _, length in runs) == tracker.count * EXTENT_BYTES
+
+
+def _trackers_seeds() -> list[bytes]:
+    changes = ChangedExtents()
+    changes.add(5 << 30, 7 << 30)
+    changes.add(1 << 40, 1)
+    return [encode_trackers({"recent": changes, "missing:b": ChangedExtents()}), b"\1\0\0\0"]
+
+
 FORMATS = [
+    Target("trackers", run_trackers, _trackers_seeds, [b"\x28\xb5\x2f\xfd", struct.pack("<HHII", 1, 0, 1, 1)]),
     Target(
         "label",
         run_label,
@@ -563,5 +585,5 @@ FORMATS = [
     Target("frame", run_frame, _frame_seeds, [b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18"]),
     Target("pages", run_pages, _pages_seeds),
     Target("heat", run_heat, _heat_seeds, [b"TRC-HEAT", POOL, encode_section(END, 0, 0, b"")]),
-    Target("catalog", run_catalog, _catalog_seeds, [b"\4", b"\3", b"format_version"], examples=60),
+    Target("catalog", run_catalog, _catalog_seeds, [b"\5", b"\4", b"\3", b"format_version"], examples=60),
 ]

@@ -16,7 +16,7 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -222,6 +222,18 @@ def _lying_disks() -> Iterator[None]:
 
 
 # -- the bugs ----------------------------------------------------------------------------------------------------------
+
+
+async def _untracked(engine: Engine, applying: Awaitable[None]) -> None:
+    kept = [(volume, volume.trackers) for volume in engine.volumes.values()]
+    for volume, _ in kept:
+        volume.trackers = {}
+    try:
+        await applying
+    finally:
+        for volume, trackers in kept:
+            volume.trackers = trackers
+
 
 MUTANTS: dict[str, Mutant] = {
     # Rule 1: checkpoints and recovery.
@@ -754,6 +766,54 @@ MUTANTS: dict[str, Mutant] = {
         "2",
         "the command returned, and a power cut takes the policy back",
         _instead(Pool, "set_policy", "await engine.flusher.flush()", "await trio.lowlevel.checkpoint()"),
+    ),
+    "a replay that adds nothing to trackers": Mutant(
+        "marks",
+        "what was written after the last checkpoint is there, and no tracker tells of it",
+        _instead(
+            tiers.recovery,
+            "replay",
+            "await _apply(engine, found, result, truncate_log=truncate_log)",
+            "await _untracked(engine, _apply(engine, found, result, truncate_log=truncate_log))",
+            _untracked=_untracked,
+        ),
+    ),
+    "a replay that takes a stream for blocks that were only moved": Mutant(
+        "marks",
+        "the same of what went past the log",
+        _instead(tiers.recovery, "_apply_move", "volume.mark([0, start + i, 1])", "pass"),
+    ),
+    "a stream that no tracker learns of": Mutant(
+        "marks",
+        "it is there, and no tracker tells of it",
+        _instead(
+            Bypass,
+            "_make_true",
+            "        write.volume.apply_batch(",
+            "        kept, write.volume.trackers = write.volume.trackers, {}\n        write.volume.apply_batch(",
+            "        at += part",
+            "        write.volume.trackers = kept\n        at += part",
+        ),
+    ),
+    "a checkpoint that saves the record of the freeze with the trackers of later": Mutant(
+        "marks",
+        "a record is there with trackers that were not given with it",
+        _instead(
+            Checkpointer,
+            "_marks",
+            "encode_trackers, item.trackers) if item.trackers",
+            "encode_trackers, item.volume.trackers) if item.volume.trackers",
+        ),
+    ),
+    "a checkpoint that forgets trackers and record": Mutant(
+        "marks",
+        "they are gone after the next open",
+        _instead(Checkpointer, "_marks", "rows.append(", "bool("),
+    ),
+    "a record that is given before it is durable": Mutant(
+        "marks",
+        "the call returned, and a crash takes the record back",
+        _instead(Pool, "set_mirror", "await self._checkpointer.checkpoint()", "await trio.lowlevel.checkpoint()"),
     ),
     "a log that rolls without a link": Mutant(
         "promise 1",

@@ -42,6 +42,7 @@ from tests.simulation.workload import LAYOUTS, Run, search
 from tests.tiers.test_bypass import crash_in_a_stream
 from tests.tiers.test_early_reuse import crowded, lives
 from tests.tiers.test_evacuate import crash_while_evacuating, lose_a_device
+from tests.tiers.test_marks import follow_a_stream, set_during_a_checkpoint
 from tests.tiers.test_promotion import write_among_promotions
 from tests.tiers.test_rebuild_simulated import lose_catalog
 from tiers import Policy, Pool, TierError, Volume
@@ -781,6 +782,11 @@ def refusing_search(seed: int) -> None:
     search(seed, "faults")
 
 
+def followed(seed: int) -> None:
+    """The random search, with somebody who follows what changes."""
+    search(seed, "marks")
+
+
 def early_reuse(seed: int) -> None:
     """A pool so full that the cleaner's victims are reused before a checkpoint shows them empty, and then a crash."""
     lives(*crowded(seed), count=5)
@@ -972,6 +978,12 @@ CASES: dict[str, Case] = {
     "a replay that ignores what is being filled": Case(search),
     "a checkpoint that records the policies of the commit, not of the freeze": Case(policies),
     "a policy that is given before it is durable": Case(policies),
+    "a replay that adds nothing to trackers": Case(followed),
+    "a replay that takes a stream for blocks that were only moved": Case(follow_a_stream),
+    "a stream that no tracker learns of": Case(follow_a_stream),
+    "a checkpoint that saves the record of the freeze with the trackers of later": Case(set_during_a_checkpoint),
+    "a checkpoint that forgets trackers and record": Case(followed),
+    "a record that is given before it is durable": Case(followed),
     "a log that rolls without a link": Case(storm, 0, READ_ERROR),
 }
 

@@ -23,6 +23,7 @@ import trio
 
 from tests.simulation.failpoints import failpoint_names
 from tests.simulation.faults import Faults, Injector
+from tests.simulation.follower import Follower
 from tests.simulation.historian import Historian
 from tests.simulation.machine import SEGMENT_BYTES, Disk, Machine, PowerCutError
 from tests.simulation.oracle import (
@@ -96,6 +97,8 @@ class Driver:
         self._crashed = False
         self.historian: Historian | None = None
         """Takes snapshots and what comes of them, where the profile has it."""
+        self.follower: Follower | None = None
+        """Follows what clients change, where the profile has it."""
         self._before: tuple[Any, ...] | None = None
         """What was known before a pool was judged that could be opened for reading only."""
         machine.on_medium = self.injector.infect
@@ -138,6 +141,8 @@ class Driver:
                 raise OracleError(f"{name}: {error}") from None
         if self.historian is not None:
             await self.historian.judge(pool)
+        if self.follower is not None:
+            self.follower.judge(pool)
         await require_sound(pool, known=self._known_problems())
         if self._crashed:
             self.cycles += 1
@@ -252,7 +257,7 @@ class Driver:
                 await volume.trim(offset, length)
             else:
                 mark = model.mark
-                await pool.resize_volume(name, op.size or 0)
+                await pool.resize_volume(name, op.size or 0, mirrored=self.follower is not None)
                 model.in_flight = None
                 model.returned(op)
                 model.flushed(mark + 1)
@@ -614,6 +619,8 @@ class Driver:
         async with trio.open_nursery() as background:
             background.start_soon(self._flusher, pool)
             background.start_soon(self._nudger, pool)
+            if self.follower is not None:
+                background.start_soon(self.follower.run, pool)
             async with trio.open_nursery() as clients:
                 names = [name for name in self.models if not name.startswith("x")]
                 if self.historian is not None:
@@ -781,6 +788,7 @@ class Profile:
     tight: bool = False
     devices: bool = False
     versions: bool = False
+    marks: bool = False
 
 
 PROFILES = {
@@ -790,6 +798,7 @@ PROFILES = {
     "devices": Profile("devices that are added, emptied and removed, and lost for good", devices=True),
     "failing": Profile("the same with devices that fail", faults=True, devices=True),
     "versions": Profile("snapshots, clones and rollbacks, over any of these", versions=True),
+    "marks": Profile("trackers of what changes, and a record with them, on sound devices", marks=True),
 }
 
 
@@ -798,7 +807,7 @@ def profile_of(seed: int, name: str) -> Profile:
     kind = PROFILES[name]
     if not kind.versions:
         return kind
-    others = [other for other in PROFILES.values() if not other.versions]
+    others = [other for other in PROFILES.values() if not (other.versions or other.marks)]
     below = random.Random(seed ^ 0x4E125).choices(others, (4, 1, 1, 1, 1))[0]
     return replace(below, what=f"{kind.what}: {below.what}", versions=True)
 
@@ -874,6 +883,8 @@ def search(
     driver.devices_change = kind.devices
     if kind.versions:
         driver.historian = Historian(driver, seed)
+    if kind.marks:
+        driver.follower = Follower(driver, seed)
 
     async def main() -> None:
         for i in range(lives):

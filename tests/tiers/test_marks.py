@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import random
 from collections.abc import Callable
@@ -12,8 +13,8 @@ import pytest
 import trio
 import trio.testing
 
-from tests.simulation.machine import Disk, Machine
-from tests.simulation.oracle import BLOCK, read_all, require_sound
+from tests.simulation.machine import Disk, Machine, PowerCutError
+from tests.simulation.oracle import BLOCK, OracleError, read_all, require_sound
 from tests.tiers.helpers import QUIET, assert_sound, block, fresh_pool, make_pool, read, refusal, run
 from tiers import Policy, Pool, PoolSettings, TierError, Volume, rebuild_catalog
 from tiers.changes import EXTENT_BYTES, MAX_RECORD_BYTES, ChangedExtents, decode_trackers
@@ -122,10 +123,10 @@ def test_writes_at_once_are_in_the_trackers_at_once_and_only_there(tmp_path: Pat
     run(body)
 
 
-def test_a_stream_that_goes_past_the_log_is_in_the_trackers_after_a_crash_too() -> None:
-    settings = PoolSettings(checkpoint_interval_s=3600.0)
-    machine = Machine((Disk("fast", 24), Disk("base", 256)), seed=4, settings=settings)
-    image = random.Random(3).randbytes(4 * MIB)
+def follow_a_stream(seed: int) -> None:
+    """A long stream goes past the log, and the process dies. Raises OracleError if a tracker has forgotten it."""
+    machine = Machine((Disk("fast", 24), Disk("base", 256)), seed=seed, settings=QUIET)
+    image = random.Random(seed).randbytes(4 * MIB)
 
     async def body() -> None:
         async with machine.open() as pool:
@@ -137,7 +138,7 @@ def test_a_stream_that_goes_past_the_log_is_in_the_trackers_after_a_crash_too() 
                 if not volume.write_now([(MIB + at, data)]):
                     await volume.write(MIB + at, data)
             assert pool._engine.bypass.written_bytes > 4 * MIB
-            assert state(volume)[1]["a"] == [(MIB, 8 * MIB)]
+            require_extents(volume, [(MIB, 8 * MIB)])
             machine.off()
 
     machine.run(body)
@@ -146,10 +147,56 @@ def test_a_stream_that_goes_past_the_log_is_in_the_trackers_after_a_crash_too() 
     async def after() -> None:
         async with machine.open() as pool:
             volume = pool.volume("v")
-            assert state(volume)[1]["a"] == [(MIB, 8 * MIB)]
+            require_extents(volume, [(MIB, 8 * MIB)])
             assert (await read_all(volume))[MIB : 5 * MIB] == image
 
     machine.run(after)
+
+
+def require_extents(volume: Volume, expected: list[tuple[int, int]]) -> None:
+    found = state(volume)[1]["a"]
+    if found != expected:
+        raise OracleError(f"the tracker has {found}, and {expected} was written")
+
+
+def test_a_stream_that_goes_past_the_log_is_in_the_trackers_after_a_crash_too() -> None:
+    follow_a_stream(4)
+
+
+def set_during_a_checkpoint(seed: int) -> None:
+    """Both are set while a checkpoint is under way, behind whose commit the process dies. OracleError: half of it."""
+    machine = Machine(seed=seed, settings=QUIET)
+
+    async def body() -> None:
+        async with machine.open() as pool, trio.open_nursery() as nursery:
+            volume = await pool.create_volume("v", 16 * MIB)
+            await pool.set_mirror(volume, b"one", {"one": extents((0, 1))})
+
+            def meanwhile() -> None:
+                del machine.on_hit["checkpoint.frozen"]
+                nursery.start_soon(pool.set_mirror, volume, b"two", {"two": extents((MIB, 1))})
+
+            machine.on_hit["checkpoint.frozen"] = meanwhile
+            machine.arm((None, None, ("checkpoint.committed", 0)))
+            await pool.checkpoint()
+
+    with contextlib.suppress(PowerCutError):
+        machine.run(body)
+    assert machine.is_off
+    machine.kill()
+
+    async def after() -> None:
+        async with machine.open() as pool:
+            found = state(pool.volume("v"))
+            if found != (b"one", {"one": [(0, EXTENT_BYTES)]}):
+                raise OracleError(f"what the first of two checkpoints had to save is {found}")
+
+    machine.run(after)
+
+
+def test_what_is_set_while_a_checkpoint_is_under_way_is_the_next_ones() -> None:
+    for seed in range(3):
+        set_during_a_checkpoint(seed)
 
 
 def test_what_is_only_moved_or_written_anew_is_no_change(tmp_path: Path) -> None:

@@ -1,0 +1,264 @@
+"""What each leg and the mirror is worth now, and one paragraph that says why, and what would change it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from replication.cluster import VoterState
+from replication.leg import LegState, MirrorState
+from replication.membership import LegInfo, Membership, Term
+from replication.promotion import Refused, SplitBrain
+from replication.voters import in_sync_nodes, is_majority, rule_of
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Of a leg's resync."""
+
+    done_bytes: int
+    total_bytes: int
+    eta_s: float | None = None
+    """None: it has just begun, or makes no progress."""
+    stalled_s: float = 0.0
+    """So long it has made no progress."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that the explanation rests on, as the node that explains knows it."""
+
+    name: str
+    """The mirror's volume, POOL/VOL."""
+    membership: Membership
+    """The newest record that is known here."""
+    voters: Mapping[str, VoterState] = field(default_factory=dict)
+    """What nodes have said, this one included."""
+    unheard: Mapping[str, str] = field(default_factory=dict)
+    """Nodes that couldn't be asked, and why."""
+    connected: frozenset[str] = frozenset()
+    """Ids of legs that the primary has a session with; only known there."""
+    serving: bool = False
+    """This node is the primary, and serves."""
+    suspended: str | None = None
+    """Why it lets writes wait or fail: below quorum, or without a lease."""
+    progress: Mapping[str, Progress] = field(default_factory=dict)
+    """By leg id."""
+    away_s: Mapping[str, float] = field(default_factory=dict)
+    """By leg id: for how long it has been out of reach or out of sync."""
+    split: Mapping[str, str] = field(default_factory=dict)
+    """By leg id: the sentence of its split brain."""
+    decision: Refused | SplitBrain | None = None
+    """Why no node could become primary when it was tried last."""
+    deposed: Term | None = None
+    """This node was primary until a promise for this term fenced it."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer to `mirror explain`."""
+
+    legs: Mapping[str, LegState]
+    """By leg id."""
+    state: MirrorState
+    paragraph: str
+
+
+def explain(facts: Facts) -> Explanation:
+    """Judge the legs, the mirror, and say why."""
+    legs = {leg.id: _leg_state(leg, facts) for leg in facts.membership.legs}
+    served = (facts.serving or _primary_elsewhere(facts) is not None) and facts.suspended is None
+    if not served:
+        state = MirrorState.FAULTED
+    elif all(one is LegState.UP_TO_DATE for one in legs.values()):
+        state = MirrorState.ONLINE
+    else:
+        state = MirrorState.DEGRADED
+    sentences = [_headline(facts, state, legs), *_about_legs(facts, legs)]
+    return Explanation(legs, state, " ".join(one for one in sentences if one))
+
+
+def may_drain(node: str, mirrors: Mapping[str, tuple[Membership, Mapping[str, LegState]]]) -> str | None:
+    """Why a node must not be taken down: it has the last leg that is up to date, of the mirrors named. None: it may.
+
+    `mirrors`: by POOL/VOL, each with its newest record and the states of its legs.
+    """
+    last = []
+    for name, (membership, states) in sorted(mirrors.items()):
+        good = {leg.node for leg in membership.legs if states.get(leg.id) is LegState.UP_TO_DATE}
+        here = {leg.id for leg in membership.legs if leg.node == node}
+        # A leg that isn't proven may be all there is, too.
+        unproven = any(states.get(leg_id) is LegState.UNPROVEN for leg_id in here)
+        if node in good and good == {node}:
+            last.append(f"{name} (its only leg that is up to date{_syncing(membership, states)})")
+        elif not good and unproven:
+            last.append(f"{name} (no leg is up to date, and the one here may have all writes)")
+    if not last:
+        return None
+    return (
+        f"node {node} can't be drained: {', '.join(last)} would be left without data. Wait for a resync (`mirror list`), "
+        "or add a leg elsewhere"
+    )
+
+
+def _syncing(membership: Membership, states: Mapping[str, LegState]) -> str:
+    nodes = sorted(leg.node for leg in membership.legs if states.get(leg.id) is LegState.SYNCING)
+    return f"; {_and(nodes)} {_is(nodes)} in resync" if nodes else ""
+
+
+def _primary_elsewhere(facts: Facts) -> str | None:
+    alive = [one.node for one in facts.voters.values() if one.primary_here and one.node not in facts.unheard]
+    return alive[0] if alive else None
+
+
+def _leg_state(leg: LegInfo, facts: Facts) -> LegState:
+    record = facts.membership
+    elsewhere = _primary_elsewhere(facts)
+    unreachable = leg.id not in facts.connected if facts.serving else leg.node in facts.unheard
+    if leg.id in facts.split:
+        return LegState.STALE
+    if leg.id in record.in_sync and (facts.serving or elsewhere):
+        # Out of reach for less than the timeout: nothing was acknowledged without it yet.
+        return LegState.UP_TO_DATE if not unreachable else LegState.OFFLINE
+    if unreachable:
+        return LegState.OFFLINE
+    if leg.id in facts.progress:
+        return LegState.SYNCING
+    if leg.id not in record.in_sync:
+        return LegState.STALE
+    voice = facts.voters.get(leg.node)
+    if record.primary is None and (voice is None or voice.intact):
+        return LegState.UP_TO_DATE
+    return LegState.UNPROVEN
+
+
+def _headline(facts: Facts, state: MirrorState, legs: Mapping[str, LegState]) -> str:
+    record = facts.membership
+    who = f"{facts.name} is {state.value}"
+    here = _primary_elsewhere(facts)
+    if facts.suspended is not None and facts.serving:
+        what = "wait" if record.options.below_quorum == "suspend" else "fail"
+        return (
+            f"{who}: its primary, node {record.primary}, lets writes {what}, since {facts.suspended}. "
+            f"{_quorum_change(facts)}"
+        )
+    if facts.serving or here is not None:
+        primary = here or record.primary
+        count = sum(one is LegState.UP_TO_DATE for one in legs.values())
+        if state is MirrorState.ONLINE:
+            return f"{who}: node {primary} is primary, and all {len(legs)} legs have every acknowledged write."
+        return f"{who}: node {primary} is primary, and {count} of {len(legs)} legs have every acknowledged write."
+    if facts.deposed is not None:
+        return (
+            f"{who} here: this node was primary until term {facts.deposed.number} was promised to another. Nothing that "
+            f"it acknowledged is lost by that; `mirror list` on {_nodes_or_peers(facts)} says who is primary now."
+        )
+    if isinstance(facts.decision, SplitBrain):
+        return f"{who}: {facts.decision.sentence}."
+    if record.primary is None:
+        return f"{who}: it was demoted cleanly, so nothing is in doubt, and no node exports it. {_token(record)}"
+    why = facts.decision.sentence if facts.decision is not None else _unproven(facts)
+    return f"{who}: its primary, node {record.primary}, doesn't serve it. {why[:1].upper()}{why[1:].rstrip('.')}."
+
+
+def _nodes_or_peers(facts: Facts) -> str:
+    nodes = sorted(set(in_sync_nodes(facts.membership)) - {facts.membership.primary})
+    return f"node {_or(nodes)}" if nodes else "the peers"
+
+
+def _token(record: Membership) -> str:
+    if rule_of(record) != "all":
+        return "`mirror promote` on a node with a leg in sync makes it primary."
+    if record.token is not None:
+        return (
+            f"Node {record.token} holds the token: `mirror promote` there works without the others. Any other node must "
+            f"hear {_and(sorted(in_sync_nodes(record)))} first."
+        )
+    return f"No node holds a token: `mirror promote` must hear {_and(sorted(in_sync_nodes(record)))}."
+
+
+def _unproven(facts: Facts) -> str:
+    record = facts.membership
+    needed = sorted(in_sync_nodes(record))
+    silent = [node for node in needed if node in facts.unheard or node not in facts.voters]
+    if rule_of(record) == "majority":
+        heard = set(facts.voters) - set(facts.unheard)
+        if not is_majority(heard, record.voters):
+            return f"below quorum: {_quorum_change(facts)}"
+        return "a majority of the voters can be heard: `mirror promote` on a node with a leg in sync makes it primary"
+    if silent:
+        return (
+            f"whether {_and([node for node in needed if node not in silent] or ['what can be heard'])} "
+            f"has every acknowledged write can't be proven without {_and(silent)}: start {_and(silent)} or mend the way "
+            "there, or `mirror promote --force`, which may lose writes"
+        )
+    return "all nodes with a leg in sync can be heard: `mirror promote` on one of them makes it primary"
+
+
+def _quorum_change(facts: Facts) -> str:
+    voters = facts.membership.voters
+    silent = [node for node in voters if node in facts.unheard or node not in facts.voters]
+    have, need = len(voters) - len(silent), len(voters) // 2 + 1
+    if have >= need or not silent:
+        return "It goes on as soon as a majority of the voters has answered."
+    return f"It goes on when {need - have} more of {_or(silent)} can be heard ({have} of {len(voters)} voters are)."
+
+
+def _about_legs(facts: Facts, legs: Mapping[str, LegState]) -> list[str]:
+    sentences = []
+    for leg in facts.membership.legs:
+        state, where = legs[leg.id], f"The leg on node {leg.node}"
+        if leg.kind == "nbd":
+            where = f"The leg {leg.export}"
+        voice = facts.voters.get(leg.node)
+        inconsistent = voice is not None and voice.inconsistent and leg.kind == "terrace"
+        away = facts.away_s.get(leg.id)
+        since = f" for {_time(away)}" if away is not None else ""
+        if leg.id in facts.split:
+            sentences.append(f"{where} is left out: {facts.split[leg.id].rstrip('.')}.")
+        elif state is LegState.SYNCING:
+            sentences.append(f"{where} is in resync: {_resync(facts.progress[leg.id])}.")
+        elif state is LegState.OFFLINE:
+            misses = leg.id not in facts.membership.in_sync
+            why = f" ({facts.unheard[leg.node]})" if leg.node in facts.unheard else ""
+            sentences.append(
+                f"{where} has been out of reach{since}{why}"
+                + ("; it misses writes, and is resynced when it is back." if misses else ".")
+            )
+        elif state is LegState.STALE and inconsistent:
+            sentences.append(
+                f"{where} is inconsistent: its resync was interrupted, and it is no state that the volume ever had. It "
+                "goes on when the primary reaches it."
+            )
+        elif state is LegState.STALE:
+            sentences.append(f"{where} misses writes{since}; it is resynced when the primary reaches it.")
+        elif state is LegState.UNPROVEN and voice is not None and not voice.intact:
+            sentences.append(
+                f"{where} may have lost some of the last {voice.recent_bytes} bytes when its machine went down."
+            )
+    return sentences
+
+
+def _resync(progress: Progress) -> str:
+    share = 100 * progress.done_bytes / progress.total_bytes if progress.total_bytes else 100.0
+    if progress.stalled_s > 0:
+        return f"{share:.0f} %, without progress for {_time(progress.stalled_s)}"
+    return f"{share:.0f} %, " + ("just begun" if progress.eta_s is None else f"done in about {_time(progress.eta_s)}")
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _and(names: list[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
+
+
+def _or(names: list[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else "".join(names)
+
+
+def _is(names: list[str]) -> str:
+    return "are" if len(names) > 1 else "is"

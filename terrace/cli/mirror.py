@@ -1,0 +1,298 @@
+"""`terrace volume mirror`: the copies of a volume on several nodes, and which node serves it."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from terrace.cli.context import VOLUME, Context, confirm, pass_context
+from terrace.cli.node import LEG_PLACE, NODE
+from terrace.cli.output import duration, output_option, patience, show_facts, show_json, show_table
+from terrace.sizes import format_size
+
+if TYPE_CHECKING:
+    from terrace.apiclient import ApiClient
+
+NONE = "There are no mirrors; terrace volume create POOL/VOL SIZE --mirror NODE makes one."
+_POLL_S = 0.3
+_UNTIL = ("UpToDate",)
+
+
+@click.group()
+def mirror() -> None:
+    """Mirrors: volumes with a copy, a leg, on each of several nodes. One node, the primary, serves it."""
+
+
+def _mirror_argument(command: Any) -> Any:
+    return click.argument("volume", type=VOLUME, metavar="POOL/VOL")(command)
+
+
+def _path(volume: tuple[str, str], *rest: str) -> tuple[str, ...]:
+    return ("pools", volume[0], "volumes", volume[1], "mirror", *rest)
+
+
+@mirror.command("list")
+@output_option
+@pass_context
+def list_mirrors(context: Context, output: str) -> None:
+    """List the mirrors that have a leg on this node, with a line for each leg."""
+    with context.connect() as client:
+        found = client.get("mirrors")
+    if output == "json":
+        show_json(found)
+    else:
+        show_mirrors(found)
+
+
+def show_mirrors(found: list[dict[str, Any]]) -> None:
+    """A table with a line for each leg."""
+    rows = []
+    for one in found:
+        for index, leg in enumerate(one["legs"]):
+            rows.append(
+                (
+                    one["volume"] if index == 0 else "",
+                    shown_node(one, leg),
+                    leg["pool"],
+                    leg["state"],
+                    format_size(one["size_bytes"]) if index == 0 else "",
+                    "-" if leg["to_sync_bytes"] is None else format_size(leg["to_sync_bytes"]),
+                    "-" if leg["eta_s"] is None else duration(leg["eta_s"]),
+                )
+            )
+        if not one["legs"]:
+            rows.append((one["volume"], "-", "-", one["state"], format_size(one["size_bytes"]), "-", "-"))
+    show_table(("Mirror", "Node", "Pool", "State", ">Size", ">To sync", ">ETA"), rows, empty=NONE, spare=("Pool",))
+    for one in found:
+        for sentence in filter(None, (one["problem"], one["waiting"] and f"writes wait: {one['waiting']}")):
+            click.echo(f"\n{one['volume']}: {sentence}")
+
+
+def shown_node(one: dict[str, Any], leg: dict[str, Any]) -> str:
+    """The leg's node, and whether it is the primary."""
+    return f"{leg['node']} (primary)" if leg["node"] == one["primary"] else str(leg["node"])
+
+
+@mirror.command()
+@_mirror_argument
+@output_option
+@pass_context
+def show(context: Context, volume: tuple[str, str], output: str) -> None:
+    """Show a mirror and all its legs."""
+    with context.connect() as client:
+        found = client.get(*_path(volume))
+    _show(found, output)
+
+
+def _show(found: dict[str, Any], output: str) -> None:
+    if output == "json":
+        show_json(found)
+        return
+    show_facts(
+        [
+            ("Mirror", found["volume"]),
+            ("State", found["state"]),
+            ("Primary", found["primary"] or "none"),
+            ("Here", f"{found['node']}, {found['role']}"),
+            ("Size", format_size(found["size_bytes"])),
+            ("Term", f"{found['term']}.{found['epoch']}"),
+            *([("Next primary", found["token"])] if found["token"] else []),
+            *([("Writes wait", found["waiting"])] if found["waiting"] else []),
+            *([("Problem", found["problem"])] if found["problem"] else []),
+            ("Id", found["mirror"]),
+        ]
+    )
+    click.echo()
+    rows = [
+        (
+            shown_node(found, leg),
+            leg["export"],
+            leg["state"],
+            "-" if leg["for_s"] is None else duration(leg["for_s"]),
+            "-" if leg["to_sync_bytes"] is None else format_size(leg["to_sync_bytes"]),
+            "-" if leg["eta_s"] is None else duration(leg["eta_s"]),
+            format_size(leg["queued_bytes"]),
+            leg["healed_blocks"],
+        )
+        for leg in found["legs"]
+    ]
+    show_table(("Node", "Volume", "State", ">For", ">To sync", ">ETA", ">Queued", ">Healed"), rows)
+    for leg in found["legs"]:
+        if leg["error"]:
+            click.echo(f"\n{leg['node']}: {leg['error']}")
+
+
+@mirror.command()
+@_mirror_argument
+@output_option
+@pass_context
+def explain(context: Context, volume: tuple[str, str], output: str) -> None:
+    """Say in sentences how a mirror is, what it waits for, and what can be done."""
+    with context.connect() as client:
+        found = client.get(*_path(volume, "explain"))
+    if output == "json":
+        show_json(found)
+    else:
+        for sentence in found["sentences"]:
+            click.echo(sentence)
+
+
+@mirror.command()
+@_mirror_argument
+@click.argument("place", type=LEG_PLACE, metavar="NODE[/POOL]")
+@click.option("--wait", is_flag=True, help="Until the new leg is up to date.")
+@output_option
+@pass_context
+def add(context: Context, volume: tuple[str, str], place: tuple[str, str | None], wait: bool, output: str) -> None:
+    """Give a volume one more leg, on NODE. One that isn't mirrored yet must have no clients for that moment."""
+    node, pool = place
+    with context.connect() as client:
+        with patience(f"Adding a leg on {node}"):
+            found = client.request("POST", *_path(volume, "legs"), body={"node": node, "pool": pool})
+        if wait:
+            found = _follow(client, volume, node)
+    if output == "json":
+        show_json(found)
+    else:
+        leg = _leg(found, node)
+        click.echo(f"{found['volume']} has a leg on {node}, {leg['export']}, which is {leg['state']}.")
+
+
+@mirror.command()
+@_mirror_argument
+@click.argument("node", type=NODE, metavar="NODE")
+@click.option("--force", is_flag=True, help="Even the only good leg: what only it has IS LOST.")
+@click.option("-y", "--yes", is_flag=True, help="Don't ask.")
+@output_option
+@pass_context
+def remove(context: Context, volume: tuple[str, str], node: str, force: bool, yes: bool, output: str) -> None:
+    """Take the leg on NODE out of a mirror, and delete its volume there. A node that is offline is left as it is."""
+    with context.connect() as client:
+        confirm(f"Delete the copy of {volume[0]}/{volume[1]} on node {node} for good?", yes=yes)
+        query = {"force": "1"} if force else None
+        with patience(f"Removing the leg on {node}"):
+            done = client.request("DELETE", *_path(volume, "legs", node), query=query)
+    if output == "json":
+        show_json(done)
+        return
+    name = f"{volume[0]}/{volume[1]}"
+    if not done["removed"]:
+        click.echo(f"{name} has no leg on {node}.")
+    else:
+        click.echo(f"{name} has no leg on {node} any more" + ("." if done["mirrored"] else ", and is a plain volume."))
+    for sentence in done["left"]:
+        click.echo(f"Left: {sentence}")
+
+
+@mirror.command()
+@_mirror_argument
+@click.option("--force", is_flag=True, help="Without proof that nothing is lost; what may be is said before.")
+@click.option("-y", "--yes", is_flag=True, help="Don't ask.")
+@output_option
+@pass_context
+def promote(context: Context, volume: tuple[str, str], force: bool, yes: bool, output: str) -> None:
+    """Let this node be the primary, and serve the volume.
+
+    It has to be proven that no other node serves it and that no acknowledged write is missing here; else it is refused
+    with the nodes that have to be heard.
+    """
+    name = f"{volume[0]}/{volume[1]}"
+    with context.connect() as client:
+        if force:
+            loss = client.request("POST", *_path(volume, "promote"), body={"dry_run": True})["may_lose"]
+            if loss:
+                click.echo(loss, err=True)
+                confirm(f"Promote {name} by force?", yes=yes)
+        with patience(f"Promoting {name}"):
+            found = client.request("POST", *_path(volume, "promote"), body={"force": force})
+    if output == "json":
+        show_json(found)
+    else:
+        click.echo(f"Node {found['node']} is the primary of {found['volume']}, term {found['term']}: {found['state']}.")
+
+
+@mirror.command()
+@_mirror_argument
+@click.option("--to", type=NODE, metavar="NODE", help="Let that one be the primary.")
+@click.option("--force", is_flag=True, help="Though clients are connected, which are cut off then.")
+@output_option
+@pass_context
+def demote(context: Context, volume: tuple[str, str], to: str | None, force: bool, output: str) -> None:
+    """Let this node not be the primary any more. Without --to nobody serves the volume until one is promoted."""
+    name = f"{volume[0]}/{volume[1]}"
+    with context.connect() as client, patience(f"Demoting {name}"):
+        found = client.request("POST", *_path(volume, "demote"), body={"to": to, "force": force})
+    if output == "json":
+        show_json(found)
+    elif to is not None:
+        click.echo(f"Node {to} is the primary of {name} now.")
+    else:
+        holder = f"; {found['token']} may become it without asking the others" if found["token"] else ""
+        click.echo(f"{name} has no primary now{holder}.")
+
+
+@mirror.command()
+@_mirror_argument
+@click.argument("node", type=NODE, metavar="NODE")
+@click.option("--discard", is_flag=True, help="In a split brain: what was written on NODE and not here IS LOST.")
+@click.option("--full", is_flag=True, help="Compare all of it, not only what is known to differ.")
+@click.option("--no-wait", is_flag=True, help="Don't wait until it is up to date.")
+@click.option("-y", "--yes", is_flag=True, help="Don't ask.")
+@output_option
+@pass_context
+def resync(
+    context: Context,
+    volume: tuple[str, str],
+    node: str,
+    discard: bool,
+    full: bool,
+    no_wait: bool,
+    yes: bool,
+    output: str,
+) -> None:
+    """Bring the leg on NODE up to date, and show how far that is. It happens by itself as soon as NODE is there."""
+    name = f"{volume[0]}/{volume[1]}"
+    if discard:
+        confirm(f"Give up what was written to {name} on node {node} and not here?", yes=yes)
+    with context.connect() as client:
+        body = {"node": node, "discard": discard, "full": full}
+        found = client.request("POST", *_path(volume, "resync"), body=body)
+        if not no_wait:
+            found = _follow(client, volume, node)
+    if output == "json":
+        show_json(found)
+    else:
+        leg = _leg(found, node)
+        left = f", {format_size(leg['to_sync_bytes'])} to go" if leg["to_sync_bytes"] else ""
+        click.echo(f"The leg of {name} on node {node} is {leg['state']}{left}.")
+
+
+def _follow(client: ApiClient, volume: tuple[str, str], node: str) -> dict[str, Any]:
+    """Show progress until the leg is up to date. Raises ClickException if it stays out."""
+    most = 0
+    with patience(f"Resyncing {volume[0]}/{volume[1]} on {node}") as advance:
+        while True:
+            found: dict[str, Any] = client.get(*_path(volume))
+            leg = _leg(found, node)
+            if leg["state"] in _UNTIL:
+                return found
+            if leg["error"] and leg["error"].startswith("split brain"):
+                raise click.ClickException(leg["error"])
+            if found["role"] != "primary":
+                raise click.ClickException(
+                    f"node {found['primary']} is the primary of {found['volume']}: run this there"
+                )
+            if leg["to_sync_bytes"] is not None:
+                most = max(most, leg["to_sync_bytes"])
+                if most:
+                    advance(most - leg["to_sync_bytes"], most)
+            time.sleep(_POLL_S)
+
+
+def _leg(found: dict[str, Any], node: str) -> dict[str, Any]:
+    leg = next((leg for leg in found["legs"] if leg["node"] == node), None)
+    if leg is None:
+        raise click.ClickException(f"{found['volume']} has no leg on {node}; terrace volume mirror add makes one")
+    return dict(leg)

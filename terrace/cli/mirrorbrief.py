@@ -1,0 +1,16 @@
+"""A mirror in a few words, for the tables of volumes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def brief(found: dict[str, Any] | None) -> str:
+    """A mirror in a word, for a column."""
+    if found is None:
+        return "-"
+    if found["role"] == "primary":
+        return f"{found['state']}, primary"
+    if found["role"] == "starting":
+        return "starting"
+    return f"leg of {found['primary']}" if found["primary"] else "leg, no primary"

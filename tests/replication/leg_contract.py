@@ -1,0 +1,211 @@
+"""What every `replication.leg.Leg` does, wherever its copy is. A test module derives a class from `LegContract`.
+
+The store behind the leg needs `image` (bytes), `trackers`, and to say whatever it likes to `write_now`.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import trio
+
+from replication.leg import BLOCK_BYTES, EXTENT_BYTES, Change, Leg
+from replication.membership import Membership
+from tests.replication.linked import MEMBERSHIP, Told, data, run, until, zeros
+
+
+@dataclass
+class Rig:
+    """A leg under test, and the store in which it ends."""
+
+    leg: Leg
+    store: Any
+    membership: Membership = MEMBERSHIP
+
+
+class LegContract:
+    """See the module."""
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[Rig]:
+        """A leg of at least 2 MiB, all zeros; closed behind the yield."""
+        raise NotImplementedError
+        yield
+
+    def test_changes_are_applied_in_their_order_and_each_done_is_called_once_in_that_order(self) -> None:
+        async def body() -> None:
+            async with self.opened() as rig:
+                told = Told()
+                for sequence in range(1, 101):
+                    changes = [data(0, sequence), data(sequence % 8 * BLOCK_BYTES, sequence), zeros(32 << 10)]
+                    rig.leg.submit(sequence, changes, told.of(sequence))
+                await until(lambda: len(told.calls) == 100)
+                assert told.done == list(range(1, 101))
+                assert rig.leg.queued_bytes == 0
+                assert rig.store.image[0] == 100
+                assert [rig.store.image[block * BLOCK_BYTES] for block in range(1, 8)] == [
+                    97, 98, 99, 100, 93, 94, 95,
+                ]  # fmt: skip
+
+        run(body)
+
+    def test_done_is_never_called_from_within_submit(self) -> None:
+        async def body() -> None:
+            async with self.opened() as rig:
+                told = Told()
+                for sequence in range(1, 20):
+                    before = len(told.calls)
+                    rig.leg.submit(sequence, [data(0, sequence)], told.of(sequence))
+                    assert len(told.calls) == before
+                await until(lambda: told.done == list(range(1, 20)))
+                rig.leg.close()
+                rig.leg.submit(20, [data(0, 20)], told.of(20))
+                assert len(told.calls) == 19
+                await until(lambda: told.failed == [20])
+
+        run(body)
+
+    def test_data_may_change_as_soon_as_submit_has_returned(self) -> None:
+        async def body() -> None:
+            async with self.opened() as rig:
+                told = Told()
+                for sequence in range(1, 30):
+                    buffer = bytearray([sequence]) * (64 << 10)
+                    rig.leg.submit(sequence, [Change(0, 64 << 10, memoryview(buffer))], told.of(sequence))
+                    buffer[:] = bytes([255]) * len(buffer)
+                await until(lambda: len(told.done) == 29)
+                assert rig.store.image[: 64 << 10] == bytes([29]) * (64 << 10)
+
+        run(body)
+
+    def test_a_batch_of_any_size_arrives_whole(self) -> None:
+        async def body() -> None:
+            async with self.opened() as rig:
+                told = Told()
+                many = [data(block * BLOCK_BYTES, block % 251 + 1) for block in range(256)]
+                long = Change(1 << 20, 1 << 20, memoryview(bytes(range(256)) * 4096))
+                rig.leg.submit(1, [*many * 6, long, zeros(0, BLOCK_BYTES)], told.of(1))
+                await until(lambda: told.done == [1])
+                assert rig.store.image[0] == 0
+                assert [rig.store.image[block * BLOCK_BYTES] for block in range(1, 256)] == [
+                    block % 251 + 1 for block in range(1, 256)
+                ]
+                assert rig.store.image[1 << 20 : 2 << 20] == bytes(range(256)) * 4096
+
+        run(body)
+
+    def test_a_flush_returns_after_all_that_was_submitted_before(self) -> None:
+        async def body() -> None:
+            async with self.opened() as rig:
+                told = Told()
+                for sequence in range(1, 50):
+                    rig.leg.submit(sequence, [data(0, sequence, 32 << 10)], told.of(sequence))
+                await rig.leg.flush()
+                assert rig.store.image[0] == 49
+                await until(lambda: len(told.done) == 49)
+
+        run(body)
+
+    def test_a_read_has_all_that_was_done_before(self) -> None:
+        async def body() -> None:
+            async with self.opened() as rig:
+                told = Told()
+                rig.leg.submit(1, [data(4096, 7, 1 << 20)], told.of(1))
+                await until(lambda: told.done == [1])
+                into = memoryview(bytearray((1 << 20) + 8192))
+                if not rig.leg.read_now(0, len(into), into):
+                    await rig.leg.read(0, len(into), into)
+                assert bytes(into) == bytes(4096) + bytes([7]) * (1 << 20) + bytes(4096)
+
+        run(body)
+
+    def test_what_has_changed_since_the_last_common_flush_is_known_and_then_forgotten(self) -> None:
+        async def body() -> None:
+            async with self.opened() as rig:
+                told = Told()
+
+                async def changed() -> set[int]:
+                    extents = await rig.leg.changed(["recent*"])
+                    return {
+                        at // EXTENT_BYTES
+                        for start, length in extents.runs()
+                        for at in range(start, start + length, EXTENT_BYTES)
+                    }
+
+                rig.leg.submit(1, [data(0, 1)], told.of(1))
+                await until(lambda: told.done == [1])
+                assert await changed() == {0}
+                rig.leg.submit(2, [data(EXTENT_BYTES, 2)], told.of(2))
+                await rig.leg.flush()
+                rig.leg.submit(3, [data(5 * EXTENT_BYTES, 3)], told.of(3))
+                await until(lambda: told.done == [1, 2, 3])
+                assert await changed() == {0, 1, 5}
+                rig.leg.flushed_by_all(2)
+                assert await changed() == {5}
+                assert not await rig.leg.changed(["missing:*", "nothing"])
+
+        run(body)
+
+    def test_checks_are_eight_bytes_for_each_block_and_follow_the_data(self) -> None:
+        async def body() -> None:
+            async with self.opened() as rig:
+                told = Told()
+                rig.leg.submit(1, [data(4096, 9)], told.of(1))
+                await until(lambda: told.done == [1])
+                checks = await rig.leg.checks(0, 16384)
+                assert len(checks) == 32
+                assert checks[8:16] != checks[:8] == checks[16:24]
+
+        run(body)
+
+    def test_the_mapped_ranges_have_all_that_was_written(self) -> None:
+        async def body() -> None:
+            async with self.opened() as rig:
+                told = Told()
+                rig.leg.submit(1, [data(8192, 9)], told.of(1))
+                await until(lambda: told.done == [1])
+                ranges = await rig.leg.mapped(0, 1 << 20)
+                assert any(offset <= 8192 and offset + length >= 12288 for offset, length in ranges)
+
+        run(body)
+
+    def test_after_a_close_all_that_is_due_fails_with_ecanceled_and_nothing_more_is_taken(self) -> None:
+        async def body() -> None:
+            async with self.opened() as rig:
+                told = Told()
+                for sequence in range(1, 10):
+                    rig.leg.submit(sequence, [data(0, sequence, 64 << 10)], told.of(sequence))
+                rig.leg.close()
+                rig.leg.close()
+                await until(lambda: len(told.calls) == 9)
+                assert [sequence for sequence, _ in told.calls] == list(range(1, 10))
+                assert all(error is None or error.errno == errno.ECANCELED for _, error in told.calls)
+                assert rig.leg.failure is not None and rig.leg.failure.errno == errno.ECANCELED
+                assert rig.leg.queued_bytes == 0 and rig.leg.silent_since is None
+                for failing in (rig.leg.flush(), rig.leg.checks(0, 4096), rig.leg.changed(["recent"])):
+                    with pytest.raises(OSError) as raised:
+                        await failing
+                    assert raised.value.errno == errno.ECANCELED
+
+        run(body)
+
+    def test_a_cancelled_wait_harms_nobody(self) -> None:
+        async def body() -> None:
+            async with self.opened() as rig:
+                told = Told()
+                for sequence in range(1, 40):
+                    rig.leg.submit(sequence, [data(0, sequence)], told.of(sequence))
+                    with trio.move_on_after(0):
+                        await rig.leg.flush()
+                    with trio.move_on_after(0):
+                        await rig.leg.changed(["recent"])
+                await rig.leg.flush()
+                await until(lambda: told.done == list(range(1, 40)))
+                assert rig.store.image[0] == 39
+
+        run(body)
