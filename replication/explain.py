@@ -96,8 +96,8 @@ def may_drain(node: str, mirrors: Mapping[str, tuple[Membership, Mapping[str, Le
     if not last:
         return None
     return (
-        f"node {node} can't be drained: {', '.join(last)} would be left without data. Wait for a resync (`mirror list`), "
-        "or add a leg elsewhere"
+        f"node {node} can't be drained: {', '.join(last)} would be left without data. Wait for a resync "
+        "(`mirror list`), or add a leg elsewhere"
     )
 
 
@@ -150,8 +150,8 @@ def _headline(facts: Facts, state: MirrorState, legs: Mapping[str, LegState]) ->
         return f"{who}: node {primary} is primary, and {count} of {len(legs)} legs have every acknowledged write."
     if facts.deposed is not None:
         return (
-            f"{who} here: this node was primary until term {facts.deposed.number} was promised to another. Nothing that "
-            f"it acknowledged is lost by that; `mirror list` on {_nodes_or_peers(facts)} says who is primary now."
+            f"{who} here: this node was primary until term {facts.deposed.number} was promised to another. Nothing "
+            f"that it acknowledged is lost by that; `mirror list` on {_nodes_or_peers(facts)} says who is primary now."
         )
     if isinstance(facts.decision, SplitBrain):
         return f"{who}: {facts.decision.sentence}."
@@ -171,8 +171,8 @@ def _token(record: Membership) -> str:
         return "`mirror promote` on a node with a leg in sync makes it primary."
     if record.token is not None:
         return (
-            f"Node {record.token} holds the token: `mirror promote` there works without the others. Any other node must "
-            f"hear {_and(sorted(in_sync_nodes(record)))} first."
+            f"Node {record.token} holds the token: `mirror promote` there works without the others. Any other node "
+            f"must hear {_and(sorted(in_sync_nodes(record)))} first."
         )
     return f"No node holds a token: `mirror promote` must hear {_and(sorted(in_sync_nodes(record)))}."
 
@@ -189,8 +189,8 @@ def _unproven(facts: Facts) -> str:
     if silent:
         return (
             f"whether {_and([node for node in needed if node not in silent] or ['what can be heard'])} "
-            f"has every acknowledged write can't be proven without {_and(silent)}: start {_and(silent)} or mend the way "
-            "there, or `mirror promote --force`, which may lose writes"
+            f"has every acknowledged write can't be proven without {_and(silent)}: start {_and(silent)} or mend "
+            "the way there, or `mirror promote --force`, which may lose writes"
         )
     return "all nodes with a leg in sync can be heard: `mirror promote` on one of them makes it primary"
 

@@ -81,7 +81,7 @@ async def open_remote_leg(
 class _Batch:
     __slots__ = ("done", "frames", "sequence", "size_bytes")
 
-    def __init__(self, sequence: int, frames: list[bytes], size_bytes: int, done: Done) -> None:
+    def __init__(self, sequence: int, frames: list[bytes | memoryview], size_bytes: int, done: Done) -> None:
         self.sequence = sequence
         self.frames = frames
         self.size_bytes = size_bytes
@@ -132,6 +132,7 @@ class RemoteLeg:
         self._stream: Stream | None = None  # None between two connections
         self._inbox: Inbox
         self._batches: deque[_Batch] = deque()  # not acknowledged, in order
+        self._buffers = wire.Buffers()
         self._submitted = 0
         self._acknowledged: int | None = None
         self._requests: dict[int, _Request] = {}  # by cookie, in the order of the stream
@@ -166,7 +167,7 @@ class RemoteLeg:
             self._doom([done])
             return
         assert sequence > self._submitted, (sequence, self._submitted)
-        frames = wire.pack_batch(sequence, changes)
+        frames = wire.pack_batch(sequence, changes, self._buffers)
         size = len(frames[0]) if len(frames) == 1 else sum(map(len, frames))
         self._submitted = sequence
         if self._owing_since is None:
@@ -193,6 +194,9 @@ class RemoteLeg:
             while batches and batches[0].sequence <= sequence:
                 batch = batches.popleft()
                 self.queued_bytes -= batch.size_bytes
+                if batch.size_bytes >= wire.LONG_FRAME_BYTES:
+                    for frame in batch.frames:
+                        self._buffers.give_back(frame)
                 if not batches and not self._requests:
                     self._owing_since = None
                 batch.done(None)

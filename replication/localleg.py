@@ -37,7 +37,9 @@ def missing_tracker(leg_id: str) -> str:
 class Keeper(Protocol):
     """What a local leg needs of who keeps the leg's record (`replication.keeper.LegKeeper`)."""
 
-    store: LegStore
+    @property
+    def store(self) -> LegStore: ...
+
     on_fence: list[Callable[[Term], None]]
     """Called at once when a term has been promised."""
 

@@ -263,6 +263,7 @@ class Mirror:
             for m in self.members.values()
             if m.leg is not None and m.state in (LegState.UP_TO_DATE, LegState.SYNCING)
         )
+        self._tell_room()
         self._changed.set()
         self._changed = trio.Event()
 
@@ -390,10 +391,14 @@ class Mirror:
         self.inflight.remove(batch)
         took = trio.current_time() - batch.began
         self.latency_s += (took - self.latency_s) * 0.05
+        self._tell_room()
+        batch.done(error)
+
+    def _tell_room(self) -> None:
+        """Some queue may have become shorter."""
         if self._room is not None:
             self._room.set()
             self._room = None
-        batch.done(error)
 
     def _release(self, error: OSError | None) -> None:
         parked, self._parked = self._parked, []
@@ -526,7 +531,7 @@ class Mirror:
             if losses == self._losses and self._may_serve():
                 return
 
-    def _readable(self) -> list[Member]:
+    def readable(self) -> list[Member]:
         """The local leg, then the nearest; one that was never measured counts as near."""
         found = [m for m in self.members.values() if m.leg is not None and m.state is LegState.UP_TO_DATE]
         return sorted(found, key=lambda m: (m.leg is not None and not m.leg.is_local, m.latency_s or 0.0, m.info.id))
@@ -537,7 +542,7 @@ class Mirror:
             await self._admitted(reading=True)
             self.client_at = trio.current_time()
             bad: list[Member] = []
-            for member in self._readable():
+            for member in self.readable():
                 if await self._read_from(member, offset, length, into):
                     for other in bad:
                         self._heal_later(other, offset, length)
@@ -545,7 +550,7 @@ class Mirror:
                 if member.leg is not None:
                     bad.append(member)
             self._look()
-            if bad and all(m in bad for m in self._readable()):
+            if bad and all(m in bad for m in self.readable()):
                 what = f"{length:,} bytes at {offset:,}: {bad[0].error}"
                 raise OSError(errno.EIO, f"{self.name}: no leg can read {what}; write them anew, or restore them")
             await trio.lowlevel.checkpoint()
@@ -598,7 +603,7 @@ class Mirror:
                 await self.inflight.settle(at, piece)
                 for block in await self._unreadable(member, at, piece):
                     data = memoryview(bytearray(BLOCK_BYTES))
-                    for source in [m for m in self._readable() if m is not member]:
+                    for source in [m for m in self.readable() if m is not member]:
                         if await self._read_from(source, block, BLOCK_BYTES, data):
                             healed += await self.copy_to(member, block, data)
                             break
@@ -642,6 +647,8 @@ class Mirror:
         except OSError:
             self._look()
             return False
+        finally:
+            self._tell_room()
         return True
 
     async def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
@@ -674,7 +681,7 @@ class Mirror:
     async def _mapped_any(self, offset: int, length: int) -> list[tuple[int, int]]:
         while True:
             await self._admitted(reading=True)
-            for member in self._readable():
+            for member in self.readable():
                 if member.leg is None:
                     continue
                 try:
@@ -745,9 +752,9 @@ class Mirror:
             await trio.sleep(self.settings.flush_every_s)
             if self._shut:
                 continue
-            # Once more after the last write: what the round before has rotated is forgotten then.
+            # Some more after the last write: what one round has rotated is forgotten with the next.
             clean = 0 if self._sequence != self._flushed_sequence else clean + 1
-            if clean <= 2 and self._sequence:
+            if clean <= 3 and self._sequence:
                 try:
                     await self.flush()
                 except OSError as error:
@@ -782,10 +789,10 @@ class Mirror:
         log.warning("%s: the leg on %s is out: %s", self.name, member.info.node, error)
         if leg.is_local and error.errno == errno.ESTALE:
             self._depose(error)
+        # Also of a leg that a record being written calls in sync: who hasn't stored that sees no leg leave by the next.
+        self._remember(member)
         if member.info.id in self._required():
             self._excluding.add(member.info.id)
-        else:
-            self._remember(member)
         if not any(m.state is LegState.UP_TO_DATE and m.leg is not None for m in self.members.values()):
             self._lose(error)
         if self._commit_scope is not None:
@@ -797,7 +804,7 @@ class Mirror:
         return self.membership.in_sync.union(*(attempt.in_sync for attempt in self._attempts))
 
     def _remember(self, member: Member) -> None:
-        """A leg that wasn't in sync may lose what it has got since the last common flush; nobody else notes that."""
+        """A leg that was brought up to date may lose what it has got since the last common flush: nobody else notes."""
         trackers = self._store.trackers if self._store is not None else {}
         missing = trackers.get(missing_tracker(member.info.id))
         if missing is not None:
@@ -913,6 +920,7 @@ class Mirror:
                 error = failed
             else:
                 self._commit_scope = None
+                await self._tell_syncing(record)
                 self._adopt(record)
                 return True
         cancelled = self._commit_scope is not None and self._commit_scope.cancelled_caught
@@ -937,6 +945,23 @@ class Mirror:
             self._fail_parked()
             self._change()
         return False
+
+    async def _tell_syncing(self, record: Membership) -> None:
+        """Legs that are being brought up to date must know who has left, as what that one misses is noted by each leg
+        that may be in sync some day. Before anything that it misses is acknowledged."""
+        if self.membership.in_sync <= record.in_sync:
+            return
+        for member in list(self.members.values()):
+            leg = member.leg
+            if leg is not None and member.info.id not in record.in_sync and leg.failure is None:
+                try:
+                    await leg.accept(record, inconsistent=True)
+                except OSError as error:
+                    self.leg_failed(leg, error)
+
+    def stale_beside(self, member: Member) -> list[str]:
+        """Ids of other legs that aren't in sync."""
+        return [leg.id for leg in self.membership.legs if leg.id not in self.membership.in_sync | {member.info.id}]
 
     def _adopt(self, record: Membership) -> None:
         """It counts."""
@@ -1124,9 +1149,9 @@ class Mirror:
         """The primary's own store, if its leg is in sync."""
         return self._store if self._reader is not None else None
 
-    def source(self) -> Leg | None:
-        """The leg in sync to copy from."""
-        return next((m.leg for m in self._readable()), None)
+    def sources(self) -> list[Leg]:
+        """The legs in sync; the first one is to be copied from."""
+        return [m.leg for m in self.readable() if m.leg is not None]
 
     async def read_for_copy(self, offset: int, length: int, into: memoryview) -> None:
         """From any leg in sync. Not a client's read."""

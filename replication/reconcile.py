@@ -85,12 +85,15 @@ async def differing(source: Leg, target: Leg, offset: int, length: int) -> list[
 
 @contextlib.contextmanager
 def ungrouped() -> Iterator[None]:
-    """The first OSError of a nursery in place of its group."""
+    """The first OSError of a nursery in place of its group.
+
+    Also where there are cancellations beside it: they come again at the next checkpoint.
+    """
     try:
         yield
     except BaseExceptionGroup as group:
         own, rest = group.split(OSError)
-        if own is None or rest is not None:
+        if own is None or (rest is not None and rest.split(trio.Cancelled)[1] is not None):
             raise
         first: BaseException = own
         while isinstance(first, BaseExceptionGroup):
@@ -117,8 +120,9 @@ async def reconcile(source: Leg, others: Sequence[Leg], sequence: int, size_byte
                 await submitted(leg, sequence, Change(at, count, data))
     for leg in (source, *others):
         await leg.flush()
-    for leg in (source, *others):
-        leg.flushed_by_all(sequence)
+    for _ in range(2):  # the first makes what is left of `recent` old
+        for leg in (source, *others):
+            leg.flushed_by_all(sequence)
     return sequence
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 import trio
 
 from replication.inflight import InFlight, Locks
-from replication.leg import EXTENT_BYTES, Extents, Leg, LegStore
+from replication.leg import BLOCK_BYTES, EXTENT_BYTES, Extents, Leg, LegStore
 from replication.localleg import RECENT, RECENT_OLD, missing_tracker
 from replication.reconcile import PIECE_BYTES, differing, pieces, ungrouped
 
@@ -127,7 +127,9 @@ class Site(Protocol):
     @property
     def size_bytes(self) -> int: ...
 
-    def source(self) -> Leg | None: ...
+    def sources(self) -> list[Leg]: ...
+
+    def stale_beside(self, member: Member) -> list[str]: ...
 
     async def read_for_copy(self, offset: int, length: int, into: memoryview) -> None: ...
 
@@ -173,6 +175,7 @@ class Resync:
                     for _ in range(self._settings.workers):
                         workers.start_soon(self._worker, work, again)
                 nursery.cancel_scope.cancel()
+        await self._mark()
         self.progress.state = "flushing"
         await self._flush()
         self.progress.state = "done"
@@ -183,10 +186,9 @@ class Resync:
     # -- what is missing ---------------------------------------------------------------------------------------------
 
     def _source(self) -> Leg:
-        source = self._site.source()
-        if source is None:
-            raise OSError(errno.EHOSTUNREACH, "no leg in sync is there to copy from")
-        return source
+        for source in self._site.sources():
+            return source
+        raise OSError(errno.EHOSTUNREACH, "no leg in sync is there to copy from")
 
     async def _todo(self) -> Extents:
         name = missing_tracker(self._target.info.id)
@@ -195,6 +197,9 @@ class Resync:
             self._known = False
         if self._known:
             todo = await source.changed([name])
+            for leg in self._site.sources():
+                if leg is not source:
+                    todo.update(await leg.changed([name]))
             todo.update(await self._target.changed([RECENT, RECENT_OLD, missing_tracker("*")]))
         else:
             todo = await source.changed([])
@@ -222,6 +227,27 @@ class Resync:
                 if count:
                     todo.add(start, count)
             at = max(at + EXTENT_BYTES, found[-1][0] + found[-1][1]) if found else at + length
+
+    async def _mark(self) -> None:
+        """Let the leg know what third legs miss, as it will be one of those that have to.
+
+        Its trackers grow by what is written, so where it doesn't know it yet one block of the extent is written anew. A
+        batch that touches the extent meanwhile does as well.
+        """
+        site = self._site
+        others = [missing_tracker(leg_id) for leg_id in site.stale_beside(self._member)]
+        if not others:
+            return
+        unknown = await self._source().changed(others)
+        for offset, length in list((await self._target.changed(others)).runs()):
+            unknown.discard(offset, length)
+        for offset, _ in pieces(unknown, site.size_bytes, EXTENT_BYTES):
+            data = memoryview(bytearray(BLOCK_BYTES))
+            with site.inflight.watching(offset, BLOCK_BYTES) as watch:
+                await site.inflight.settle(offset, BLOCK_BYTES)
+                await site.read_for_copy(offset, BLOCK_BYTES, data)
+                if not watch.touched and not await site.copy_to(self._member, offset, data):
+                    raise OSError(errno.EIO, "the leg failed while it was brought up to date")
 
     # -- copying -----------------------------------------------------------------------------------------------------
 

@@ -32,6 +32,10 @@ def gone(peer: str) -> OSError:
     return ConnectionResetError(errno.ECONNRESET, f"the connection to {peer} is gone")
 
 
+def _named(error: OSError, peer: str) -> OSError:
+    return OSError(error.errno or errno.EIO, f"the connection to {peer} broke: {error.strerror or error}")
+
+
 class Stream:
     """A connected, non-blocking socket, with TLS or without. Closing it is the owner's business, or `close`."""
 
@@ -70,7 +74,7 @@ class Stream:
         self._wake.set()
 
     def _break(self, error: OSError) -> None:
-        self.broken = error
+        self.broken = _named(error, self.peer)
         self._backlog.clear()
         self.backlog_bytes = 0
         self._wake.set()
@@ -128,6 +132,8 @@ class Stream:
             except BlockingIOError:
                 await self._wait(trio.lowlevel.wait_readable)
                 self.woke_at = perf_counter()
+            except OSError as error:
+                raise self.broken or _named(error, self.peer) from None
 
     async def rest(self) -> None:
         """Let others go before whoever receives."""

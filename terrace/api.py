@@ -165,8 +165,8 @@ class CreateVolumeBody(Body):
     filling: bool = False
     mirror: list[PlaceBody] = Field(default=[], max_length=MAX_LEGS)
     quorum: Literal["suspend", "fail"] = "suspend"
-    timeout_s: float = Field(default=Options().timeout_s, ge=0.1, le=600, allow_inf_nan=False)
-    lease_s: float = Field(default=Options().lease_s, ge=0.1, le=600, allow_inf_nan=False)
+    timeout_s: float = Field(Options().timeout_s, ge=0.1, le=60, allow_inf_nan=False)
+    lease_s: float = Field(Options().lease_s, ge=0.1, le=60, allow_inf_nan=False)
 
 
 class ResizeBody(Body):
@@ -412,7 +412,7 @@ class Api:
                 if body.filling:
                     raise TierError(errno.EINVAL, "filling: mirror a volume once it is complete")
                 places = [place.place() for place in body.mirror]
-                options = Options(body.timeout_s, body.lease_s, body.quorum)
+                options = Options(below_quorum=body.quorum, timeout_s=body.timeout_s, lease_s=body.lease_s)
                 await self._admin.create(pool, body.name, body.size, body.policy, places, options)
             else:
                 await pool.create_volume(body.name, body.size, body.policy, filling=body.filling)

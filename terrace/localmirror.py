@@ -470,8 +470,8 @@ class LocalMirror:
             if state is LegState.UP_TO_DATE:
                 self.compared_in_full.discard(leg.info.id)
             where = f"the leg of {self.name} on node {leg.info.node}"
-            if before is None and first and state is LegState.UP_TO_DATE:
-                continue
+            if before is None and ((first and state is LegState.UP_TO_DATE) or not first):
+                continue  # nothing has changed: it is well, or has just been added
             why = f": {leg.error}" if leg.error else ""
             self._node.tell("leg", self.name, f"{where} is {state.value}{why}")
             if leg.error and leg.error.startswith("split brain"):

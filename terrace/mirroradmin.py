@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -24,6 +24,7 @@ from replication.keeper import LegRecord
 from replication.leg import LegState
 from replication.membership import MAX_LEGS, LegInfo, Membership, Options, Term, encode
 from replication.promotion import Forced, Promote, decide, new_term
+from replication.verify import VerifyReport, verify
 from replication.voters import ask
 from terrace.localmirror import LocalMirror, ServedMirror, nodes_of
 from terrace.mirrors import Mirrors
@@ -315,6 +316,51 @@ class MirrorAdmin:
         mirror.compared_in_full.add(leg.id)
         asked = {"leg": leg.id, "membership": _plain(mirror.membership)}
         await self.mirrors.peers.call(leg.node, "leg.discard", asked, CREATE_S)
+
+    async def verify(
+        self, mirror: LocalMirror, progress: Callable[[int, int], None], *, full: bool, repair: bool
+    ) -> dict[str, Any]:
+        """Compare the legs in sync while clients go on. JSON: what differs, by node."""
+        served = await self.served(mirror)
+        report = VerifyReport()
+        nodes = {leg.id: leg.node for leg in served.membership.legs}
+        async with trio.open_nursery() as nursery:
+
+            async def tell() -> None:
+                while True:
+                    progress(report.done_bytes, report.total_bytes)
+                    await trio.sleep(0.1)
+
+            nursery.start_soon(tell)
+            try:
+                await verify(served, full=full, repair=repair, report=report)
+            except OSError as error:
+                raise TierError(error.errno or errno.EIO, error.strerror or str(error)) from None
+            finally:
+                nursery.cancel_scope.cancel()
+
+        def ranges(found: dict[str, list[tuple[int, int]]]) -> list[dict[str, Any]]:
+            return [
+                {"node": nodes.get(leg, leg), "offset": offset, "length": length}
+                for leg, pieces in found.items()
+                for offset, length in pieces
+            ]
+
+        found = {
+            "volume": mirror.name,
+            "full": full,
+            "compared": [nodes.get(leg, leg) for leg in report.compared],
+            "compared_bytes": report.done_bytes,
+            "differing_bytes": report.differing_bytes,
+            "repaired_bytes": report.repaired_bytes,
+            "differing": ranges(report.differing),
+            "unreadable": ranges(report.unreadable),
+            "equal": report.equal,
+        }
+        if not report.equal:
+            what = f"{report.differing_bytes} bytes differ, {report.repaired_bytes} of them were repaired"
+            self.mirrors.tell("mirror", mirror.name, f"the legs of {mirror.name} are not equal: {what}")
+        return found
 
     # -- a node --------------------------------------------------------------------------------------------------
 

@@ -5,27 +5,31 @@ GET    /v1/nodes/N                                 one of them, with the legs of
 POST   /v1/nodes/N/drain                           {to?, dry_run?}; only of this node: {demote, refused}
 GET    /v1/mirrors                                 all mirrors that have a leg here, as their primaries see them
 GET    /v1/pools/P/volumes/V/mirror                one of them
-GET    /v1/pools/P/volumes/V/mirror/explain        sentences: what is wrong, what is waited for, what to do
+GET    /v1/pools/P/volumes/V/mirror/explain        {state, legs, text}: what is wrong, what is waited for, what to do
 POST   /v1/pools/P/volumes/V/mirror/legs           {node, pool?}; one more leg, also of a volume without a mirror
 DELETE /v1/pools/P/volumes/V/mirror/legs/N[?force=1]   tells {removed, left, mirrored}
 POST   /v1/pools/P/volumes/V/mirror/promote        {force?, dry_run?}; dry_run tells {may_lose}
 POST   /v1/pools/P/volumes/V/mirror/demote         {to?, force?}
 POST   /v1/pools/P/volumes/V/mirror/resync         {node, discard?, full?}
+    POST   /v1/pools/P/volumes/V/mirror/verify         {full?, repair?}; streams as a check does, then {report}
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from replication.membership import Options
-from terrace.apikit import Body, read_body, route
+from terrace.apikit import Body, Progress, Stream, read_body, route
 from terrace.localmirror import LocalMirror
 from terrace.mirroradmin import MirrorAdmin, Place
 from terrace.mirrors import Mirrors
-from terrace.mirrorwords import explain
+from terrace.mirrorwords import explained
 from terrace.pools import Pools
+from tiers import Pool
 
 
 class PlaceBody(Body):
@@ -60,6 +64,11 @@ class ResyncBody(Body):
     full: bool = False
 
 
+class VerifyBody(Body):
+    full: bool = False
+    repair: bool = False
+
+
 class MirrorApi:
     """The handlers."""
 
@@ -83,6 +92,7 @@ class MirrorApi:
             route("POST", f"{mirror}/promote", self.promote),
             route("POST", f"{mirror}/demote", self.demote),
             route("POST", f"{mirror}/resync", self.resync),
+            route("POST", f"{mirror}/verify", self.verify),
         ]
 
     async def list_nodes(self, request: Request) -> Response:
@@ -114,7 +124,10 @@ class MirrorApi:
 
     async def explain_mirror(self, request: Request) -> Response:
         mirror = self._one(request)
-        return JSONResponse({"volume": mirror.name, "sentences": await explain(self._mirrors, mirror)})
+        found = await explained(self._mirrors, mirror)
+        nodes = {leg.id: leg.node for leg in mirror.membership.legs}
+        legs = {nodes[leg]: state.value for leg, state in found.legs.items() if leg in nodes}
+        return JSONResponse({"volume": mirror.name, "state": found.state.value, "legs": legs, "text": found.paragraph})
 
     async def add_leg(self, request: Request) -> Response:
         body = await read_body(request, PlaceBody)
@@ -147,3 +160,14 @@ class MirrorApi:
         mirror = self._one(request)
         await self._admin.resync(mirror, body.node, discard=body.discard, full=body.full)
         return await self._status(mirror)
+
+    async def verify(self, request: Request) -> Response:
+        body = await read_body(request, VerifyBody)
+        mirror = self._one(request)
+        await self._admin.served(mirror)  # refused with a status, before the stream begins
+
+        async def verify(pool: Pool, progress: Progress) -> dict[str, Any]:
+            return {"report": await self._admin.verify(mirror, progress, full=body.full, repair=body.repair)}
+
+        name = request.path_params["pool"]
+        return Stream(self._pools.occupying(name), name, verify)

@@ -1,54 +1,50 @@
-"""A mirror's state in sentences: what is wrong, what it waits for, and what an operator can do about it."""
+"""A mirror's state in sentences: `replication.explain` over what this node knows and can find out."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from replication.leg import LegState
-from terrace.localmirror import LocalMirror
+import trio
+
+from replication.explain import Explanation, Facts, Progress, explain
+from replication.voters import ask
+from terrace.localmirror import LocalMirror, nodes_of_mirror
 from terrace.mirrors import Mirrors
 
-
-async def explain(mirrors: Mirrors, mirror: LocalMirror) -> list[str]:
-    """Sentences, the most important first; never empty."""
-    status = await mirrors.status(mirror)
-    return list(_of_mirror(status)) + [sentence for leg in status["legs"] for sentence in _of_leg(status, leg)]
+ASK_S = 1.5
 
 
-def _of_mirror(status: dict[str, Any]) -> list[str]:
-    name, primary, here = status["volume"], status["primary"], status["node"]
-    found = []
-    if status["problem"]:
-        found.append(f"{name} can't do all that it should: {status['problem']}.")
-    if status["role"] == "primary":
-        found.append(f"This node, {here}, is the primary of {name} in term {status['term']}, and serves it to clients.")
-    elif status["role"] == "starting":
-        found.append(f"This node, {here}, is becoming the primary of {name}; clients wait.")
-    elif primary is None:
-        holder = status["token"]
-        who = f"node {holder} may become it without asking the others" if holder else "any node in sync may become it"
-        found.append(f"{name} was demoted and has no primary; {who}: terrace volume mirror promote {name}.")
-    else:
-        found.append(f"Node {primary} is the primary of {name} by what is known here, term {status['term']}.")
-    if status["waiting"]:
-        found.append(f"Writes wait: {status['waiting']}.")
-    return found
-
-
-def _of_leg(status: dict[str, Any], leg: dict[str, Any]) -> list[str]:
-    where = f"The leg on node {leg['node']}"
-    why = f" ({leg['error']})" if leg["error"] else ""
-    if leg["state"] == LegState.UP_TO_DATE.value:
-        return [f"{where} is up to date."]
-    if leg["state"] == LegState.SYNCING.value:
-        return [f"{where} is being brought up to date while clients go on; there is nothing to do but wait."]
-    if leg["error"] and leg["error"].startswith("split brain"):
-        return [f"{where} stays out: {leg['error']}."]
-    if leg["state"] == LegState.STALE.value:
-        return [
-            f"{where} misses writes that were acknowledged without it{why}. It is resynced by itself as soon as the "
-            "primary reaches it: start that node, or mend the way there."
-        ]
-    if leg["state"] == LegState.UNPROVEN.value:
-        return [f"{where} was in sync when it was last heard of; only the primary can say whether it still is."]
-    return [f"{where} can't be reached{why}."]
+async def explained(mirrors: Mirrors, mirror: LocalMirror) -> Explanation:
+    """What is wrong, what it waits for, and what would change it. Asks the voters; changes nothing."""
+    membership = mirror.membership
+    nodes = nodes_of_mirror(membership)
+    heard, failures = await ask(
+        nodes,
+        lambda node: mirrors.voter(node).state(membership.mirror),
+        lambda answers: len(answers) == len(nodes),
+        timeout_s=ASK_S,
+    )
+    status: dict[str, Any] = mirrors.local_status(mirror)
+    served = mirror.mirror if mirror.serves else None
+    legs = served.status().legs if served is not None else ()
+    progress = {
+        leg.info.id: Progress(leg.resync.done_bytes, leg.resync.total_bytes, leg.resync.eta_s)
+        for leg in legs
+        if leg.resync is not None and leg.state.value == "Syncing"
+    }
+    split = {leg.info.id: leg.error for leg in legs if leg.error is not None and leg.error.startswith("split brain")}
+    await trio.lowlevel.checkpoint()
+    return explain(
+        Facts(
+            name=mirror.name,
+            membership=mirror.membership,
+            voters=heard,
+            unheard={node: error.strerror or str(error) for node, error in failures.items()},
+            connected=frozenset(leg.info.id for leg in legs if leg.state.value in ("UpToDate", "Syncing")),
+            serving=served is not None,
+            suspended=status["waiting"],
+            progress=progress,
+            away_s={leg.info.id: leg.for_s for leg in legs if leg.state.value not in ("UpToDate", "Syncing")},
+            split=split,
+        )
+    )

@@ -83,7 +83,7 @@ class ChangedExtents:
         """Pages that a copy may have too: they are copied before they change. A copy is taken at each freeze, while
         clients wait."""
         self.edits = 0
-        """Grows with each change other than an add."""
+        """Grows with each change other than an add: the next checkpoint has something to save then."""
 
     def __bool__(self) -> bool:
         return bool(self._pages)
@@ -158,10 +158,10 @@ class ChangedExtents:
     def discard(self, offset: int, length: int) -> None:
         """Only the extents that lie wholly in there: the last one of a volume may reach past its end."""
         first, end = -(-offset >> EXTENT_SHIFT), offset + length >> EXTENT_SHIFT
-        if first >= end:
+        pages = self._pages
+        if first >= end or not pages:
             return
         self.edits += 1
-        pages = self._pages
         head, tail = first >> PAGE_BITS, end >> PAGE_BITS
         if head == tail:
             self._clear_bits(head, first & _PAGE_MASK, end & _PAGE_MASK)
@@ -192,18 +192,19 @@ class ChangedExtents:
 
     def clear(self) -> None:
         """Have none."""
+        self.edits += bool(self._pages)
         self._pages.clear()
         self._shared.clear()
-        self.edits += 1
 
     def update(self, other: _Runs) -> None:
         """Have all that the other set has, too."""
-        self.edits += 1
         if not isinstance(other, ChangedExtents):
             for offset, length in other.runs():
                 self.add(offset, length)
+                self.edits += 1
             return
         pages = self._pages
+        self.edits += bool(other)
         for index, more in other._pages.items():
             page = pages.get(index)
             if page is None:
@@ -368,9 +369,13 @@ def _encode(full: list[int], others: Mapping[int, bytes]) -> bytes:
 
 
 def encode_trackers(trackers: Mapping[str, ChangedExtents]) -> bytes:
-    """All of a volume's trackers; empty if there are none. May run in a worker, on copies."""
+    """All of a volume's trackers; empty if there are none. May run in a worker, on copies.
+
+    Raises TierError EINVAL for such as could not be read again: then the checkpoint fails, not the next open.
+    """
     if not trackers:
         return b""
+    require_trackers(trackers)
     parts = [_SET_HEADER.pack(_VERSION, len(trackers))]
     for name in sorted(trackers):
         raw, data = name.encode(), trackers[name].encode()

@@ -111,6 +111,8 @@ class VolumeStatus:
     """What its clients see; for a clone `mapped_bytes` is what is its own."""
     filling: bool = False
     """It is not complete: somebody is filling it, or has begun to and is gone."""
+    healed_blocks: int = 0
+    """Blocks that couldn't be read here and were had from another copy, since the pool was opened."""
 
 
 @dataclass(frozen=True)
@@ -1008,6 +1010,7 @@ class Pool:
                     len(snapshots.get(v.family, ())),
                     v.shown_blocks * BLOCK_BYTES,
                     v.filling,
+                    v.healed_blocks,
                 )
                 for v in self.volumes()
             ],

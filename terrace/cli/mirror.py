@@ -135,8 +135,7 @@ def explain(context: Context, volume: tuple[str, str], output: str) -> None:
     if output == "json":
         show_json(found)
     else:
-        for sentence in found["sentences"]:
-            click.echo(sentence)
+        click.echo(found["text"])
 
 
 @mirror.command()
@@ -267,6 +266,42 @@ def resync(
         leg = _leg(found, node)
         left = f", {format_size(leg['to_sync_bytes'])} to go" if leg["to_sync_bytes"] else ""
         click.echo(f"The leg of {name} on node {node} is {leg['state']}{left}.")
+
+
+@mirror.command()
+@_mirror_argument
+@click.option("--full", is_flag=True, help="Read all data on every leg; else only checksums are compared.")
+@click.option("--repair", is_flag=True, help="Write what the primary's leg has where another one differs.")
+@output_option
+@pass_context
+def verify(context: Context, volume: tuple[str, str], full: bool, repair: bool, output: str) -> None:
+    """Compare the legs in sync while clients go on. Exit status 1 if they differ and aren't repaired."""
+    name = f"{volume[0]}/{volume[1]}"
+    report: dict[str, Any] = {}
+    with context.connect() as client, patience(f"Verifying {name}") as advance:
+        for line in client.stream("POST", *_path(volume, "verify"), body={"full": full, "repair": repair}):
+            if "report" in line:
+                report = line["report"]
+            elif line["total_bytes"]:
+                advance(line["done_bytes"], line["total_bytes"])
+    left_bytes = report["differing_bytes"] - report["repaired_bytes"]
+    if output == "json":
+        show_json(report)
+    else:
+        rows = [(one["node"], "differs", one["offset"], one["length"]) for one in report["differing"]]
+        rows += [(one["node"], "unreadable", one["offset"], one["length"]) for one in report["unreadable"]]
+        if rows:
+            show_table(("Node", "What", ">From byte", ">Bytes"), rows)
+        click.echo(
+            f"{format_size(report['compared_bytes'])} of {name} compared on {', '.join(report['compared'])}: "
+            + ("equal." if report["equal"] else f"{report['differing_bytes']} bytes differ")
+            + (f", {report['repaired_bytes']} of them are repaired." if not report["equal"] else "")
+        )
+    if left_bytes or report["unreadable"]:
+        raise click.ClickException(
+            f"the legs of {name} are not equal: --repair writes what the primary's leg has; what can't be read "
+            "`terrace pool scrub` names"
+        )
 
 
 def _follow(client: ApiClient, volume: tuple[str, str], node: str) -> dict[str, Any]:

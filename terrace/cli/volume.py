@@ -43,6 +43,15 @@ def volume() -> None:
     show_default=True,
     help="What becomes of writes to a mirror that can't be acknowledged safely: they wait, or fail.",
 )
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(0.5, 60),
+    default=5.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="So long a leg of a mirror may be silent before writes go on without it.",
+)
 @output_option
 @pass_context
 def create(
@@ -52,6 +61,7 @@ def create(
     policy: str,
     places: tuple[tuple[str, str | None], ...],
     quorum: str,
+    timeout_s: float,
     output: str,
 ) -> None:
     """Create a volume. It takes no space until it is written to."""
@@ -59,7 +69,11 @@ def create(
     with context.connect() as client, patience(f"Creating {pool}/{name}"):
         body: dict[str, Any] = {"name": name, "size": size, "policy": policy}
         if places:
-            body |= {"mirror": [{"node": node, "pool": there} for node, there in places], "quorum": quorum}
+            body |= {
+                "mirror": [{"node": node, "pool": there} for node, there in places],
+                "quorum": quorum,
+                "timeout_s": timeout_s,
+            }
         made = client.request("POST", "pools", pool, "volumes", body=body)
         uris = uris_of(client, made["name"])
     if output == "json":

@@ -199,7 +199,7 @@ class MemoryLegStore:
 
     def _apply(self, offset: int, length: int, data: bytes | None) -> None:
         assert not (offset | length) % BLOCK_BYTES, "a change of part of a block came to a store"
-        assert 0 <= offset and offset + length <= len(self.image), "a change beyond the end"
+        assert offset >= 0 and offset + length <= len(self.image), "a change beyond the end"
         self.image[offset : offset + length] = bytes(length) if data is None else data
         self._log.append((offset, length, data))
         for tracker in self.trackers.values():
@@ -281,7 +281,7 @@ class MemoryLegStore:
         await self._pause()
         self._usable()
         stop = min(offset + length, len(self.image))
-        found = []
+        found: list[tuple[int, int]] = []
         for at in range(offset // BLOCK_BYTES * BLOCK_BYTES, stop, BLOCK_BYTES):
             if any(self.image[at : at + BLOCK_BYTES]):
                 begin = max(at, offset)
@@ -384,7 +384,6 @@ class FakeLeg:
         self._out: deque[Callable[[], None]] = deque()
         self._back: deque[tuple[int, OSError | None]] = deque()
         self._owed: dict[int, tuple[Done, int, float]] = {}
-        self._failed: list[Done] = []
         self._keys = itertools.count()
         self._wake = trio.Event()
         self._calls: list[float] = []
@@ -434,9 +433,6 @@ class FakeLeg:
         finally:
             if self.failure is None:
                 self._fail(OSError(errno.ECANCELED, "the link was stopped"))
-            failed, self._failed = self._failed, []
-            for done in failed:
-                done(self.failure)
 
     async def _carry_back(self) -> None:
         while True:
@@ -463,7 +459,8 @@ class FakeLeg:
         if self.failure is not None:
             return
         self.failure = error
-        self._failed += [done for done, _, _ in self._owed.values()]
+        for done, _, _ in self._owed.values():
+            trio.lowlevel.current_trio_token().run_sync_soon(done, error)
         self._owed.clear()
         self.queued_bytes = 0
         self._inner.close()

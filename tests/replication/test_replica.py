@@ -107,7 +107,7 @@ async def place() -> AsyncIterator[Place]:
 
 
 def batch(sequence: int, *changes: Any) -> bytes:
-    return b"".join(wire.pack_batch(sequence, changes))
+    return b"".join(wire.pack_batch(sequence, changes, wire.Buffers()))
 
 
 def test_hello_tells_what_a_primary_must_know() -> None:
@@ -348,6 +348,10 @@ def test_a_stopped_replica_serves_nobody() -> None:
     run(body)
 
 
+HALF = batch(1, data(0, 1, 1 << 20))[: wire.HEAD_BYTES + wire.ENTRY_BYTES + wire.PIECE_BYTES]
+"""The first frame of a batch that needs more."""
+
+
 @pytest.mark.parametrize(
     ("raw", "says"),
     [
@@ -358,8 +362,14 @@ def test_a_stopped_replica_serves_nobody() -> None:
         (BEGIN + batch(1, data(1 << 40, 1)), "whole blocks only"),
         (BEGIN + batch(1, zeros(4096, 1 << 63)), "whole blocks only"),
         (BEGIN + pack(Type.FLUSH, 0), "without a cookie"),
-        (BEGIN + wire.pack_batch(1, [data(0, 1, 1 << 20)])[0] + pack(Type.FLUSH, 1), "in the middle of batch 1"),
-        (BEGIN + wire.pack_batch(1, [data(0, 1, 1 << 20)])[0] + batch(2, data(0, 1)), "in the middle of 1"),
+        (
+            BEGIN + HALF + pack(Type.FLUSH, 1),
+            "in the middle of batch 1",
+        ),
+        (
+            BEGIN + HALF + batch(2, data(0, 1)),
+            "in the middle of 1",
+        ),
         (pack(Type.PONG), "must not come from this side"),
         (b"GET / HTTP/1.0\r\n\r\n" + bytes(30), "no frame of a leg session"),
         (wire.HEAD.pack((wire.MAGIC + 1) << 32 | 14 << 16, 0, 0, 0), "version 2"),

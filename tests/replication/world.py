@@ -31,6 +31,7 @@ from tests.replication.fakes import FakeCluster, FakeLink, FakeNode, MemoryLegSt
 SECTOR = 512
 SIZE = 8 * EXTENT_BYTES
 TERM_SEQUENCES = 10**9
+FAULTS = ("cut", "stall", "long stall", "kill", "power", "full", "stuck", "primary", "quorum", "bad")
 REFUSALS = {errno.EIO, errno.ENOSPC, errno.ESTALE, errno.ESHUTDOWN, errno.ECONNRESET, errno.ETIMEDOUT, errno.ECANCELED}
 
 
@@ -244,7 +245,7 @@ class World:
         for _ in range(self.faults):
             await trio.sleep(rng.random() * 0.4)
             node = rng.choice(list(self.nodes.values()))
-            kind = rng.choice(("cut", "stall", "long stall", "kill", "power", "full", "stuck", "primary", "quorum", "bad"))
+            kind = rng.choice(FAULTS)
             self.counts[kind] += 1
             is_primary = node.info.node == "a"
             if kind == "cut" and not is_primary:
@@ -288,7 +289,7 @@ class World:
         return [node for node in self.nodes.values() if node.is_up and not node.link.is_cut]
 
     def may_lose(self, node: FakeNode) -> bool:
-        """A power cut at all legs in sync takes what wasn't flushed, as of a single disk: not what is looked for here."""
+        """Power cuts at all legs in sync take what wasn't flushed, as from a single disk: not looked for here."""
         return all(other.intact for other in self.nodes.values() if other is not node) and (
             node.info.id not in self.cluster.truth.in_sync
             or any(other != node.info.id for other in self.surely_in_sync())
@@ -302,8 +303,10 @@ class World:
         return found
 
     def safely_bad(self, node: FakeNode) -> bool:
-        return len(self.up()) == len(self.nodes) and len(self.cluster.truth.in_sync) == len(self.nodes) and not any(
-            other.store.bad for other in self.nodes.values()
+        return (
+            len(self.up()) == len(self.nodes)
+            and len(self.cluster.truth.in_sync) == len(self.nodes)
+            and not any(other.store.bad for other in self.nodes.values())
         )
 
     async def crash_primary(self, *, power: bool) -> None:
@@ -392,8 +395,9 @@ class World:
                         inner.start_soon(announce, mirror)
                         await mirror.run()
                         inner.cancel_scope.cancel()
-                except* OSError:
-                    pass
+                except* OSError as group:
+                    if mirror.started.is_set():
+                        raise ViolationError("the mirror ended by itself") from group
                 if mirror.ended.is_set():
                     raise ViolationError(f"deposed by nobody: {mirror.status().deposed}")
                 await trio.sleep(0.05)
@@ -425,14 +429,18 @@ class World:
         with trio.move_on_after(120) as scope:
             while True:
                 mirror = self.mirror
-                if mirror is not None and len(self.cluster.truth.in_sync) == len(self.nodes):
-                    if all(leg.state is LegState.UP_TO_DATE for leg in mirror.status().legs):
-                        await mirror.flush()
-                        for node in self.nodes.values():
-                            for block in sorted(node.store.bad):
-                                await mirror.heal(node.info.id, block, BLOCK_BYTES)
-                        await mirror.stop()
-                        break
+                whole = mirror is not None and len(self.cluster.truth.in_sync) == len(self.nodes)
+                if (
+                    mirror is not None
+                    and whole
+                    and all(m.state is LegState.UP_TO_DATE for m in mirror.members.values())
+                ):
+                    await mirror.flush()
+                    for node in self.nodes.values():
+                        for block in sorted(node.store.bad):
+                            await mirror.heal(node.info.id, block, BLOCK_BYTES)
+                    await mirror.stop()
+                    break
                 await trio.sleep(0.1)
         if scope.cancelled_caught:
             what = self.mirror.status() if self.mirror is not None else "no primary"

@@ -79,6 +79,7 @@ class FakeVolume:
         self.policy = DEFAULT
         self.policy_missing = False
         self.filling = False
+        self.mirror_record = b""
         self.path = path
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.ftruncate(self.fd, size_bytes)

@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from terrace.api import Api
 from terrace.cli.root import root
-from terrace.config import Config, ExportConfig, parse_config
+from terrace.config import Config, ExportConfig, PeerConfig, parse_config
 from terrace.sizes import parse_size
 from terrace.unitfiles import TARGETS
 
@@ -28,6 +28,8 @@ def test_the_configuration_page_has_every_key_with_its_default() -> None:
     sections = (
         config.nbd,
         config.nbd.tls,
+        config.node,
+        PeerConfig(address="HOST:10809"),
         ExportConfig(),
         config.pool,
         config.space,
@@ -98,7 +100,7 @@ def test_the_operating_page_names_every_file() -> None:
 
 def test_the_command_line_page_has_every_request() -> None:
     page = (DOCS / "cli.md").read_text()
-    app = cast(Any, Api(cast(Any, None), cast(Any, None), cast(Any, None), cast(Any, None)).app())._app
+    app = cast(Any, Api(*(cast(Any, None),) * 5).app())._app
     assert isinstance(app, Starlette)
     for route in app.routes:
         assert isinstance(route, Route)

@@ -268,10 +268,15 @@ def test_a_tracker_that_is_changed_in_place_is_saved_by_the_next_checkpoint_that
         home = await make_pool(tmp_path)
         async with Pool.open(home, settings=PoolSettings(checkpoint_interval_s=0.02)) as pool:
             volume = await pool.create_volume("v", GIB)
-            await pool.set_mirror(volume, b"r", {"a": extents((0, GIB))})
+            await pool.set_mirror(volume, b"r", {"a": extents((0, GIB)), "b": extents()})
             count = pool.status().checkpoints
             await trio.sleep(0.1)
             assert pool.status().checkpoints == count, "nothing is to be saved"
+            volume.trackers["b"].clear()
+            volume.trackers["b"].discard(0, GIB)
+            volume.trackers["b"] = extents()
+            await trio.sleep(0.1)
+            assert pool.status().checkpoints == count, "what was empty is empty"
             volume.trackers["a"].discard(0, MIB)
             while pool.status().checkpoints == count:
                 await trio.sleep(0.01)
@@ -298,6 +303,22 @@ def test_a_checkpoint_that_fails_is_told_and_loses_nothing(tmp_path: Path) -> No
             assert state(volume) == expected
         async with Pool.open(home, settings=QUIET) as pool:
             assert state(pool.volume("v")) == expected
+
+    run(body)
+
+
+def test_trackers_that_were_added_in_place_and_cannot_be_saved_fail_the_checkpoint_not_the_next_open(
+    tmp_path: Path,
+) -> None:
+    async def body() -> None:
+        home = await make_pool(tmp_path)
+        async with Pool.open(home, settings=QUIET) as pool:
+            volume = await pool.create_volume("v", GIB)
+            await pool.set_mirror(volume, b"r", {"a": extents((0, 1))})
+            volume.trackers["x" * 256] = extents()
+            assert (await refusal(pool.checkpoint)).errno == errno.EINVAL
+        async with Pool.open(home, settings=QUIET) as pool:
+            assert state(pool.volume("v")) == (b"r", {"a": [(0, EXTENT_BYTES)]})
 
     run(body)
 

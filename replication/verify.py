@@ -1,0 +1,199 @@
+"""Verify: compare the legs in sync while clients go on, and say which byte ranges differ.
+
+By checks, as the maps have them: nothing is read from disk, and what is compared is what was meant to be stored; each
+leg's scrub sees to it that it is. Or `full`: the data themselves are read from every leg, hashed with a secret seed
+(XXH3-128), and the hashes are compared, a mebibyte at a time.
+
+Legs differ for a moment wherever a batch is in flight. So what differs is looked at again by single extents, with their
+writers waiting and nothing in flight there; only what differs then is reported. With `repair` the block of the first
+leg, which is the one that reads come from, is written to the others.
+"""
+
+from __future__ import annotations
+
+import errno
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import trio
+import xxhash
+
+from replication.inflight import EXTENT_SHIFT
+from replication.leg import BLOCK_BYTES, EXTENT_BYTES, Leg
+from replication.reconcile import PIECE_BYTES, ungrouped
+from replication.resync import COMPARE_BYTES
+
+if TYPE_CHECKING:
+    from replication.mirror import Member, Mirror
+
+MAX_RANGES: Final = 10_000
+"""A report names so many ranges a leg; it counts all bytes."""
+
+
+@dataclass
+class VerifyReport:
+    """What was found; also while it is under way."""
+
+    total_bytes: int = 0
+    done_bytes: int = 0
+    differing: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    """By leg id: (offset, length) of what isn't as on the first leg, in order."""
+    differing_bytes: int = 0
+    unreadable: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    """By leg id: what `full` couldn't read."""
+    repaired_bytes: int = 0
+    compared: tuple[str, ...] = ()
+    """Ids of the legs, the first one first."""
+    finished: bool = False
+
+    @property
+    def equal(self) -> bool:
+        """Whether all that was compared is the same everywhere and can be read."""
+        return not self.differing_bytes and not self.unreadable
+
+
+async def verify(
+    mirror: Mirror,
+    *,
+    full: bool = False,
+    repair: bool = False,
+    rate_bytes_s: float | None = None,
+    report: VerifyReport | None = None,
+) -> VerifyReport:
+    """Compare all legs in sync. `report` is filled while it goes on, for who shows progress.
+
+    Raises OSError ENOTCONN when fewer than two legs are in sync, or no longer are.
+    """
+    report = report if report is not None else VerifyReport()
+    report.total_bytes = mirror.size_bytes
+    seed = secrets.randbits(64)
+    members = _members(mirror)
+    report.compared = tuple(member.info.id for member in members)
+    async for offset, length in _pieces(mirror, full):
+        began = trio.current_time()
+        if _members(mirror) != members:
+            raise OSError(errno.ENOTCONN, f"{mirror.name}: the legs in sync have changed; verify again")
+        for at in await _suspects(members, offset, length, seed if full else None):
+            await _judge(mirror, members, at, min(EXTENT_BYTES, mirror.size_bytes - at), report, full, repair)
+        report.done_bytes = min(offset + length, report.total_bytes)
+        if rate_bytes_s is not None:
+            await trio.sleep_until(began + length / rate_bytes_s)
+    report.done_bytes = report.total_bytes
+    report.finished = True
+    return report
+
+
+def _members(mirror: Mirror) -> list[Member]:
+    members = mirror.readable()
+    if len(members) < 2:
+        raise OSError(errno.ENOTCONN, f"{mirror.name}: there are no two legs in sync to compare")
+    return members
+
+
+def _leg(member: Member) -> Leg:
+    if member.leg is None:
+        raise OSError(errno.ENOTCONN, f"the leg on {member.info.node} is gone; verify again")
+    return member.leg
+
+
+async def _pieces(mirror: Mirror, full: bool) -> AsyncIterator[tuple[int, int]]:
+    step = PIECE_BYTES if full else COMPARE_BYTES
+    offset = 0
+    while offset < mirror.size_bytes:
+        yield offset, min(step, mirror.size_bytes - offset)
+        offset += step
+        await trio.lowlevel.checkpoint()
+
+
+async def _suspects(members: list[Member], offset: int, length: int, seed: int | None) -> list[int]:
+    """Offsets of extents in which legs differ now, or one can't be read."""
+    found: dict[str, list[bytes]] = {}
+
+    async def ask(member: Member) -> None:
+        found[member.info.id] = await _fingerprints(_leg(member), offset, length, seed)
+
+    with ungrouped():
+        async with trio.open_nursery() as nursery:
+            for member in members:
+                nursery.start_soon(ask, member)
+    first, *others = found.values()
+    if all(other == first and b"" not in first for other in others):
+        return []
+    extents = (offset >> EXTENT_SHIFT, (offset + length - 1 >> EXTENT_SHIFT) + 1)
+    return [
+        extent << EXTENT_SHIFT
+        for index, extent in enumerate(range(*extents))
+        if first[index] == b"" or any(other[index] != first[index] for other in others)
+    ]
+
+
+async def _fingerprints(leg: Leg, offset: int, length: int, seed: int | None) -> list[bytes]:
+    """One for each extent; empty if it can't be read. `offset` is at an extent's beginning."""
+    if seed is None:
+        checks = await leg.checks(offset, length)
+        step = EXTENT_BYTES // BLOCK_BYTES * 8
+        return [checks[at : at + step] for at in range(0, len(checks), step)]
+    data = memoryview(bytearray(length))
+    try:
+        await leg.read(offset, length, data)
+    except OSError:
+        if leg.failure is not None:
+            raise
+        return [b""] * -(-length // EXTENT_BYTES)
+    return [xxhash.xxh3_128_digest(data[at : at + EXTENT_BYTES], seed) for at in range(0, length, EXTENT_BYTES)]
+
+
+async def _judge(
+    mirror: Mirror, members: list[Member], offset: int, length: int, report: VerifyReport, full: bool, repair: bool
+) -> None:
+    """With the extent's writers waiting: what differs now does."""
+    async with mirror.locks.holding(offset, length):
+        await mirror.inflight.settle(offset, length)
+        first, *others = members
+        blocks = range(offset, offset + length, BLOCK_BYTES)
+        sides: dict[str, list[bytes]] = {}
+        for member in members:
+            if full:
+                sides[member.info.id] = [await _block(_leg(member), at, report, member) for at in blocks]
+            else:
+                checks = await _leg(member).checks(offset, length)
+                sides[member.info.id] = [checks[at : at + 8] for at in range(0, len(checks), 8)]
+        truth = sides[first.info.id]
+        for member in others:
+            for index, at in enumerate(blocks):
+                if not truth[index] or sides[member.info.id][index] in (truth[index], b""):
+                    continue
+                report.differing_bytes += BLOCK_BYTES
+                _add(report.differing, member.info.id, at)
+                if repair:
+                    data = memoryview(bytearray(BLOCK_BYTES))
+                    await _leg(first).read(at, BLOCK_BYTES, data)
+                    if await mirror.copy_to(member, at, data):
+                        report.repaired_bytes += BLOCK_BYTES
+    if repair:
+        for leg_id, ranges in report.unreadable.items():
+            for at, size in ranges:
+                if offset <= at < offset + length:
+                    report.repaired_bytes += BLOCK_BYTES * await mirror.heal(leg_id, at, size)
+
+
+async def _block(leg: Leg, offset: int, report: VerifyReport, member: Member) -> bytes:
+    data = memoryview(bytearray(BLOCK_BYTES))
+    try:
+        await leg.read(offset, BLOCK_BYTES, data)
+    except OSError:
+        if leg.failure is not None:
+            raise
+        _add(report.unreadable, member.info.id, offset)
+        return b""
+    return bytes(data)
+
+
+def _add(ranges: dict[str, list[tuple[int, int]]], leg_id: str, offset: int) -> None:
+    found = ranges.setdefault(leg_id, [])
+    if found and sum(found[-1]) == offset:
+        found[-1] = found[-1][0], found[-1][1] + BLOCK_BYTES
+    elif len(found) < MAX_RANGES:
+        found.append((offset, BLOCK_BYTES))

@@ -1,0 +1,46 @@
+"""Mirrors that are wrong on purpose, each in one rule: the random runs must notice every one of them."""
+
+from __future__ import annotations
+
+from replication.inflight import InFlight
+from replication.localleg import LocalLeg
+from replication.mirror import Mirror
+from replication.resync import Resync
+from tests.replication.fakes import FakeKeeper
+from tests.simulation.mutants import Plant, _instead
+
+MUTANTS: dict[str, Plant] = {
+    "acknowledges before a record without the leg counts": _instead(
+        Mirror, "_completed", "elif self._excluding:", "elif False:"
+    ),
+    "goes on writing while a leg is being excluded": _instead(
+        Mirror, "_change", "self._lost or self._excluding or", "self._lost or"
+    ),
+    "resync ignores what was touched": _instead(Resync, "_copy", "if watch.touched:", "if False:"),
+    "resync reads while older batches are in flight": _instead(
+        Resync, "_copy", "await site.inflight.settle(offset, length)", "pass"
+    ),
+    "resync doesn't wait for batches that the leg didn't get": _instead(
+        Resync, "run", "await self._site.inflight.settle_all()", "pass"
+    ),
+    "reads don't wait": _instead(InFlight, "settle", "extents_of(offset, length)", "0, 0"),
+    "extents leave the tracker before the flush": _instead(Resync, "_flush", "await self._target.flush()", "pass"),
+    "what was written recently is forgotten when a leg is excluded": _instead(
+        FakeKeeper, "accept", "missing.update(trackers[RECENT])", "pass", "missing.update(trackers[RECENT_OLD])", "pass"
+    ),
+    "what a leg may lose while it is brought up to date is forgotten": _instead(
+        Mirror, "_drop", "self._remember(member)", "pass"
+    ),
+    "legs aren't reconciled at the start": _instead(
+        Mirror, "_begin", "self._sequence = await reconcile(source, others, self._sequence, self.size_bytes)", "pass"
+    ),
+    "recent is forgotten though a leg hasn't flushed": _instead(
+        LocalLeg, "flushed_by_all", "self._rotated_at <= sequence", "True"
+    ),
+    "parts of blocks are merged without a lock": _instead(
+        Mirror, "_merge", "async with self.locks.holding(start, stop - start):", "if True:"
+    ),
+    "a batch of before the last leg was lost is acknowledged": _instead(
+        Mirror, "_completed", "if batch.doomed is not None:", "if False:"
+    ),
+}

@@ -1,0 +1,157 @@
+"""What a mirror's state is, and one paragraph that says why and what would change it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from replication.cluster import VoterState
+from replication.explain import Explanation, Facts, Progress, explain, may_drain
+from replication.leg import LegState, MirrorState
+from replication.membership import LegInfo, Membership, Options, Term
+from replication.promotion import SplitBrain
+from tests.replication.stores import first_record
+
+AB, ABT = first_record("ab"), first_record("ab", diskless="t")
+ALONE = AB.next_epoch(in_sync=frozenset("a"))
+
+
+def facts(record: Membership, **more: object) -> Facts:
+    return dataclasses.replace(Facts("fast/vol", record), **more)  # type: ignore[arg-type]
+
+
+def said(record: Membership, *nodes: str, **more: object) -> dict[str, VoterState]:
+    states = {node: VoterState(node, record.term, record) for node in nodes}
+    return {node: dataclasses.replace(state, **more) for node, state in states.items()}  # type: ignore[arg-type]
+
+
+def legs_of(found: Explanation) -> list[LegState]:
+    return [found.legs[leg_id] for leg_id in sorted(found.legs)]
+
+
+def test_healthy() -> None:
+    found = explain(facts(AB, serving=True, connected=frozenset("ab"), voters=said(AB, "a", "b")))
+    assert found.state is MirrorState.ONLINE and legs_of(found) == [LegState.UP_TO_DATE] * 2
+    assert found.paragraph == "fast/vol is Online: node a is primary, and all 2 legs have every acknowledged write."
+    # As the other node sees it.
+    voters = said(AB, "b") | said(AB, "a", primary_here=True)
+    assert explain(facts(AB, voters=voters)).paragraph == found.paragraph
+
+
+def test_a_leg_that_is_away() -> None:
+    found = explain(
+        facts(
+            ALONE, serving=True, connected=frozenset("a"), unheard={"b": "no route to host"}, away_s={"b": 300.0},
+            voters=said(ALONE, "a"),
+        )
+    )  # fmt: skip
+    assert found.state is MirrorState.DEGRADED and legs_of(found) == [LegState.UP_TO_DATE, LegState.OFFLINE]
+    assert found.paragraph == (
+        "fast/vol is Degraded: node a is primary, and 1 of 2 legs have every acknowledged write. The leg on node b has "
+        "been out of reach for 5 min (no route to host); it misses writes, and is resynced when it is back."
+    )
+    stale = explain(facts(ALONE, serving=True, connected=frozenset("ab"), away_s={"b": 3.0}))
+    assert stale.legs["b"] is LegState.STALE and "misses writes for 3 s; it is resynced when" in stale.paragraph
+
+
+@pytest.mark.parametrize(
+    ("progress", "sentence"),
+    [
+        (Progress(25, 100, 90.0), "25 %, done in about 90 s."),
+        (Progress(0, 100), "0 %, just begun."),
+        (Progress(50, 100, 7.0, stalled_s=200.0), "50 %, without progress for 3 min."),
+    ],
+)
+def test_a_resync(progress: Progress, sentence: str) -> None:
+    found = explain(facts(ALONE, serving=True, connected=frozenset("ab"), progress={"b": progress}))
+    assert found.legs["b"] is LegState.SYNCING and found.state is MirrorState.DEGRADED
+    assert found.paragraph.endswith(f"The leg on node b is in resync: {sentence}")
+
+
+def test_unproven() -> None:
+    found = explain(facts(AB, voters=said(AB, "b"), unheard={"a": "no route to host"}))
+    assert found.state is MirrorState.FAULTED and legs_of(found) == [LegState.OFFLINE, LegState.UNPROVEN]
+    assert found.paragraph == (
+        "fast/vol is Faulted: its primary, node a, doesn't serve it. Whether b has every acknowledged write can't be "
+        "proven without a: start a or mend the way there, or `mirror promote --force`, which may lose writes. The leg "
+        "on node a has been out of reach (no route to host)."
+    )
+    heard = explain(facts(AB, voters=said(AB, "a", "b")))
+    assert "`mirror promote` on one of them makes it primary" in heard.paragraph
+    weak = explain(facts(AB, voters=said(AB, "a", "b", intact=False, recent_bytes=4096)))
+    assert "The leg on node b may have lost some of the last 4096 bytes" in weak.paragraph
+
+
+def test_a_split_brain_names_both_histories_and_what_decides_it() -> None:
+    sentence = "split brain: node a has 1.1, and node b has 2.0; `mirror resync --discard a`"
+    refused = explain(facts(AB, voters=said(AB, "a", "b"), decision=SplitBrain((), (), "a", sentence)))
+    assert refused.state is MirrorState.FAULTED and f"Faulted: {sentence}." in refused.paragraph
+    served = explain(facts(ALONE, serving=True, connected=frozenset("ab"), split={"b": sentence}))
+    assert served.legs["b"] is LegState.STALE and f"The leg on node b is left out: {sentence}." in served.paragraph
+
+
+def test_below_quorum() -> None:
+    found = explain(
+        facts(
+            ABT, serving=True, connected=frozenset("a"), suspended="its lease has ended", voters=said(ABT, "a"),
+            unheard={"b": "silent", "t": "silent"},
+        )
+    )  # fmt: skip
+    assert found.state is MirrorState.FAULTED
+    assert found.paragraph.startswith(
+        "fast/vol is Faulted: its primary, node a, lets writes wait, since its lease has ended. It goes on when 1 more "
+        "of b or t can be heard (1 of 3 voters are)."
+    )
+    failing = dataclasses.replace(ABT, options=Options(below_quorum="fail"))
+    assert "lets writes fail" in explain(facts(failing, serving=True, suspended="x")).paragraph
+    away = explain(facts(ABT, voters=said(ABT, "b"), unheard={"a": "silent", "t": "silent"}))
+    assert "Below quorum: It goes on when 1 more of a or t can be heard" in away.paragraph
+    assert "a majority of the voters can be heard" in explain(facts(ABT, voters=said(ABT, "b", "t"))).paragraph.lower()
+
+
+def test_inconsistent() -> None:
+    found = explain(facts(ALONE, serving=True, connected=frozenset("ab"), voters=said(ALONE, "b", inconsistent=True)))
+    assert found.legs["b"] is LegState.STALE
+    assert "is inconsistent: its resync was interrupted, and it is no state that the volume ever had" in found.paragraph
+
+
+def test_deposed() -> None:
+    found = explain(facts(AB, voters=said(AB, "a"), deposed=Term(4, "4" * 16)))
+    assert found.state is MirrorState.FAULTED
+    assert found.paragraph.startswith(
+        "fast/vol is Faulted here: this node was primary until term 4 was promised to another. Nothing that it "
+        "acknowledged is lost by that; `mirror list` on node b says who is primary now."
+    )
+
+
+def test_demoted_says_who_holds_the_token() -> None:
+    demoted = AB.next_epoch(primary=None, token="b")
+    found = explain(facts(demoted, voters=said(demoted, "a", "b")))
+    assert legs_of(found) == [LegState.UP_TO_DATE] * 2
+    assert found.paragraph == (
+        "fast/vol is Faulted: it was demoted cleanly, so nothing is in doubt, and no node exports it. Node b holds the "
+        "token: `mirror promote` there works without the others. Any other node must hear a and b first."
+    )
+    nobody = explain(facts(AB.next_epoch(primary=None), voters=said(AB, "a", "b")))
+    assert "No node holds a token: `mirror promote` must hear a and b." in nobody.paragraph
+    majority = explain(facts(ABT.next_epoch(primary=None), voters=said(ABT, "a", "b")))
+    assert "`mirror promote` on a node with a leg in sync makes it primary." in majority.paragraph
+
+
+def test_an_nbd_leg_is_called_by_its_address() -> None:
+    record = dataclasses.replace(ALONE, legs=(AB.legs[0], LegInfo("b", "a", "nbd://host/disk", "nbd")))
+    found = explain(facts(record, serving=True, connected=frozenset("a")))
+    assert "The leg nbd://host/disk has been out of reach" in found.paragraph
+
+
+def test_a_node_with_the_last_good_leg_is_not_drained() -> None:
+    good, syncing, stale = LegState.UP_TO_DATE, LegState.SYNCING, LegState.STALE
+    assert may_drain("a", {"fast/vol": (AB, {"a": good, "b": good})}) is None
+    assert may_drain("b", {"fast/vol": (ALONE, {"a": good, "b": syncing})}) is None
+    assert may_drain("a", {"p/1": (ALONE, {"a": good, "b": syncing}), "p/2": (AB, {"a": good, "b": good})}) == (
+        "node a can't be drained: p/1 (its only leg that is up to date; b is in resync) would be left without data. "
+        "Wait for a resync (`mirror list`), or add a leg elsewhere"
+    )
+    unproven = may_drain("a", {"p/1": (AB, {"a": LegState.UNPROVEN, "b": stale})})
+    assert unproven is not None and "the one here may have all writes" in unproven

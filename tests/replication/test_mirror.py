@@ -1,0 +1,427 @@
+"""The mirror's rules, one by one."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import pytest
+import trio
+
+from nbd.wire import STATE_HOLE, STATE_ZERO
+from replication.leg import BLOCK_BYTES, EXTENT_BYTES, LegState, MirrorState
+from replication.localleg import missing_tracker
+from replication.mirror import MirrorSettings
+from replication.reconcile import choose_source
+from tests.replication.fakes import FakeKeeper, trackers_matching
+from tests.replication.rig import SIZE, TERM, Rig, Told, run, with_options
+
+
+def block(value: int, blocks: int = 1) -> memoryview:
+    return memoryview(bytes([value]) * (BLOCK_BYTES * blocks))
+
+
+async def read(rig: Rig, offset: int, length: int) -> bytes:
+    into = memoryview(bytearray(length))
+    if not rig.mirror.read_now(offset, length, into):
+        await rig.mirror.read(offset, length, into)
+    return bytes(into)
+
+
+def test_a_write_is_acknowledged_when_every_leg_has_it_and_not_before() -> None:
+    async def body() -> None:
+        rig = Rig(3)
+        async with rig.running() as mirror:
+            rig.nodes["c"].link.stall()
+            told = Told()
+            assert mirror.write_later([(0, block(1)), (BLOCK_BYTES, block(2))], told)
+            assert told.outcomes == []
+            await rig.until(lambda: rig.store("b").image[0] == 1)
+            await trio.sleep(0.1)
+            assert told.outcomes == []
+            rig.nodes["c"].link.resume()
+            await rig.until(lambda: bool(told.outcomes))
+            assert told.outcomes == [None]
+            assert all(rig.store(node).image[BLOCK_BYTES] == 2 for node in "abc")
+
+    run(body)
+
+
+def test_a_read_that_overlaps_a_write_in_flight_waits_for_it() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            rig.nodes["b"].link.stall()
+            assert mirror.write_later([(0, block(1))], Told())
+            into = memoryview(bytearray(BLOCK_BYTES))
+            assert not mirror.read_now(EXTENT_BYTES - BLOCK_BYTES, BLOCK_BYTES, into)
+            assert mirror.read_now(EXTENT_BYTES, BLOCK_BYTES, into)
+            with trio.move_on_after(0.3) as scope:
+                await mirror.read(0, BLOCK_BYTES, into)
+            assert scope.cancelled_caught
+            rig.nodes["b"].link.resume()
+            assert await read(rig, 0, BLOCK_BYTES) == bytes(block(1))
+
+    run(body)
+
+
+def test_parts_of_blocks_are_merged_and_two_writers_of_one_block_lose_nothing() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            await mirror.write(0, block(9, 40))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(mirror.write, 100, b"a" * 100)
+                nursery.start_soon(mirror.write, 200, b"b" * 100)
+                nursery.start_soon(mirror.write, 4000, b"c" * 70_000)
+            expected = bytearray(block(9, 40))
+            expected[100:300] = b"a" * 100 + b"b" * 100
+            expected[4000:74_000] = b"c" * 70_000
+            assert await read(rig, 0, len(expected)) == expected
+            assert rig.store("a").image == rig.store("b").image
+
+    run(body)
+
+
+def test_zeros_and_trims_are_on_every_leg_and_partial_blocks_of_a_trim_stay() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            await mirror.write(0, block(9, 32))
+            await mirror.trim(100, 2 * BLOCK_BYTES)
+            await mirror.write_zeroes(8 * BLOCK_BYTES + 5, 3 * BLOCK_BYTES, no_hole=False, fast=True)
+            await mirror.write_zeroes(20 * BLOCK_BYTES + 5, 10, no_hole=True, fast=False)
+            expected = bytearray(block(9, 32))
+            expected[BLOCK_BYTES : 2 * BLOCK_BYTES] = bytes(BLOCK_BYTES)
+            expected[8 * BLOCK_BYTES + 5 : 11 * BLOCK_BYTES + 5] = bytes(3 * BLOCK_BYTES)
+            expected[20 * BLOCK_BYTES + 5 : 20 * BLOCK_BYTES + 15] = bytes(10)
+            assert await read(rig, 0, len(expected)) == expected
+            assert rig.store("a").image == rig.store("b").image
+            with pytest.raises(OSError, match="no faster") as refused:
+                await mirror.write_zeroes(0, BLOCK_BYTES, no_hole=True, fast=True)
+            assert refused.value.errno == errno.ENOTSUP
+            assert await mirror.extents(0, 4 * BLOCK_BYTES, 9) == [
+                (BLOCK_BYTES, 0), (BLOCK_BYTES, STATE_HOLE | STATE_ZERO), (2 * BLOCK_BYTES, 0),
+            ]  # fmt: skip
+            told = Told()
+            assert mirror.trim_later([(0, SIZE)], told)
+            await rig.until(lambda: bool(told.outcomes))
+            assert not any(rig.store("b").image)
+
+    run(body)
+
+
+def test_a_silent_leg_is_excluded_by_a_record_before_what_it_misses_is_acknowledged() -> None:
+    async def body() -> None:
+        rig = Rig(3)
+        async with rig.running() as mirror:
+            rig.nodes["c"].link.stall()
+            rig.cluster.quorum = False
+            began = trio.current_time()
+            told = Told()
+            assert mirror.write_later([(0, block(1))], told)
+            await rig.until(lambda: rig.state("c") is LegState.OFFLINE)
+            assert trio.current_time() - began < 1.2
+            await trio.sleep(3)
+            assert told.outcomes == [], "acknowledged without a record"
+            assert not mirror.write_later([(0, block(1))], Told())
+            assert mirror.status().waiting == "a record without the leg on c doesn't count yet"
+            rig.cluster.quorum = True
+            await rig.until(lambda: bool(told.outcomes))
+            assert told.outcomes == [None]
+            assert rig.cluster.truth.in_sync == {"lega", "legb"}
+            for node in "ab":
+                assert trackers_matching(rig.store(node), missing_tracker("legc")) == {0}
+            await rig.until(lambda: rig.state("c") is LegState.STALE)
+            assert mirror.status().state is MirrorState.DEGRADED
+            rig.nodes["c"].link.mend()
+            await rig.whole()
+            assert rig.store("c").image[0] == 1
+
+    run(body)
+
+
+def test_below_quorum_writes_fail_where_the_mirror_says_so() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        with_options(rig, below_quorum="fail")
+        async with rig.running() as mirror:
+            rig.cluster.quorum = False
+            rig.nodes["b"].link.cut()
+            with pytest.raises(OSError, match="below quorum") as failed:
+                await mirror.write(0, block(1))
+            assert failed.value.errno == errno.EIO
+            rig.cluster.quorum = True
+            rig.nodes["b"].link.mend()
+            await rig.whole()
+            await mirror.write(0, block(2))
+            assert rig.store("b").image[0] == 2
+
+    run(body)
+
+
+def test_a_primary_whose_record_is_refused_is_deposed_and_everything_fails_with_estale() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            rig.nodes["b"].link.stall()
+            told = Told()
+            assert mirror.write_later([(0, block(1))], told)
+            rig.cluster.truth = rig.record.next_term(type(TERM)(9, "9" * 16), "b", frozenset({"legb"}))
+            await mirror.ended.wait()
+            await rig.until(lambda: bool(told.outcomes))
+            assert told.outcomes[0] is not None and told.outcomes[0].errno == errno.ESTALE
+            for refused in (mirror.write(0, block(1)), mirror.flush(), read(rig, 0, 512)):
+                with pytest.raises(OSError, match="not the primary any more") as failed:
+                    await refused
+                assert failed.value.errno == errno.ESTALE
+            with pytest.raises(OSError, match="not the primary any more"):
+                mirror.write_later([(0, block(1))], Told())
+
+    run(body)
+
+
+def test_a_promise_on_the_primarys_own_node_ends_it_at_once() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            await rig.nodes["a"].keeper.promise(type(TERM)(9, "9" * 16))
+            told = Told()
+            if mirror.write_later([(0, block(1))], told):
+                await rig.until(lambda: bool(told.outcomes))
+                assert told.outcomes[0] is not None
+            await mirror.ended.wait()
+
+    run(body)
+
+
+def test_what_a_leg_may_have_queued_is_bounded() -> None:
+    async def body() -> None:
+        rig = Rig(2, settings=MirrorSettings(queue_bytes=64 << 10))
+        async with rig.running() as mirror:
+            rig.nodes["b"].link.stall()
+            told = Told()
+            assert mirror.write_later([(0, block(1, 16))], told)
+            assert not mirror.write_later([(0, block(2))], told)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(mirror.write, 0, block(3))
+                await trio.sleep(0.1)
+                assert rig.store("a").image[0] == 1
+                rig.nodes["b"].link.resume()
+            assert told.outcomes == [None]
+            assert rig.store("b").image[0] == 3
+
+    run(body)
+
+
+def test_when_the_last_leg_fails_its_error_is_the_clients_and_the_mirror_begins_anew() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            rig.nodes["b"].link.cut()
+            await mirror.write(0, block(1))
+            rig.store("a").failing = OSError(errno.ENOSPC, "the pool is full")
+            with pytest.raises(OSError, match="the pool is full") as failed:
+                await mirror.write(0, block(2))
+            assert failed.value.errno == errno.ENOSPC
+            rig.store("a").failing = None
+            await mirror.write(0, block(3))
+            assert await read(rig, 0, BLOCK_BYTES) == bytes(block(3))
+            rig.nodes["b"].link.mend()
+            await rig.whole()
+            assert rig.store("b").image == rig.store("a").image
+
+    run(body)
+
+
+def test_a_flush_reaches_every_leg_and_a_common_one_comes_by_itself() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            before = [rig.store(node).flushes for node in "ab"]
+            await mirror.flush()
+            assert all(rig.store(node).flushes > was for node, was in zip("ab", before, strict=True))
+            await mirror.write(0, block(1))
+            assert trackers_matching(rig.store("a"), "recent*") == {0}
+            await trio.sleep(4)
+            for node in "ab":
+                assert trackers_matching(rig.store(node), "recent*") == set()
+                lost = rig.store(node).power_cut()
+                assert lost == 0 and rig.store(node).image[0] == 1
+
+    run(body)
+
+
+def test_recent_is_forgotten_after_some_common_flushes_though_clients_write_all_the_time() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            for number in range(80):
+                await mirror.write(number % 64 * EXTENT_BYTES, block(1))
+                await trio.sleep(0.1)
+            for node in "ab":
+                assert 0 < len(trackers_matching(rig.store(node), "recent*")) <= 32
+
+    run(body)
+
+
+def test_without_a_local_leg_reads_come_from_the_nearest() -> None:
+    async def body() -> None:
+        rig = Rig(3, diskless=True)
+        rig.nodes["b"].link.delay_s, rig.nodes["c"].link.delay_s, rig.nodes["d"].link.delay_s = 0.03, 0.001, 0.02
+        async with rig.running() as mirror:
+            await mirror.write(0, block(1))
+            for _ in range(20):
+                assert await read(rig, 0, BLOCK_BYTES) == bytes(block(1))
+            reads = {leg.info.node: leg.counters.reads for leg in mirror.status().legs}
+            assert reads == {"b": 1, "c": 18, "d": 1}
+
+    run(body)
+
+
+def test_a_local_leg_that_isnt_in_sync_is_not_read() -> None:
+    async def body() -> None:
+        rig = Rig(2, in_sync=["legb"])
+        rig.store("b").image[:5] = b"truth"
+        rig.known = False
+        async with rig.running():
+            assert await read(rig, 0, 5) == b"truth"
+            await rig.whole()
+            assert rig.store("a").image[:5] == b"truth"
+
+    run(body)
+
+
+def test_nothing_is_read_or_written_without_the_lease() -> None:
+    async def body() -> None:
+        serving = True
+        again = trio.Event()
+        rig = Rig(2, may_serve=lambda: serving, until_may_serve=lambda: again.wait())
+        async with rig.running() as mirror:
+            await mirror.write(0, block(1))
+            serving = False
+            into = memoryview(bytearray(BLOCK_BYTES))
+            assert not mirror.read_now(0, BLOCK_BYTES, into)
+            assert not mirror.write_later([(0, block(2))], Told())
+            with trio.move_on_after(1) as scope:
+                await mirror.read(0, BLOCK_BYTES, into)
+            assert scope.cancelled_caught
+            serving = True
+            again.set()
+            await mirror.read(0, BLOCK_BYTES, into)
+            assert into == block(1)
+
+    run(body)
+
+
+def test_a_snapshot_is_taken_at_the_same_place_in_the_order_on_every_leg() -> None:
+    async def body() -> None:
+        rig = Rig(3)
+        rig.nodes["b"].link.delay_s = 0.01
+        async with rig.running() as mirror:
+            stop = False
+
+            async def write() -> None:
+                for number in range(10_000):
+                    if stop:
+                        return
+                    await mirror.write(number % 16 * BLOCK_BYTES, block(number % 251))
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(write)
+                nursery.start_soon(write)
+                await trio.sleep(0.2)
+                await mirror.snapshot("one")
+                await trio.sleep(0.2)
+                stop = True
+            first, second, third = (rig.store(node).snapshots["one"] for node in "abc")
+            assert first == second == third
+            assert any(first)
+            with pytest.raises(OSError, match="already"):
+                await mirror.snapshot("one")
+            assert mirror.status().state is MirrorState.ONLINE, "what fails on all legs excludes none"
+            rig.store("c").snapshots["two"] = b""
+            await mirror.snapshot("two")
+            assert "legc" not in rig.cluster.truth.in_sync or rig.state("c") is not LegState.UP_TO_DATE
+
+    run(body)
+
+
+def test_a_resize_is_on_every_leg_and_in_the_record() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            for size in (SIZE * 2, SIZE // 2):
+                await mirror.resize(size)
+                assert mirror.size_bytes == rig.cluster.truth.size_bytes == size
+                assert [rig.store(node).size_bytes for node in "ab"] == [size, size]
+
+    run(body)
+
+
+def test_a_block_that_one_leg_cant_read_is_answered_by_another_and_written_anew() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            await mirror.write(0, block(5, 16))
+            rig.store("a").bad = {BLOCK_BYTES, 7 * BLOCK_BYTES}
+            assert await read(rig, 0, 16 * BLOCK_BYTES) == bytes(block(5, 16))
+            await rig.until(lambda: not rig.store("a").bad)
+            assert mirror.status().healed_blocks == 2
+            assert mirror.members["lega"].counters.read_errors == 1
+            rig.store("a").bad = rig.store("b").bad = {0}
+            with pytest.raises(OSError, match="no leg can read") as failed:
+                await read(rig, 0, BLOCK_BYTES)
+            assert failed.value.errno == errno.EIO
+            assert mirror.status().state is MirrorState.ONLINE
+
+    run(body)
+
+
+def test_legs_that_differ_after_a_crash_are_equal_before_anything_is_served() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        for node in "ab":
+            rig.nodes[node].keeper = FakeKeeper(rig.store(node), f"leg{node}")
+            await rig.nodes[node].keeper.accept(rig.record)
+        rig.store("a").write_now([(0, block(1))])
+        rig.store("b").write_now([(9 * EXTENT_BYTES, block(2))])
+        async with rig.running():
+            assert rig.store("a").image == rig.store("b").image
+            assert rig.store("b").image[0] == 1
+            assert trackers_matching(rig.store("a"), "recent*") == set()
+
+    run(body)
+
+
+def test_the_source_has_every_acknowledged_write_or_the_mirror_doesnt_start() -> None:
+    class Named:
+        def __init__(self, name: str, is_local: bool) -> None:
+            self.info = type("Info", (), {"id": name, "node": name})()
+            self.is_local = is_local
+
+    here: Any
+    there: Any
+    here, there = Named("b", True), Named("a", False)
+    legs: list[Any] = [there, here]
+    assert choose_source(legs, frozenset("ab"), all_heard=False) is here
+    assert choose_source(legs, frozenset("a"), all_heard=True) is there
+    assert choose_source(legs, frozenset(), all_heard=True) is here
+    with pytest.raises(OSError, match="may lack acknowledged writes") as unproven:
+        choose_source(legs, frozenset(), all_heard=False)
+    assert unproven.value.errno == errno.ENODATA
+
+
+def test_after_a_clean_demotion_nothing_is_remembered_and_the_record_names_the_next() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            await mirror.write(0, block(1))
+            await mirror.demote("b")
+            assert rig.cluster.truth.primary is None and rig.cluster.truth.token == "b"
+            for node in "ab":
+                assert trackers_matching(rig.store(node), "*") == set()
+            with pytest.raises(OSError, match="demoted"):
+                await mirror.write(0, block(2))
+
+    run(body)

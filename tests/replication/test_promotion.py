@@ -1,0 +1,247 @@
+"""What may be done with what was heard, and what is said when it isn't enough."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+from collections.abc import Awaitable, Callable
+
+import pytest
+import trio
+import trio.testing
+
+from replication.cluster import VoterState
+from replication.lineage import Relation
+from replication.membership import MAX_HISTORY, Membership, Options, Term, decode, encode
+from replication.promotion import (
+    Forced,
+    Promote,
+    Refused,
+    SplitBrain,
+    decide,
+    demote,
+    is_rejoin_allowed,
+    new_term,
+    promote,
+)
+from tests.replication.nodes import Nodes
+from tests.replication.stores import MIRROR, first_record
+
+TERM_2, TERM_3 = Term(2, "2" * 16), Term(3, "3" * 16)
+AB, ABT = first_record("ab"), first_record("ab", diskless="t")
+
+
+def said(node: str, record: Membership | None, **more: object) -> VoterState:
+    return dataclasses.replace(VoterState(node, record.term if record else None, record), **more)  # type: ignore[arg-type]
+
+
+def heard(*states: VoterState) -> dict[str, VoterState]:
+    return {state.node: state for state in states}
+
+
+def silent(*nodes: str) -> dict[str, str]:
+    return dict.fromkeys(nodes, "no route to host")
+
+
+def test_all_that_were_in_sync_must_be_heard() -> None:
+    decision = decide("b", TERM_2, heard(said("b", AB)), silent("a"))
+    assert isinstance(decision, Refused) and decision.must_hear == {"a"}
+    assert decision.sentence == (
+        "only node a can tell whether writes were acknowledged without the others (a: no route to host). Start a or "
+        "mend the way there; or promote with --force, which may lose writes"
+    )
+    decision = decide("b", TERM_2, heard(said("a", AB), said("b", AB)), {})
+    assert isinstance(decision, Promote) and not decision.alone
+    assert [leg.node for leg in decision.sources] == ["b", "a"]  # the local one is read
+    assert (decision.membership.primary, decision.membership.in_sync) == ("b", frozenset("ab"))
+
+
+def test_the_newest_record_decides_who_must_be_heard() -> None:
+    without_b = AB.next_epoch(in_sync=frozenset("a"))
+    decision = decide("b", TERM_2, heard(said("a", without_b), said("b", AB)), {})
+    assert isinstance(decision, Promote) and [leg.node for leg in decision.sources] == ["a"]
+    assert decision.membership.in_sync == {"a"}
+
+
+def test_a_majority_must_have_promised_and_one_leg_in_sync_be_heard() -> None:
+    decision = decide("b", TERM_2, heard(said("b", ABT)), silent("a", "t"))
+    assert isinstance(decision, Refused) and decision.must_hear == {"a", "t"}
+    assert decision.sentence.startswith("1 of 3 voters have promised, and a majority must: 1 more of a or t")
+    assert isinstance(decide("b", TERM_2, heard(said("b", ABT), said("t", ABT)), silent("a")), Promote)
+    without_b = ABT.next_epoch(in_sync=frozenset("a"))
+    decision = decide("b", TERM_2, heard(said("b", ABT), said("t", without_b)), silent("a"))
+    assert (
+        isinstance(decision, Refused) and decision.must_hear == {"a"} and "no leg that is in sync" in decision.sentence
+    )
+
+
+def test_a_restarted_primary_goes_on_alone_unless_it_has_promised_or_lost_something() -> None:
+    decision = decide("a", TERM_2, heard(said("a", AB, candidates=frozenset("a"))), silent("b"))
+    assert isinstance(decision, Promote) and decision.alone and decision.membership.in_sync == {"a"}
+    for state in (said("a", AB, candidates=frozenset("b")), said("a", AB, intact=False)):
+        decision = decide("a", TERM_2, heard(state), silent("b"))
+        assert isinstance(decision, Refused) and decision.must_hear == {"b"}
+
+
+def test_the_token_is_of_use_to_one_node() -> None:
+    demoted = AB.next_epoch(primary=None, token="b")
+    assert isinstance(decide("b", TERM_2, heard(said("b", demoted)), silent("a")), Promote)
+    assert isinstance(decide("a", TERM_2, heard(said("a", demoted)), silent("b")), Refused)
+    assert isinstance(decide("b", TERM_2, heard(said("b", demoted, candidates=frozenset("a"))), silent("a")), Refused)
+
+
+def test_legs_that_may_have_lost_something_are_compared_with_all_others() -> None:
+    weak = said("b", ABT, intact=False)
+    decision = decide("b", TERM_2, heard(weak, said("t", ABT)), silent("a"))
+    assert isinstance(decision, Refused) and decision.must_hear == {"a"} and "may have lost writes" in decision.sentence
+    decision = decide("b", TERM_2, heard(weak, said("a", ABT)), {})
+    assert isinstance(decision, Promote) and [leg.node for leg in decision.sources] == ["a"]
+    decision = decide("b", TERM_2, heard(weak, said("a", ABT, intact=False)), {})
+    assert isinstance(decision, Promote) and decision.sources[0].node == "b"
+
+
+def test_force_says_what_may_be_lost_and_never_takes_an_inconsistent_leg() -> None:
+    state = said("b", AB, heard_s=12.0, intact=False, recent_bytes=65536)
+    decision = decide("b", TERM_2, heard(state), silent("a"), force=True)
+    assert isinstance(decision, Forced) and decision.membership.forced == "fenced"
+    assert decision.may_lose == (
+        "This may lose what was acknowledged after node b was last in sync; it heard its primary 12 s ago; its machine "
+        "went down, and of 65536 bytes written last it may have lost any. Not heard: a. If another node serves still, "
+        "or did, both have written: split brain."
+    )
+    out = AB.next_epoch(in_sync=frozenset("a"))
+    decision = decide("b", TERM_2, heard(said("b", out)), silent("a"), force=True)
+    assert isinstance(decision, Forced) and decision.membership.forced == "apart"
+    assert "all that was acknowledged since node b was left out" in decision.may_lose
+    decision = decide("b", TERM_2, heard(said("b", out, inconsistent=True)), silent("a"), force=True)
+    assert isinstance(decision, Refused) and "no state that the volume ever had" in decision.sentence
+    # By majority it must be able to go on without the others.
+    decision = decide("b", TERM_2, heard(said("b", ABT)), silent("a", "t"), force=True)
+    assert isinstance(decision, Forced) and decision.membership.voters == ("b",)
+    # Force isn't used where it isn't needed.
+    assert not isinstance(decide("b", TERM_2, heard(said("a", AB), said("b", AB)), {}, force=True), Forced)
+
+
+def test_both_histories_of_a_split_brain_are_named_and_the_operator_decides() -> None:
+    alone = AB.next_epoch(in_sync=frozenset("a"))
+    forced = AB.next_term(TERM_2, "b", frozenset("b"), "fenced")
+    states = heard(said("a", alone), said("b", forced))
+    decision = decide("a", TERM_3, states, {})
+    assert isinstance(decision, SplitBrain) and decision.node == "a"
+    assert "node b has 2.0 (22222222, primary b, forced)" in decision.sentence
+    assert "node a has 1.1 (11111111, primary a)" in decision.sentence
+    assert "--discard a" in decision.sentence
+    # The side that was forced last goes on: nobody needs the other.
+    assert isinstance(decide("b", TERM_3, states, {}), Promote)
+    taken = decide("a", TERM_3, states, {}, force=True)
+    assert isinstance(taken, Forced) and taken.expected == alone
+
+
+def test_what_a_returning_leg_is() -> None:
+    later = AB.next_epoch(in_sync=frozenset("a"))
+    assert is_rejoin_allowed(AB, AB, "b") is Relation.SAME
+    assert is_rejoin_allowed(later, AB, "b") is Relation.ANCESTOR
+    assert is_rejoin_allowed(later, None, "b") is Relation.ANCESTOR
+    with pytest.raises(OSError, match=r"later record 1\.1") as refused:
+        is_rejoin_allowed(AB, later, "b")
+    assert refused.value.errno == errno.ESTALE
+    # A record that never counted: a candidate that was heard by all would have found it.
+    other = AB.next_term(TERM_2, "a", frozenset("a"))
+    assert is_rejoin_allowed(other, AB.next_epoch(size_bytes=2 << 20), "b") is Relation.FORK
+    forced = AB.next_term(TERM_2, "b", frozenset("b"), "fenced")
+    with pytest.raises(OSError, match="split brain") as refused:
+        is_rejoin_allowed(forced, later, "a")
+    assert refused.value.errno == errno.EUCLEAN
+    assert is_rejoin_allowed(forced, later, "a", discard=True) is Relation.ANCESTOR
+    # The primary that the forced one knew nothing of needed no record to go on.
+    out = AB.next_epoch(in_sync=frozenset("a"))
+    apart = out.next_term(TERM_2, "b", frozenset("b"), "apart")
+    with pytest.raises(OSError, match="split brain"):
+        is_rejoin_allowed(apart, out, "a")
+    demoted = out.next_epoch(primary=None, token="a")
+    assert is_rejoin_allowed(demoted.next_term(TERM_2, "b", frozenset("b"), "apart"), demoted, "a") is Relation.ANCESTOR
+
+
+def test_a_history_forgets_the_oldest_but_never_that_something_was_forced() -> None:
+    record = AB.next_term(TERM_2, "b", frozenset("b"), "fenced")
+    forced = record.generation
+    for _ in range(2 * MAX_HISTORY):
+        record = record.next_epoch()
+    assert len(record.history) == MAX_HISTORY and forced in record.history and record.history[-1] == record.generation
+    assert decode(encode(record)) == record
+    with pytest.raises(OSError, match="split brain"):
+        is_rejoin_allowed(record, AB.next_epoch(in_sync=frozenset("a")), "a")
+
+
+def run(what: Callable[[Nodes], Awaitable[None]], names: str = "ab") -> None:
+    async def main() -> None:
+        await what(Nodes(names, timeout_s=1.0))
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+async def promoted(nodes: Nodes, me: str, **more: bool) -> object:
+    return await promote(me, MIRROR, list(nodes.all), nodes.voter(me), nodes.cluster(me), timeout_s=1.0, **more)
+
+
+def test_a_candidate_that_is_refused_fences_nobody() -> None:
+    async def what(nodes: Nodes) -> None:
+        await nodes.cluster("a").create(AB)
+        nodes.all["a"].primary = True
+        decision = await promoted(nodes, "b")
+        assert isinstance(decision, Refused) and "node a is primary and alive" in decision.sentence
+        nodes.all["a"].up = False
+        decision = await promoted(nodes, "b")
+        assert isinstance(decision, Refused) and decision.must_hear == {"a"}
+        assert all(node.keeper.allows(AB.term) for node in nodes.all.values())
+
+    run(what)
+
+
+def test_a_clean_hand_over_needs_only_the_token() -> None:
+    async def what(nodes: Nodes) -> None:
+        await nodes.cluster("a").create(AB)
+        with pytest.raises(OSError, match="node b isn't primary"):
+            await demote("b", AB, nodes.cluster("b"))
+        demoted = await demote("a", AB, nodes.cluster("a"))
+        assert demoted.token == "b"
+        nodes.all["a"].up = False
+        decision = await promoted(nodes, "b")
+        assert isinstance(decision, Promote) and decision.alone
+        nodes.all["a"].up = True
+        nodes.all["b"].up = False
+        assert isinstance(await promoted(nodes, "a"), Refused)
+
+    run(what)
+
+
+def test_a_demotion_that_got_lost_leaves_no_two_that_may_go_on() -> None:
+    async def what(nodes: Nodes) -> None:
+        await nodes.cluster("a").create(AB)
+        nodes.all["b"].up = False
+        with pytest.raises(OSError, match="isn't stored") as refused:
+            await demote("a", AB, nodes.cluster("a"))
+        assert refused.value.errno == errno.ETIMEDOUT
+        assert isinstance(await promoted(nodes, "a"), Refused)  # b might have it, and use the token
+        nodes.all["b"].up = True
+        nodes.all["a"].up = False
+        assert isinstance(await promoted(nodes, "b"), Refused)
+
+    run(what)
+
+
+def test_the_token_is_not_given_to_a_node_that_cannot_go_on() -> None:
+    async def what(nodes: Nodes) -> None:
+        record = first_record("abc", in_sync="ab")
+        await nodes.cluster("a").create(record)
+        with pytest.raises(OSError, match=r"node c has no leg in sync.*demote to a or b") as refused:
+            await demote("a", record, nodes.cluster("a"), to="c")
+        assert refused.value.errno == errno.EINVAL
+
+    run(what, "abc")
+
+
+def test_a_new_term_is_higher_than_all_that_was_seen() -> None:
+    assert new_term([]).number == 1
+    assert new_term([said("a", AB, promised=Term(7, "7" * 16))], AB).number == 8
+    assert Options().lease_s > 0

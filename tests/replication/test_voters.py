@@ -1,0 +1,236 @@
+"""A node's say: what it keeps in its home, what it tells peers, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from replication.cluster import VoterState
+from replication.keeper import LegKeeper, LegRecord
+from replication.membership import Term
+from replication.voters import (
+    Handler,
+    KeptVoter,
+    RemoteVoter,
+    counts,
+    goes_first,
+    handlers,
+    state_from_json,
+    state_to_json,
+)
+from tests.replication.stores import MIRROR, MemoryStore, first_record
+
+TERM_2 = Term(2, "2" * 16)
+FIRST = first_record("ab", diskless="t")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def tie_breaker(home: Path, clock: Clock | None = None) -> KeptVoter:
+    return KeptVoter("t", home, lambda mirror: [], clock=clock or Clock())
+
+
+class Loopback:
+    """A `Caller` that carries JSON to a node's handlers."""
+
+    def __init__(self, served: Mapping[str, Handler]) -> None:
+        self.served = served
+
+    async def call(self, method: str, params: dict[str, Any], timeout_s: float) -> Any:
+        return json.loads(json.dumps(await self.served[method](json.loads(json.dumps(params)))))
+
+
+def test_a_tie_breaker_keeps_its_promises_and_records_over_a_restart(tmp_path: Path) -> None:
+    async def main() -> None:
+        clock = Clock()
+        voter = tie_breaker(tmp_path, clock)
+        with pytest.raises(OSError, match="knows nothing of a mirror") as refused:
+            await voter.state(MIRROR)
+        assert refused.value.errno == errno.ENOENT
+        fenced: list[tuple[str, Term]] = []
+        voter.on_fence.append(lambda mirror, term: fenced.append((mirror, term)))
+        await voter.accept(FIRST)
+        clock.now += 10
+        await voter.prepare(MIRROR, TERM_2, "b")
+        assert fenced == [(MIRROR, FIRST.term), (MIRROR, TERM_2)]
+        (tmp_path / "voters" / f"{MIRROR}.new").write_text("torn by a crash before the rename")
+        again = tie_breaker(tmp_path, clock)
+        said = await again.state(MIRROR)
+        assert (said.promised, said.accepted, said.candidates) == (TERM_2, FIRST, frozenset("b"))
+        assert await again.mirrors() == {MIRROR}
+        with pytest.raises(OSError, match="promised term 2") as refused:
+            await again.accept(FIRST.next_epoch())
+        assert refused.value.errno == errno.ESTALE
+        await again.forget(MIRROR)
+        assert await again.mirrors() == frozenset()
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b'{"version": 9}', b"[]"])
+def test_a_tie_breaker_that_has_forgotten_its_promises_does_not_vote(tmp_path: Path, damage: bytes) -> None:
+    async def main() -> None:
+        await tie_breaker(tmp_path).accept(FIRST)
+        path = tmp_path / "voters" / f"{MIRROR}.json"
+        path.write_bytes(damage)
+        with pytest.raises(OSError, match=str(path)) as refused:
+            await tie_breaker(tmp_path).prepare(MIRROR, TERM_2, "b")
+        assert refused.value.errno == errno.EPROTO
+
+    trio.run(main)
+
+
+def test_a_mirrors_id_from_a_peer_never_becomes_another_path(tmp_path: Path) -> None:
+    async def main() -> None:
+        for name in ("../../etc/passwd", "A" * 32, ""):
+            with pytest.raises(OSError, match="no mirror's id") as refused:
+                await tie_breaker(tmp_path).state(name)
+            assert refused.value.errno == errno.EINVAL
+        with pytest.raises(OSError, match="is no voter of mirror"):
+            await tie_breaker(tmp_path).accept(first_record("ab"))
+
+    trio.run(main)
+
+
+def test_a_voter_promises_nothing_while_the_primary_may_serve(tmp_path: Path) -> None:
+    async def main() -> None:
+        clock = Clock()
+        await tie_breaker(tmp_path, clock).accept(FIRST)
+        voter = tie_breaker(tmp_path, clock)  # started again: it may have answered a heartbeat just before
+        with pytest.raises(OSError, match=r"may promise nothing for 3\.0 s") as refused:
+            await voter.prepare(MIRROR, TERM_2, "b")
+        assert refused.value.errno == errno.EBUSY
+        clock.now += 2
+        await voter.heartbeat(MIRROR, FIRST.term)
+        clock.now += 2.9
+        with pytest.raises(OSError, match="node a"):
+            await voter.prepare(MIRROR, TERM_2, "b")
+        await voter.prepare(MIRROR, TERM_2, "a")  # the primary itself, started again
+        await voter.prepare(MIRROR, Term(3, "3" * 16), "b", force=True)
+        with pytest.raises(OSError, match="promised term 3") as refused:
+            await voter.heartbeat(MIRROR, FIRST.term)
+        assert refused.value.errno == errno.ESTALE
+
+    trio.run(main)
+
+
+def test_a_node_that_serves_refuses_candidates(tmp_path: Path) -> None:
+    async def main() -> None:
+        keeper = LegKeeper(MemoryStore(), LegRecord("a"), node="a", boot="1")
+        voter = KeptVoter("a", tmp_path, lambda mirror: [keeper], is_primary=lambda mirror: True)
+        await voter.accept(first_record("ab"))
+        with pytest.raises(OSError, match="node a is primary and alive") as refused:
+            await voter.prepare(MIRROR, TERM_2, "b")
+        assert refused.value.errno == errno.EBUSY
+        await voter.prepare(MIRROR, TERM_2, "b", force=True)
+
+    trio.run(main)
+
+
+def test_a_primary_whose_disk_is_dead_keeps_in_its_home_that_its_leg_is_out(tmp_path: Path) -> None:
+    async def main() -> None:
+        store = MemoryStore()
+        keeper = LegKeeper(store, LegRecord("a"), node="a", boot="1")
+        voter = KeptVoter("a", tmp_path, lambda mirror: [keeper])
+        record = first_record("ab")
+        await voter.accept(record)
+        store.failing = "dead"
+        out = record.next_epoch(in_sync=frozenset("b"))
+        await voter.accept(out)
+        with pytest.raises(OSError, match="the disk has failed"):
+            await voter.accept(out.next_epoch(in_sync=frozenset("ab")))
+        store.failing = ""
+        store.crash()  # the disk is back, with what it knew
+        keeper = LegKeeper(store, LegRecord.decode(store.record), node="a", boot="1")
+        assert keeper.record.accepted == record
+        again = KeptVoter("a", tmp_path, lambda mirror: [keeper])
+        assert (await again.state(MIRROR)).accepted == out
+
+    trio.run(main)
+
+
+def test_a_remote_voter_says_what_the_node_says(tmp_path: Path) -> None:
+    async def main() -> None:
+        clock = Clock()
+        kept = tie_breaker(tmp_path, clock)
+        remote = RemoteVoter("t", Loopback(handlers(kept)))
+        await remote.accept(FIRST)
+        clock.now += 10
+        assert await remote.state(MIRROR) == await kept.state(MIRROR)
+        await remote.heartbeat(MIRROR, FIRST.term)
+        assert (await remote.state(MIRROR)).heard_s == 0
+        clock.now += 10
+        said = await remote.prepare(MIRROR, TERM_2, "b")
+        assert (said.promised, said.candidates) == (TERM_2, frozenset())
+        with pytest.raises(OSError, match="promised term 2"):
+            await remote.accept(FIRST.next_epoch())
+        with pytest.raises(OSError, match="says that it is node t") as refused:
+            await RemoteVoter("b", Loopback(handlers(kept))).state(MIRROR)
+        assert refused.value.errno == errno.EPROTO
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [
+        ("voter.state", {}),
+        ("voter.state", {"mirror": 1}),
+        ("voter.prepare", {"mirror": MIRROR, "term": [1], "candidate": "b", "force": False}),
+        ("voter.prepare", {"mirror": MIRROR, "term": [2, "x"], "candidate": None, "force": False}),
+        ("voter.accept", {}),
+        ("voter.accept", {"membership": {"version": 1}}),
+        ("voter.heartbeat", {"mirror": MIRROR, "term": None}),
+    ],
+)
+def test_a_call_that_makes_no_sense_is_refused_with_a_sentence(
+    tmp_path: Path, method: str, params: dict[str, Any]
+) -> None:
+    async def main() -> None:
+        with pytest.raises(OSError, match=r"voter|record") as refused:
+            await handlers(tie_breaker(tmp_path))[method](params)
+        assert refused.value.errno in (errno.EINVAL, errno.EPROTO)
+
+    trio.run(main)
+
+
+def test_a_state_survives_its_encoding_and_nonsense_is_refused() -> None:
+    state = VoterState("b", TERM_2, FIRST, frozenset({"a"}), True, 1.5, False, True, 4096)
+    plain = json.loads(json.dumps(state_to_json(state)))
+    assert state_from_json(plain) == state
+    for damage in ({"node": 1}, {"promised": [1]}, {"accepted": 1}, {"heard_s": "x"}, {"intact": 1}):
+        with pytest.raises(OSError, match=r"record|answer") as refused:
+            state_from_json(plain | damage)
+        assert refused.value.errno == errno.EPROTO
+
+
+def test_a_record_counts_at_a_majority_and_at_each_of_its_legs() -> None:
+    three, two = FIRST, first_record("ab")
+    alone = three.next_epoch(in_sync=frozenset("a"))
+    assert not counts(alone, three, frozenset("a")) and not counts(alone, three, frozenset("bt"))
+    assert counts(alone, three, frozenset("at")) and counts(alone, three, frozenset("ab"))
+    assert counts(two.next_epoch(in_sync=frozenset("a")), two, frozenset("a"))
+    # Who changes the voters needs both majorities.
+    fewer = dataclasses.replace(alone, voters=("a",))
+    assert not counts(fewer, three, frozenset("a")) and counts(fewer, three, frozenset("at"))
+
+
+def test_what_takes_from_a_primary_that_it_may_go_on_alone_is_stored_there_first() -> None:
+    two = first_record("ab")
+    assert goes_first("a", two.next_epoch(primary=None, token="b"), two)
+    assert goes_first("a", two.next_epoch(in_sync=frozenset("b")), two)
+    assert not goes_first("a", two.next_epoch(in_sync=frozenset("a")), two)
+    assert not goes_first("b", two.next_term(TERM_2, "b", frozenset("ab")), two)

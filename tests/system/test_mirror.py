@@ -1,0 +1,253 @@
+"""Two real daemons with certificates mirror a volume: what one of them loses, the other has."""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from nbd.opening import take_over
+from nbd.tls import client_context
+from nbd.wire import OPT_TERRACE
+from replication.wire import CallsOption
+from terrace.certificates import make_authority, make_client, make_node
+from tests.system.daemon import ApiError, Daemon
+from tests.system.nbdclient import Connection, Refused
+
+pytestmark = pytest.mark.system
+MIB = 1 << 20
+SIZE = 32 * MIB
+NAMES = ("a", "b")
+
+
+def free_port() -> int:
+    """One that was free a moment ago: peers must know each other's before they are started."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Node:
+    name: str
+    daemon: Daemon
+    port: int
+
+    def mirror(self, volume: str = "v") -> dict[str, Any]:
+        return dict(self.daemon.api("GET", f"/v1/pools/p/volumes/{volume}/mirror"))
+
+    def ask(self, verb: str, volume: str = "v", **body: Any) -> Any:
+        return self.daemon.api("POST", f"/v1/pools/p/volumes/{volume}/mirror/{verb}", body)
+
+    def legs(self, volume: str = "v") -> dict[str, str]:
+        return {leg["node"]: leg["state"] for leg in self.mirror(volume)["legs"]}
+
+    def leg(self, node: str, volume: str = "v") -> dict[str, Any]:
+        return next(leg for leg in self.mirror(volume)["legs"] if leg["node"] == node)
+
+    def wait_for(self, wanted: dict[str, str], volume: str = "v", timeout_s: float = 15.0) -> None:
+        """Until the legs have these states, by node."""
+        deadline_s = time.monotonic() + timeout_s
+        while (found := self.legs(volume)) != wanted:
+            assert time.monotonic() < deadline_s, f"{found}, not {wanted}: {self.mirror(volume)}\n{self.daemon.tail()}"
+            time.sleep(0.05)
+
+    def connect(self, volume: str = "v") -> Connection:
+        return Connection(self.daemon.socket, f"p/{volume}")
+
+    def events(self) -> list[str]:
+        return [event["text"] for event in self.daemon.api("GET", "/v1/events")]
+
+
+@dataclass
+class Pair:
+    a: Node
+    b: Node
+    authority: Path
+
+    def both_online(self) -> None:
+        for node in (self.a, self.b):
+            if not node.daemon.alive():  # a test that has failed may have left it so
+                node.daemon.start()
+            deadline_s = time.monotonic() + 10
+            while any(one["state"] != "Online" for one in node.daemon.api("GET", "/v1/nodes")):
+                assert time.monotonic() < deadline_s, node.daemon.api("GET", "/v1/nodes")
+                time.sleep(0.05)
+
+    def create(self, volume: str = "v") -> None:
+        self.both_online()
+        body = {"name": volume, "size": SIZE, "mirror": [{"node": "b"}], "timeout_s": 1.0}
+        self.a.daemon.api("POST", "/v1/pools/p/volumes", body)
+        self.a.wait_for({"a": "UpToDate", "b": "UpToDate"}, volume)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    directory = tmp_path_factory.mktemp("mirror")
+    authority = directory / "authority"
+    make_authority(authority, "test", 30)
+    ports = {name: free_port() for name in NAMES}
+    nodes = {}
+    for name, other in (NAMES, NAMES[::-1]):
+        made = make_node(authority, name, [], 30, here=False)
+        home = directory / name
+        (home / "tls").mkdir(parents=True, mode=0o700)
+        for file in made.iterdir():
+            file.rename(home / "tls" / file.name)
+        config = (
+            f'[nbd.tls]\nmode = "allowed"\n[node]\nname = "{name}"\nlisten = ["127.0.0.1:{ports[name]}"]\n'
+            f'[peers.{other}]\naddress = "127.0.0.1:{ports[other]}"\n'
+        )
+        nodes[name] = Node(name, Daemon(home, config), ports[name])
+    pair = Pair(nodes["a"], nodes["b"], authority)
+    try:
+        for node in nodes.values():
+            node.daemon.start()
+            device = {"path": str(node.daemon.home / "device"), "tier": "fast", "size": 256 * MIB}
+            node.daemon.api("POST", "/v1/pools", {"name": "p", "devices": [device]})
+        pair.both_online()
+        yield pair
+    finally:
+        for node in nodes.values():
+            node.daemon.kill()
+
+
+def test_what_is_written_while_one_node_is_down_is_on_both_afterwards_and_either_can_serve_it(pair: Pair) -> None:
+    a, b = pair.a, pair.b
+    pair.create()
+    first, second = os.urandom(MIB), os.urandom(MIB)
+    with a.connect() as client:
+        client.write(0, first)
+        client.write(5 * MIB + 100, first[:1000])  # a part of a block
+        client.flush()
+        b.daemon.kill()
+        client.write(2 * MIB, second)  # is answered when the record says that b lacks it
+        a.wait_for({"a": "UpToDate", "b": "Stale"})
+        assert a.mirror()["state"] == "Degraded"
+        client.trim(0, 64 << 10)
+        client.flush()
+        b.daemon.start()
+        a.wait_for({"a": "UpToDate", "b": "UpToDate"})
+        client.write(3 * MIB, second[:4096])
+    assert any("leg of p/v on node b is Stale" in text for text in a.events())
+
+    deadline_s = time.monotonic() + 5
+    while True:  # the daemon may not know yet that its client has left
+        try:
+            a.ask("demote", to="b")
+            break
+        except ApiError as error:
+            assert error.errno == "EBUSY" and time.monotonic() < deadline_s, error
+            time.sleep(0.05)
+    with b.connect() as client:
+        assert client.read(0, MIB) == bytes(64 << 10) + first[64 << 10 :]
+        assert client.read(2 * MIB, MIB) == second
+        assert client.read(3 * MIB, 4096) == second[:4096]
+        assert client.read(5 * MIB + 100, 1000) == first[:1000]
+        client.write(MIB, first)
+    with pytest.raises(Refused, match="primary is node b"):
+        a.connect()
+    assert (b.mirror()["primary"], b.mirror()["role"], a.mirror()["role"]) == ("b", "primary", "secondary")
+
+
+def test_a_primary_that_is_killed_goes_on_when_it_is_started_again(pair: Pair) -> None:
+    a, data = pair.a, os.urandom(MIB)
+    pair.create("w")
+    with a.connect("w") as client:
+        client.write(0, data)
+    a.daemon.kill()
+    a.daemon.start()
+    a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "w")
+    with a.connect("w") as client:
+        assert client.read(0, MIB) == data
+    assert a.mirror("w")["term"] == 2
+
+
+def test_a_primary_that_is_gone_is_followed_only_by_force_and_what_it_had_alone_is_a_split_brain(pair: Pair) -> None:
+    a, b = pair.a, pair.b
+    pair.create("s")
+    a.daemon.kill()
+    for said in ("has heard the primary", "only node a can tell"):
+        with pytest.raises(ApiError, match=said):
+            b.ask("promote", "s")
+        time.sleep(3.1 if said == "has heard the primary" else 0)  # the lease that the last heartbeat has begun
+    assert "may lose" in b.ask("promote", "s", dry_run=True)["may_lose"]
+    b.ask("promote", "s", force=True)
+    with b.connect("s") as client:
+        client.write(0, b"b" * 4096)
+    a.daemon.start()
+    deadline_s = time.monotonic() + 15
+    while not str((leg := b.leg("a", "s"))["error"]).startswith("split"):
+        assert time.monotonic() < deadline_s, leg
+        time.sleep(0.05)
+    pair.both_online()
+    with pytest.raises(Refused, match="split brain"):
+        a.connect("s")
+    b.ask("resync", "s", node="a", discard=True)
+    b.wait_for({"a": "UpToDate", "b": "UpToDate"}, "s")
+    with b.connect("s") as client:
+        assert client.read(0, 4096) == b"b" * 4096
+
+
+def test_what_is_wrong_is_refused_in_a_sentence_and_leaves_nothing_behind(pair: Pair) -> None:
+    a, b = pair.a, pair.b
+    pair.both_online()
+    body = {"name": "x", "size": SIZE}
+    for places, said in (
+        ([{"node": "c"}], "there is no peer 'c'"),
+        ([{"node": "a"}], "node a is this one"),
+        ([{"node": "b"}, {"node": "b"}], "named twice"),
+        ([{"node": "b", "pool": "q"}], "node b can't have a leg: there is no pool 'q'"),
+    ):
+        with pytest.raises(ApiError, match=said):
+            a.daemon.api("POST", "/v1/pools/p/volumes", body | {"mirror": places})
+    assert not any(volume["name"] == "p/x" for volume in a.daemon.api("GET", "/v1/pools/p/volumes"))
+    pair.create("x")
+    with pytest.raises(ApiError, match="is the primary of p/x"):
+        a.daemon.api("DELETE", "/v1/pools/p/volumes/x/mirror/legs/a")
+    with pytest.raises(ApiError, match="run this there"):
+        b.daemon.api("DELETE", "/v1/pools/p/volumes/x/mirror/legs/b")
+    with pytest.raises(ApiError, match="delete all of it at its primary"):
+        b.daemon.api("DELETE", "/v1/pools/p/volumes/x")
+    with pytest.raises(ApiError, match="has legs of mirrors"):
+        b.daemon.api("DELETE", "/v1/pools/p")
+    assert a.daemon.api("DELETE", "/v1/pools/p/volumes/x/mirror/legs/b") == {
+        "removed": ["p/x"],
+        "left": [],
+        "mirrored": False,
+    }
+    assert a.daemon.api("GET", "/v1/pools/p/volumes/x")["mirror"] is None
+    with pytest.raises(ApiError, match="not mirrored"):
+        a.mirror("x")
+    a.daemon.api("POST", "/v1/pools/p/volumes/x/mirror/legs", {"node": "b"})
+    a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "x")
+    assert a.daemon.api("DELETE", "/v1/pools/p/volumes/x") == {"deleted": "p/x", "left": []}
+    assert not any(volume["name"] == "p/x" for volume in b.daemon.api("GET", "/v1/pools/p/volumes"))
+
+
+def test_only_the_certificate_of_a_peer_gets_what_is_for_peers(pair: Pair) -> None:
+    authority = pair.authority
+    client = make_client(authority, "backup", 30)
+
+    async def ask(context: ssl.SSLContext | None, node: str) -> None:
+        sock, _ = await take_over(("127.0.0.1", pair.a.port), OPT_TERRACE, CallsOption(node).encode(), tls=context)
+        sock.close()
+
+    context = client_context(
+        authority / "ca-cert.pem", client / "client-cert.pem", client / "client-key.pem", check_hostname=False
+    )
+    for given, node, said in (
+        (context, "b", "its certificate is of CN=backup"),
+        (context, "z", "is no peer of 'a'"),
+        (None, "b", "nodes talk over TLS only"),
+    ):
+        with pytest.raises(OSError, match=said):
+            trio.run(ask, given, node)
