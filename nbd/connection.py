@@ -11,6 +11,11 @@ One writer
     All replies leave through the ``Outbox``. The main task does not touch its arena again before that
     has let go of it.
 
+Acknowledged later
+    Where the export is an ``AcknowledgesLater``, a pass's writes, and its trims, are handed over as a batch
+    (``nbd.later``), which counts as in flight. Its replies are packed and sent from within the task in which the export
+    is done with it; only if the socket is full, or FUA wants a flush, is there a task for that.
+
 Memory
     The inbox and the arena (a ``Bench``) belong to the connection only while it has work; waiting
     for a client it holds nothing, or a copy of half a header. A WRITE longer than the inbox is
@@ -24,14 +29,18 @@ Leaving
     is finished and answered if the client still takes answers, and the export is released. Being
     cancelled abandons what is in flight. Either way the socket is closed when nothing is under way
     any more; so a client that sees the end of a connection, and sends again what was not answered,
-    can't be overtaken by the first copy. For one that doesn't wait for the end: ``nbd.fence``.
+    can't be overtaken by the first copy. For one that doesn't wait for the end: ``nbd.fence``. (Batches that are to be
+    acknowledged later are waited for, too; but who cancels the connection abandons them, and then it is the export that
+    lets no later copy overtake them.)
 
 Suspension
     A server that is replaced stops at a request boundary: what was read is handled, what is under way gets a while
     to end, and then is cut short and kept (``_unfinished``). ``run`` returns what a successor needs to go on
     (``nbd.suspended``), and the socket stays open. Wherever the main task may be cut short, what it is in the middle of
     is in ``_long``, ``_long_read`` or ``_unfinished`` at that moment. A connection that its client has given up isn't
-    kept: what it left unanswered may have been sent again on another one, and must not come after that.
+    kept: what it left unanswered may have been sent again on another one, and must not come after that. Nor is one
+    with a batch that wasn't acknowledged in that while: its data is the export's, and nothing here could carry it out
+    anew. It is closed as in a drain.
 
 Draining
     What was not read is not answered either. ESHUTDOWN, which the protocol suggests, the Linux
@@ -50,6 +59,8 @@ import logging
 import math
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextvars import Context, copy_context
+from itertools import repeat
 from time import perf_counter
 from types import MappingProxyType
 from typing import Final
@@ -58,7 +69,8 @@ import trio
 
 from nbd import wire
 from nbd.counters import Counters
-from nbd.export import Client, Export, Exports, OffersContexts
+from nbd.export import AcknowledgesLater, Client, Export, Exports, OffersContexts
+from nbd.later import Batch, Later
 from nbd.outbox import Outbox
 from nbd.reception import Reception, tell_lost
 from nbd.sparse import CHUNK_BYTES, next_pieces, teller_of
@@ -85,6 +97,7 @@ from nbd.transmission import (
     payload_limit,
     read_header,
     success,
+    success_bytes,
 )
 from nbd.workshop import INBOX_BYTES, INLINE_READ_BYTES, Bench, Limits, Workshop
 
@@ -111,6 +124,8 @@ SLICE_S: Final = 0.0015
 SPIN_TRIES: Final = 40
 """Empty recv() calls (about 0.7 us each) before waiting: a client that waits for our reply usually
 has its next request here sooner than epoll could tell."""
+SPIN_TURNS: Final = 1
+"""Where an export acknowledges later, others get their turn so often instead, before the connection waits."""
 SPIN_GIVE_UP: Final = 8
 """After so many fruitless spins in a row the connection waits at once."""
 QUICK_WAKE_S: Final = 0.000_15
@@ -165,6 +180,8 @@ class Connection:
         self._workshop = workshop
         self._session = Session()
         self._export: Export
+        self._later: Later | None = None
+        self._context: Context  # of the main task, by which exports tell clients apart
         self._nursery: trio.Nursery
         self._resumed = resumed
         self._entered = False  # the fence
@@ -268,16 +285,31 @@ class Connection:
             self.drain(LEAST_PARTING_S)
         does = "goes on with" if resumed else "attached to"
         log.info("%s: %s %s%s", self.peer, does, export.name, self._reception.secured_how)
+        if isinstance(export, AcknowledgesLater):
+            self._later = Later(export, self._acknowledged)
+            self._context = copy_context()
+        abandoned = 0
         with self._patience:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 if resumed is not None:
                     self._begin_again(resumed)
-                with trio.CancelScope(deadline=self._leave_by) as self._scope:
-                    await self._transmit()
-                if not self._suspending:
-                    # What is in flight may finish, but a client that doesn't read can't hold us.
-                    self._outbox.leave_by(trio.current_time() + self._limits.linger_s)
+                try:
+                    with trio.CancelScope(deadline=self._leave_by) as self._scope:
+                        await self._transmit()
+                    if not self._suspending:
+                        # What is in flight may finish, but a client that doesn't read can't hold us.
+                        self._outbox.leave_by(trio.current_time() + self._limits.linger_s)
+                    if self._later is not None:
+                        await self._later.none_left()
+                finally:
+                    if self._later is not None:
+                        # The nursery, into which an acknowledgement may start tasks, is surely open only to here.
+                        abandoned = self._later.abandon()
+        if abandoned and self._suspending:
+            log.warning("%s: dropped: %s acknowledged %d requests too late", self.peer, export.name, abandoned)
+            self._left = self._draining = True
+            self._leave_by = trio.current_time()
         if self._suspending and not self._left and not self._outbox.gone:
             # No checkpoint since the last of its tasks has ended, so nothing changes any more.
             try:
@@ -495,7 +527,9 @@ class Connection:
             return True
         if self._reads_no_more():
             return False
-        tries = SPIN_TRIES if self._alone and not self._inflight and self._fruitless < SPIN_GIVE_UP else 1
+        spins = self._alone and self._fruitless < SPIN_GIVE_UP
+        tries = SPIN_TRIES if spins and not self._inflight else 1
+        turns = SPIN_TURNS if spins and self._inflight and self._later is not None else 0
         view = bench.inbox[self._end :]
         assert view, "a part of a request always leaves room for the rest"
         receive = self._sock.recv_into
@@ -513,7 +547,17 @@ class Connection:
                 self._fruitless = 0
                 self._left = not count
                 return count > 0
-            if tries > 1:
+            if turns:
+                # What was handed over may be acknowledged in others' turns, and then the client goes on at once.
+                await self._yield()
+                if self._reads_no_more():
+                    return False
+                turns = turns - 1 if self._inflight else 0
+                tries = 1 if self._inflight else SPIN_TRIES
+                if turns or not self._inflight:
+                    continue
+                self._fruitless += 1
+            elif tries > 1:
                 self._fruitless += 1
             tries = 1
             slept = perf_counter()
@@ -586,6 +630,7 @@ class Connection:
         write_limit = payload_limit(export)
         read_limit = min(write_limit, CHUNK_BYTES if session.structured else INLINE_READ_BYTES)
 
+        later = self._later
         writes: list[tuple[int, memoryview]] = []
         cookies: list[int] = []
         fua: list[int] = []  # indices into writes
@@ -648,6 +693,9 @@ class Connection:
                 if offset + length <= writable_size and payload + length <= end:
                     if len(writes) == BATCH_WRITES or used > BATCH_BYTES:
                         after = _After.FULL
+                        break
+                    if later is not None and not self._has_room_later(len(writes), payload + length - self._start):
+                        after = _After.NO_ROOM
                         break
                     if head == write_fua_head:
                         if self._inflight + len(fua) + len(syncs) >= self._limits.inflight_requests:
@@ -772,7 +820,17 @@ class Connection:
         assert bench is not None
         arena = bench.arena
         try:
-            done = not self._others_gone() and self._export.write_now(writes)
+            if self._others_gone():
+                done = False
+            elif self._later is None:
+                done = self._export.write_now(writes)
+            else:
+                length = sum([len(data) for _, data in writes])
+                batch = Batch(wire.CMD_WRITE, cookies, self._echoed(writes), fua, length)
+                done = self._later.write(writes, batch)
+                if done:
+                    self._start_task(length, len(cookies))
+                    return used
         except OSError as error:
             # One of them is bad. Alone, each of the others may still succeed.
             if len(writes) == 1:
@@ -802,7 +860,15 @@ class Connection:
         bench = self._bench
         assert bench is not None
         try:
-            done = not self._others_gone() and self._export.trim_now(trims)
+            if self._others_gone():
+                done = False
+            elif self._later is None:
+                done = self._export.trim_now(trims)
+            else:
+                done = self._later.trim(trims, Batch(wire.CMD_TRIM, cookies, self._echoed(trims), [], 0))
+                if done:
+                    self._start_task(0, len(cookies))
+                    return used
         except OSError:
             done = False  # alone, each tells its own error
         if not done:
@@ -813,6 +879,46 @@ class Connection:
         self.counters.requests += len(trims)
         self.counters.trims += len(trims)
         return pack_successes(self._session, bench.arena, used, cookies, trims)
+
+    def _echoed(self, ranges: Sequence[tuple[int, object]]) -> list[tuple[int, None]]:
+        # Not the views beside them: each would keep its whole inbox.
+        return [(offset, None) for offset, _ in ranges] if self._session.extended else []
+
+    def _acknowledged(self, batch: Batch, error: OSError | None) -> None:
+        """The export is done with a batch. In whatever task that was found out, a bug here must not end that."""
+        try:
+            self._answer(batch, error)
+        except Exception:
+            log.exception("%s: a bug ended this connection", self.peer)
+            self.cut()
+
+    def _answer(self, batch: Batch, error: OSError | None) -> None:
+        cookies, asked = batch.cookies, batch.asked
+        self._finish_task(0, batch.length)
+        if error is not None:
+            offsets = [offset for offset, _ in asked] or repeat(0)
+            failed = [self._failed(cookie, offset, error) for cookie, offset in zip(cookies, offsets, strict=False)]
+            self._post(b"".join(failed), len(cookies))
+            return
+        if batch.command == wire.CMD_TRIM:
+            self.counters.requests += len(cookies)
+            self.counters.trims += len(cookies)
+        else:
+            self._count_writes(len(cookies), batch.length)
+        if batch.fua:
+            waiting = [(cookies[index], asked[index][0] if asked else 0) for index in batch.fua]
+            self._context.run(self._nursery.start_soon, self._slow_flush, waiting)
+            marked = frozenset(batch.fua)
+            cookies = [cookie for index, cookie in enumerate(cookies) if index not in marked]
+            asked = [one for index, one in enumerate(asked) if index not in marked]
+        if cookies:
+            replies = memoryview(bytearray(len(cookies) * success_bytes(self._session)))
+            pack_successes(self._session, replies, 0, cookies, asked)
+            self._post(replies, len(cookies))
+
+    def _post(self, replies: bytes | memoryview, requests: int) -> None:
+        if self._outbox.post(replies, requests, 0):
+            self._nursery.start_soon(self._outbox.send_beginning)
 
     def _count_writes(self, requests: int, length: int) -> None:
         counters = self.counters
@@ -1038,7 +1144,7 @@ class Connection:
             return error
         try:
             await self._keep_apart()
-            if not self._export.write_now([(offset, data)]):
+            if self._later is not None or not self._export.write_now([(offset, data)]):
                 await self._export.write(offset, data)
         except OSError as failed:
             value = error_value(failed)
@@ -1069,6 +1175,13 @@ class Connection:
         if self._inflight >= self._limits.inflight_requests:
             return False
         return not self._inflight or self._inflight_bytes + length <= self._limits.inflight_bytes
+
+    def _has_room_later(self, writes: int, taken: int) -> bool:
+        """Whether a batch of so many writes may get one more, to which the inbox is taken for so many bytes."""
+        inflight, limits = self._inflight + writes, self._limits
+        if not inflight:
+            return True
+        return inflight < limits.inflight_requests and self._inflight_bytes + taken <= limits.inflight_bytes
 
     def _start_task(self, length: int, requests: int = 1) -> None:
         self._inflight += requests
@@ -1168,7 +1281,7 @@ class Connection:
                 await self._slow_write(cookie, offset, data, fua=False)
                 rest = writes[at:]
                 try:
-                    done = bool(rest) and self._export.write_now(
+                    done = bool(rest) and await self._write_rest(
                         [(offset, memoryview(data)) for _, offset, data in rest]
                     )
                 except OSError:
@@ -1183,6 +1296,12 @@ class Connection:
             self._unfinished += [
                 Work("write", (cookie, offset, data, False), 1, len(data)) for cookie, offset, data in writes[at:]
             ]
+
+    async def _write_rest(self, writes: list[tuple[int, memoryview]]) -> bool:
+        """Write all of them with one call; False if that can't be now."""
+        if self._later is None:
+            return self._export.write_now(writes)
+        return await self._later.write_and_wait(writes)
 
     async def _slow_flush(self, waiting: Sequence[tuple[int, int]]) -> None:
         """One flush for a pass's FLUSH requests and for its FUA writes, which are already written."""

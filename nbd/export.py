@@ -7,7 +7,7 @@ The server judges every request first (``nbd.transmission``), so an implementati
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -153,6 +153,32 @@ class TellsHoles(Protocol):
         ``shortest`` bytes, a power of two of at least 4,096. None where that can't be told without
         waiting: read it all. OSError where nothing may be read.
         """
+
+
+@runtime_checkable
+class AcknowledgesLater(Protocol):
+    """What an ``Export`` has besides, if its writes wait for something far away, such as other hosts.
+
+    Each call hands over all writes, or trims, of one pass of a connection, and no task waits for them. Where an export
+    has this, the server uses it in place of ``write_now`` and ``trim_now``; ``write`` and ``trim`` remain for what
+    can't be handed over so.
+
+    Order: what was handed over takes effect before whatever overlaps it and is handed over, written, trimmed or zeroed
+    after it, also when the connection that it came from has ended. The server relies on it where a client sends again
+    on another connection what the first one hasn't answered (``nbd.fence``).
+    """
+
+    def write_later(self, writes: list[tuple[int, memoryview]], done: Callable[[OSError | None], None]) -> bool:
+        """Begin to write ``(offset, data)`` pairs; where entries overlap the later one wins. At most 32 MiB in all.
+
+        True: it is accepted, and ``done`` is called exactly once: later, on the trio thread, and never from within
+        this call. None says that all may be acknowledged, an error that none may. ``done`` neither waits nor raises.
+        The views are only valid during the call. False: it would block, and nothing happened; use ``write`` for each.
+        OSError: refused, and nothing happened.
+        """
+
+    def trim_later(self, ranges: list[tuple[int, int]], done: Callable[[OSError | None], None]) -> bool:
+        """The same for ``(offset, length)`` ranges to forget; may round inwards."""
 
 
 class Exports(Protocol):

@@ -69,7 +69,7 @@ class Outbox:
         self._rest = data
 
     async def send_beginning(self) -> None:
-        """A task that must run after `begin_with`."""
+        """A task that must run after `begin_with`, and when `post` says so."""
         data, self._rest = self._rest, b""
         await self._pump(data)
 
@@ -105,6 +105,27 @@ class Outbox:
         self._replies.append((reply, requests, length))
         if not self._sending:
             await self._pump(b"")
+
+    def post(self, reply: bytes | memoryview, requests: int, length: int) -> bool:
+        """The same without waiting, from any task: send at once if nobody sends, else queue.
+
+        True: the socket is full, and a task must run ``send_beginning``, for which others wait from here on.
+        """
+        if self._sending or (self.broken and not self.gone):
+            self._replies.append((reply, requests, length))
+            return False
+        view = memoryview(reply)
+        try:
+            while view and not self.broken:
+                view = view[self.sock.send(view) :]
+        except BlockingIOError:
+            self.begin_with(bytes(view))
+            self._replies.append((b"", requests, length))  # goes when the rest has gone
+            return True
+        except OSError as error:
+            self.give_up(error)
+        self._sent(requests, length)
+        return False
 
     async def _pump(self, first: bytes | memoryview) -> None:
         """Be the sender: send ``first``, then the queue until it is empty."""

@@ -267,6 +267,11 @@ def success(session: Session, cookie: int, asked: int) -> bytes:
     return wire.SIMPLE_REPLY.pack(wire.SIMPLE_HEAD, cookie)
 
 
+def success_bytes(session: Session) -> int:
+    """The size of ``success``."""
+    return wire.EXTENDED_CHUNK.size if session.extended else wire.SIMPLE_REPLY.size
+
+
 def pack_successes(
     session: Session, into: memoryview, used: int, cookies: Sequence[int], ranges: Sequence[tuple[int, object]]
 ) -> int:

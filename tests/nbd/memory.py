@@ -197,6 +197,78 @@ class SparseExport(ContextExport):
         return holes
 
 
+Acknowledgement = Callable[[OSError | None], None]
+
+
+@dataclass
+class LaterExport(MemoryExport):
+    """It has what it is handed over at once, and acknowledges when `acknowledge` is called, as `run` does by itself.
+
+    ``would_block``: what the calls then say. ``refuses``: asked first, may give an errno to raise.
+    """
+
+    would_block: Callable[[], bool] = lambda: False
+    refuses: Callable[[int], int] = lambda count: 0
+    pending: list[tuple[list[int], Acknowledgement]] = field(default_factory=list)
+    lost: list[OSError] = field(default_factory=list)
+    """What is acknowledged next gets these errors."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.wake = trio.Event()
+
+    def write_now(self, writes: list[tuple[int, memoryview]]) -> bool:
+        raise AssertionError("write_later is there in its place")
+
+    def trim_now(self, ranges: list[tuple[int, int]]) -> bool:
+        raise AssertionError("trim_later is there in its place")
+
+    def write_later(self, writes: list[tuple[int, memoryview]], done: Acknowledgement) -> bool:
+        if not self._accepts(len(writes)):
+            return False
+        if not super().write_now(writes):
+            return False
+        return self._accepted([offset for offset, _ in writes], done)
+
+    def trim_later(self, ranges: list[tuple[int, int]], done: Acknowledgement) -> bool:
+        if not self._accepts(len(ranges)):
+            return False
+        if not super().trim_now(ranges):
+            return False
+        return self._accepted([offset for offset, _ in ranges], done)
+
+    def _accepts(self, count: int) -> bool:
+        error = self.refuses(count)
+        if error:
+            raise OSError(error, os.strerror(error))
+        return not self.would_block()
+
+    def _accepted(self, offsets: list[int], done: Acknowledgement) -> bool:
+        self.pending.append((offsets, done))
+        self.wake.set()
+        return True
+
+    def acknowledge(self, count: int | None = None) -> int:
+        """The oldest `count` batches, or all; returns how many there were."""
+        going = self.pending[:count]
+        del self.pending[:count]
+        for _, done in going:
+            done(self.lost.pop(0) if self.lost else None)
+        return len(going)
+
+    async def run(self, delay_s: float = 0.0) -> None:
+        """Acknowledge what there is, again and again, `delay_s` after it was there."""
+        while True:
+            if not self.pending:
+                self.wake = trio.Event()
+                await self.wake.wait()
+            if delay_s:
+                await trio.sleep(delay_s)
+            else:
+                await trio.lowlevel.checkpoint()
+            self.acknowledge()
+
+
 class MemoryExports:
     """A directory of memory exports that counts what is open."""
 
