@@ -46,7 +46,7 @@ HELLO_S: Final = 2.0
 HELLO_TIMEOUT_S: Final = 5.0
 CONNECT_S: Final = 5.0
 FIRST_PAUSE_S: Final = 0.2
-LONGEST_PAUSE_S: Final = 5.0
+LONGEST_PAUSE_S: Final = 2.0
 ID_FILE: Final = "node-id"
 
 Socket = socket.socket | TlsSocket
