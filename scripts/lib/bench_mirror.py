@@ -37,7 +37,7 @@ from tests.system.daemon import Daemon, run_script
 MIB = 1 << 20
 PARTS = ("load", "resync")
 POOL_SIZES = 4
-"""A pool is so many times as large as a volume: beside the leg a copy has place, while the one before is cleared away."""
+"""A pool is so many times as large as a volume: a copy has place beside the leg, while an older one is cleared away."""
 WARM_PASSES = 3
 SETTLE_S = 600.0
 QEMU = "QEMU mirror"

@@ -123,6 +123,8 @@ class Nodes:
         self.directory = directory
         self.deployment = deployment
         self.by_name: dict[str, Node] = {}
+        self.last_primary: str | None = None
+        """Who served when somebody looked last."""
         for name in deployment.names:
             self.by_name[name] = Node(network.host(name), directory, self._configuration(name))
 

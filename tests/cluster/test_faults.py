@@ -58,9 +58,9 @@ def test_a_node_that_comes_back_with_an_older_state_is_found(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("profile", "seed"), [("two", 1), ("three", 2)])
 def test_no_fault_costs_an_acknowledged_byte_or_shows_a_stale_one(profile: str, seed: int, tmp_path: Path) -> None:
-    outcome = run(seed, profile, 5.0, tmp_path)
+    outcome = run(seed, profile, 4.0, tmp_path)
     print("\n".join(outcome.story.lines))
-    assert outcome.faults >= 3
+    assert outcome.faults >= 2
 
 
 def test_a_leg_that_is_gone_holds_clients_up_for_its_timeouts_at_most(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_leg_that_is_gone_holds_clients_up_for_its_timeouts_at_most(tmp_path: 
         for name, begin in faults.items():
             load.longest_stall_s()
             begin()
-            time.sleep(4 * TIMEOUT_S)
+            time.sleep(3 * TIMEOUT_S)
             stalls[name] = load.longest_stall_s()
             if not nodes["b"].alive():
                 nodes["b"].start()
