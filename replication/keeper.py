@@ -178,6 +178,7 @@ class LegKeeper:
         """Called synchronously with the term when a promise has risen: sessions of lower terms end."""
         self._lock = trio.Lock()
         self._clean_in_doubt = False
+        self._settled_unsaved = False
 
     @property
     def intact(self) -> bool:
@@ -213,7 +214,7 @@ class LegKeeper:
         async with self._lock:
             old = self.record
             needed = judge_accept(old.promised, old.accepted, membership, self._who)
-            if not needed and (old.inconsistent or not inconsistent):
+            if not needed and (old.inconsistent or not inconsistent) and not self._settled_unsaved:
                 return
             self._judge_leg(membership, inconsistent, discard)
             in_sync = old.me in membership.in_sync
@@ -324,19 +325,28 @@ class LegKeeper:
     def settled(self) -> None:
         """All legs in sync were made equal and have flushed in a session: nothing that this leg lost is missing now.
 
-        Called at each flush that all legs have done (`Leg.flushed_by_all`). Durable with the next save.
+        Called at each flush that all legs have done (`Leg.flushed_by_all`). Durable with the next save, and `accept` of
+        the same record again is one: a primary that has reconciled does this at each leg before it serves. Else a leg
+        that is killed later is taken for one that has lost something, and another that really has may be the source.
         """
         in_sync = self.record.accepted is not None and self.record.me in self.record.accepted.in_sync
         if self.record.doubtful and in_sync:
             self.record = dataclasses.replace(self.record, doubtful=False)
+            self._settled_unsaved = True
 
     @property
     def _who(self) -> str:
         return f"the leg {self.store.export_name} on node {self.node}"
 
     async def _save(self, record: LegRecord, trackers: dict[str, Extents] | None = None) -> None:
-        await self.store.save(record.encode(), trackers)
-        self.record = record
+        unsaved, self._settled_unsaved = self._settled_unsaved, False
+        try:
+            await self.store.save(record.encode(), trackers)
+        except BaseException:
+            self._settled_unsaved = self._settled_unsaved or unsaved
+            raise
+        # Settled while it was being saved: that is still to be saved.
+        self.record = dataclasses.replace(record, doubtful=False) if self._settled_unsaved else record
 
     def _fence(self, term: Term) -> None:
         for fenced in list(self.on_fence):

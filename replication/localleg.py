@@ -75,7 +75,8 @@ class LocalLeg:
         self._due: list[tuple[Done, OSError | None]] = []
         self._wake = trio.Event()
         self._applied = 0
-        self._rotated_at = 0
+        self._rotated_at: int | None = None
+        """Up to where `recent-old` goes, as far as it isn't in `recent` too; None: it isn't known."""
         self._busy_since: float | None = None
         self._flushing_since: list[float] = []
         keeper.on_fence.append(self._fenced)
@@ -260,18 +261,22 @@ class LocalLeg:
         self._check()
 
     def _rotate(self) -> None:
-        """What was applied until now is to be forgotten when all legs have flushed up to here."""
+        """What was applied until now is to be forgotten when all legs have flushed up to here.
+
+        Both sets grow by each write, so what comes after this is in `recent`.
+        """
         trackers = self._store.trackers
         recent, old = trackers.get(RECENT), trackers.get(RECENT_OLD)
-        if recent is not None and old is not None and not old:
+        if recent is not None and old is not None and self._rotated_at is None:
             old.update(recent)
             recent.clear()
             self._rotated_at = self._applied
 
     def flushed_by_all(self, sequence: int) -> None:
         old = self._store.trackers.get(RECENT_OLD)
-        if old is not None and self._rotated_at <= sequence:
+        if old is not None and self._rotated_at is not None and self._rotated_at <= sequence:
             old.clear()
+            self._rotated_at = None
             self._rotate()
 
     # -- what is there -----------------------------------------------------------------------------------------------

@@ -883,6 +883,8 @@ class Mirror:
             for m in self.members.values()
             if m.leg is not None and (m.state is LegState.UP_TO_DATE or m.ready)
         )
+        if "legs" in self._wanted:
+            in_sync &= {info.id for info in self._wanted["legs"]}
         if not in_sync or (in_sync == self.membership.in_sync and not self._wanted and not self._attempts):
             return None
         newest = max([self.membership, *self._attempts], key=lambda record: record.epoch)
@@ -1073,12 +1075,12 @@ class Mirror:
 
     async def _tend(self) -> None:
         """A task for each leg of the mirror."""
-        tended: set[str] = set()
+        tended: set[Member] = set()
         async with trio.open_nursery() as nursery:
             while True:
                 for member in self.members.values():
-                    if member.info.id not in tended:
-                        tended.add(member.info.id)
+                    if member not in tended:
+                        tended.add(member)
                         nursery.start_soon(self._tend_one, member)
                 await self._changed.wait()
 
@@ -1248,7 +1250,7 @@ class Mirror:
         finally:
             if self._end is None:
                 self._end = OSError(errno.ESHUTDOWN, f"{self.name}: the mirror was stopped")
-            self._release(self._end)
+            self._doom(self._end)  # legs may be gone already without having been excluded
             for member in self.members.values():
                 if member.leg is not None:
                     member.leg.close()

@@ -63,6 +63,8 @@ WORKING_S: Final = 1.0
 """Between two frames that say that a request is being worked on."""
 LONGEST_WORK_S: Final = 30.0
 """A request that takes longer is not spoken for any more: a disk that never answers must not look alive."""
+IDLE_S: Final = 60.0
+"""A primary pings every second; one that was cut off without a word is given up, for its connection's sake."""
 ORDERED_S: Final = 30.0
 """An ACCEPT, RESIZE or SNAPSHOT, which nobody else can cut short, may take so long."""
 PARTING_S: Final = 0.5
@@ -153,7 +155,7 @@ class Replica:
             promised = self.keeper.record.promised
             number = promised.number if promised else "another"
             return OSError(errno.ESTALE, f"{name} has promised term {number}, and takes nothing of term {term.number}")
-        if current is not None and current.fence_error is None and term < current.term:
+        if current is not None and current.fence_error is None and term.number < current.term.number:
             return OSError(errno.ESTALE, f"{name} has a session of term {current.term.number}, after {term.number}")
         return None
 
@@ -179,13 +181,15 @@ class Replica:
 
     def _promised(self, term: Term) -> None:
         current = self._current
-        if current is not None and (current.term < term or not self.keeper.allows(current.term)):
+        if current is not None and not self.keeper.allows(current.term):
             current.fence(OSError(errno.ESTALE, f"term {term.number} was promised, after {current.term.number}"))
 
     async def fenced(self, term: Term) -> None:
-        """Wait until nothing of sessions of lower terms is under way any more. They were fenced by the promise."""
-        if self._current is not None and self._current.term < term:
-            self._promised(term)
+        """Wait until nothing of sessions of lower terms is under way any more. They were fenced by the promise.
+
+        For whoever changes the leg by other ways than a session, before it does: a primary on this node.
+        """
+        self._promised(term)
         async with self._turn:
             pass
 
@@ -309,6 +313,7 @@ class _Session:
         self._tasks = 0
         self._task_bytes = 0
         self._room = trio.Event()
+        self._idle_since: float | None = None  # nothing is left to do, and nothing comes
         self._since: dict[int, float] = {}  # requests being worked on, by cookie
         self._looks: dict[Type, Callable[[int, int], Awaitable[bytes | bytearray]]] = {
             Type.READ: self._read,
@@ -377,6 +382,8 @@ class _Session:
     async def _speak_for_work(self) -> None:
         while True:
             await trio.sleep(WORKING_S)
+            if self._idle_since is not None and trio.current_time() - self._idle_since > IDLE_S:
+                self.fence(OSError(errno.ETIMEDOUT, f"node {self.peer} has not been heard for {IDLE_S:g} s"))
             oldest = min(self._since.values(), default=-math.inf)
             if trio.current_time() - oldest < LONGEST_WORK_S and not self._stream.backlog_bytes:
                 self._stream.send(wire.pack(Type.WORKING))
@@ -394,7 +401,10 @@ class _Session:
         inbox, stream = self._inbox, self._stream
         while True:
             wanted = await self._work()
-            if not await inbox.fill(stream, wanted):
+            self._idle_since = trio.current_time()
+            more = await inbox.fill(stream, wanted)
+            self._idle_since = None
+            if not more:
                 if len(inbox) or self._open is not None:
                     raise gone(self.peer)
                 return
@@ -506,6 +516,7 @@ class _Session:
         if ends and ends[0][0] <= applied:
             while ends and ends[0][0] <= applied:
                 self._replica.applied = ends.pop(0)[1]
+            self._check()  # what ended after a promise is there, but nobody may count on it
             self._tell()
 
     def _tell(self) -> None:

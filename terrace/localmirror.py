@@ -44,6 +44,8 @@ log = logging.getLogger("terraced")
 WAIT_S: Final = 8.0
 """A client that asks for a mirror that is just being started waits so long: less than its handshake may take."""
 RETRY_S: Final = 2.0
+ASK_S: Final = 2.0
+"""So long other nodes have to answer, unless the mirror's own timeout is shorter."""
 WATCH_S: Final = 0.25
 HEARTBEATS: Final = 4
 """So many in the time of one lease."""
@@ -321,7 +323,8 @@ class LocalMirror:
             self._node.voter,
             self._node.cluster(membership),
             force=force,
-            patience_s=timeout_s,
+            patience_s=timeout_s if membership.primary == self._node.peers.node else 0.0,
+            timeout_s=min(ASK_S, timeout_s),
         )
         if not isinstance(decision, Promote):
             raise OSError(errno.EBUSY, decision.sentence)

@@ -26,7 +26,7 @@ from replication.membership import MAX_LEGS, LegInfo, Membership, Options, Term,
 from replication.promotion import Forced, Promote, decide, new_term
 from replication.verify import VerifyReport, verify
 from replication.voters import ask
-from terrace.localmirror import LocalMirror, ServedMirror, nodes_of
+from terrace.localmirror import ASK_S, LocalMirror, ServedMirror, nodes_of
 from terrace.mirrors import Mirrors
 from terrace.snapshots import Clients, named
 from tiers import Pool, TierError, Volume
@@ -246,7 +246,7 @@ class MirrorAdmin:
             nodes,
             lambda node: self.mirrors.voter(node).state(membership.mirror),
             lambda answers: len(answers) == len(nodes),
-            timeout_s=2.0,
+            timeout_s=min(ASK_S, membership.options.timeout_s),
         )
         unheard = {node: error.strerror or str(error) for node, error in failures.items()}
         term = new_term(list(states.values()))

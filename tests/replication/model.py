@@ -65,6 +65,8 @@ class Oracle:
     doubtful: dict[str, set[int]] = field(default_factory=dict)
     """By leg: not flushed when its machine went down. What all legs had so may be lost: a volume has a cache."""
     gone: set[int] = field(default_factory=set)
+    flushed: set[int] = field(default_factory=set)
+    """By all legs that were in sync then."""
     committed: list[Membership] = field(default_factory=list)
     ackers: dict[int, Term] = field(default_factory=dict)
     splits: int = 0
@@ -152,7 +154,7 @@ class ModelNode(Node):
         if power:
             self.boot += 1
             unflushed = sorted(self.data - self.flushed)
-            oracle.doubtful.setdefault(self.name, set()).update(unflushed)
+            oracle.doubtful.setdefault(self.name, set()).update(self.data - oracle.flushed)
             self.data = self.flushed | {one for one in unflushed if rng.random() < 0.5}
 
     def come_back(self) -> None:
@@ -331,7 +333,11 @@ class World:
                 failed.add(leg_id)
         if failed:
             record = await self._exclude(me, record, failed)
-        await self._flush(me, record)
+        if not await self._flush(me, record):
+            raise OSError(errno.EIO, "a leg has failed")
+        for leg_id in sorted(record.in_sync):
+            keeper = self.all[leg_id].keeper
+            await self.carry(me, leg_id, lambda keeper=keeper: keeper.accept(record))  # type: ignore[misc]
         return record
 
     def _set(self, node: ModelNode, data: set[int], record: Membership) -> None:
@@ -433,8 +439,10 @@ class World:
         for leg_id in sorted(record.in_sync):
             if not await self._at_leg(me, leg_id, record.term, flush):
                 return False
+        self.oracle.flushed |= set.intersection(*(self.all[leg_id].flushed for leg_id in record.in_sync))
         for leg_id in sorted(record.in_sync):
-            await self._at_leg(me, leg_id, record.term, lambda node: node.keeper.settled())
+            if not await self._at_leg(me, leg_id, record.term, lambda node: node.keeper.settled()):
+                return False
         return True
 
     async def _resync(self, me: str, record: Membership, leg_id: str) -> Membership:
@@ -451,8 +459,9 @@ class World:
         except OSError as error:
             self.oracle.splits += error.errno == errno.EUCLEAN
             return record
-        source = self.all[min(record.in_sync)]
-        data = set(source.data)
+        data = set[int]()
+        if not await self._at_leg(me, min(record.in_sync), record.term, lambda leg: data.update(leg.data)):
+            raise OSError(errno.EIO, "the source has failed")
         if not await self._at_leg(me, leg_id, record.term, lambda leg: self._set(leg, data, record)):
             return record
         new = record.next_epoch(in_sync=record.in_sync | {leg_id})

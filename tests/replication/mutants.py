@@ -35,7 +35,7 @@ MUTANTS: dict[str, Plant] = {
         Mirror, "_begin", "self._sequence = await reconcile(source, others, self._sequence, self.size_bytes)", "pass"
     ),
     "recent is forgotten though a leg hasn't flushed": _instead(
-        LocalLeg, "flushed_by_all", "self._rotated_at <= sequence", "True"
+        LocalLeg, "flushed_by_all", "self._rotated_at <= sequence", "sequence >= 0"
     ),
     "parts of blocks are merged without a lock": _instead(
         Mirror, "_merge", "async with self.locks.holding(start, stop - start):", "if True:"

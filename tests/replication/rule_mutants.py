@@ -53,8 +53,8 @@ def _without_majority(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(replication.voters, "counts", lambda new, expected, stored: in_sync_nodes(new) <= stored)
 
 
-def _own_always(first: bool) -> Patch:
-    return lambda patch: patch.setattr(replication.voters, "goes_first", lambda node, new, expected: first)
+def _own_always_last(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(replication.voters, "goes_first", lambda node, new, expected: False)
 
 
 def _token_for_two(patch: pytest.MonkeyPatch) -> None:
@@ -154,8 +154,7 @@ MUTANTS: Mapping[str, Mutant] = {
     "promise-in-memory": Mutant("a promise is forgotten by a crash", _promise_in_memory),
     "majority-without-legs": Mutant("a record counts that a leg in sync hasn't stored", _without_legs),
     "legs-without-majority": Mutant("a record counts that only its legs have stored", _without_majority),
-    "own-copy-first": Mutant("the primary stores every record itself first", _own_always(True)),
-    "own-copy-last": Mutant("the primary stores even a demotion itself last", _own_always(False)),
+    "own-copy-last": Mutant("the primary stores even a demotion itself last", _own_always_last),
     "token-for-two": Mutant("any node may use the token", _token_for_two),
     "alone-whatever-promised": Mutant("a restarted primary forgets whom it promised", _alone_whatever_was_promised),
     "own-record-only": Mutant("a candidate ignores what others have accepted", _own_record_only),

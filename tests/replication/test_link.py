@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
+import random
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,29 @@ def test_after_a_lost_connection_exactly_what_is_missing_is_sent_again_in_its_or
             written = [fill for _, fill, *_ in (entry for entry in link.store.log if entry[0] == 0)]
             assert written == [pattern(one) for one in range(1, sequence + 1)], "none twice, none left out"
             assert link.leg.resumptions >= 1 and link.leg.failure is None
+
+    run(body)
+
+
+def test_what_was_applied_while_the_connection_was_gone_is_done_and_not_sent_again() -> None:
+    async def body() -> None:
+        async with linked() as link:
+            told = Told()
+            link.store.blocks, link.store.gate = True, trio.Event()
+            for sequence in (1, 2, 3):
+                link.leg.submit(sequence, [data(0, sequence)], told.of(sequence))
+            await until(lambda: link.store.waiting)
+            link.network.is_down = True
+            link.network.cut()
+            link.store.gate.set()
+            await until(lambda: link.network.replica.applied == 3)
+            assert told.calls == []
+            link.network.is_down = False
+            await until(lambda: told.done == [1, 2, 3])
+            link.leg.submit(4, [data(0, 4)], told.of(4))
+            await until(lambda: told.done == [1, 2, 3, 4])
+            assert [fill for _, fill, _ in link.store.log] == [1, 2, 3, 4]
+            assert link.leg.failure is None and link.leg.resumptions == 1
 
     run(body)
 
@@ -330,5 +354,65 @@ def test_more_requests_than_the_replica_takes_at_a_time_wait_their_turn() -> Non
                 await trio.testing.wait_all_tasks_blocked()
                 link.store.flush_gate.set()
             assert len(ended) == 300
+
+    run(body)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_whatever_happens_each_callback_is_called_once_in_order_and_what_it_says_is_true(seed: int) -> None:
+    """Cuts, slow storage, replicas that stop, start again, are killed or promise a higher term, and closing."""
+    rng = random.Random(seed)
+
+    async def body() -> None:
+        async with linked(timeout_s=0.3) as link:
+            told, sequence, asked = Told(), 0, 0
+            submitted: list[int] = []
+            store = link.store
+            ended: list[str] = []
+
+            async def ask(name: str) -> None:
+                with suppress(OSError):
+                    await (link.leg.snapshot(name) if rng.random() < 0.5 else link.leg.flush())
+                ended.append(name)
+
+            async with trio.open_nursery() as nursery:
+                for _ in range(rng.randrange(20, 120)):
+                    what = rng.random()
+                    if what < 0.6:
+                        sequence += rng.randrange(1, 3)
+                        size = rng.choice([4096, 4096, 16384, 128 << 10, 700 << 10]) // 4096 * 4096
+                        submitted.append(sequence)
+                        link.leg.submit(sequence, [data(0, pattern(sequence), size)], told.of(sequence))
+                    elif what < 0.7:
+                        asked += 1
+                        nursery.start_soon(ask, str(asked))
+                    elif what < 0.75:
+                        link.network.cut()
+                    elif what < 0.8:
+                        store.blocks = rng.random() < 0.5
+                    elif what < 0.82:
+                        await link.network.replica.stop()
+                        link.network.restart()
+                    elif what < 0.825:
+                        link.network.restart()
+                    elif what < 0.83:
+                        link.keeper.promise(Term(4, "b" * 16))
+                    elif what < 0.835:
+                        link.leg.close()
+                    else:
+                        await trio.sleep(rng.choice([0, 0, 0.001]))
+                if rng.random() < 0.5:
+                    link.leg.close()
+            await until(lambda: len(told.calls) >= len(submitted))
+            assert len(ended) == asked and link.leg.queued_bytes == 0
+            calls = [call for call, _ in told.calls]
+            assert calls == submitted
+            assert told.done == calls[: len(told.done)], "after a failure nothing is done"
+            # What was done is applied, in order; what is applied twice is a resumed batch, and comes in order again.
+            fills = [entry[1] for entry in store.log if entry[0] == 0]
+            for one in told.done:
+                assert pattern(one) in fills
+            if told.done and told.done == calls:
+                assert store.image[0] == pattern(calls[-1])
 
     run(body)

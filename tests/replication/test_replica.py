@@ -336,6 +336,42 @@ def test_the_primary_was_heard_when_it_said_something() -> None:
     run(body)
 
 
+def test_a_primary_that_was_cut_off_without_a_word_is_given_up_but_a_slow_disk_is_not() -> None:
+    async def body() -> None:
+        async with place() as here:
+            primary = await here.begun()
+            await primary.send(batch(1, data(0, 1)))
+            await primary.done(1)
+            here.store.blocks, here.store.gate = True, trio.Event()
+            await primary.send(batch(2, data(0, 2)))
+            await trio.sleep(300)
+            assert here.replica.primary == "a"
+            here.store.gate.set()
+            await primary.done(2)
+            await trio.sleep(62)
+            assert here.replica.primary is None and "not been heard" in str(here.network.errors[0])
+
+    trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0.002))
+
+
+def test_what_ends_after_a_promise_is_not_told_of() -> None:
+    async def body() -> None:
+        async with place() as here:
+            primary = await here.begun()
+            here.store.blocks, here.store.gate = True, trio.Event()
+            await primary.send(batch(1, data(0, 1)) + batch(2, data(0, 2)))
+            await until(lambda: here.store.waiting)
+            here.store.gate.set()
+            here.keeper.promise(Term(5, "c" * 16))
+            await here.replica.fenced(Term(5, "c" * 16))
+            count = len(here.store.log)
+            frame = await primary.take()
+            assert frame is not None and frame.kind is Type.ERROR
+            assert len(here.store.log) == count <= 1
+
+    run(body)
+
+
 def test_a_stopped_replica_serves_nobody() -> None:
     async def body() -> None:
         async with place() as here:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import trio
 
+from replication import voters
 from replication.cluster import VoterState
 from replication.keeper import LegKeeper, LegRecord
 from replication.membership import Term
@@ -19,7 +20,6 @@ from replication.voters import (
     Handler,
     KeptVoter,
     RemoteVoter,
-    counts,
     goes_first,
     handlers,
     state_from_json,
@@ -220,12 +220,12 @@ def test_a_state_survives_its_encoding_and_nonsense_is_refused() -> None:
 def test_a_record_counts_at_a_majority_and_at_each_of_its_legs() -> None:
     three, two = FIRST, first_record("ab")
     alone = three.next_epoch(in_sync=frozenset("a"))
-    assert not counts(alone, three, frozenset("a")) and not counts(alone, three, frozenset("bt"))
-    assert counts(alone, three, frozenset("at")) and counts(alone, three, frozenset("ab"))
-    assert counts(two.next_epoch(in_sync=frozenset("a")), two, frozenset("a"))
+    assert not voters.counts(alone, three, frozenset("a")) and not voters.counts(alone, three, frozenset("bt"))
+    assert voters.counts(alone, three, frozenset("at")) and voters.counts(alone, three, frozenset("ab"))
+    assert voters.counts(two.next_epoch(in_sync=frozenset("a")), two, frozenset("a"))
     # Who changes the voters needs both majorities.
     fewer = dataclasses.replace(alone, voters=("a",))
-    assert not counts(fewer, three, frozenset("a")) and counts(fewer, three, frozenset("at"))
+    assert not voters.counts(fewer, three, frozenset("a")) and voters.counts(fewer, three, frozenset("at"))
 
 
 def test_what_takes_from_a_primary_that_it_may_go_on_alone_is_stored_there_first() -> None:

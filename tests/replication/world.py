@@ -99,7 +99,7 @@ class World:
         self.mirror: WatchedMirror | None = None
         self.primary_up = trio.Event()
         self.clients_left = 0
-        self.missing_bytes = 0
+        self.violation: ViolationError | None = None
 
     # -- the oracle --------------------------------------------------------------------------------------------------
 
@@ -127,7 +127,10 @@ class World:
             if error is None:
                 for index in fresh:
                     self.sectors[index].acknowledged = max(self.sectors[index].acknowledged, place)
-                self._check_missing(fresh, place)
+                try:
+                    self._check_missing(fresh, place)
+                except ViolationError as violation:
+                    self.violation = self.violation or violation  # a `done` doesn't raise; who runs next does
                 self.counts["acknowledged"] += 1
             else:
                 self.counts[f"refused: {errno.errorcode.get(error.errno or 0)}"] += 1
@@ -201,6 +204,8 @@ class World:
         return first, min(count, len(self.sectors) - first)
 
     async def operation(self, mirror: WatchedMirror, kind: float) -> None:
+        if self.violation is not None:
+            raise self.violation
         first, count = self.range()
         offset, length = first * SECTOR, count * SECTOR
         if kind < 0.45:
@@ -448,6 +453,8 @@ class World:
 
     def compare(self) -> None:
         """All legs, against each other and the oracle; and nothing is left in the trackers."""
+        if self.violation is not None:
+            raise self.violation
         images = {leg_id: node.store.image for leg_id, node in self.nodes.items()}
         (_, image), *others = images.items()
         for leg_id, other in others:

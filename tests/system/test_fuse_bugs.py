@@ -14,6 +14,7 @@ import pyfuse3
 import pytest
 import trio
 
+from terrace.exports import Mirrored
 from terrace.fuse.local import PoolDirectory
 from terrace.fuse.service import serve_files
 from terrace.fuse.session import mounted
@@ -75,7 +76,7 @@ def test_a_bug_unmounts_the_files_and_is_logged_and_terraced_goes_on(
     async def main() -> None:
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(serve_files, cast(Pools, pools), directory, trio.Event())
+                nursery.start_soon(serve_files, cast(Pools, pools), cast(Mirrored, None), directory, trio.Event())
                 await until_mounted(directory)
                 if where == "bytes":
                     assert await errno_of_listing(directory) == 0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from terrace import api, apiclient
+from terrace import apiclient, apikit
 from terrace.apiclient import ApiClient, ApiError
 from tests.terrace.fakedaemon import FakeDaemon
 
@@ -95,4 +95,4 @@ def test_a_backlog_that_nobody_empties_is_an_error_not_a_wait(tmp_path: Path) ->
 
 def test_the_client_waits_longer_for_a_line_than_the_daemon_to_repeat_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert apiclient._SILENCE_S + apiclient._PROBE_S > 3 * api._REPEAT_S
+    assert apiclient._SILENCE_S + apiclient._PROBE_S > 3 * apikit._REPEAT_S

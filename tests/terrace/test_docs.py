@@ -14,22 +14,26 @@ from starlette.routing import Route
 from terrace.api import Api
 from terrace.cli.root import root
 from terrace.config import Config, ExportConfig, PeerConfig, parse_config
+from terrace.schema import Section
 from terrace.sizes import parse_size
 from terrace.unitfiles import TARGETS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
+def keys_of(page: str) -> dict[str, str]:
+    """The default of each key that has a row."""
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:3]] for line in page.splitlines() if line.startswith("| `")]
+    return {row[0]: row[1].strip('"') for row in rows}
+
+
 def test_the_configuration_page_has_every_key_with_its_default() -> None:
     page = (DOCS / "configuration.md").read_text()
-    rows = [[cell.strip(" `") for cell in line.split("|")[1:3]] for line in page.splitlines() if line.startswith("| `")]
-    documented = {row[0]: row[1].strip('"') for row in rows}
+    start, end = page.index("### `[node]`"), page.index('### `[nbd.exports."PATTERN"]`')
     config = Config()
     sections = (
         config.nbd,
         config.nbd.tls,
-        config.node,
-        PeerConfig(address="HOST:10809"),
         ExportConfig(),
         config.pool,
         config.space,
@@ -37,7 +41,9 @@ def test_the_configuration_page_has_every_key_with_its_default() -> None:
         config.fuse,
         config.log,
     )
-    for section in sections:
+    nodes: tuple[Section, ...] = (config.node, PeerConfig(address="HOST:10809"))
+    for section in (*sections, *nodes):
+        documented = keys_of(page[start:end] if section in nodes else page[:start] + page[end:])
         for key, default in section.model_dump().items():
             if isinstance(default, dict):  # a table of its own
                 continue
@@ -50,6 +56,7 @@ def test_the_configuration_page_has_every_key_with_its_default() -> None:
                 assert parse_size(shown) == default
             else:
                 assert shown == default
+    documented = keys_of(page)
     for key, default in Config().show_policy("default").keys.items():
         assert documented[key] == str(default)
 
@@ -61,6 +68,8 @@ def test_the_examples_of_configuration_are_good() -> None:
     assert len(parse_config(rules, "example").nbd.rules()) == 3
     (tls,) = re.findall(r"```toml\n(.*?)```", (DOCS / "nbd.md").read_text(), re.DOTALL)
     assert parse_config(tls, "example").nbd.tls.mode == "required"
+    (nodes,) = re.findall(r"```toml\n(.*?)```", (DOCS / "mirroring.md").read_text(), re.DOTALL)
+    assert parse_config(nodes, "example").peers.keys() == {"b"}
 
 
 def commands(group: click.Group, path: str) -> list[str]:

@@ -1,0 +1,254 @@
+"""Bringing legs up to date, comparing them, and how fast that may go."""
+
+from __future__ import annotations
+
+import errno
+import math
+from dataclasses import replace
+
+import pytest
+import trio
+
+from replication.leg import BLOCK_BYTES, EXTENT_BYTES, LegState
+from replication.localleg import missing_tracker
+from replication.mirror import Member, MirrorSettings
+from replication.resync import Pace, ResyncSettings
+from replication.verify import VerifyReport, verify
+from tests.replication.fakes import trackers_matching
+from tests.replication.rig import SIZE, Rig, run
+from tests.replication.test_mirror import block
+
+
+async def filled(rig: Rig, every: int = 1) -> None:
+    for at in range(0, SIZE, EXTENT_BYTES * every):
+        await rig.mirror.write(at, block(1 + at // EXTENT_BYTES % 200, 16))
+
+
+def member(rig: Rig, node: str) -> Member:
+    return rig.mirror.members[f"leg{node}"]
+
+
+def test_a_leg_that_was_away_gets_what_it_missed_and_little_else() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            await filled(rig)
+            await mirror.flush()
+            await trio.sleep(5)
+            rig.nodes["b"].link.cut()
+            await mirror.write(0, block(77))
+            await mirror.trim(7 * EXTENT_BYTES, EXTENT_BYTES)
+            assert trackers_matching(rig.store("a"), missing_tracker("legb")) == {0, 7}
+            reads = rig.store("a").read_bytes
+            rig.nodes["b"].link.mend()
+            await rig.whole()
+            progress = member(rig, "b").resync.progress  # type: ignore[union-attr]
+            assert progress.copied_bytes == BLOCK_BYTES + EXTENT_BYTES
+            assert progress.total_bytes == progress.done_bytes == 2 * EXTENT_BYTES
+            assert rig.store("a").read_bytes - reads == BLOCK_BYTES, "what is zeros is not read"
+            assert rig.store("a").image == rig.store("b").image
+            assert missing_tracker("legb") not in rig.store("a").trackers
+
+    run(body)
+
+
+def test_a_leg_of_unknown_history_is_compared_in_full_and_only_what_differs_is_read() -> None:
+    async def body() -> None:
+        rig = Rig(2, in_sync=["lega"])
+        rig.known = False
+        for node in "ab":
+            rig.store(node).image[: 4 * EXTENT_BYTES] = bytes([5]) * (4 * EXTENT_BYTES)
+        rig.store("b").image[EXTENT_BYTES : EXTENT_BYTES + 10] = b"0123456789"
+        rig.store("b").image[-10:] = b"0123456789"
+        async with rig.running():
+            await rig.whole()
+            assert rig.store("a").image == rig.store("b").image
+            assert rig.store("a").read_bytes == BLOCK_BYTES
+
+    run(body)
+
+
+def test_a_resync_goes_on_where_it_was_after_the_link_broke() -> None:
+    async def body() -> None:
+        settings = ResyncSettings(ceiling_bytes_s=1 << 20, flush_bytes=EXTENT_BYTES, workers=1)
+        rig = Rig(2, in_sync=["lega"], settings=MirrorSettings(resync=settings))
+        rig.known = False
+        rig.store("a").image[:] = b"".join(bytes([1 + n % 250]) * EXTENT_BYTES for n in range(SIZE // EXTENT_BYTES))
+        async with rig.running():
+            await rig.until(lambda: member(rig, "b").state is LegState.SYNCING)
+            first = member(rig, "b").resync
+            assert first is not None
+            await rig.until(lambda: first.progress.done_bytes >= SIZE // 2)
+            seen = first.progress.seen(trio.current_time())
+            assert 0.5 * (1 << 20) < seen.rate_bytes_s < 2 * (1 << 20)
+            assert seen.eta_s is not None and seen.eta_s < 5
+            rig.known = True
+            rig.nodes["b"].link.cut()
+            await trio.sleep(0.1)
+            rig.nodes["b"].link.mend()
+            await rig.whole()
+            again = member(rig, "b").resync
+            assert again is not None and again is not first
+            assert again.progress.total_bytes <= SIZE // 2 + (1 << 20)
+            assert rig.store("a").image == rig.store("b").image
+
+    run(body)
+
+
+def test_writes_go_on_while_a_leg_is_brought_up_to_date_and_none_is_overwritten_by_older_bytes() -> None:
+    async def body() -> None:
+        rig = Rig(2, in_sync=["lega"])
+        rig.known = False
+        rig.nodes["b"].link.delay_s = 0.002
+        rig.store("a").image[:] = bytes([3]) * SIZE
+        async with rig.running() as mirror:
+            await rig.until(lambda: member(rig, "b").state is LegState.SYNCING)
+            for number in range(300):
+                await mirror.write(number % 5 * EXTENT_BYTES + number % 16 * BLOCK_BYTES, block(10 + number % 100))
+            assert member(rig, "b").resync is not None
+            await rig.whole()
+            assert rig.store("a").image == rig.store("b").image
+
+    run(body)
+
+
+def test_several_legs_are_brought_up_to_date_at_once() -> None:
+    async def body() -> None:
+        rig = Rig(3, settings=MirrorSettings(resync=ResyncSettings(ceiling_bytes_s=1 << 20)))
+        async with rig.running() as mirror:
+            for node in "bc":
+                rig.nodes[node].link.cut()
+            await filled(rig, 3)
+            for node in "bc":
+                rig.nodes[node].link.mend()
+            await rig.until(lambda: all(member(rig, node).state is LegState.SYNCING for node in "bc"))
+            await rig.whole()
+            assert rig.store("a").image == rig.store("b").image == rig.store("c").image
+            assert mirror.membership.in_sync == {"lega", "legb", "legc"}
+
+    run(body)
+
+
+def test_a_resync_without_progress_is_given_up_and_begun_again() -> None:
+    async def body() -> None:
+        settings = ResyncSettings(stalled_s=2.0)
+        rig = Rig(2, in_sync=["lega"], settings=MirrorSettings(resync=settings))
+        rig.known = False
+        rig.store("a").image[:] = bytes([3]) * SIZE
+        rig.store("a").bad = {0}
+        async with rig.running():
+            await rig.until(lambda: member(rig, "b").counters.failures > 0)
+            assert member(rig, "b").state is not LegState.UP_TO_DATE
+            rig.store("a").bad = set()
+            await rig.whole()
+            assert rig.store("b").image == rig.store("a").image
+
+    run(body)
+
+
+def test_it_goes_slower_when_clients_suffer_not_below_the_floor_and_freely_when_they_are_idle() -> None:
+    pace = Pace(ResyncSettings(floor_bytes_s=100.0, ceiling_bytes_s=math.inf))
+    pace.judge(idle=False, latency_s=0.001, measured_bytes_s=10_000)
+    assert pace.rate == math.inf
+    pace.judge(idle=False, latency_s=0.004, measured_bytes_s=10_000)
+    assert pace.rate == 5000
+    for _ in range(20):
+        pace.judge(idle=False, latency_s=0.01, measured_bytes_s=5000)
+    assert pace.rate == 100
+    pace.judge(idle=False, latency_s=0.001, measured_bytes_s=100)
+    assert pace.rate == 125
+    pace.judge(idle=True, latency_s=1, measured_bytes_s=100)
+    assert pace.rate == math.inf
+
+
+def test_verify_reports_what_differs_repairs_it_and_reads_no_data() -> None:
+    async def body() -> None:
+        rig = Rig(3)
+        async with rig.running() as mirror:
+            await filled(rig)
+            assert (await verify(mirror)).equal
+            rig.store("b").image[3 * EXTENT_BYTES + 5] ^= 1
+            rig.store("c").image[2 * BLOCK_BYTES : 4 * BLOCK_BYTES] = bytes(2 * BLOCK_BYTES)
+            reads = [rig.store(node).read_bytes for node in "abc"]
+            report = await verify(mirror)
+            assert [rig.store(node).read_bytes for node in "abc"] == reads
+            assert report.finished and report.compared[0] == "lega"
+            assert report.differing == {
+                "legb": [(3 * EXTENT_BYTES, BLOCK_BYTES)], "legc": [(2 * BLOCK_BYTES, 2 * BLOCK_BYTES)],
+            }  # fmt: skip
+            assert report.differing_bytes == 3 * BLOCK_BYTES
+            assert (await verify(mirror, full=True)).differing == report.differing
+            assert (await verify(mirror, repair=True)).repaired_bytes == 3 * BLOCK_BYTES
+            assert (await verify(mirror, full=True)).equal
+            assert rig.store("a").image == rig.store("b").image == rig.store("c").image
+
+    run(body)
+
+
+def test_a_full_verify_finds_blocks_that_cant_be_read_and_repairs_them() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            await filled(rig)
+            rig.store("b").bad = {EXTENT_BYTES}
+            assert (await verify(mirror)).equal
+            report = await verify(mirror, full=True, repair=True)
+            assert report.unreadable == {"legb": [(EXTENT_BYTES, BLOCK_BYTES)]}
+            assert (await verify(mirror, full=True)).equal
+
+    run(body)
+
+
+def test_what_is_only_in_flight_is_not_reported() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        rig.nodes["b"].link.delay_s = 0.003
+        async with rig.running() as mirror:
+            await filled(rig)
+            report = VerifyReport()
+            async with trio.open_nursery() as nursery:
+
+                async def write() -> None:
+                    number = 0
+                    while not report.finished:
+                        number += 1
+                        await mirror.write(number % 64 * EXTENT_BYTES, block(number % 250))
+
+                nursery.start_soon(write)
+                nursery.start_soon(write)
+                await verify(mirror, report=report)
+            assert report.equal
+
+    run(body)
+
+
+def test_verify_needs_two_legs_in_sync() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            rig.nodes["b"].link.cut()
+            await mirror.write(0, block(1))
+            with pytest.raises(OSError, match="no two legs in sync") as refused:
+                await verify(mirror)
+            assert refused.value.errno == errno.ENOTCONN
+
+    run(body)
+
+
+def test_a_leg_that_is_taken_out_of_the_record_is_let_go() -> None:
+    async def body() -> None:
+        rig = Rig(3)
+        async with rig.running() as mirror:
+            left = tuple(leg for leg in mirror.membership.legs if leg.node != "c")
+            rig.nodes["c"].link.cut()
+            await mirror.write(0, block(1))
+            await mirror.reconfigure(legs=left, voters=("a", "b"))
+            assert set(mirror.members) == {"lega", "legb"}
+            assert rig.cluster.truth.legs == left
+            again = replace(rig.record.leg("legc"))
+            rig.nodes["c"].link.mend()
+            await mirror.reconfigure(legs=(*left, again))
+            await rig.whole()
+            assert rig.store("c").image == rig.store("a").image
+
+    run(body)
