@@ -2,8 +2,8 @@
 
 A fault has a beginning and an end. Roles are looked up when it begins: "primary" is whoever serves then, or did last,
 "other" a node that doesn't; so one seed means one story whoever had to take over before, as far as the timing of
-processes lets it. Whatever happened, in the end everything is healed, somebody has to serve, every copy has to come up to date by itself,
-and the copies are compared.
+processes lets it. Whatever happened, in the end everything is healed, somebody has to serve, every copy has to come up
+to date by itself, and the copies are compared.
 """
 
 from __future__ import annotations
