@@ -16,7 +16,7 @@
     POST   /v1/pools/P/scrub                  {action: "start" | "pause" | "stop", rate?}
     GET    /v1/pools/P/volumes
     POST   /v1/pools/P/volumes                {name, size, policy?, filling?, mirror?: [{node, pool?}], quorum?,
-                                              timeout_s?}
+                                              timeout_s?, lease_s?}
     GET    /v1/pools/P/volumes/V
     PATCH  /v1/pools/P/volumes/V              {size, shrink?}; a smaller size needs shrink, for it discards data
     DELETE /v1/pools/P/volumes/V[?snapshots=1]     and all its snapshots; without this it must have none; of a mirror
@@ -166,7 +166,8 @@ class CreateVolumeBody(Body):
     filling: bool = False
     mirror: list[PlaceBody] = Field(default=[], max_length=MAX_LEGS)
     quorum: Literal["suspend", "fail"] = "suspend"
-    timeout_s: float = Field(Options().timeout_s, ge=0.5, le=60, allow_inf_nan=False)
+    timeout_s: float = Field(Options().timeout_s, ge=0.1, le=60, allow_inf_nan=False)
+    lease_s: float = Field(Options().lease_s, ge=0.1, le=60, allow_inf_nan=False)
 
 
 class ResizeBody(Body):
@@ -412,7 +413,7 @@ class Api:
                 if body.filling:
                     raise TierError(errno.EINVAL, "filling: mirror a volume once it is complete")
                 places = [place.place() for place in body.mirror]
-                options = Options(below_quorum=body.quorum, timeout_s=body.timeout_s)
+                options = Options(below_quorum=body.quorum, timeout_s=body.timeout_s, lease_s=body.lease_s)
                 await self._admin.create(pool, body.name, body.size, body.policy, places, options)
             else:
                 await pool.create_volume(body.name, body.size, body.policy, filling=body.filling)

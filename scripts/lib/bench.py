@@ -11,6 +11,7 @@
 - `snapshots`: what they cost, and what asking for changes costs (`bench_snapshots`); not among the default ones.
 - `fuse`: volumes as files against nbdfuse (`bench_fuse`); not among the default ones.
 - `nbdkit`: our nbdkit plugin against one of ten lines on a flat file (`bench_nbdkit`); not among the default ones.
+- `mirror`: a mirrored volume against a plain one and QEMU's mirror (`bench_mirror`); not among the default ones.
 - `upgrade`: the daemon is replaced under a verified load (`bench_upgrade`); not among the default ones.
 - `tiering`: a fast tier over a base device slowed to a hard disk's pace (`bench_tiering`); not among the default ones.
 
@@ -38,6 +39,8 @@ from typing import Any
 import psutil
 from bench_fio import FioError, Measurement, fio
 from bench_fuse import fuse
+from bench_mirror import PARTS as MIRROR_PARTS
+from bench_mirror import mirror
 from bench_nbd import protocol
 from bench_nbdkit import nbdkit
 from bench_scrub import scrub
@@ -56,7 +59,7 @@ from tests.system.daemon import REPOSITORY, DaemonError
 MIB = 1 << 20
 BASELINE = "qemu-nbd raw"
 SECTIONS = ("throughput", "big", "reopen", "pressure", "scrub")
-ALL_SECTIONS = (*SECTIONS, "tiering", "snapshots", "fuse", "nbdkit", "nbd", "upgrade")
+ALL_SECTIONS = (*SECTIONS, "tiering", "snapshots", "fuse", "nbdkit", "nbd", "upgrade", "mirror")
 WARM_PASSES = (3, 7)  # at least, at most
 console = Console(width=None if sys.stdout.isatty() else 160)
 
@@ -148,6 +151,9 @@ def main() -> int:
                 snapshots(directory, options.snapshot_parts, options.seconds, options.rounds, full=options.full)
             ),
             "fuse": lambda: results.extend(fuse(directory, options.seconds, options.rounds, options.size // 2, say)),
+            "mirror": lambda: results.extend(
+                mirror(directory, options.mirror_parts, options.seconds, options.rounds, options.size // 2, say)
+            ),
             "upgrade": lambda: results.extend(upgrade(directory, options.upgrades, options.size // 16, say)),
             "tiering": lambda: results.extend(
                 tiering(directory, options.parts, scale_of(options.seconds, full=options.full), say)
@@ -192,6 +198,9 @@ def arguments() -> argparse.Namespace:
         "--only", nargs="+", choices=ALL_SECTIONS, default=SECTIONS, help=f"default: {', '.join(SECTIONS)}"
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of tiering (default: all)")
+    parser.add_argument(
+        "--mirror-parts", nargs="+", choices=MIRROR_PARTS, default=MIRROR_PARTS, help="of mirror (default: all)"
+    )
     parser.add_argument("--upgrades", type=int, help="of upgrade (default 20)")
     parser.add_argument(
         "--snapshot-parts",

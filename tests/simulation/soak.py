@@ -1,7 +1,8 @@
-"""scripts/soak: fresh seeds of the simulation until time is up, on all cores.
+"""scripts/soak: fresh seeds of the simulation, or of real nodes under faults, until time is up, on all cores.
 
-Each worker is a process of `python -m tests.simulation --stream`, which tells of each seed when it begins and when it
-ends. A seed that takes too long by the wall clock, or kills its worker, has failed too. Ctrl-C ends with the summary.
+Each worker is a process of `python -m tests.simulation --stream`, with `--nodes` of `tests.cluster`, which tells of
+each seed when it begins and when it ends. A seed that takes too long by the wall clock, or kills its worker, has failed
+too. Ctrl-C ends with the summary.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from tests.cluster.schedule import PROFILES as NODE_PROFILES
 from tests.simulation.mutants import PLANTS
 from tests.simulation.workload import PROFILES
 
@@ -38,6 +40,9 @@ class Tally:
     first_seed: int
     minutes: float
     wanted_cycles: int | None
+    wanted_seeds: int | None = None
+    what: str = "crashes"
+    """What is recovered from."""
     began: float = field(default_factory=time.monotonic)
     seeds: int = 0
     cycles: int = 0
@@ -50,8 +55,10 @@ class Tally:
 
     @property
     def done(self) -> bool:
-        return len(self.failures) >= MAX_FAILURES or (
-            self.wanted_cycles is not None and self.cycles >= self.wanted_cycles
+        return (
+            len(self.failures) >= MAX_FAILURES
+            or (self.wanted_cycles is not None and self.cycles >= self.wanted_cycles)
+            or (self.wanted_seeds is not None and self.seeds >= self.wanted_seeds)
         )
 
     def line(self) -> str:
@@ -61,7 +68,7 @@ class Tally:
         if self.wanted_cycles is not None and rate:
             left = min(left, (self.wanted_cycles - self.cycles) / rate)
         return (
-            f"{self.cycles:,} crashes recovered from, {self.seeds:,} seeds, {rate:.1f} crashes/s, "
+            f"{self.cycles:,} {self.what} recovered from, {self.seeds:,} seeds, {rate:.1f} {self.what}/s, "
             f"{_clock(self.elapsed_s)} elapsed, {_clock(max(0.0, left))} left, {len(self.failures)} failed"
         )
 
@@ -74,18 +81,34 @@ def _clock(seconds: float) -> str:
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), help="The first seed. Without, one that was never used.")
 @click.option("--cycles", type=click.IntRange(min=1), help="Stop after so many crashes.")
-@click.option("--profile", type=click.Choice(list(PROFILES)), help="Only this kind of run.")
+@click.option("--seeds", type=click.IntRange(min=1), help="Stop after so many seeds.")
+@click.option("--nodes", is_flag=True, help="Real nodes in network namespaces, under faults of the network and kills.")
+@click.option("--profile", type=click.Choice([*PROFILES, *NODE_PROFILES]), help="Only this kind of run.")
 @click.option("--workers", type=click.IntRange(min=1), default=os.cpu_count(), show_default="one a core")
 @click.option("--plant", type=click.Choice(list(PLANTS)), help="With this bug in the engine, which must be found.")
 def main(
-    minutes: float, seed: int | None, cycles: int | None, profile: str | None, workers: int, plant: str | None
+    minutes: float,
+    seed: int | None,
+    cycles: int | None,
+    seeds: int | None,
+    nodes: bool,
+    profile: str | None,
+    workers: int,
+    plant: str | None,
 ) -> None:
     """Crash and recover simulated pools, with fresh seeds, until time is up. Exit status 1 if a promise was broken."""
-    tally = Tally(random.SystemRandom().randrange(1 << 40) if seed is None else seed, minutes, cycles)
+    if profile is not None and profile not in (NODE_PROFILES if nodes else PROFILES):
+        there = ", ".join(NODE_PROFILES if nodes else PROFILES)
+        raise click.UsageError(f"--profile {profile} is not for this kind of run: choose from {there}")
+    if plant is not None and nodes:
+        raise click.UsageError("--plant is for simulated pools: leave --nodes out")
+    first = random.SystemRandom().randrange(1 << 40) if seed is None else seed
+    tally = Tally(first, minutes, cycles, seeds, "faults" if nodes else "crashes")
+    module = "tests.cluster" if nodes else "tests.simulation"
     options = [*(["--profile", profile] if profile else []), *(["--plant", plant] if plant else [])]
     click.echo(f"seeds from {tally.first_seed} on, {workers} workers, for {minutes:g} minutes")
     try:
-        trio.run(_soak, tally, workers, options)
+        trio.run(_soak, tally, workers, module, options)
     except* KeyboardInterrupt:
         click.echo("interrupted")
     click.echo(tally.line())
@@ -94,11 +117,12 @@ def main(
     sys.exit(1 if tally.failures else 0)
 
 
-async def _soak(tally: Tally, workers: int, options: list[str]) -> None:
+async def _soak(tally: Tally, workers: int, module: str, options: list[str]) -> None:
     with trio.move_on_after(tally.minutes * 60):
         async with trio.open_nursery() as nursery:
             for i in range(workers):
-                nursery.start_soon(_worker, tally, tally.first_seed + i, workers, options, nursery.cancel_scope.cancel)
+                command = [sys.executable, "-m", module, *options]
+                nursery.start_soon(_worker, tally, tally.first_seed + i, workers, command, nursery.cancel_scope.cancel)
             nursery.start_soon(_show, tally)
 
 
@@ -115,15 +139,15 @@ async def _show(tally: Tally) -> None:
             await trio.sleep(0.25)
 
 
-async def _worker(tally: Tally, first: int, step: int, options: list[str], stop: Callable[[], None]) -> None:
+async def _worker(tally: Tally, first: int, step: int, program: list[str], stop: Callable[[], None]) -> None:
     """A process that lives every `step`-th seed; a fresh one after a failure."""
     while True:
-        last = await _stream(tally, first, step, options, stop)
+        last = await _stream(tally, first, step, program, stop)
         first = last + step
 
 
-async def _stream(tally: Tally, first: int, step: int, options: list[str], stop: Callable[[], None]) -> int:
-    command = [sys.executable, "-m", "tests.simulation", f"--seed={first}", f"--stream={step}", *options]
+async def _stream(tally: Tally, first: int, step: int, program: list[str], stop: Callable[[], None]) -> int:
+    command = [*program, f"--seed={first}", f"--stream={step}"]
     # A group of its own: Ctrl-C is the parent's to handle.
     process = await trio.lowlevel.open_process(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
