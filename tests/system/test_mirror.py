@@ -175,6 +175,18 @@ def test_a_primary_that_is_killed_goes_on_when_it_is_started_again(pair: Pair) -
     assert a.mirror("w")["term"] == 2
 
 
+def test_who_is_connected_to_a_mirror_stays_so_over_an_upgrade(pair: Pair) -> None:
+    pair.create("u")
+    data = os.urandom(MIB)
+    with pair.a.connect("u") as client:
+        client.write(0, data)
+        pair.a.daemon.upgrade()
+        client.write(MIB, data)
+        client.flush()
+        assert client.read(0, 2 * MIB) == 2 * data
+    pair.a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "u")
+
+
 def test_two_sides_that_have_both_written_are_a_split_brain_until_an_operator_gives_one_up(pair: Pair) -> None:
     a, b = pair.a, pair.b
     pair.create("s")
