@@ -29,9 +29,7 @@ _MAX_UNIX_PATH_BYTES: Final = 107
 class Listener:
     """A bound, listening, non-blocking stream socket."""
 
-    def __init__(
-        self, sock: socket.socket, address: str, *, path: Path | None = None, adopted: bool = False
-    ) -> None:
+    def __init__(self, sock: socket.socket, address: str, *, path: Path | None = None, adopted: bool = False) -> None:
         self.sock = sock
         self.address = address
         """For people: ``127.0.0.1:10809`` or the path of the Unix socket."""

@@ -47,6 +47,9 @@ class Keeper(Protocol):
 
     async def accept(self, membership: Membership, *, inconsistent: bool = False) -> None: ...
 
+    def settled(self) -> None:
+        """All legs are equal, and have flushed."""
+
 
 class _Queued:
     """A batch that waits for those before it, with its own copy of the data; without changes: a flush's place."""
@@ -278,6 +281,7 @@ class LocalLeg:
             old.clear()
             self._rotated_at = None
             self._rotate()
+        self._keeper.settled()
 
     # -- what is there -----------------------------------------------------------------------------------------------
 

@@ -1035,6 +1035,9 @@ class Mirror:
             source = choose_source(legs, frozenset(intact), all_heard=len(legs) == len(self.membership.in_sync))
             others = [leg for leg in legs if leg is not source]
             self._sequence = await reconcile(source, others, self._sequence, self.size_bytes)
+            for leg in legs:
+                # Durable with it is that the leg lacks nothing now, whatever it had lost (`LegKeeper.settled`).
+                await leg.accept(self.membership, inconsistent=False)
             self._check_all(legs)
         except OSError:
             for member in here:

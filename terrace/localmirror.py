@@ -28,7 +28,7 @@ from replication.lease import PrimaryLease
 from replication.leg import Leg, LegState, MirrorState
 from replication.lineage import Relation, both_histories, relation
 from replication.link import RemoteLeg, open_remote_leg
-from replication.localleg import LocalLeg
+from replication.localleg import LocalSite
 from replication.membership import LegInfo, Membership
 from replication.mirror import LegFacts, Mirror
 from replication.promotion import Forced, Promote, promote
@@ -89,6 +89,7 @@ class LocalMirror:
             self.store, LegRecord.decode(volume.mirror_record), node=node.peers.node, boot=node.boot
         )
         self.replica = Replica(self.keeper)
+        self._site = LocalSite(self.keeper)
         self.mirror: ServedMirror | None = None
         """While this node is primary, from before it serves."""
         self.starting = False
@@ -399,9 +400,9 @@ class LocalMirror:
 
     async def _connect(self, nursery: trio.Nursery, info: LegInfo, membership: Membership) -> Leg:
         if info.id == self.me:
-            local = LocalLeg(self.keeper, info, membership.term)
-            nursery.start_soon(local.run)
-            return local
+            # What a session of an earlier primary was just writing here must not land on what this one writes.
+            await self.replica.fenced(membership.term)
+            return await self._site.open(nursery, info, membership.term)
         if info.kind != "terrace":
             raise OSError(errno.ENOTSUP, f"the leg {info.export} is an NBD server's, which this release can't use")
         peers = self._node.peers

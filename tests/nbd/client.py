@@ -302,9 +302,7 @@ class Served:
         self.server: Server
         self._nursery: trio.Nursery
 
-    async def start(
-        self, limits: Limits | None, tls: TlsFiles | None, task_status: trio.TaskStatus[None]
-    ) -> None:
+    async def start(self, limits: Limits | None, tls: TlsFiles | None, task_status: trio.TaskStatus[None]) -> None:
         with self.scope:
             async with trio.open_nursery() as self._nursery:
                 self._nursery.start_soon(trio.sleep_forever)  # keeps it open between two servers

@@ -323,6 +323,9 @@ class FakeKeeper:
         self.promised: Term | None = None
         self.accepted: Membership | None = None
         self.inconsistent = False
+        self.is_settled = False
+        self.settled_saved = False
+        """`settled` was told, and a record stored since."""
         self._saving = trio.Lock()
         if store.record:
             plain = json.loads(store.record)
@@ -332,6 +335,9 @@ class FakeKeeper:
 
     def allows(self, term: Term) -> bool:
         return self.promised is None or term >= self.promised
+
+    def settled(self) -> None:
+        self.is_settled = True
 
     async def promise(self, term: Term) -> None:
         if self.promised is not None and term <= self.promised:
@@ -362,6 +368,7 @@ class FakeKeeper:
                     trackers.pop(missing_tracker(leg_id), None)
             self.accepted, self.inconsistent = membership, inconsistent
             await self._save(trackers)
+            self.settled_saved = self.is_settled
 
     async def _save(self, trackers: dict[str, Extents]) -> None:
         plain = {

@@ -47,6 +47,15 @@ def test_a_write_is_acknowledged_when_every_leg_has_it_and_not_before() -> None:
     run(body)
 
 
+def test_each_leg_has_stored_that_it_lacks_nothing_before_the_mirror_serves() -> None:
+    async def body() -> None:
+        rig = Rig(3)
+        async with rig.running():
+            assert [node.keeper.settled_saved for node in rig.nodes.values()] == [True] * 3
+
+    run(body)
+
+
 def test_a_read_that_overlaps_a_write_in_flight_waits_for_it() -> None:
     async def body() -> None:
         rig = Rig(2)
