@@ -114,6 +114,8 @@ class MemoryLegStore:
         self.failing: OSError | None = None
         """What each change fails with."""
         self.stuck: trio.Event | None = None
+        self.held: trio.Event | None = None
+        """Writes wait for it; all else goes on."""
         """Until it is set, no change, flush or read returns, and nothing is done at once."""
         self.is_off = False
         self.flushes = 0
@@ -159,7 +161,7 @@ class MemoryLegStore:
                 tracker.add(offset, length)
         self.image = bytearray(self._durable)
         self.trackers = dict(trackers)
-        self.failing = self.stuck = None
+        self.failing = self.stuck = self.held = None
         self.checkpoint()
 
     # -- LegStore ----------------------------------------------------------------------------------------------------
@@ -209,7 +211,7 @@ class MemoryLegStore:
 
     def write_now(self, writes: list[tuple[int, memoryview]]) -> bool:
         self._usable()
-        if self._would_block():
+        if self.held is not None or self._would_block():
             return False
         for offset, data in writes:
             self._apply(offset, len(data), bytes(data))
@@ -240,6 +242,8 @@ class MemoryLegStore:
 
     async def write(self, offset: int, data: memoryview | bytes) -> None:
         await self._pause()
+        if self.held is not None:
+            await self.held.wait()
         self._usable()
         self._apply(offset, len(data), bytes(data))
 

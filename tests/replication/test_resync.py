@@ -151,6 +151,32 @@ def test_writes_go_on_while_a_leg_is_brought_up_to_date_and_none_is_overwritten_
     run(body)
 
 
+def test_what_the_source_has_yet_to_apply_is_waited_for_before_it_is_copied() -> None:
+    async def body() -> None:
+        rig = Rig(2, in_sync=["lega"])
+        rig.known = False
+        rig.nodes["b"].link.delay_s = 0.02
+        rig.store("a").image[:] = bytes([3]) * SIZE
+        async with rig.running() as mirror:
+            while (resync := member(rig, "b").resync) is None or resync.progress.state != "copying":
+                await trio.sleep(0.001)
+            last = SIZE - EXTENT_BYTES
+            assert rig.store("b").image[last] != 3
+            rig.store("a").held = held = trio.Event()
+            told = Told()
+            assert mirror.write_later([(last, block(9))], told)
+            await rig.until(lambda: rig.store("b").image[last] == 9)
+            await trio.sleep(0.5)
+            assert not told.outcomes
+            rig.store("a").held = None
+            held.set()
+            await rig.whole()
+            assert told.outcomes == [None]
+            assert rig.store("a").image == rig.store("b").image
+
+    run(body)
+
+
 def test_several_legs_are_brought_up_to_date_at_once() -> None:
     async def body() -> None:
         rig = Rig(3, settings=MirrorSettings(resync=ResyncSettings(ceiling_bytes_s=1 << 20)))
