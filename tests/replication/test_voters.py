@@ -170,7 +170,7 @@ def test_a_promise_tells_of_the_record_that_a_session_was_storing_when_it_was_as
                 await trio.testing.wait_all_tasks_blocked(0.01)
                 stored.set()
 
-            await trio.sleep(0)
+            await trio.lowlevel.checkpoint()
             said = await voter.prepare(MIRROR, TERM_2, "b")
         assert keeper.record.accepted == out
         assert (said.accepted, said.candidates) == (out, frozenset())
