@@ -300,8 +300,7 @@ class LocalMirror:
         if accepted is None or accepted.primary is not None:
             return
         try:
-            await self.store.flush()
-            await self.keeper.leave(None)
+            await self.replica.leave_after_primary()
         except OSError as error:
             log.warning("%s: can't be declared clean: %s", self.name, error.strerror)
 
