@@ -79,3 +79,36 @@ def test_a_leg_is_clean_after_its_node_was_demoted(monkeypatch: pytest.MonkeyPat
         assert LegRecord.decode(store.record).boot is None
 
     trio.run(main)
+
+
+def test_a_close_that_is_cancelled_ends_the_mirror_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hangs:
+        """A primary's mirror that can't flush."""
+
+        membership = first_record("ab")
+
+        def __init__(self) -> None:
+            self.started, self.ended = trio.Event(), trio.Event()
+            self.started.set()
+
+        async def stop(self) -> None:
+            await trio.sleep_forever()
+
+    async def main() -> None:
+        mirror = local_mirror(monkeypatch, MemoryStore(), LegRecord("a", accepted=first_record("ab")))
+
+        async def serves() -> None:
+            with trio.CancelScope() as mirror._scope:
+                await trio.sleep_forever()
+
+        monkeypatch.setattr(mirror, "_be_primary", serves)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(mirror.run)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            mirror.mirror = Hangs()  # type: ignore[assignment]
+            with trio.move_on_after(0.02):
+                await mirror.close()
+            with trio.fail_after(1):
+                await mirror.close()  # as the daemon does when it stops
+
+    trio.run(main)
