@@ -36,10 +36,17 @@ class VoterLease:
         self._clock = clock
         self._started = clock()
         self._heard: dict[str, float] = {}
+        self._terms: dict[str, int] = {}
 
-    def heard(self, mirror: str) -> None:
-        """The primary is alive."""
+    def heard(self, mirror: str, term: int | None = None) -> None:
+        """The primary, of the term of that number if one is given, is alive."""
         self._heard[mirror] = self._clock()
+        if term is not None:
+            self._terms[mirror] = term
+
+    def term(self, mirror: str) -> int:
+        """Number of the term whose primary was heard last; 0: of none since the start."""
+        return self._terms.get(mirror, 0)
 
     def heard_s(self, mirror: str) -> float | None:
         """How long ago that was; None: not since the start."""

@@ -1000,9 +1000,15 @@ class Mirror:
         self.check()
         self._wanted |= changes
         self._change()
-        while not all(getattr(self.membership, name) == value for name, value in changes.items()):
-            self.check()
-            await self._changed.wait()
+        try:
+            while not all(getattr(self.membership, name) == value for name, value in changes.items()):
+                self.check()
+                await self._changed.wait()
+        finally:
+            # Who has given up waiting doesn't want it any more. What was tried already may come to count all the same.
+            self._wanted = {
+                name: value for name, value in self._wanted.items() if name not in changes or value is not changes[name]
+            }
 
     # -- the beginning -----------------------------------------------------------------------------------------------
 
@@ -1228,8 +1234,11 @@ class Mirror:
         async with self.barrier():
             await self._flush_all()
             await self._flush_all()
-            await self.reconfigure(primary=None, token=token)
-            self._depose(OSError(errno.ESTALE, "it was demoted"))
+            try:
+                await self.reconfigure(primary=None, token=token)
+            finally:
+                # Also where it was given up: the record may be stored somewhere, and the next primary go on by it.
+                self._depose(OSError(errno.ESTALE, "it was demoted"))
 
     async def stop(self) -> None:
         """End without a new record, everything durable: this node goes on later."""

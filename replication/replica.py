@@ -203,6 +203,22 @@ class Replica:
         async with self._turn:
             await self.leave()
 
+    async def leave_after_primary(self) -> None:
+        """This node was the primary, and nothing of that is under way any more: the leg is clean.
+
+        Unless a session has begun, which then leaves by itself: it may have writes that aren't durable. Raises OSError.
+        """
+        try:
+            self._turn.acquire_nowait()
+        except trio.WouldBlock:
+            return
+        # A session that comes now waits, and says anew that it takes part.
+        try:
+            self._term = self._applied = None
+            await self.leave()
+        finally:
+            self._turn.release()
+
     async def leave(self) -> None:
         """All that was applied is durable, and the leg is clean. For whoever has the turn."""
         await self.keeper.store.flush()

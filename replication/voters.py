@@ -140,21 +140,29 @@ class KeptVoter:
             if file is not None:
                 candidates = file.candidates | ({candidate} if term != file.promised else frozenset())
                 await self._keep(mirror, dataclasses.replace(file, promised=term, candidates=candidates))
-            return dataclasses.replace(said, promised=term)
+            # A session may have stored a record while the promise waited for it: it counts, and none comes any more.
+            now = await self._say(mirror, await self._file(mirror))
+            candidates = said.candidates if now.accepted == said.accepted else frozenset()
+            return dataclasses.replace(now, promised=term, candidates=candidates)
 
     def _judge_alive(self, said: VoterState, candidate: str) -> None:
         accepted = said.accepted
-        if accepted is None or accepted.primary is None or accepted.primary == candidate:
+        if accepted is None:
+            return
+        # Who has answered a heartbeat of a later term may not have got its record: then it can't know who is primary.
+        later = self._lease.term(accepted.mirror) > accepted.term.number
+        if not later and accepted.primary in (None, candidate):
             return
         if said.primary_here:
             raise OSError(errno.EBUSY, f"node {self.node} is primary and alive; demote it first, or promote with force")
         needs_lease = rule_of(accepted) == "majority"
+        primary = "of a later term" if later else f"node {accepted.primary}"
         left_s = self._lease.left_s(accepted.mirror, accepted.options.lease_s, since_start=needs_lease)
         if left_s > 0:
             raise OSError(
                 errno.EBUSY,
-                f"node {self.node} may promise nothing for {left_s:.1f} s: it has heard the primary, node "
-                f"{accepted.primary}, or was just started; demote that one, wait, or promote with force",
+                f"node {self.node} may promise nothing for {left_s:.1f} s: it has heard the primary, "
+                f"{primary}, or was just started; demote that one, wait, or promote with force",
             )
 
     async def accept(self, membership: Membership) -> None:
@@ -186,7 +194,7 @@ class KeptVoter:
         async with self._locks[mirror]:
             said = await self._say(mirror, await self._file(mirror))
             judge_prepare(said.promised, term, f"node {self.node}")
-            self._lease.heard(mirror)
+            self._lease.heard(mirror, term.number)
 
     async def forget(self, mirror: str) -> None:
         """The mirror is gone, or this node is no voter of it any more."""

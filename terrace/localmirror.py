@@ -226,16 +226,18 @@ class LocalMirror:
             return
         self._closing.set()
         mirror = self.mirror
-        if mirror is not None and mirror.started.is_set():
-            try:
+        try:
+            if mirror is not None and mirror.started.is_set():
                 with trio.move_on_after(mirror.membership.options.timeout_s):
                     await mirror.stop()
-            except OSError as error:
-                log.warning("%s: not all is durable everywhere: %s", self.name, error.strerror)
-        self._settled.set()
-        self._wanted.set()
-        if self._scope is not None:
-            self._scope.cancel()
+        except OSError as error:
+            log.warning("%s: not all is durable everywhere: %s", self.name, error.strerror)
+        finally:
+            # Also where this is cancelled: `run` has to end, since others wait for that.
+            self._settled.set()
+            self._wanted.set()
+            if self._scope is not None:
+                self._scope.cancel()
         await self._gone.wait()
 
     async def run(self) -> None:
@@ -300,8 +302,7 @@ class LocalMirror:
         if accepted is None or accepted.primary is not None:
             return
         try:
-            await self.store.flush()
-            await self.keeper.leave(None)
+            await self.replica.leave_after_primary()
         except OSError as error:
             log.warning("%s: can't be declared clean: %s", self.name, error.strerror)
 

@@ -434,3 +434,31 @@ def test_after_a_clean_demotion_nothing_is_remembered_and_the_record_names_the_n
                 await mirror.write(0, block(2))
 
     run(body)
+
+
+def test_a_demotion_that_is_given_up_while_its_record_is_written_ends_the_mirror_all_the_same() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            rig.cluster.quorum = False
+            with trio.move_on_after(0.5):
+                await mirror.demote("b")
+            rig.cluster.quorum = True
+            await trio.sleep(3)
+            # The next primary may go on by that record: nothing may be acknowledged here.
+            with pytest.raises(OSError, match="demoted"):
+                await mirror.write(0, block(2))
+
+    run(body)
+
+
+def test_a_change_of_legs_that_is_given_up_is_not_made_later() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            rig.nodes["b"].link.stall()
+            with trio.move_on_after(0.01):
+                await mirror.reconfigure(voters=("a", "b", "t"))
+            assert not mirror._wanted
+
+    run(body)

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from replication import voters
 from replication.cluster import VoterState
 from replication.keeper import LegKeeper, LegRecord
+from replication.leg import Extents
 from replication.membership import Term
 from replication.voters import (
     Handler,
@@ -123,6 +125,55 @@ def test_a_voter_promises_nothing_while_the_primary_may_serve(tmp_path: Path) ->
         with pytest.raises(OSError, match="promised term 3") as refused:
             await voter.heartbeat(MIRROR, FIRST.term)
         assert refused.value.errno == errno.ESTALE
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("primary", ["a", None])
+def test_a_voter_that_has_missed_the_record_of_a_later_primary_gives_that_one_its_lease(
+    tmp_path: Path, primary: str | None
+) -> None:
+    async def main() -> None:
+        clock = Clock()
+        voter = tie_breaker(tmp_path, clock)
+        await voter.accept(FIRST if primary else FIRST.next_epoch(primary=None, token="b"))
+        clock.now += 10
+        await voter.heartbeat(MIRROR, TERM_2)  # node b's, which a majority without this voter has made primary
+        clock.now += 2.9
+        with pytest.raises(OSError, match="may promise nothing") as refused:
+            await voter.prepare(MIRROR, Term(3, "3" * 16), "a")
+        assert refused.value.errno == errno.EBUSY
+        clock.now += 0.2
+        await voter.prepare(MIRROR, Term(3, "3" * 16), "a")
+
+    trio.run(main)
+
+
+def test_a_promise_tells_of_the_record_that_a_session_was_storing_when_it_was_asked_for(tmp_path: Path) -> None:
+    async def main() -> None:
+        stored = trio.Event()
+
+        class Slow(MemoryStore):
+            async def save(self, record: bytes, trackers: dict[str, Extents] | None = None) -> None:
+                await stored.wait()
+                await super().save(record, trackers)
+
+        record = first_record("ab")
+        keeper = LegKeeper(Slow(), LegRecord("a", accepted=record, promised=record.term), node="a", boot="1")
+        voter = KeptVoter("a", tmp_path, lambda mirror: [keeper])
+        out = record.next_epoch(in_sync=frozenset("a"))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keeper.accept, out)  # as a leg's session does, which knows nothing of voters
+
+            @nursery.start_soon
+            async def ends() -> None:
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                stored.set()
+
+            await trio.lowlevel.checkpoint()
+            said = await voter.prepare(MIRROR, TERM_2, "b")
+        assert keeper.record.accepted == out
+        assert (said.accepted, said.candidates) == (out, frozenset())
 
     trio.run(main)
 

@@ -1,0 +1,114 @@
+"""One mirror of a node, without an engine: what it makes durable, and when."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+import terrace.localmirror
+from replication.keeper import LegRecord
+from replication.membership import Term
+from terrace.localmirror import LocalMirror
+from tests.replication.stores import MemoryStore, first_record
+
+TERM_2 = Term(2, "2" * 16)
+
+
+class SlowStore(MemoryStore):
+    """A flush takes until it is let."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flushing = trio.Event()
+        self.may_flush = trio.Event()
+
+    async def flush(self) -> None:
+        self.flushing.set()
+        await self.may_flush.wait()
+
+
+def local_mirror(monkeypatch: pytest.MonkeyPatch, store: MemoryStore, record: LegRecord) -> LocalMirror:
+    """On node a."""
+    monkeypatch.setattr(terrace.localmirror, "PoolLegStore", lambda pool, volume: store)
+    volume: Any = SimpleNamespace(name="fast/vol", mirror_record=record.encode(), open_count=0)
+    node: Any = SimpleNamespace(peers=SimpleNamespace(node="a"), boot="boot", tell=print, disconnect=lambda name: 0)
+    return LocalMirror(SimpleNamespace(), volume, node)  # type: ignore[arg-type]
+
+
+def test_a_leg_that_the_next_primary_writes_to_is_never_declared_clean_by_the_last_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def main() -> None:
+        store = SlowStore()
+        demoted = first_record("ab").next_epoch(primary=None, token="b")
+        own = LegRecord("a", promised=demoted.term, accepted=demoted, boot="boot")
+        mirror = local_mirror(monkeypatch, store, own)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(mirror._settle_as_replica)
+            await store.flushing.wait()
+            # Node b goes on meanwhile: its session takes part, and writes.
+            await mirror.keeper.prepare(TERM_2, "b")
+            await mirror.keeper.accept(demoted.next_term(TERM_2, "b", frozenset("ab")))
+            took_part = trio.Event()
+
+            @nursery.start_soon
+            async def session() -> None:
+                async with mirror.replica._turn:
+                    await mirror.keeper.take_part()
+                    took_part.set()
+
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            store.may_flush.set()
+            await took_part.wait()
+        store.crash()
+        assert LegRecord.decode(store.record).boot == "boot"
+
+    trio.run(main)
+
+
+def test_a_leg_is_clean_after_its_node_was_demoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        store = MemoryStore()
+        demoted = first_record("ab").next_epoch(primary=None, token="b")
+        mirror = local_mirror(monkeypatch, store, LegRecord("a", demoted.term, demoted, boot="boot"))
+        await mirror._settle_as_replica()
+        assert LegRecord.decode(store.record).boot is None
+
+    trio.run(main)
+
+
+def test_a_close_that_is_cancelled_ends_the_mirror_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hangs:
+        """A primary's mirror that can't flush."""
+
+        membership = first_record("ab")
+
+        def __init__(self) -> None:
+            self.started, self.ended = trio.Event(), trio.Event()
+            self.started.set()
+
+        async def stop(self) -> None:
+            await trio.sleep_forever()
+
+    async def main() -> None:
+        mirror = local_mirror(monkeypatch, MemoryStore(), LegRecord("a", accepted=first_record("ab")))
+
+        async def serves() -> None:
+            with trio.CancelScope() as mirror._scope:
+                await trio.sleep_forever()
+
+        monkeypatch.setattr(mirror, "_be_primary", serves)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(mirror.run)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            mirror.mirror = Hangs()  # type: ignore[assignment]
+            with trio.move_on_after(0.02):
+                await mirror.close()
+            with trio.fail_after(1):
+                await mirror.close()  # as the daemon does when it stops
+
+    trio.run(main)
