@@ -118,7 +118,10 @@ class Leg(Protocol):
         """All that was submitted before is durable."""
 
     def flushed_by_all(self, sequence: int) -> None:
-        """Each leg has made durable what was submitted up to `sequence`: older changes need not be remembered."""
+        """Each leg has made durable what was submitted up to `sequence`: older changes need not be remembered.
+
+        0: those that are there are equal and have flushed, but one in sync isn't there: all is to be remembered.
+        """
 
     async def checks(self, offset: int, length: int) -> bytes:
         """8 bytes for each block: its checksum as the map has it; 0 where nothing is mapped. No data is read."""

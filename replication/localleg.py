@@ -277,7 +277,7 @@ class LocalLeg:
 
     def flushed_by_all(self, sequence: int) -> None:
         old = self._store.trackers.get(RECENT_OLD)
-        if old is not None and self._rotated_at is not None and self._rotated_at <= sequence:
+        if sequence and old is not None and self._rotated_at is not None and self._rotated_at <= sequence:
             old.clear()
             self._rotated_at = None
             self._rotate()

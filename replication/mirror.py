@@ -1040,7 +1040,10 @@ class Mirror:
                     member.error = error
             source = choose_source(legs, frozenset(intact), all_heard=len(legs) == len(self.membership.in_sync))
             others = [leg for leg in legs if leg is not source]
-            self._sequence = await reconcile(source, others, self._sequence, self.size_bytes)
+            self._note_missing()  # of what is recent, before that is forgotten
+            # A leg that is in sync and isn't here learns what it misses by the record that excludes it.
+            all_here = self._required() <= {member.info.id for member in here}
+            self._sequence = await reconcile(source, others, self._sequence, self.size_bytes, forget=all_here)
             for leg in legs:
                 # Durable with it is that the leg lacks nothing now, whatever it had lost (`LegKeeper.settled`).
                 await leg.accept(self.membership, inconsistent=False)
@@ -1051,7 +1054,6 @@ class Mirror:
                     member.leg.close()
                     member.leg = None
             raise
-        self._note_missing()
         for member in here:
             member.error = None
             member.become(LegState.UP_TO_DATE)

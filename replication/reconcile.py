@@ -101,10 +101,12 @@ def ungrouped() -> Iterator[None]:
         raise first from group
 
 
-async def reconcile(source: Leg, others: Sequence[Leg], sequence: int, size_bytes: int) -> int:
+async def reconcile(source: Leg, others: Sequence[Leg], sequence: int, size_bytes: int, *, forget: bool) -> int:
     """Make `others` equal to `source` where they may differ. Returns the last sequence that was used.
 
-    Nothing else is submitted meanwhile. Raises OSError if the source fails; another leg that fails shows it itself.
+    `forget`: these are all legs that a record calls in sync, so what is recent is forgotten. Else a record without
+    those that aren't here comes next, and with it what is recent becomes what they miss. Nothing else is submitted
+    meanwhile. Raises OSError if the source fails; another leg that fails shows it itself.
     """
     extents = await source.changed([RECENT, RECENT_OLD])
     for leg in others:
@@ -120,9 +122,10 @@ async def reconcile(source: Leg, others: Sequence[Leg], sequence: int, size_byte
                 await submitted(leg, sequence, Change(at, count, data))
     for leg in (source, *others):
         await leg.flush()
+    sequence += 1  # of the flush: 0 would say that nothing may be forgotten
     for _ in range(2):  # the first makes what is left of `recent` old
         for leg in (source, *others):
-            leg.flushed_by_all(sequence)
+            leg.flushed_by_all(sequence if forget else 0)
     return sequence
 
 

@@ -293,8 +293,8 @@ class Replica:
             recent.clear()
 
     def flushed_by_all(self, sequence: int) -> None:
-        """All up to there is durable at each leg."""
-        if self._rotated_at is not None and sequence >= self._rotated_at:
+        """All up to there is durable at each leg. 0: so it is, but not all legs in sync are there: forget nothing."""
+        if sequence and self._rotated_at is not None and sequence >= self._rotated_at:
             self._rotated_at = None
             old = self.keeper.store.trackers.get(RECENT_OLD)
             if old is not None:

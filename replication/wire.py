@@ -22,7 +22,7 @@ WRITE           primary  `count` entries, then the data of those that have some,
                          goes on in another WRITE of the same sequence
 DONE            replica  none. All batches up to `number` are in the replica's kernel
 FLUSH           primary  none. All before it in the stream is to be durable
-FLUSHED_BY_ALL  primary  none. Batches up to `number` are durable at each leg. Not answered
+FLUSHED_BY_ALL  primary  none. Batches up to `number` are durable at each leg; 0: forget nothing. Not answered
 READ            primary  RANGE; at most MAX_READ_BYTES. Answered with the data
 CHECKS          primary  RANGE; at most MAX_CHECKS_BYTES. Answered with 8 bytes for each block
 MAPPED          primary  RANGE. Answered with RANGEs, MAX_MAPPED at most

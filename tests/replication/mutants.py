@@ -29,7 +29,10 @@ MUTANTS: dict[str, Plant] = {
         FakeKeeper, "accept", "missing.update(trackers[RECENT])", "pass", "missing.update(trackers[RECENT_OLD])", "pass"
     ),
     "legs aren't reconciled at the start": _instead(
-        Mirror, "_begin", "self._sequence = await reconcile(source, others, self._sequence, self.size_bytes)", "pass"
+        Mirror,
+        "_begin",
+        "self._sequence = await reconcile(source, others, self._sequence, self.size_bytes, forget=all_here)",
+        "pass",
     ),
     "recent is forgotten though a leg hasn't flushed": _instead(
         LocalLeg, "flushed_by_all", "self._rotated_at <= sequence", "sequence >= 0"
