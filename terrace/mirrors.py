@@ -272,8 +272,8 @@ class Mirrors:
                 # It could be seen while it was made durable. Whoever has it writes to it, and not to a mirror.
                 raise OSError(
                     errno.EBUSY,
-                    f"a client of node {self.node} has opened {volume.name} while it was made a leg: disconnect it, and "
-                    "delete that volume",
+                    f"a client of node {self.node} has opened {volume.name} while it was made a leg: disconnect it, "
+                    "and delete that volume",
                 )
             record = LegRecord(me=leg, accepted=membership, promised=membership.term, inconsistent=True)
             try:
