@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -176,7 +177,40 @@ def decode(data: bytes) -> Membership:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise OSError(errno.EPROTO, f"a mirror's record can't be understood: {error}") from None
+    except RecursionError:
+        raise OSError(errno.EPROTO, "a mirror's record can't be understood: it is nested too deep") from None
+    _judge_types(membership)
     ids = {leg.id for leg in membership.legs}
     if not membership.in_sync <= ids or not membership.in_sync or len(ids) != len(membership.legs):
         raise OSError(errno.EPROTO, "a mirror's record names legs in sync that it doesn't have, or none")
     return membership
+
+
+def _judge_types(found: Membership) -> None:
+    """What a peer has once made a node store would else stop it at each start. Raises OSError EPROTO."""
+    texts: list[object] = [found.mirror, found.term.id, *found.voters, *found.in_sync]
+    numbers: list[object] = [found.size_bytes, found.term.number, found.epoch]
+    optional: list[object] = [found.primary, found.token]
+    words: list[object] = [found.forced]
+    for leg in found.legs:
+        texts += [leg.id, leg.node, leg.export]
+    for one in found.history:
+        texts.append(one.term.id)
+        numbers += [one.term.number, one.epoch]
+        optional.append(one.primary)
+        words.append(one.forced)
+    times = [found.options.timeout_s, found.options.lease_s]
+    sound = (
+        all(type(text) is str for text in texts)
+        and all(type(number) is int for number in numbers)
+        and all(one is None or type(one) is str for one in optional)
+        and all(word in ("no", "fenced", "apart") for word in words)
+        and all(leg.kind in ("terrace", "nbd") for leg in found.legs)
+        and all(type(time_s) in (int, float) and 0 < time_s < math.inf for time_s in times)
+        and found.options.below_quorum in ("suspend", "fail")
+        and found.options.arbiter in ("legs", "etcd")
+    )
+    if not sound:
+        raise OSError(
+            errno.EPROTO, "a mirror's record can't be understood: it has a value of a kind that it can't have"
+        )

@@ -128,10 +128,17 @@ class MirrorAdmin:
         )
         record = replace(record, history=(record.generation,))
         own = LegRecord(me=leg, promised=term, accepted=record)
+        # A volume can be seen while it is made durable, and whoever has it would write to it, and not to the mirror.
+        self._require_unused(volume, "make a mirror of")
         await pool.set_mirror(volume, own.encode(), {})
         mirror = self.mirrors.adopt(pool, volume)
         assert mirror is not None, "this node has a name, and wrote the record itself"
-        await mirror.promote()
+        try:
+            await mirror.promote()
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self.mirrors.dissolve(mirror)
+            raise
         return mirror
 
     async def _add_legs(self, mirror: LocalMirror, places: Sequence[Place]) -> None:

@@ -268,6 +268,13 @@ class Mirrors:
             policy = params.get("policy")
             known = policy if isinstance(policy, str) and policy in self.pools.policies else ""
             volume = await pool.create_volume(name, size, known)
+            if volume.open_count:
+                # It could be seen while it was made durable. Whoever has it writes to it, and not to a mirror.
+                raise OSError(
+                    errno.EBUSY,
+                    f"a client of node {self.node} has opened {volume.name} while it was made a leg: disconnect it, "
+                    "and delete that volume",
+                )
             record = LegRecord(me=leg, accepted=membership, promised=membership.term, inconsistent=True)
             try:
                 await pool.set_mirror(volume, record.encode(), {})
@@ -307,20 +314,28 @@ class Mirrors:
 
     async def delete_local(self, mirror: LocalMirror, *, snapshots: bool = False) -> None:
         """The leg's volume, whatever others may say."""
-        await self.forget(mirror)
         try:
+            await self.forget(mirror)
             await mirror.pool.delete_volume(mirror.volume.short_name, snapshots=snapshots, mirrored=True)
         except BaseException:
-            self.adopt(mirror.pool, mirror.volume)
+            await self._begin_again(mirror)
             raise
+
+    async def _begin_again(self, mirror: LocalMirror) -> None:
+        """What was to end it has failed, or was cancelled, at any point: the leg must not be dead until a restart."""
+        with trio.CancelScope(shield=True):
+            await self.forget(mirror)
+        if not mirror.volume.deleted:
+            self.adopt(mirror.pool, mirror.volume)
 
     async def dissolve(self, mirror: LocalMirror) -> None:
         """The leg becomes a volume like any other, and its record is gone."""
-        await self.forget(mirror)
         try:
+            await self.forget(mirror)
             await mirror.pool.set_mirror(mirror.volume, b"", {})
         except BaseException:
-            self.adopt(mirror.pool, mirror.volume)
+            if mirror.volume.mirror_record:
+                await self._begin_again(mirror)
             raise
 
     async def _discard_leg(self, node: str, params: dict[str, Any]) -> Any:
