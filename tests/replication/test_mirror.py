@@ -11,6 +11,7 @@ import trio
 from nbd.wire import STATE_HOLE, STATE_ZERO
 from replication.leg import BLOCK_BYTES, EXTENT_BYTES, LegState, MirrorState
 from replication.localleg import missing_tracker
+from replication.membership import Membership
 from replication.mirror import MirrorSettings
 from replication.reconcile import choose_source
 from tests.replication.fakes import FakeKeeper, trackers_matching
@@ -432,5 +433,31 @@ def test_after_a_clean_demotion_nothing_is_remembered_and_the_record_names_the_n
                 assert trackers_matching(rig.store(node), "*") == set()
             with pytest.raises(OSError, match="demoted"):
                 await mirror.write(0, block(2))
+
+    run(body)
+
+
+def test_a_mirror_begins_anew_though_a_leg_has_stored_a_record_that_never_counted() -> None:
+    async def body() -> None:
+        rig = Rig(2, in_sync=["lega"])
+        rig.known = False
+
+        async def commit(new: Membership, *, expected: Membership) -> None:
+            for node in rig.nodes.values():
+                await node.keeper.accept(new)
+            raise OSError(errno.ETIMEDOUT, "too few voters answer")
+
+        whole, rig.cluster.commit = rig.cluster.commit, commit  # type: ignore[method-assign]
+        async with rig.running() as mirror:
+            await rig.until(lambda: "legb" in rig.nodes["a"].keeper.accepted.in_sync)  # type: ignore[union-attr]
+            rig.store("a").failing = OSError(errno.ENOSPC, "full")
+            with pytest.raises(OSError, match="full"):
+                await mirror.write(0, block(1))
+            rig.store("a").failing = None
+            rig.cluster.commit = whole  # type: ignore[method-assign]
+            with trio.fail_after(60):
+                await mirror.write(0, block(2))
+            await rig.whole()
+            assert rig.store("a").image == rig.store("b").image
 
     run(body)
