@@ -1057,7 +1057,7 @@ class Mirror:
         self._change()
 
     async def _store_at(self, leg: Leg) -> None:
-        """Have the leg store its record again: the newest one, or one of ours that it has, and that perhaps never counts.
+        """Have the leg store its record again: the newest, or one of ours that it has, and perhaps never counts.
 
         From the oldest on, so that none is stored anew: it would have to be refused at all before to get there.
         """
