@@ -469,6 +469,8 @@ class Mirror:
                     self._room = trio.Event()
                 await self._room.wait()
                 continue
+            if any(change.offset + change.length > self.size_bytes for change in changes):
+                raise OSError(errno.ENOSPC, f"{self.name}: the mirror was shrunk; that lies behind its end now")
             self._submit(changes, extents, wide, size, outcome)  # no checkpoint since all that was found to be so
             return
 
