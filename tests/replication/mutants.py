@@ -49,7 +49,7 @@ SEEDS: dict[str, int] = {
     "acknowledges before a record without the leg counts": 4,
     "goes on writing while a leg is being excluded": 1,
     "resync ignores what was touched": 3,
-    "resync reads while older batches are in flight": 88,
+    "resync reads while older batches are in flight": 628,
     "what was written recently is forgotten when a leg is excluded": 3,
 }
 """Seeds on which random runs catch these; the others are caught by single tests."""
