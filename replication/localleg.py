@@ -192,7 +192,7 @@ class LocalLeg:
         self._busy_since = trio.current_time()
         try:
             left = item.changes
-            while left:
+            while left and self.failure is None:
                 left = left[self._apply_now(left) :]
                 if left:
                     await self._apply(left[0])
@@ -229,6 +229,9 @@ class LocalLeg:
         self.queued_bytes = 0
         self._busy_since = None
         self._wake.set()
+        if self._due:
+            # `run` may be in the middle of something that never ends, and clients wait for this.
+            trio.lowlevel.current_trio_token().run_sync_soon(self._call_due)
 
     def _fenced(self, term: Term | None) -> None:
         if term is None or term > self._term:

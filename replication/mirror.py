@@ -469,6 +469,8 @@ class Mirror:
                     self._room = trio.Event()
                 await self._room.wait()
                 continue
+            if any(change.offset + change.length > self.size_bytes for change in changes):
+                raise OSError(errno.ENOSPC, f"{self.name}: the mirror was shrunk; that lies behind its end now")
             self._submit(changes, extents, wide, size, outcome)  # no checkpoint since all that was found to be so
             return
 
@@ -1046,7 +1048,7 @@ class Mirror:
             self._sequence = await reconcile(source, others, self._sequence, self.size_bytes, forget=all_here)
             for leg in legs:
                 # Durable with it is that the leg lacks nothing now, whatever it had lost (`LegKeeper.settled`).
-                await leg.accept(self.membership, inconsistent=False)
+                await self._store_at(leg)
             self._check_all(legs)
         except OSError:
             for member in here:
@@ -1061,6 +1063,20 @@ class Mirror:
         self._excluding = {leg_id for leg_id in self._required() if self.members[leg_id].leg is None}
         self.started.set()
         self._change()
+
+    async def _store_at(self, leg: Leg) -> None:
+        """Have the leg store its record again: the newest, or one of ours that it has, and perhaps never counts.
+
+        From the oldest on, so that none is stored anew: it would have to be refused at all before to get there.
+        """
+        for record in sorted([self.membership, *self._attempts], key=lambda record: record.epoch):
+            try:
+                return await leg.accept(record, inconsistent=False)
+            except OSError as error:
+                if error.errno != errno.ESTALE:
+                    raise
+                stale = error
+        raise stale
 
     def _check_all(self, legs: Sequence[Leg]) -> None:
         for leg in legs:

@@ -98,6 +98,8 @@ class LocalMirror:
         """Why it isn't, where it should be."""
         self.compared_in_full: set[str] = set()
         """Legs, by id, whose writes were discarded: what differs there is known to nobody."""
+        self._connected: dict[str, RemoteLeg] = {}
+        """By id, the last one of each: the mirror asks for facts of a leg before it takes it."""
         self._node = node
         self._settled = trio.Event()
         """Neither starting nor about to."""
@@ -419,6 +421,7 @@ class LocalMirror:
             decode_extents=self.store.decode_extents,
         )
         self._judge(leg, membership)
+        self._connected[info.id] = leg
         return leg
 
     def _judge(self, leg: RemoteLeg, membership: Membership) -> None:
@@ -435,9 +438,8 @@ class LocalMirror:
 
     async def _facts(self, info: LegInfo, membership: Membership) -> LegFacts:
         await trio.lowlevel.checkpoint()
-        mirror = self.mirror
-        leg = mirror.members[info.id].leg if mirror is not None and info.id in mirror.members else None
-        if info.id == self.me or not isinstance(leg, RemoteLeg):
+        leg = self._connected.get(info.id)
+        if info.id == self.me or leg is None:
             return LegFacts(intact=self.keeper.intact)
         theirs = leg.hello.accepted
         known = theirs is not None and theirs.has(info.id) and info.id not in self.compared_in_full

@@ -151,3 +151,22 @@ def test_what_was_written_after_a_flush_began_is_remembered_when_it_has_ended_ev
             leg.close()
 
     run(body)
+
+
+def test_a_leg_that_is_closed_tells_all_that_is_due_though_its_disk_never_answers() -> None:
+    async def body() -> None:
+        store = MemoryLegStore(SIZE)
+        store.stuck = trio.Event()
+        leg = LocalLeg(FakeKeeper(store, "lega"), INFO, TERM)
+        told = Told()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(leg.run)
+            leg.submit(1, [Change(0, BLOCK_BYTES, memoryview(bytes(BLOCK_BYTES)))], told.of(1))
+            await trio.sleep(0.1)
+            leg.close()
+            assert told.calls == []
+            await trio.sleep(0.1)
+            assert [sequence for sequence, _ in told.calls] == [1]
+            nursery.cancel_scope.cancel()
+
+    run(body)

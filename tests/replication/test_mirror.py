@@ -462,3 +462,56 @@ def test_a_change_of_legs_that_is_given_up_is_not_made_later() -> None:
             assert not mirror._wanted
 
     run(body)
+
+
+def test_a_mirror_begins_anew_though_a_leg_has_stored_a_record_that_never_counted() -> None:
+    async def body() -> None:
+        rig = Rig(2, in_sync=["lega"])
+        rig.known = False
+
+        async def commit(new: Membership, *, expected: Membership) -> None:
+            for node in rig.nodes.values():
+                await node.keeper.accept(new)
+            raise OSError(errno.ETIMEDOUT, "too few voters answer")
+
+        whole, rig.cluster.commit = rig.cluster.commit, commit  # type: ignore[method-assign]
+        async with rig.running() as mirror:
+            await rig.until(lambda: "legb" in rig.nodes["a"].keeper.accepted.in_sync)  # type: ignore[union-attr]
+            rig.store("a").failing = OSError(errno.ENOSPC, "full")
+            with pytest.raises(OSError, match="full"):
+                await mirror.write(0, block(1))
+            rig.store("a").failing = None
+            rig.cluster.commit = whole  # type: ignore[method-assign]
+            with trio.fail_after(60):
+                await mirror.write(0, block(2))
+            await rig.whole()
+            assert rig.store("a").image == rig.store("b").image
+
+    run(body)
+
+
+def test_a_write_that_waited_while_the_mirror_was_shrunk_is_refused_and_no_leg_is_lost() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            rig.nodes["b"].link.stall()
+            assert mirror.write_later([(0, block(1))], Told())
+            errors: list[OSError] = []
+
+            async def write() -> None:
+                try:
+                    await mirror.write(SIZE - BLOCK_BYTES, block(2))
+                except OSError as error:
+                    errors.append(error)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(mirror.resize, SIZE // 2)
+                await trio.sleep(0.1)
+                nursery.start_soon(write)
+                await trio.sleep(0.1)
+                rig.nodes["b"].link.resume()
+            assert [error.errno for error in errors] == [errno.ENOSPC]
+            await mirror.write(0, block(3))
+            assert [member.counters.failures for member in mirror.members.values()] == [0, 0]
+
+    run(body)
