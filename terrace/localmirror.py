@@ -207,6 +207,7 @@ class LocalMirror:
         if self._scope is not None:
             self._force = True
             mirror = self.mirror
+            self._settled = trio.Event()  # else `promote` takes the term that ends for the one that is to begin
             self._scope.cancel()
             while self.mirror is mirror and mirror is not None:
                 await self._stirred.wait()

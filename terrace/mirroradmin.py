@@ -308,6 +308,8 @@ class MirrorAdmin:
             await mirror.demote(to or (others[0] if len(others) == 1 else None if others else self.mirrors.node))
         elif mirror.starting:
             raise TierError(errno.EBUSY, f"{mirror.name} is being started; try again in a moment")
+        elif membership.primary not in (None, self.mirrors.node, to):
+            raise TierError(errno.EBUSY, f"node {membership.primary} is the primary of {mirror.name}: run this there")
         if to is not None:
             await self.mirrors.peers.call(to, "mirror.promote", {"mirror": membership.mirror}, HAND_OVER_S)
 
@@ -345,6 +347,7 @@ class MirrorAdmin:
         served = await self.served(mirror)
         report = VerifyReport()
         nodes = {leg.id: leg.node for leg in served.membership.legs}
+        refusal: OSError | None = None
         async with trio.open_nursery() as nursery:
 
             async def tell() -> None:
@@ -356,9 +359,11 @@ class MirrorAdmin:
             try:
                 await verify(served, full=full, repair=repair, report=report)
             except OSError as error:
-                raise TierError(error.errno or errno.EIO, error.strerror or str(error)) from None
+                refusal = error  # raised outside: a nursery would put it into a group
             finally:
                 nursery.cancel_scope.cancel()
+        if refusal is not None:
+            raise TierError(refusal.errno or errno.EIO, refusal.strerror or str(refusal))
 
         def ranges(found: dict[str, list[tuple[int, int]]]) -> list[dict[str, Any]]:
             return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import click
@@ -39,18 +40,14 @@ def volume() -> None:
 @click.option(
     "--quorum",
     type=click.Choice(["suspend", "fail"]),
-    default="suspend",
-    show_default=True,
-    help="What becomes of writes to a mirror that can't be acknowledged safely: they wait, or fail.",
+    help="What becomes of writes to a mirror that can't be acknowledged safely: they wait (the default), or fail.",
 )
 @click.option(
     "--timeout",
     "timeout_s",
     type=click.FloatRange(0.5, 60),
-    default=5.0,
-    show_default=True,
     metavar="SECONDS",
-    help="So long a leg of a mirror may be silent before writes go on without it.",
+    help="So long a leg of a mirror may be silent before writes go on without it (5 unless said otherwise).",
 )
 @output_option
 @pass_context
@@ -60,20 +57,22 @@ def create(
     size: int,
     policy: str,
     places: tuple[tuple[str, str | None], ...],
-    quorum: str,
-    timeout_s: float,
+    quorum: str | None,
+    timeout_s: float | None,
     output: str,
 ) -> None:
     """Create a volume. It takes no space until it is written to."""
     pool, name = volume
+    if not places and (quorum is not None or timeout_s is not None):
+        raise click.UsageError("--quorum and --timeout are about a mirror: say --mirror NODE, too")
+    if timeout_s is not None and math.isnan(timeout_s):
+        raise click.UsageError("--timeout nan is no time; write seconds, from 0.5 to 60")
     with context.connect() as client, patience(f"Creating {pool}/{name}"):
         body: dict[str, Any] = {"name": name, "size": size, "policy": policy}
         if places:
-            body |= {
-                "mirror": [{"node": node, "pool": there} for node, there in places],
-                "quorum": quorum,
-                "timeout_s": timeout_s,
-            }
+            body["mirror"] = [{"node": node, "pool": there} for node, there in places]
+            asked = {"quorum": quorum, "timeout_s": timeout_s}
+            body |= {key: value for key, value in asked.items() if value is not None}
         made = client.request("POST", "pools", pool, "volumes", body=body)
         uris = uris_of(client, made["name"])
     if output == "json":

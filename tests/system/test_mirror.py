@@ -195,6 +195,8 @@ def test_two_sides_that_have_both_written_are_a_split_brain_until_an_operator_gi
         client.write(0, b"a" * 4096)
         client.write(MIB, b"a" * 4096)
     a.wait_for({"a": "UpToDate", "b": "Stale"}, "s")
+    alone = a.daemon.cli("volume", "mirror", "verify", "p/s", status=1)
+    assert "internal error" not in alone.stderr and "p/s" in alone.stderr
     a.daemon.kill()
     b.daemon.start()
     with pytest.raises(ApiError, match="only node a can tell"):
@@ -220,6 +222,28 @@ def test_two_sides_that_have_both_written_are_a_split_brain_until_an_operator_gi
         assert client.read(MIB, 4096) == bytes(4096)
 
 
+def test_a_split_brain_of_two_terms_of_one_number_can_be_decided(pair: Pair) -> None:
+    a, b = pair.a, pair.b
+    pair.create("e")
+    a.daemon.kill()
+    b.ask("promote", "e", force=True)
+    with b.connect("e") as client:
+        client.write(0, b"b" * 4096)
+    b.daemon.kill()
+    a.daemon.start()  # goes on by itself, in a term with the number that b has, too
+    a.wait_for({"a": "UpToDate", "b": "Stale"}, "e")
+    with a.connect("e") as client:
+        client.write(MIB, b"a" * 4096)
+    b.daemon.start()
+    pair.both_online()
+    a.ask("resync", "e", node="b", discard=True)
+    a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "e")
+    assert "equal" in a.daemon.cli("volume", "mirror", "verify", "p/e", "--full").stdout
+    with a.connect("e") as client:
+        assert client.read(0, 4096) == bytes(4096)
+        assert client.read(MIB, 4096) == b"a" * 4096
+
+
 def test_what_is_wrong_is_refused_in_a_sentence_and_leaves_nothing_behind(pair: Pair) -> None:
     a, b = pair.a, pair.b
     pair.both_online()
@@ -238,6 +262,8 @@ def test_what_is_wrong_is_refused_in_a_sentence_and_leaves_nothing_behind(pair: 
         a.daemon.api("DELETE", "/v1/pools/p/volumes/x/mirror/legs/a")
     with pytest.raises(ApiError, match="run this there"):
         b.daemon.api("DELETE", "/v1/pools/p/volumes/x/mirror/legs/b")
+    with pytest.raises(ApiError, match="node a is the primary of p/x: run this there"):
+        b.ask("demote", "x")  # which did nothing, and said that there is no primary now
     with pytest.raises(ApiError, match="delete all of it at its primary"):
         b.daemon.api("DELETE", "/v1/pools/p/volumes/x")
     with pytest.raises(ApiError, match="has legs of mirrors"):
