@@ -71,7 +71,7 @@ from terrace.apikit import Body, Progress, Stream, error_response, plain, read_b
 from terrace.definitions import Definitions
 from terrace.events import Events
 from terrace.exports import find_export, record_of, records_of
-from terrace.mirroradmin import MirrorAdmin
+from terrace.mirroradmin import MirrorAdmin, require_whole_blocks
 from terrace.mirrorapi import MirrorApi, PlaceBody
 from terrace.mirrors import Mirrors
 from terrace.pools import Pools, Slot
@@ -441,6 +441,7 @@ class Api:
             if mirror is None:
                 await pool.resize_volume(name, body.size)
             else:
+                require_whole_blocks(f"{pool.name}/{name}", body.size)
                 await (await self._admin.served(mirror)).resize(body.size)
             return JSONResponse(self._volume(pool, name))
 

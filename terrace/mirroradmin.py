@@ -21,7 +21,7 @@ from typing import Any, Final
 import trio
 
 from replication.keeper import LegRecord
-from replication.leg import LegState
+from replication.leg import BLOCK_BYTES, LegState
 from replication.membership import MAX_LEGS, LegInfo, Membership, Options, Term, encode
 from replication.promotion import Forced, Promote, decide, new_term
 from replication.verify import VerifyReport, verify
@@ -57,6 +57,7 @@ class MirrorAdmin:
         self, pool: Pool, name: str, size_bytes: int, policy: str, places: Sequence[Place], options: Options
     ) -> LocalMirror:
         """A new volume with a leg at each place. Nothing is left behind when it fails."""
+        require_whole_blocks(f"{pool.name}/{name}", size_bytes)
         self._judge_places(places)
         volume = await pool.create_volume(name, size_bytes, policy)
         mirror: LocalMirror | None = None
@@ -101,6 +102,7 @@ class MirrorAdmin:
     async def _add_first(self, pool: Pool, volume: Volume, place: Place, options: Options) -> LocalMirror:
         if volume.filling:
             raise TierError(errno.EBUSY, f"{volume.name} is not complete; mirror it once what fills it has ended")
+        require_whole_blocks(volume.name, volume.size_bytes)
         self._require_unused(volume, "be made a mirror of")
         mirror = await self._begin(pool, volume, options)
         try:
@@ -467,3 +469,14 @@ def _plain(membership: Membership) -> Any:
 
 def _nodes(places: Sequence[Place]) -> str:
     return ", ".join(place.node for place in places)
+
+
+def require_whole_blocks(name: str, size_bytes: int) -> None:
+    """A leg gets whole blocks only. Raises TierError EINVAL for a size that ends within one."""
+    if size_bytes % BLOCK_BYTES:
+        above = -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
+        raise TierError(
+            errno.EINVAL,
+            f"{name} can't be mirrored with {size_bytes} bytes: the size of a mirror is a multiple of {BLOCK_BYTES}, "
+            f"such as {above}",
+        )

@@ -11,6 +11,7 @@ import trio
 from nbd.wire import STATE_HOLE, STATE_ZERO
 from replication.leg import BLOCK_BYTES, EXTENT_BYTES, LegState, MirrorState
 from replication.localleg import missing_tracker
+from replication.membership import Membership
 from replication.mirror import MirrorSettings
 from replication.reconcile import choose_source
 from tests.replication.fakes import FakeKeeper, trackers_matching

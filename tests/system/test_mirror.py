@@ -256,8 +256,12 @@ def test_what_is_wrong_is_refused_in_a_sentence_and_leaves_nothing_behind(pair: 
     ):
         with pytest.raises(ApiError, match=said):
             a.daemon.api("POST", "/v1/pools/p/volumes", body | {"mirror": places})
+    with pytest.raises(ApiError, match="a multiple of 4096, such as 8192"):
+        a.daemon.api("POST", "/v1/pools/p/volumes", {"name": "x", "size": 4608, "mirror": [{"node": "b"}]})
     assert not any(volume["name"] == "p/x" for volume in a.daemon.api("GET", "/v1/pools/p/volumes"))
     pair.create("x")
+    with pytest.raises(ApiError, match="a multiple of 4096"):
+        a.daemon.api("PATCH", "/v1/pools/p/volumes/x", {"size": SIZE + 512})
     with pytest.raises(ApiError, match="is the primary of p/x"):
         a.daemon.api("DELETE", "/v1/pools/p/volumes/x/mirror/legs/a")
     with pytest.raises(ApiError, match="run this there"):
