@@ -101,7 +101,12 @@ class Pair:
             daemon.start()
             device = f"{self.directory}/{name}.fast={POOL_SIZES * self.size_bytes}"
             daemon.cli("pool", "create", "bench", "--fast", device)
+        until(self._know_each_other, "the other node")
         self.nodes["a"].cli("volume", "create", "bench/volume", str(self.size_bytes), "--mirror", "b/bench")
+
+    def _know_each_other(self) -> bool:
+        told = json.loads(self.nodes["a"].cli("node", "list", "-o", "json").stdout)
+        return all(node["state"] == "Online" for node in told)
 
     def _make_certificates(self) -> None:
         authority = self.directory / "authority"
