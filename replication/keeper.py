@@ -34,13 +34,11 @@ from typing import Any
 
 import trio
 
-from replication.leg import Extents, LegStore, Position
+from replication.leg import MISSING, RECENT, RECENT_OLD, Extents, LegStore, Position, missing_tracker
 from replication.lineage import Relation, both_histories, relation
 from replication.membership import Membership, Term, decode, encode
 
 FORMAT_VERSION = 1
-RECENT = ("recent", "recent-old")
-MISSING = "missing:"
 
 
 @dataclass(frozen=True)
@@ -261,7 +259,7 @@ class LegKeeper:
         me = self.record.me
         joins = self._joins(new) and old is not None
         for leg in new.legs:
-            name = MISSING + leg.id
+            name = missing_tracker(leg.id)
             if leg.id in new.in_sync:
                 continue
             if leg.id != me and (joins or old is None or not old.has(leg.id)):
@@ -279,7 +277,7 @@ class LegKeeper:
 
     def _recent(self, trackers: dict[str, Extents], name: str) -> Extents:
         extents = self.store.empty_extents()
-        for one in (*RECENT, name):
+        for one in (RECENT, RECENT_OLD, name):
             if one in trackers:
                 extents.update(trackers[one])
         return extents
@@ -287,7 +285,7 @@ class LegKeeper:
     async def _drop_trackers(self, new: Membership) -> None:
         if self.record.me not in new.in_sync:
             return
-        wanted = {MISSING + leg.id for leg in new.legs if leg.id not in new.in_sync}
+        wanted = {missing_tracker(leg.id) for leg in new.legs if leg.id not in new.in_sync}
         kept = {
             name: extents
             for name, extents in self.store.trackers.items()
@@ -303,10 +301,10 @@ class LegKeeper:
         """Before the first write of a session: durable on return is that the leg isn't clean. Raises OSError."""
         async with self._lock:
             trackers = dict(self.store.trackers)
-            complete = all(name in trackers for name in RECENT)
+            complete = all(name in trackers for name in (RECENT, RECENT_OLD))
             if self.record.boot == self.boot and complete and not self._clean_in_doubt:
                 return
-            for name in RECENT:
+            for name in (RECENT, RECENT_OLD):
                 if name not in trackers:
                     trackers[name] = self.store.empty_extents()
             record = dataclasses.replace(self.record, boot=self.boot, doubtful=not self.intact, position=None)

@@ -17,6 +17,17 @@ BLOCK_BYTES: Final = 4096
 EXTENT_BYTES: Final = 64 << 10
 """What is remembered of what was written, and what a read waits for, goes by extents of this size."""
 
+RECENT: Final = "recent"
+RECENT_OLD: Final = "recent-old"
+"""Names of trackers: what was written since the last flush that all legs have done is in one of the two."""
+MISSING: Final = "missing:"
+
+
+def missing_tracker(leg_id: str) -> str:
+    """Name of the tracker of what a leg misses."""
+    return MISSING + leg_id
+
+
 Done = Callable[[OSError | None], None]
 """Called once, on the trio thread, never from within the call that it was given to."""
 

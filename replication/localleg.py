@@ -22,16 +22,8 @@ from typing import Protocol
 
 import trio
 
-from replication.leg import Change, Done, Extents, LegStore
+from replication.leg import RECENT, RECENT_OLD, Change, Done, Extents, LegStore
 from replication.membership import LegInfo, Membership, Term
-
-RECENT = "recent"
-RECENT_OLD = "recent-old"
-
-
-def missing_tracker(leg_id: str) -> str:
-    """Name of the tracker of what a leg misses."""
-    return f"missing:{leg_id}"
 
 
 class Keeper(Protocol):

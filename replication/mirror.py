@@ -35,8 +35,19 @@ import trio
 from nbd.wire import STATE_HOLE, STATE_ZERO
 from replication.cluster import ClusterStore
 from replication.inflight import EXTENT_SHIFT, WIDE_EXTENTS, Batch, InFlight, Locks, extents_of
-from replication.leg import BLOCK_BYTES, EXTENT_BYTES, Change, Done, Leg, LegState, LegStore, MirrorState
-from replication.localleg import RECENT, RECENT_OLD, missing_tracker
+from replication.leg import (
+    BLOCK_BYTES,
+    EXTENT_BYTES,
+    RECENT,
+    RECENT_OLD,
+    Change,
+    Done,
+    Leg,
+    LegState,
+    LegStore,
+    MirrorState,
+    missing_tracker,
+)
 from replication.membership import LegInfo, Membership
 from replication.reconcile import choose_source, reconcile
 from replication.resync import Progress, Resync, ResyncSettings

@@ -18,8 +18,7 @@ from collections.abc import Iterator, Sequence
 
 import trio
 
-from replication.leg import BLOCK_BYTES, Change, Extents, Leg
-from replication.localleg import RECENT, RECENT_OLD
+from replication.leg import BLOCK_BYTES, RECENT, RECENT_OLD, Change, Extents, Leg
 
 PIECE_BYTES = 1 << 20
 

@@ -44,7 +44,7 @@ import trio
 
 from nbd.tls import TlsSocket
 from replication import wire
-from replication.leg import LegStore, Position
+from replication.leg import RECENT, RECENT_OLD, LegStore, Position
 from replication.membership import Membership, Term
 from replication.stream import Inbox, Stream, gone
 from replication.wire import BreachError, Frame, LegOption, Type
@@ -68,9 +68,6 @@ IDLE_S: Final = 60.0
 ORDERED_S: Final = 30.0
 """An ACCEPT, RESIZE or SNAPSHOT, which nobody else can cut short, may take so long."""
 PARTING_S: Final = 0.5
-
-RECENT: Final = "recent"
-RECENT_OLD: Final = "recent-old"
 
 
 class Record(Protocol):

@@ -25,8 +25,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 import trio
 
 from replication.inflight import InFlight, Locks
-from replication.leg import BLOCK_BYTES, EXTENT_BYTES, Extents, Leg, LegStore
-from replication.localleg import RECENT, RECENT_OLD, missing_tracker
+from replication.leg import BLOCK_BYTES, EXTENT_BYTES, RECENT, RECENT_OLD, Extents, Leg, LegStore, missing_tracker
 from replication.reconcile import PIECE_BYTES, differing, pieces, ungrouped
 
 if TYPE_CHECKING:

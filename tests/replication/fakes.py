@@ -25,8 +25,8 @@ import trio
 import trio.testing
 import xxhash
 
-from replication.leg import BLOCK_BYTES, EXTENT_BYTES, Change, Done, Extents
-from replication.localleg import RECENT, RECENT_OLD, LocalLeg, LocalSite, missing_tracker
+from replication.leg import BLOCK_BYTES, EXTENT_BYTES, RECENT, RECENT_OLD, Change, Done, Extents, missing_tracker
+from replication.localleg import LocalLeg, LocalSite
 from replication.membership import LegInfo, Membership, Term, decode, encode
 
 

@@ -7,7 +7,8 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from replication.localleg import RECENT, RECENT_OLD, LocalSite
+from replication.leg import RECENT, RECENT_OLD
+from replication.localleg import LocalSite
 from tests.replication.fakes import FakeKeeper, FakeLeg, FakeLink, MemoryExtents, MemoryLegStore
 from tests.replication.leg_contract import LegContract, Rig
 from tests.replication.linked import INFO, MEMBERSHIP, SIZE, TERM

@@ -8,27 +8,14 @@ from collections.abc import Callable
 import pytest
 import trio
 
-from replication.leg import BLOCK_BYTES, EXTENT_BYTES, Change
-from replication.localleg import RECENT, RECENT_OLD, LocalLeg, LocalSite
+from replication.leg import BLOCK_BYTES, EXTENT_BYTES, RECENT, RECENT_OLD, Change
+from replication.localleg import LocalLeg, LocalSite
 from replication.membership import LegInfo, Term
 from tests.replication.fakes import FakeKeeper, MemoryExtents, MemoryLegStore, trackers_matching
+from tests.replication.linked import Told
 from tests.replication.rig import SIZE, TERM, run
 
 INFO = LegInfo("lega", "a", "pool/vol")
-
-
-class Told:
-    """What each `done` was called with, in order."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[int, OSError | None]] = []
-
-    def of(self, sequence: int) -> Callable[[OSError | None], None]:
-        return lambda error: self.calls.append((sequence, error))
-
-    @property
-    def done(self) -> list[int]:
-        return [sequence for sequence, error in self.calls if error is None]
 
 
 async def until(true: Callable[[], bool]) -> None:

@@ -9,8 +9,7 @@ import pytest
 import trio
 
 from nbd.wire import STATE_HOLE, STATE_ZERO
-from replication.leg import BLOCK_BYTES, EXTENT_BYTES, LegState, MirrorState
-from replication.localleg import missing_tracker
+from replication.leg import BLOCK_BYTES, EXTENT_BYTES, LegState, MirrorState, missing_tracker
 from replication.membership import Membership
 from replication.mirror import MirrorSettings
 from replication.reconcile import choose_source

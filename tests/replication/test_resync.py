@@ -9,8 +9,7 @@ from dataclasses import replace
 import pytest
 import trio
 
-from replication.leg import BLOCK_BYTES, EXTENT_BYTES, LegState
-from replication.localleg import RECENT, missing_tracker
+from replication.leg import BLOCK_BYTES, EXTENT_BYTES, RECENT, LegState, missing_tracker
 from replication.mirror import Member, MirrorSettings
 from replication.resync import Pace, ResyncSettings
 from replication.verify import VerifyReport, verify

@@ -21,8 +21,7 @@ from typing import Any
 import trio
 
 from replication.inflight import Batch
-from replication.leg import BLOCK_BYTES, EXTENT_BYTES, Change, Done, Leg, LegState
-from replication.localleg import RECENT, RECENT_OLD, missing_tracker
+from replication.leg import BLOCK_BYTES, EXTENT_BYTES, RECENT, RECENT_OLD, Change, Done, Leg, LegState, missing_tracker
 from replication.membership import LegInfo, Membership, Options, Term
 from replication.mirror import LegFacts, Mirror, MirrorSettings
 from replication.resync import ResyncSettings
