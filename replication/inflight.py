@@ -10,12 +10,12 @@ Who waits, waits for the batches that are there now, not for quiet: later ones d
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Final
 
 import trio
 
-from replication.leg import EXTENT_BYTES, Done
+from replication.leg import EXTENT_BYTES, Change, Done
 
 EXTENT_SHIFT: Final = EXTENT_BYTES.bit_length() - 1
 WIDE_EXTENTS: Final = 64
@@ -210,3 +210,33 @@ class Locks:
             for extent in range(first, stop):
                 del self.held[extent]
             released.set()
+
+
+class Outcome:
+    """A `Done` to wait for."""
+
+    def __init__(self) -> None:
+        self._event = trio.Event()
+        self._error: OSError | None = None
+
+    def __call__(self, error: OSError | None) -> None:
+        self._error = error
+        self._event.set()
+
+    async def wait(self) -> None:
+        await self._event.wait()
+        if self._error is not None:
+            raise OSError(self._error.errno, self._error.strerror)
+
+
+def touched(changes: Sequence[Change]) -> tuple[set[int], list[tuple[int, int]] | None]:
+    """The extents of changes: singly, and as ranges (first, behind the last) where they are long."""
+    extents: set[int] = set()
+    wide: list[tuple[int, int]] = []
+    for change in changes:
+        first, stop = extents_of(change.offset, change.length)
+        if stop - first > WIDE_EXTENTS:
+            wide.append((first, stop))
+        else:
+            extents.update(range(first, stop))
+    return extents, wide or None

@@ -29,7 +29,7 @@ from replication.leg import BLOCK_BYTES, EXTENT_BYTES, RECENT, RECENT_OLD, Exten
 from replication.reconcile import PIECE_BYTES, differing, pieces, ungrouped
 
 if TYPE_CHECKING:
-    from replication.mirror import Member
+    from replication.members import Member
 
 MAX_TRIES: Final = 4
 COMPARE_BYTES: Final = 16 << 20

@@ -26,7 +26,8 @@ from replication.reconcile import PIECE_BYTES, ungrouped
 from replication.resync import COMPARE_BYTES
 
 if TYPE_CHECKING:
-    from replication.mirror import Member, Mirror
+    from replication.members import Member
+    from replication.mirror import Mirror
 
 MAX_RANGES: Final = 10_000
 """A report names so many ranges a leg; it counts all bytes."""

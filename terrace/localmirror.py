@@ -29,8 +29,9 @@ from replication.leg import Leg, LegState, MirrorState
 from replication.lineage import Relation, both_histories, relation
 from replication.link import RemoteLeg, open_remote_leg
 from replication.localleg import LocalSite
+from replication.members import LegFacts
 from replication.membership import LegInfo, Membership
-from replication.mirror import LegFacts, Mirror
+from replication.mirror import Mirror
 from replication.promotion import Forced, Promote, promote
 from replication.replica import Replica
 from replication.voters import KeptVoter, rule_of

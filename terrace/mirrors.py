@@ -22,8 +22,8 @@ import trio
 from replication.cluster import ClusterStore, Voter
 from replication.keeper import LegKeeper, LegRecord
 from replication.leg import LegState, MirrorState
+from replication.members import MirrorStatus
 from replication.membership import LegInfo, Membership, decode
-from replication.mirror import MirrorStatus
 from replication.voters import KeptVoter, LegsCluster, RemoteVoter
 from replication.voters import handlers as voter_handlers
 from replication.wire import LegOption

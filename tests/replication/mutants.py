@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from replication.edges import Edges
 from replication.inflight import InFlight
 from replication.localleg import LocalLeg
 from replication.mirror import Mirror
@@ -11,10 +12,10 @@ from tests.simulation.mutants import Plant, _instead
 
 MUTANTS: dict[str, Plant] = {
     "acknowledges before a record without the leg counts": _instead(
-        Mirror, "_completed", "elif self._excluding:", "elif False:"
+        Mirror, "_completed", "elif self.excluding:", "elif False:"
     ),
     "goes on writing while a leg is being excluded": _instead(
-        Mirror, "_change", "self._lost or self._excluding or", "self._lost or"
+        Mirror, "change", "self.lost or self.excluding or", "self.lost or"
     ),
     "resync ignores what was touched": _instead(Resync, "_copy", "if watch.touched:", "if False:"),
     "resync reads while older batches are in flight": _instead(
@@ -30,15 +31,15 @@ MUTANTS: dict[str, Plant] = {
     ),
     "legs aren't reconciled at the start": _instead(
         Mirror,
-        "_begin",
-        "self._sequence = await reconcile(source, others, self._sequence, self.size_bytes, forget=all_here)",
+        "begin",
+        "self.sequence = await reconcile(source, others, self.sequence, self.size_bytes, forget=all_here)",
         "pass",
     ),
     "recent is forgotten though a leg hasn't flushed": _instead(
         LocalLeg, "flushed_by_all", "self._rotated_at <= sequence", "sequence >= 0"
     ),
     "parts of blocks are merged without a lock": _instead(
-        Mirror, "_merge", "async with self.locks.holding(start, stop - start):", "if True:"
+        Edges, "_merge", "async with self._site.locks.holding(start, stop - start):", "if True:"
     ),
     "a batch of before the last leg was lost is acknowledged": _instead(
         Mirror, "_completed", "if batch.doomed is not None:", "if False:"

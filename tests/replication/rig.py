@@ -10,9 +10,11 @@ from typing import Any
 import trio
 
 from replication.leg import EXTENT_BYTES, Leg, LegState
+from replication.members import LegFacts
 from replication.membership import LegInfo, Membership, Options, Term
-from replication.mirror import LegFacts, Mirror, MirrorSettings
+from replication.mirror import Mirror
 from replication.resync import ResyncSettings
+from replication.site import MirrorSettings
 from tests.replication.fakes import FakeCluster, FakeLink, FakeNode, MemoryLegStore, run_seeded
 
 SIZE = 64 * EXTENT_BYTES

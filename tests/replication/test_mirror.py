@@ -11,8 +11,8 @@ import trio
 from nbd.wire import STATE_HOLE, STATE_ZERO
 from replication.leg import BLOCK_BYTES, EXTENT_BYTES, LegState, MirrorState, missing_tracker
 from replication.membership import Membership
-from replication.mirror import MirrorSettings
 from replication.reconcile import choose_source
+from replication.site import MirrorSettings
 from tests.replication.fakes import FakeKeeper, trackers_matching
 from tests.replication.rig import SIZE, TERM, Rig, Told, run, with_options
 
@@ -459,7 +459,7 @@ def test_a_change_of_legs_that_is_given_up_is_not_made_later() -> None:
             rig.nodes["b"].link.stall()
             with trio.move_on_after(0.01):
                 await mirror.reconfigure(voters=("a", "b", "t"))
-            assert not mirror._wanted
+            assert not mirror.records.wanted
 
     run(body)
 

@@ -10,8 +10,9 @@ import pytest
 import trio
 
 from replication.leg import BLOCK_BYTES, EXTENT_BYTES, RECENT, LegState, missing_tracker
-from replication.mirror import Member, MirrorSettings
+from replication.members import Member
 from replication.resync import Pace, ResyncSettings
+from replication.site import MirrorSettings
 from replication.verify import VerifyReport, verify
 from tests.replication.fakes import MemoryExtents, trackers_matching
 from tests.replication.rig import SIZE, Rig, Told, run

@@ -22,9 +22,11 @@ import trio
 
 from replication.inflight import Batch
 from replication.leg import BLOCK_BYTES, EXTENT_BYTES, RECENT, RECENT_OLD, Change, Done, Leg, LegState, missing_tracker
+from replication.members import LegFacts
 from replication.membership import LegInfo, Membership, Options, Term
-from replication.mirror import LegFacts, Mirror, MirrorSettings
+from replication.mirror import Mirror
 from replication.resync import ResyncSettings
+from replication.site import MirrorSettings
 from tests.replication.fakes import FakeCluster, FakeLink, FakeNode, MemoryLegStore, trackers_matching
 
 SECTOR = 512
@@ -53,11 +55,11 @@ class WatchedMirror(Mirror):
 
     world: World
 
-    def _submit(self, changes: list[Change], extents: Any, wide: Any, size: int, done: Done) -> None:
-        super()._submit(changes, extents, wide, size, self.world.submitted(self._sequence + 1, changes, done))
+    def submit(self, changes: list[Change], extents: Any, wide: Any, size: int, done: Done) -> None:
+        super().submit(changes, extents, wide, size, self.world.submitted(self.sequence + 1, changes, done))
 
-    async def _begin(self) -> None:
-        await super()._begin()
+    async def begin(self) -> None:
+        await super().begin()
         self._now_intact()
 
     def _adopt(self, record: Membership) -> None:
@@ -386,7 +388,7 @@ class World:
                     settings=settings,
                 )  # fmt: skip
                 mirror.world = self
-                mirror._sequence = life * TERM_SEQUENCES
+                mirror.sequence = life * TERM_SEQUENCES
 
                 async def announce(mirror: WatchedMirror) -> None:
                     await mirror.started.wait()

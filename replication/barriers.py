@@ -1,0 +1,119 @@
+"""Barriers of a mirror: what is done to all legs at the same place in the order of writes.
+
+While one is held no batch is in flight, and none begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Protocol
+
+import trio
+
+from replication.commonflush import CommonFlush
+from replication.inflight import InFlight
+from replication.leg import Leg, LegState
+from replication.members import Member
+from replication.records import Records
+from replication.site import Gate
+
+
+class Barred(Gate, Protocol):
+    """What a barrier needs of the mirror."""
+
+    inflight: InFlight
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    def leg_failed(self, leg: Leg, error: OSError) -> None:
+        """It is out."""
+
+    def depose(self, error: OSError) -> None:
+        """Nothing is acknowledged any more."""
+
+
+class Barriers:
+    """See the module."""
+
+    def __init__(self, site: Barred, flushes: CommonFlush, records: Records) -> None:
+        self._site = site
+        self._flushes = flushes
+        self._records = records
+        self.held = 0
+        """How many there are: the gate is shut."""
+
+    @contextlib.asynccontextmanager
+    async def barrier(self) -> AsyncIterator[None]:
+        """No batch is in flight, and none begins."""
+        await self._site.admitted()
+        self.held += 1
+        self._site.change()
+        try:
+            await self._site.inflight.settle_all()
+            self._site.check()
+            yield
+        finally:
+            self.held -= 1
+            self._site.change()
+
+    async def _on_all(self, what: str, members: list[Member], action: Callable[[Leg], Awaitable[None]]) -> None:
+        """On all of these. One that fails where another one doesn't is dropped; if all fail, nothing has changed."""
+        failures: list[tuple[Leg, OSError]] = []
+        legs = [m.leg for m in members if m.leg is not None]
+
+        async def one(leg: Leg) -> None:
+            try:
+                await action(leg)
+            except OSError as error:
+                failures.append((leg, error))
+
+        async with trio.open_nursery() as nursery:
+            for leg in legs:
+                nursery.start_soon(one, leg)
+        if len(failures) == len(legs):
+            raise failures[0][1] if failures else OSError(errno.EIO, f"{self._site.name}: no leg is there to {what}")
+        for leg, error in failures:
+            self._site.leg_failed(leg, error)
+        while self._site.excluding and not self._site.lost:
+            self._site.check()
+            await self._site.changed()
+
+    async def snapshot(self, name: str) -> None:
+        """At the same place in the order of writes on every leg in sync. A leg that isn't in sync doesn't get it."""
+        async with self.barrier():
+            in_sync = [m for m in self._site.members.values() if m.state is LegState.UP_TO_DATE]
+            await self._on_all("take a snapshot", in_sync, lambda leg: leg.snapshot(name))
+
+    async def resize(self, size_bytes: int) -> None:
+        """A leg is never smaller than the record says: it grows before, and shrinks after it is written."""
+        async with self.barrier():
+            grows = size_bytes > self._site.size_bytes
+            connected = [m for m in self._site.members.values() if m.state in (LegState.UP_TO_DATE, LegState.SYNCING)]
+            if grows:
+                await self._on_all("resize", connected, lambda leg: leg.resize(size_bytes))
+            await self._records.reconfigure(size_bytes=size_bytes)
+            if not grows:
+                await self._on_all("resize", connected, lambda leg: leg.resize(size_bytes))
+
+    async def demote(self, token: str | None = None) -> None:
+        """End cleanly: everything durable on all legs, and a record that names no primary, and who may be next."""
+        await self._flushes.flush()
+        async with self.barrier():
+            await self._flushes.round()
+            await self._flushes.round()
+            try:
+                await self._records.reconfigure(primary=None, token=token)
+            finally:
+                # Also where it was given up: the record may be stored somewhere, and the next primary go on by it.
+                self._site.depose(OSError(errno.ESTALE, "it was demoted"))
+
+    async def stop(self) -> None:
+        """End without a new record, everything durable: this node goes on later."""
+        if self._site.end is None and not self._site.shut:
+            await self._flushes.flush()
+            async with self.barrier():
+                await self._flushes.round()
+                await self._flushes.round()

@@ -1,0 +1,123 @@
+"""The members of a mirror: what its primary knows of each leg, and what it says of them.
+
+A `Member` is a leg's place in the record. The leg itself comes and goes; what it is worth, and since when, stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import trio
+
+from replication.leg import Leg, LegState, MirrorState
+from replication.membership import LegInfo, Membership
+from replication.resync import Progress, Resync
+
+
+@dataclass(frozen=True)
+class LegFacts:
+    """What the node knows of a leg that it has just connected to."""
+
+    intact: bool = True
+    """It can't have lost anything since it was in sync: the same boot, or a clean close."""
+    known: bool = True
+    """It comes from a record in our history, so that `missing:ID` of the legs in sync, and its own trackers, are all
+    that it may lack. Else it is compared in full."""
+
+
+class Connect(Protocol):
+    """Makes a leg. Raises OSError; of a leg that must stay out (split brain) too, with the sentence."""
+
+    async def __call__(self, info: LegInfo, membership: Membership) -> Leg: ...
+
+
+@dataclass
+class LegCounters:
+    """Since the primary has been started."""
+
+    reads: int = 0
+    read_bytes: int = 0
+    read_errors: int = 0
+    healed_blocks: int = 0
+    failures: int = 0
+    resyncs: int = 0
+
+
+@dataclass(frozen=True)
+class LegStatus:
+    """One leg, as `terrace volume mirror list` shows it."""
+
+    info: LegInfo
+    state: LegState
+    for_s: float
+    """Since when it has had that state."""
+    is_local: bool
+    queued_bytes: int
+    latency_s: float | None
+    """Of its reads, lately."""
+    error: str | None
+    """Why it isn't connected."""
+    resync: Progress | None
+    counters: LegCounters
+
+
+@dataclass(frozen=True)
+class MirrorStatus:
+    """The mirror as its primary sees it."""
+
+    membership: Membership
+    state: MirrorState
+    legs: tuple[LegStatus, ...]
+    waiting: str | None
+    """Why writes wait, or None."""
+    deposed: str | None
+    sequence: int
+    in_flight: int
+    healed_blocks: int
+
+
+class Member:
+    """One leg's place in the mirror; the leg itself comes and goes."""
+
+    def __init__(self, info: LegInfo, now: float) -> None:
+        self.info = info
+        self.leg: Leg | None = None
+        self.state = LegState.OFFLINE
+        self.since = now
+        self.ready = False
+        """Has all that it missed; a record with it is wanted."""
+        self.error: OSError | None = None
+        self.resync: Resync | None = None
+        self.latency_s: float | None = None
+        self.counters = LegCounters()
+        self.abandoned = trio.Event()
+        """Of the present leg: it isn't used any more."""
+
+    def become(self, state: LegState) -> None:
+        """With the time."""
+        if state is not self.state:
+            self.state = state
+            self.since = trio.current_time()
+
+    def status(self, now: float) -> LegStatus:
+        """Now, by trio's clock."""
+        leg = self.leg
+        return LegStatus(
+            info=self.info,
+            state=self.state,
+            for_s=now - self.since,
+            is_local=leg is not None and leg.is_local,
+            queued_bytes=0 if leg is None else leg.queued_bytes,
+            latency_s=self.latency_s,
+            error=self.error.strerror if self.error is not None and leg is None else None,
+            resync=None if self.resync is None else self.resync.progress.seen(now),
+            counters=replace(self.counters),
+        )
+
+
+def readable(members: Iterable[Member]) -> list[Member]:
+    """Those in sync: the local leg, then the nearest; one that was never measured counts as near."""
+    found = [m for m in members if m.leg is not None and m.state is LegState.UP_TO_DATE]
+    return sorted(found, key=lambda m: (m.leg is not None and not m.leg.is_local, m.latency_s or 0.0, m.info.id))

@@ -1,0 +1,144 @@
+"""Reads of a mirror that can't be answered at once: from any leg in sync, and held until they may be answered.
+
+What was read is on all legs when it is returned: a read that overlaps a batch in flight waits for that batch, else a
+fail-over could take back what was read. A leg that can't read what another one can is healed (`replication.healing`).
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Protocol
+
+import trio
+
+from nbd.wire import STATE_HOLE, STATE_ZERO
+from replication.inflight import InFlight
+from replication.leg import LegState
+from replication.members import Member, readable
+from replication.site import Gate
+
+
+class Readable(Gate, Protocol):
+    """What reads need of the mirror."""
+
+    inflight: InFlight
+    client_at: float
+    losses: int
+    """How often the last leg in sync was lost."""
+    may_serve: Callable[[], bool]
+
+    def look(self) -> None:
+        """Whether legs have failed."""
+
+    def unreadable(self, member: Member, offset: int, length: int) -> None:
+        """This leg couldn't read that; another one could."""
+
+
+class Reads:
+    """See the module."""
+
+    def __init__(self, site: Readable) -> None:
+        self._site = site
+
+    async def read(self, offset: int, length: int, into: memoryview) -> None:
+        """Read; what was read is on all legs when this returns."""
+        while True:
+            losses = self._site.losses
+            await self.read_any(offset, length, into)
+            # What was read may be of a batch that isn't on all legs yet. Later batches can't be in it.
+            await self._site.inflight.settle(offset, length)
+            self._site.check()
+            # Begun anew meanwhile, what was read may have been taken back; with the lease over, another primary may
+            # have begun, and written.
+            if losses == self._site.losses and self._site.may_serve():
+                return
+
+    async def read_for_copy(self, offset: int, length: int, into: memoryview) -> None:
+        """From any leg in sync. Not a client's read."""
+        at = self._site.client_at
+        await self.read_any(offset, length, into)
+        self._site.client_at = at
+
+    async def read_any(self, offset: int, length: int, into: memoryview) -> None:
+        """From the first leg in sync that can; what another one couldn't read is healed."""
+        while True:
+            await self._site.admitted(reading=True)
+            self._site.client_at = trio.current_time()
+            bad: list[Member] = []
+            for member in readable(self._site.members.values()):
+                if await self.read_from(member, offset, length, into):
+                    for other in bad:
+                        self._site.unreadable(other, offset, length)
+                    return
+                if member.leg is not None:
+                    bad.append(member)
+            self._site.look()
+            if bad and all(m in bad for m in readable(self._site.members.values())):
+                what = f"{length:,} bytes at {offset:,}: {bad[0].error}"
+                raise OSError(errno.EIO, f"{self._site.name}: no leg can read {what}; write them anew, or restore them")
+            await trio.lowlevel.checkpoint()
+
+    async def read_from(self, member: Member, offset: int, length: int, into: memoryview) -> bool:
+        leg = member.leg
+        if leg is None or member.state is not LegState.UP_TO_DATE:
+            return False
+        began = trio.current_time()
+        try:
+            await leg.read(offset, length, into)
+        except OSError as error:
+            if leg.failure is None:
+                member.counters.read_errors += 1
+                member.error = error
+            else:
+                self._site.look()
+            return False
+        took = trio.current_time() - began
+        member.latency_s = took if member.latency_s is None else member.latency_s * 0.9 + took * 0.1
+        member.counters.reads += 1
+        member.counters.read_bytes += length
+        # A leg that was dropped while it read may be behind by now.
+        return member.leg is leg and member.state is LegState.UP_TO_DATE
+
+    async def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+        """What is mapped, of a leg in sync."""
+        await self._site.admitted(reading=True)
+        found: list[tuple[int, int]] = []
+
+        def add(size: int, flags: int) -> None:
+            if size and found and found[-1][1] == flags:
+                found[-1] = found[-1][0] + size, flags
+            elif size:
+                found.append((size, flags))
+
+        at = looked = offset
+        while looked < offset + length and len(found) <= limit:
+            mapped = await self._mapped_any(looked, offset + length - looked)
+            for start, size in mapped:
+                begin, stop = max(start, at), min(start + size, offset + length)
+                if begin < stop:
+                    add(begin - at, STATE_HOLE | STATE_ZERO)
+                    add(stop - begin, 0)
+                    at = stop
+            looked = max(looked + 1, sum(mapped[-1])) if mapped else offset + length
+        if looked >= offset + length:
+            add(offset + length - at, STATE_HOLE | STATE_ZERO)
+        await self._site.inflight.settle(offset, length)
+        self._site.check()
+        return found[:limit]
+
+    async def _mapped_any(self, offset: int, length: int) -> list[tuple[int, int]]:
+        while True:
+            await self._site.admitted(reading=True)
+            for member in readable(self._site.members.values()):
+                if member.leg is None:
+                    continue
+                try:
+                    return await member.leg.mapped(offset, length)
+                except OSError as error:
+                    if member.leg is not None and member.leg.failure is None:
+                        if error.errno == errno.ENOTSUP:
+                            return [(offset, length)]
+                        raise
+                    self._site.look()
+            await trio.lowlevel.checkpoint()

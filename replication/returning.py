@@ -1,0 +1,128 @@
+"""Legs that come back: each is sought, brought up to date while clients go on, and put into the record.
+
+There is one task for each member. It connects where nobody is connected, tells the leg that it is inconsistent from now
+on (durably), lets it have every new batch, and runs its resync; then the leg is ready, and a record with it is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+import trio
+
+from replication.leg import Leg, LegState, LegStore
+from replication.members import Connect, LegFacts, Member
+from replication.membership import LegInfo, Membership
+from replication.records import Records
+from replication.resync import Resync, Site
+from replication.site import Gate, MirrorSettings
+
+
+class Attended(Gate, Site, Protocol):
+    """What a leg that comes back needs of the mirror."""
+
+    reader: Leg | None
+    """The local leg, if it may be read."""
+
+    def drop(self, member: Member, error: OSError) -> None:
+        """Its leg is out."""
+
+
+class Returning:
+    """See the module. `tend` has to be run."""
+
+    def __init__(
+        self,
+        site: Attended,
+        records: Records,
+        connect: Connect,
+        facts: Callable[[LegInfo, Membership], Awaitable[LegFacts]],
+        store: LegStore | None,
+        settings: MirrorSettings,
+    ) -> None:
+        self._site = site
+        self._records = records
+        self._connect = connect
+        self._facts = facts
+        self._store = store
+        self._settings = settings
+
+    async def tend(self) -> None:
+        """A task for each leg of the mirror."""
+        tended: set[Member] = set()
+        async with trio.open_nursery() as nursery:
+            while True:
+                for member in self._site.members.values():
+                    if member not in tended:
+                        tended.add(member)
+                        nursery.start_soon(self._tend_one, member)
+                await self._site.changed()
+
+    async def _tend_one(self, member: Member) -> None:
+        delay = self._settings.retry_s
+        while self._site.members.get(member.info.id) is member and self._site.end is None:
+            if member.leg is not None or self._site.shut or member.info.id in self._records.required():
+                delay = self._settings.retry_s if member.state is LegState.UP_TO_DATE else delay
+                await self._site.changed()
+                continue
+            try:
+                leg = await self._connect(member.info, self._site.membership)
+            except OSError as error:
+                member.error = error
+            else:
+                if member.leg is not None or self._site.shut or self._site.members.get(member.info.id) is not member:
+                    leg.close()
+                    continue
+                await self.admit(leg)
+                if member.state is LegState.UP_TO_DATE:
+                    continue
+            await trio.sleep(delay)
+            delay = min(delay * 2, self._settings.retry_max_s)
+
+    async def admit(self, leg: Leg) -> None:
+        """Bring a leg up to date and put it into the record. Returns when it is in sync, or has failed."""
+        member = self._site.members[leg.info.id]
+        try:
+            known = (await self._facts(leg.info, self._site.membership)).known
+            await leg.accept(self._site.membership, inconsistent=True)
+        except OSError as error:
+            member.error = error
+            leg.close()
+            return
+        if member.leg is not None or self._site.shut or self._site.lost or self._site.end is not None:
+            leg.close()
+            return
+        member.leg = leg
+        member.abandoned = abandoned = trio.Event()
+        member.counters.resyncs += 1
+        member.become(LegState.SYNCING)
+        store, settings = self._local_store(), self._settings.resync
+        member.resync = Resync(self._site, member, known=known, store=store, settings=settings)
+        self._site.change()
+        async with trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def give_up() -> None:
+                await abandoned.wait()
+                nursery.cancel_scope.cancel()
+
+            try:
+                await member.resync.run()
+            except OSError as error:
+                member.resync.progress.state = f"failed: {error.strerror}"
+                if member.leg is leg:
+                    self._site.drop(member, error)
+            else:
+                if member.leg is leg:
+                    member.ready = True
+                    self._site.change()
+                    while member.leg is leg and member.ready:
+                        await self._site.changed()
+            nursery.cancel_scope.cancel()
+        if member.state is LegState.UP_TO_DATE:
+            member.error = None
+
+    def _local_store(self) -> LegStore | None:
+        """The primary's own store, if its leg is in sync."""
+        return self._store if self._site.reader is not None else None
