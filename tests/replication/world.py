@@ -58,15 +58,8 @@ class WatchedMirror(Mirror):
     def submit(self, changes: list[Change], extents: Any, wide: Any, size: int, done: Done) -> None:
         super().submit(changes, extents, wide, size, self.world.submitted(self.sequence + 1, changes, done))
 
-    async def begin(self) -> None:
-        await super().begin()
-        self._now_intact()
-
-    def _adopt(self, record: Membership) -> None:
-        super()._adopt(record)
-        self._now_intact()
-
-    def _now_intact(self) -> None:
+    def change(self) -> None:
+        super().change()
         for member in self.members.values():
             if member.leg is not None and member.leg.failure is None and member.state is LegState.UP_TO_DATE:
                 self.world.nodes[member.info.id].intact = True
