@@ -192,8 +192,8 @@ class KeptVoter:
         """Raises OSError ESTALE, ENOENT."""
         # Under the lock: a promise that is being stored must not be followed by a lease for the primary before it.
         async with self._locks[mirror]:
-            said = await self._say(mirror, await self._file(mirror))
-            judge_prepare(said.promised, term, f"node {self.node}")
+            # Only what is needed of `_say`: this is asked many times in a lease, of each mirror.
+            judge_prepare(self._promised(mirror, await self._file(mirror)), term, f"node {self.node}")
             self._lease.heard(mirror, term.number)
 
     async def forget(self, mirror: str) -> None:
@@ -202,22 +202,28 @@ class KeptVoter:
             await trio.to_thread.run_sync(_remove, self._path(mirror))
             self._files.pop(mirror, None)
 
-    async def _say(self, mirror: str, file: _Kept | None) -> VoterState:
+    def _promised(self, mirror: str, file: _Kept | None) -> Term | None:
+        """The highest term that its legs and its home have promised. Raises OSError ENOENT."""
         keepers = self._legs(mirror)
         if file is None and not keepers:
             raise OSError(errno.ENOENT, f"node {self.node} knows nothing of a mirror {mirror}")
+        promises = [keeper.record.promised for keeper in keepers]
+        if file is not None:
+            promises.append(file.promised)
+        return max((one for one in promises if one), key=lambda one: one.number, default=None)
+
+    async def _say(self, mirror: str, file: _Kept | None) -> VoterState:
+        promised, keepers = self._promised(mirror, file), self._legs(mirror)
         records: list[Membership | None] = [keeper.record.accepted for keeper in keepers]
-        promises: list[Term | None] = [keeper.record.promised for keeper in keepers]
         candidates = frozenset[str]().union(*(keeper.record.candidates for keeper in keepers))
         if file is not None:
             records.append(file.accepted)
-            promises.append(file.promised)
             candidates |= file.candidates
         accepted = max((one for one in records if one), key=lambda one: one.place, default=None)
         voices = [one for one in keepers if accepted and one.record.me in accepted.in_sync] or list(keepers)
         return VoterState(
             node=self.node,
-            promised=max((one for one in promises if one), key=lambda one: one.number, default=None),
+            promised=promised,
             accepted=accepted,
             candidates=candidates,
             primary_here=self._is_primary(mirror),

@@ -350,18 +350,23 @@ class Volume(Reader):
             return False
         if self._limits is not None:
             return self._write_limited_now(self._limits, writes)
-        total = 0
-        for _, data in writes:
-            total += len(data)
+        total = edges = 0
+        for offset, data in writes:
+            length = len(data)
+            total += length
+            edges |= offset | length
         if total >= LEAST_BYTES and self._follow_stream(writes):
             return False
-        blocks = (total >> BLOCK_SHIFT) + 2 * len(writes)
+        blocks = total >> BLOCK_SHIFT
+        if edges & BLOCK_MASK:
+            blocks += 2 * len(writes)
         if total > SYNC_WRITE_BYTES:
             return False
         space = self._engine.space
         charge = blocks
         if not space.admit(blocks, blocks):
-            # That was an upper bound, which is cheap. Where room is short, what a write really takes decides.
+            # That was an upper bound, which is cheap: at most so many blocks, and none of them the volume's yet. Where
+            # room is short, what a write really takes decides.
             blocks, charge = self._exact_charge(writes)
             if not space.admit(blocks, charge):
                 return False
