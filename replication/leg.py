@@ -58,6 +58,8 @@ class Change:
     length: int
     data: memoryview | None
     """Valid only during the call that it is given to."""
+    lasting: bool = False
+    """The data stay as they are until `done` is called, so that they need not be copied."""
 
 
 @dataclass(frozen=True)

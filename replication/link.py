@@ -79,11 +79,14 @@ async def open_remote_leg(
 
 
 class _Batch:
-    __slots__ = ("done", "frames", "sequence", "size_bytes")
+    __slots__ = ("done", "frames", "lasting", "sequence", "size_bytes")
 
-    def __init__(self, sequence: int, frames: list[bytes | memoryview], size_bytes: int, done: Done) -> None:
+    def __init__(
+        self, sequence: int, frames: list[bytes | memoryview], size_bytes: int, done: Done, *, lasting: bool
+    ) -> None:
         self.sequence = sequence
         self.frames = frames
+        self.lasting = lasting  # part of the frames is the caller's memory
         self.size_bytes = size_bytes
         self.done = done
 
@@ -172,7 +175,7 @@ class RemoteLeg:
         self._submitted = sequence
         if self._owing_since is None:
             self._owing_since = trio.current_time()
-        self._batches.append(_Batch(sequence, frames, size, done))
+        self._batches.append(_Batch(sequence, frames, size, done, lasting=wire.is_lasting(changes)))
         self.queued_bytes += size
         stream = self._stream
         if stream is not None:
@@ -194,7 +197,7 @@ class RemoteLeg:
             while batches and batches[0].sequence <= sequence:
                 batch = batches.popleft()
                 self.queued_bytes -= batch.size_bytes
-                if batch.size_bytes >= wire.LONG_FRAME_BYTES:
+                if batch.size_bytes >= wire.LONG_FRAME_BYTES and not batch.lasting:
                     for frame in batch.frames:
                         self._buffers.give_back(frame)
                 if not batches and not self._requests:

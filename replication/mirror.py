@@ -170,11 +170,13 @@ class Mirror:
         self.reader = next((m.leg for m in in_sync if m.leg is not None and m.leg.is_local), None)
         if self.lost or self.end is not None or not self.started.is_set():
             self.reader = None
-        self.writers = tuple(
+        writers = [
             m.leg
             for m in self.members.values()
             if m.leg is not None and m.state in (LegState.UP_TO_DATE, LegState.SYNCING)
-        )
+        ]
+        # The local one last: the others work on a batch while it is applied here.
+        self.writers = tuple(sorted(writers, key=lambda leg: leg.is_local))
         self._tell_room()
         self._changed.set()
         self._changed = trio.Event()
@@ -346,14 +348,16 @@ class Mirror:
     async def copy_to(self, member: Member, offset: int, data: memoryview | None, *, length: int = 0) -> bool:
         """Submit bytes (None: zeros) to one leg only, in its order; whether it has them.
 
-        The caller has made sure that no batch has touched them since they were read: nothing waits before `submit`.
+        The caller has made sure that no batch has touched them since they were read: nothing waits before `submit`. It
+        doesn't change the data before this returns.
         """
         leg = member.leg
         if leg is None:
             return False
         outcome = Outcome()
         self.sequence += 1
-        leg.submit(self.sequence, [Change(offset, length if data is None else len(data), data)], outcome)
+        change = Change(offset, length if data is None else len(data), data, lasting=True)
+        leg.submit(self.sequence, [change], outcome)
         try:
             await outcome.wait()
         except OSError:

@@ -56,18 +56,17 @@ class Reads:
 
     async def read_for_copy(self, offset: int, length: int, into: memoryview) -> None:
         """From any leg in sync. Not a client's read."""
-        at = self._site.client_at
-        await self.read_any(offset, length, into)
-        self._site.client_at = at
+        await self.read_any(offset, length, into, for_client=False)
 
-    async def read_any(self, offset: int, length: int, into: memoryview) -> None:
+    async def read_any(self, offset: int, length: int, into: memoryview, *, for_client: bool = True) -> None:
         """From the first leg in sync that can; what another one couldn't read is healed."""
         while True:
             await self._site.admitted(reading=True)
-            self._site.client_at = trio.current_time()
+            if for_client:
+                self._site.client_at = trio.current_time()
             bad: list[Member] = []
             for member in readable(self._site.members.values()):
-                if await self.read_from(member, offset, length, into):
+                if await self.read_from(member, offset, length, into, for_client=for_client):
                     for other in bad:
                         self._site.unreadable(other, offset, length)
                     return
@@ -79,13 +78,16 @@ class Reads:
                 raise OSError(errno.EIO, f"{self._site.name}: no leg can read {what}; write them anew, or restore them")
             await trio.lowlevel.checkpoint()
 
-    async def read_from(self, member: Member, offset: int, length: int, into: memoryview) -> bool:
+    async def read_from(
+        self, member: Member, offset: int, length: int, into: memoryview, *, for_client: bool = True
+    ) -> bool:
         leg = member.leg
         if leg is None or member.state is not LegState.UP_TO_DATE:
             return False
         began = trio.current_time()
         try:
-            await leg.read(offset, length, into)
+            if for_client or not leg.read_now(offset, length, into):  # a client's read has tried that already
+                await leg.read(offset, length, into)
         except OSError as error:
             if leg.failure is None:
                 member.counters.read_errors += 1

@@ -7,7 +7,8 @@ history is compared wherever one of the two has something mapped.
 Each piece is compared by checks, without reading data; what differs is read from a leg in sync and submitted to this
 leg only, in its order. **The touched rule**: a batch that touches the piece between the moment when nothing was in
 flight there and the copy's `submit` makes the copy void, as it would put older bytes over newer ones. Then it is done
-again, by single extents; after a few tries writers of the extent wait.
+again, by single extents; after a few tries writers of the extent wait. Where nobody writes, a long range is compared
+once, and what differs is copied by that; a batch into it has the rest of it compared again, in pieces.
 
 Extents leave the primary's tracker only after the leg has been flushed: what a power cut takes from it is still there.
 So a resync that was interrupted goes on where it was.
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 MAX_TRIES: Final = 4
 COMPARE_BYTES: Final = 16 << 20
 """Of a leg of unknown history, so much is compared at a time: 32 KiB of checks from each side."""
+COPY_BYTES: Final = 512 << 10
+"""So much is read and submitted at a time: one frame of a leg session."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class ResyncSettings:
     floor_bytes_s: float = 16 << 20
     """Not slower than that, whatever clients suffer."""
     ceiling_bytes_s: float = math.inf
-    workers: int = 4
+    workers: int = 8
     idle_s: float = 1.0
     """With no request for so long, clients are idle."""
     slower_from: float = 2.0
@@ -251,6 +254,7 @@ class Resync:
     # -- copying -----------------------------------------------------------------------------------------------------
 
     async def _worker(self, work: Iterator[tuple[int, int]], again: deque[tuple[int, int, int]]) -> None:
+        buffer = memoryview(bytearray(COPY_BYTES))
         while True:
             tries = 0
             if again:
@@ -260,66 +264,54 @@ class Resync:
                 if piece is None:
                     return
                 offset, length = piece
-            whole = True
-            for at, count in await self._wanted(offset, length):
-                if await self._bring(at, count, tries):
-                    self._done.append((at, count))
-                else:
-                    whole = False
-                    self.progress.retries += 1
-                    for extent in range(at, at + count, EXTENT_BYTES):
-                        again.append((extent, min(EXTENT_BYTES, at + count - extent), tries + 1))
-                if self._copied >= self._settings.flush_bytes:
-                    await self._flush()
-            if whole:
-                self._done.append((offset, length))
-            self.progress.done_bytes += length if not tries else 0
+            touched = await self._bring(offset, length, tries, buffer)
+            if touched is not None:
+                self.progress.retries += 1
+                again.extend(_anew(touched, offset + length, tries))
+            if self._copied >= self._settings.flush_bytes:
+                await self._flush()
             await trio.lowlevel.checkpoint()
 
-    async def _wanted(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """What of a long range differs at all, by extents, in pieces. It need not be guarded: a block that is equal now
-        and changes later does so by a batch that goes to this leg too."""
-        if length <= PIECE_BYTES:
-            return [(offset, length)]
-        extents: set[int] = set()
-        for at, count, _ in await differing(self._source(), self._target, offset, length):
-            extents.update(range(at // EXTENT_BYTES, (at + count - 1) // EXTENT_BYTES + 1))
-        found: list[tuple[int, int]] = []
-        for extent in sorted(extents):
-            at = extent * EXTENT_BYTES
-            count = min(EXTENT_BYTES, offset + length - at)
-            if found and sum(found[-1]) == at and found[-1][1] < PIECE_BYTES:
-                found[-1] = found[-1][0], found[-1][1] + count
-            else:
-                found.append((at, count))
-        return found
-
-    async def _bring(self, offset: int, length: int, tries: int) -> bool:
-        """False: it was touched meanwhile."""
+    async def _bring(self, offset: int, length: int, tries: int, buffer: memoryview) -> int | None:
+        """None: it is equal now. Else it was touched meanwhile, and that is the offset of the first extent that may not
+        be equal."""
         if tries >= MAX_TRIES:
             async with self._site.locks.holding(offset, length):
-                return await self._copy(offset, length)
-        return await self._copy(offset, length)
+                return await self._copy(offset, length, buffer)
+        return await self._copy(offset, length, buffer)
 
-    async def _copy(self, offset: int, length: int) -> bool:
-        site = self._site
+    async def _copy(self, offset: int, length: int, buffer: memoryview) -> int | None:
+        site, equal = self._site, offset
         with site.inflight.watching(offset, length) as watch:
             # From here on, what the source is asked for holds all batches up to now, and a later one is noticed.
             await site.inflight.settle(offset, length)
-            for at, count, hole in await differing(self._source(), self._target, offset, length):
-                await self._pace.take(count)
-                data = None
-                if not hole:
-                    data = memoryview(bytearray(count))
-                    await site.read_for_copy(at, count, data)
-                if watch.touched:
-                    return False
-                # No checkpoint between that and `submit`.
-                if not await site.copy_to(self._member, at, data, length=count):
-                    raise OSError(errno.EIO, "the leg failed while it was brought up to date")
-                self.progress.copied_bytes += count
-                self._copied += count
-        return True
+            for start, size, hole in await differing(self._source(), self._target, offset, length):
+                for at, count in _cut(start, size, size if hole else COPY_BYTES):
+                    await self._pace.take(count)
+                    data = None
+                    if not hole:
+                        data = buffer[:count]
+                        await site.read_for_copy(at, count, data)
+                    if watch.touched:
+                        return equal
+                    # No checkpoint between that and `submit`.
+                    if not await site.copy_to(self._member, at, data, length=count):
+                        raise OSError(errno.EIO, "the leg failed while it was brought up to date")
+                    self.progress.copied_bytes += count
+                    self._copied += count
+                    equal = self._equal(equal, (at + count) // EXTENT_BYTES * EXTENT_BYTES)
+                    if length > PIECE_BYTES and self._copied >= self._settings.flush_bytes:
+                        await self._flush()
+            self._equal(equal, offset + length)
+        return None
+
+    def _equal(self, start: int, stop: int) -> int:
+        """What is between is brought up to date; where the next such range begins."""
+        if stop <= start:
+            return start
+        self._done.append((start, stop - start))
+        self.progress.done_bytes += stop - start
+        return stop
 
     async def _flush(self) -> None:
         """What is done is durable, and is missing no more."""
@@ -357,3 +349,19 @@ class Resync:
                 seen, since = now, trio.current_time()
             elif trio.current_time() - since >= self._settings.stalled_s:
                 raise OSError(errno.ETIMEDOUT, f"the resync made no progress for {self._settings.stalled_s:g} s")
+
+
+def _anew(offset: int, stop: int, tries: int) -> Iterator[tuple[int, int, int]]:
+    """What a batch came between, in smaller parts: a long range by pieces, which is no second try yet; then extents."""
+    long = stop - offset > PIECE_BYTES
+    size = PIECE_BYTES if long else EXTENT_BYTES
+    while offset < stop:
+        until = min(stop, (offset // size + 1) * size)
+        yield offset, until - offset, tries + (0 if long else 1)
+        offset = until
+
+
+def _cut(offset: int, length: int, most: int) -> Iterator[tuple[int, int]]:
+    """(offset, length) of pieces of a range, each at most `most` bytes."""
+    for at in range(offset, offset + length, most):
+        yield at, min(most, offset + length - at)

@@ -262,8 +262,22 @@ class Buffers:
             self._spare.append(frame.obj)
 
 
+def is_lasting(changes: Sequence[Change]) -> bool:
+    """Whether `pack_batch` makes no copy of them."""
+    first = changes[0]
+    return first.lasting and len(changes) == 1 and first.data is not None and first.length <= PIECE_BYTES
+
+
 def pack_batch(sequence: int, changes: Sequence[Change], buffers: Buffers) -> list[bytes | memoryview]:
-    """A batch's WRITE frames, each within the bounds; they leave one behind the other. The data are copied, once."""
+    """A batch's WRITE frames, each within the bounds; they leave one behind the other. The data are copied, once.
+
+    Not those of a single lasting change: they leave behind their frame's head, as they are.
+    """
+    if is_lasting(changes):
+        offset, length, data = changes[0].offset, changes[0].length, changes[0].data
+        assert data is not None
+        head = HEAD.pack(WRITE_HEAD, sequence, ENTRY_BYTES + length, 1)
+        return [head + ENTRY.pack(offset, length, DATA), data]
     if len(changes) <= MAX_ENTRIES:
         size = 0
         table: list[bytes] = []

@@ -89,7 +89,9 @@ def test_a_resync_goes_on_where_it_was_after_the_link_broke() -> None:
             await rig.whole()
             again = member(rig, "b").resync
             assert again is not None and again is not first
-            assert again.progress.total_bytes <= SIZE // 2 + (1 << 20)
+            # What the leg got since the last common flush is compared once more, and found equal.
+            assert again.progress.copied_bytes <= SIZE // 2
+            assert again.progress.total_bytes < SIZE
             assert rig.store("a").image == rig.store("b").image
 
     run(body)
