@@ -5,7 +5,8 @@
   too. In turn, each first as often as the others, everything warm. Nodes talk in plain text, as QEMU does here; the
   same with TLS is shown beside it. All processes of all columns share the machine's cores, so each one's CPU time for
   a request is shown.
-- `resync`: a leg that is filled anew, against nbdcopy of the same data between two daemons. Then, with the nodes in
+- `resync`: a leg that is filled anew, against nbdcopy of the same data between two daemons; both with what they begin
+  with, and until all is durable, hence a larger volume and nbdcopy's `--flush`. Then, with the nodes in
   network namespaces where each byte between them is counted: a leg that missed writes to 1 % of its data, and a
   comparison of identical legs.
 """
@@ -38,6 +39,7 @@ MIB = 1 << 20
 PARTS = ("load", "resync")
 POOL_SIZES = 4
 """A pool is so many times as large as a volume: a copy has place beside the leg, while an older one is cleared away."""
+RATE_SIZES = 8
 WARM_PASSES = 3
 SETTLE_S = 600.0
 QEMU = "QEMU mirror"
@@ -251,7 +253,7 @@ def mirror(
     if "load" in parts:
         yield from load(directory / "load", seconds, rounds, size_bytes, say)
     if "resync" in parts:
-        yield from copy_rate(directory / "rate", size_bytes, say)
+        yield from copy_rate(directory / "rate", RATE_SIZES * size_bytes, say)
         yield from traffic(directory / "traffic", size_bytes, say)
 
 
@@ -364,7 +366,7 @@ def copy_rate(directory: Path, size_bytes: int, say: Callable[[str], None]) -> l
             say(f"copy and resync {number + 1} of 3")
             b.cli("volume", "create", "bench/copy", str(size_bytes))
             start_s = time.monotonic()
-            run_script("nbdcopy", a.uri("bench/volume", tcp=True), b.uri("bench/copy", tcp=True))
+            run_script("nbdcopy", "--flush", a.uri("bench/volume", tcp=True), b.uri("bench/copy", tcp=True))
             copies.append(size_bytes / (time.monotonic() - start_s))
             b.cli("volume", "delete", "bench/copy", "--yes")
             a.cli("volume", "mirror", "remove", "bench/volume", "b", "--yes")
