@@ -52,7 +52,7 @@ class Barriers:
         self.held += 1
         self._site.change()
         try:
-            await self._site.inflight.settle_all()
+            await self._site.inflight.settle_all_for_client()
             self._site.check()
             yield
         finally:

@@ -82,7 +82,7 @@ class Edges:
             return
         outcome = Outcome()
         async with self._site.locks.holding(start, stop - start):
-            await self._site.inflight.settle(start, stop - start)
+            await self._site.inflight.settle_for_client(start, stop - start)
             whole = bytearray(stop - start)
             await self._reads.read_any(start, len(whole), memoryview(whole))
             whole[offset - start : offset - start + len(data)] = data

@@ -4,6 +4,9 @@ Three things wait for it. A read that overlaps a batch in flight has perhaps see
 answered before the batch is on all of them: a fail-over could take back what was read. A copy from leg to leg must be
 of what the legs agree on, and is void if a batch touched it since (`Watch`). And a barrier wants nothing in flight.
 
+A batch may be answered with an error and stay in flight (`refuse`): some legs have it, and no record without the others
+counts. Whether it is there isn't decided, so whoever would read it fails as it did, until it is.
+
 Who waits, waits for the batches that are there now, not for quiet: later ones don't hold it up.
 """
 
@@ -39,6 +42,7 @@ class Batch:
         "error",
         "extents",
         "failures",
+        "refused",
         "remaining",
         "sequence",
         "size_bytes",
@@ -55,6 +59,8 @@ class Batch:
         self.done = done
         self.failures = 0
         self.error: OSError | None = None
+        self.refused: OSError | None = None
+        """It was answered with that, and is in flight all the same."""
         self.doomed: OSError | None = None
         """What became of the mirror meanwhile; it fails with that, whatever the legs say."""
         self.extents: set[int] = set()
@@ -79,15 +85,22 @@ class Batch:
         return any(first <= extent < stop for extent in self.extents)
 
     def settled(self) -> trio.Event:
-        """Is set when it is in flight no more; to be asked for while it is."""
+        """Is set when it is in flight no more, or refused; to be asked for while it is in flight."""
         if self._waiting is None:
             self._waiting = trio.Event()
         return self._waiting
 
+    def refuse(self, error: OSError) -> None:
+        """Answer with an error, though some legs have it: it stays in flight."""
+        self.refused = error
+        self.wake()
+        self.done(error)
+
     def wake(self) -> None:
-        """It is in flight no more."""
+        """It is in flight no more, or refused."""
         if self._waiting is not None:
             self._waiting.set()
+            self._waiting = None
 
 
 class Watch:
@@ -156,13 +169,27 @@ class InFlight:
     async def settle(self, offset: int, length: int) -> None:
         """Wait for the batches that overlap now."""
         first, stop = extents_of(offset, length)
-        for settled in [batch.settled() for batch in self.batches.values() if batch.touches(first, stop)]:
-            await settled.wait()
+        await self._settled([batch for batch in self.batches.values() if batch.touches(first, stop)])
+
+    async def settle_for_client(self, offset: int, length: int) -> None:
+        """The same. Raises OSError if one of them was refused and isn't settled: so is who depends on it."""
+        first, stop = extents_of(offset, length)
+        await self._settled([batch for batch in self.batches.values() if batch.touches(first, stop)], judge=True)
 
     async def settle_all(self) -> None:
         """Wait for all that is in flight now."""
-        for settled in [batch.settled() for batch in self.batches.values()]:
-            await settled.wait()
+        await self._settled(list(self.batches.values()))
+
+    async def settle_all_for_client(self) -> None:
+        """The same. Raises OSError as `settle_for_client`."""
+        await self._settled(list(self.batches.values()), judge=True)
+
+    async def _settled(self, batches: list[Batch], *, judge: bool = False) -> None:
+        for batch in batches:
+            while self.batches.get(batch.sequence) is batch:
+                if judge and batch.refused is not None:
+                    raise OSError(batch.refused.errno, batch.refused.strerror)
+                await batch.settled().wait()
 
     @contextlib.contextmanager
     def watching(self, offset: int, length: int) -> Iterator[Watch]:

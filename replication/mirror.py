@@ -13,7 +13,8 @@ stores that record copies what was written recently into the set of what the leg
 for those legs, makes them equal (`replication.reconcile`), and opens the gate.
 
 **Reads** come from a leg in sync, the local one first. A read that overlaps a batch in flight is answered when that
-batch is on all legs, else a fail-over could take back what was read.
+batch is on all legs, else a fail-over could take back what was read. So too when the batch was answered with an error
+(the option `fail`, below quorum): it may be there or not, but once it was read it must stay.
 
 **Deposed**: a record of ours is refused because of a later term. All in flight fails with ESTALE, and everything else
 from then on.
@@ -137,6 +138,9 @@ class Mirror:
         self.lost = True
         """No leg in sync is connected: everything begins anew."""
         self.losses = 0
+        self._undecided = False
+        """Begun without a leg that the record calls in sync: what the others were made equal to isn't read before a
+        record without it counts, as a primary that begins with that leg would take it back."""
         self.failing: OSError | None = None
         """With the option `fail`, below quorum: what clients get."""
         self.end: OSError | None = None
@@ -166,9 +170,10 @@ class Mirror:
         self.shut = bool(
             self.lost or self.excluding or self.barriers.held or self.end is not None or not self.started.is_set()
         )
+        self._undecided = self._undecided and bool(self.excluding)
         in_sync = [m for m in self.members.values() if m.state is LegState.UP_TO_DATE and m.leg is not None]
         self.reader = next((m.leg for m in in_sync if m.leg is not None and m.leg.is_local), None)
-        if self.lost or self.end is not None or not self.started.is_set():
+        if self.lost or self._undecided or self.end is not None or not self.started.is_set():
             self.reader = None
         writers = [
             m.leg
@@ -200,7 +205,7 @@ class Mirror:
                 else:
                     await trio.sleep(0.01)
                 continue
-            if reading and self.started.is_set() and not self.lost:
+            if reading and self.started.is_set() and not self.lost and not self._undecided:
                 return
             if not self.shut:
                 return
@@ -303,12 +308,13 @@ class Mirror:
             self._settle(batch, None)
 
     def _settle(self, batch: Batch, error: OSError | None) -> None:
-        """Answer."""
+        """Answer, unless it was refused before."""
         self.inflight.remove(batch)
         took = trio.current_time() - batch.began
         self.latency_s += (took - self.latency_s) * 0.05
         self._tell_room()
-        batch.done(error)
+        if batch.refused is None:
+            batch.done(error)
 
     def _tell_room(self) -> None:
         """Some queue may have become shorter."""
@@ -323,9 +329,15 @@ class Mirror:
             self._settle(batch, error)
 
     def fail_parked(self) -> None:
-        """What waits for a record fails with `failing`."""
+        """What waits for a record fails with `failing`.
+
+        The legs that are left have it, and one that the record calls in sync hasn't: a later primary may begin with
+        either. So it goes on being in flight, and nobody reads it, until a record counts.
+        """
         assert self.failing is not None
-        self.release(self.failing)
+        for batch in self._parked:
+            if batch.refused is None:
+                batch.refuse(self.failing)
 
     async def room(self) -> None:
         """Until some queue may have become shorter."""
@@ -584,6 +596,7 @@ class Mirror:
             member.become(LegState.UP_TO_DATE)
         self.lost = False
         self.excluding = {leg_id for leg_id in self.records.required() if self.members[leg_id].leg is None}
+        self._undecided = bool(self.excluding)
         self.started.set()
         self.change()
 

@@ -1,7 +1,8 @@
 """Reads of a mirror that can't be answered at once: from any leg in sync, and held until they may be answered.
 
 What was read is on all legs when it is returned: a read that overlaps a batch in flight waits for that batch, else a
-fail-over could take back what was read. A leg that can't read what another one can is healed (`replication.healing`).
+fail-over could take back what was read. It fails where the batch was refused and isn't settled. A leg that can't read
+what another one can is healed (`replication.healing`).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Reads:
             losses = self._site.losses
             await self.read_any(offset, length, into)
             # What was read may be of a batch that isn't on all legs yet. Later batches can't be in it.
-            await self._site.inflight.settle(offset, length)
+            await self._site.inflight.settle_for_client(offset, length)
             self._site.check()
             # Begun anew meanwhile, what was read may have been taken back; with the lease over, another primary may
             # have begun, and written.
@@ -125,7 +126,7 @@ class Reads:
             looked = max(looked + 1, sum(mapped[-1])) if mapped else offset + length
         if looked >= offset + length:
             add(offset + length - at, STATE_HOLE | STATE_ZERO)
-        await self._site.inflight.settle(offset, length)
+        await self._site.inflight.settle_for_client(offset, length)
         self._site.check()
         return found[:limit]
 

@@ -24,7 +24,7 @@ MUTANTS: dict[str, Plant] = {
     "resync doesn't wait for batches that the leg didn't get": _instead(
         Resync, "run", "await self._site.inflight.settle_all()", "pass"
     ),
-    "reads don't wait": _instead(InFlight, "settle", "extents_of(offset, length)", "0, 0"),
+    "reads don't wait": _instead(InFlight, "settle_for_client", "extents_of(offset, length)", "0, 0"),
     "extents leave the tracker before the flush": _instead(Resync, "_flush", "await self._target.flush()", "pass"),
     "what was written recently is forgotten when a leg is excluded": _instead(
         FakeKeeper, "accept", "missing.update(trackers[RECENT])", "pass", "missing.update(trackers[RECENT_OLD])", "pass"
@@ -40,6 +40,18 @@ MUTANTS: dict[str, Plant] = {
     ),
     "parts of blocks are merged without a lock": _instead(
         Edges, "_merge", "async with self._site.locks.holding(start, stop - start):", "if True:"
+    ),
+    "what failed below quorum is read": _instead(
+        Mirror, "fail_parked", "batch.refuse(self.failing)", "self._settle(batch, self.failing)"
+    ),
+    "who waits for a write that fails below quorum reads it": _instead(
+        InFlight,
+        "_settled",
+        "if judge and batch.refused is not None:",
+        "if batch.refused is not None: break\n            if False:",
+    ),
+    "what a primary begins with is read before a record counts": _instead(
+        Mirror, "begin", "self._undecided = bool(self.excluding)", "pass"
     ),
     "a batch of before the last leg was lost is acknowledged": _instead(
         Mirror, "_completed", "if batch.doomed is not None:", "if False:"

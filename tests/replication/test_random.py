@@ -75,6 +75,15 @@ SINGLE: dict[str, Callable[[], None]] = {
     "parts of blocks are merged without a lock": (
         test_mirror.test_parts_of_blocks_are_merged_and_two_writers_of_one_block_lose_nothing
     ),
+    "what failed below quorum is read": (
+        test_mirror.test_a_write_that_failed_below_quorum_isnt_read_before_a_record_counts_and_stays_once_it_was_read
+    ),
+    "who waits for a write that fails below quorum reads it": (
+        test_mirror.test_a_read_that_waits_for_a_write_fails_with_it_below_quorum
+    ),
+    "what a primary begins with is read before a record counts": (
+        test_mirror.test_what_a_primary_begins_with_isnt_read_while_a_record_calls_a_leg_in_sync_that_isnt_there
+    ),
     "a batch of before the last leg was lost is acknowledged": (
         test_mirror.test_when_the_last_leg_fails_its_error_is_the_clients_and_the_mirror_begins_anew
     ),
