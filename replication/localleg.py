@@ -4,26 +4,32 @@ What the store takes without waiting is applied within `submit`. What would bloc
 behind it too, whichever range it is for: one task applies the queue, in order. The same task calls what is due, all
 that there is in one step, so that a thousand batches cost no thousand tasks.
 
-The store's trackers `recent` and `recent-old` are rotated here. `recent-old` holds changes up to a sequence that is
-remembered; when all legs have flushed what came up to there, it is cleared, and takes what is in `recent` then. So what
-one leg may have lost that another one has is always in one of the two, and nothing stays there for more than two
-common flushes, also while clients write all the time.
-
 A store that fails a change fails the leg: what follows might have built on it.
+
+**A disk that never answers** holds up whoever waits in its worker thread, and trio can't take them out of there. So
+what is asked of the store runs in tasks of the leg's own, below `run`. Who has asked gets the leg's failure as soon as
+there is one, by the mirror's timeout for instance; the task stays until the disk answers, and nobody hears it.
 """
 
 from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import Protocol
+from functools import partial
+from typing import Any, Final, Protocol, TypeVar
 
 import trio
 
-from replication.leg import RECENT, RECENT_OLD, Change, Done, Extents, LegStore
+from replication.leg import Change, Done, Extents, LegStore
 from replication.membership import LegInfo, Membership, Term
+from replication.recent import Recent
+
+ORDERED_S: Final = 25.0
+"""A record, a resize or a snapshot waits for a checkpoint of the pool: so long nobody calls that silence."""
+
+T = TypeVar("T")
 
 
 class Keeper(Protocol):
@@ -56,6 +62,19 @@ class _Queued:
         self.place = trio.Event() if done is None else None
 
 
+class _Call:
+    """One thing that the store was asked."""
+
+    __slots__ = ("answer", "due", "ended", "error", "scope")
+
+    def __init__(self, due: float) -> None:
+        self.due = due  # when it should have begun to answer
+        self.ended = trio.Event()
+        self.scope = trio.CancelScope()
+        self.answer: Any = None
+        self.error: Exception | None = None
+
+
 class LocalLeg:
     """See the module. Somebody has to run `run`."""
 
@@ -70,10 +89,11 @@ class LocalLeg:
         self._due: list[tuple[Done, OSError | None]] = []
         self._wake = trio.Event()
         self._applied = 0
-        self._rotated_at: int | None = None
-        """Up to where `recent-old` goes, as far as it isn't in `recent` too; None: it isn't known."""
+        self._recent = Recent(self._store)
         self._busy_since: float | None = None
-        self._flushing_since: list[float] = []
+        self._calls: dict[_Call, None] = {}
+        self._nursery: trio.Nursery | None = None
+        self._running = trio.Event()
         keeper.on_fence.append(self._fenced)
         if not keeper.allows(term):
             self._fenced(None)
@@ -89,7 +109,9 @@ class LocalLeg:
 
     @property
     def silent_since(self) -> float | None:
-        since = [*self._flushing_since[:1], *([] if self._busy_since is None else [self._busy_since])]
+        since = [call.due for call in self._calls]
+        if self._busy_since is not None:
+            since.append(self._busy_since)
         return min(since, default=None)
 
     # -- changes -----------------------------------------------------------------------------------------------------
@@ -153,21 +175,29 @@ class LocalLeg:
         self._wake.set()
 
     async def run(self) -> None:
-        """Apply what is queued and call what is due, until the leg is closed or failed, and nothing is left."""
+        """Apply what is queued and call what is due, until the leg is closed or failed, and nothing is left.
+
+        Nothing of the leg's is under way in the store when it returns.
+        """
         try:
-            while True:
-                self._call_due()
-                if self._queue:
-                    await self._apply_first()
-                elif self.failure is not None and not self._due:
-                    return
-                elif not self._due:
-                    await self._wake.wait()
-                    self._wake = trio.Event()
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                self._running.set()
+                await self._apply_all()
         finally:
-            if self.failure is None:
-                self._fail(OSError(errno.ECANCELED, f"the leg {self.info.export} was stopped"))
+            self._fail(OSError(errno.ECANCELED, f"the leg {self.info.export} was stopped"))
             self._call_due()
+
+    async def _apply_all(self) -> None:
+        while True:
+            self._call_due()
+            if self._queue:
+                await self._apply_first()
+            elif self.failure is not None and not self._due:
+                return
+            elif not self._due:
+                await self._wake.wait()
+                self._wake = trio.Event()
 
     def _call_due(self) -> None:
         due, self._due = self._due, []
@@ -178,7 +208,7 @@ class LocalLeg:
         item = self._queue[0]
         if item.place is not None:
             self._queue.popleft()
-            self._rotate()
+            self._recent.flush_begins(self._applied)
             item.place.set()
             return
         self._busy_since = trio.current_time()
@@ -220,6 +250,10 @@ class LocalLeg:
         self._queue.clear()
         self.queued_bytes = 0
         self._busy_since = None
+        calls, self._calls = self._calls, {}
+        for call in calls:
+            call.ended.set()
+        self._running.set()
         self._wake.set()
         if self._due:
             # `run` may be in the middle of something that never ends, and clients wait for this.
@@ -237,45 +271,63 @@ class LocalLeg:
         if self.failure is not None:
             raise OSError(self.failure.errno, self.failure.strerror)
 
+    async def _ask(self, work: Callable[[], Awaitable[T]], *, patience_s: float = 0.0) -> T:
+        """What the store answers, or the leg's failure as soon as there is one."""
+        self._check()
+        call = _Call(trio.current_time() + patience_s)
+        self._calls[call] = None
+        try:
+            if self._nursery is None:
+                await self._running.wait()
+                self._check()
+                assert self._nursery is not None
+            self._nursery.start_soon(self._carry_out, call, work)
+            await call.ended.wait()
+        except trio.Cancelled:
+            call.scope.cancel()
+            raise
+        finally:
+            self._calls.pop(call, None)
+        self._check()
+        if call.error is not None:
+            raise call.error
+        answer: T = call.answer
+        return answer
+
+    async def _carry_out(self, call: _Call, work: Callable[[], Awaitable[Any]]) -> None:
+        try:
+            with call.scope:
+                call.answer = await work()
+        except Exception as error:  # theirs who have asked
+            call.error = error
+        except trio.Cancelled:
+            call.error = OSError(errno.ECANCELED, f"the leg {self.info.export} was stopped")
+            raise
+        finally:
+            call.ended.set()
+
     # -- durability --------------------------------------------------------------------------------------------------
 
     async def flush(self) -> None:
         self._check()
-        began = trio.current_time()
-        self._flushing_since.append(began)
-        try:
-            if self._queue:
-                # Its place in the order is here; what is submitted while it waits belongs to the next one.
-                item = _Queued(self._queue[-1].sequence, [], 0, None)
-                assert item.place is not None
-                self._queue.append(item)
-                await item.place.wait()
-                self._check()
-            else:
-                self._rotate()
-            await self._store.flush()
-        finally:
-            self._flushing_since.remove(began)
-        self._check()
+        place = None
+        if self._queue:
+            # Its place in the order is here; what is submitted while it waits belongs to the next one.
+            item = _Queued(self._queue[-1].sequence, [], 0, None)
+            place = item.place
+            self._queue.append(item)
+        else:
+            self._recent.flush_begins(self._applied)
+        await self._ask(partial(self._flush_behind, place))
 
-    def _rotate(self) -> None:
-        """What was applied until now is to be forgotten when all legs have flushed up to here.
-
-        Both sets grow by each write, so what comes after this is in `recent`.
-        """
-        trackers = self._store.trackers
-        recent, old = trackers.get(RECENT), trackers.get(RECENT_OLD)
-        if recent is not None and old is not None and self._rotated_at is None:
-            old.update(recent)
-            recent.clear()
-            self._rotated_at = self._applied
+    async def _flush_behind(self, place: trio.Event | None) -> None:
+        if place is not None:
+            await place.wait()
+            self._check()
+        await self._store.flush()
 
     def flushed_by_all(self, sequence: int) -> None:
-        old = self._store.trackers.get(RECENT_OLD)
-        if sequence and old is not None and self._rotated_at is not None and self._rotated_at <= sequence:
-            old.clear()
-            self._rotated_at = None
-            self._rotate()
+        self._recent.flushed_by_all(sequence)
         self._keeper.settled()
 
     # -- what is there -----------------------------------------------------------------------------------------------
@@ -285,17 +337,16 @@ class LocalLeg:
         return self._store.read_now(offset, length, into)
 
     async def read(self, offset: int, length: int, into: memoryview) -> None:
-        self._check()
-        await self._store.read(offset, length, into)
-        self._check()
+        # Not into the caller's: that is somebody else's when this ends before the disk has answered.
+        own = memoryview(bytearray(length))
+        await self._ask(partial(self._store.read, offset, length, own))
+        into[:] = own
 
     async def checks(self, offset: int, length: int) -> bytes:
-        self._check()
-        return await self._store.checks(offset, length)
+        return await self._ask(partial(self._store.checks, offset, length))
 
     async def mapped(self, offset: int, length: int) -> list[tuple[int, int]]:
-        self._check()
-        return await self._store.mapped(offset, length)
+        return await self._ask(partial(self._store.mapped, offset, length))
 
     async def changed(self, trackers: Iterable[str]) -> Extents:
         self._check()
@@ -308,16 +359,13 @@ class LocalLeg:
         return found
 
     async def accept(self, membership: Membership, *, inconsistent: bool) -> None:
-        self._check()
-        await self._keeper.accept(membership, inconsistent=inconsistent)
+        await self._ask(partial(self._keeper.accept, membership, inconsistent=inconsistent), patience_s=ORDERED_S)
 
     async def resize(self, size_bytes: int) -> None:
-        self._check()
-        await self._store.resize(size_bytes)
+        await self._ask(partial(self._store.resize, size_bytes), patience_s=ORDERED_S)
 
     async def snapshot(self, name: str) -> None:
-        self._check()
-        await self._store.snapshot(name)
+        await self._ask(partial(self._store.snapshot, name), patience_s=ORDERED_S)
 
 
 class LocalSite:
@@ -339,6 +387,11 @@ class LocalSite:
             self._last = trio.Event()
             nursery.start_soon(self._run, leg, self._last)
             return leg
+
+    async def let_go(self) -> None:
+        """Until nothing of the last leg's is under way in the store any more: if it is in use, as long as it is."""
+        while self._last is not None and not self._last.is_set():
+            await self._last.wait()
 
     async def _run(self, leg: LocalLeg, ended: trio.Event) -> None:
         try:

@@ -7,6 +7,10 @@ Fencing
     middle of has ended. Only then does it answer, with the position that follows from that. A promise to a higher term
     fences in the same way, from within the keeper's step; `fenced` waits for the end.
 
+    A primary on this node writes by another way (`replication.localleg`), and may be in the middle of a write when it
+    is deposed. A session stores a record that it is given, which is what deposes it at the latest, and does nothing
+    else before that way is free (`until_free`): not even say what has changed, as that write isn't in there yet.
+
 The data path is that of `nbd.connection`: one receive takes what is there, all WRITE frames of the inbox become one
 `write_now`, and one DONE at the end of the pass tells of all of them. What would block is awaited in its place: nothing
 behind it in the stream can overtake it. A batch that needs more than one frame is applied frame by frame; it counts
@@ -44,8 +48,9 @@ import trio
 
 from nbd.tls import TlsSocket
 from replication import wire
-from replication.leg import RECENT, RECENT_OLD, LegStore, Position
+from replication.leg import LegStore, Position
 from replication.membership import Membership, Term
+from replication.recent import Recent
 from replication.stream import Inbox, Stream, gone
 from replication.wire import BreachError, Frame, LegOption, Type
 
@@ -103,11 +108,17 @@ class Keeper(Protocol):
     def settled(self) -> None: ...
 
 
+async def _free() -> None:
+    await trio.lowlevel.checkpoint()
+
+
 class Replica:
     """One leg of this node, for primaries elsewhere. It lives as long as the node serves the leg."""
 
-    def __init__(self, keeper: Keeper) -> None:
+    def __init__(self, keeper: Keeper, until_free: Callable[[], Awaitable[None]] = _free) -> None:
+        """`until_free`: returns when nothing of a primary on this node is under way (`LocalSite.let_go`)."""
         self.keeper = keeper
+        self.until_free = until_free
         self.heard_at: float | None = None
         """By trio's clock, when a primary was heard whose term is allowed. For the voter's lease."""
         position = keeper.record.position
@@ -115,7 +126,7 @@ class Replica:
         self._applied = position.sequence if position else None
         self._line: str | None = None
         self._answered: OrderedDict[int, list[bytes]] = OrderedDict()
-        self._rotated_at: int | None = None
+        self._recent = Recent(keeper.store)
         self._current: _Session | None = None
         self._turn = trio.Lock()
         self._stopped = False
@@ -248,9 +259,7 @@ class Replica:
             self._applied = None
             self._answered.clear()
         if self._line != line:
-            # What was rotated for a flush of an earlier line may never be told of.
-            self._rotated_at = None
-            self._merge_recent()
+            self._recent.begin_anew()
         self._term, self._line = term, line
 
     @property
@@ -273,29 +282,12 @@ class Replica:
             self._answered.popitem(last=False)
 
     def flush_begins(self) -> None:
-        """Let what is recent grow old, unless what is old already isn't durable everywhere yet.
-
-        Both sets grow by each write, so at any moment the two together have all since the last common flush.
-        """
-        if self._rotated_at is not None:
-            return
-        self._merge_recent()
-        self._rotated_at = self._applied or 0
-
-    def _merge_recent(self) -> None:
-        trackers = self.keeper.store.trackers
-        recent, old = trackers.get(RECENT), trackers.get(RECENT_OLD)
-        if recent is not None and old is not None and recent:
-            old.update(recent)
-            recent.clear()
+        """What is applied by now is durable with it."""
+        self._recent.flush_begins(self._applied or 0)
 
     def flushed_by_all(self, sequence: int) -> None:
-        """All up to there is durable at each leg. 0: so it is, but not all legs in sync are there: forget nothing."""
-        if sequence and self._rotated_at is not None and sequence >= self._rotated_at:
-            self._rotated_at = None
-            old = self.keeper.store.trackers.get(RECENT_OLD)
-            if old is not None:
-                old.clear()
+        """See `replication.leg.Leg`."""
+        self._recent.flushed_by_all(sequence)
         self.keeper.settled()
 
 
@@ -318,6 +310,7 @@ class _Session:
         self._scope = trio.CancelScope()
         self._nursery: trio.Nursery
         self._begun = False
+        self._alone = False
         self._took_part = False
         self._told: int | None = None
         self._open: int | None = None  # sequence of a batch of which more is to come
@@ -486,7 +479,15 @@ class _Session:
             self._ends.clear()
         entries.clear()
 
+    async def _be_alone(self) -> None:
+        """Before anything but a record: a primary on this node, which was deposed, may be in the middle of a write."""
+        if not self._alone:
+            await self._replica.until_free()
+            self._alone = True
+            self._check()
+
     async def _take_part(self) -> None:
+        await self._be_alone()
         await self._keeper.take_part()
         self._took_part = True
         self._check()
@@ -550,6 +551,7 @@ class _Session:
         elif kind is Type.PING:
             self._stream.send(wire.pack(Type.PONG))
         elif kind is Type.GOODBYE:
+            await self._be_alone()
             raise _Goodbye
         elif kind is Type.ERROR:
             raise wire.read_error(frame)
@@ -571,7 +573,9 @@ class _Session:
         if frames is None:
             self._tell()
             self._check()
-            if not self._took_part:
+            if frame.kind is Type.ACCEPT:
+                await self._keeper.take_part()
+            elif not self._took_part:
                 await self._take_part()
             self._since[frame.number] = trio.current_time()
             try:
@@ -601,6 +605,7 @@ class _Session:
     # --- requests beside the stream ---
 
     async def _start(self, frame: Frame) -> None:
+        await self._be_alone()
         cookie, kind = frame.number, frame.kind
         work: Callable[[], Awaitable[bytes | bytearray]]
         held = 0

@@ -89,8 +89,8 @@ class LocalMirror:
         self.keeper = LegKeeper(
             self.store, LegRecord.decode(volume.mirror_record), node=node.peers.node, boot=node.boot
         )
-        self.replica = Replica(self.keeper)
         self._site = LocalSite(self.keeper)
+        self.replica = Replica(self.keeper, self._site.let_go)
         self.mirror: ServedMirror | None = None
         """While this node is primary, from before it serves."""
         self.starting = False

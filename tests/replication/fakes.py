@@ -9,6 +9,7 @@ All that is random comes from a `random.Random` that is given, so that `run_seed
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import gc
@@ -114,9 +115,11 @@ class MemoryLegStore:
         self.failing: OSError | None = None
         """What each change fails with."""
         self.stuck: trio.Event | None = None
+        """Until it is set, no change, flush or read returns, and nothing is done at once."""
+        self.is_hard = False
+        """What is stuck can't be cancelled either."""
         self.held: trio.Event | None = None
         """Writes wait for it; all else goes on."""
-        """Until it is set, no change, flush or read returns, and nothing is done at once."""
         self.is_off = False
         self.flushes = 0
         self.read_bytes = 0
@@ -133,6 +136,16 @@ class MemoryLegStore:
         return len(self.image)
 
     # -- what the machine does to it ---------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def hung(self) -> Iterator[None]:
+        """The disk answers nobody, who can't be cancelled either: as a worker thread can't."""
+        self.stuck, self.is_hard = stuck, _ = trio.Event(), True
+        try:
+            yield
+        finally:
+            self.stuck, self.is_hard = None, False
+            stuck.set()
 
     def checkpoint(self) -> None:
         """The engine does it now and then."""
@@ -195,7 +208,8 @@ class MemoryLegStore:
     async def _pause(self) -> None:
         await trio.lowlevel.checkpoint()
         if self.stuck is not None:
-            await self.stuck.wait()
+            with trio.CancelScope(shield=self.is_hard):
+                await self.stuck.wait()
         if self.rng is not None and self.rng.random() < 0.5:
             await trio.sleep(self.rng.random() * self.slow_s)
 

@@ -6,6 +6,8 @@ from replication.edges import Edges
 from replication.inflight import InFlight
 from replication.localleg import LocalLeg
 from replication.mirror import Mirror
+from replication.recent import Recent
+from replication.replica import _Session
 from replication.resync import Resync
 from tests.replication.fakes import FakeKeeper
 from tests.simulation.mutants import Plant, _instead
@@ -36,7 +38,14 @@ MUTANTS: dict[str, Plant] = {
         "pass",
     ),
     "recent is forgotten though a leg hasn't flushed": _instead(
-        LocalLeg, "flushed_by_all", "self._rotated_at <= sequence", "sequence >= 0"
+        Recent, "flushed_by_all", "self._rotated_at <= sequence", "sequence >= 0"
+    ),
+    "a closed leg keeps those who wait for its disk": _instead(LocalLeg, "_fail", "call.ended.set()", "pass"),
+    "a disk that never answers a read isn't silent": _instead(
+        LocalLeg, "silent_since", "[call.due for call in self._calls]", "[]"
+    ),
+    "a session begins while a primary on the node is still writing": _instead(
+        _Session, "_be_alone", "await self._replica.until_free()", "pass"
     ),
     "parts of blocks are merged without a lock": _instead(
         Edges, "_merge", "async with self._site.locks.holding(start, stop - start):", "if True:"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import pytest
 import trio
@@ -131,10 +131,103 @@ def test_what_was_written_after_a_flush_began_is_remembered_when_it_has_ended_ev
             assert trackers_matching(store, "recent*") == {0, 1}
             leg.flushed_by_all(1)
             assert trackers_matching(store, "recent*") == {1}
-            leg.flushed_by_all(1)
-            assert trackers_matching(store, "recent*") == {1}
             leg.flushed_by_all(2)
+            assert trackers_matching(store, "recent*") == {1}, "it has not flushed that"
+            await leg.flush()
+            leg.submit(3, [change(2 * EXTENT_BYTES // BLOCK_BYTES, 3)], told.of(3))
+            await leg.flush()
+            leg.flushed_by_all(1)
+            assert trackers_matching(store, "recent*") == {1, 2}, "another leg hasn't got so far"
+            leg.flushed_by_all(3)
+            assert trackers_matching(store, "recent*") == {2}
+            await leg.flush()
+            leg.flushed_by_all(3)
             assert trackers_matching(store, "recent*") == set()
+            leg.close()
+
+    run(body)
+
+
+ASKS: dict[str, Callable[[LocalLeg], Awaitable[object]]] = {
+    "flush": lambda leg: leg.flush(),
+    "read": lambda leg: leg.read(0, BLOCK_BYTES, memoryview(bytearray(BLOCK_BYTES))),
+    "checks": lambda leg: leg.checks(0, BLOCK_BYTES),
+    "mapped": lambda leg: leg.mapped(0, BLOCK_BYTES),
+    "resize": lambda leg: leg.resize(2 * SIZE),
+    "snapshot": lambda leg: leg.snapshot("one"),
+}
+
+
+@pytest.mark.parametrize("what", ASKS)
+def test_who_waits_for_a_disk_that_never_answers_is_told_when_the_leg_is_closed(what: str) -> None:
+    async def body() -> None:
+        store, keeper = stored()
+        async with trio.open_nursery() as nursery:
+            site = LocalSite(keeper)
+            leg = await site.open(nursery, INFO, TERM)
+            errors: list[OSError] = []
+
+            async def ask() -> None:
+                try:
+                    await ASKS[what](leg)
+                except OSError as error:
+                    errors.append(error)
+
+            with store.hung():
+                async with trio.open_nursery() as asking:
+                    asking.start_soon(ask)
+                    asking.start_soon(ask)
+                    await trio.sleep(1)
+                    assert not errors and leg.silent_since is not None
+                    leg.close()
+                assert [error.errno for error in errors] == [errno.ECANCELED] * 2
+                assert leg.silent_since is None
+                # What is under way there can still land: no leg is opened before.
+                with trio.move_on_after(1) as scope:
+                    await site.open(nursery, INFO, TERM)
+                assert scope.cancelled_caught
+            (await site.open(nursery, INFO, TERM)).close()
+
+    run(body)
+
+
+def test_bytes_that_a_disk_gives_too_late_are_in_nobodys_buffer() -> None:
+    async def body() -> None:
+        store, keeper = stored()
+        store.image[:BLOCK_BYTES] = b"L" * BLOCK_BYTES
+        async with trio.open_nursery() as nursery:
+            leg = await LocalSite(keeper).open(nursery, INFO, TERM)
+            into = memoryview(bytearray(BLOCK_BYTES))
+            with store.hung():
+                nursery.start_soon(_after, 1, leg.close)
+                with pytest.raises(OSError, match="was closed"):
+                    await leg.read(0, BLOCK_BYTES, into)
+            await trio.sleep(1)
+            assert not any(into)
+
+    run(body)
+
+
+async def _after(seconds: float, action: Callable[[], None]) -> None:
+    await trio.sleep(seconds)
+    action()
+
+
+def test_a_cancelled_read_ends_at_once_and_a_leg_that_isnt_run_yet_answers_when_it_is() -> None:
+    async def body() -> None:
+        store, keeper = stored()
+        leg = LocalLeg(keeper, INFO, TERM)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(leg.flush)
+            await trio.sleep(1)
+            assert store.flushes == 0
+            nursery.start_soon(leg.run)
+            await trio.sleep(1)
+            assert store.flushes == 1
+            store.stuck = trio.Event()
+            with trio.move_on_after(1) as scope:
+                await leg.read(0, BLOCK_BYTES, memoryview(bytearray(BLOCK_BYTES)))
+            assert scope.cancelled_caught and leg.silent_since is None
             leg.close()
 
     run(body)

@@ -334,6 +334,47 @@ def test_a_flush_reaches_every_leg_and_a_common_one_comes_by_itself() -> None:
     run(body)
 
 
+@pytest.mark.parametrize("what", ["flush", "read", "write"])
+def test_the_primarys_own_disk_that_never_answers_is_dropped_within_the_timeout(what: str) -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            await mirror.write(0, block(1))
+            with rig.store("a").hung():
+                began = trio.current_time()
+                into = memoryview(bytearray(BLOCK_BYTES))
+                with trio.fail_after(5):
+                    if what == "flush":
+                        await mirror.flush()
+                    elif what == "read":
+                        await mirror.read(0, BLOCK_BYTES, into)
+                        assert into == block(1), "another leg has it"
+                    else:
+                        await mirror.write(0, block(2))
+                        await mirror.flush()
+                assert 0.9 < trio.current_time() - began < 1.2
+                await rig.until(lambda: mirror.membership.in_sync == {"legb"})
+                assert rig.state("a") is LegState.STALE
+                assert await read(rig, 0, BLOCK_BYTES) == bytes(block(2 if what == "write" else 1))
+            await rig.whole()
+            assert rig.store("a").image == rig.store("b").image
+
+    run(body)
+
+
+def test_a_snapshot_on_a_disk_that_never_answers_holds_up_clients_for_a_while_only() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            with rig.store("a").hung(), trio.fail_after(40):
+                await mirror.snapshot("one")
+                await mirror.write(0, block(1))
+            assert list(rig.store("b").snapshots) == ["one"]
+            await rig.whole()
+
+    run(body)
+
+
 def test_recent_is_forgotten_after_some_common_flushes_though_clients_write_all_the_time() -> None:
     async def body() -> None:
         rig = Rig(2)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import trio
 
-from tests.replication import test_localleg, test_mirror, test_resync
+from tests.replication import test_localleg, test_mirror, test_replica, test_resync
 from tests.replication.fakes import run_seeded
 from tests.replication.mutants import AT_RANDOM, MUTANTS
 from tests.replication.world import World
@@ -71,6 +71,15 @@ SINGLE: dict[str, Callable[[], None]] = {
     ),
     "recent is forgotten though a leg hasn't flushed": (
         test_localleg.test_what_was_written_after_a_flush_began_is_remembered_when_it_has_ended_everywhere
+    ),
+    "a closed leg keeps those who wait for its disk": lambda: (
+        test_mirror.test_the_primarys_own_disk_that_never_answers_is_dropped_within_the_timeout("flush")
+    ),
+    "a disk that never answers a read isn't silent": lambda: (
+        test_mirror.test_the_primarys_own_disk_that_never_answers_is_dropped_within_the_timeout("read")
+    ),
+    "a session begins while a primary on the node is still writing": (
+        test_replica.test_a_session_waits_for_what_a_deposed_primary_of_this_node_is_just_writing
     ),
     "parts of blocks are merged without a lock": (
         test_mirror.test_parts_of_blocks_are_merged_and_two_writers_of_one_block_lose_nothing

@@ -7,6 +7,7 @@ import random
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replication import wire
-from replication.membership import Term
+from replication.localleg import LocalSite
+from replication.membership import Term, encode
 from replication.wire import BreachError, Frame, LegOption, Type, pack
-from tests.replication.linked import INFO, MEMBERSHIP, TERM, Keeper, Network, data, run, until, zeros
+from tests.replication.linked import INFO, MEMBERSHIP, TERM, Keeper, Network, Told, data, run, until, zeros
 
 BEGIN = wire.pack_begin("line", resumes=False)
 
@@ -196,6 +198,58 @@ def test_a_new_session_waits_for_a_write_of_the_old_one_that_is_under_way() -> N
             assert here.store.log == [("snapshot", "s")]
             error = wire.read_error(await second.expect(Type.ERROR))
             assert error.errno == errno.ESTALE, "the one in the middle was fenced before it began"
+
+    run(body)
+
+
+def test_a_session_waits_for_what_a_deposed_primary_of_this_node_is_just_writing() -> None:
+    async def body() -> None:
+        later = Term(5, "c" * 16)
+        async with place() as here, trio.open_nursery() as nursery:
+            site = LocalSite(here.keeper)
+            here.replica.until_free = site.let_go
+            here.keeper.record.accepted = MEMBERSHIP
+            leg = await site.open(nursery, INFO, TERM)
+            here.store.gate, here.store.blocks = trio.Event(), True
+            told = Told()
+            leg.submit(1, [data(0, 1)], told.of(1))
+            await until(lambda: here.store.waiting)
+            here.store.blocks = False
+            here.keeper.promise(later)
+            await until(lambda: told.failed == [1])
+            new = await here.begun(later)
+            accepted = encode(replace(MEMBERSHIP, term=later, primary="b"))
+            await new.send(pack(Type.ACCEPT, 1, accepted, count=1))
+            assert (await new.expect(Type.ANSWER)).number == 1
+            await new.send(pack(Type.CHANGED, 2, wire.pack_names(["recent"])) + batch(1, data(0, 2)))
+            with trio.move_on_after(0.1):
+                await new.take()
+                raise AssertionError("answered while the deposed primary still writes")
+            assert here.store.log == [("accept", 0, True)]
+            here.store.gate.set()
+            assert bytes((await new.expect(Type.ANSWER)).body) == b"[0]", "what it wrote last is known"
+            await new.done(1)
+            assert here.store.log == [("accept", 0, True), (0, 1, 4096), (0, 2, 4096)]
+            nursery.cancel_scope.cancel()
+
+    run(body)
+
+
+def test_a_goodbye_makes_clean_when_a_deposed_primary_of_this_node_has_ended() -> None:
+    async def body() -> None:
+        async with place() as here:
+            free = trio.Event()
+            here.replica.until_free = free.wait
+            here.keeper.clean = False
+            primary = await here.begun()
+            await primary.send(pack(Type.GOODBYE))
+            with trio.move_on_after(0.05):
+                await primary.take()
+                raise AssertionError("it has left")
+            assert not here.keeper.clean
+            free.set()
+            assert await primary.take() is None
+            assert here.keeper.clean
 
     run(body)
 
