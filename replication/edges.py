@@ -83,6 +83,7 @@ class Edges:
         outcome = Outcome()
         async with self._site.locks.holding(start, stop - start):
             await self._site.inflight.settle_for_client(start, stop - start)
+            self._judge_end(stop)
             whole = bytearray(stop - start)
             await self._reads.read_any(start, len(whole), memoryview(whole))
             whole[offset - start : offset - start + len(data)] = data
@@ -108,10 +109,13 @@ class Edges:
             if not self._site.has_room(size):
                 await self._site.room()
                 continue
-            if any(change.offset + change.length > self._site.size_bytes for change in changes):
-                raise OSError(errno.ENOSPC, f"{self._site.name}: the mirror was shrunk; that lies behind its end now")
+            self._judge_end(max(change.offset + change.length for change in changes))
             self._site.submit(changes, extents, wide, size, outcome)  # no checkpoint since all that was found to be so
             return
+
+    def _judge_end(self, stop: int) -> None:
+        if stop > self._site.size_bytes:
+            raise OSError(errno.ENOSPC, f"{self._site.name}: the mirror was shrunk; that lies behind its end now")
 
     async def trim(self, offset: int, length: int) -> None:
         """Forget the range, rounded inwards to whole blocks; it reads as zeros afterwards."""

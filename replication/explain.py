@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from replication.cluster import VoterState
@@ -78,32 +78,20 @@ def explain(facts: Facts) -> Explanation:
     return Explanation(legs, state, " ".join(one for one in sentences if one))
 
 
-def may_drain(node: str, mirrors: Mapping[str, tuple[Membership, Mapping[str, LegState]]]) -> str | None:
-    """Why a node must not be taken down: it has the last leg that is up to date, of the mirrors named. None: it may.
+def last_leg_on(node: str, legs: Iterable[tuple[str, LegState]]) -> str | None:
+    """Why a node must not be taken down for one mirror's sake: it has the last leg that is worth something, or may.
 
-    `mirrors`: by POOL/VOL, each with its newest record and the states of its legs.
+    `legs`: each leg's node and state. None: the others have all.
     """
-    last = []
-    for name, (membership, states) in sorted(mirrors.items()):
-        good = {leg.node for leg in membership.legs if states.get(leg.id) is LegState.UP_TO_DATE}
-        here = {leg.id for leg in membership.legs if leg.node == node}
-        # A leg that isn't proven may be all there is, too.
-        unproven = any(states.get(leg_id) is LegState.UNPROVEN for leg_id in here)
-        if node in good and good == {node}:
-            last.append(f"{name} (its only leg that is up to date{_syncing(membership, states)})")
-        elif not good and unproven:
-            last.append(f"{name} (no leg is up to date, and the one here may have all writes)")
-    if not last:
-        return None
-    return (
-        f"node {node} can't be drained: {', '.join(last)} would be left without data. Wait for a resync "
-        "(`mirror list`), or add a leg elsewhere"
-    )
-
-
-def _syncing(membership: Membership, states: Mapping[str, LegState]) -> str:
-    nodes = sorted(leg.node for leg in membership.legs if states.get(leg.id) is LegState.SYNCING)
-    return f"; {_and(nodes)} {_is(nodes)} in resync" if nodes else ""
+    states = list(legs)
+    good = {where for where, state in states if state is LegState.UP_TO_DATE}
+    if good == {node}:
+        syncing = sorted(where for where, state in states if state is LegState.SYNCING)
+        until = f" ({_and(syncing)} {_is(syncing)} in resync)" if syncing else ""
+        return f"its only leg that is up to date is here{until}: wait for a resync, add a leg elsewhere, or remove it"
+    if not good and (node, LegState.UNPROVEN) in states:
+        return "no leg of it is up to date, and the one here may have all writes: start the nodes that have the others"
+    return None
 
 
 def _primary_elsewhere(facts: Facts) -> str | None:

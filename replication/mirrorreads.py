@@ -29,6 +29,9 @@ class Readable(Gate, Protocol):
     """How often the last leg in sync was lost."""
     may_serve: Callable[[], bool]
 
+    @property
+    def size_bytes(self) -> int: ...
+
     def look(self) -> None:
         """Whether legs have failed."""
 
@@ -65,6 +68,9 @@ class Reads:
             await self._site.admitted(reading=True)
             if for_client:
                 self._site.client_at = trio.current_time()
+            if offset + length > self._site.size_bytes:
+                # No leg is to be blamed for that, nor healed.
+                raise OSError(errno.EINVAL, f"{self._site.name}: the mirror was shrunk; that lies behind its end now")
             bad: list[Member] = []
             for member in readable(self._site.members.values()):
                 if await self.read_from(member, offset, length, into, for_client=for_client):

@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import trio
 
+from replication.explain import last_leg_on
 from replication.keeper import LegRecord
 from replication.leg import BLOCK_BYTES, LegState
 from replication.membership import MAX_LEGS, LegInfo, Membership, Options, Term, encode
@@ -402,10 +403,9 @@ class MirrorAdmin:
         for mirror in self.mirrors.all():
             status = await self.mirrors.status(mirror)
             good = [leg["node"] for leg in status["legs"] if leg["state"] == LegState.UP_TO_DATE.value]
-            if set(good) == {node}:
-                refused.append(
-                    f"{mirror.name} has its only up-to-date leg here; wait for a resync, or remove the mirror"
-                )
+            last = last_leg_on(node, ((leg["node"], _leg_state(leg["state"])) for leg in status["legs"]))
+            if last is not None:
+                refused.append(f"{mirror.name}: {last}")
             elif mirror.is_primary or mirror.starting:
                 users = self._clients(mirror.name)
                 if mirror.volume.open_count:
@@ -461,6 +461,14 @@ class MirrorAdmin:
             raise TierError(
                 errno.EBUSY, f"can't {what} {volume.name}, which is in use by {shown}: disconnect them first"
             )
+
+
+def _leg_state(said: Any) -> LegState:
+    """Of a status, which may be a peer's: what isn't understood is nothing to rely on."""
+    try:
+        return LegState(said)
+    except ValueError:
+        return LegState.OFFLINE
 
 
 def _plain(membership: Membership) -> Any:

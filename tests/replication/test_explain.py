@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from replication.cluster import VoterState
-from replication.explain import Explanation, Facts, Progress, explain, may_drain
+from replication.explain import Explanation, Facts, Progress, explain, last_leg_on
 from replication.leg import LegState, MirrorState
 from replication.membership import LegInfo, Membership, Options, Term
 from replication.promotion import SplitBrain
@@ -146,12 +146,12 @@ def test_an_nbd_leg_is_called_by_its_address() -> None:
 
 
 def test_a_node_with_the_last_good_leg_is_not_drained() -> None:
-    good, syncing, stale = LegState.UP_TO_DATE, LegState.SYNCING, LegState.STALE
-    assert may_drain("a", {"fast/vol": (AB, {"a": good, "b": good})}) is None
-    assert may_drain("b", {"fast/vol": (ALONE, {"a": good, "b": syncing})}) is None
-    assert may_drain("a", {"p/1": (ALONE, {"a": good, "b": syncing}), "p/2": (AB, {"a": good, "b": good})}) == (
-        "node a can't be drained: p/1 (its only leg that is up to date; b is in resync) would be left without data. "
-        "Wait for a resync (`mirror list`), or add a leg elsewhere"
+    good, syncing, stale, unproven = LegState.UP_TO_DATE, LegState.SYNCING, LegState.STALE, LegState.UNPROVEN
+    assert last_leg_on("a", [("a", good), ("b", good)]) is None
+    assert last_leg_on("b", [("a", good), ("b", syncing)]) is None
+    assert last_leg_on("a", [("a", good), ("b", syncing), ("c", stale)]) == (
+        "its only leg that is up to date is here (b is in resync): wait for a resync, add a leg elsewhere, or remove it"
     )
-    unproven = may_drain("a", {"p/1": (AB, {"a": LegState.UNPROVEN, "b": stale})})
-    assert unproven is not None and "the one here may have all writes" in unproven
+    assert last_leg_on("b", [("a", unproven), ("b", stale)]) is None
+    may_have_all = last_leg_on("a", [("a", unproven), ("b", stale)])
+    assert may_have_all is not None and "the one here may have all writes" in may_have_all

@@ -629,3 +629,29 @@ def test_a_write_that_waited_while_the_mirror_was_shrunk_is_refused_and_no_leg_i
             assert [member.counters.failures for member in mirror.members.values()] == [0, 0]
 
     run(body)
+
+
+def test_a_part_of_a_block_that_waited_while_the_mirror_was_shrunk_is_refused_and_nothing_is_read_for_it() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            errors: list[OSError] = []
+
+            async def write() -> None:
+                try:
+                    await mirror.write(SIZE - 100, b"lost")
+                except OSError as error:
+                    errors.append(error)
+
+            async with trio.open_nursery() as nursery, mirror.locks.holding(SIZE - EXTENT_BYTES, EXTENT_BYTES):
+                nursery.start_soon(write)
+                await trio.sleep(0.1)
+                await mirror.resize(SIZE // 2)
+            assert [error.errno for error in errors] == [errno.ENOSPC]
+            with pytest.raises(OSError, match="behind its end") as refused:
+                await mirror.read(SIZE - BLOCK_BYTES, BLOCK_BYTES, memoryview(bytearray(BLOCK_BYTES)))
+            assert refused.value.errno == errno.EINVAL
+            for member in mirror.members.values():
+                assert member.counters.read_errors == member.counters.failures == member.counters.reads == 0
+
+    run(body)
