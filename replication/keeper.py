@@ -19,12 +19,13 @@ may have declared the leg clean, so `take_part` saves again, whatever it believe
   that time. Sessions rotate the recent ones of a leg in resync too, and then this remains.
 
 A tracker goes when leg and X are both in sync: not before, since the `missing:*` of a leg that rejoins are the blocks
-in which it differs. It goes by a second save, so that it is there whichever way the first one ends.
+in which it differs. The save of that record has it still, so that it is there whichever way that ends; then it is
+dropped in memory, and with the next save or checkpoint from the disk. After a crash in between it is there again: the
+next common flush drops it (`settled`), unless a save has failed meanwhile, of which it isn't known what it left.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import json
@@ -177,6 +178,8 @@ class LegKeeper:
         self._lock = trio.Lock()
         self._clean_in_doubt = False
         self._settled_unsaved = False
+        self._unsure = False
+        """A save is under way, or has failed: the store may have another record than `record`."""
 
     @property
     def intact(self) -> bool:
@@ -227,7 +230,7 @@ class LegKeeper:
             await self._save(record, self._trackers(membership))
             if old.promised != membership.term:
                 self._fence(membership.term)
-            await self._drop_trackers(membership)
+            self._drop_trackers()
 
     def _judge_leg(self, new: Membership, inconsistent: bool, discard: bool) -> None:
         old = self.record
@@ -282,20 +285,14 @@ class LegKeeper:
                 extents.update(trackers[one])
         return extents
 
-    async def _drop_trackers(self, new: Membership) -> None:
-        if self.record.me not in new.in_sync:
+    def _drop_trackers(self) -> None:
+        """Those of legs that miss nothing by the record, which is durable."""
+        accepted, trackers = self.record.accepted, self.store.trackers
+        if accepted is None or self.record.me not in accepted.in_sync:
             return
-        wanted = {missing_tracker(leg.id) for leg in new.legs if leg.id not in new.in_sync}
-        kept = {
-            name: extents
-            for name, extents in self.store.trackers.items()
-            if not name.startswith(MISSING) or name in wanted
-        }
-        if len(kept) == len(self.store.trackers):
-            return
-        # If it fails they are too much, which does no harm: the record, which is durable, says that nobody misses them.
-        with contextlib.suppress(OSError):
-            await self.store.save(self.record.encode(), kept)
+        wanted = {missing_tracker(leg.id) for leg in accepted.legs if leg.id not in accepted.in_sync}
+        for name in [name for name in trackers if name.startswith(MISSING) and name not in wanted]:
+            del trackers[name]
 
     async def take_part(self) -> None:
         """Before the first write of a session: durable on return is that the leg isn't clean. Raises OSError."""
@@ -327,6 +324,8 @@ class LegKeeper:
         the same record again is one: a primary that has reconciled does this at each leg before it serves. Else a leg
         that is killed later is taken for one that has lost something, and another that really has may be the source.
         """
+        if not self._unsure:
+            self._drop_trackers()
         in_sync = self.record.accepted is not None and self.record.me in self.record.accepted.in_sync
         if self.record.doubtful and in_sync:
             self.record = dataclasses.replace(self.record, doubtful=False)
@@ -338,11 +337,13 @@ class LegKeeper:
 
     async def _save(self, record: LegRecord, trackers: dict[str, Extents] | None = None) -> None:
         unsaved, self._settled_unsaved = self._settled_unsaved, False
+        self._unsure = True
         try:
             await self.store.save(record.encode(), trackers)
         except BaseException:
             self._settled_unsaved = self._settled_unsaved or unsaved
             raise
+        self._unsure = False
         # Settled while it was being saved: that is still to be saved.
         self.record = dataclasses.replace(record, doubtful=False) if self._settled_unsaved else record
 

@@ -26,6 +26,7 @@ import trio
 import trio.testing
 import xxhash
 
+from replication.keeper import LegKeeper, LegRecord
 from replication.leg import BLOCK_BYTES, EXTENT_BYTES, RECENT, RECENT_OLD, Change, Done, Extents, missing_tracker
 from replication.localleg import LocalLeg, LocalSite
 from replication.membership import LegInfo, Membership, Term, decode, encode
@@ -397,6 +398,29 @@ class FakeKeeper:
         await self.store.save(json.dumps(plain).encode(), trackers)
 
 
+class RealKeeper(LegKeeper):
+    """The product's own, with the names that are used here; a leg takes part before it is given anything."""
+
+    def __init__(self, store: MemoryLegStore, leg_id: str) -> None:
+        record = LegRecord.decode(store.record) if store.record else LegRecord(leg_id)
+        super().__init__(store, record, node=leg_id[-1], boot="since ever")
+
+    @property
+    def promised(self) -> Term | None:
+        return self.record.promised
+
+    @property
+    def accepted(self) -> Membership | None:
+        return self.record.accepted
+
+    async def promise(self, term: Term) -> None:
+        await self.prepare(term, "a")
+
+    async def accept(self, membership: Membership, *, inconsistent: bool = False, discard: bool = False) -> None:
+        await self.take_part()
+        await super().accept(membership, inconsistent=inconsistent, discard=discard)
+
+
 class FakeLeg:
     """A leg behind a link: a `LocalLeg` at the other end, messages in order in both directions, each with a delay."""
 
@@ -631,13 +655,16 @@ class FakeLink:
 class FakeNode:
     """A machine with one leg: its store outlives its process."""
 
-    def __init__(self, info: LegInfo, store: MemoryLegStore, link: FakeLink) -> None:
+    def __init__(
+        self, info: LegInfo, store: MemoryLegStore, link: FakeLink, keeper: type[FakeKeeper | RealKeeper] = FakeKeeper
+    ) -> None:
         self.info = info
         self.store = store
         self.link = link
         self.intact = True
         self.is_up = False
-        self.keeper = FakeKeeper(store, info.id)
+        self._make_keeper = keeper
+        self.keeper: Any = keeper(store, info.id)
         self._site: LocalSite | None = None
         self._scope: trio.CancelScope | None = None
         self._nursery: trio.Nursery | None = None
@@ -646,7 +673,7 @@ class FakeNode:
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """The process, until `stop`."""
         self._ended = trio.Event()
-        self.keeper = FakeKeeper(self.store, self.info.id)
+        self.keeper = self._make_keeper(self.store, self.info.id)
         self._site = LocalSite(self.keeper)
         self.store.is_off = False
         try:

@@ -70,16 +70,17 @@ class MemoryStore:
 
     async def save(self, record: bytes, trackers: dict[str, Extents] | None = None) -> None:
         failing, self.failing = self.failing, self.failing if self.failing == "dead" else ""
+        now = self.trackers if trackers is None else trackers
+        self.trackers = now  # from the call on, however it ends
         if failing in ("before", "dead"):
             await trio.lowlevel.checkpoint()
             raise OSError(errno.EIO, "the disk has failed")
-        now = self.trackers if trackers is None else trackers
         self.durable = record, {name: one.encode() for name, one in now.items()}
         await trio.lowlevel.checkpoint()
         if failing == "after":
             raise OSError(errno.EIO, "the disk has failed, but later")
         self.saves += 1
-        self.record, self.trackers = record, now
+        self.record = record
 
     def crash(self) -> None:
         """What is left after the machine went down."""

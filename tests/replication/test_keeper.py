@@ -125,8 +125,50 @@ def test_a_leg_that_is_left_out_misses_what_was_written_since_the_last_common_fl
         back = alone.next_epoch(in_sync=frozenset("ac"))
         await keeper.accept(back)
         assert "missing:c" not in store.trackers and "missing:b" in store.trackers
+        await keeper.leave(None)
         restarted(keeper)
         assert "missing:c" not in store.trackers
+
+    trio.run(main)
+
+
+def test_a_mark_that_came_back_with_a_crash_is_dropped_by_the_next_common_flush() -> None:
+    async def main() -> None:
+        keeper, store, record = await started("ab")
+        alone = record.next_epoch(in_sync=frozenset("a"))
+        await keeper.accept(alone)
+        await keeper.accept(alone.next_epoch(in_sync=frozenset("ab")))
+        assert "missing:b" not in store.trackers
+        keeper = restarted(keeper)
+        assert "missing:b" in store.trackers, "it went after the record was durable"
+        keeper.settled()
+        assert set(store.trackers) == {"recent", "recent-old"}
+        await keeper.accept(alone.next_epoch(in_sync=frozenset("ab")).next_epoch(in_sync=frozenset("a")))
+        assert "missing:b" in store.trackers
+        keeper.settled()
+        assert "missing:b" in store.trackers, "that leg does miss something"
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("failing", ["before", "after"])
+def test_a_mark_of_a_record_that_may_be_stored_is_kept_whatever_is_flushed_meanwhile(failing: str) -> None:
+    async def main() -> None:
+        keeper, store, record = await started()
+        without = record.next_epoch(in_sync=frozenset("ab"))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keeper.accept, without)
+            await trio.lowlevel.checkpoint()
+            keeper.settled()
+        assert "missing:c" in store.trackers, "it was being saved"
+        again = without.next_epoch(in_sync=frozenset("abc"))
+        await keeper.accept(again)
+        assert "missing:c" not in store.trackers
+        store.failing = failing
+        with pytest.raises(OSError, match="the disk has failed"):
+            await keeper.accept(again.next_epoch(in_sync=frozenset("ab")))
+        keeper.settled()
+        assert "missing:c" in store.trackers, "the record without that leg may be stored"
 
     trio.run(main)
 

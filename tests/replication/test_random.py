@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import trio
 
-from tests.replication import test_localleg, test_mirror, test_replica, test_resync
+from tests.replication import test_keeper, test_localleg, test_mirror, test_replica, test_resync
 from tests.replication.fakes import run_seeded
 from tests.replication.mutants import AT_RANDOM, MUTANTS
 from tests.replication.world import World
@@ -80,6 +80,12 @@ SINGLE: dict[str, Callable[[], None]] = {
     ),
     "a session begins while a primary on the node is still writing": (
         test_replica.test_a_session_waits_for_what_a_deposed_primary_of_this_node_is_just_writing
+    ),
+    "what a leg misses is dropped though a record without it may be stored": lambda: (
+        test_keeper.test_a_mark_of_a_record_that_may_be_stored_is_kept_whatever_is_flushed_meanwhile("before")
+    ),
+    "what a leg in resync has got lately isn't noted when it fails": (
+        test_resync.test_what_a_leg_in_resync_got_and_lost_before_a_common_flush_is_brought_again
     ),
     "parts of blocks are merged without a lock": (
         test_mirror.test_parts_of_blocks_are_merged_and_two_writers_of_one_block_lose_nothing

@@ -21,13 +21,24 @@ from typing import Any
 import trio
 
 from replication.inflight import Batch
-from replication.leg import BLOCK_BYTES, EXTENT_BYTES, RECENT, RECENT_OLD, Change, Done, Leg, LegState, missing_tracker
+from replication.leg import (
+    BLOCK_BYTES,
+    EXTENT_BYTES,
+    MISSING,
+    RECENT,
+    RECENT_OLD,
+    Change,
+    Done,
+    Leg,
+    LegState,
+    missing_tracker,
+)
 from replication.members import LegFacts
 from replication.membership import LegInfo, Membership, Options, Term
 from replication.mirror import Mirror
 from replication.resync import ResyncSettings
 from replication.site import MirrorSettings
-from tests.replication.fakes import FakeCluster, FakeLink, FakeNode, MemoryLegStore, trackers_matching
+from tests.replication.fakes import FakeCluster, FakeLink, FakeNode, MemoryLegStore, RealKeeper, trackers_matching
 
 SECTOR = 512
 SIZE = 8 * EXTENT_BYTES
@@ -79,7 +90,10 @@ class World:
         infos = tuple(LegInfo(f"leg{name}", name, "pool/vol") for name in "abcd"[:legs])
         self.nodes = {
             info.id: FakeNode(
-                info, MemoryLegStore(SIZE, rng=self.rng), FakeLink(self.rng, self.rng.choice((0.0, 0.005, 0.03)))
+                info,
+                MemoryLegStore(SIZE, rng=self.rng),
+                FakeLink(self.rng, self.rng.choice((0.0, 0.005, 0.03))),
+                RealKeeper,
             )
             for info in infos
         }
@@ -464,6 +478,9 @@ class World:
             for pattern in (RECENT, RECENT_OLD):
                 if trackers_matching(node.store, pattern):
                     raise ViolationError(f"{leg_id} still remembers something as {pattern}")
+            left = sorted(name for name in node.store.trackers if name.startswith(MISSING))
+            if left:
+                raise ViolationError(f"all legs are in sync and have flushed, and {leg_id} has {left}")
 
 
 __all__ = ["Batch", "ViolationError", "World", "contextlib"]
