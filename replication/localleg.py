@@ -65,12 +65,11 @@ class _Queued:
 class _Call:
     """One thing that the store was asked."""
 
-    __slots__ = ("answer", "due", "ended", "error", "scope")
+    __slots__ = ("answer", "due", "ended", "error")
 
     def __init__(self, due: float) -> None:
         self.due = due  # when it should have begun to answer
         self.ended = trio.Event()
-        self.scope = trio.CancelScope()
         self.answer: Any = None
         self.error: Exception | None = None
 
@@ -271,21 +270,14 @@ class LocalLeg:
         if self.failure is not None:
             raise OSError(self.failure.errno, self.failure.strerror)
 
-    async def _ask(self, work: Callable[[], Awaitable[T]], *, patience_s: float = 0.0) -> T:
-        """What the store answers, or the leg's failure as soon as there is one."""
-        self._check()
-        call = _Call(trio.current_time() + patience_s)
-        self._calls[call] = None
+    async def _ask(self, work: Callable[[], Awaitable[T]]) -> T:
+        """What the store answers, or the leg's failure as soon as there is one.
+
+        What was begun goes on where nobody waits for it any more, because they were cancelled or the leg has failed.
+        """
+        call = await self._begun(work, 0.0)
         try:
-            if self._nursery is None:
-                await self._running.wait()
-                self._check()
-                assert self._nursery is not None
-            self._nursery.start_soon(self._carry_out, call, work)
             await call.ended.wait()
-        except trio.Cancelled:
-            call.scope.cancel()
-            raise
         finally:
             self._calls.pop(call, None)
         self._check()
@@ -294,10 +286,46 @@ class LocalLeg:
         answer: T = call.answer
         return answer
 
+    async def _order(self, work: Callable[[], Awaitable[None]]) -> None:
+        """The same for what changes the leg: who is cancelled cuts it short, and waits until it has ended."""
+        scope = trio.CancelScope()
+
+        async def in_scope() -> None:
+            with scope:
+                await work()
+
+        call = await self._begun(in_scope, ORDERED_S)
+        try:
+            await call.ended.wait()
+        except trio.Cancelled:
+            scope.cancel()
+            with trio.CancelScope(shield=True):
+                await call.ended.wait()
+            raise
+        finally:
+            self._calls.pop(call, None)
+        self._check()
+        if call.error is not None:
+            raise call.error
+
+    async def _begun(self, work: Callable[[], Awaitable[Any]], patience_s: float) -> _Call:
+        self._check()
+        call = _Call(trio.current_time() + patience_s)
+        self._calls[call] = None
+        if self._nursery is None:
+            try:
+                await self._running.wait()
+                self._check()
+            except BaseException:
+                self._calls.pop(call, None)
+                raise
+            assert self._nursery is not None
+        self._nursery.start_soon(self._carry_out, call, work)
+        return call
+
     async def _carry_out(self, call: _Call, work: Callable[[], Awaitable[Any]]) -> None:
         try:
-            with call.scope:
-                call.answer = await work()
+            call.answer = await work()
         except Exception as error:  # theirs who have asked
             call.error = error
         except trio.Cancelled:
@@ -359,13 +387,13 @@ class LocalLeg:
         return found
 
     async def accept(self, membership: Membership, *, inconsistent: bool) -> None:
-        await self._ask(partial(self._keeper.accept, membership, inconsistent=inconsistent), patience_s=ORDERED_S)
+        await self._order(partial(self._keeper.accept, membership, inconsistent=inconsistent))
 
     async def resize(self, size_bytes: int) -> None:
-        await self._ask(partial(self._store.resize, size_bytes), patience_s=ORDERED_S)
+        await self._order(partial(self._store.resize, size_bytes))
 
     async def snapshot(self, name: str) -> None:
-        await self._ask(partial(self._store.snapshot, name), patience_s=ORDERED_S)
+        await self._order(partial(self._store.snapshot, name))
 
 
 class LocalSite:

@@ -224,11 +224,21 @@ def test_a_cancelled_read_ends_at_once_and_a_leg_that_isnt_run_yet_answers_when_
             nursery.start_soon(leg.run)
             await trio.sleep(1)
             assert store.flushes == 1
-            store.stuck = trio.Event()
-            with trio.move_on_after(1) as scope:
-                await leg.read(0, BLOCK_BYTES, memoryview(bytearray(BLOCK_BYTES)))
-            assert scope.cancelled_caught and leg.silent_since is None
-            leg.close()
+            store.stuck = stuck = trio.Event()
+            for ask in (ASKS["read"], ASKS["snapshot"]):
+                with trio.move_on_after(1) as scope:
+                    await ask(leg)
+                assert scope.cancelled_caught and leg.silent_since is None
+            stuck.set()
+            store.stuck = None
+            await trio.sleep(1)
+            assert not store.snapshots, "what changes the leg is cut short"
+            with store.hung(), trio.move_on_after(1) as scope:
+                nursery.start_soon(_after, 5, leg.close)
+                began = trio.current_time()
+                await leg.snapshot("two")
+            assert scope.cancelled_caught
+            assert trio.current_time() - began == pytest.approx(5), "and waited for, as long as the leg lasts"
 
     run(body)
 

@@ -13,6 +13,7 @@ import trio
 
 from replication.keeper import LegRecord
 from replication.membership import encode
+from terrace.mirroradmin import MirrorAdmin
 from terrace.mirrors import Mirrors
 from tests.replication.stores import first_record
 
@@ -72,6 +73,33 @@ def test_a_volume_that_a_client_has_opened_while_it_was_made_becomes_no_leg(tmp_
     with pytest.raises(OSError, match="has opened fast/vol") as refused:
         trio.run(mirrors(pool, tmp_path)._create_leg, "a", asked | {"size_bytes": 1 << 20})
     assert (refused.value.errno, pool.volume.mirror_record) == (errno.EBUSY, b"")
+
+
+@pytest.mark.parametrize(
+    ("states", "says"),
+    [
+        ({"a": "UpToDate", "b": "UpToDate"}, None),
+        ({"a": "Syncing", "b": "UpToDate"}, "fast/vol: its only leg that is up to date is here (a is in resync)"),
+        ({"a": "Offline", "b": "Unproven"}, "fast/vol: no leg of it is up to date, and the one here may have all"),
+        ({"a": "of a later release", "b": "UpToDate"}, "fast/vol: its only leg that is up to date is here: wait"),
+        ({"a": "UpToDate", "b": "Unproven"}, None),
+    ],
+)
+def test_a_node_isnt_drained_of_the_last_leg_that_is_worth_something(states: dict[str, str], says: str | None) -> None:
+    async def status(mirror: Any) -> dict[str, Any]:
+        await trio.lowlevel.checkpoint()
+        return {"legs": [{"node": node, "state": state} for node, state in states.items()]}
+
+    here: Any = SimpleNamespace(
+        node="b", status=status, all=lambda: [SimpleNamespace(name="fast/vol", is_primary=False, starting=False)]
+    )
+
+    async def main() -> None:
+        plan = await MirrorAdmin(here, lambda name: []).drain("b", to=None, dry_run=True)
+        assert len(plan["refused"]) == (says is not None)
+        assert says is None or plan["refused"][0].startswith(says)
+
+    trio.run(main)
 
 
 def test_a_leg_whose_deletion_is_cancelled_goes_on(tmp_path: Any) -> None:
