@@ -81,4 +81,4 @@ AT_RANDOM = (
     "what was written recently is forgotten when a leg is excluded",
     "what a leg misses stays though it is in sync",
 )
-"""Random runs catch these, one in ten of them or more; the others are caught by single tests."""
+"""Random runs catch these, one in twenty of them or more; the others are caught by single tests."""

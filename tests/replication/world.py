@@ -100,7 +100,8 @@ class World:
         term = Term(1, "0" * 16)
         first = Membership(
             mirror="f" * 32, size_bytes=SIZE, legs=infos, voters=tuple(info.node for info in infos), term=term,
-            epoch=0, primary="a", in_sync=frozenset(self.nodes), options=Options(timeout_s=0.5),
+            epoch=0, primary="a", in_sync=frozenset(self.nodes),
+            options=Options(timeout_s=0.5, below_quorum="fail" if seed % 3 == 0 else "suspend"),
         )  # fmt: skip
         self.cluster = FakeCluster(self.nodes, first, rng=self.rng)
         self.cluster.unsure = 0.1
@@ -279,10 +280,14 @@ class World:
                 node.store.failing = None
             elif kind == "stuck":
                 node.store.stuck = stuck = trio.Event()
-                await trio.sleep(rng.random() * 0.8)
-                if node.store.stuck is stuck:
-                    node.store.stuck = None
-                stuck.set()
+                node.store.is_hard = self.seed % 2 == 0
+                try:
+                    await trio.sleep(rng.random() * 0.8)
+                finally:
+                    node.store.is_hard = False
+                    if node.store.stuck is stuck:
+                        node.store.stuck = None
+                    stuck.set()
             elif kind == "bad" and self.mirror is not None and self.safely_bad(node):
                 node.store.bad.add(rng.randrange(SIZE // BLOCK_BYTES) * BLOCK_BYTES)
             elif kind == "quorum":
