@@ -36,9 +36,10 @@ from replication.promotion import Forced, Promote, promote
 from replication.replica import Replica
 from replication.voters import KeptVoter, rule_of
 from replication.wire import LegOption
+from terrace.keptstate import KeptState, is_kept_state
 from terrace.legstore import PoolLegStore
 from terrace.peers import Peers, Socket
-from tiers import Pool, Volume
+from tiers import Pool, Snapshot, Volume
 
 log = logging.getLogger("terraced")
 
@@ -67,6 +68,8 @@ class Surroundings(Protocol):
     own_voter: KeptVoter
     boot: str
     tell: Tell
+    keep_before_resync: bool
+    """Whether a leg keeps its last consistent state while it is resynced."""
 
     def voter(self, node: str) -> Voter:
         """This node's, or a peer's."""
@@ -89,6 +92,11 @@ class LocalMirror:
         self.keeper = LegKeeper(
             self.store, LegRecord.decode(volume.mirror_record), node=node.peers.node, boot=node.boot
         )
+        self.kept = KeptState(
+            pool, volume, node.tell, lambda: self.keeper.record.inconsistent, wanted=node.keep_before_resync
+        )
+        self.keeper.before_overwritten = self.kept.take
+        self.keeper.whole_again = self.kept.stir
         self.replica = Replica(self.keeper)
         self._site = LocalSite(self.keeper)
         self.mirror: ServedMirror | None = None
@@ -144,6 +152,25 @@ class LocalMirror:
     def me(self) -> str:
         """The leg's id."""
         return self.keeper.record.me
+
+    def kept_state(self) -> str | None:
+        """POOL/VOL@SNAP of the last consistent state of a leg that is being resynced."""
+        return self.kept.name if self.keeper.record.inconsistent else None
+
+    def volume_snapshots(self) -> list[Snapshot]:
+        """Of the leg here, but for what a resync keeps."""
+        found = self.pool.snapshots(self.volume.short_name)
+        return [one for one in found if not is_kept_state(one.short_name)]
+
+    def way_out(self) -> str:
+        """Behind a refusal to promote: what is left of a leg that was being resynced. Empty where nothing is."""
+        kept = self.kept_state()
+        if kept is None:
+            return ""
+        return (
+            f"; its last consistent state is kept as {kept}: `terrace volume clone {kept} {self.name}-rescued` makes a "
+            "volume of it"
+        )
 
     @property
     def is_primary(self) -> bool:
@@ -247,11 +274,14 @@ class LocalMirror:
     async def run(self) -> None:
         """The task: primary whenever that is wanted, until `close`."""
         try:
-            while not self._closing.is_set():
-                await self._wanted.wait()
-                if self._closing.is_set():
-                    break
-                await self._be_primary()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.kept.run)
+                while not self._closing.is_set():
+                    await self._wanted.wait()
+                    if self._closing.is_set():
+                        break
+                    await self._be_primary()
+                nursery.cancel_scope.cancel()
             try:
                 await self.replica.stop()
             except OSError as error:
@@ -333,7 +363,7 @@ class LocalMirror:
             timeout_s=min(ASK_S, timeout_s),
         )
         if not isinstance(decision, Promote):
-            raise OSError(errno.EBUSY, decision.sentence)
+            raise OSError(errno.EBUSY, decision.sentence + self.way_out())
         if isinstance(decision, Forced):
             self._node.tell("mirror", self.name, f"{self.name} was promoted by force. {decision.may_lose}")
         return decision.membership

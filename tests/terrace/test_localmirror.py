@@ -34,9 +34,11 @@ class SlowStore(MemoryStore):
 def local_mirror(monkeypatch: pytest.MonkeyPatch, store: MemoryStore, record: LegRecord) -> LocalMirror:
     """On node a."""
     monkeypatch.setattr(terrace.localmirror, "PoolLegStore", lambda pool, volume: store)
-    volume: Any = SimpleNamespace(name="fast/vol", mirror_record=record.encode(), open_count=0)
-    node: Any = SimpleNamespace(peers=SimpleNamespace(node="a"), boot="boot", tell=print, disconnect=lambda name: 0)
-    return LocalMirror(SimpleNamespace(), volume, node)  # type: ignore[arg-type]
+    volume: Any = SimpleNamespace(name="fast/vol", short_name="vol", mirror_record=record.encode(), open_count=0)
+    node: Any = SimpleNamespace(
+        peers=SimpleNamespace(node="a"), boot="boot", tell=print, disconnect=lambda name: 0, keep_before_resync=True
+    )
+    return LocalMirror(SimpleNamespace(snapshots=lambda volume: []), volume, node)  # type: ignore[arg-type]
 
 
 def test_a_leg_that_the_next_primary_writes_to_is_never_declared_clean_by_the_last_one(
