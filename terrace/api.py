@@ -316,7 +316,7 @@ class Api:
         reset = request.query_params.get("reset") in ("1", "true")
         status = self._daemon.status(reset=reset)
         status["nodes"] = self._mirrors.peers.status()
-        status["mirrors"] = [self._mirrors.local_status(mirror) for mirror in self._mirrors.all()]
+        status["mirrors"] = await self._mirrors.statuses()
         return JSONResponse(status | {"pools": list(map(self._summary, self._pools.slots()))})
 
     async def list_pools(self, request: Request) -> Response:

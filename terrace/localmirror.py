@@ -126,6 +126,8 @@ class LocalMirror:
         """Replaced when this node has ceased to be primary."""
         self._told: dict[str, LegState] = {}
         self._told_state: MirrorState | None = None
+        self._new: set[str] = set()
+        """Legs that were added and haven't been up to date yet, nor failed."""
         accepted = self.keeper.record.accepted
         if accepted is not None and accepted.primary == node.peers.node:
             self.starting = True
@@ -506,6 +508,10 @@ class LocalMirror:
             if state is before:
                 continue
             self._told[leg.info.id] = state
+            if before is None and not first and state is not LegState.UP_TO_DATE:
+                self._new.add(leg.info.id)
+            elif state is not LegState.SYNCING:
+                self._new.discard(leg.info.id)
             if state is LegState.UP_TO_DATE:
                 self.compared_in_full.discard(leg.info.id)
             where = f"the leg of {self.name} on node {leg.info.node}"
@@ -515,6 +521,9 @@ class LocalMirror:
             self._node.tell("leg", self.name, f"{where} is {state.value}{why}")
             if leg.error and leg.error.startswith("split brain"):
                 self._node.tell("splitbrain", self.name, f"{where}: {leg.error}")
+        wanting = {leg.info.id for leg in status.legs if leg.state is not LegState.UP_TO_DATE}
+        if status.state is MirrorState.DEGRADED and self._told_state is MirrorState.ONLINE and wanting <= self._new:
+            return  # it has got a leg, which can't be up to date yet: nothing that it had is missing
         if status.state is not self._told_state:
             self._told_state = status.state
             self._node.tell("mirror", self.name, f"mirror {self.name} is {status.state.value}")

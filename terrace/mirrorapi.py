@@ -125,7 +125,12 @@ class MirrorApi:
         return JSONResponse(await self._mirrors.status(mirror), status)
 
     async def show_mirror(self, request: Request) -> Response:
-        return await self._status(self._one(request))
+        mirror = self._one(request)
+        found = await self._mirrors.status(mirror)
+        counted = await self._admin.snapshots.counted(mirror)
+        for leg in found["legs"]:
+            leg |= counted.get(leg["node"], {"snapshots": None, "lacking_snapshots": None})
+        return JSONResponse(found)
 
     async def explain_mirror(self, request: Request) -> Response:
         mirror = self._one(request)

@@ -336,6 +336,19 @@ class MirrorSnapshots:
             return None
         return OnLegs(self._mirrors.node, {leg.node: names for leg, names in (await self._ask(mirror)).items()})
 
+    async def counted(self, mirror: LocalMirror) -> dict[str, dict[str, int]]:
+        """By node that can be asked: how many snapshots its leg has, and how many it lacks that others have. JSON."""
+        found: dict[str, set[str]] = {self._mirrors.node: {one.short_name for one in mirror.volume_snapshots()}}
+        try:
+            found |= {leg.node: set(names) for leg, names in (await self._ask(mirror)).items() if names is not None}
+        except OSError:
+            return {}
+        everything = set().union(*found.values())
+        return {
+            node: {"snapshots": len(names), "lacking_snapshots": len(everything - names)}
+            for node, names in found.items()
+        }
+
     async def elsewhere(self, pool: Pool, volume: str) -> dict[str, list[Elsewhere]]:
         """By id, the other legs that can be asked, of a mirror that this node is primary of: what they have."""
         mirror = self._leg_of(pool.volume(volume))

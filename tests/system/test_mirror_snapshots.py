@@ -1,0 +1,223 @@
+"""Two real daemons: snapshots of mirrored volumes, and every command that might change one leg alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.system.daemon import ApiError
+from tests.system.test_mirror import MIB, SIZE, Node, Pair
+from tests.system.test_mirror import pair as pair  # the fixture
+
+pytestmark = pytest.mark.system
+
+
+def names(node: Node, volume: str) -> list[str]:
+    """The snapshots on that node's leg."""
+    found = node.daemon.api("GET", f"/v1/pools/p/volumes/{volume}/snapshots")
+    return sorted(one["snapshot"] for one in found)
+
+
+def listed(node: Node, volume: str) -> dict[str, Any]:
+    """By name, which legs have what, as that node finds out."""
+    found = node.daemon.api("GET", f"/v1/pools/p/volumes/{volume}/snapshots?legs=1")
+    return {one["snapshot"]: one["legs"] for one in found}
+
+
+def until(true: Callable[[], bool], what: Callable[[], object] = lambda: "", timeout_s: float = 15.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline_s, what()
+        time.sleep(0.05)
+
+
+def test_a_group_over_mirrored_and_plain_volumes_is_of_one_instant_on_both_nodes(pair: Pair) -> None:
+    a, b = pair.a, pair.b
+    pair.create("g")
+    pair.create("h")
+    a.daemon.api("POST", "/v1/pools/p/volumes", {"name": "plain", "size": SIZE})
+    with a.connect("g") as first, a.connect("plain") as second, a.connect("h") as third:
+        for number in range(1, 40):
+            data = bytes([number]) * 4096
+            for client in (first, second, third):  # each comes from the one before
+                client.write(0, data)
+            if number == 20:
+                told = a.daemon.cli("snapshot", "create", "--group", "s", "p/g", "p/plain", "p/h").stdout
+                assert "All 3 are of one instant" in told
+    for name in ("g", "h"):
+        with b.connect(f"{name}@s") as there, a.connect(f"{name}@s") as here:
+            assert there.read(0, 4096) == here.read(0, 4096) == bytes([20]) * 4096
+    assert listed(b, "g") == {"s": {"on": ["b", "a"], "missing": [], "unknown": []}}
+    assert "a, b" in a.daemon.cli("snapshot", "list", "p/g").stdout
+    with pytest.raises(ApiError, match="already"):
+        a.daemon.api("POST", "/v1/pools/p/snapshots", {"name": "s", "volumes": ["g", "h"]})
+    a.daemon.api("DELETE", "/v1/pools/p/volumes/plain?snapshots=1")
+    assert a.daemon.api("DELETE", "/v1/pools/p/volumes/h?snapshots=1")["left"] == []
+    assert not any(one["name"] == "p/h" for one in b.daemon.api("GET", "/v1/pools/p/volumes"))
+
+
+def test_what_a_leg_that_was_away_missed_is_told_and_what_was_deleted_goes_there_too(pair: Pair) -> None:
+    a, b = pair.a, pair.b
+    pair.create("m")
+    for name in ("old", "kept"):
+        a.daemon.api("POST", "/v1/pools/p/volumes/m/snapshots", {"name": name})
+    b.daemon.kill()
+    with a.connect("m") as client:
+        client.write(0, b"x" * 4096)
+    a.wait_for({"a": "UpToDate", "b": "Stale"}, "m")
+    made = a.daemon.api("POST", "/v1/pools/p/volumes/m/snapshots", {"name": "missed"})
+    assert list(made["lacking"]) == ["b"]
+    done = a.daemon.cli("snapshot", "delete", "--yes", "p/m@old").stdout
+    assert "node b" in done and "when it is back" in done
+    assert listed(a, "m")["missed"] == {"on": ["a"], "missing": [], "unknown": ["b"]}
+    a.daemon.kill()  # it is remembered over this, too
+    a.daemon.start()
+    b.daemon.start()
+    a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "m")
+    until(lambda: names(b, "m") == ["kept"], lambda: names(b, "m"))
+    assert listed(a, "m")["missed"] == {"on": ["a"], "missing": ["b"], "unknown": []}
+    assert "not b" in a.daemon.cli("snapshot", "list", "p/m").stdout
+    shown = {leg["node"]: (leg["snapshots"], leg["lacking_snapshots"]) for leg in a.mirror("m")["legs"]}
+    assert shown == {"a": (2, 0), "b": (1, 1)}
+    assert "1 of 2" in a.daemon.cli("volume", "mirror", "show", "p/m").stdout
+    # One that only the other node has can be deleted from here.
+    b.daemon.cli("snapshot", "create", "--local", "p/m@rescue")
+    assert listed(a, "m")["rescue"] == {"on": ["b"], "missing": ["a"], "unknown": []}
+    a.daemon.cli("snapshot", "delete", "--yes", "p/m@rescue")
+    assert names(b, "m") == ["kept"]
+
+
+def test_a_hold_and_a_name_are_the_same_on_all_legs_and_what_is_held_anywhere_is_deleted_nowhere(pair: Pair) -> None:
+    a, b = pair.a, pair.b
+    pair.create("k")
+    a.daemon.api("POST", "/v1/pools/p/volumes/k/snapshots", {"name": "one"})
+    a.daemon.cli("snapshot", "rename", "p/k@one", "two")
+    a.daemon.cli("snapshot", "hold", "p/k@two")
+    path = "/v1/pools/p/volumes/k/snapshots/two"
+    assert a.daemon.api("GET", path)["held"] and b.daemon.api("GET", path)["held"]
+    a.daemon.cli("snapshot", "release", "--local", "p/k@two")
+    with pytest.raises(ApiError, match="held on node b"):
+        a.daemon.api("DELETE", path)
+    assert names(a, "k") == names(b, "k") == ["two"]
+    a.daemon.cli("snapshot", "release", "p/k@two")
+    a.daemon.cli("snapshot", "delete", "--yes", "p/k@two")
+    assert names(a, "k") == names(b, "k") == []
+
+
+def test_a_leg_that_is_resynced_keeps_its_last_consistent_state_until_it_is_whole(pair: Pair) -> None:
+    a, b = pair.a, pair.b
+    pair.create("r")
+    old, new = os.urandom(4 * MIB), os.urandom(16 * MIB)
+    with a.connect("r") as client:
+        client.write(0, old)
+        client.flush()
+        b.daemon.kill()
+        client.write(0, new)
+        a.wait_for({"a": "UpToDate", "b": "Stale"}, "r")
+        client.flush()
+    b.daemon.start()
+    seen: list[str] = []
+
+    def is_kept() -> bool:
+        seen[:] = [name for name in names(b, "r") if re.fullmatch(r"resync-\d{8}-\d{6}", name)] or seen
+        return bool(seen) or b.leg("b", "r")["state"] == "UpToDate"
+
+    until(is_kept, b.daemon.tail)
+    a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "r")
+    until(lambda: names(b, "r") == [], lambda: names(b, "r"))
+    assert any("p/r: kept as resync-" in line for line in b.daemon.log.read_text().splitlines())
+
+
+LEG = "node a as its primary"
+MIRRORED = "is mirrored and can't be"
+VOLUME = "/v1/pools/p/volumes"
+T = f"{VOLUME}/t"
+S = f"{T}/snapshots"
+REQUESTS: list[tuple[str, str, dict[str, Any] | None, str | None, str | None]] = [
+    # method, path, body, what the primary refuses it with (None: it does it), what the secondary refuses it with
+    ("POST", S, {"name": "{n}"}, None, LEG),
+    ("POST", "/v1/pools/p/snapshots", {"name": "{n}g", "volumes": ["t"]}, None, LEG),
+    ("PATCH", f"{S}/base{{n}}", {"name": "renamed{n}"}, None, LEG),
+    ("PATCH", f"{S}/base", {"held": True}, None, LEG),
+    ("PATCH", f"{S}/base", {"held": False}, None, LEG),
+    ("DELETE", f"{S}/gone{{n}}", None, None, LEG),
+    ("POST", f"{S}/base/rollback", {}, MIRRORED, MIRRORED),
+    ("POST", f"{S}/base/rollback", {"force": True, "safety": False}, MIRRORED, MIRRORED),
+    ("POST", f"{S}/base/clone", {"name": "clone{n}"}, None, None),
+    ("POST", f"{VOLUME}/clone{{n}}/promote", None, None, None),
+    ("DELETE", f"{VOLUME}/clone{{n}}", None, None, None),
+    ("PATCH", T, {"size": SIZE + MIB}, None, "node a is the primary"),
+    ("PATCH", T, {"size": SIZE, "shrink": True}, None, "node a is the primary"),
+    ("PUT", f"{T}/policy", {"policy": "default"}, None, None),
+    ("PUT", f"{T}/filling", {"filling": False}, None, None),
+    ("PUT", f"{T}/filling", {"filling": True}, MIRRORED, MIRRORED),  # what a restore begins with
+    ("POST", VOLUME, {"name": "t", "size": MIB, "filling": True}, "already", "already"),  # what an import begins with
+    ("DELETE", T, None, "has snapshots", "delete all of it at its primary"),
+    ("DELETE", f"{T}?snapshots=1", None, "in use by", "delete all of it at its primary"),
+    ("DELETE", f"{T}/mirror/legs/b", None, "would be lost: only", "run this there"),
+    ("DELETE", "/v1/pools/p", None, "", ""),
+]
+
+
+def test_no_request_changes_one_leg_alone(pair: Pair) -> None:
+    a, b = pair.a, pair.b
+    pair.create("t")
+    with a.connect("t") as client:
+        client.write(0, os.urandom(MIB))
+        for name in ("base", "basea", "baseb", "gonea", "goneb"):
+            a.daemon.api("POST", S, {"name": name})
+        for method, path, body, at_primary, at_secondary in REQUESTS:
+            what = f"{method} {path} {body}"
+            if "would be lost" in str(at_primary):
+                b.daemon.api("POST", S, {"name": "only", "local": True})
+            for node, refusal in ((b, at_secondary), (a, at_primary)):
+                sent = {
+                    key: value.replace("{n}", node.name) if isinstance(value, str) else value
+                    for key, value in (body or {}).items()
+                }
+                try:
+                    node.daemon.api(method, path.replace("{n}", node.name), None if body is None else sent)
+                    assert refusal is None, (what, node.name)
+                except ApiError as error:
+                    assert refusal is not None and refusal in error.message, (what, node.name, error)
+                    assert "internal error" not in error.message
+                assert set(names(b, "t")) - {"only"} == set(names(a, "t")), (what, node.name)
+                sizes = [one.daemon.api("GET", T)["size_bytes"] for one in (a, b)]
+                assert sizes[0] == sizes[1], (what, node.name)
+    assert a.legs("t") == {"a": "UpToDate", "b": "UpToDate"}
+    assert "equal" in a.daemon.cli("volume", "mirror", "verify", "p/t", "--full").stdout
+
+
+def test_a_secondary_can_be_backed_up_from_a_snapshot_and_says_where_a_new_one_is_to_be_taken(pair: Pair) -> None:
+    a, b = pair.a, pair.b
+    pair.create("v")
+    data, directory = os.urandom(MIB), pair.authority.parent / "backups"
+    directory.mkdir()
+    with a.connect("v") as client:
+        client.write(0, data)
+    a.daemon.cli("backup", "p/v", "--to", str(directory))
+    (name,) = names(b, "v")
+    b.daemon.cli("backup", f"p/v@{name}", "--to", str(directory))
+    assert LEG in b.daemon.cli("backup", "p/v", "--to", str(directory), status=1).stderr
+    b.daemon.cli("restore", "p/restored", str(directory))
+    with b.connect("restored") as client:
+        assert client.read(0, MIB) == data
+
+
+def test_a_healthy_secondary_says_so_and_names_no_address_that_would_be_refused(pair: Pair) -> None:
+    a, b = pair.a, pair.b
+    before = len(a.events())
+    pair.create("q")
+    told = [text for text in a.events()[before:] if "p/q" in text]
+    assert not any("Degraded" in text for text in told), told
+    status = b.daemon.cli("status").stdout
+    assert re.search(r"p/q +Online", status), status
+    assert "(another node)" in status and "(handshake)" not in status
+    shown = b.daemon.cli("volume", "show", "p/q").stdout
+    assert "nbd" not in shown.replace("NBD URI", "") and "node a is the primary" in shown
+    assert "0.5" in a.daemon.cli("volume", "create", "p/no", "1G", "--mirror", "b", "--timeout", "-1", status=2).stderr
