@@ -457,7 +457,11 @@ class Api:
                 await pool.resize_volume(name, body.size)
             else:
                 require_whole_blocks(f"{pool.name}/{name}", body.size)
-                await (await self._admin.served(mirror)).resize(body.size)
+                served = await self._admin.served(mirror)
+                if body.size < now_bytes:
+                    # The leg here would refuse it when the others have done it already.
+                    self._admin.require_unused(mirror.volume, "shrink")
+                await served.resize(body.size)
             return JSONResponse(self._volume(pool, name))
 
     async def delete_volume(self, request: Request) -> Response:

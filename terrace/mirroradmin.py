@@ -105,7 +105,7 @@ class MirrorAdmin:
         if volume.filling:
             raise TierError(errno.EBUSY, f"{volume.name} is not complete; mirror it once what fills it has ended")
         require_whole_blocks(volume.name, volume.size_bytes)
-        self._require_unused(volume, "be made a mirror of")
+        self.require_unused(volume, "be made a mirror of")
         mirror = await self._begin(pool, volume, options)
         try:
             await self._add_legs(mirror, [place])
@@ -133,7 +133,7 @@ class MirrorAdmin:
         record = replace(record, history=(record.generation,))
         own = LegRecord(me=leg, promised=term, accepted=record)
         # A volume can be seen while it is made durable, and whoever has it would write to it, and not to the mirror.
-        self._require_unused(volume, "make a mirror of")
+        self.require_unused(volume, "make a mirror of")
         await pool.set_mirror(volume, own.encode(), {})
         mirror = self.mirrors.adopt(pool, volume)
         assert mirror is not None, "this node has a name, and wrote the record itself"
@@ -259,7 +259,7 @@ class MirrorAdmin:
 
     async def delete(self, mirror: LocalMirror, *, snapshots: bool, force: bool) -> dict[str, Any]:
         """Delete the volume with all its legs; `force`: on a node that isn't primary, only the leg there."""
-        self._require_unused(mirror.volume, "delete")
+        self.require_unused(mirror.volume, "delete")
         name = mirror.name
         if not mirror.serves and not force:
             membership = mirror.membership
@@ -320,7 +320,7 @@ class MirrorAdmin:
             )
         if mirror.serves:
             if not force:
-                self._require_unused(mirror.volume, "demote")
+                self.require_unused(mirror.volume, "demote")
             served = await self.served(mirror)
             good = {leg.info.node for leg in served.status().legs if leg.state is LegState.UP_TO_DATE}
             if to is not None and to not in good:
@@ -476,7 +476,8 @@ class MirrorAdmin:
             if any(one.node == place.node for one in places[:index]):
                 raise TierError(errno.EINVAL, f"node {place.node} is named twice: one leg on a node is what helps")
 
-    def _require_unused(self, volume: Volume, what: str) -> None:
+    def require_unused(self, volume: Volume, what: str) -> None:
+        """Raises EBUSY with who is connected."""
         if volume.open_count:
             users = self._clients(volume.name)
             shown = named(users) if users else "clients"
