@@ -54,6 +54,8 @@ class KeptState:
         self._is_inconsistent = is_inconsistent
         self._wanted = wanted
         self._stirred = trio.Event()
+        self._is_early = False
+        """It is there, and the record that says why is still on its way."""
 
     def found(self) -> list[Snapshot]:
         """Oldest first."""
@@ -86,11 +88,16 @@ class KeptState:
                 f"{self._volume.name} is resynced without keeping the state that it has now: {why}",
             )
         else:
+            self._is_early = True
             log.info("%s: kept as %s until it is resynced", self._volume.name, name)
-        self.stir()
+        self._stir()
 
-    def stir(self) -> None:
-        """The record has changed: look what is to be done."""
+    def served(self) -> None:
+        """The record says that the leg is whole again."""
+        self._is_early = False
+        self._stir()
+
+    def _stir(self) -> None:
         self._stirred.set()
         self._stirred = trio.Event()
 
@@ -98,9 +105,11 @@ class KeptState:
         """The task: delete it when it has served, or when the pool needs the space."""
         while True:
             stirred, pause_s = self._stirred, TICK_S
+            if self._is_inconsistent():
+                self._is_early = False
             if found := self.found():
                 if not self._is_inconsistent():
-                    if not await self._delete(found):
+                    if not self._is_early and not await self._delete(found):
                         pause_s = RETRY_S
                 elif self._is_short():
                     if await self._delete(found):

@@ -96,7 +96,7 @@ class LocalMirror:
             pool, volume, node.tell, lambda: self.keeper.record.inconsistent, wanted=node.keep_before_resync
         )
         self.keeper.before_overwritten = self.kept.take
-        self.keeper.whole_again = self.kept.stir
+        self.keeper.whole_again = self.kept.served
         self.replica = Replica(self.keeper)
         self._site = LocalSite(self.keeper)
         self.mirror: ServedMirror | None = None

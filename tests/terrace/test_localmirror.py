@@ -114,3 +114,16 @@ def test_a_close_that_is_cancelled_ends_the_mirror_all_the_same(monkeypatch: pyt
                 await mirror.close()  # as the daemon does when it stops
 
     trio.run(main)
+
+
+def test_who_cant_be_primary_as_its_leg_is_being_resynced_hears_how_to_reach_its_last_consistent_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    record = first_record("ab").next_epoch(in_sync=frozenset("b"))
+    mirror = local_mirror(monkeypatch, MemoryStore(), LegRecord("a", accepted=record, inconsistent=True))
+    assert mirror.way_out() == ""
+    kept = SimpleNamespace(short_name="resync-20261130-120000", name="fast/vol@resync-20261130-120000")
+    mirror.pool.snapshots = lambda volume: [kept]  # type: ignore[method-assign,assignment,return-value,list-item]
+    assert "terrace volume clone fast/vol@resync-20261130-120000 fast/vol-rescued" in mirror.way_out()
+    mirror.keeper.record = LegRecord("a", accepted=record)
+    assert mirror.way_out() == ""
