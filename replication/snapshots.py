@@ -8,9 +8,10 @@ has read in another one finds both or the earlier one alone.
 holds one and waits for that of a mirror before it. So there is no deadlock.
 
 **Time.** What holds clients up is bounded: all barriers are there within the longest timeout of these mirrors, else
-all are let go, and it is tried once more, as the leg that was waited for is left out by then. A leg that doesn't take
-its snapshot within its mirror's timeout is dropped. One that only refuses (its pool is full, the name is in use there)
-stays in sync and lacks that snapshot, which is told: its data are as good as before.
+all are let go, and it is tried once more, as the leg that was waited for is left out by then. A leg that is
+silent for its mirror's timeout is dropped as ever, and one that says that it works on its snapshot after `TAKE_S`. One
+that only refuses (its pool is full, the name is in use there) stays in sync and lacks that snapshot, which is told: its
+data are as good as before.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ REFUSALS: Final = frozenset(
     }
 )
 """A leg that answers a snapshot with one of these is as good as before."""
+
+TAKE_S: Final = 10.0
+"""So long a storage that works has to take a snapshot, which is one checkpoint, while clients wait."""
 
 Lacking = dict[str, str]
 """By id of the leg: why it doesn't have the snapshot."""
@@ -74,7 +78,7 @@ async def _take(
 ) -> dict[Mirror, Lacking]:
     """Under all barriers."""
     local = [mirror for mirror in ordered if any(leg.is_local for leg in _in_sync(mirror))]
-    limit_s = max(mirror.membership.options.timeout_s for mirror in ordered)
+    limit_s = max(TAKE_S, *(mirror.membership.options.timeout_s for mirror in ordered))
     with trio.move_on_after(limit_s) as patience:
         await here(local)
     if patience.cancelled_caught:
@@ -112,7 +116,7 @@ def _in_sync(mirror: Mirror) -> list[Leg]:
 async def _take_one(mirror: Mirror, leg: Leg, name: str, lacking: Lacking) -> None:
     error = OSError(errno.ETIMEDOUT, "it has not taken a snapshot in time")
     try:
-        with trio.move_on_after(mirror.membership.options.timeout_s):
+        with trio.move_on_after(max(TAKE_S, mirror.membership.options.timeout_s)):
             await leg.snapshot(name)
             return
     except OSError as refusal:

@@ -11,6 +11,7 @@ understood is put aside (`.bad`) and told: what it owed stays on those legs, whe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -111,7 +112,8 @@ class DueDeletions:
             return [_due(one) for one in found["due"]]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             aside = self._path.with_suffix(".bad")
-            self._path.replace(aside)
+            with contextlib.suppress(OSError):  # it is told, and replaced by what is due next
+                self._path.replace(aside)
             self._tell(
                 "mirror",
                 FILE_NAME,
