@@ -58,18 +58,28 @@ async def take_at_once(
         return {}
     waited_for = ordered[0]
     for _ in range(2):
+        # Before anything is held: one that can't be written to now would keep the clients of all others waiting.
+        for waited_for in ordered:
+            with trio.move_on_after(limit_s) as patience:
+                await waited_for.admitted()
+            if patience.cancelled_caught:
+                raise _no_moment(waited_for, limit_s)
         async with contextlib.AsyncExitStack() as barriers:
             with trio.move_on_after(limit_s) as patience:
                 for waited_for in ordered:
                     await barriers.enter_async_context(waited_for.barrier())
             if not patience.cancelled_caught:
                 return await _take(ordered, mirrors, here)
-            waiting = waited_for.status().waiting
-    raise OSError(
+    raise _no_moment(waited_for, limit_s)
+
+
+def _no_moment(mirror: Mirror, limit_s: float) -> OSError:
+    waiting = mirror.status().waiting
+    why = f" ({waiting})" if waiting else ""
+    return OSError(
         errno.EBUSY,
-        f"{waited_for.name} had no moment without a write in flight within {limit_s:g} s"
-        + (f" ({waiting})" if waiting else "")
-        + ", so no snapshot was taken; try again",
+        f"{mirror.name} had no moment without a write in flight within {limit_s:g} s{why}, so no snapshot was taken: "
+        f"try again; `terrace volume mirror explain {mirror.name}` says what it waits for",
     )
 
 

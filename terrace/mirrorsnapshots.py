@@ -85,14 +85,20 @@ class MirrorSnapshots:
     # -- who does it ---------------------------------------------------------------------------------------------
 
     def is_mine(self, volume: Volume) -> bool:
-        """Whether a schedule of this node is for that volume."""
+        """Whether a schedule of this node is for that volume now.
+
+        Not while another node serves it, nor while its writes wait, since all that are due are taken at one instant.
+        What was missed is made up for afterwards.
+        """
         if not volume.mirror_record:
             return True
         try:
             mirror = self._mirrors.of(volume)
         except OSError:
             return False
-        return mirror is not None and mirror.serves
+        if mirror is None or not mirror.serves or mirror.mirror is None:
+            return False
+        return not mirror.mirror.lost and not mirror.mirror.excluding
 
     def _leg_of(self, volume: Volume) -> LocalMirror | None:
         """The mirror of a volume; None of a plain one."""

@@ -183,3 +183,32 @@ def test_a_leg_that_is_away_is_told_as_lacking_and_gets_no_snapshot_later() -> N
             assert rig.store("b").snapshots == {}
 
     run(body)
+
+
+def test_a_mirror_whose_writes_wait_refuses_a_group_and_holds_no_other_up_meanwhile() -> None:
+    async def body() -> None:
+        async with two() as (first, second):
+            second.cluster.quorum = False
+            longest_s, stop = 0.0, False
+
+            async def write() -> None:
+                nonlocal longest_s
+                while not stop:
+                    begun = trio.current_time()
+                    await first.mirror.write(0, block(7))
+                    longest_s = max(longest_s, trio.current_time() - begun)
+                    await trio.sleep(0.01)
+
+            async with trio.open_nursery() as nursery:
+                second.nodes["b"].link.cut()
+                nursery.start_soon(second.mirror.write, 0, block(3))
+                await trio.sleep(0.5)
+                nursery.start_soon(write)
+                with pytest.raises(OSError, match="a record without the leg on b doesn't count yet"):
+                    await take([first, second], "one")
+                stop = True
+                nursery.cancel_scope.cancel()
+            assert longest_s < 0.1
+            assert not first.store("a").snapshots
+
+    run(body)

@@ -71,8 +71,8 @@ def test_what_a_leg_that_was_away_missed_is_told_and_what_was_deleted_goes_there
     a.wait_for({"a": "UpToDate", "b": "Stale"}, "m")
     made = a.daemon.api("POST", "/v1/pools/p/volumes/m/snapshots", {"name": "missed"})
     assert list(made["lacking"]) == ["b"]
-    done = a.daemon.cli("snapshot", "delete", "--yes", "p/m@old").stdout
-    assert "node b" in done and "when it is back" in done
+    (left,) = a.daemon.api("DELETE", "/v1/pools/p/volumes/m/snapshots/old")["left"]
+    assert "node b" in left and "when it is back" in left
     assert listed(a, "m")["missed"] == {"on": ["a"], "missing": [], "unknown": ["b"]}
     a.daemon.kill()  # it is remembered over this, too
     a.daemon.start()
@@ -83,7 +83,7 @@ def test_what_a_leg_that_was_away_missed_is_told_and_what_was_deleted_goes_there
     shown = {leg["node"]: (leg["snapshots"], leg["lacking_snapshots"]) for leg in a.mirror("m")["legs"]}
     assert shown == {"a": (2, 0), "b": (1, 1)}
     # One that only the other node has can be deleted from here.
-    b.daemon.cli("snapshot", "create", "--local", "p/m@rescue")
+    b.daemon.api("POST", "/v1/pools/p/volumes/m/snapshots", {"name": "rescue", "local": True})
     assert listed(a, "m")["rescue"] == {"on": ["b"], "missing": ["a"], "unknown": []}
     a.daemon.cli("snapshot", "delete", "--yes", "p/m@rescue")
     assert names(b, "m") == ["kept"]
@@ -127,6 +127,21 @@ def test_a_leg_that_is_resynced_keeps_its_last_consistent_state_until_it_is_whol
     a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "r")
     until(lambda: names(b, "r") == [], lambda: names(b, "r"))
     assert any("p/r: kept as resync-" in line for line in b.daemon.log.read_text().splitlines())
+
+
+def test_a_schedule_goes_through_the_mirror_at_its_primary_and_rests_on_the_other_node(pair: Pair) -> None:
+    a, b = pair.a, pair.b
+    pair.create("d")
+    for node in (b, a):
+        node.daemon.config += '[policy.often]\nsnapshots = "yearly=1"\n'
+        node.daemon.configure()
+        node.daemon.api("POST", "/v1/policies/reload")
+    b.daemon.api("PUT", "/v1/pools/p/volumes/d/policy", {"policy": "often"})
+    time.sleep(2.5)
+    assert names(b, "d") == []
+    a.daemon.api("PUT", "/v1/pools/p/volumes/d/policy", {"policy": "often"})
+    until(lambda: len(names(a, "d")) == 1)
+    until(lambda: names(b, "d") == names(a, "d"))
 
 
 LEG = "node a as its primary"
