@@ -31,7 +31,7 @@
                                               or none; of mirrors on every leg in sync; local: of the leg here only
     GET    /v1/pools/P/volumes/V/snapshots
     POST   /v1/pools/P/volumes/V/snapshots    {name, by_filler?}; by_filler: though it is being filled, it is whole
-    GET    /v1/pools/P/volumes/V/snapshots/S
+    GET    /v1/pools/P/volumes/V/snapshots/S[?legs=1]
     PATCH  /v1/pools/P/volumes/V/snapshots/S  {name?, held?, local?}
     DELETE /v1/pools/P/volumes/V/snapshots/S[?local=1]  tells what comes back, and what is left on other nodes
     POST   /v1/pools/P/volumes/V/snapshots/S/rollback   {keep_as?, safety?, force?}; the volume becomes what it was
@@ -571,7 +571,10 @@ class Api:
         with self._pools.using(pool_name) as pool:
             self._snapshots.find(pool, volume, name)
             await _count_exactly(pool)
-            return JSONResponse(plain((await pool.snapshot_status(volume, name))[0]))
+            found = await pool.snapshot_status(volume, name)
+            if request.query_params.get("legs") not in ("1", "true"):
+                return JSONResponse(plain(found[0]))
+            return JSONResponse((await listed(self._through, pool, [volume], found))[0])
 
     async def change_snapshot(self, request: Request) -> Response:
         body = await read_body(request, ChangeSnapshotBody)

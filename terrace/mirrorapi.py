@@ -137,7 +137,9 @@ class MirrorApi:
         found = await explained(self._mirrors, mirror)
         nodes = {leg.id: leg.node for leg in mirror.membership.legs}
         legs = {nodes[leg]: state.value for leg, state in found.legs.items() if leg in nodes}
-        return JSONResponse({"volume": mirror.name, "state": found.state.value, "legs": legs, "text": found.paragraph})
+        kept = mirror.kept_state()
+        text = found.paragraph + (f" The last consistent state of the leg here is kept as {kept}." if kept else "")
+        return JSONResponse({"volume": mirror.name, "state": found.state.value, "legs": legs, "text": text})
 
     async def add_leg(self, request: Request) -> Response:
         body = await read_body(request, AddBody)

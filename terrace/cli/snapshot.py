@@ -185,7 +185,7 @@ def _moment(seconds: float) -> str:
 def show(context: Context, name: Name, output: str) -> None:
     """Show one snapshot, and how to reach it."""
     with context.connect() as client:
-        found = _get(client, name)
+        found = client.request("GET", *_path(name), query={"legs": "1"})
         origin = client.get("pools", name[0], "volumes", name[1])["origin"]
         uris = uris_of(client, found["name"])
     if output == "json":
@@ -209,6 +209,7 @@ def show(context: Context, name: Name, output: str) -> None:
             ("Clones", ", ".join(_clone(found, clone) for clone in clones) or "none"),
             ("Hold", "held: it can't be deleted until it is released" if found["held"] else "none"),
             ("Clients", found["open_count"]),
+            *([("On nodes", _on_legs(found))] if found["legs"] else []),
             *(("NBD URI", uri) for uri in uris),
         ]
     )
