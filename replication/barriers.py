@@ -81,12 +81,6 @@ class Barriers:
             self._site.check()
             await self._site.changed()
 
-    async def snapshot(self, name: str) -> None:
-        """At the same place in the order of writes on every leg in sync. A leg that isn't in sync doesn't get it."""
-        async with self.barrier():
-            in_sync = [m for m in self._site.members.values() if m.state is LegState.UP_TO_DATE]
-            await self._on_all("take a snapshot", in_sync, lambda leg: leg.snapshot(name))
-
     async def resize(self, size_bytes: int) -> None:
         """A leg is never smaller than the record says: it grows before, and shrinks after it is written."""
         async with self.barrier():

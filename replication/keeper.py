@@ -29,7 +29,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,6 +175,10 @@ class LegKeeper:
         """The boot id of the kernel now."""
         self.on_fence: list[Callable[[Term], None]] = []
         """Called synchronously with the term when a promise has risen: sessions of lower terms end."""
+        self.before_overwritten: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
+        """Awaited before the record says that a leg which was consistent isn't any more: its last chance to be kept."""
+        self.whole_again: Callable[[], None] = lambda: None
+        """Called when the record says that a leg which wasn't consistent is."""
         self._lock = trio.Lock()
         self._clean_in_doubt = False
         self._settled_unsaved = False
@@ -227,7 +231,11 @@ class LegKeeper:
                 inconsistent=(old.inconsistent or inconsistent) and not in_sync,
                 doubtful=old.doubtful and not (in_sync and self._joins(membership)),
             )
+            if record.inconsistent and not old.inconsistent:
+                await self.before_overwritten()
             await self._save(record, self._trackers(membership))
+            if old.inconsistent and not record.inconsistent:
+                self.whole_again()
             if old.promised != membership.term:
                 self._fence(membership.term)
             self._drop_trackers()

@@ -643,10 +643,6 @@ class Mirror:
         """No batch is in flight, and none begins."""
         return self.barriers.barrier()
 
-    async def snapshot(self, name: str) -> None:
-        """At the same place in the order of writes on every leg in sync. A leg that isn't in sync doesn't get it."""
-        await self.barriers.snapshot(name)
-
     async def resize(self, size_bytes: int) -> None:
         """A leg is never smaller than the record says: it grows before, and shrinks after it is written."""
         await self.barriers.resize(size_bytes)

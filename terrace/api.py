@@ -25,13 +25,15 @@
     PUT    /v1/pools/P/volumes/V/filling      {filling}; by who fills it: true before the first byte, false at the end
     GET    /v1/pools/P/volumes/V/heat[?ranges=N]   what lies on which tier and how hot it is, in N ranges (1 to 4096)
     POST   /v1/pools/P/volumes/V/promote      streams as a check does, then {volume}; a clone needs its origin no more
-    GET    /v1/pools/P/snapshots              those of all volumes, with what each shares and what only it has
-    POST   /v1/pools/P/snapshots              {name, volumes}; one of each volume, all of one instant, or none
+    GET    /v1/pools/P/snapshots[?legs=1]     those of all volumes, with what each shares and what only it has;
+                                              legs=1: asks the other nodes, and tells which legs have what
+    POST   /v1/pools/P/snapshots              {name, volumes, local?, force?}; one of each volume, all of one instant,
+                                              or none; of mirrors on every leg in sync; local: of the leg here only
     GET    /v1/pools/P/volumes/V/snapshots
     POST   /v1/pools/P/volumes/V/snapshots    {name, by_filler?}; by_filler: though it is being filled, it is whole
-    GET    /v1/pools/P/volumes/V/snapshots/S
-    PATCH  /v1/pools/P/volumes/V/snapshots/S  {name?, held?}
-    DELETE /v1/pools/P/volumes/V/snapshots/S  tells what comes back
+    GET    /v1/pools/P/volumes/V/snapshots/S[?legs=1]
+    PATCH  /v1/pools/P/volumes/V/snapshots/S  {name?, held?, local?}
+    DELETE /v1/pools/P/volumes/V/snapshots/S[?local=1]  tells what comes back, and what is left on other nodes
     POST   /v1/pools/P/volumes/V/snapshots/S/rollback   {keep_as?, safety?, force?}; the volume becomes what it was
     POST   /v1/pools/P/volumes/V/snapshots/S/clone      {name, policy?}; a new volume
     GET    /v1/policies                       every policy: its keys, which of them are given, and who has it
@@ -74,6 +76,7 @@ from terrace.exports import find_export, record_of, records_of
 from terrace.mirroradmin import MirrorAdmin, require_whole_blocks
 from terrace.mirrorapi import MirrorApi, PlaceBody
 from terrace.mirrors import Mirrors
+from terrace.mirrorsnapshots import MirrorSnapshots, listed
 from terrace.pools import Pools, Slot
 from terrace.sandbox import explained
 from terrace.schema import Size
@@ -82,7 +85,6 @@ from terrace.snapshots import Snapshots
 from terrace.upgrade import Upgrade
 from tiers import DeviceSpec, Pool, TierError
 from tiers.heatmap import MAX_RANGES
-from tiers.names import validate_name
 from tiers.policy import DEFAULT_NAME
 
 log = logging.getLogger(__name__)
@@ -183,12 +185,17 @@ class FillingBody(Body):
     filling: bool
 
 
-class TakeOneBody(Body):
+class WhereBody(Body):
+    local: bool = False
+    force: bool = False
+
+
+class TakeOneBody(WhereBody):
     name: str
     by_filler: bool = False
 
 
-class TakeBody(Body):
+class TakeBody(WhereBody):
     name: str
     volumes: list[str] = Field(min_length=1, max_length=4096)
 
@@ -196,6 +203,7 @@ class TakeBody(Body):
 class ChangeSnapshotBody(Body):
     name: str | None = None
     held: bool | None = None
+    local: bool = False
 
 
 class RollbackBody(Body):
@@ -239,15 +247,22 @@ class Api:
     """The handlers. Every one leaves the daemon as it was when it raises."""
 
     def __init__(
-        self, pools: Pools, daemon: DaemonStatus, definitions: Definitions, events: Events, mirrors: Mirrors
+        self,
+        pools: Pools,
+        daemon: DaemonStatus,
+        definitions: Definitions,
+        events: Events,
+        mirrors: Mirrors,
+        through: MirrorSnapshots,
     ) -> None:
         self._pools = pools
         self._daemon = daemon
         self._definitions = definitions
         self._events = events
-        self._snapshots = Snapshots(self._clients, self._tell)
+        self._snapshots = Snapshots(self._clients, self._tell, through)
         self._mirrors = mirrors
-        self._admin = MirrorAdmin(mirrors, self._clients)
+        self._through = through
+        self._admin = MirrorAdmin(mirrors, self._clients, through)
 
     def app(self) -> ASGIApp:
         """The ASGI application."""
@@ -301,7 +316,7 @@ class Api:
         reset = request.query_params.get("reset") in ("1", "true")
         status = self._daemon.status(reset=reset)
         status["nodes"] = self._mirrors.peers.status()
-        status["mirrors"] = [self._mirrors.local_status(mirror) for mirror in self._mirrors.all()]
+        status["mirrors"] = await self._mirrors.statuses()
         return JSONResponse(status | {"pools": list(map(self._summary, self._pools.slots()))})
 
     async def list_pools(self, request: Request) -> Response:
@@ -442,7 +457,11 @@ class Api:
                 await pool.resize_volume(name, body.size)
             else:
                 require_whole_blocks(f"{pool.name}/{name}", body.size)
-                await (await self._admin.served(mirror)).resize(body.size)
+                served = await self._admin.served(mirror)
+                if body.size < now_bytes:
+                    # The leg here would refuse it when the others have done it already.
+                    self._admin.require_unused(mirror.volume, "shrink")
+                await served.resize(body.size)
             return JSONResponse(self._volume(pool, name))
 
     async def delete_volume(self, request: Request) -> Response:
@@ -465,6 +484,12 @@ class Api:
         body = await read_body(request, FillingBody)
         name = request.path_params["volume"]
         with self._pools.using(request.path_params["pool"]) as pool:
+            if body.filling:
+                self._through.require_plain(
+                    pool.volume(name),
+                    "filled by a restore or an import, which would be for one leg only",
+                    "fill a new volume, and mirror that: `terrace volume mirror add`",
+                )
             await pool.set_filling(name, body.filling)
             return JSONResponse(self._volume(pool, name))
 
@@ -505,63 +530,67 @@ class Api:
         return [connection["peer"] for connection in connections if connection["export"] == export]
 
     async def list_snapshots(self, request: Request) -> Response:
+        with_legs = request.query_params.get("legs") in ("1", "true")
         with self._pools.using(request.path_params["pool"]) as pool:
             volume = request.path_params.get("volume")
             pool.snapshots(volume)
             await _count_exactly(pool)
-            return await _long_list(await pool.snapshot_status(volume))
+            found = await pool.snapshot_status(volume)
+            if not with_legs:
+                return await _long_list(found)
+            names = [volume] if volume is not None else [one.short_name for one in pool.volumes()]
+            return JSONResponse(await listed(self._through, pool, names, found))
+
+    async def _take(self, pool: Pool, volumes: Sequence[str], body: WhereBody, name: str, *, by_filler: bool) -> Any:
+        """What was taken, as JSON: a row for each volume, with who lacks it where that is mirrored."""
+        taken, lacking = await self._snapshots.create(
+            pool, volumes, name, by_filler=by_filler, local=body.local, force=body.force
+        )
+        rows = {one.name: plain(one) for one in taken}
+        return [
+            rows.get(f"{pool.name}/{volume}@{name}", {"name": f"{pool.name}/{volume}@{name}", "id": None})
+            | {"lacking": dict(lacking.get(volume, {}))}
+            for volume in volumes
+        ]
 
     async def take_snapshots(self, request: Request) -> Response:
         body = await read_body(request, TakeBody)
         with self._pools.using(request.path_params["pool"]) as pool:
-            if len(body.volumes) == 1:
-                mirrored = await self._take_mirrored(pool, body.volumes[0], body.name)
-                if mirrored is not None:
-                    return JSONResponse([mirrored], HTTPStatus.CREATED)
-            taken = await self._snapshots.create(pool, body.volumes, body.name)
-            return JSONResponse(list(map(plain, taken)), HTTPStatus.CREATED)
-
-    async def _take_mirrored(self, pool: Pool, volume: str, name: str) -> Any:
-        """A snapshot on every leg that is in sync, at one place in the order of writes; None if not served here."""
-        mirror = self._mirrors.of(pool.volume(volume))
-        if mirror is None or not mirror.is_primary:
-            return None
-        validate_name("snapshot", name)
-        if any(one.short_name == name for one in pool.snapshots(volume)):
-            raise TierError(errno.EEXIST, f"{pool.name}/{volume}@{name} exists already; choose another name")
-        await (await self._admin.served(mirror)).snapshot(name)
-        (made,) = await pool.snapshot_status(volume, name)
-        self._tell("snapshot", made.name, f"{made.name} was taken, on every leg that is in sync")
-        return plain(made)
+            rows = await self._take(pool, body.volumes, body, body.name, by_filler=False)
+            return JSONResponse(rows, HTTPStatus.CREATED)
 
     async def take_snapshot(self, request: Request) -> Response:
         body = await read_body(request, TakeOneBody)
         with self._pools.using(request.path_params["pool"]) as pool:
             volume = request.path_params["volume"]
-            if (mirrored := await self._take_mirrored(pool, volume, body.name)) is not None:
-                return JSONResponse(mirrored, HTTPStatus.CREATED)
-            (taken,) = await self._snapshots.create(pool, [volume], body.name, by_filler=body.by_filler)
-            return JSONResponse(plain(taken), HTTPStatus.CREATED)
+            (row,) = await self._take(pool, [volume], body, body.name, by_filler=body.by_filler)
+            return JSONResponse(row, HTTPStatus.CREATED)
 
     async def show_snapshot(self, request: Request) -> Response:
         pool_name, volume, name = _snapshot_named(request)
         with self._pools.using(pool_name) as pool:
             self._snapshots.find(pool, volume, name)
             await _count_exactly(pool)
-            return JSONResponse(plain((await pool.snapshot_status(volume, name))[0]))
+            found = await pool.snapshot_status(volume, name)
+            if request.query_params.get("legs") not in ("1", "true"):
+                return JSONResponse(plain(found[0]))
+            return JSONResponse((await listed(self._through, pool, [volume], found))[0])
 
     async def change_snapshot(self, request: Request) -> Response:
         body = await read_body(request, ChangeSnapshotBody)
         pool_name, volume, name = _snapshot_named(request)
         with self._pools.using(pool_name) as pool:
-            changed = await self._snapshots.change(pool, volume, name, new_name=body.name, held=body.held)
-            return JSONResponse(plain(changed))
+            changed, left = await self._snapshots.change(
+                pool, volume, name, new_name=body.name, held=body.held, local=body.local
+            )
+            return JSONResponse(plain(changed) | {"left": left})
 
     async def delete_snapshot(self, request: Request) -> Response:
         pool_name, volume, name = _snapshot_named(request)
+        local = request.query_params.get("local") in ("1", "true")
         with self._pools.using(pool_name) as pool:
             await _count_exactly(pool)
-            return JSONResponse(await self._snapshots.delete(pool, volume, name))
+            return JSONResponse(await self._snapshots.delete(pool, volume, name, local=local))
 
     async def roll_back(self, request: Request) -> Response:
         body = await read_body(request, RollbackBody)

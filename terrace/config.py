@@ -215,6 +215,7 @@ class NodeConfig(Section):
     listen: list[Address] = Field([])
     certificate: str = Field("", max_length=4095)
     key: str = Field("", max_length=4095, validate_default=True)
+    keep_before_resync: bool = True
 
     @field_validator("key")
     @classmethod

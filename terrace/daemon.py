@@ -47,6 +47,7 @@ from terrace.api import Api
 from terrace.collector import settle_collector
 from terrace.config import Config, load_config
 from terrace.definitions import Definitions
+from terrace.duedeletions import DueDeletions
 from terrace.events import Events
 from terrace.exports import PoolExports
 from terrace.extras import how_to_install
@@ -57,6 +58,7 @@ from terrace.keptclients import has_store, leave_behind, take_back
 from terrace.listening import Listening, judge_addresses, listen
 from terrace.lowwater import keep_watch
 from terrace.mirrors import Mirrors
+from terrace.mirrorsnapshots import MirrorSnapshots
 from terrace.passedsockets import PassedSocketError, PassedSockets, inherit, receive, to_pass
 from terrace.peers import NodeTakeover, Peers
 from terrace.pools import Pools, open_pools
@@ -330,7 +332,8 @@ class Service:
         Returns when what is in flight has ended; the clients, where they are for a successor.
         """
         peers = Peers(self.config, self.home.path, version(), self._pool_names, self.events.add)
-        mirrors = Mirrors(self.pools, peers, self.home.path, self.events.add)
+        keep = self.config.node.keep_before_resync
+        mirrors = Mirrors(self.pools, peers, self.home.path, self.events.add, keep_before_resync=keep)
         async with trio.open_nursery() as around:
             # They end behind the server: what clients have in flight goes to other nodes over these.
             around.start_soon(peers.run)
@@ -353,12 +356,14 @@ class Service:
                 exports = RuledExports(exports, rules)
             required = settings.tls.mode == "required"
             serve = partial(nbd.server.serve, exports, listeners, limits=settings.limits(), resumed=clients)
-            takeovers = {OPT_TERRACE: NodeTakeover(peers, mirrors.handlers(), mirrors)} if peers.node else {}
+            through = MirrorSnapshots(mirrors, DueDeletions(self.home.path, self.events.add))
+            handlers = {**mirrors.handlers(), **through.handlers()}
+            takeovers = {OPT_TERRACE: NodeTakeover(peers, handlers, mirrors)} if peers.node else {}
             server = await services.start(partial(serve, tls=self.tls, tls_required=required, takeovers=takeovers))
             mirrors.drop_clients = server.disconnect
             daemon = Daemon(self.home, listeners, server, self.stalls, self.upgrade, tls_required=required)
             shutdown = Shutdown()
-            app = Api(self.pools, daemon, self.definitions, self.events, mirrors).app()
+            app = Api(self.pools, daemon, self.definitions, self.events, mirrors, through).app()
             await services.start(serve_http, app, self.listening.api.sock, shutdown)
             if self.config.fuse.mountpoint:
                 # What it needs is an extra that not everybody has; who configures it has been asked for it at start.
@@ -368,7 +373,9 @@ class Service:
             async with trio.open_nursery() as background:
                 background.start_soon(keep_schedule, self.pools, self.config.scrub.plan())
                 background.start_soon(keep_watch, self.pools, self.config.space.levels, self.events)
-                background.start_soon(keep_schedules, self.pools, self.definitions.schedules, self.events)
+                schedules = partial(keep_schedules, self.pools, self.definitions.schedules, self.events, through)
+                background.start_soon(schedules)
+                background.start_soon(through.run)
                 settle_collector()
                 self.stalls.reset()
                 _announce(daemon.uris())

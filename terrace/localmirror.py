@@ -36,9 +36,10 @@ from replication.promotion import Forced, Promote, promote
 from replication.replica import Replica
 from replication.voters import KeptVoter, rule_of
 from replication.wire import LegOption
+from terrace.keptstate import KeptState, is_kept_state
 from terrace.legstore import PoolLegStore
 from terrace.peers import Peers, Socket
-from tiers import Pool, Volume
+from tiers import Pool, Snapshot, Volume
 
 log = logging.getLogger("terraced")
 
@@ -67,6 +68,8 @@ class Surroundings(Protocol):
     own_voter: KeptVoter
     boot: str
     tell: Tell
+    keep_before_resync: bool
+    """Whether a leg keeps its last consistent state while it is resynced."""
 
     def voter(self, node: str) -> Voter:
         """This node's, or a peer's."""
@@ -89,6 +92,11 @@ class LocalMirror:
         self.keeper = LegKeeper(
             self.store, LegRecord.decode(volume.mirror_record), node=node.peers.node, boot=node.boot
         )
+        self.kept = KeptState(
+            pool, volume, node.tell, lambda: self.keeper.record.inconsistent, wanted=node.keep_before_resync
+        )
+        self.keeper.before_overwritten = self.kept.take
+        self.keeper.whole_again = self.kept.served
         self._site = LocalSite(self.keeper)
         self.replica = Replica(self.keeper, self._site.let_go)
         self.mirror: ServedMirror | None = None
@@ -118,6 +126,8 @@ class LocalMirror:
         """Replaced when this node has ceased to be primary."""
         self._told: dict[str, LegState] = {}
         self._told_state: MirrorState | None = None
+        self._new: set[str] = set()
+        """Legs that were added and haven't been up to date yet, nor failed."""
         accepted = self.keeper.record.accepted
         if accepted is not None and accepted.primary == node.peers.node:
             self.starting = True
@@ -144,6 +154,25 @@ class LocalMirror:
     def me(self) -> str:
         """The leg's id."""
         return self.keeper.record.me
+
+    def kept_state(self) -> str | None:
+        """POOL/VOL@SNAP of the last consistent state of a leg that is being resynced."""
+        return self.kept.name if self.keeper.record.inconsistent else None
+
+    def volume_snapshots(self) -> list[Snapshot]:
+        """Of the leg here, but for what a resync keeps."""
+        found = self.pool.snapshots(self.volume.short_name)
+        return [one for one in found if not is_kept_state(one.short_name)]
+
+    def way_out(self) -> str:
+        """Behind a refusal to promote: what is left of a leg that was being resynced. Empty where nothing is."""
+        kept = self.kept_state()
+        if kept is None:
+            return ""
+        return (
+            f"; its last consistent state is kept as {kept}: `terrace volume clone {kept} {self.name}-rescued` makes a "
+            "volume of it"
+        )
 
     @property
     def is_primary(self) -> bool:
@@ -247,11 +276,14 @@ class LocalMirror:
     async def run(self) -> None:
         """The task: primary whenever that is wanted, until `close`."""
         try:
-            while not self._closing.is_set():
-                await self._wanted.wait()
-                if self._closing.is_set():
-                    break
-                await self._be_primary()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.kept.run)
+                while not self._closing.is_set():
+                    await self._wanted.wait()
+                    if self._closing.is_set():
+                        break
+                    await self._be_primary()
+                nursery.cancel_scope.cancel()
             try:
                 await self.replica.stop()
             except OSError as error:
@@ -333,7 +365,7 @@ class LocalMirror:
             timeout_s=min(ASK_S, timeout_s),
         )
         if not isinstance(decision, Promote):
-            raise OSError(errno.EBUSY, decision.sentence)
+            raise OSError(errno.EBUSY, decision.sentence + self.way_out())
         if isinstance(decision, Forced):
             self._node.tell("mirror", self.name, f"{self.name} was promoted by force. {decision.may_lose}")
         return decision.membership
@@ -476,6 +508,10 @@ class LocalMirror:
             if state is before:
                 continue
             self._told[leg.info.id] = state
+            if before is None and not first and state is not LegState.UP_TO_DATE:
+                self._new.add(leg.info.id)
+            elif state is not LegState.SYNCING:
+                self._new.discard(leg.info.id)
             if state is LegState.UP_TO_DATE:
                 self.compared_in_full.discard(leg.info.id)
             where = f"the leg of {self.name} on node {leg.info.node}"
@@ -485,6 +521,9 @@ class LocalMirror:
             self._node.tell("leg", self.name, f"{where} is {state.value}{why}")
             if leg.error and leg.error.startswith("split brain"):
                 self._node.tell("splitbrain", self.name, f"{where}: {leg.error}")
+        wanting = {leg.info.id for leg in status.legs if leg.state is not LegState.UP_TO_DATE}
+        if status.state is MirrorState.DEGRADED and self._told_state is MirrorState.ONLINE and wanting <= self._new:
+            return  # it has got a leg, which can't be up to date yet: nothing that it had is missing
         if status.state is not self._told_state:
             self._told_state = status.state
             self._node.tell("mirror", self.name, f"mirror {self.name} is {status.state.value}")

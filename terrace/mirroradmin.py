@@ -29,6 +29,7 @@ from replication.verify import VerifyReport, verify
 from replication.voters import ask
 from terrace.localmirror import ASK_S, LocalMirror, ServedMirror, nodes_of
 from terrace.mirrors import Mirrors
+from terrace.mirrorsnapshots import MirrorSnapshots
 from terrace.snapshots import Clients, named
 from tiers import Pool, TierError, Volume
 
@@ -48,8 +49,9 @@ class Place:
 class MirrorAdmin:
     """The operations, on the node that they are asked of. Every refusal is an OSError with a sentence."""
 
-    def __init__(self, mirrors: Mirrors, clients: Clients) -> None:
+    def __init__(self, mirrors: Mirrors, clients: Clients, snapshots: MirrorSnapshots) -> None:
         self.mirrors = mirrors
+        self.snapshots = snapshots
         self._clients = clients
 
     # -- legs ----------------------------------------------------------------------------------------------------
@@ -104,7 +106,7 @@ class MirrorAdmin:
         if volume.filling:
             raise TierError(errno.EBUSY, f"{volume.name} is not complete; mirror it once what fills it has ended")
         require_whole_blocks(volume.name, volume.size_bytes)
-        self._require_unused(volume, "be made a mirror of")
+        self.require_unused(volume, "be made a mirror of")
         mirror = await self._begin(pool, volume, options)
         try:
             await self._add_legs(mirror, [place])
@@ -132,7 +134,7 @@ class MirrorAdmin:
         record = replace(record, history=(record.generation,))
         own = LegRecord(me=leg, promised=term, accepted=record)
         # A volume can be seen while it is made durable, and whoever has it would write to it, and not to the mirror.
-        self._require_unused(volume, "make a mirror of")
+        self.require_unused(volume, "make a mirror of")
         await pool.set_mirror(volume, own.encode(), {})
         mirror = self.mirrors.adopt(pool, volume)
         assert mirror is not None, "this node has a name, and wrote the record itself"
@@ -179,14 +181,15 @@ class MirrorAdmin:
             ) from None
         return LegInfo(leg, place.node, str(answer["export"]))
 
-    async def _delete_legs(self, legs: Sequence[LegInfo]) -> list[str]:
-        """At once, on other nodes; a sentence for each that is left."""
+    async def _delete_legs(self, legs: Sequence[LegInfo], *, snapshots: bool = False) -> list[str]:
+        """At once, on other nodes; a sentence for each that is left. `snapshots`: with those that it has."""
         left: list[str] = []
 
         async def one(leg: LegInfo) -> None:
             try:
                 with trio.fail_after(DELETE_S):
-                    await self.mirrors.peers.call(leg.node, "leg.delete", {"leg": leg.id}, DELETE_S)
+                    asked = {"leg": leg.id, "snapshots": snapshots}
+                    await self.mirrors.peers.call(leg.node, "leg.delete", asked, DELETE_S)
             except (OSError, trio.TooSlowError) as error:
                 why = error.strerror if isinstance(error, OSError) else f"no answer in {DELETE_S:g} s"
                 left.append(
@@ -225,10 +228,12 @@ class MirrorAdmin:
                 f"node {node} has the only leg of {mirror.name} that is up to date, and its data would be lost: wait "
                 "for the resync of another one; --force gives up all that only this leg has",
             )
+        if not force:
+            await self._require_no_more_snapshots(mirror, going)
         legs = tuple(leg for leg in membership.legs if leg.id not in ids)
         tie_breakers = [voter for voter in membership.voters if voter not in nodes_of(membership.legs)]
         await served.reconfigure(legs=legs, voters=tuple(dict.fromkeys((*nodes_of(legs), *tie_breakers))))
-        left = await self._delete_legs(going)
+        left = await self._delete_legs(going, snapshots=True)
         self.mirrors.tell("mirror", mirror.name, f"the leg of {mirror.name} on node {node} was removed")
         mirrored = True
         if len(legs) == 1 and not mirror.volume.open_count:
@@ -236,9 +241,26 @@ class MirrorAdmin:
             mirrored = False
         return {"removed": [leg.export for leg in going], "left": left, "mirrored": mirrored}
 
+    async def _require_no_more_snapshots(self, mirror: LocalMirror, going: Sequence[LegInfo]) -> None:
+        """The snapshots of a leg go with it: none that no leg here has may go unsaid."""
+        found = await self.snapshots.where(mirror.pool, mirror.volume.short_name)
+        if found is None:
+            return
+        here = {one.short_name for one in mirror.volume_snapshots()}
+        for leg in going:
+            there = found.names.get(leg.node)
+            only = sorted(set(there or ()) - here)
+            if only:
+                shown = ", ".join(only[:3]) + (f" and {len(only) - 3} more" if len(only) > 3 else "")
+                raise TierError(
+                    errno.EBUSY,
+                    f"the leg of {mirror.name} on node {leg.node} has snapshots that are not here and would be lost: "
+                    f"{shown}; back them up there, or --force gives them up",
+                )
+
     async def delete(self, mirror: LocalMirror, *, snapshots: bool, force: bool) -> dict[str, Any]:
         """Delete the volume with all its legs; `force`: on a node that isn't primary, only the leg there."""
-        self._require_unused(mirror.volume, "delete")
+        self.require_unused(mirror.volume, "delete")
         name = mirror.name
         if not mirror.serves and not force:
             membership = mirror.membership
@@ -252,7 +274,7 @@ class MirrorAdmin:
         if not snapshots and mirror.volume.snapshots:
             raise TierError(errno.ENOTEMPTY, f"{name} has snapshots: delete them first, or with it, by --snapshots")
         await self.mirrors.delete_local(mirror, snapshots=snapshots)
-        left = await self._delete_legs(others)
+        left = await self._delete_legs(others, snapshots=snapshots)
         self.mirrors.tell("mirror", name, f"{name} was deleted with its {len(others)} other legs")
         return {"deleted": name, "left": left}
 
@@ -284,7 +306,7 @@ class MirrorAdmin:
             return forced.may_lose
         if alive:
             return f"Node {alive[0]} is primary and alive; its clients lose what they have in flight."
-        return "" if isinstance(forced, Promote) else forced.sentence
+        return "" if isinstance(forced, Promote) else forced.sentence + mirror.way_out()
 
     async def demote(self, mirror: LocalMirror, *, to: str | None, force: bool) -> None:
         """Let this node not be primary; `to`: the one that is to be it."""
@@ -299,7 +321,7 @@ class MirrorAdmin:
             )
         if mirror.serves:
             if not force:
-                self._require_unused(mirror.volume, "demote")
+                self.require_unused(mirror.volume, "demote")
             served = await self.served(mirror)
             good = {leg.info.node for leg in served.status().legs if leg.state is LegState.UP_TO_DATE}
             if to is not None and to not in good:
@@ -454,7 +476,8 @@ class MirrorAdmin:
             if any(one.node == place.node for one in places[:index]):
                 raise TierError(errno.EINVAL, f"node {place.node} is named twice: one leg on a node is what helps")
 
-    def _require_unused(self, volume: Volume, what: str) -> None:
+    def require_unused(self, volume: Volume, what: str) -> None:
+        """Raises EBUSY with who is connected."""
         if volume.open_count:
             users = self._clients(volume.name)
             shown = named(users) if users else "clients"

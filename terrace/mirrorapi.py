@@ -125,14 +125,21 @@ class MirrorApi:
         return JSONResponse(await self._mirrors.status(mirror), status)
 
     async def show_mirror(self, request: Request) -> Response:
-        return await self._status(self._one(request))
+        mirror = self._one(request)
+        found = await self._mirrors.status(mirror)
+        counted = await self._admin.snapshots.counted(mirror)
+        for leg in found["legs"]:
+            leg |= counted.get(leg["node"], {"snapshots": None, "lacking_snapshots": None})
+        return JSONResponse(found)
 
     async def explain_mirror(self, request: Request) -> Response:
         mirror = self._one(request)
         found = await explained(self._mirrors, mirror)
         nodes = {leg.id: leg.node for leg in mirror.membership.legs}
         legs = {nodes[leg]: state.value for leg, state in found.legs.items() if leg in nodes}
-        return JSONResponse({"volume": mirror.name, "state": found.state.value, "legs": legs, "text": found.paragraph})
+        kept = mirror.kept_state()
+        text = found.paragraph + (f" The last consistent state of the leg here is kept as {kept}." if kept else "")
+        return JSONResponse({"volume": mirror.name, "state": found.state.value, "legs": legs, "text": text})
 
     async def add_leg(self, request: Request) -> Response:
         body = await read_body(request, AddBody)

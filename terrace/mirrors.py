@@ -53,11 +53,20 @@ class PeerCaller:
 class Mirrors:
     """All `LocalMirror`s of the open pools. `run` has to be run; implements `terrace.localmirror.Surroundings`."""
 
-    def __init__(self, pools: Pools, peers: Peers, home: Path, tell: Callable[[str, str, str], None]) -> None:
+    def __init__(
+        self,
+        pools: Pools,
+        peers: Peers,
+        home: Path,
+        tell: Callable[[str, str, str], None],
+        *,
+        keep_before_resync: bool = True,
+    ) -> None:
         self.pools = pools
         self.peers = peers
         self.tell = tell
         self.boot = boot_id()
+        self.keep_before_resync = keep_before_resync
         self.own_voter = KeptVoter(peers.node, home, self._keepers, is_primary=self._is_primary)
         self.drop_clients: Callable[[str], int] = lambda export: 0
         self._mirrors: dict[Volume, LocalMirror] = {}
@@ -308,7 +317,7 @@ class Mirrors:
         if mirror.is_primary:
             raise OSError(errno.EBUSY, f"node {self.node} is primary of {mirror.name}: demote it first")
         name = mirror.name
-        await self.delete_local(mirror)
+        await self.delete_local(mirror, snapshots=params.get("snapshots") is True)
         self.tell("leg", name, f"{name} was deleted: node {node} has removed this leg from its mirror")
         return {"deleted": name}
 

@@ -28,6 +28,7 @@ import trio
 from terrace.events import Events
 from terrace.pools import Pools
 from terrace.schedule import KINDS, Decision, Kind, Schedule, decide, name_of, parse_name
+from terrace.snapshots import Direct, Through
 from tiers import Pool, Snapshot
 
 Schedules = Callable[[], Mapping[str, Schedule]]
@@ -63,9 +64,15 @@ class _Watch:
 
 
 async def keep_schedules(
-    pools: Pools, schedules: Schedules, events: Events, *, now_s: Callable[[], float] = time.time
+    pools: Pools,
+    schedules: Schedules,
+    events: Events,
+    through: Through | None = None,
+    *,
+    now_s: Callable[[], float] = time.time,
 ) -> None:
-    """Runs as long as the daemon serves. `now_s`: since 1970."""
+    """Runs as long as the daemon serves. `through`: how snapshots are taken and deleted. `now_s`: since 1970."""
+    through = through or Direct()
     watches: dict[str, _Watch] = {}
     try:
         async with trio.open_nursery() as nursery:
@@ -78,23 +85,23 @@ async def keep_schedules(
                     if slot.pool is None:
                         continue
                     watch = watches.setdefault(slot.name, _Watch())
-                    seen = int(now.timestamp() // 60), _wanted(slot.pool, schedules)
+                    seen = int(now.timestamp() // 60), _wanted(slot.pool, schedules, through)
                     if not watch.is_busy and watch.seen != seen:
                         watch.seen, watch.is_busy = seen, True
-                        nursery.start_soon(_Round(slot.name, watch, schedules, now, events).run, pools)
+                        nursery.start_soon(_Round(slot.name, watch, schedules, now, events, through).run, pools)
                 await trio.sleep(_TICK_S)
     finally:
         for name, watch in watches.items():
             _tell_deleted(name, watch, events)
 
 
-def _wanted(pool: Pool, schedules: Schedules) -> dict[str, Schedule]:
-    """The schedules of those volumes that have one, and are complete."""
+def _wanted(pool: Pool, schedules: Schedules, through: Through) -> dict[str, Schedule]:
+    """The schedules of those volumes that have one, are complete, and no other node's to see to."""
     known = schedules()
     return {
         volume.short_name: known[name]
         for volume in pool.volumes()
-        if (name := volume.policy.name) in known and not volume.filling
+        if (name := volume.policy.name) in known and not volume.filling and through.is_mine(volume)
     }
 
 
@@ -111,19 +118,22 @@ def _tell_deleted(name: str, watch: _Watch, events: Events) -> None:
 class _Round:
     """One look at a pool, and what follows from it."""
 
-    def __init__(self, name: str, watch: _Watch, schedules: Schedules, now: datetime, events: Events) -> None:
+    def __init__(
+        self, name: str, watch: _Watch, schedules: Schedules, now: datetime, events: Events, through: Through
+    ) -> None:
         self._name = name
         self._watch = watch
         self._schedules = schedules
         self._now = now
         self._events = events
+        self._through = through
         self._done: set[str] = set()
         self._failing: set[str] = set()
 
     async def run(self, pools: Pools) -> None:
         try:
             slot = pools.slot(self._name)
-            if slot.pool is not None and _wanted(slot.pool, self._schedules):
+            if slot.pool is not None and _wanted(slot.pool, self._schedules, self._through):
                 with pools.using(self._name) as pool:
                     await self._act(pool)
             self._tell()
@@ -143,6 +153,7 @@ class _Round:
         while trio.current_time() < until_s and (expired := self._expired(pool)):
             if not await self._delete(pool, expired[:_AT_ONCE]):
                 return
+        await self._expire_elsewhere(pool)
 
     def _decide(self, pool: Pool) -> dict[str, Decision]:
         existing: dict[str, list[Snapshot]] = {volume.short_name: [] for volume in pool.volumes()}
@@ -152,7 +163,7 @@ class _Round:
         self._watch.last = {volume: self._watch.last.get(volume, {}) for volume in existing}
         return {
             volume: decide(self._now, schedule, existing[volume], self._watch.last[volume])
-            for volume, schedule in _wanted(pool, self._schedules).items()
+            for volume, schedule in _wanted(pool, self._schedules, self._through).items()
         }
 
     def _expired(self, pool: Pool) -> list[tuple[str, str]]:
@@ -168,7 +179,7 @@ class _Round:
         """Returns whether the round can go on."""
         name = name_of(kind, self._now)
         try:
-            await pool.take_snapshots([(volume, name) for volume in volumes])
+            lacking = await self._through.take(pool, [(volume, name) for volume in volumes])
         except OSError as error:
             self._failed("taken", f"{kind} snapshots of {_listed(volumes)}", error)
             # In a full pool deleting what has expired is what helps.
@@ -176,13 +187,17 @@ class _Round:
         for volume in volumes:
             self._watch.last.setdefault(volume, {})[kind] = KINDS[kind](self._now)
         log.info("pool %s: took %s of %s", self._name, name, ", ".join(volumes))
+        for volume, nodes in lacking.items():
+            for node, why in nodes.items():
+                log.info("pool %s: node %s has no %s of %s: %s", self._name, node, name, volume, why)
         self._done.add("taken")
         return True
 
     async def _delete(self, pool: Pool, expired: Sequence[tuple[str, str]]) -> bool:
         """Returns whether the round can go on."""
         try:
-            await pool.delete_snapshots(expired)
+            # What a leg that is away keeps of it expires there by what it has, once it is back.
+            await self._through.delete(pool, expired, remember=False)
         except OSError as error:
             self._failed("deleted", "expired snapshots", error)
             return False
@@ -190,6 +205,21 @@ class _Round:
         log.info("pool %s: deleted the expired %s", self._name, ", ".join("@".join(pair) for pair in expired))
         self._done.add("deleted")
         return True
+
+    async def _expire_elsewhere(self, pool: Pool) -> None:
+        """On other legs of mirrors: a leg that was away has what was deleted meanwhile, and lacks what was taken."""
+        missing = {volume.short_name for volume in pool.volumes() if volume.policy_missing}
+        for volume, schedule in _wanted(pool, self._schedules, self._through).items():
+            if volume in missing:
+                continue
+            try:
+                for leg, existing in (await self._through.elsewhere(pool, volume)).items():
+                    expired = decide(self._now, schedule, existing, self._watch.last.get(volume, {})).delete
+                    if expired:
+                        await self._through.expire(pool, volume, leg, expired)
+                        log.info("pool %s: deleted the expired %s on another leg of %s", self._name, expired, volume)
+            except OSError as error:
+                log.info("pool %s: other legs of %s are looked at again in a minute: %s", self._name, volume, error)
 
     def _failed(self, done: str, what: str, error: OSError) -> None:
         if error.errno in _PASSING:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import difflib
 import errno
 import time
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol
 
+import trio
+
+from terrace.schedule import Kept
 from tiers import Pool, Snapshot, SnapshotStatus, TierError, Volume
 
 SAFETY_PREFIX = "before-rollback-"
@@ -19,6 +22,8 @@ _COMPARED_NAMES = 200
 """So many of the newest names are compared with one that isn't there: that takes 5 ms."""
 _NAMED_CLIENTS = 5
 
+Lacking = Mapping[str, Mapping[str, str]]
+"""By volume, mirrored ones only: which nodes have no snapshot of it, and why."""
 Clients = Callable[[str], Sequence[str]]
 """Who is connected to an export, by its name."""
 Tell = Callable[[str, str, str], None]
@@ -49,12 +54,106 @@ def named(clients: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
 
 
+class Through(Protocol):
+    """What makes, changes and deletes snapshots, where volumes may be mirrored: `MirrorSnapshots`."""
+
+    def is_mine(self, volume: Volume) -> bool:
+        """Whether a schedule of this node is for that volume."""
+
+    async def take(
+        self,
+        pool: Pool,
+        wanted: Sequence[tuple[str, str]],
+        *,
+        by_filler: bool = False,
+        local: bool = False,
+        force: bool = False,
+    ) -> Lacking:
+        """Snapshots (volume, name) of one instant: all, or none. `local`: of the leg here only, as `force` even of one
+        that is just being resynced."""
+
+    async def delete(
+        self, pool: Pool, wanted: Sequence[tuple[str, str]], *, local: bool = False, remember: bool = True
+    ) -> list[str]:
+        """Delete (volume, name), all or none; sentences about what is left on other nodes."""
+
+    async def change(
+        self,
+        pool: Pool,
+        volume: str,
+        name: str,
+        *,
+        new_name: str | None = None,
+        held: bool | None = None,
+        local: bool = False,
+    ) -> list[str]:
+        """Rename, hold or release; sentences about where that isn't so yet."""
+
+    async def elsewhere(self, pool: Pool, volume: str) -> Mapping[str, Sequence[Kept]]:
+        """What other legs have, by leg; empty of what is no mirror of this node."""
+
+    async def expire(self, pool: Pool, volume: str, leg: str, names: Sequence[str]) -> None:
+        """Delete on another leg."""
+
+
+class Direct:
+    """`Through` where nothing is mirrored."""
+
+    def is_mine(self, volume: Volume) -> bool:
+        """It is."""
+        return True
+
+    async def take(
+        self,
+        pool: Pool,
+        wanted: Sequence[tuple[str, str]],
+        *,
+        by_filler: bool = False,
+        local: bool = False,
+        force: bool = False,
+    ) -> Lacking:
+        """As the pool does."""
+        await (pool.take_snapshots(wanted, by_filler=True) if by_filler else pool.take_snapshots(wanted))
+        return {}
+
+    async def delete(
+        self, pool: Pool, wanted: Sequence[tuple[str, str]], *, local: bool = False, remember: bool = True
+    ) -> list[str]:
+        """As the pool does."""
+        await pool.delete_snapshots(wanted)
+        return []
+
+    async def change(
+        self,
+        pool: Pool,
+        volume: str,
+        name: str,
+        *,
+        new_name: str | None = None,
+        held: bool | None = None,
+        local: bool = False,
+    ) -> list[str]:
+        """As the pool does."""
+        await pool.change_snapshot(volume, name, new_name=new_name, held=held)
+        return []
+
+    async def elsewhere(self, pool: Pool, volume: str) -> Mapping[str, Sequence[Kept]]:
+        """Nothing."""
+        await trio.lowlevel.checkpoint()
+        return {}
+
+    async def expire(self, pool: Pool, volume: str, leg: str, names: Sequence[str]) -> None:
+        """Nothing is elsewhere."""
+        raise AssertionError("nothing is elsewhere")
+
+
 class Snapshots:
     """What the control API does with snapshots and what has them. Every refusal is a TierError."""
 
-    def __init__(self, clients: Clients, tell: Tell) -> None:
+    def __init__(self, clients: Clients, tell: Tell, through: Through | None = None) -> None:
         self._clients = clients
         self._tell = tell
+        self._through: Through = through or Direct()
 
     @staticmethod
     def find(pool: Pool, volume: str, name: str) -> Snapshot:
@@ -69,31 +168,69 @@ class Snapshots:
         return pool.snapshot(volume, name)
 
     async def create(
-        self, pool: Pool, volumes: Sequence[str], name: str, *, by_filler: bool = False
-    ) -> list[SnapshotStatus]:
-        """One of each volume, all of one instant, or none. `by_filler`: as in `Pool.take_snapshots`."""
-        taken = await pool.take_snapshots([(volume, name) for volume in volumes], by_filler=by_filler)
-        which = ", ".join(snapshot.name for snapshot in taken[:10])
-        more = f" and {len(taken) - 10} more" if len(taken) > 10 else ""
-        self._tell("snapshot", pool.name, f"{which}{more} {'were' if len(taken) > 1 else 'was'} taken")
-        return [(await pool.snapshot_status(volume, name))[0] for volume in volumes]
+        self,
+        pool: Pool,
+        volumes: Sequence[str],
+        name: str,
+        *,
+        by_filler: bool = False,
+        local: bool = False,
+        force: bool = False,
+    ) -> tuple[list[SnapshotStatus], Lacking]:
+        """One of each volume, all of one instant, or none. `by_filler`: as in `Pool.take_snapshots`.
 
-    async def delete(self, pool: Pool, volume: str, name: str) -> dict[str, Any]:
-        """Delete one; tells the bytes that come back, in the background, and the clones for whose sake none do."""
-        snapshot = self.find(pool, volume, name)
-        self._require_unused(snapshot, "deleted")
-        (status,) = await pool.snapshot_status(volume, name)
-        await pool.delete_snapshot(volume, name)
-        self._tell("snapshot", status.name, f"snapshot {status.name} was deleted")
-        return {"deleted": status.name, "freed_bytes": status.exclusive_bytes, "clones": status.clones}
+        Tells those that are here, and which nodes of mirrored volumes lack one.
+        """
+        wanted = [(volume, name) for volume in volumes]
+        lacking = await self._through.take(pool, wanted, by_filler=by_filler, local=local, force=force)
+        names = [f"{pool.name}/{volume}@{name}" for volume in volumes]
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        less = "; ".join(
+            f"{pool.name}/{volume}@{name} is not on node {node} ({why})"
+            for volume, nodes in lacking.items()
+            for node, why in nodes.items()
+        )
+        self._tell(
+            "snapshot",
+            pool.name,
+            f"{', '.join(names[:10])}{more} {'were' if len(names) > 1 else 'was'} taken"
+            + (f"; {less}" if less else ""),
+        )
+        here = {one.name for volume in volumes for one in pool.snapshots(volume) if one.short_name == name}
+        made = [volume for volume in volumes if f"{pool.name}/{volume}@{name}" in here]
+        return [(await pool.snapshot_status(volume, name))[0] for volume in made], lacking
+
+    async def delete(self, pool: Pool, volume: str, name: str, *, local: bool = False) -> dict[str, Any]:
+        """Delete one; tells the bytes that come back, in the background, and the clones for whose sake none do.
+
+        `left`: sentences about other nodes. Of a mirrored volume it may be on other legs only.
+        """
+        full_name = f"{pool.name}/{volume}@{name}"
+        told: dict[str, Any] = {"deleted": full_name, "freed_bytes": 0, "clones": []}
+        if any(one.short_name == name for one in pool.snapshots(volume)):
+            self._require_unused(pool.snapshot(volume, name), "deleted")
+            (status,) = await pool.snapshot_status(volume, name)
+            told |= {"freed_bytes": status.exclusive_bytes, "clones": status.clones}
+        elif not pool.volume(volume).mirror_record:
+            self.find(pool, volume, name)
+        left = await self._through.delete(pool, [(volume, name)], local=local)
+        self._tell("snapshot", full_name, f"snapshot {full_name} was deleted" + "".join(f"; {one}" for one in left))
+        return told | {"left": left}
 
     async def change(
-        self, pool: Pool, volume: str, name: str, *, new_name: str | None, held: bool | None
-    ) -> SnapshotStatus:
-        """Rename, hold or release it."""
+        self,
+        pool: Pool,
+        volume: str,
+        name: str,
+        *,
+        new_name: str | None,
+        held: bool | None,
+        local: bool = False,
+    ) -> tuple[SnapshotStatus, list[str]]:
+        """Rename, hold or release it; with sentences about nodes where that isn't so yet."""
         self.find(pool, volume, name)
-        changed = await pool.change_snapshot(volume, name, new_name=new_name, held=held)
-        return (await pool.snapshot_status(volume, changed.short_name))[0]
+        left = await self._through.change(pool, volume, name, new_name=new_name, held=held, local=local)
+        return (await pool.snapshot_status(volume, new_name or name))[0], left
 
     async def rollback(
         self, pool: Pool, volume: str, name: str, *, keep_as: str | None, safety: bool, force: bool
@@ -104,6 +241,13 @@ class Snapshots:
         """
         snapshot = self.find(pool, volume, name)
         now = pool.volume(volume)
+        if now.mirror_record:
+            raise TierError(
+                errno.EBUSY,
+                f"{now.name} is mirrored and can't be rolled back, which would change one leg only: `terrace volume "
+                f"clone {snapshot.name} {pool.name}/NEW` makes a volume of the snapshot, which can be mirrored in its "
+                "place",
+            )
         if now.filling:
             if keep_as is not None:
                 raise TierError(

@@ -53,9 +53,13 @@ class SizeCommand(click.Command):
     """A command with a size among its arguments: tells `-1` from an option."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        for arg in args:
+        options = [one for one in self.params if isinstance(one, click.Option) and not one.is_flag]
+        with_value = {name for one in options for name in one.opts}
+        for before, arg in zip([None, *args], args, strict=False):
             if arg == "--":
                 break
+            if before in with_value:
+                continue  # what an option makes of it is the option's affair
             if len(arg) > 1 and arg[0] == "-" and arg[1].isdigit():
                 raise click.UsageError(f"{arg!r} is negative; write a size such as 512, 64M, 10G or 1.5T", ctx)
         return super().parse_args(ctx, args)

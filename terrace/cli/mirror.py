@@ -116,13 +116,23 @@ def _show(found: dict[str, Any], output: str) -> None:
             "-" if leg["eta_s"] is None else duration(leg["eta_s"]),
             format_size(leg["queued_bytes"]),
             leg["healed_blocks"],
+            _snapshots(leg),
         )
         for leg in found["legs"]
     ]
-    show_table(("Node", "Volume", "State", ">For", ">To sync", ">ETA", ">Queued", ">Healed"), rows)
+    columns = ("Node", "Volume", "State", ">For", ">To sync", ">ETA", ">Queued", ">Healed", ">Snapshots")
+    show_table(columns, rows, spare=(">Queued", ">Healed"))
     for leg in found["legs"]:
         if leg["error"]:
             click.echo(f"\n{leg['node']}: {leg['error']}")
+
+
+def _snapshots(leg: dict[str, Any]) -> str:
+    """`12`, or `10 of 12` where others have some that this leg lacks."""
+    have, lacks = leg.get("snapshots"), leg.get("lacking_snapshots")
+    if have is None:
+        return "-"
+    return f"{have} of {have + lacks}" if lacks else str(have)
 
 
 @mirror.command()

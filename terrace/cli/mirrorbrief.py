@@ -14,3 +14,11 @@ def brief(found: dict[str, Any] | None) -> str:
     if found["role"] == "starting":
         return "starting"
     return f"leg of {found['primary']}" if found["primary"] else "leg, no primary"
+
+
+def served_elsewhere(found: dict[str, Any] | None) -> str | None:
+    """Why a volume has no NBD URI here; None if it has one."""
+    if found is None or found["role"] != "secondary":
+        return None
+    where = f"node {found['primary']} is the primary, and serves it" if found["primary"] else "it has no primary now"
+    return f"none here: {where}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -20,6 +21,11 @@ Name = tuple[str, str, str]
 """Pool, volume and snapshot."""
 
 
+LOCAL = click.option(
+    "--local", is_flag=True, help="Of a mirror, only on the leg here, though another node is its primary."
+)
+
+
 @click.group()
 def snapshot() -> None:
     """Snapshots: what volumes were at some moment, exported read-only as POOL/VOL@SNAP."""
@@ -28,31 +34,50 @@ def snapshot() -> None:
 @snapshot.command()
 @click.argument("names", nargs=-1, required=True, metavar="POOL/VOL@SNAP | --group SNAP POOL/VOL...")
 @click.option("--group", metavar="SNAP", help="A snapshot of this name of each volume, all of one instant.")
+@LOCAL
+@click.option("--force", is_flag=True, help="With --local: even of a leg that is just being resynced, a mixture.")
 @output_option
 @pass_context
 @click.pass_context
-def create(ctx: click.Context, context: Context, names: tuple[str, ...], group: str | None, output: str) -> None:
+def create(
+    ctx: click.Context,
+    context: Context,
+    names: tuple[str, ...],
+    group: str | None,
+    local: bool,
+    force: bool,
+    output: str,
+) -> None:
     """Take a snapshot of a volume, or of several volumes of a pool at one instant.
 
     It is as if the power had failed at that instant: what a filesystem has not written yet is not in it. It costs the
-    same at any size, while clients go on.
+    same at any size, while clients go on. Of a mirror it is taken at the primary, on every leg that is up to date.
 
     \b
     terrace snapshot create demo/vol@monday
     terrace snapshot create --group monday demo/database demo/log
     """
+    if force and not local:
+        raise click.UsageError("--force goes with --local, which takes a snapshot of the leg here only", ctx)
     pool, volumes, name = _wanted(ctx, names, group)
     what = f"{len(volumes)} volumes of pool {pool}" if len(volumes) > 1 else f"{pool}/{volumes[0]}"
     with context.connect() as client, patience(f"Taking a snapshot of {what}"):
-        taken = client.request("POST", "pools", pool, "snapshots", body={"name": name, "volumes": volumes})
+        body = {"name": name, "volumes": volumes} | ({"local": True, "force": force} if local else {})
+        taken = client.request("POST", "pools", pool, "snapshots", body=body)
         uris = [uris_of(client, one["name"])[0] for one in taken[:1]]
     if output == "json":
         show_json(taken)
-    elif len(taken) == 1:
-        click.echo(f"Snapshot {taken[0]['name']} shows {format_size(taken[0]['referenced_bytes'])}: {uris[0]}")
-    else:
-        for one in taken:
+        return
+    for one in taken:
+        if one["id"] is None:
+            click.echo(f"Snapshot {one['name']} was taken on other nodes only.")
+        elif len(taken) == 1:
+            click.echo(f"Snapshot {one['name']} shows {format_size(one['referenced_bytes'])}: {uris[0]}")
+        else:
             click.echo(f"Snapshot {one['name']} shows {format_size(one['referenced_bytes'])}.")
+        for node, why in one["lacking"].items():
+            click.echo(f"Node {node} doesn't have it: {why}.")
+    if len(taken) > 1:
         click.echo(f"All {len(taken)} are of one instant.")
 
 
@@ -84,35 +109,55 @@ def _wanted(ctx: click.Context, names: Sequence[str], group: str | None) -> tupl
 def list_snapshots(context: Context, place: tuple[str, str | None] | None, output: str) -> None:
     """List the snapshots of a volume, of a pool, or all.
 
-    What is exclusive comes back when that snapshot alone is deleted; what is shared, other versions have too.
+    What is exclusive comes back when that snapshot alone is deleted; what is shared, other versions have too. Of
+    mirrors it is told which nodes have it, `?` behind those that can't be asked; sizes are of the leg here.
     """
     with context.connect() as client, patience("Counting what snapshots share"):
         if place is None:
             names = [found["name"] for found in client.get("pools") if "volumes" in found]
-            found = [one for name in names for one in client.get("pools", name, "snapshots")]
+            found = [one for name in names for one in _listed(client, "pools", name, "snapshots")]
         elif place[1] is None:
-            found = client.get("pools", place[0], "snapshots")
+            found = _listed(client, "pools", place[0], "snapshots")
         else:
-            found = client.get("pools", place[0], "volumes", place[1], "snapshots")
+            found = _listed(client, "pools", place[0], "volumes", place[1], "snapshots")
     if output == "json":
         show_json(found)
         return
     now_s = time.time()
+    mirrored = any(one["legs"] for one in found)
     rows = [
         (
             one["name"],
             _moment(one["created_at"]),
             duration(max(0.0, now_s - one["created_at"])),
-            format_size(one["referenced_bytes"]),
-            format_size(one["shared_bytes"]),
-            format_size(one["exclusive_bytes"]),
+            *("-" if one[key] is None else format_size(one[key]) for key in _SIZES),
+            *([_on_legs(one)] if mirrored else []),
             _kept_by(one),
         )
         for one in found
     ]
-    columns = ("Snapshot", "Created", ">Age", ">Refers to", ">Shared", ">Exclusive", "Kept by")
+    columns: tuple[str, ...] = ("Snapshot", "Created", ">Age", ">Refers to", ">Shared", ">Exclusive")
+    columns += ("On nodes", "Kept by") if mirrored else ("Kept by",)
     empty = "There are no snapshots; terrace snapshot create POOL/VOL@SNAP takes one."
     show_table(columns, rows, empty=empty, spare=("Created", ">Shared", ">Refers to"))
+
+
+_SIZES = ("referenced_bytes", "shared_bytes", "exclusive_bytes")
+
+
+def _listed(client: ApiClient, *path: str) -> list[dict[str, Any]]:
+    """Those on other nodes too."""
+    return list(client.request("GET", *path, query={"legs": "1"}))
+
+
+def _on_legs(one: dict[str, Any]) -> str:
+    """`a, b`; `a, not b, c?` if b lacks it and c can't be asked."""
+    legs = one["legs"]
+    if legs is None:
+        return "-"
+    return ", ".join(
+        [*legs["on"], *(f"not {node}" for node in legs["missing"]), *(f"{node}?" for node in legs["unknown"])]
+    )
 
 
 def _kept_by(one: dict[str, Any]) -> str:
@@ -140,7 +185,7 @@ def _moment(seconds: float) -> str:
 def show(context: Context, name: Name, output: str) -> None:
     """Show one snapshot, and how to reach it."""
     with context.connect() as client:
-        found = _get(client, name)
+        found = client.request("GET", *_path(name), query={"legs": "1"})
         origin = client.get("pools", name[0], "volumes", name[1])["origin"]
         uris = uris_of(client, found["name"])
     if output == "json":
@@ -164,6 +209,7 @@ def show(context: Context, name: Name, output: str) -> None:
             ("Clones", ", ".join(_clone(found, clone) for clone in clones) or "none"),
             ("Hold", "held: it can't be deleted until it is released" if found["held"] else "none"),
             ("Clients", found["open_count"]),
+            *([("On nodes", _on_legs(found))] if found["legs"] else []),
             *(("NBD URI", uri) for uri in uris),
         ]
     )
@@ -171,31 +217,51 @@ def show(context: Context, name: Name, output: str) -> None:
 
 @snapshot.command()
 @click.argument("names", type=SNAPSHOT, nargs=-1, required=True, metavar="POOL/VOL@SNAP...")
+@LOCAL
 @click.option("-y", "--yes", is_flag=True, help="Don't ask.")
 @output_option
 @pass_context
-def delete(context: Context, names: tuple[Name, ...], yes: bool, output: str) -> None:
+def delete(context: Context, names: tuple[Name, ...], local: bool, yes: bool, output: str) -> None:
     """Delete snapshots. What only they have comes back in the background; that needs no free space.
 
-    One that has clones is deleted too: they stay as they are, and what they need of it goes with the last of them.
+    One that has clones is deleted too: they stay as they are, and what they need of it goes with the last of them. Of a
+    mirror it is deleted at the primary, on all legs; a node that is away deletes it when it is back.
     """
     names = tuple(dict.fromkeys(names))
     done: list[dict[str, Any]] = []
     with context.connect() as client:
-        found = [_get(client, name) for name in names]  # so that a wrong name refuses all
+        found = [_find(client, name) for name in names]  # so that a wrong name refuses all
         for one in found:
             _require_deletable(one)
         confirm(_question(found), yes=yes)
         with patience(f"Deleting {count(len(names), 'snapshot')}") as advance:
             for name in names:
                 advance(sum(one["freed_bytes"] for one in done), max(1, sum(one["exclusive_bytes"] for one in found)))
-                done.append(client.request("DELETE", *_path(name)))
+                done.append(client.request("DELETE", *_path(name), query={"local": "1"} if local else None))
                 if output != "json":
                     click.echo(_told(done[-1]))
+                    _tell_left(done[-1])
     if output == "json":
         show_json(done)
     elif len(done) > 1:
         click.echo(f"{format_size(sum(one['freed_bytes'] for one in done))} come back in all.")
+
+
+def _find(client: ApiClient, name: Name) -> dict[str, Any]:
+    """One that is here, or on another leg of the mirror."""
+    try:
+        return _get(client, name)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            for one in _listed(client, "pools", name[0], "volumes", name[1], "snapshots"):
+                if one["snapshot"] == name[2]:
+                    return one | {"exclusive_bytes": 0}
+        raise
+
+
+def _tell_left(done: dict[str, Any]) -> None:
+    for sentence in done["left"]:
+        click.echo(f"Left: {sentence}.")
 
 
 def _require_deletable(one: dict[str, Any]) -> None:
@@ -227,48 +293,53 @@ def _told(one: dict[str, Any]) -> str:
 @snapshot.command()
 @click.argument("name", type=SNAPSHOT, metavar="POOL/VOL@OLD")
 @click.argument("new_name", metavar="NEW")
+@LOCAL
 @output_option
 @pass_context
-def rename(context: Context, name: Name, new_name: str, output: str) -> None:
+def rename(context: Context, name: Name, new_name: str, local: bool, output: str) -> None:
     """Give a snapshot another name. Its clients aren't disturbed."""
     pool, volume, _ = name
     new_name = new_name.removeprefix(f"{pool}/{volume}@")
     if "@" in new_name or "/" in new_name:
         raise click.UsageError(f"{new_name!r} can't be its name: a snapshot stays with its volume; write NEW alone")
     with context.connect() as client:
-        changed = client.request("PATCH", *_path(name), body={"name": new_name})
+        changed = client.request("PATCH", *_path(name), body={"name": new_name} | ({"local": True} if local else {}))
     if output == "json":
         show_json(changed)
     else:
         click.echo(f"Snapshot {'@'.join(('/'.join(name[:2]), name[2]))} is now {changed['name']}.")
+        _tell_left(changed)
 
 
 @snapshot.command()
 @click.argument("name", type=SNAPSHOT, metavar="POOL/VOL@SNAP")
+@LOCAL
 @output_option
 @pass_context
-def hold(context: Context, name: Name, output: str) -> None:
+def hold(context: Context, name: Name, local: bool, output: str) -> None:
     """Protect a snapshot from being deleted, by schedules or by hand, until it is released."""
-    _set_held(context, name, output, held=True)
+    _set_held(context, name, output, held=True, local=local)
 
 
 @snapshot.command()
 @click.argument("name", type=SNAPSHOT, metavar="POOL/VOL@SNAP")
+@LOCAL
 @output_option
 @pass_context
-def release(context: Context, name: Name, output: str) -> None:
+def release(context: Context, name: Name, local: bool, output: str) -> None:
     """Let a held snapshot be deleted again."""
-    _set_held(context, name, output, held=False)
+    _set_held(context, name, output, held=False, local=local)
 
 
-def _set_held(context: Context, name: Name, output: str, *, held: bool) -> None:
+def _set_held(context: Context, name: Name, output: str, *, held: bool, local: bool) -> None:
     with context.connect() as client:
-        changed = client.request("PATCH", *_path(name), body={"held": held})
+        changed = client.request("PATCH", *_path(name), body={"held": held} | ({"local": True} if local else {}))
     if output == "json":
         show_json(changed)
     else:
         state = "held: it can't be deleted until it is released" if held else "not held"
         click.echo(f"Snapshot {changed['name']} is {state}.")
+        _tell_left(changed)
 
 
 @snapshot.command()

@@ -49,7 +49,7 @@ def status(context: Context, output: str) -> None:
         click.echo()
         rows = [
             (
-                connection["export"] or "(handshake)",
+                _export(connection),
                 connection["peer"],
                 connection["counters"]["reads"],
                 connection["counters"]["writes"],
@@ -61,6 +61,12 @@ def status(context: Context, output: str) -> None:
             for connection in nbd["connections"]
         ]
         show_table(("Export", "Client", ">Reads", ">Writes", ">Flushes", ">Errors", ">Read", ">Written"), rows)
+
+
+def _export(connection: dict[str, Any]) -> str:
+    if connection["kind"] == "takeover":
+        return "(another node)"
+    return connection["export"] or "(handshake)"
 
 
 def _show_mirrors(mirrors: list[dict[str, Any]]) -> None:

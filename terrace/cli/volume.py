@@ -12,7 +12,7 @@ from terrace.cli.context import POOL, SIZE, SNAPSHOT, VOLUME, Context, SizeComma
 from terrace.cli.heat import heat
 from terrace.cli.images import export_volume, import_image
 from terrace.cli.mirror import mirror
-from terrace.cli.mirrorbrief import brief
+from terrace.cli.mirrorbrief import brief, served_elsewhere
 from terrace.cli.node import LEG_PLACE
 from terrace.cli.output import count, output_option, patience, percent, show_facts, show_json, uris_of
 from terrace.cli.policy import POLICY
@@ -163,7 +163,8 @@ def show(context: Context, volume: tuple[str, str], output: str) -> None:
     pool, name = volume
     with context.connect() as client:
         found = client.get("pools", pool, "volumes", name)
-        uris = uris_of(client, found["name"])
+        elsewhere = served_elsewhere(found["mirror"])
+        uris = uris_of(client, found["name"]) if elsewhere is None else []
     if output == "json":
         show_json(found | {"uris": uris})
         return
@@ -181,6 +182,7 @@ def show(context: Context, volume: tuple[str, str], output: str) -> None:
             ("Clients", found["open_count"]),
             *([("Waiting", _waiting(found))] if found["throttled"] or found["queued"] else []),
             *(("NBD URI", uri) for uri in uris),
+            *([("NBD URI", elsewhere)] if elsewhere else []),
         ]
     )
 

@@ -437,39 +437,6 @@ def test_nothing_is_read_or_written_without_the_lease() -> None:
     run(body)
 
 
-def test_a_snapshot_is_taken_at_the_same_place_in_the_order_on_every_leg() -> None:
-    async def body() -> None:
-        rig = Rig(3)
-        rig.nodes["b"].link.delay_s = 0.01
-        async with rig.running() as mirror:
-            stop = False
-
-            async def write() -> None:
-                for number in range(10_000):
-                    if stop:
-                        return
-                    await mirror.write(number % 16 * BLOCK_BYTES, block(number % 251))
-
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(write)
-                nursery.start_soon(write)
-                await trio.sleep(0.2)
-                await mirror.snapshot("one")
-                await trio.sleep(0.2)
-                stop = True
-            first, second, third = (rig.store(node).snapshots["one"] for node in "abc")
-            assert first == second == third
-            assert any(first)
-            with pytest.raises(OSError, match="already"):
-                await mirror.snapshot("one")
-            assert mirror.status().state is MirrorState.ONLINE, "what fails on all legs excludes none"
-            rig.store("c").snapshots["two"] = b""
-            await mirror.snapshot("two")
-            assert "legc" not in rig.cluster.truth.in_sync or rig.state("c") is not LegState.UP_TO_DATE
-
-    run(body)
-
-
 def test_a_resize_is_on_every_leg_and_in_the_record() -> None:
     async def body() -> None:
         rig = Rig(2)

@@ -668,10 +668,15 @@ class FakePool:
         return snapshot
 
     async def delete_snapshot(self, volume: str, name: str) -> None:
+        await self.delete_snapshots([(volume, name)])
+
+    async def delete_snapshots(self, wanted: Sequence[tuple[str, str]]) -> None:
         await trio.lowlevel.checkpoint()
-        snapshot = self.snapshot(volume, name)
-        self._require_free(snapshot)
-        self._remove_snapshot(snapshot)
+        found = [self.snapshot(volume, name) for volume, name in wanted]
+        for snapshot in found:
+            self._require_free(snapshot)
+        for snapshot in found:
+            self._remove_snapshot(snapshot)
         self._save()
 
     async def change_snapshot(

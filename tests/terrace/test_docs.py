@@ -109,7 +109,7 @@ def test_the_operating_page_names_every_file() -> None:
 
 def test_the_command_line_page_has_every_request() -> None:
     page = (DOCS / "cli.md").read_text()
-    app = cast(Any, Api(*(cast(Any, None),) * 5).app())._app
+    app = cast(Any, Api(*(cast(Any, None),) * 6).app())._app
     assert isinstance(app, Starlette)
     for route in app.routes:
         assert isinstance(route, Route)

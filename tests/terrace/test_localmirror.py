@@ -34,9 +34,11 @@ class SlowStore(MemoryStore):
 def local_mirror(monkeypatch: pytest.MonkeyPatch, store: MemoryStore, record: LegRecord) -> LocalMirror:
     """On node a."""
     monkeypatch.setattr(terrace.localmirror, "PoolLegStore", lambda pool, volume: store)
-    volume: Any = SimpleNamespace(name="fast/vol", mirror_record=record.encode(), open_count=0)
-    node: Any = SimpleNamespace(peers=SimpleNamespace(node="a"), boot="boot", tell=print, disconnect=lambda name: 0)
-    return LocalMirror(SimpleNamespace(), volume, node)  # type: ignore[arg-type]
+    volume: Any = SimpleNamespace(name="fast/vol", short_name="vol", mirror_record=record.encode(), open_count=0)
+    node: Any = SimpleNamespace(
+        peers=SimpleNamespace(node="a"), boot="boot", tell=print, disconnect=lambda name: 0, keep_before_resync=True
+    )
+    return LocalMirror(SimpleNamespace(snapshots=lambda volume: []), volume, node)  # type: ignore[arg-type]
 
 
 def test_a_leg_that_the_next_primary_writes_to_is_never_declared_clean_by_the_last_one(
@@ -112,3 +114,16 @@ def test_a_close_that_is_cancelled_ends_the_mirror_all_the_same(monkeypatch: pyt
                 await mirror.close()  # as the daemon does when it stops
 
     trio.run(main)
+
+
+def test_who_cant_be_primary_as_its_leg_is_being_resynced_hears_how_to_reach_its_last_consistent_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    record = first_record("ab").next_epoch(in_sync=frozenset("b"))
+    mirror = local_mirror(monkeypatch, MemoryStore(), LegRecord("a", accepted=record, inconsistent=True))
+    assert mirror.way_out() == ""
+    kept = SimpleNamespace(short_name="resync-20261130-120000", name="fast/vol@resync-20261130-120000")
+    mirror.pool.snapshots = lambda volume: [kept]  # type: ignore[method-assign,assignment,return-value,list-item]
+    assert "terrace volume clone fast/vol@resync-20261130-120000 fast/vol-rescued" in mirror.way_out()
+    mirror.keeper.record = LegRecord("a", accepted=record)
+    assert mirror.way_out() == ""

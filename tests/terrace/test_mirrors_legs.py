@@ -49,6 +49,9 @@ class OnePool:
     def volumes(self) -> list[Any]:
         return []
 
+    def snapshots(self, volume: str) -> list[Any]:
+        return []
+
     async def create_volume(self, name: str, size_bytes: int, policy: str) -> Any:
         await trio.lowlevel.checkpoint()
         return self.volume

@@ -21,6 +21,7 @@ from terrace.events import Events
 from terrace.pools import open_pools
 from terrace.schedule import Schedule, parse_schedule
 from terrace.scheduler import keep_schedules
+from terrace.snapshots import Direct, Through
 from tests.tiers.helpers import specs
 from tiers import PoolSettings, TierError
 
@@ -126,7 +127,7 @@ class Scene:
     def texts(self) -> list[str]:
         return [event.text for event in self.events.after(0)]
 
-    def run(self, course: Callable[[], Awaitable[None]]) -> None:
+    def run(self, course: Callable[[], Awaitable[None]], through: Through | None = None) -> None:
         async def main() -> None:
             began_s = trio.current_time()
 
@@ -135,7 +136,9 @@ class Scene:
 
             async with trio.open_nursery() as nursery:
                 pools = cast(Any, self.pools)
-                nursery.start_soon(lambda: keep_schedules(pools, lambda: self.schedules, self.events, now_s=now_s))
+                nursery.start_soon(
+                    lambda: keep_schedules(pools, lambda: self.schedules, self.events, through, now_s=now_s)
+                )
                 await trio.sleep(0.5)
                 await course()
                 nursery.cancel_scope.cancel()
@@ -424,3 +427,72 @@ def test_real_pools_are_kept_by_their_schedules(tmp_path: Path, caplog: pytest.L
         "pool p: 1 expired snapshot was deleted (1 hourly)",
         "pool q: 2 expired snapshots were deleted (2 hourly)",
     ]
+
+
+class Mirrored(Direct):
+    """Volumes in `mirrored` have another leg, with `there`; those in `others` are served by another node."""
+
+    def __init__(self, mirrored: Sequence[str] = (), others: Sequence[str] = ()) -> None:
+        self.there: dict[str, list[FakeSnapshot]] = {name: [] for name in mirrored}
+        self.others = others
+        self.is_away = False
+
+    def is_mine(self, volume: Any) -> bool:
+        return volume.short_name not in self.others
+
+    async def take(self, pool: Any, wanted: Sequence[tuple[str, str]], **how: bool) -> dict[str, dict[str, str]]:
+        await pool.take_snapshots(wanted)
+        for volume, name in wanted:
+            if volume in self.there and not self.is_away:
+                self.there[volume].append(FakeSnapshot(f"{pool.name}/{volume}@{name}", name))
+        return {volume: {"b": "it is Stale"} for volume in self.there if self.is_away}
+
+    async def delete(self, pool: Any, wanted: Sequence[tuple[str, str]], **how: bool) -> list[str]:
+        assert how == {"remember": False}
+        await pool.delete_snapshots(wanted)
+        if not self.is_away:
+            for volume, name in wanted:
+                self.there[volume] = [one for one in self.there.get(volume, []) if one.short_name != name]
+        return []
+
+    async def elsewhere(self, pool: Any, volume: str) -> dict[str, list[FakeSnapshot]]:
+        await trio.lowlevel.checkpoint()
+        return {"legb": self.there[volume]} if volume in self.there and not self.is_away else {}
+
+    async def expire(self, pool: Any, volume: str, leg: str, names: Sequence[str]) -> None:
+        await trio.lowlevel.checkpoint()
+        self.there[volume] = [one for one in self.there[volume] if one.short_name not in names]
+
+
+def test_the_schedule_of_a_node_that_isnt_primary_takes_and_deletes_nothing(tmp_path: Path) -> None:
+    pool = fake("p", "leg", "own")
+    names = [f"hourly-20261129T{hour:02}00Z" for hour in range(9)]
+    pool.taken["leg"] = [FakeSnapshot(f"p/leg@{name}", name) for name in names]
+    before = list(pool.taken["leg"])
+    scene = Scene(tmp_path, pool, default="hourly=2")
+
+    async def course() -> None:
+        await trio.sleep(3 * HOUR_S)
+
+    scene.run(course, Mirrored(others=["leg"]))
+    assert pool.taken["leg"] == before and len(pool.taken["own"]) == 2
+
+
+def test_a_leg_that_was_away_doesnt_keep_expired_snapshots_for_ever(tmp_path: Path) -> None:
+    pool = fake("p", "v")
+    scene, mirrored = Scene(tmp_path, pool, default="hourly=4"), Mirrored(mirrored=["v"])
+
+    async def course() -> None:
+        await trio.sleep(6 * HOUR_S)
+        assert [one.short_name for one in mirrored.there["v"]] == pool.names("v")
+        mirrored.is_away = True
+        await trio.sleep(3 * HOUR_S)
+        left = [one.short_name for one in mirrored.there["v"]]
+        assert len(left) == 4 and left != pool.names("v")
+        mirrored.is_away = False
+        for _ in range(8):
+            await trio.sleep(HOUR_S)
+            assert len(mirrored.there["v"]) <= 4
+        assert [one.short_name for one in mirrored.there["v"]] == pool.names("v")
+
+    scene.run(course, mirrored)

@@ -117,7 +117,7 @@ def test_a_snapshot_lives_from_creation_over_its_renaming_to_deletion(daemon: Fa
     assert refusal(daemon, "DELETE", f"{path}/tuesday").errno == "EBUSY"
     daemon.api("PATCH", f"{path}/tuesday", {"held": False})
     gone = daemon.api("DELETE", f"{path}/tuesday")
-    assert gone == {"deleted": "p/v@tuesday", "freed_bytes": shown["exclusive_bytes"], "clones": []}
+    assert gone == {"deleted": "p/v@tuesday", "freed_bytes": shown["exclusive_bytes"], "clones": [], "left": []}
     assert daemon.api("GET", path) == []
 
 

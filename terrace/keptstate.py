@@ -1,0 +1,142 @@
+"""The last consistent state of a leg while it is being resynced: a snapshot `resync-DATE-TIME` on that leg alone.
+
+A leg that was away is no state that the volume ever had from the first block that a resync writes to it until the last
+one. If the source dies in between, the snapshot is what is left: `terrace volume clone` makes a volume of it.
+
+It is taken by the leg itself, before its record says that it is inconsistent, and deleted when the record says that it
+is in sync again. A crash in between leaves it there, and the next start looks. A pool that is too full to take it, or
+fills up while it is there, goes on without, with an event: that a leg becomes whole comes first. A leg that is new has
+no such state.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+import time
+from collections.abc import Callable
+from typing import Final, NoReturn
+
+import trio
+
+from tiers import Pool, Snapshot, Volume
+
+log = logging.getLogger("terraced")
+
+TICK_S: Final = 1.0
+RETRY_S: Final = 10.0
+LOW_SHARE: Final = 0.05
+"""With less of the pool free than that, the kept state is given up."""
+_NAME = re.compile(r"resync-[0-9]{8}-[0-9]{6}(-[0-9]+)?")
+
+
+def is_kept_state(name: str) -> bool:
+    """Whether a snapshot has a name that only resyncs give."""
+    return _NAME.fullmatch(name) is not None
+
+
+class KeptState:
+    """Of one leg. `run` has to be run."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        volume: Volume,
+        tell: Callable[[str, str, str], None],
+        is_inconsistent: Callable[[], bool],
+        *,
+        wanted: bool = True,
+    ) -> None:
+        self._pool = pool
+        self._volume = volume
+        self._tell = tell
+        self._is_inconsistent = is_inconsistent
+        self._wanted = wanted
+        self._stirred = trio.Event()
+        self._is_early = False
+        """It is there, and the record that says why is still on its way."""
+
+    def found(self) -> list[Snapshot]:
+        """Oldest first."""
+        return [one for one in self._pool.snapshots(self._volume.short_name) if is_kept_state(one.short_name)]
+
+    @property
+    def name(self) -> str | None:
+        """POOL/VOL@resync-... of the newest; None if there is none."""
+        found = self.found()
+        return found[-1].name if found else None
+
+    async def take(self) -> None:
+        """Before the leg is overwritten. Raises nothing: a resync goes on without."""
+        if not self._wanted:
+            await trio.lowlevel.checkpoint()
+            return
+        taken = {one.short_name for one in self._pool.snapshots(self._volume.short_name)}
+        base = name = time.strftime("resync-%Y%m%d-%H%M%S", time.localtime())
+        number = 1
+        while name in taken:
+            number += 1
+            name = f"{base}-{number}"
+        try:
+            await self._pool.take_snapshots([(self._volume.short_name, name)])
+        except OSError as error:
+            why = "the pool is too full" if error.errno == errno.ENOSPC else str(error)
+            self._tell(
+                "leg",
+                self._volume.name,
+                f"{self._volume.name} is resynced without keeping the state that it has now: {why}",
+            )
+        else:
+            self._is_early = True
+            log.info("%s: kept as %s until it is resynced", self._volume.name, name)
+        self._stir()
+
+    def served(self) -> None:
+        """The record says that the leg is whole again."""
+        self._is_early = False
+        self._stir()
+
+    def _stir(self) -> None:
+        self._stirred.set()
+        self._stirred = trio.Event()
+
+    async def run(self) -> NoReturn:
+        """The task: delete it when it has served, or when the pool needs the space."""
+        while True:
+            stirred, pause_s = self._stirred, TICK_S
+            if self._is_inconsistent():
+                self._is_early = False
+            if found := self.found():
+                if not self._is_inconsistent():
+                    if not self._is_early and not await self._delete(found):
+                        pause_s = RETRY_S
+                elif self._is_short():
+                    if await self._delete(found):
+                        self._tell(
+                            "leg",
+                            self._volume.name,
+                            f"{found[-1].name}, the state of this leg before its resync, was given up: pool "
+                            f"{self._pool.name} is nearly full",
+                        )
+                    else:
+                        pause_s = RETRY_S
+                with trio.move_on_after(pause_s):
+                    await stirred.wait()
+            else:
+                await stirred.wait()
+
+    def _is_short(self) -> bool:
+        used, capacity = self._pool.use()
+        return capacity - used < capacity * LOW_SHARE
+
+    async def _delete(self, found: list[Snapshot]) -> bool:
+        """Whether none is left. One that somebody holds or reads stays until that ends."""
+        free = [one for one in found if not one.held and not one.open_count]
+        if free:
+            try:
+                await self._pool.delete_snapshots([(self._volume.short_name, one.short_name) for one in free])
+            except OSError as error:
+                log.warning("%s can't be deleted: %s", free[-1].name, error)
+                return False
+        return len(free) == len(found)
