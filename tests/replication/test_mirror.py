@@ -362,19 +362,6 @@ def test_the_primarys_own_disk_that_never_answers_is_dropped_within_the_timeout(
     run(body)
 
 
-def test_a_snapshot_on_a_disk_that_never_answers_holds_up_clients_for_a_while_only() -> None:
-    async def body() -> None:
-        rig = Rig(2)
-        async with rig.running() as mirror:
-            with rig.store("a").hung(), trio.fail_after(40):
-                await mirror.snapshot("one")
-                await mirror.write(0, block(1))
-            assert list(rig.store("b").snapshots) == ["one"]
-            await rig.whole()
-
-    run(body)
-
-
 def test_recent_is_forgotten_after_some_common_flushes_though_clients_write_all_the_time() -> None:
     async def body() -> None:
         rig = Rig(2)

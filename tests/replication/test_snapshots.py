@@ -156,6 +156,21 @@ def test_a_leg_that_hangs_is_dropped_and_holds_no_mirror_of_the_group_up_for_lon
     run(body)
 
 
+def test_a_snapshot_on_a_disk_that_never_answers_holds_up_clients_for_a_while_only() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            with rig.store("a").hung(), trio.fail_after(40):
+                with pytest.raises(OSError, match="within 10 s") as caught:
+                    await take([rig], "one")
+                assert caught.value.errno == errno.ETIMEDOUT
+                await mirror.write(0, block(1))
+            assert not rig.store("b").snapshots
+            await rig.whole()
+
+    run(body)
+
+
 def test_where_the_plain_volumes_of_a_group_refuse_no_mirror_has_a_snapshot() -> None:
     async def body() -> None:
         async with two() as rigs:
