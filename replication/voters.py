@@ -38,7 +38,14 @@ from typing import Any, Literal, Protocol, TypeVar
 import trio
 
 from replication.cluster import Voter, VoterState
-from replication.keeper import LegKeeper, judge_accept, judge_prepare, term_from_json, term_to_json
+from replication.keeper import (
+    LegKeeper,
+    is_superseded,
+    judge_accept,
+    judge_prepare,
+    term_from_json,
+    term_to_json,
+)
 from replication.lease import Clock, VoterLease, boottime
 from replication.membership import Membership, Term, decode, encode
 
@@ -179,6 +186,8 @@ class KeptVoter:
                 try:
                     await keeper.accept(membership)
                 except OSError as error:
+                    if error.errno in (errno.ESTALE, errno.EUCLEAN):
+                        await self._heard_of_accept(keeper, membership)
                     # A leg that is out, on a disk that is dead: the home must know it, or the leg could go on alone.
                     if error.errno in DECIDED or not _is_out(keeper.record.me, membership):
                         raise
@@ -187,6 +196,26 @@ class KeptVoter:
                 before = file or _Kept()
                 if judge_accept(before.promised, before.accepted, membership, f"node {self.node}"):
                     await self._keep(membership.mirror, _Kept(membership.term, membership))
+
+    async def _heard_of_accept(self, keeper: LegKeeper, refused: Membership) -> None:
+        """Who says `accept` is primary by that record, or about to be; one of an earlier term may be fenced since."""
+        own = keeper.record.accepted
+        if refused.primary is None or own is None or refused.term.number < own.term.number:
+            return
+        if not self._is_primary(refused.mirror):
+            with contextlib.suppress(OSError):  # it is refused in any case, and that is what the caller is to hear
+                await keeper.heard_of(refused, refused.primary, served=True)
+
+    async def heard_of(self, record: Membership, node: str, *, served: bool) -> None:
+        """As `LegKeeper.heard_of`, for whatever this node goes on from. Raises OSError."""
+        async with self._locks[record.mirror]:
+            for keeper in self._legs(record.mirror):
+                await keeper.heard_of(record, node, served=served)
+            file = await self._file(record.mirror)
+            if file is not None and is_superseded(
+                file.accepted, "", self.node, file.superseded, record, node, served=served
+            ):
+                await self._keep(record.mirror, dataclasses.replace(file, superseded=record))
 
     async def heartbeat(self, mirror: str, term: Term) -> None:
         """Raises OSError ESTALE, ENOENT."""
@@ -216,9 +245,11 @@ class KeptVoter:
         promised, keepers = self._promised(mirror, file), self._legs(mirror)
         records: list[Membership | None] = [keeper.record.accepted for keeper in keepers]
         candidates = frozenset[str]().union(*(keeper.record.candidates for keeper in keepers))
+        beyond: list[Membership | None] = [keeper.record.superseded for keeper in keepers]
         if file is not None:
             records.append(file.accepted)
             candidates |= file.candidates
+            beyond.append(file.superseded)
         accepted = max((one for one in records if one), key=lambda one: one.place, default=None)
         voices = [one for one in keepers if accepted and one.record.me in accepted.in_sync] or list(keepers)
         return VoterState(
@@ -231,6 +262,7 @@ class KeptVoter:
             intact=all(one.intact for one in voices),
             inconsistent=any(one.record.inconsistent for one in voices),
             recent_bytes=sum(_recent_bytes(one) for one in voices),
+            superseded=max((one for one in beyond if one), key=lambda one: one.place, default=None),
         )
 
     def _path(self, mirror: str) -> Path:
@@ -280,6 +312,8 @@ class _Kept:
     promised: Term | None = None
     accepted: Membership | None = None
     candidates: frozenset[str] = frozenset()
+    superseded: Membership | None = None
+    """See `LegRecord`."""
 
     def encode(self) -> bytes:
         plain = {
@@ -287,6 +321,7 @@ class _Kept:
             "promised": term_to_json(self.promised),
             "accepted": json.loads(encode(self.accepted)) if self.accepted else None,
             "candidates": sorted(self.candidates),
+            "superseded": json.loads(encode(self.superseded)) if self.superseded else None,
         }
         return json.dumps(plain, sort_keys=True).encode()
 
@@ -296,11 +331,12 @@ def _load(path: Path) -> _Kept | None:
         plain = json.loads(path.read_bytes())
         if plain["version"] != FORMAT_VERSION:
             raise OSError(errno.EPROTO, f"{path} has version {plain['version']}, and {FORMAT_VERSION} is understood")
-        accepted = plain["accepted"]
+        accepted, superseded = plain["accepted"], plain.get("superseded")
         return _Kept(
             term_from_json(plain["promised"]),
             decode(json.dumps(accepted).encode()) if accepted is not None else None,
             frozenset(plain["candidates"]),
+            decode(json.dumps(superseded).encode()) if superseded is not None else None,
         )
     except FileNotFoundError:
         return None
@@ -393,13 +429,14 @@ def state_to_json(state: VoterState) -> dict[str, Any]:
         "promised": term_to_json(state.promised),
         "accepted": json.loads(encode(state.accepted)) if state.accepted else None,
         "candidates": sorted(state.candidates),
+        "superseded": json.loads(encode(state.superseded)) if state.superseded else None,
     }
 
 
 def state_from_json(plain: Any) -> VoterState:
     """Judges what a peer says. Raises OSError EPROTO."""
     try:
-        accepted, heard_s = plain["accepted"], plain["heard_s"]
+        accepted, heard_s, superseded = plain["accepted"], plain["heard_s"], plain.get("superseded")
         return VoterState(
             node=_typed(plain["node"], str),
             promised=term_from_json(plain["promised"]),
@@ -410,6 +447,7 @@ def state_from_json(plain: Any) -> VoterState:
             intact=_typed(plain["intact"], bool),
             inconsistent=_typed(plain["inconsistent"], bool),
             recent_bytes=_typed(plain["recent_bytes"], int),
+            superseded=decode(json.dumps(superseded).encode()) if superseded is not None else None,
         )
     except (ValueError, KeyError, TypeError) as error:
         raise OSError(errno.EPROTO, f"a voter's answer can't be understood: {error!r}") from None

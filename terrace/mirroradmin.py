@@ -326,6 +326,8 @@ class MirrorAdmin:
             if member.state is LegState.UP_TO_DATE:
                 raise TierError(errno.EINVAL, f"the leg on node {node} is up to date: there is nothing to discard")
             await self._discard(mirror, leg)
+        elif member.leg is None and member.error is not None and member.error.errno == errno.EUCLEAN:
+            raise TierError(errno.EUCLEAN, str(member.error.strerror))
         elif full and member.leg is not None:
             mirror.compared_in_full.add(leg.id)
             served.leg_failed(member.leg, OSError(errno.ECANCELED, "an operator wants it compared in full"))

@@ -346,6 +346,7 @@ class Mirrors:
             raise OSError(errno.ENOENT, f"node {self.node} has no such leg open")
         await mirror.keeper.prepare(membership.term, node)  # which ends what this node serves of it
         await mirror.keeper.accept(membership, inconsistent=True, discard=True)
+        mirror.problem = None
         self.tell("splitbrain", mirror.name, f"what was written to {mirror.name} here is given up, by order of {node}")
         return {}
 

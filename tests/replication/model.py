@@ -275,8 +275,9 @@ class World:
 
     async def _promote(self, me: str, force: bool) -> None:
         decision = await promote(
-            me, MIRROR, sorted(self.all), self.nodes.voter(me), self.cluster(me), force=force, timeout_s=1.0
-        )
+            me, MIRROR, sorted(self.all), self.nodes.voter(me), self.cluster(me), force=force, timeout_s=1.0,
+            heard_of=self.all[me].voter.heard_of,
+        )  # fmt: skip
         self.oracle.splits += isinstance(decision, SplitBrain)
         self.trace(f"{trio.current_time():8.2f} promote {me} force={force}: {decision}")
         if not isinstance(decision, Promote):

@@ -149,6 +149,29 @@ def _forks_are_harmless(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "relation", relation)
 
 
+def _superseded_is_forgotten(patch: pytest.MonkeyPatch) -> None:
+    async def heard_of(self: LegKeeper, record: Membership, node: str, *, served: bool) -> None: ...
+
+    patch.setattr(LegKeeper, "heard_of", heard_of)
+
+
+def _anybody_supersedes(patch: pytest.MonkeyPatch) -> None:
+    async def heard_of_accept(self: KeptVoter, keeper: LegKeeper, refused: Membership) -> None:
+        await keeper._save(dataclasses.replace(keeper.record, superseded=refused))
+
+    patch.setattr(KeptVoter, "_heard_of_accept", heard_of_accept)
+
+
+def _highest_place_wins(patch: pytest.MonkeyPatch) -> None:
+    real = replication.promotion.decide
+
+    def decide(me: str, term: Term, heard: Mapping[str, Any], unheard: Mapping[str, str], **more: Any) -> Any:
+        forgotten = {node: dataclasses.replace(one, superseded=None) for node, one in heard.items()}
+        return real(me, term, forgotten, unheard, **more)
+
+    patch.setattr(replication.promotion, "decide", decide)
+
+
 MUTANTS: Mapping[str, Mutant] = {
     "older-terms": Mutant("a leg accepts records and writes of an older term", _older_terms),
     "promise-in-memory": Mutant("a promise is forgotten by a crash", _promise_in_memory),
@@ -165,6 +188,9 @@ MUTANTS: Mapping[str, Mutant] = {
     "lease-after-promise": Mutant("a voter gives a lease to a primary that it has promised away", _lease_after_promise),
     "no-lease": Mutant("a voter promises while the primary's lease lasts", _no_lease),
     "apart-forgotten": Mutant("a primary that a forced one knew nothing of is taken for its past", _apart_is_forgotten),
+    "superseded-forgotten": Mutant("who was left behind by force goes on when it is alone", _superseded_is_forgotten),
+    "anybody-supersedes": Mutant("a fenced primary makes the one after it give up", _anybody_supersedes),
+    "highest-place-wins": Mutant("a leg that was left behind outweighs a majority", _highest_place_wins),
     "forks-harmless": Mutant("a split brain is resynced like a leg that was away", _forks_are_harmless),
 }
 

@@ -178,6 +178,45 @@ def test_a_promise_tells_of_the_record_that_a_session_was_storing_when_it_was_as
     trio.run(main)
 
 
+@pytest.mark.parametrize("serves", [False, True])
+def test_a_leg_keeps_what_it_must_refuse_of_the_other_side_unless_it_serves_itself(
+    tmp_path: Path, serves: bool
+) -> None:
+    async def main() -> None:
+        store = MemoryStore()
+        keeper = LegKeeper(store, LegRecord("a"), node="a", boot="1")
+        voter = KeptVoter("a", tmp_path, lambda mirror: [keeper], is_primary=lambda mirror: serves)
+        record = first_record("ab")
+        await voter.accept(record)
+        alone = record.next_epoch(in_sync=frozenset("a"))
+        await voter.accept(alone)
+        forced = record.next_term(TERM_2, "b", frozenset("b"), "fenced")
+        with pytest.raises(OSError, match="split brain") as refused:
+            await voter.accept(forced)
+        assert refused.value.errno == errno.EUCLEAN
+        store.crash()
+        again = LegRecord.decode(store.record)
+        assert (again.accepted, again.superseded) == (alone, None if serves else forced)
+        if not serves:  # an operator decides for this side
+            await voter.accept(alone.next_term(Term(3, "3" * 16), "a", frozenset("a"), "fenced"))
+            assert keeper.record.superseded is None
+
+    trio.run(main)
+
+
+def test_a_tie_breaker_keeps_in_its_home_what_supersedes_its_record(tmp_path: Path) -> None:
+    async def main() -> None:
+        voter = tie_breaker(tmp_path)
+        await voter.accept(FIRST)
+        later = FIRST.next_term(TERM_2, "b", frozenset("b"))
+        await voter.heard_of(later, "b", served=False)
+        assert (await tie_breaker(tmp_path).state(MIRROR)).superseded == later
+        await voter.accept(later)
+        assert (await tie_breaker(tmp_path).state(MIRROR)).superseded is None
+
+    trio.run(main)
+
+
 def test_a_node_that_serves_refuses_candidates(tmp_path: Path) -> None:
     async def main() -> None:
         keeper = LegKeeper(MemoryStore(), LegRecord("a"), node="a", boot="1")
@@ -259,7 +298,7 @@ def test_a_call_that_makes_no_sense_is_refused_with_a_sentence(
 
 
 def test_a_state_survives_its_encoding_and_nonsense_is_refused() -> None:
-    state = VoterState("b", TERM_2, FIRST, frozenset({"a"}), True, 1.5, False, True, 4096)
+    state = VoterState("b", TERM_2, FIRST, frozenset({"a"}), True, 1.5, False, True, 4096, FIRST.next_epoch())
     plain = json.loads(json.dumps(state_to_json(state)))
     assert state_from_json(plain) == state
     for damage in ({"node": 1}, {"promised": [1]}, {"accepted": 1}, {"heard_s": "x"}, {"intact": 1}):

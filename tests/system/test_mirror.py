@@ -6,7 +6,7 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,7 +222,16 @@ def test_two_sides_that_have_both_written_are_a_split_brain_until_an_operator_gi
         assert client.read(MIB, 4096) == bytes(4096)
 
 
-def test_a_split_brain_of_two_terms_of_one_number_can_be_decided(pair: Pair) -> None:
+def until(true: Callable[[], bool], timeout_s: float = 15.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
+def test_a_split_brain_of_two_terms_of_one_number_is_told_and_the_side_that_does_not_serve_stays_out(
+    pair: Pair,
+) -> None:
     a, b = pair.a, pair.b
     pair.create("e")
     a.daemon.kill()
@@ -236,8 +245,32 @@ def test_a_split_brain_of_two_terms_of_one_number_can_be_decided(pair: Pair) -> 
         client.write(MIB, b"a" * 4096)
     b.daemon.start()
     pair.both_online()
+    until(lambda: str(a.leg("b", "e")["error"]).startswith("split brain: node a has 2.0"))
+    until(lambda: any("the leg of p/e on node b: split brain" in text for text in a.events()))
+    explained = a.daemon.api("GET", "/v1/pools/p/volumes/e/mirror/explain")["text"]
+    assert "primary a" in explained and "primary b, forced" in explained
+    way_out = "terrace volume mirror resync p/e b --discard"
+    for wait in ((), ("--no-wait",)):
+        refused = a.daemon.cli("volume", "mirror", "resync", "p/e", "b", *wait, status=1)
+        assert "split brain" in refused.stderr and way_out in refused.stderr
+
+    until(lambda: way_out in b.daemon.api("GET", "/v1/pools/p/volumes/e/mirror/explain")["text"])
+    a.daemon.kill()
+    b.daemon.kill()
+    b.daemon.start()  # as before, but it knows now that it isn't the only one
+    with pytest.raises(ApiError, match="split brain"):
+        b.ask("promote", "e")
+    assert any("split brain" in text for text in b.events())
+    time.sleep(1.5)  # it would have gone on after a second without the other
+    assert b.mirror("e")["role"] == "secondary"
+    with pytest.raises(Refused, match="split brain"):
+        b.connect("e")
+    a.daemon.start()
+    pair.both_online()
+    a.wait_for({"a": "UpToDate", "b": "Stale"}, "e")
     a.ask("resync", "e", node="b", discard=True)
     a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "e")
+    assert b.mirror("e")["problem"] is None
     assert "equal" in a.daemon.cli("volume", "mirror", "verify", "p/e", "--full").stdout
     with a.connect("e") as client:
         assert client.read(0, 4096) == bytes(4096)
