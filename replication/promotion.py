@@ -338,7 +338,7 @@ async def promote(
     would_promise = {node: state for node, state in states.items() if node not in busy}
     would = decide(me, term, would_promise, unheard | busy, arbiter=truth, force=force)
     if not isinstance(would, Promote):
-        return would
+        return _while_alive(would, busy)
     # This node last: if another refuses, our own leg has fenced nobody.
     asked = tuple(node for node in states if node != me)
     promised, failures = await ask(
@@ -354,9 +354,21 @@ async def promote(
             failures[me] = error
     told = unheard | {node: error.strerror or str(error) for node, error in failures.items()}
     decision = decide(me, term, promised, told, arbiter=truth, force=force)
-    if isinstance(decision, Promote):
-        await cluster.commit(decision.membership, expected=decision.expected)
+    if not isinstance(decision, Promote):
+        return _while_alive(decision, {node: told[node] for node in failures if failures[node].errno == errno.EBUSY})
+    await cluster.commit(decision.membership, expected=decision.expected)
     return decision
+
+
+def _while_alive(refused: Refused | SplitBrain, busy: Mapping[str, str]) -> Refused | SplitBrain:
+    """With the next step where nodes have answered, and promise nothing: none that would end a primary that is well."""
+    if not busy or not isinstance(refused, Refused):
+        return refused
+    return Refused(
+        f"a primary is alive, or was a moment ago, and nobody else may be one meanwhile{_because(busy)}: demote it "
+        "there, or ask again when it has been silent for longer than its lease",
+        refused.must_hear | frozenset(busy),
+    )
 
 
 def _name_on(node: str, states: Mapping[str, VoterState]) -> str:

@@ -161,7 +161,7 @@ class KeptVoter:
         if not later and accepted.primary in (None, candidate):
             return
         if said.primary_here:
-            raise OSError(errno.EBUSY, f"node {self.node} is primary and alive; demote it first, or promote with force")
+            raise OSError(errno.EBUSY, f"node {self.node} is primary and alive: demote it there first")
         needs_lease = rule_of(accepted) == "majority"
         primary = "of a later term" if later else f"node {accepted.primary}"
         left_s = self._lease.left_s(accepted.mirror, accepted.options.lease_s, since_start=needs_lease)
@@ -169,7 +169,7 @@ class KeptVoter:
             raise OSError(
                 errno.EBUSY,
                 f"node {self.node} may promise nothing for {left_s:.1f} s: it has heard the primary, "
-                f"{primary}, or was just started; demote that one, wait, or promote with force",
+                f"{primary}, or was just started: demote that one, or wait",
             )
 
     async def accept(self, membership: Membership) -> None:

@@ -255,6 +255,20 @@ class MirrorAdmin:
         self.mirrors.tell("mirror", name, f"{name} was deleted with its {len(others)} other legs")
         return {"deleted": name, "left": left}
 
+    async def delete_broken(self, pool: Pool, volume: Volume, *, snapshots: bool) -> dict[str, Any]:
+        """A leg whose record can't be understood: the copy here, whatever the others may say; says what is left."""
+        self._require_unused(volume, "delete")
+        name = volume.name
+        if not snapshots and volume.snapshots:
+            raise TierError(errno.ENOTEMPTY, f"{name} has snapshots: delete them first, or with it, by --snapshots")
+        await self.mirrors.delete_broken(pool, volume, snapshots=snapshots)
+        self.mirrors.tell("mirror", name, f"{name} was deleted by force: its record as a leg couldn't be understood")
+        left = (
+            f"what other nodes have of the mirror that {name} was a leg of, as its record couldn't be understood: "
+            "`terrace volume mirror remove` at its primary, or `terrace volume delete --force` on these"
+        )
+        return {"deleted": name, "left": [left]}
+
     # -- the primary ---------------------------------------------------------------------------------------------
 
     async def promote(self, mirror: LocalMirror, *, force: bool) -> None:

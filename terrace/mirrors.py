@@ -151,8 +151,16 @@ class Mirrors:
         """The mirror that a volume is a leg of. Raises OSError EIO for one whose record can't be understood."""
         if volume in self._broken and volume.mirror_record:
             error = self._broken[volume]
-            raise TierError(errno.EIO, f"{volume.name} is a leg of a mirror, and can't be used: {error.strerror}")
+            raise TierError(
+                errno.EIO,
+                f"{volume.name} is a leg of a mirror, and can't be used: {error.strerror}; `terrace volume delete "
+                f"{volume.name} --force` deletes the copy here, for good",
+            )
         return self._mirrors.get(volume)
+
+    def is_broken(self, volume: Volume) -> bool:
+        """Whether it is a leg whose record can't be understood, or not under the name that this node has."""
+        return volume in self._broken and bool(volume.mirror_record)
 
     def one(self, pool_name: str, volume_name: str) -> LocalMirror:
         """Raises ENOENT, with the next step."""
@@ -320,6 +328,11 @@ class Mirrors:
         except BaseException:
             await self._begin_again(mirror)
             raise
+
+    async def delete_broken(self, pool: Pool, volume: Volume, *, snapshots: bool) -> None:
+        """The volume of a leg that `is_broken`: nobody can be told, since it isn't known whose it is."""
+        await pool.delete_volume(volume.short_name, snapshots=snapshots, mirrored=True)
+        del self._broken[volume]
 
     async def _begin_again(self, mirror: LocalMirror) -> None:
         """What was to end it has failed, or was cancelled, at any point: the leg must not be dead until a restart."""

@@ -194,11 +194,32 @@ def test_a_candidate_that_is_refused_fences_nobody() -> None:
         await nodes.cluster("a").create(AB)
         nodes.all["a"].primary = True
         decision = await promoted(nodes, "b")
-        assert isinstance(decision, Refused) and "node a is primary and alive" in decision.sentence
+        assert isinstance(decision, Refused) and "force" not in decision.sentence
+        assert (
+            "node a is primary and alive: demote it there first, with `terrace volume mirror demote fast/vol --to b`"
+            in (decision.sentence)
+        )
         nodes.all["a"].up = False
         decision = await promoted(nodes, "b")
         assert isinstance(decision, Refused) and decision.must_hear == {"a"}
         assert all(node.keeper.allows(AB.term) for node in nodes.all.values())
+
+    run(what)
+
+
+def test_who_is_refused_for_a_primary_that_was_heard_a_moment_ago_is_not_told_to_use_force() -> None:
+    async def what(nodes: Nodes) -> None:
+        await nodes.cluster("a").create(AB)
+        nodes.all["b"].voter.heard(MIRROR)
+        nodes.all["a"].up = False
+        decision = await promoted(nodes, "b")
+        assert isinstance(decision, Refused) and decision.must_hear == {"a", "b"}
+        assert (
+            "b: it has heard the primary, node a, 1.0 s ago" in decision.sentence and "force" not in decision.sentence
+        )
+        await trio.sleep(AB.options.lease_s)
+        decision = await promoted(nodes, "b")
+        assert isinstance(decision, Refused) and "promote with --force" in decision.sentence
 
     run(what)
 

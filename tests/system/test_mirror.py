@@ -21,6 +21,7 @@ from replication.wire import CallsOption
 from terrace.certificates import make_authority, make_client, make_node
 from tests.system.daemon import ApiError, Daemon
 from tests.system.nbdclient import Connection, Refused
+from tiers import Pool
 
 pytestmark = pytest.mark.system
 MIB = 1 << 20
@@ -317,6 +318,26 @@ def test_what_is_wrong_is_refused_in_a_sentence_and_leaves_nothing_behind(pair: 
     a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "x")
     assert a.daemon.api("DELETE", "/v1/pools/p/volumes/x") == {"deleted": "p/x", "left": []}
     assert not any(volume["name"] == "p/x" for volume in b.daemon.api("GET", "/v1/pools/p/volumes"))
+
+
+def test_a_leg_whose_record_cannot_be_understood_can_be_deleted_by_force_only(pair: Pair) -> None:
+    b = pair.b
+    pair.create("d")
+    b.daemon.stop()
+
+    async def damage() -> None:
+        async with Pool.open(b.daemon.home / "pools" / "p") as pool:
+            await pool.set_mirror(pool.volume("d"), b'{"version": 77}', {})
+
+    trio.run(damage)
+    b.daemon.start()
+    with pytest.raises(ApiError, match=r"version 77.*`terrace volume delete p/d --force` deletes the copy here"):
+        b.daemon.api("DELETE", "/v1/pools/p/volumes/d")
+    assert "Left: what other nodes have" in b.daemon.cli("volume", "delete", "p/d", "--force", "--yes").stdout
+    assert not any(volume["name"] == "p/d" for volume in b.daemon.api("GET", "/v1/pools/p/volumes"))
+    b.daemon.api("POST", "/v1/pools/p/volumes", {"name": "d", "size": SIZE})  # the name is free again
+    b.daemon.api("DELETE", "/v1/pools/p/volumes/d")
+    assert len(pair.a.daemon.api("DELETE", "/v1/pools/p/volumes/d")["left"]) == 0
 
 
 def test_only_the_certificate_of_a_peer_gets_what_is_for_peers(pair: Pair) -> None:
