@@ -30,8 +30,7 @@ import errno
 import json
 import os
 import re
-from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -52,6 +51,11 @@ from replication.membership import Membership, Term, decode, encode
 FORMAT_VERSION = 1
 DECIDED = frozenset({errno.ESTALE, errno.EUCLEAN, errno.EINVAL, errno.EBUSY, errno.EPROTO})
 """Errors by which a voter has answered: asking again gives the same."""
+
+MAX_MIRRORS = 1024
+"""So many mirrors a node may be a tie-breaker of. Files are made by the records of peers, and by nothing else."""
+MAX_RETIRED = 64
+"""So many mirrors that a node is no voter of any more are remembered, for their promises."""
 
 NO_TERRACE_LEG = "at least one Terrace leg must be in sync: an NBD server stores no records"
 
@@ -116,7 +120,9 @@ class KeptVoter:
         self._is_primary = is_primary
         self._lease = VoterLease(clock)
         self._files: dict[str, _Kept | None] = {}
-        self._locks: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)
+        """Only of mirrors that there is a file or a leg of: whatever ids peers make up, nothing grows."""
+        self._locks: dict[str, trio.Lock] = {}
+        """Those that somebody has or waits for."""
 
     def heard(self, mirror: str) -> None:
         """The primary has shown that it is alive, by a session for instance. Gives it no lease: `heartbeat` does."""
@@ -132,7 +138,7 @@ class KeptVoter:
 
     async def prepare(self, mirror: str, term: Term, candidate: str, *, force: bool = False) -> VoterState:
         """Raises OSError ESTALE, EBUSY, ENOENT, EPROTO, EIO."""
-        async with self._locks[mirror]:
+        async with self._holding(mirror):
             file = await self._file(mirror)
             said = await self._say(mirror, file)
             judge_prepare(said.promised, term, f"node {self.node}")
@@ -174,7 +180,7 @@ class KeptVoter:
 
     async def accept(self, membership: Membership) -> None:
         """Raises OSError ESTALE, EUCLEAN, EINVAL, ENOENT, EIO."""
-        async with self._locks[membership.mirror]:
+        async with self._holding(membership.mirror):
             file = await self._file(membership.mirror)
             keepers = self._legs(membership.mirror)
             homed = file is not None or not keepers
@@ -193,9 +199,20 @@ class KeptVoter:
                         raise
                     homed = True
             if homed:
+                if file is None and not keepers:
+                    await self._judge_room()
                 before = file or _Kept()
                 if judge_accept(before.promised, before.accepted, membership, f"node {self.node}"):
                     await self._keep(membership.mirror, _Kept(membership.term, membership))
+
+    async def _judge_room(self) -> None:
+        """Whether there may be one more mirror in the home. Raises OSError ENOSPC."""
+        if len(await self.mirrors()) >= MAX_MIRRORS:
+            raise OSError(
+                errno.ENOSPC,
+                f"node {self.node} is a voter of {MAX_MIRRORS} mirrors that it has no leg of, which is the most: "
+                "remove it from some, or take another node",
+            )
 
     async def _heard_of_accept(self, keeper: LegKeeper, refused: Membership) -> None:
         """Who says `accept` is primary by that record, or about to be; one of an earlier term may be fenced since."""
@@ -208,7 +225,7 @@ class KeptVoter:
 
     async def heard_of(self, record: Membership, node: str, *, served: bool) -> None:
         """As `LegKeeper.heard_of`, for whatever this node goes on from. Raises OSError."""
-        async with self._locks[record.mirror]:
+        async with self._holding(record.mirror):
             for keeper in self._legs(record.mirror):
                 await keeper.heard_of(record, node, served=served)
             file = await self._file(record.mirror)
@@ -220,16 +237,45 @@ class KeptVoter:
     async def heartbeat(self, mirror: str, term: Term) -> None:
         """Raises OSError ESTALE, ENOENT."""
         # Under the lock: a promise that is being stored must not be followed by a lease for the primary before it.
-        async with self._locks[mirror]:
+        async with self._holding(mirror):
             # Only what is needed of `_say`: this is asked many times in a lease, of each mirror.
             judge_prepare(self._promised(mirror, await self._file(mirror)), term, f"node {self.node}")
             self._lease.heard(mirror, term.number)
 
     async def forget(self, mirror: str) -> None:
-        """The mirror is gone, or this node is no voter of it any more."""
-        async with self._locks[mirror]:
+        """The whole mirror is gone."""
+        async with self._holding(mirror):
             await trio.to_thread.run_sync(_remove, self._path(mirror))
             self._files.pop(mirror, None)
+            self._lease.forget(mirror)
+
+    async def retire(self, record: Membership) -> None:
+        """This node is no voter any more by this record, which counts, or gives up its leg: only the promise is kept.
+
+        A primary that was fenced by it, and hasn't heard of that, believes this node to be a voter still: it must not
+        make a record count here. Of the `MAX_RETIRED` newest mirrors: by then it is long gone. Raises OSError.
+        """
+        async with self._holding(record.mirror):
+            file = await self._file(record.mirror)
+            promises = [record.term, *(keeper.record.promised for keeper in self._legs(record.mirror))]
+            promises.append(file.promised if file is not None else None)
+            newest = max((one for one in promises if one is not None), key=lambda one: one.number)
+            await self._keep(record.mirror, _Kept(newest))
+            for gone in await trio.to_thread.run_sync(_forget_oldest, self._directory):
+                self._files.pop(gone, None)
+            self._lease.forget(record.mirror)
+
+    @contextlib.asynccontextmanager
+    async def _holding(self, mirror: str) -> AsyncIterator[None]:
+        """One change at a time, and no lock is left of a mirror that nobody changes."""
+        # No checkpoint between finding the lock and having it, or waiting for it: it can't be thrown away in between.
+        lock = self._locks.setdefault(mirror, trio.Lock())
+        try:
+            async with lock:
+                yield
+        finally:
+            if not lock.locked():
+                self._locks.pop(mirror, None)
 
     def _promised(self, mirror: str, file: _Kept | None) -> Term | None:
         """The highest term that its legs and its home have promised. Raises OSError ENOENT."""
@@ -273,10 +319,12 @@ class KeptVoter:
 
     async def _file(self, mirror: str) -> _Kept | None:
         path = self._path(mirror)
-        if mirror not in self._files:
-            kept = await trio.to_thread.run_sync(_load, path)
-            self._files.setdefault(mirror, kept)
-        return self._files[mirror]
+        if mirror in self._files:
+            return self._files[mirror]
+        kept = await trio.to_thread.run_sync(_load, path)
+        if kept is not None or self._legs(mirror):
+            return self._files.setdefault(mirror, kept)
+        return self._files.get(mirror)
 
     async def _keep(self, mirror: str, kept: _Kept) -> None:
         """Durable on return. If it fails, the one before remains what is believed; see `replication.keeper`."""
@@ -364,6 +412,20 @@ def _remove(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
         _sync_directory(path.parent)
+
+
+def _forget_oldest(directory: Path) -> list[str]:
+    """Remove all but the newest files that keep only a promise; the mirrors that they were of. Blocks."""
+    retired = []
+    for path in directory.glob("*.json"):
+        with contextlib.suppress(OSError):
+            kept = _load(path)
+            if kept is not None and kept.accepted is None:
+                retired.append((path.stat().st_mtime_ns, path))
+    gone = [path for _, path in sorted(retired)[:-MAX_RETIRED]]
+    for path in gone:
+        _remove(path)
+    return [path.stem for path in gone]
 
 
 def _sync_directory(path: Path) -> None:

@@ -24,6 +24,7 @@ from replication.keeper import LegKeeper, LegRecord
 from replication.leg import LegState, MirrorState
 from replication.members import MirrorStatus
 from replication.membership import LegInfo, Membership, decode
+from replication.orders import Known, Order, judge_deletion, judge_discard, judge_order
 from replication.voters import KeptVoter, LegsCluster, RemoteVoter
 from replication.voters import handlers as voter_handlers
 from replication.wire import LegOption
@@ -234,7 +235,8 @@ class Mirrors:
         mirror = self.by_leg(option.leg)
         if mirror is None:
             raise OSError(errno.ENOENT, f"the leg {option.leg} is no longer here")
-        self.own_voter.heard(option.mirror)
+        if option.mirror == _mirror_of(mirror):
+            self.own_voter.heard(option.mirror)
         await mirror.replica.serve(sock, received, option)
 
     def handlers(self) -> Mapping[str, Handler]:
@@ -249,6 +251,7 @@ class Mirrors:
             "leg.create": self._create_leg,
             "leg.delete": self._delete_leg,
             "leg.discard": self._discard_leg,
+            "mirror.forget": self._forget_mirror,
             "mirror.status": self._tell_status,
             "mirror.promote": self._promote,
             "mirror.demote": self._demote,
@@ -258,7 +261,7 @@ class Mirrors:
 
     async def _create_leg(self, node: str, params: dict[str, Any]) -> Any:
         """A volume that is a leg. The same again does nothing; returns {export}."""
-        membership = decode(json.dumps(params.get("membership")).encode())
+        membership = _membership(params)
         leg, name, size = _text(params, "leg"), _text(params, "volume"), params.get("size_bytes")
         if type(size) is not int:
             raise OSError(errno.EINVAL, "leg.create: size_bytes is no whole number")
@@ -307,18 +310,48 @@ class Mirrors:
         raise OSError(errno.ENOENT, f"say which pool of node {self.node} is meant, as {self.node}/POOL: it has {names}")
 
     async def _delete_leg(self, node: str, params: dict[str, Any]) -> Any:
-        """The volume of a leg. One that is gone already is no error; returns {deleted}."""
-        leg = _text(params, "leg")
+        """The volume of a leg, by order of its primary. One that is gone already is no error; returns {deleted}."""
+        leg, order = _text(params, "leg"), _membership(params)
+        whole, snapshots = params.get("whole") is True, params.get("snapshots") is True
         mirror = self.by_leg(leg)
         if mirror is None:
             await trio.lowlevel.checkpoint()
             return {"deleted": None}
-        if mirror.is_primary:
-            raise OSError(errno.EBUSY, f"node {self.node} is primary of {mirror.name}: demote it first")
         name = mirror.name
-        await self.delete_local(mirror)
+        judge_deletion(Order(node, order), self._known(mirror), whole=whole)
+        if mirror.is_primary:
+            raise OSError(errno.EBUSY, f"node {self.node} is primary of {name}: demote it first")
+        if mirror.volume.snapshots and not snapshots:
+            raise OSError(errno.ENOTEMPTY, f"{name} has snapshots")
+        if not whole and self.node not in order.voters:
+            await self.own_voter.retire(order)  # before its promise goes with the leg
+        await self.delete_local(mirror, snapshots=snapshots)
+        if whole:
+            await self.own_voter.forget(order.mirror)
         self.tell("leg", name, f"{name} was deleted: node {node} has removed this leg from its mirror")
         return {"deleted": name}
+
+    def _known(self, mirror: LocalMirror) -> Known:
+        own = mirror.keeper.record
+        return Known(f"the leg {mirror.name} on node {self.node}", own.promised, own.accepted, own.me)
+
+    async def _forget_mirror(self, node: str, params: dict[str, Any]) -> Any:
+        """By order of its primary: this node, which has no leg, is no tie-breaker any more, or the mirror is gone."""
+        order, whole = _membership(params), params.get("whole") is True
+        if self.by_mirror(order.mirror):
+            raise OSError(errno.EBUSY, f"node {self.node} has a leg of mirror {order.mirror}")
+        try:
+            said = await self.own_voter.state(order.mirror)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return {}
+            raise
+        judge_order(Order(node, order), Known(f"the voter on node {self.node}", said.promised, said.accepted))
+        if whole:
+            await self.own_voter.forget(order.mirror)
+        elif self.node not in order.voters:
+            await self.own_voter.retire(order)
+        return {}
 
     async def delete_local(self, mirror: LocalMirror, *, snapshots: bool = False) -> None:
         """The leg's volume, whatever others may say."""
@@ -353,10 +386,11 @@ class Mirrors:
 
     async def _discard_leg(self, node: str, params: dict[str, Any]) -> Any:
         """An operator has decided at the primary that what was written here, and nowhere else, is given up."""
-        membership = decode(json.dumps(params.get("membership")).encode())
+        membership = _membership(params)
         mirror = self.by_leg(_text(params, "leg"))
         if mirror is None:
             raise OSError(errno.ENOENT, f"node {self.node} has no such leg open")
+        judge_discard(Order(node, membership), self._known(mirror))
         await mirror.keeper.prepare(membership.term, node)  # which ends what this node serves of it
         await mirror.keeper.accept(membership, inconsistent=True, discard=True)
         mirror.problem = None
@@ -523,6 +557,10 @@ def _served_legs(status: MirrorStatus) -> list[dict[str, Any]]:
         shown["healed_blocks"] = leg.counters.healed_blocks
         found.append(shown)
     return found
+
+
+def _membership(params: dict[str, Any]) -> Membership:
+    return decode(json.dumps(params.get("membership")).encode())
 
 
 def _text(params: dict[str, Any], key: str) -> str:

@@ -217,6 +217,68 @@ def test_a_tie_breaker_keeps_in_its_home_what_supersedes_its_record(tmp_path: Pa
     trio.run(main)
 
 
+def test_ids_that_a_peer_makes_up_leave_nothing_behind(tmp_path: Path) -> None:
+    async def main() -> None:
+        voter = tie_breaker(tmp_path)
+        for number in range(50):
+            made_up = f"{number:032x}"
+            with pytest.raises(OSError, match="knows nothing of"):
+                await voter.state(made_up)
+            with pytest.raises(OSError, match="knows nothing of"):
+                await voter.prepare(made_up, TERM_2, "b")
+            with pytest.raises(OSError, match="knows nothing of"):
+                await voter.heartbeat(made_up, TERM_2)
+            with pytest.raises(OSError, match="is no voter of"):
+                await voter.accept(dataclasses.replace(first_record("ab"), mirror=made_up))
+        assert (voter._files, voter._locks, voter._lease._heard, voter._lease._terms) == ({}, {}, {}, {})
+        assert await voter.mirrors() == frozenset()
+
+    trio.run(main)
+
+
+def test_a_node_is_the_tie_breaker_of_so_many_mirrors_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        monkeypatch.setattr(voters, "MAX_MIRRORS", 2)
+        voter = tie_breaker(tmp_path)
+        for digit in "12":
+            await voter.accept(dataclasses.replace(FIRST, mirror=digit * 32))
+        with pytest.raises(OSError, match="a voter of 2 mirrors that it has no leg of") as refused:
+            await voter.accept(FIRST)
+        assert refused.value.errno == errno.ENOSPC
+        await voter.accept(dataclasses.replace(FIRST, mirror="1" * 32).next_epoch())
+        await voter.forget("1" * 32)
+        await voter.accept(FIRST)
+
+    trio.run(main)
+
+
+def test_a_voter_that_was_removed_lets_no_primary_go_on_that_was_fenced_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        voter = tie_breaker(tmp_path, clock := Clock())
+        await voter.accept(FIRST)
+        clock.now += 10
+        await voter.prepare(MIRROR, TERM_2, "b")
+        record = FIRST.next_term(TERM_2, "b", frozenset("b"))
+        await voter.accept(record)
+        await voter.retire(record.next_epoch(voters=("a", "b")))
+        for one in (voter, tie_breaker(tmp_path, clock)):
+            with pytest.raises(OSError, match="promised term 2"):
+                await one.accept(FIRST.next_epoch(in_sync=frozenset("a")))
+            assert (await one.state(MIRROR)).accepted is None
+        await voter.accept(record.next_epoch().next_epoch())  # it is one again
+        assert (await voter.state(MIRROR)).accepted is not None
+        monkeypatch.setattr(voters, "MAX_RETIRED", 3)
+        for digit in "123456":
+            await voter.retire(dataclasses.replace(record, mirror=digit * 32))
+        assert await voter.mirrors() == {MIRROR, "4" * 32, "5" * 32, "6" * 32}
+
+    trio.run(main)
+
+
 def test_a_node_that_serves_refuses_candidates(tmp_path: Path) -> None:
     async def main() -> None:
         keeper = LegKeeper(MemoryStore(), LegRecord("a"), node="a", boot="1")

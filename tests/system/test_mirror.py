@@ -121,6 +121,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
             node.daemon.kill()
 
 
+def until(true: Callable[[], bool], timeout_s: float = 15.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
 def test_what_is_written_while_one_node_is_down_is_on_both_afterwards_and_either_can_serve_it(pair: Pair) -> None:
     a, b = pair.a, pair.b
     pair.create()
@@ -161,6 +168,9 @@ def test_what_is_written_while_one_node_is_down_is_on_both_afterwards_and_either
         with node.connect("v@both") as snapshot:
             assert snapshot.read(2 * MIB, 2 * MIB) == second + bytes(MIB)
     assert (b.mirror()["primary"], b.mirror()["role"], a.mirror()["role"]) == ("b", "primary", "secondary")
+    until(lambda: not any(one["kind"] == "client" for one in b.daemon.api("GET", "/v1/status")["nbd"]["connections"]))
+    assert b.daemon.api("DELETE", "/v1/pools/p/volumes/v?snapshots=1") == {"deleted": "p/v", "left": []}
+    assert not any(volume["name"] == "p/v" for volume in a.daemon.api("GET", "/v1/pools/p/volumes"))
 
 
 def test_a_primary_that_is_killed_goes_on_when_it_is_started_again(pair: Pair) -> None:
@@ -221,13 +231,6 @@ def test_two_sides_that_have_both_written_are_a_split_brain_until_an_operator_gi
     with b.connect("s") as client:
         assert client.read(0, 4096) == b"b" * 4096
         assert client.read(MIB, 4096) == bytes(4096)
-
-
-def until(true: Callable[[], bool], timeout_s: float = 15.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)
 
 
 def test_a_split_brain_of_two_terms_of_one_number_is_told_and_the_side_that_does_not_serve_stays_out(
