@@ -81,8 +81,8 @@ class Surroundings(Protocol):
 class LocalMirror:
     """See the module. `run` has to be run."""
 
-    def __init__(self, pool: Pool, volume: Volume, node: Surroundings) -> None:
-        """Raises OSError EPROTO for a record that can't be understood."""
+    def __init__(self, pool: Pool, volume: Volume, node: Surroundings, *, is_new: bool = False) -> None:
+        """`is_new`: this node has just written its first record. Raises OSError EPROTO for one that makes no sense."""
         self.pool = pool
         self.volume = volume
         self.store = PoolLegStore(pool, volume)
@@ -102,6 +102,7 @@ class LocalMirror:
         self._connected: dict[str, RemoteLeg] = {}
         """By id, the last one of each: the mirror asks for facts of a leg before it takes it."""
         self._node = node
+        self._is_new = is_new
         self._settled = trio.Event()
         """Neither starting nor about to."""
         self._wanted = trio.Event()
@@ -349,9 +350,11 @@ class LocalMirror:
     async def _proven(self, *, force: bool) -> Membership:
         """The record with which this node is primary, which counts. Raises OSError."""
         membership = self.membership
-        fresh = membership.place == (1, 0) and set(membership.in_sync) == {self.me} and len(membership.legs) == 1
-        if fresh and membership.primary == self._node.peers.node and not force:
-            return membership  # just made, and nobody else knows of it
+        is_new, self._is_new = self._is_new, False
+        if is_new and membership.primary == self._node.peers.node and not force:
+            # Nobody else knows of it. Only this once: begun again in the same term, it would write other records with
+            # the places of those that it may have sent to new legs before.
+            return membership
         timeout_s = membership.options.timeout_s
         decision = await promote(
             self._node.peers.node,

@@ -136,7 +136,7 @@ class MirrorAdmin:
         # A volume can be seen while it is made durable, and whoever has it would write to it, and not to the mirror.
         self._require_unused(volume, "make a mirror of")
         await pool.set_mirror(volume, own.encode(), {})
-        mirror = self.mirrors.adopt(pool, volume)
+        mirror = self.mirrors.adopt(pool, volume, is_new=True)
         assert mirror is not None, "this node has a name, and wrote the record itself"
         try:
             await mirror.promote()

@@ -92,15 +92,18 @@ class Mirrors:
             if volume.mirror_record:
                 self.adopt(pool, volume)
 
-    def adopt(self, pool: Pool, volume: Volume) -> LocalMirror | None:
-        """A volume has a record now. None if that can't be understood, or this node has no name: then it is closed."""
+    def adopt(self, pool: Pool, volume: Volume, *, is_new: bool = False) -> LocalMirror | None:
+        """A volume has a record now; `is_new`: the first one of a mirror, of this node alone.
+
+        None if it can't be understood, or this node has no name: then it is closed.
+        """
         assert self._nursery is not None
         if volume in self._mirrors:
             return self._mirrors[volume]
         try:
             if not self.node:
                 raise OSError(errno.EINVAL, "this node has no name any more: set name under [node] to what it was")
-            mirror = LocalMirror(pool, volume, self)
+            mirror = LocalMirror(pool, volume, self, is_new=is_new)
         except OSError as error:
             self._broken[volume] = error
             self.tell("mirror", volume.name, f"{volume.name} is a leg of a mirror, and can't be used: {error.strerror}")
