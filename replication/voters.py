@@ -55,7 +55,7 @@ DECIDED = frozenset({errno.ESTALE, errno.EUCLEAN, errno.EINVAL, errno.EBUSY, err
 MAX_MIRRORS = 1024
 """So many mirrors a node may be a tie-breaker of. Files are made by the records of peers, and by nothing else."""
 MAX_RETIRED = 64
-"""So many mirrors that a node is no voter of any more are remembered, for their promises."""
+"""So many mirrors that a node is no voter of any more it remembers; see `KeptVoter.retire`."""
 
 NO_TERRACE_LEG = "at least one Terrace leg must be in sync: an NBD server stores no records"
 
@@ -250,18 +250,19 @@ class KeptVoter:
             self._lease.forget(mirror)
 
     async def retire(self, record: Membership) -> None:
-        """This node is no voter any more by this record, which counts, or gives up its leg: only the promise is kept.
+        """This node is no voter any more by this record, which counts, or gives up its leg: it keeps both in its home.
 
-        A primary that was fenced by it, and hasn't heard of that, believes this node to be a voter still: it must not
-        make a record count here. Of the `MAX_RETIRED` newest mirrors: by then it is long gone. Raises OSError.
+        Who hasn't heard of that believes that it is a voter still. A primary that was fenced must not make a record
+        count here, and a candidate must find that there is a later one than it knows. Of the `MAX_RETIRED` newest
+        mirrors: by then nobody asks. Raises OSError.
         """
         async with self._holding(record.mirror):
             file = await self._file(record.mirror)
             promises = [record.term, *(keeper.record.promised for keeper in self._legs(record.mirror))]
             promises.append(file.promised if file is not None else None)
             newest = max((one for one in promises if one is not None), key=lambda one: one.number)
-            await self._keep(record.mirror, _Kept(newest))
-            for gone in await trio.to_thread.run_sync(_forget_oldest, self._directory):
+            await self._keep(record.mirror, _Kept(newest, record))
+            for gone in await trio.to_thread.run_sync(_forget_oldest, self._directory, self.node):
                 self._files.pop(gone, None)
             self._lease.forget(record.mirror)
 
@@ -414,13 +415,13 @@ def _remove(path: Path) -> None:
         _sync_directory(path.parent)
 
 
-def _forget_oldest(directory: Path) -> list[str]:
-    """Remove all but the newest files that keep only a promise; the mirrors that they were of. Blocks."""
+def _forget_oldest(directory: Path, node: str) -> list[str]:
+    """Remove all but the newest files of mirrors that the node is no voter of any more; which these are. Blocks."""
     retired = []
     for path in directory.glob("*.json"):
         with contextlib.suppress(OSError):
             kept = _load(path)
-            if kept is not None and kept.accepted is None:
+            if kept is not None and kept.accepted is not None and node not in kept.accepted.voters:
                 retired.append((path.stat().st_mtime_ns, path))
     gone = [path for _, path in sorted(retired)[:-MAX_RETIRED]]
     for path in gone:
