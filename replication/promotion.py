@@ -113,7 +113,7 @@ def decide(
     ours = frozenset(node for node, record in records.items() if not _is_apart(newest, record, node))
     apart = sorted(set(records) - ours)
     own_side = me in ours or me not in records
-    others = [records[node] for node in apart if node not in beyond]
+    others = [records[node] for node in apart if node not in beyond and arbiter is None]
     if apart and not (own_side and _outweighs(newest, ours, others)):
         if not force:
             other = apart[0] if own_side else me
@@ -131,7 +131,7 @@ def decide(
 def _outweighs(newest: Membership, ours: frozenset[str], others: Sequence[Membership]) -> bool:
     """Whether the nodes `ours` may go on from the newest record, whatever is on the other side of a split brain.
 
-    `others`: the records there of nodes that haven't heard yet that they are superseded.
+    `others`: the records there of nodes that haven't heard yet that they are superseded; with etcd all have, there.
     """
     if any(one.term.number == newest.term.number for one in others):
         return False  # two terms of one number have no order

@@ -12,11 +12,13 @@ import pytest
 
 import replication.keeper
 import replication.lineage
+import replication.orders
 import replication.promotion
 import replication.voters
 from replication.keeper import LegKeeper, LegRecord
 from replication.membership import Membership, Term
 from replication.voters import KeptVoter, in_sync_nodes, is_majority, rule_of
+from tests.replication.nodes import MemoryVoter
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
@@ -172,6 +174,23 @@ def _highest_place_wins(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(replication.promotion, "decide", decide)
 
 
+def _retired_forgets(patch: pytest.MonkeyPatch) -> None:
+    async def retire(self: MemoryVoter, record: Membership) -> None:
+        own = self._site.keeper.record
+        await self._site.keeper._save(LegRecord(own.me, promised=own.promised))
+
+    patch.setattr(MemoryVoter, "retire", retire)
+
+    async def keeps_nothing(self: KeptVoter, record: Membership) -> None:
+        await self.forget(record.mirror)
+
+    patch.setattr(KeptVoter, "retire", keeps_nothing)
+
+
+def _obeys_anybody(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(replication.orders, "judge_order", lambda order, known: None)
+
+
 MUTANTS: Mapping[str, Mutant] = {
     "older-terms": Mutant("a leg accepts records and writes of an older term", _older_terms),
     "promise-in-memory": Mutant("a promise is forgotten by a crash", _promise_in_memory),
@@ -191,6 +210,8 @@ MUTANTS: Mapping[str, Mutant] = {
     "superseded-forgotten": Mutant("who was left behind by force goes on when it is alone", _superseded_is_forgotten),
     "anybody-supersedes": Mutant("a fenced primary makes the one after it give up", _anybody_supersedes),
     "highest-place-wins": Mutant("a leg that was left behind outweighs a majority", _highest_place_wins),
+    "retired-forgets": Mutant("a voter that was removed forgets what it has promised and stored", _retired_forgets),
+    "obeys-anybody": Mutant("a leg is given up by order of a primary that is none any more", _obeys_anybody),
     "forks-harmless": Mutant("a split brain is resynced like a leg that was away", _forks_are_harmless),
 }
 

@@ -42,6 +42,11 @@ def test_who_is_not_primary_by_what_the_leg_knows_is_not_obeyed(order: Order, wh
         judge_deletion(order, what_is_known, whole=True)
 
 
+def test_a_primary_that_is_none_any_more_has_nothing_given_up() -> None:
+    with pytest.raises(OSError, match="promised term 2"):
+        judge_discard(Order("a", ABC.next_epoch(in_sync=frozenset("ac"))), known(LATER, TERM_2))
+
+
 def test_a_leg_is_deleted_when_it_is_none_any_more_or_with_its_whole_mirror() -> None:
     for order in (Order("a", WITHOUT_B), Order("a", WITHOUT_B.next_epoch())):
         judge_deletion(order, known(), whole=False)

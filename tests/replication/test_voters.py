@@ -254,9 +254,7 @@ def test_a_node_is_the_tie_breaker_of_so_many_mirrors_and_says_so(
     trio.run(main)
 
 
-def test_a_voter_that_was_removed_lets_no_primary_go_on_that_was_fenced_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_voter_that_was_removed_lets_no_primary_go_on_that_was_fenced_before(tmp_path: Path) -> None:
     async def main() -> None:
         voter = tie_breaker(tmp_path, clock := Clock())
         await voter.accept(FIRST)
@@ -271,9 +269,19 @@ def test_a_voter_that_was_removed_lets_no_primary_go_on_that_was_fenced_before(
                 await one.accept(FIRST.next_epoch(in_sync=frozenset("a")))
             assert (await one.state(MIRROR)).accepted == without  # which a candidate must find that knows FIRST
         await voter.accept(without.next_epoch(voters=FIRST.voters))  # it is one again
+
+    trio.run(main)
+
+
+def test_of_the_mirrors_that_it_was_removed_from_a_voter_remembers_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
         monkeypatch.setattr(voters, "MAX_RETIRED", 3)
+        voter = tie_breaker(tmp_path)
+        await voter.accept(FIRST)
         for digit in "123456":
-            await voter.retire(dataclasses.replace(without, mirror=digit * 32))
+            await voter.retire(dataclasses.replace(first_record("ab"), mirror=digit * 32))
         assert await voter.mirrors() == {MIRROR, "4" * 32, "5" * 32, "6" * 32}
 
     trio.run(main)
