@@ -113,11 +113,13 @@ def decide(
     ours = frozenset(node for node, record in records.items() if not _is_apart(newest, record, node))
     apart = sorted(set(records) - ours)
     own_side = me in ours or me not in records
+    if me in beyond and _is_apart(beyond[me], mine, me):
+        own_side = False  # whatever is newest by others: it has heard who serves, and only an operator decides
     others = [records[node] for node in apart if node not in beyond and arbiter is None]
-    if apart and not (own_side and _outweighs(newest, ours, others)):
+    if (apart or not own_side) and not (own_side and _outweighs(newest, ours, others)):
         if not force:
             other = apart[0] if own_side else me
-            return _split(newest, records[other], other)
+            return _split(newest if own_side else beyond.get(me, newest), records[other], other)
         same_side = {node: state for node, state in heard.items() if not _is_apart(mine, records.get(node), node)}
         return _force(me, term, same_side, unheard, mine, sorted(set(heard) - set(same_side)))
     usable = {node: state for node, state in heard.items() if node in ours or node not in records}
@@ -321,9 +323,10 @@ async def promote(
         states, unheard = states | more, unheard | more_unheard
     if heard_of is not None and not force:
         for node, state in states.items():
-            for record in (state.accepted, state.superseded):
-                if node != me and record is not None:
-                    await heard_of(record, node, served=state.primary_here and record is state.accepted)
+            # What a node has that knows itself superseded supersedes nobody.
+            record = state.superseded or state.accepted
+            if node != me and record is not None:
+                await heard_of(record, node, served=state.primary_here and record is state.accepted)
         if me in states:
             states[me] = await voter(me).state(mirror)
     term = new_term(list(states.values()), truth)
