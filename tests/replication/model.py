@@ -512,10 +512,8 @@ class World:
             own = node.keeper.record
             judge_discard(Order(me, record), Known(leg_id, own.promised, own.accepted, leg_id))
             await node.keeper.prepare(record.term, me)
-            history = set(record.history)
-            self.oracle.given_up |= {
-                one for one in node.data if one in self.oracle.acked and self.oracle.acked[one].under not in history
-            }
+            # Not what this side must have: of before the fork, and lost without anybody's decision.
+            self.oracle.given_up |= node.data - self.oracle.required(record)
             await node.keeper.accept(record, inconsistent=True, discard=True)
             self.oracle.heard.pop(leg_id, None)
             self.oracle.discards += 1
