@@ -164,6 +164,10 @@ def _anybody_supersedes(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(KeptVoter, "_heard_of_accept", heard_of_accept)
 
 
+def _one_number_has_an_order(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(replication.promotion, "_outweighs", lambda newest, ours, others: in_sync_nodes(newest) <= ours)
+
+
 def _highest_place_wins(patch: pytest.MonkeyPatch) -> None:
     real = replication.promotion.decide
 
@@ -209,6 +213,7 @@ MUTANTS: Mapping[str, Mutant] = {
     "apart-forgotten": Mutant("a primary that a forced one knew nothing of is taken for its past", _apart_is_forgotten),
     "superseded-forgotten": Mutant("who was left behind by force goes on when it is alone", _superseded_is_forgotten),
     "anybody-supersedes": Mutant("a fenced primary makes the one after it give up", _anybody_supersedes),
+    "one-number-ordered": Mutant("of two terms of one number the one with more epochs wins", _one_number_has_an_order),
     "highest-place-wins": Mutant("a leg that was left behind outweighs a majority", _highest_place_wins),
     "retired-forgets": Mutant("a voter that was removed forgets what it has promised and stored", _retired_forgets),
     "obeys-anybody": Mutant("a leg is given up by order of a primary that is none any more", _obeys_anybody),

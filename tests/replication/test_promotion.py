@@ -138,6 +138,22 @@ def test_both_histories_of_a_split_brain_are_named_and_the_operator_decides() ->
     assert isinstance(taken, Forced) and taken.expected == alone
 
 
+def test_two_terms_of_one_number_have_no_order_and_who_has_heard_of_the_other_that_serves_needs_force() -> None:
+    resumed = AB.next_term(Term(2, "a" * 16), "a", frozenset("a"))
+    forced = AB.next_term(TERM_2, "b", frozenset("b"), "fenced").next_epoch()
+    states = heard(said("a", resumed), said("b", forced))
+    for me in "ab":
+        assert isinstance(decide(me, TERM_3, states, {}), SplitBrain)
+        assert isinstance(decide(me, TERM_3, states, {}, force=True), Forced)
+    states = heard(said("a", resumed), said("b", forced, superseded=resumed))
+    assert isinstance(decide("a", TERM_3, states, {}), Promote)
+    assert isinstance(decide("b", TERM_3, states, {}), SplitBrain)
+    # And if each has heard of the other, nobody goes on without an operator.
+    states = heard(said("a", resumed, superseded=forced), said("b", forced, superseded=resumed))
+    for me in "ab":
+        assert isinstance(decide(me, TERM_3, states, {}), SplitBrain)
+
+
 def test_what_a_returning_leg_is() -> None:
     later = AB.next_epoch(in_sync=frozenset("a"))
     assert is_rejoin_allowed(AB, AB, "b") is Relation.SAME

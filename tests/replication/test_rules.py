@@ -38,6 +38,9 @@ CAUGHT_BY: dict[str, Callable[[], None]] = {
     "inconsistent-forgotten": (test_keeper.test_a_leg_that_rejoins_keeps_what_it_has_differently_until_it_is_in_sync),
     "lease-after-promise": in_home(test_voters.test_a_voter_promises_nothing_while_the_primary_may_serve),
     "no-lease": in_home(test_voters.test_a_voter_promises_nothing_while_the_primary_may_serve),
+    "one-number-ordered": (
+        test_promotion.test_two_terms_of_one_number_have_no_order_and_who_has_heard_of_the_other_that_serves_needs_force
+    ),
     "anybody-supersedes": test_promotion.test_a_primary_that_was_fenced_makes_nobody_give_up,
     "highest-place-wins": (
         test_promotion.test_a_side_that_was_left_behind_by_force_does_not_go_on_once_it_has_heard_of_the_other_that_serves
