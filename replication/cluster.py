@@ -30,6 +30,8 @@ class VoterState:
     inconsistent: bool = False
     """Its leg was being resynced, and is no state that the volume ever had."""
     recent_bytes: int = 0
+    superseded: Membership | None = None
+    """A record that it has heard of, and hasn't accepted, by which it must not go on from its own any more."""
 
 
 class Voter(Protocol):

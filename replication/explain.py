@@ -52,6 +52,8 @@ class Facts:
     """Why no node could become primary when it was tried last."""
     deposed: Term | None = None
     """This node was primary until a promise for this term fenced it."""
+    left_behind: str | None = None
+    """The leg here is the other side of a split brain, and doesn't go on by itself: both histories, and the way out."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ def explain(facts: Facts) -> Explanation:
     else:
         state = MirrorState.DEGRADED
     sentences = [_headline(facts, state, legs), *_about_legs(facts, legs)]
+    if facts.left_behind is not None:
+        sentences.append(f"The leg here is left out: {facts.left_behind.rstrip('.')}.")
     return Explanation(legs, state, " ".join(one for one in sentences if one))
 
 

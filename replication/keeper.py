@@ -36,7 +36,7 @@ from typing import Any
 import trio
 
 from replication.leg import MISSING, RECENT, RECENT_OLD, Extents, LegStore, Position, missing_tracker
-from replication.lineage import Relation, both_histories, relation
+from replication.lineage import Relation, both_histories, how_to_discard, relation, supersedes
 from replication.membership import Membership, Term, decode, encode
 
 FORMAT_VERSION = 1
@@ -61,6 +61,8 @@ class LegRecord:
     """It may have lost writes, and has not been made equal to the others since."""
     position: Position | None = None
     """The last batch that it had when it was closed cleanly."""
+    superseded: Membership | None = None
+    """What this leg has heard of and not accepted, by which its own record is no ground to go on from any more."""
 
     def encode(self) -> bytes:
         """As JSON in UTF-8."""
@@ -76,6 +78,7 @@ class LegRecord:
             "position": None
             if self.position is None
             else {"term": term_to_json(self.position.term), "sequence": self.position.sequence},
+            "superseded": json.loads(encode(self.superseded)) if self.superseded else None,
         }
         return json.dumps(plain, separators=(",", ":"), sort_keys=True).encode()
 
@@ -91,6 +94,7 @@ class LegRecord:
                     "version of Terrace that wrote it, or a later one",
                 )
             accepted, position = plain["accepted"], plain["position"]
+            superseded = plain.get("superseded")  # not in what the first releases wrote
             return LegRecord(
                 me=_of_type(plain["me"], str),
                 promised=term_from_json(plain["promised"]),
@@ -100,6 +104,7 @@ class LegRecord:
                 boot=None if plain["boot"] is None else _of_type(plain["boot"], str),
                 doubtful=_of_type(plain["doubtful"], bool),
                 position=None if position is None else _position(position),
+                superseded=decode(json.dumps(superseded).encode()) if superseded is not None else None,
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise OSError(errno.EPROTO, f"a leg's record can't be understood: {error!r}") from None
@@ -161,6 +166,25 @@ def judge_accept(promised: Term | None, accepted: Membership | None, new: Member
         f"{who} has the record {accepted.term.number}.{accepted.epoch} ({accepted.term.id[:8]}), "
         f"and {new.term.number}.{new.epoch} ({new.term.id[:8]}) doesn't come after it",
     )
+
+
+def is_superseded(
+    own: Membership | None,
+    leg_id: str,
+    me: str,
+    known: Membership | None,
+    record: Membership,
+    node: str,
+    *,
+    served: bool,
+) -> bool:
+    """Whether node `node`'s record supersedes `own`, of node `me`, and tells more than what is `known` to do so."""
+    if own is None or own.mirror != record.mirror or (known is not None and record.place <= known.place):
+        return False
+    if record.primary == me:
+        return False  # own records are never behind what counts: it is one of ours, which may
+    legs = record.legs_on(record.primary or node)
+    return supersedes(record, legs[0].id if legs else "", own, leg_id, served=served)
 
 
 class LegKeeper:
@@ -230,6 +254,7 @@ class LegKeeper:
                 candidates=frozenset() if needed else old.candidates,
                 inconsistent=(old.inconsistent or inconsistent) and not in_sync,
                 doubtful=old.doubtful and not (in_sync and self._joins(membership)),
+                superseded=None if needed else old.superseded,
             )
             if record.inconsistent and not old.inconsistent:
                 await self.before_overwritten()
@@ -239,6 +264,18 @@ class LegKeeper:
             if old.promised != membership.term:
                 self._fence(membership.term)
             self._drop_trackers()
+
+    async def heard_of(self, record: Membership, node: str, *, served: bool) -> None:
+        """Node `node` has this record, and is primary by it now if `served`; this node isn't. Durable on return is that
+        this leg doesn't go on from its own, if the other supersedes it: until it accepts one, or an operator forces it.
+
+        Raises OSError.
+        """
+        async with self._lock:
+            old = self.record
+            known = old.superseded
+            if is_superseded(old.accepted, old.me, self.node, known, record, node, served=served):
+                await self._save(dataclasses.replace(old, superseded=record))
 
     def _judge_leg(self, new: Membership, inconsistent: bool, discard: bool) -> None:
         old = self.record
@@ -254,8 +291,8 @@ class LegKeeper:
             sides = both_histories(new, old.accepted, f"node {new.primary}", f"node {self.node}")
             raise OSError(
                 errno.EUCLEAN,
-                f"split brain: {sides}; decide whose writes are lost, and say `mirror resync --discard {self.node}` or "
-                "promote this node with --force",
+                f"split brain: {sides}; decide whose writes are lost: {how_to_discard(new, self.node)}, or promote "
+                f"node {self.node} with --force",
             )
 
     def _joins(self, new: Membership) -> bool:

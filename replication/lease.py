@@ -44,6 +44,11 @@ class VoterLease:
         if term is not None:
             self._terms[mirror] = term
 
+    def forget(self, mirror: str) -> None:
+        """It is gone, or none of this voter's affair any more."""
+        self._heard.pop(mirror, None)
+        self._terms.pop(mirror, None)
+
     def term(self, mirror: str) -> int:
         """Number of the term whose primary was heard last; 0: of none since the start."""
         return self._terms.get(mirror, 0)

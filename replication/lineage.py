@@ -43,6 +43,24 @@ def relation(ours: Membership, theirs: Membership, their_leg: str) -> Relation:
     return Relation.FORK
 
 
+def are_apart(ours: Membership, our_leg: str, theirs: Membership, their_leg: str) -> bool:
+    """Whether two records are two sides of a split brain, whichever of them is asked about the other."""
+    split = Relation.SPLIT_BRAIN
+    return relation(ours, theirs, their_leg) is split or relation(theirs, ours, our_leg) is split
+
+
+def supersedes(theirs: Membership, their_leg: str, ours: Membership, our_leg: str, *, served: bool) -> bool:
+    """Whether who has `ours`, and serves nothing now, must not go on from it any more, having heard of `theirs`.
+
+    It is of a later term, and `ours` doesn't come from it; or it is the other side of a split brain, and somebody is
+    primary by it now (`served`): then the numbers of the terms say nothing of which side is the newer one.
+    """
+    later = theirs.term.number > ours.term.number
+    if are_apart(ours, our_leg, theirs, their_leg):
+        return served or later
+    return later and not ours.descends_from(theirs)
+
+
 def since_common(ours: Membership, theirs: Membership) -> tuple[tuple[Generation, ...], tuple[Generation, ...]]:
     """The generations of each since the newest that both have; all that are remembered if there is none."""
     common = set(ours.history) & set(theirs.history)
@@ -59,6 +77,14 @@ def both_histories(ours: Membership, theirs: Membership, our_name: str, their_na
     """A sentence with the two sides of a split brain."""
     ours_since, theirs_since = since_common(ours, theirs)
     return f"{our_name} has {_listed(ours_since)}, and {their_name} has {_listed(theirs_since)}"
+
+
+def how_to_discard(ours: Membership, node: str) -> str:
+    """What gives up what `node` has, as it is to be typed where `ours` is served, or will be."""
+    legs = ours.legs_on(ours.primary) if ours.primary is not None else ()
+    name = (*legs, *ours.legs)[0].export
+    where = f" on node {ours.primary}" if ours.primary is not None else ""
+    return f"`terrace volume mirror resync {name} {node} --discard`{where} gives up what only node {node} has"
 
 
 def _listed(generations: tuple[Generation, ...]) -> str:

@@ -12,6 +12,10 @@ when a record counts):
   node since. For a record that counts without it would have needed that promise, and its own records are never behind
   what counts (see `replication.voters`, "the order").
 
+A node that has heard of a record that supersedes its own (`replication.lineage.supersedes`) keeps it, durably, until it
+accepts one, or an operator promotes it by force: it doesn't go on from its own any more, whoever can be heard. What it
+has heard of stands for it in these decisions, and if it is apart from that, in a split brain, it has no say.
+
 And a leg to go on with: in sync by that record, and either intact, or compared with all others that are in sync.
 
 `promote` first asks without promises (`Voter.state`), since each promise fences a primary that may be well, and
@@ -24,9 +28,10 @@ import errno
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from replication.cluster import ClusterStore, Voter, VoterState
-from replication.lineage import Relation, both_histories, relation, since_common
+from replication.lineage import Relation, both_histories, how_to_discard, relation, since_common
 from replication.membership import Generation, LegInfo, Membership, Term
 from replication.voters import ask, in_sync_nodes, is_majority, rule_of
 
@@ -79,6 +84,7 @@ Decision = Promote | Refused | SplitBrain
 def new_term(seen: Sequence[VoterState], arbiter: Membership | None = None) -> Term:
     """Higher than all that was seen."""
     terms = [state.promised for state in seen] + [state.accepted.term for state in seen if state.accepted]
+    terms += [state.superseded.term for state in seen if state.superseded]
     terms += [arbiter.term] if arbiter else []
     return Term(1 + max((term.number for term in terms if term), default=0), secrets.token_hex(8))
 
@@ -97,24 +103,42 @@ def decide(
     `unheard`: why other nodes have promised nothing, in words. `arbiter`: etcd's record.
     """
     records = {node: state.accepted for node, state in heard.items() if state.accepted is not None}
-    newest = max(records.values(), key=lambda one: one.place, default=None) if arbiter is None else arbiter
+    # Of a node that has heard of a record that supersedes its own, that one counts, and not its own.
+    beyond = {node: state.superseded for node, state in heard.items() if state.superseded is not None}
+    known = [beyond.get(node, record) for node, record in records.items()]
+    newest = max(known, key=lambda one: one.place, default=None) if arbiter is None else arbiter
     if newest is None:
         return Refused(f"no node has a record of the mirror{_because(unheard)}", frozenset(unheard))
     mine = records.get(me, newest)
     ours = frozenset(node for node, record in records.items() if not _is_apart(newest, record, node))
     apart = sorted(set(records) - ours)
     own_side = me in ours or me not in records
-    if apart and not (own_side and in_sync_nodes(newest) <= ours):
+    if me in beyond and _is_apart(beyond[me], mine, me):
+        own_side = False  # whatever is newest by others: it has heard who serves, and only an operator decides
+    others = [records[node] for node in apart if node not in beyond and arbiter is None]
+    if (apart or not own_side) and not (own_side and _outweighs(newest, ours, others)):
         if not force:
             other = apart[0] if own_side else me
-            return _split(newest, records[other], other)
+            return _split(newest if own_side else beyond.get(me, newest), records[other], other)
         same_side = {node: state for node, state in heard.items() if not _is_apart(mine, records.get(node), node)}
         return _force(me, term, same_side, unheard, mine, sorted(set(heard) - set(same_side)))
     usable = {node: state for node, state in heard.items() if node in ours or node not in records}
-    refused = _judge(me, term, usable, unheard, newest, arbiter is not None)
+    left_out = dict.fromkeys(apart, "it has gone its own way, and has no say until that is decided")
+    refused = _judge(me, term, usable, {**unheard, **left_out}, newest, arbiter is not None)
     if isinstance(refused, Promote) or not force:
         return refused
     return _force(me, term, usable, unheard, newest, apart)
+
+
+def _outweighs(newest: Membership, ours: frozenset[str], others: Sequence[Membership]) -> bool:
+    """Whether the nodes `ours` may go on from the newest record, whatever is on the other side of a split brain.
+
+    `others`: the records there of nodes that haven't heard yet that they are superseded; with etcd all have, there.
+    """
+    if any(one.term.number == newest.term.number for one in others):
+        return False  # two terms of one number have no order
+    by_majority = rule_of(newest) == "majority" and is_majority(ours, newest.voters)
+    return not others or by_majority or in_sync_nodes(newest) <= ours
 
 
 def _is_apart(ours: Membership, theirs: Membership | None, node: str) -> bool:
@@ -132,7 +156,7 @@ def _split(ours: Membership, theirs: Membership, node: str) -> SplitBrain:
         theirs_since,
         node,
         f"split brain: {both_histories(ours, theirs, f'node {ours.primary}', f'node {node}')}; both may have "
-        f"acknowledged writes. Decide whose are lost: `mirror resync --discard {node}`, or promote node {node} with "
+        f"acknowledged writes. Decide whose are lost: {how_to_discard(ours, node)}, or promote node {node} with "
         "--force",
     )
 
@@ -264,6 +288,12 @@ def _change(silent: frozenset[str]) -> str:
 # With promises
 
 
+class HeardOf(Protocol):
+    """`replication.voters.KeptVoter.heard_of`."""
+
+    async def __call__(self, record: Membership, node: str, *, served: bool) -> None: ...
+
+
 async def promote(
     me: str,
     mirror: str,
@@ -275,12 +305,14 @@ async def promote(
     force: bool = False,
     patience_s: float = 0.0,
     timeout_s: float = 2.0,
+    heard_of: HeardOf | None = None,
 ) -> Decision:
     """Become primary of a mirror: the record is committed when this returns a `Promote`.
 
     `nodes`: all that may know of the mirror. `patience_s`: how long to wait for nodes that are silent; a primary that
-    was restarted gives its timeout. `arbiter`: the truth is in etcd. Raises OSError: ETIMEDOUT if it isn't known
-    whether the record counts (then again, with another term), ESTALE if somebody else was faster.
+    was restarted gives its timeout. `arbiter`: the truth is in etcd. `heard_of`: stores what supersedes our own record,
+    before anything is decided; not used with `force`, by which an operator has decided. Raises OSError: ETIMEDOUT if it
+    isn't known whether the record counts (then again, with another term), ESTALE if somebody else was faster.
     """
     truth = await cluster.newest(mirror) if arbiter else None
     wait_s = max(timeout_s, patience_s)
@@ -289,17 +321,27 @@ async def promote(
     if others:
         more, more_unheard = await _states(mirror, others, voter, wait_s)
         states, unheard = states | more, unheard | more_unheard
+    if heard_of is not None and not force:
+        for node, state in states.items():
+            # What a node has that knows itself superseded supersedes nobody.
+            record = state.superseded or state.accepted
+            if node != me and record is not None:
+                await heard_of(record, node, served=state.primary_here and record is state.accepted)
+        if me in states:
+            states[me] = await voter(me).state(mirror)
     term = new_term(list(states.values()), truth)
     alive = [node for node, state in states.items() if state.primary_here and node != me]
     if alive and not force:
         return Refused(
-            f"node {alive[0]} is primary and alive; demote it first, or promote with --force", frozenset(alive)
+            f"node {alive[0]} is primary and alive: demote it there first, with `terrace volume mirror demote "
+            f"{_name_on(alive[0], states)} --to {me}`",
+            frozenset(alive),
         )
     busy = {} if force else {node: why for node, state in states.items() if (why := _busy(me, state))}
     would_promise = {node: state for node, state in states.items() if node not in busy}
     would = decide(me, term, would_promise, unheard | busy, arbiter=truth, force=force)
     if not isinstance(would, Promote):
-        return would
+        return _while_alive(would, busy)
     # This node last: if another refuses, our own leg has fenced nobody.
     asked = tuple(node for node in states if node != me)
     promised, failures = await ask(
@@ -315,9 +357,27 @@ async def promote(
             failures[me] = error
     told = unheard | {node: error.strerror or str(error) for node, error in failures.items()}
     decision = decide(me, term, promised, told, arbiter=truth, force=force)
-    if isinstance(decision, Promote):
-        await cluster.commit(decision.membership, expected=decision.expected)
+    if not isinstance(decision, Promote):
+        return _while_alive(decision, {node: told[node] for node in failures if failures[node].errno == errno.EBUSY})
+    await cluster.commit(decision.membership, expected=decision.expected)
     return decision
+
+
+def _while_alive(refused: Refused | SplitBrain, busy: Mapping[str, str]) -> Refused | SplitBrain:
+    """With the next step where nodes have answered, and promise nothing: none that would end a primary that is well."""
+    if not busy or not isinstance(refused, Refused):
+        return refused
+    return Refused(
+        f"a primary is alive, or was a moment ago, and nobody else may be one meanwhile{_because(busy)}: demote it "
+        "there, or ask again when it has been silent for longer than its lease",
+        refused.must_hear | frozenset(busy),
+    )
+
+
+def _name_on(node: str, states: Mapping[str, VoterState]) -> str:
+    accepted = states[node].accepted
+    legs = accepted.legs_on(node) or accepted.legs if accepted is not None else ()
+    return legs[0].export if legs else "POOL/VOL"
 
 
 async def _states(
@@ -342,8 +402,9 @@ def _busy(me: str, state: VoterState) -> str | None:
 def _named_by(states: Mapping[str, VoterState]) -> list[str]:
     found: list[str] = []
     for state in states.values():
-        if state.accepted is not None:
-            found += [*state.accepted.voters, *(leg.node for leg in state.accepted.legs if leg.kind == "terrace")]
+        for record in (state.accepted, state.superseded):
+            if record is not None:
+                found += [*record.voters, *(leg.node for leg in record.legs if leg.kind == "terrace")]
     return found
 
 

@@ -30,21 +30,32 @@ import errno
 import json
 import os
 import re
-from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import trio
 
 from replication.cluster import Voter, VoterState
-from replication.keeper import LegKeeper, judge_accept, judge_prepare, term_from_json, term_to_json
+from replication.keeper import (
+    LegKeeper,
+    is_superseded,
+    judge_accept,
+    judge_prepare,
+    term_from_json,
+    term_to_json,
+)
 from replication.lease import Clock, VoterLease, boottime
 from replication.membership import Membership, Term, decode, encode
 
 FORMAT_VERSION = 1
 DECIDED = frozenset({errno.ESTALE, errno.EUCLEAN, errno.EINVAL, errno.EBUSY, errno.EPROTO})
 """Errors by which a voter has answered: asking again gives the same."""
+
+MAX_MIRRORS = 1024
+"""So many mirrors a node may be a tie-breaker of. Files are made by the records of peers, and by nothing else."""
+MAX_RETIRED = 64
+"""So many mirrors that a node is no voter of any more it remembers; see `KeptVoter.retire`."""
 
 NO_TERRACE_LEG = "at least one Terrace leg must be in sync: an NBD server stores no records"
 
@@ -109,7 +120,9 @@ class KeptVoter:
         self._is_primary = is_primary
         self._lease = VoterLease(clock)
         self._files: dict[str, _Kept | None] = {}
-        self._locks: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)
+        """Only of mirrors that there is a file or a leg of: whatever ids peers make up, nothing grows."""
+        self._locks: dict[str, trio.Lock] = {}
+        """Those that somebody has or waits for."""
 
     def heard(self, mirror: str) -> None:
         """The primary has shown that it is alive, by a session for instance. Gives it no lease: `heartbeat` does."""
@@ -125,7 +138,7 @@ class KeptVoter:
 
     async def prepare(self, mirror: str, term: Term, candidate: str, *, force: bool = False) -> VoterState:
         """Raises OSError ESTALE, EBUSY, ENOENT, EPROTO, EIO."""
-        async with self._locks[mirror]:
+        async with self._holding(mirror):
             file = await self._file(mirror)
             said = await self._say(mirror, file)
             judge_prepare(said.promised, term, f"node {self.node}")
@@ -154,7 +167,7 @@ class KeptVoter:
         if not later and accepted.primary in (None, candidate):
             return
         if said.primary_here:
-            raise OSError(errno.EBUSY, f"node {self.node} is primary and alive; demote it first, or promote with force")
+            raise OSError(errno.EBUSY, f"node {self.node} is primary and alive: demote it there first")
         needs_lease = rule_of(accepted) == "majority"
         primary = "of a later term" if later else f"node {accepted.primary}"
         left_s = self._lease.left_s(accepted.mirror, accepted.options.lease_s, since_start=needs_lease)
@@ -162,12 +175,12 @@ class KeptVoter:
             raise OSError(
                 errno.EBUSY,
                 f"node {self.node} may promise nothing for {left_s:.1f} s: it has heard the primary, "
-                f"{primary}, or was just started; demote that one, wait, or promote with force",
+                f"{primary}, or was just started: demote that one, or wait",
             )
 
     async def accept(self, membership: Membership) -> None:
         """Raises OSError ESTALE, EUCLEAN, EINVAL, ENOENT, EIO."""
-        async with self._locks[membership.mirror]:
+        async with self._holding(membership.mirror):
             file = await self._file(membership.mirror)
             keepers = self._legs(membership.mirror)
             homed = file is not None or not keepers
@@ -179,28 +192,91 @@ class KeptVoter:
                 try:
                     await keeper.accept(membership)
                 except OSError as error:
+                    if error.errno in (errno.ESTALE, errno.EUCLEAN):
+                        await self._heard_of_accept(keeper, membership)
                     # A leg that is out, on a disk that is dead: the home must know it, or the leg could go on alone.
                     if error.errno in DECIDED or not _is_out(keeper.record.me, membership):
                         raise
                     homed = True
             if homed:
+                if file is None and not keepers:
+                    await self._judge_room()
                 before = file or _Kept()
                 if judge_accept(before.promised, before.accepted, membership, f"node {self.node}"):
                     await self._keep(membership.mirror, _Kept(membership.term, membership))
 
+    async def _judge_room(self) -> None:
+        """Whether there may be one more mirror in the home. Raises OSError ENOSPC."""
+        if len(await self.mirrors()) >= MAX_MIRRORS:
+            raise OSError(
+                errno.ENOSPC,
+                f"node {self.node} is a voter of {MAX_MIRRORS} mirrors that it has no leg of, which is the most: "
+                "remove it from some, or take another node",
+            )
+
+    async def _heard_of_accept(self, keeper: LegKeeper, refused: Membership) -> None:
+        """Who says `accept` is primary by that record, or about to be; one of an earlier term may be fenced since."""
+        own = keeper.record.accepted
+        if refused.primary is None or own is None or refused.term.number < own.term.number:
+            return
+        if not self._is_primary(refused.mirror):
+            with contextlib.suppress(OSError):  # it is refused in any case, and that is what the caller is to hear
+                await keeper.heard_of(refused, refused.primary, served=True)
+
+    async def heard_of(self, record: Membership, node: str, *, served: bool) -> None:
+        """As `LegKeeper.heard_of`, for whatever this node goes on from. Raises OSError."""
+        async with self._holding(record.mirror):
+            for keeper in self._legs(record.mirror):
+                await keeper.heard_of(record, node, served=served)
+            file = await self._file(record.mirror)
+            if file is not None and is_superseded(
+                file.accepted, "", self.node, file.superseded, record, node, served=served
+            ):
+                await self._keep(record.mirror, dataclasses.replace(file, superseded=record))
+
     async def heartbeat(self, mirror: str, term: Term) -> None:
         """Raises OSError ESTALE, ENOENT."""
         # Under the lock: a promise that is being stored must not be followed by a lease for the primary before it.
-        async with self._locks[mirror]:
+        async with self._holding(mirror):
             # Only what is needed of `_say`: this is asked many times in a lease, of each mirror.
             judge_prepare(self._promised(mirror, await self._file(mirror)), term, f"node {self.node}")
             self._lease.heard(mirror, term.number)
 
     async def forget(self, mirror: str) -> None:
-        """The mirror is gone, or this node is no voter of it any more."""
-        async with self._locks[mirror]:
+        """The whole mirror is gone."""
+        async with self._holding(mirror):
             await trio.to_thread.run_sync(_remove, self._path(mirror))
             self._files.pop(mirror, None)
+            self._lease.forget(mirror)
+
+    async def retire(self, record: Membership) -> None:
+        """This node is no voter any more by this record, which counts, or gives up its leg: it keeps both in its home.
+
+        Who hasn't heard of that believes that it is a voter still. A primary that was fenced must not make a record
+        count here, and a candidate must find that there is a later one than it knows. Of the `MAX_RETIRED` newest
+        mirrors: by then nobody asks. Raises OSError.
+        """
+        async with self._holding(record.mirror):
+            file = await self._file(record.mirror)
+            promises = [record.term, *(keeper.record.promised for keeper in self._legs(record.mirror))]
+            promises.append(file.promised if file is not None else None)
+            newest = max((one for one in promises if one is not None), key=lambda one: one.number)
+            await self._keep(record.mirror, _Kept(newest, record))
+            for gone in await trio.to_thread.run_sync(_forget_oldest, self._directory, self.node):
+                self._files.pop(gone, None)
+            self._lease.forget(record.mirror)
+
+    @contextlib.asynccontextmanager
+    async def _holding(self, mirror: str) -> AsyncIterator[None]:
+        """One change at a time, and no lock is left of a mirror that nobody changes."""
+        # No checkpoint between finding the lock and having it, or waiting for it: it can't be thrown away in between.
+        lock = self._locks.setdefault(mirror, trio.Lock())
+        try:
+            async with lock:
+                yield
+        finally:
+            if not lock.locked():
+                self._locks.pop(mirror, None)
 
     def _promised(self, mirror: str, file: _Kept | None) -> Term | None:
         """The highest term that its legs and its home have promised. Raises OSError ENOENT."""
@@ -216,9 +292,11 @@ class KeptVoter:
         promised, keepers = self._promised(mirror, file), self._legs(mirror)
         records: list[Membership | None] = [keeper.record.accepted for keeper in keepers]
         candidates = frozenset[str]().union(*(keeper.record.candidates for keeper in keepers))
+        beyond: list[Membership | None] = [keeper.record.superseded for keeper in keepers]
         if file is not None:
             records.append(file.accepted)
             candidates |= file.candidates
+            beyond.append(file.superseded)
         accepted = max((one for one in records if one), key=lambda one: one.place, default=None)
         voices = [one for one in keepers if accepted and one.record.me in accepted.in_sync] or list(keepers)
         return VoterState(
@@ -231,6 +309,7 @@ class KeptVoter:
             intact=all(one.intact for one in voices),
             inconsistent=any(one.record.inconsistent for one in voices),
             recent_bytes=sum(_recent_bytes(one) for one in voices),
+            superseded=max((one for one in beyond if one), key=lambda one: one.place, default=None),
         )
 
     def _path(self, mirror: str) -> Path:
@@ -241,10 +320,12 @@ class KeptVoter:
 
     async def _file(self, mirror: str) -> _Kept | None:
         path = self._path(mirror)
-        if mirror not in self._files:
-            kept = await trio.to_thread.run_sync(_load, path)
-            self._files.setdefault(mirror, kept)
-        return self._files[mirror]
+        if mirror in self._files:
+            return self._files[mirror]
+        kept = await trio.to_thread.run_sync(_load, path)
+        if kept is not None or self._legs(mirror):
+            return self._files.setdefault(mirror, kept)
+        return self._files.get(mirror)
 
     async def _keep(self, mirror: str, kept: _Kept) -> None:
         """Durable on return. If it fails, the one before remains what is believed; see `replication.keeper`."""
@@ -280,6 +361,8 @@ class _Kept:
     promised: Term | None = None
     accepted: Membership | None = None
     candidates: frozenset[str] = frozenset()
+    superseded: Membership | None = None
+    """See `LegRecord`."""
 
     def encode(self) -> bytes:
         plain = {
@@ -287,6 +370,7 @@ class _Kept:
             "promised": term_to_json(self.promised),
             "accepted": json.loads(encode(self.accepted)) if self.accepted else None,
             "candidates": sorted(self.candidates),
+            "superseded": json.loads(encode(self.superseded)) if self.superseded else None,
         }
         return json.dumps(plain, sort_keys=True).encode()
 
@@ -296,11 +380,12 @@ def _load(path: Path) -> _Kept | None:
         plain = json.loads(path.read_bytes())
         if plain["version"] != FORMAT_VERSION:
             raise OSError(errno.EPROTO, f"{path} has version {plain['version']}, and {FORMAT_VERSION} is understood")
-        accepted = plain["accepted"]
+        accepted, superseded = plain["accepted"], plain.get("superseded")
         return _Kept(
             term_from_json(plain["promised"]),
             decode(json.dumps(accepted).encode()) if accepted is not None else None,
             frozenset(plain["candidates"]),
+            decode(json.dumps(superseded).encode()) if superseded is not None else None,
         )
     except FileNotFoundError:
         return None
@@ -328,6 +413,20 @@ def _remove(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
         _sync_directory(path.parent)
+
+
+def _forget_oldest(directory: Path, node: str) -> list[str]:
+    """Remove all but the newest files of mirrors that the node is no voter of any more; which these are. Blocks."""
+    retired = []
+    for path in directory.glob("*.json"):
+        with contextlib.suppress(OSError):
+            kept = _load(path)
+            if kept is not None and kept.accepted is not None and node not in kept.accepted.voters:
+                retired.append((path.stat().st_mtime_ns, path))
+    gone = [path for _, path in sorted(retired)[:-MAX_RETIRED]]
+    for path in gone:
+        _remove(path)
+    return [path.stem for path in gone]
 
 
 def _sync_directory(path: Path) -> None:
@@ -393,13 +492,14 @@ def state_to_json(state: VoterState) -> dict[str, Any]:
         "promised": term_to_json(state.promised),
         "accepted": json.loads(encode(state.accepted)) if state.accepted else None,
         "candidates": sorted(state.candidates),
+        "superseded": json.loads(encode(state.superseded)) if state.superseded else None,
     }
 
 
 def state_from_json(plain: Any) -> VoterState:
     """Judges what a peer says. Raises OSError EPROTO."""
     try:
-        accepted, heard_s = plain["accepted"], plain["heard_s"]
+        accepted, heard_s, superseded = plain["accepted"], plain["heard_s"], plain.get("superseded")
         return VoterState(
             node=_typed(plain["node"], str),
             promised=term_from_json(plain["promised"]),
@@ -410,6 +510,7 @@ def state_from_json(plain: Any) -> VoterState:
             intact=_typed(plain["intact"], bool),
             inconsistent=_typed(plain["inconsistent"], bool),
             recent_bytes=_typed(plain["recent_bytes"], int),
+            superseded=decode(json.dumps(superseded).encode()) if superseded is not None else None,
         )
     except (ValueError, KeyError, TypeError) as error:
         raise OSError(errno.EPROTO, f"a voter's answer can't be understood: {error!r}") from None

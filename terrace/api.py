@@ -467,7 +467,10 @@ class Api:
     async def delete_volume(self, request: Request) -> Response:
         snapshots, force = (request.query_params.get(key) in ("1", "true") for key in ("snapshots", "force"))
         with self._pools.using(request.path_params["pool"]) as pool:
-            mirror = self._mirrors.of(pool.volume(request.path_params["volume"]))
+            volume = pool.volume(request.path_params["volume"])
+            if force and self._mirrors.is_broken(volume):
+                return JSONResponse(await self._admin.delete_broken(pool, volume, snapshots=snapshots))
+            mirror = self._mirrors.of(volume)
             if mirror is not None:
                 return JSONResponse(await self._admin.delete(mirror, snapshots=snapshots, force=force))
             await self._snapshots.delete_volume(pool, request.path_params["volume"], snapshots=snapshots)

@@ -26,7 +26,7 @@ from replication.cluster import ClusterStore, Voter
 from replication.keeper import LegKeeper, LegRecord
 from replication.lease import PrimaryLease
 from replication.leg import Leg, LegState, MirrorState
-from replication.lineage import Relation, both_histories, relation
+from replication.lineage import are_apart, both_histories, how_to_discard
 from replication.link import RemoteLeg, open_remote_leg
 from replication.localleg import LocalSite
 from replication.members import LegFacts
@@ -84,8 +84,8 @@ class Surroundings(Protocol):
 class LocalMirror:
     """See the module. `run` has to be run."""
 
-    def __init__(self, pool: Pool, volume: Volume, node: Surroundings) -> None:
-        """Raises OSError EPROTO for a record that can't be understood."""
+    def __init__(self, pool: Pool, volume: Volume, node: Surroundings, *, is_new: bool = False) -> None:
+        """`is_new`: this node has just written its first record. Raises OSError EPROTO for one that makes no sense."""
         self.pool = pool
         self.volume = volume
         self.store = PoolLegStore(pool, volume)
@@ -110,6 +110,7 @@ class LocalMirror:
         self._connected: dict[str, RemoteLeg] = {}
         """By id, the last one of each: the mirror asks for facts of a leg before it takes it."""
         self._node = node
+        self._is_new = is_new
         self._settled = trio.Event()
         """Neither starting nor about to."""
         self._wanted = trio.Event()
@@ -125,11 +126,13 @@ class LocalMirror:
         self._stirred = trio.Event()
         """Replaced when this node has ceased to be primary."""
         self._told: dict[str, LegState] = {}
+        self._told_split: set[str] = set()
         self._told_state: MirrorState | None = None
         self._new: set[str] = set()
         """Legs that were added and haven't been up to date yet, nor failed."""
         accepted = self.keeper.record.accepted
-        if accepted is not None and accepted.primary == node.peers.node:
+        self.problem = self._left_behind()
+        if accepted is not None and accepted.primary == node.peers.node and self.problem is None:
             self.starting = True
             self._wanted.set()
         else:
@@ -178,6 +181,11 @@ class LocalMirror:
     def is_primary(self) -> bool:
         """This node serves it, or is about to."""
         return self.mirror is not None
+
+    @property
+    def is_left_behind(self) -> bool:
+        """It is the other side of a split brain, and doesn't go on by itself; `problem` says it in a sentence."""
+        return self.mirror is None and self._left_behind() is not None
 
     @property
     def serves(self) -> bool:
@@ -275,6 +283,8 @@ class LocalMirror:
 
     async def run(self) -> None:
         """The task: primary whenever that is wanted, until `close`."""
+        if self.problem is not None:
+            self._node.tell("splitbrain", self.name, f"{self.name} can't be served here: {self.problem.strerror}")
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.kept.run)
@@ -321,6 +331,10 @@ class LocalMirror:
         if self._force:
             return  # a forced promotion has come while an ordinary one waited
         still = accepted is not None and accepted.primary == self._node.peers.node
+        if restarts and (left_behind := self._left_behind()) is not None:
+            if self.problem is None or self.problem.strerror != left_behind.strerror:
+                self._node.tell("splitbrain", self.name, f"{self.name} can't be served here: {left_behind.strerror}")
+            self.problem, still = left_behind, False
         if self.problem is not None and restarts and still:
             # It is the primary by all that is known, and only lacks a proof: others may come.
             self._tell_problem(self.problem)
@@ -331,6 +345,24 @@ class LocalMirror:
             return
         self._wanted = trio.Event()
         self._settled.set()
+
+    def _left_behind(self) -> OSError | None:
+        """Why this node doesn't go on by itself though it was primary by its own record: the other side of a split
+        brain has been heard of. Only an operator decides that."""
+        record = self.keeper.record
+        accepted, other = record.accepted, record.superseded
+        if accepted is None or other is None:
+            return None
+        there = other.legs_on(other.primary) if other.primary is not None else other.legs
+        if not are_apart(accepted, record.me, other, there[0].id if there else ""):
+            return None
+        me = self._node.peers.node
+        sides = both_histories(other, accepted, f"node {other.primary}", f"node {me}")
+        return OSError(
+            errno.EUCLEAN,
+            f"split brain: {sides}; it doesn't go on here by itself any more. Decide whose writes are lost: "
+            f"{how_to_discard(other, me)}; `terrace volume mirror promote {self.name} --force` here gives up theirs",
+        )
 
     async def _settle_as_replica(self) -> None:
         """After a demotion nothing writes here any more, and all that was written is durable: the leg is clean."""
@@ -350,9 +382,11 @@ class LocalMirror:
     async def _proven(self, *, force: bool) -> Membership:
         """The record with which this node is primary, which counts. Raises OSError."""
         membership = self.membership
-        fresh = membership.place == (1, 0) and set(membership.in_sync) == {self.me} and len(membership.legs) == 1
-        if fresh and membership.primary == self._node.peers.node and not force:
-            return membership  # just made, and nobody else knows of it
+        is_new, self._is_new = self._is_new, False
+        if is_new and membership.primary == self._node.peers.node and not force:
+            # Nobody else knows of it. Only this once: begun again in the same term, it would write other records with
+            # the places of those that it may have sent to new legs before.
+            return membership
         timeout_s = membership.options.timeout_s
         decision = await promote(
             self._node.peers.node,
@@ -363,6 +397,7 @@ class LocalMirror:
             force=force,
             patience_s=timeout_s if membership.primary == self._node.peers.node else 0.0,
             timeout_s=min(ASK_S, timeout_s),
+            heard_of=self._node.own_voter.heard_of,
         )
         if not isinstance(decision, Promote):
             raise OSError(errno.EBUSY, decision.sentence + self.way_out())
@@ -449,26 +484,42 @@ class LocalMirror:
             wanted = LegOption(peers.node, membership.mirror, info.id, membership.term, session)
             return await peers.connect(info.node, wanted)
 
-        leg = await open_remote_leg(
-            *(nursery, connect, info, membership),
-            timeout_s=membership.options.timeout_s,
-            decode_extents=self.store.decode_extents,
-        )
-        self._judge(leg, membership)
+        try:
+            leg = await open_remote_leg(
+                *(nursery, connect, info, membership),
+                timeout_s=membership.options.timeout_s,
+                decode_extents=self.store.decode_extents,
+            )
+        except OSError as error:
+            split = await self._said_instead(info, membership) if error.errno == errno.ESTALE else None
+            raise split or error from None
+        split = self._judge(info, leg.hello.accepted, membership)
+        if split is not None:
+            leg.close()
+            raise split
         self._connected[info.id] = leg
         return leg
 
-    def _judge(self, leg: RemoteLeg, membership: Membership) -> None:
-        """Raises OSError EUCLEAN for a leg that has gone its own way."""
-        theirs = leg.hello.accepted
-        if theirs is not None and relation(membership, theirs, leg.info.id) is Relation.SPLIT_BRAIN:
-            leg.close()
-            sides = both_histories(membership, theirs, f"node {self._node.peers.node}", f"node {leg.info.node}")
-            raise OSError(
-                errno.EUCLEAN,
-                f"split brain: {sides}; decide whose writes are lost: `terrace volume mirror resync {self.name} "
-                f"--discard {leg.info.node}` gives up what was written there",
-            )
+    async def _said_instead(self, info: LegInfo, membership: Membership) -> OSError | None:
+        """A leg that takes nothing of our term says nothing of what it has; its node's voter does.
+
+        Two sides of a split brain may have begun terms of one number, and neither takes anything of the other's.
+        """
+        try:
+            state = await self._node.voter(info.node).state(membership.mirror)
+        except OSError:
+            return None
+        return self._judge(info, state.accepted, membership)
+
+    def _judge(self, info: LegInfo, theirs: Membership | None, membership: Membership) -> OSError | None:
+        """EUCLEAN for a leg that has gone its own way."""
+        if theirs is None or not are_apart(membership, self.me, theirs, info.id):
+            return None
+        sides = both_histories(membership, theirs, f"node {self._node.peers.node}", f"node {info.node}")
+        return OSError(
+            errno.EUCLEAN,
+            f"split brain: {sides}; decide whose writes are lost: {how_to_discard(membership, info.node)}",
+        )
 
     async def _facts(self, info: LegInfo, membership: Membership) -> LegFacts:
         await trio.lowlevel.checkpoint()
@@ -504,6 +555,10 @@ class LocalMirror:
             state = leg.state
             if state is LegState.OFFLINE and leg.info.id not in status.membership.in_sync:
                 state = LegState.STALE
+            split = leg.error is not None and leg.error.startswith("split brain")
+            if split and leg.info.id not in self._told_split:
+                self._node.tell("splitbrain", self.name, f"the leg of {self.name} on node {leg.info.node}: {leg.error}")
+            self._told_split = self._told_split - {leg.info.id} | ({leg.info.id} if split else set())
             before = self._told.get(leg.info.id)
             if state is before:
                 continue
@@ -519,8 +574,6 @@ class LocalMirror:
                 continue  # nothing has changed: it is well, or has just been added
             why = f": {leg.error}" if leg.error else ""
             self._node.tell("leg", self.name, f"{where} is {state.value}{why}")
-            if leg.error and leg.error.startswith("split brain"):
-                self._node.tell("splitbrain", self.name, f"{where}: {leg.error}")
         wanting = {leg.info.id for leg in status.legs if leg.state is not LegState.UP_TO_DATE}
         if status.state is MirrorState.DEGRADED and self._told_state is MirrorState.ONLINE and wanting <= self._new:
             return  # it has got a leg, which can't be up to date yet: nothing that it had is missing

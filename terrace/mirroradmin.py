@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -36,6 +36,8 @@ from tiers import Pool, TierError, Volume
 CREATE_S: Final = 60.0
 DELETE_S: Final = 30.0
 HAND_OVER_S: Final = 30.0
+DOUBT_S: Final = 10.0
+"""So long it is waited for a record of which it isn't known whether it counts."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class MirrorAdmin:
     async def create(
         self, pool: Pool, name: str, size_bytes: int, policy: str, places: Sequence[Place], options: Options
     ) -> LocalMirror:
-        """A new volume with a leg at each place. Nothing is left behind when it fails."""
+        """A new volume with a leg at each place. When it fails nothing is left behind, but what a record may have."""
         require_whole_blocks(f"{pool.name}/{name}", size_bytes)
         self._judge_places(places)
         volume = await pool.create_volume(name, size_bytes, policy)
@@ -69,10 +71,10 @@ class MirrorAdmin:
             await self._add_legs(mirror, places)
         except BaseException:
             with trio.CancelScope(shield=True):
-                if mirror is not None:
-                    await self.mirrors.delete_local(mirror)
-                else:
+                if mirror is None:
                     await pool.delete_volume(name, mirrored=True)
+                elif not _may_have_others(mirror):
+                    await self.mirrors.delete_local(mirror)
             raise
         self.mirrors.tell("mirror", volume.name, f"{volume.name} was made, mirrored to {_nodes(places)}")
         return mirror
@@ -112,7 +114,8 @@ class MirrorAdmin:
             await self._add_legs(mirror, [place])
         except BaseException:
             with trio.CancelScope(shield=True):
-                await self.mirrors.dissolve(mirror)
+                if not _may_have_others(mirror):
+                    await self.mirrors.dissolve(mirror)
             raise
         self.mirrors.tell("mirror", volume.name, f"{volume.name} is mirrored to {place.node} now")
         return mirror
@@ -136,7 +139,7 @@ class MirrorAdmin:
         # A volume can be seen while it is made durable, and whoever has it would write to it, and not to the mirror.
         self.require_unused(volume, "make a mirror of")
         await pool.set_mirror(volume, own.encode(), {})
-        mirror = self.mirrors.adopt(pool, volume)
+        mirror = self.mirrors.adopt(pool, volume, is_new=True)
         assert mirror is not None, "this node has a name, and wrote the record itself"
         try:
             await mirror.promote()
@@ -157,9 +160,18 @@ class MirrorAdmin:
             legs = (*served.membership.legs, *made)
             voters = tuple(dict.fromkeys((*served.membership.voters, *nodes_of(legs))))
             await served.reconfigure(legs=legs, voters=voters)
-        except BaseException:
+        except BaseException as error:
             with trio.CancelScope(shield=True):
-                await self._delete_legs(made)
+                counts, doubtful = await _which_count(served, made)
+                if made and counts == {leg.id for leg in made} and isinstance(error, OSError):
+                    return  # the record counts: only its answer was lost
+                await self._delete_legs([leg for leg in made if leg.id not in counts | doubtful], served.membership)
+                if doubtful:
+                    left = [leg for leg in made if leg.id in doubtful]
+                    sentence = _in_doubt(mirror.name, left)
+                    self.mirrors.tell("mirror", mirror.name, sentence)
+                    if isinstance(error, OSError):
+                        raise TierError(errno.ETIMEDOUT, f"{error.strerror or error}; {sentence}") from None
             raise
 
     async def _make_leg(self, mirror: LocalMirror, membership: Membership, place: Place) -> LegInfo:
@@ -181,20 +193,26 @@ class MirrorAdmin:
             ) from None
         return LegInfo(leg, place.node, str(answer["export"]))
 
-    async def _delete_legs(self, legs: Sequence[LegInfo], *, snapshots: bool = False) -> list[str]:
-        """At once, on other nodes; a sentence for each that is left. `snapshots`: with those that it has."""
+    async def _delete_legs(
+        self, legs: Sequence[LegInfo], record: Membership, *, whole: bool = False, snapshots: bool = False
+    ) -> list[str]:
+        """At once, on other nodes; a sentence for each that is left.
+
+        `record`: by which this node is primary; they aren't in it any more, or `whole`: the mirror is deleted.
+        """
         left: list[str] = []
+        order = {"membership": _plain(record), "whole": whole, "snapshots": snapshots}
 
         async def one(leg: LegInfo) -> None:
             try:
                 with trio.fail_after(DELETE_S):
-                    asked = {"leg": leg.id, "snapshots": snapshots}
-                    await self.mirrors.peers.call(leg.node, "leg.delete", asked, DELETE_S)
+                    await self.mirrors.peers.call(leg.node, "leg.delete", order | {"leg": leg.id}, DELETE_S)
             except (OSError, trio.TooSlowError) as error:
                 why = error.strerror if isinstance(error, OSError) else f"no answer in {DELETE_S:g} s"
+                more = " --snapshots" if isinstance(error, OSError) and error.errno == errno.ENOTEMPTY else ""
                 left.append(
                     f"{leg.export} on node {leg.node} is still there ({why}); on that node: terrace volume delete "
-                    f"{leg.export} --force"
+                    f"{leg.export} --force{more}"
                 )
 
         async with trio.open_nursery() as nursery:
@@ -202,6 +220,23 @@ class MirrorAdmin:
                 if leg.node != self.mirrors.node and leg.kind == "terrace":
                     nursery.start_soon(one, leg)
         return sorted(left)
+
+    async def _forget_at(self, voters: Iterable[str], record: Membership, *, whole: bool = False) -> list[str]:
+        """Tie-breakers that aren't voters any more, or `whole`: of a mirror that is none. A sentence for each left."""
+        left: list[str] = []
+        order = {"membership": _plain(record), "whole": whole}
+        for node in voters:
+            try:
+                if node != self.mirrors.node:
+                    await self.mirrors.peers.call(node, "mirror.forget", order)
+                elif whole:
+                    await self.mirrors.own_voter.forget(record.mirror)
+            except OSError as error:
+                left.append(
+                    f"node {node} couldn't be told that it is no tie-breaker any more ({error.strerror}): it keeps a "
+                    "small file for it, which does no harm"
+                )
+        return left
 
     async def remove(self, mirror: LocalMirror, node: str, *, force: bool) -> dict[str, Any]:
         """Take a node's leg out, and delete its volume; says what is left there. A mirror of one leg ends to be one."""
@@ -211,6 +246,7 @@ class MirrorAdmin:
         if not going and node in membership.voters:
             await served.reconfigure(voters=tuple(voter for voter in membership.voters if voter != node))
             self.mirrors.tell("mirror", mirror.name, f"node {node} is no tie-breaker of {mirror.name} any more")
+            return {"removed": [], "left": await self._forget_at([node], served.membership), "mirrored": True}
         if not going:
             await trio.lowlevel.checkpoint()
             return {"removed": [], "left": [], "mirrored": True}
@@ -233,12 +269,13 @@ class MirrorAdmin:
         legs = tuple(leg for leg in membership.legs if leg.id not in ids)
         tie_breakers = [voter for voter in membership.voters if voter not in nodes_of(membership.legs)]
         await served.reconfigure(legs=legs, voters=tuple(dict.fromkeys((*nodes_of(legs), *tie_breakers))))
-        left = await self._delete_legs(going, snapshots=True)
+        left = await self._delete_legs(going, served.membership, snapshots=True)
         self.mirrors.tell("mirror", mirror.name, f"the leg of {mirror.name} on node {node} was removed")
         mirrored = True
         if len(legs) == 1 and not mirror.volume.open_count:
             await self.mirrors.dissolve(mirror)
             mirrored = False
+            await self._forget_at((*tie_breakers, self.mirrors.node), served.membership, whole=True)
         return {"removed": [leg.export for leg in going], "left": left, "mirrored": mirrored}
 
     async def _require_no_more_snapshots(self, mirror: LocalMirror, going: Sequence[LegInfo]) -> None:
@@ -270,13 +307,33 @@ class MirrorAdmin:
                 f"{name} is a leg of a mirror: delete all of it at its primary, {where}, or take this leg out there "
                 "with `terrace volume mirror remove`; --force deletes the copy here, which is then missing for good",
             )
-        others = [leg for leg in mirror.membership.legs if leg.id != mirror.me] if mirror.serves else []
+        record = mirror.membership
+        others = [leg for leg in record.legs if leg.id != mirror.me] if mirror.serves else []
+        tie_breakers = [voter for voter in record.voters if voter not in nodes_of(record.legs)] if mirror.serves else []
         if not snapshots and mirror.volume.snapshots:
             raise TierError(errno.ENOTEMPTY, f"{name} has snapshots: delete them first, or with it, by --snapshots")
+        if record.primary != self.mirrors.node:
+            await self.mirrors.own_voter.retire(record)  # before its promise goes with the leg
         await self.mirrors.delete_local(mirror, snapshots=snapshots)
-        left = await self._delete_legs(others, snapshots=snapshots)
+        left = await self._delete_legs(others, record, whole=True, snapshots=snapshots)
+        if record.primary == self.mirrors.node:
+            await self._forget_at((*tie_breakers, self.mirrors.node), record, whole=True)
         self.mirrors.tell("mirror", name, f"{name} was deleted with its {len(others)} other legs")
         return {"deleted": name, "left": left}
+
+    async def delete_broken(self, pool: Pool, volume: Volume, *, snapshots: bool) -> dict[str, Any]:
+        """A leg whose record can't be understood: the copy here, whatever the others may say; says what is left."""
+        self._require_unused(volume, "delete")
+        name = volume.name
+        if not snapshots and volume.snapshots:
+            raise TierError(errno.ENOTEMPTY, f"{name} has snapshots: delete them first, or with it, by --snapshots")
+        await self.mirrors.delete_broken(pool, volume, snapshots=snapshots)
+        self.mirrors.tell("mirror", name, f"{name} was deleted by force: its record as a leg couldn't be understood")
+        left = (
+            f"what other nodes have of the mirror that {name} was a leg of, as its record couldn't be understood: "
+            "`terrace volume mirror remove` at its primary, or `terrace volume delete --force` on these"
+        )
+        return {"deleted": name, "left": [left]}
 
     # -- the primary ---------------------------------------------------------------------------------------------
 
@@ -349,6 +406,8 @@ class MirrorAdmin:
             if member.state is LegState.UP_TO_DATE:
                 raise TierError(errno.EINVAL, f"the leg on node {node} is up to date: there is nothing to discard")
             await self._discard(mirror, leg)
+        elif member.leg is None and member.error is not None and member.error.errno == errno.EUCLEAN:
+            raise TierError(errno.EUCLEAN, str(member.error.strerror))
         elif full and member.leg is not None:
             mirror.compared_in_full.add(leg.id)
             served.leg_failed(member.leg, OSError(errno.ECANCELED, "an operator wants it compared in full"))
@@ -484,6 +543,41 @@ class MirrorAdmin:
             raise TierError(
                 errno.EBUSY, f"can't {what} {volume.name}, which is in use by {shown}: disconnect them first"
             )
+
+
+async def _which_count(served: ServedMirror, legs: Sequence[LegInfo]) -> tuple[set[str], set[str]]:
+    """Of new legs, by id: those that the record has, and those that one may have of which nobody knows if it counts.
+
+    While the mirror is served that is found out soon: its next record, without them, comes after all that were tried.
+    """
+    wanted = {leg.id for leg in legs}
+
+    def tried() -> set[str]:
+        return {leg.id for attempt in served.records.attempts for leg in attempt.legs}
+
+    with trio.move_on_after(DOUBT_S):
+        while wanted & tried() and not served.ended.is_set():
+            await served.changed()
+    counts = wanted & {leg.id for leg in served.membership.legs}
+    return counts, (wanted & tried()) - counts
+
+
+def _may_have_others(mirror: LocalMirror) -> bool:
+    """Whether a record of it that counts, or may, has more than the leg here."""
+    records = [mirror.membership]
+    if mirror.mirror is not None:
+        records += mirror.mirror.records.attempts
+    return any(len(record.legs) > 1 for record in records)
+
+
+def _in_doubt(name: str, legs: Sequence[LegInfo]) -> str:
+    nodes = ", ".join(leg.node for leg in legs)
+    exports = ", ".join(f"{leg.export} on {leg.node}" for leg in legs)
+    return (
+        f"whether {name} has a leg on {nodes} now is not known yet, so nothing was deleted: `terrace volume mirror "
+        f"list` shows it when the mirror is served again; if it has none, delete {exports} with `terrace volume delete "
+        "--force`"
+    )
 
 
 def _leg_state(said: Any) -> LegState:

@@ -24,6 +24,7 @@ from replication.keeper import LegKeeper, LegRecord
 from replication.leg import LegState, MirrorState
 from replication.members import MirrorStatus
 from replication.membership import LegInfo, Membership, decode
+from replication.orders import Known, Order, judge_deletion, judge_discard, judge_order
 from replication.voters import KeptVoter, LegsCluster, RemoteVoter
 from replication.voters import handlers as voter_handlers
 from replication.wire import LegOption
@@ -100,15 +101,18 @@ class Mirrors:
             if volume.mirror_record:
                 self.adopt(pool, volume)
 
-    def adopt(self, pool: Pool, volume: Volume) -> LocalMirror | None:
-        """A volume has a record now. None if that can't be understood, or this node has no name: then it is closed."""
+    def adopt(self, pool: Pool, volume: Volume, *, is_new: bool = False) -> LocalMirror | None:
+        """A volume has a record now; `is_new`: the first one of a mirror, of this node alone.
+
+        None if it can't be understood, or this node has no name: then it is closed.
+        """
         assert self._nursery is not None
         if volume in self._mirrors:
             return self._mirrors[volume]
         try:
             if not self.node:
                 raise OSError(errno.EINVAL, "this node has no name any more: set name under [node] to what it was")
-            mirror = LocalMirror(pool, volume, self)
+            mirror = LocalMirror(pool, volume, self, is_new=is_new)
         except OSError as error:
             self._broken[volume] = error
             self.tell("mirror", volume.name, f"{volume.name} is a leg of a mirror, and can't be used: {error.strerror}")
@@ -160,8 +164,16 @@ class Mirrors:
         """The mirror that a volume is a leg of. Raises OSError EIO for one whose record can't be understood."""
         if volume in self._broken and volume.mirror_record:
             error = self._broken[volume]
-            raise TierError(errno.EIO, f"{volume.name} is a leg of a mirror, and can't be used: {error.strerror}")
+            raise TierError(
+                errno.EIO,
+                f"{volume.name} is a leg of a mirror, and can't be used: {error.strerror}; `terrace volume delete "
+                f"{volume.name} --force` deletes the copy here, for good",
+            )
         return self._mirrors.get(volume)
+
+    def is_broken(self, volume: Volume) -> bool:
+        """Whether it is a leg whose record can't be understood, or not under the name that this node has."""
+        return volume in self._broken and bool(volume.mirror_record)
 
     def one(self, pool_name: str, volume_name: str) -> LocalMirror:
         """Raises ENOENT, with the next step."""
@@ -235,7 +247,8 @@ class Mirrors:
         mirror = self.by_leg(option.leg)
         if mirror is None:
             raise OSError(errno.ENOENT, f"the leg {option.leg} is no longer here")
-        self.own_voter.heard(option.mirror)
+        if option.mirror == _mirror_of(mirror):
+            self.own_voter.heard(option.mirror)
         await mirror.replica.serve(sock, received, option)
 
     def handlers(self) -> Mapping[str, Handler]:
@@ -250,6 +263,7 @@ class Mirrors:
             "leg.create": self._create_leg,
             "leg.delete": self._delete_leg,
             "leg.discard": self._discard_leg,
+            "mirror.forget": self._forget_mirror,
             "mirror.status": self._tell_status,
             "mirror.promote": self._promote,
             "mirror.demote": self._demote,
@@ -259,7 +273,7 @@ class Mirrors:
 
     async def _create_leg(self, node: str, params: dict[str, Any]) -> Any:
         """A volume that is a leg. The same again does nothing; returns {export}."""
-        membership = decode(json.dumps(params.get("membership")).encode())
+        membership = _membership(params)
         leg, name, size = _text(params, "leg"), _text(params, "volume"), params.get("size_bytes")
         if type(size) is not int:
             raise OSError(errno.EINVAL, "leg.create: size_bytes is no whole number")
@@ -308,18 +322,48 @@ class Mirrors:
         raise OSError(errno.ENOENT, f"say which pool of node {self.node} is meant, as {self.node}/POOL: it has {names}")
 
     async def _delete_leg(self, node: str, params: dict[str, Any]) -> Any:
-        """The volume of a leg. One that is gone already is no error; returns {deleted}."""
-        leg = _text(params, "leg")
+        """The volume of a leg, by order of its primary. One that is gone already is no error; returns {deleted}."""
+        leg, order = _text(params, "leg"), _membership(params)
+        whole, snapshots = params.get("whole") is True, params.get("snapshots") is True
         mirror = self.by_leg(leg)
         if mirror is None:
             await trio.lowlevel.checkpoint()
             return {"deleted": None}
-        if mirror.is_primary:
-            raise OSError(errno.EBUSY, f"node {self.node} is primary of {mirror.name}: demote it first")
         name = mirror.name
-        await self.delete_local(mirror, snapshots=params.get("snapshots") is True)
+        judge_deletion(Order(node, order), self._known(mirror), whole=whole)
+        if mirror.is_primary:
+            raise OSError(errno.EBUSY, f"node {self.node} is primary of {name}: demote it first")
+        if mirror.volume.snapshots and not snapshots:
+            raise OSError(errno.ENOTEMPTY, f"{name} has snapshots")
+        if not whole and self.node not in order.voters:
+            await self.own_voter.retire(order)  # before its promise goes with the leg
+        await self.delete_local(mirror, snapshots=snapshots)
+        if whole:
+            await self.own_voter.forget(order.mirror)
         self.tell("leg", name, f"{name} was deleted: node {node} has removed this leg from its mirror")
         return {"deleted": name}
+
+    def _known(self, mirror: LocalMirror) -> Known:
+        own = mirror.keeper.record
+        return Known(f"the leg {mirror.name} on node {self.node}", own.promised, own.accepted, own.me)
+
+    async def _forget_mirror(self, node: str, params: dict[str, Any]) -> Any:
+        """By order of its primary: this node, which has no leg, is no tie-breaker any more, or the mirror is gone."""
+        order, whole = _membership(params), params.get("whole") is True
+        if self.by_mirror(order.mirror):
+            raise OSError(errno.EBUSY, f"node {self.node} has a leg of mirror {order.mirror}")
+        try:
+            said = await self.own_voter.state(order.mirror)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return {}
+            raise
+        judge_order(Order(node, order), Known(f"the voter on node {self.node}", said.promised, said.accepted))
+        if whole:
+            await self.own_voter.forget(order.mirror)
+        elif self.node not in order.voters:
+            await self.own_voter.retire(order)
+        return {}
 
     async def delete_local(self, mirror: LocalMirror, *, snapshots: bool = False) -> None:
         """The leg's volume, whatever others may say."""
@@ -329,6 +373,11 @@ class Mirrors:
         except BaseException:
             await self._begin_again(mirror)
             raise
+
+    async def delete_broken(self, pool: Pool, volume: Volume, *, snapshots: bool) -> None:
+        """The volume of a leg that `is_broken`: nobody can be told, since it isn't known whose it is."""
+        await pool.delete_volume(volume.short_name, snapshots=snapshots, mirrored=True)
+        del self._broken[volume]
 
     async def _begin_again(self, mirror: LocalMirror) -> None:
         """What was to end it has failed, or was cancelled, at any point: the leg must not be dead until a restart."""
@@ -349,12 +398,14 @@ class Mirrors:
 
     async def _discard_leg(self, node: str, params: dict[str, Any]) -> Any:
         """An operator has decided at the primary that what was written here, and nowhere else, is given up."""
-        membership = decode(json.dumps(params.get("membership")).encode())
+        membership = _membership(params)
         mirror = self.by_leg(_text(params, "leg"))
         if mirror is None:
             raise OSError(errno.ENOENT, f"node {self.node} has no such leg open")
+        judge_discard(Order(node, membership), self._known(mirror))
         await mirror.keeper.prepare(membership.term, node)  # which ends what this node serves of it
         await mirror.keeper.accept(membership, inconsistent=True, discard=True)
+        mirror.problem = None
         self.tell("splitbrain", mirror.name, f"what was written to {mirror.name} here is given up, by order of {node}")
         return {}
 
@@ -518,6 +569,10 @@ def _served_legs(status: MirrorStatus) -> list[dict[str, Any]]:
         shown["healed_blocks"] = leg.counters.healed_blocks
         found.append(shown)
     return found
+
+
+def _membership(params: dict[str, Any]) -> Membership:
+    return decode(json.dumps(params.get("membership")).encode())
 
 
 def _text(params: dict[str, Any], key: str) -> str:

@@ -46,5 +46,6 @@ async def explained(mirrors: Mirrors, mirror: LocalMirror) -> Explanation:
             progress=progress,
             away_s={leg.info.id: leg.for_s for leg in legs if leg.state.value not in ("UpToDate", "Syncing")},
             split=split,
+            left_behind=mirror.problem.strerror if mirror.is_left_behind and mirror.problem is not None else None,
         )
     )

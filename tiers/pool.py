@@ -459,7 +459,8 @@ class Pool:
             raise TierError(
                 errno.EBUSY,
                 f"{volume.name} is mirrored and can't be {done} by itself: see `terrace volume mirror show "
-                f"{volume.name}`; `terrace volume mirror remove {volume.name}` ends the mirror",
+                f"{volume.name}`; `terrace volume mirror remove {volume.name} NODE`, of each other node, ends the "
+                "mirror",
             )
 
     async def heat_map(self, name: str, ranges: int) -> HeatMap:

@@ -1,8 +1,9 @@
 """A model of mirrors under faults, around the real rules: voters, records, promotion and leases are the product's own.
 
 What is modelled: nodes that crash and come back (with or without their machine), a network that delays, loses either
-way and is cut, and a primary in its simplest form, which writes numbers to its legs. A seed decides everything. The
-`Oracle` knows all numbers that were acknowledged, and raises `Violated`.
+way and is cut, and a primary in its simplest form, which writes numbers to its legs, and makes tie-breakers of nodes
+and takes that back. In every third run there is an operator who uses force, and gives up one side of a split brain. A
+seed decides everything. The `Oracle` knows all numbers that were acknowledged, and raises `Violated`.
 
     python -m tests.replication.model 20000 [MUTANT]     # that many seeds from 0 on
     python -c 'from tests.replication.model import explore; explore(SEED, trace=print)'
@@ -10,18 +11,22 @@ way and is cut, and a primary in its simplest form, which writes numbers to its 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import random
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import trio
 import trio.testing
 
 from replication.lease import PrimaryLease
+from replication.lineage import are_apart
 from replication.membership import Generation, Membership, Options, Term
+from replication.orders import Known, Order, judge_discard, judge_order
 from replication.promotion import Promote, SplitBrain, demote, is_rejoin_allowed, promote
 from replication.voters import rule_of
 from tests.replication.nodes import Node, Nodes
@@ -39,6 +44,8 @@ LAYOUTS = (
     ("abc", ""),
     ("abc", "t"),
     ("abcd", "t"),
+    ("ab", "tu"),
+    ("a", "tu"),
 )
 CALL_S = 0.5
 
@@ -69,7 +76,13 @@ class Oracle:
     """By all legs that were in sync then."""
     committed: list[Membership] = field(default_factory=list)
     ackers: dict[int, Term] = field(default_factory=dict)
+    given_up: set[int] = field(default_factory=set)
+    """By an operator, with the other side of a split brain."""
+    heard: dict[str, Membership] = field(default_factory=dict)
+    """By node: by which record another one served the other side of a split brain, when it was heard last."""
     splits: int = 0
+    discards: int = 0
+    reconfigurations: int = 0
     promotions: int = 0
     reads: int = 0
 
@@ -121,6 +134,7 @@ class Oracle:
     def overwrite(self, old: set[int], new: set[int], record: Membership, leg_record: Membership | None) -> None:
         """A leg's content is replaced by that of a primary's."""
         excused = set[int]().union(*(gone for one, gone in self.excused.items() if one in record.history))
+        excused |= self.given_up
         lost = {number for number in old - new if number in self.acked and number not in self.gone} - excused
         if lost:
             raise Violated(f"{lost} acknowledged and silently overwritten by {record.place}")
@@ -274,13 +288,23 @@ class World:
         node.scope = None
 
     async def _promote(self, me: str, force: bool) -> None:
+        own = self.all[me].keeper.record.accepted
         decision = await promote(
-            me, MIRROR, sorted(self.all), self.nodes.voter(me), self.cluster(me), force=force, timeout_s=1.0
-        )
+            me, MIRROR, sorted(self.all), self.nodes.voter(me), self.cluster(me), force=force, timeout_s=1.0,
+            heard_of=partial(self._heard_of, me),
+        )  # fmt: skip
         self.oracle.splits += isinstance(decision, SplitBrain)
         self.trace(f"{trio.current_time():8.2f} promote {me} force={force}: {decision}")
         if not isinstance(decision, Promote):
             return
+        if decision.membership.forced != "no":
+            self.oracle.heard.pop(me, None)
+        other = self.oracle.heard.get(me)
+        by_own = decision.expected == own
+        if by_own and other is not None and are_apart(decision.expected, me, other, other.primary or ""):
+            raise Violated(
+                f"node {me} goes on from {decision.expected.place}, though it knows who serves {other.place}"
+            )
         source = decision.sources[0].node
         record = decision.membership
         self.oracle.judge_gone(decision.expected.in_sync, self.all[source].data)
@@ -290,6 +314,13 @@ class World:
         self.oracle.promotions += 1
         await self._serve(me, record, source)
 
+    async def _heard_of(self, me: str, record: Membership, node: str, *, served: bool) -> None:
+        own = self.all[me]
+        await own.voter.heard_of(record, node, served=served)
+        accepted = own.keeper.record.accepted
+        if served and accepted is not None and record.primary == node and are_apart(accepted, me, record, node):
+            self.oracle.heard[me] = record
+
     def cluster(self, me: str) -> Committing:
         return Committing(self, me)
 
@@ -298,19 +329,22 @@ class World:
     async def _serve(self, me: str, record: Membership, source: str) -> None:
         node = self.all[me]
         node.demoting = False  # type: ignore[attr-defined]
-        lease = PrimaryLease(record.options.lease_s, record.voters, trio.current_time)
+        leases = [PrimaryLease(record.options.lease_s, record.voters, trio.current_time)]
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._beat, me, record.term, lease)
+            nursery.start_soon(self._beat, me, record.term, leases)
             try:
                 record = await self._reconcile(me, record, source)
                 node.primary = True
                 while record.in_sync:
-                    record = await self._turn(me, record, lease)
+                    voters = record.voters
+                    record = await self._turn(me, record, leases[-1])
+                    if record.voters != voters:
+                        leases.append(PrimaryLease(record.options.lease_s, record.voters, trio.current_time))
             finally:
                 nursery.cancel_scope.cancel()
 
-    async def _beat(self, me: str, term: Term, lease: PrimaryLease) -> None:
-        async def one(target: str, begun: float) -> None:
+    async def _beat(self, me: str, term: Term, leases: list[PrimaryLease]) -> None:
+        async def one(target: str, lease: PrimaryLease, begun: float) -> None:
             try:
                 await self.nodes.voter(me)(target).heartbeat(MIRROR, term)
                 lease.answered(target, begun)
@@ -320,7 +354,7 @@ class World:
         async with trio.open_nursery() as nursery:
             while True:
                 for target in sorted(self.all):
-                    nursery.start_soon(one, target, lease.begin())
+                    nursery.start_soon(one, target, leases[-1], leases[-1].begin())
                 await trio.sleep(0.2)
 
     async def _reconcile(self, me: str, record: Membership, source: str) -> Membership:
@@ -381,7 +415,7 @@ class World:
 
     async def _turn(self, me: str, record: Membership, lease: PrimaryLease) -> Membership:
         await trio.sleep(self.rng.choice([0.01, 0.05, 0.3]))
-        what = self.rng.choice(["write"] * 5 + ["read"] * 2 + ["flush", "resync"])
+        what = self.rng.choice(["write"] * 10 + ["read"] * 4 + ["flush"] * 2 + ["resync"] * 2 + ["voters"])
         if getattr(self.all[me], "demoting", False):
             self.all[me].primary = False
             if await self._flush(me, record):
@@ -393,6 +427,8 @@ class World:
             self._read(me, record, lease)
         elif what == "flush":
             await self._flush(me, record)
+        elif what == "voters":
+            return await self._change_voters(me, record)
         else:
             out = [leg.id for leg in record.legs if leg.id not in record.in_sync]
             if out:
@@ -446,6 +482,45 @@ class World:
         node.keeper.settled()
         self.oracle.doubtful.get(node.name, set()).difference_update(node.data)
 
+    async def _change_voters(self, me: str, record: Membership) -> Membership:
+        """A tie-breaker more or less."""
+        diskless = [name for name in sorted(self.all) if not record.legs_on(name)]
+        if not diskless:
+            return record
+        name = self.rng.choice(diskless)
+        goes = name in record.voters
+        voters = tuple(one for one in record.voters if one != name) if goes else (*record.voters, name)
+        new = await self._commit(me, record.next_epoch(voters=voters), record)
+        self.oracle.reconfigurations += 1
+        node = self.all[name]
+
+        async def retire() -> None:
+            own = node.keeper.record
+            judge_order(Order(me, new), Known(name, own.promised, own.accepted))
+            await node.voter.retire(new)
+
+        if goes:
+            with contextlib.suppress(OSError):
+                await self.carry(me, name, retire)
+        return new
+
+    async def _discard(self, me: str, record: Membership, leg_id: str) -> None:
+        """The operator gives up what a leg has that is the other side of a split brain."""
+        node = self.all[leg_id]
+
+        async def there() -> None:
+            own = node.keeper.record
+            judge_discard(Order(me, record), Known(leg_id, own.promised, own.accepted, leg_id))
+            await node.keeper.prepare(record.term, me)
+            # Not what this side must have: of before the fork, and lost without anybody's decision.
+            self.oracle.given_up |= node.data - self.oracle.required(record)
+            await node.keeper.accept(record, inconsistent=True, discard=True)
+            self.oracle.heard.pop(leg_id, None)
+            self.oracle.discards += 1
+
+        with contextlib.suppress(OSError):
+            await self.carry(me, leg_id, there)
+
     async def _resync(self, me: str, record: Membership, leg_id: str) -> Membership:
         node = self.all[leg_id]
 
@@ -459,6 +534,8 @@ class World:
             await self.carry(me, leg_id, begin)
         except OSError as error:
             self.oracle.splits += error.errno == errno.EUCLEAN
+            if error.errno == errno.EUCLEAN and self.rng.random() < 0.3:
+                await self._discard(me, record, leg_id)
             return record
         data = set[int]()
         if not await self._at_leg(me, min(record.in_sync), record.term, lambda leg: data.update(leg.data)):
@@ -527,7 +604,7 @@ def main() -> None:
     """See the module."""
     from tests.replication.rule_mutants import MUTANTS, mutated
 
-    promotions = reads = splits = 0
+    promotions = reads = splits = discards = changes = 0
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
     with mutated(MUTANTS[sys.argv[2]] if len(sys.argv) > 2 else None):
         for seed in range(count):
@@ -536,7 +613,11 @@ def main() -> None:
             except Violated as violated:
                 raise SystemExit(f"seed {seed}: {violated}") from None
             promotions, reads, splits = promotions + oracle.promotions, reads + oracle.reads, splits + oracle.splits
-    print(f"{count} seeds: {promotions} promotions, {reads} reads, {splits} split brains found, nothing violated")
+            discards, changes = discards + oracle.discards, changes + oracle.reconfigurations
+    print(
+        f"{count} seeds: {promotions} promotions, {reads} reads, {splits} split brains found, {discards} decided, "
+        f"{changes} changes of voters, nothing violated"
+    )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import trio
 
@@ -25,6 +25,20 @@ class Carry(Protocol):
     async def __call__(self, source: str, target: str, call: Callable[[], Awaitable[R]], /) -> R: ...
 
 
+class MemoryVoter(KeptVoter):
+    """Without files, as a thread is nothing for a clock that jumps; a node without a leg has it in its store too."""
+
+    def __init__(self, site: Node, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._files[MIRROR] = None
+        self._site = site
+
+    async def retire(self, record: Membership) -> None:
+        async with self._holding(record.mirror):
+            keeper = self._site.keeper
+            await keeper._save(LegRecord(keeper.record.me, promised=keeper.record.promised, accepted=record))
+
+
 class Node:
     """One node: what is durable is its store; `start` makes the rest anew."""
 
@@ -40,15 +54,14 @@ class Node:
     def start(self) -> None:
         record = LegRecord.decode(self.store.record) if self.store.record else LegRecord(self.name)
         self.keeper = LegKeeper(self.store, record, node=self.name, boot=f"boot-{self.boot}")
-        self.voter = KeptVoter(
+        self.voter = MemoryVoter(
+            self,
             self.name,
             Path("/nonexistent"),
             lambda mirror: [self.keeper],
             is_primary=lambda mirror: self.primary,
             clock=self.clock,
         )
-        # Its home has nothing of this mirror, and to look there would take a thread.
-        self.voter._files[MIRROR] = None
 
     def restart(self, *, rebooted: bool = False) -> None:
         self.store.crash()

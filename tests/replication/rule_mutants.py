@@ -12,11 +12,13 @@ import pytest
 
 import replication.keeper
 import replication.lineage
+import replication.orders
 import replication.promotion
 import replication.voters
 from replication.keeper import LegKeeper, LegRecord
 from replication.membership import Membership, Term
 from replication.voters import KeptVoter, in_sync_nodes, is_majority, rule_of
+from tests.replication.nodes import MemoryVoter
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
@@ -149,6 +151,50 @@ def _forks_are_harmless(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "relation", relation)
 
 
+def _superseded_is_forgotten(patch: pytest.MonkeyPatch) -> None:
+    async def heard_of(self: LegKeeper, record: Membership, node: str, *, served: bool) -> None: ...
+
+    patch.setattr(LegKeeper, "heard_of", heard_of)
+
+
+def _anybody_supersedes(patch: pytest.MonkeyPatch) -> None:
+    async def heard_of_accept(self: KeptVoter, keeper: LegKeeper, refused: Membership) -> None:
+        await keeper._save(dataclasses.replace(keeper.record, superseded=refused))
+
+    patch.setattr(KeptVoter, "_heard_of_accept", heard_of_accept)
+
+
+def _one_number_has_an_order(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(replication.promotion, "_outweighs", lambda newest, ours, others: in_sync_nodes(newest) <= ours)
+
+
+def _highest_place_wins(patch: pytest.MonkeyPatch) -> None:
+    real = replication.promotion.decide
+
+    def decide(me: str, term: Term, heard: Mapping[str, Any], unheard: Mapping[str, str], **more: Any) -> Any:
+        forgotten = {node: dataclasses.replace(one, superseded=None) for node, one in heard.items()}
+        return real(me, term, forgotten, unheard, **more)
+
+    patch.setattr(replication.promotion, "decide", decide)
+
+
+def _retired_forgets(patch: pytest.MonkeyPatch) -> None:
+    async def retire(self: MemoryVoter, record: Membership) -> None:
+        own = self._site.keeper.record
+        await self._site.keeper._save(LegRecord(own.me, promised=own.promised))
+
+    patch.setattr(MemoryVoter, "retire", retire)
+
+    async def keeps_nothing(self: KeptVoter, record: Membership) -> None:
+        await self.forget(record.mirror)
+
+    patch.setattr(KeptVoter, "retire", keeps_nothing)
+
+
+def _obeys_anybody(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(replication.orders, "judge_order", lambda order, known: None)
+
+
 MUTANTS: Mapping[str, Mutant] = {
     "older-terms": Mutant("a leg accepts records and writes of an older term", _older_terms),
     "promise-in-memory": Mutant("a promise is forgotten by a crash", _promise_in_memory),
@@ -165,6 +211,12 @@ MUTANTS: Mapping[str, Mutant] = {
     "lease-after-promise": Mutant("a voter gives a lease to a primary that it has promised away", _lease_after_promise),
     "no-lease": Mutant("a voter promises while the primary's lease lasts", _no_lease),
     "apart-forgotten": Mutant("a primary that a forced one knew nothing of is taken for its past", _apart_is_forgotten),
+    "superseded-forgotten": Mutant("who was left behind by force goes on when it is alone", _superseded_is_forgotten),
+    "anybody-supersedes": Mutant("a fenced primary makes the one after it give up", _anybody_supersedes),
+    "one-number-ordered": Mutant("of two terms of one number the one with more epochs wins", _one_number_has_an_order),
+    "highest-place-wins": Mutant("a leg that was left behind outweighs a majority", _highest_place_wins),
+    "retired-forgets": Mutant("a voter that was removed forgets what it has promised and stored", _retired_forgets),
+    "obeys-anybody": Mutant("a leg is given up by order of a primary that is none any more", _obeys_anybody),
     "forks-harmless": Mutant("a split brain is resynced like a leg that was away", _forks_are_harmless),
 }
 

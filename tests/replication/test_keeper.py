@@ -39,8 +39,12 @@ async def started(legs: str = "abc", me: str = "a") -> tuple[LegKeeper, MemorySt
 
 
 def test_a_record_survives_its_encoding() -> None:
-    record = LegRecord("a", TERM_2, first_record("ab"), frozenset({"b"}), True, "boot", True, Position(TERM_2, 7))
+    own = first_record("ab")
+    record = LegRecord("a", TERM_2, own, frozenset({"b"}), True, "boot", True, Position(TERM_2, 7), own.next_epoch())
     assert LegRecord.decode(record.encode()) == record
+    earlier = json.loads(record.encode())
+    del earlier["superseded"]
+    assert LegRecord.decode(json.dumps(earlier).encode()) == dataclasses.replace(record, superseded=None)
     assert LegRecord.decode(LegRecord("a").encode()) == LegRecord("a")
 
 

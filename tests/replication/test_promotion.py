@@ -25,7 +25,7 @@ from replication.promotion import (
     promote,
 )
 from tests.replication.nodes import Nodes
-from tests.replication.stores import MIRROR, first_record
+from tests.replication.stores import MIRROR, first_record, leg
 
 TERM_2, TERM_3 = Term(2, "2" * 16), Term(3, "3" * 16)
 AB, ABT = first_record("ab"), first_record("ab", diskless="t")
@@ -130,11 +130,28 @@ def test_both_histories_of_a_split_brain_are_named_and_the_operator_decides() ->
     assert isinstance(decision, SplitBrain) and decision.node == "a"
     assert "node b has 2.0 (22222222, primary b, forced)" in decision.sentence
     assert "node a has 1.1 (11111111, primary a)" in decision.sentence
-    assert "--discard a" in decision.sentence
+    way_out = "`terrace volume mirror resync fast/vol a --discard` on node b gives up what only node a has"
+    assert way_out in decision.sentence and decision.sentence.endswith("or promote node a with --force")
     # The side that was forced last goes on: nobody needs the other.
     assert isinstance(decide("b", TERM_3, states, {}), Promote)
     taken = decide("a", TERM_3, states, {}, force=True)
     assert isinstance(taken, Forced) and taken.expected == alone
+
+
+def test_two_terms_of_one_number_have_no_order_and_who_has_heard_of_the_other_that_serves_needs_force() -> None:
+    resumed = AB.next_term(Term(2, "a" * 16), "a", frozenset("a"))
+    forced = AB.next_term(TERM_2, "b", frozenset("b"), "fenced").next_epoch()
+    states = heard(said("a", resumed), said("b", forced))
+    for me in "ab":
+        assert isinstance(decide(me, TERM_3, states, {}), SplitBrain)
+        assert isinstance(decide(me, TERM_3, states, {}, force=True), Forced)
+    states = heard(said("a", resumed), said("b", forced, superseded=resumed))
+    assert isinstance(decide("a", TERM_3, states, {}), Promote)
+    assert isinstance(decide("b", TERM_3, states, {}), SplitBrain)
+    # And if each has heard of the other, nobody goes on without an operator.
+    states = heard(said("a", resumed, superseded=forced), said("b", forced, superseded=resumed))
+    for me in "ab":
+        assert isinstance(decide(me, TERM_3, states, {}), SplitBrain)
 
 
 def test_what_a_returning_leg_is() -> None:
@@ -180,8 +197,12 @@ def run(what: Callable[[Nodes], Awaitable[None]], names: str = "ab") -> None:
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
-async def promoted(nodes: Nodes, me: str, **more: bool) -> object:
-    return await promote(me, MIRROR, list(nodes.all), nodes.voter(me), nodes.cluster(me), timeout_s=1.0, **more)
+async def promoted(nodes: Nodes, me: str, *, asks: str = "", force: bool = False) -> object:
+    voter = nodes.all[me].voter
+    return await promote(
+        me, MIRROR, list(asks or nodes.all), nodes.voter(me), nodes.cluster(me), timeout_s=1.0, force=force,
+        heard_of=voter.heard_of,
+    )  # fmt: skip
 
 
 def test_a_candidate_that_is_refused_fences_nobody() -> None:
@@ -189,11 +210,32 @@ def test_a_candidate_that_is_refused_fences_nobody() -> None:
         await nodes.cluster("a").create(AB)
         nodes.all["a"].primary = True
         decision = await promoted(nodes, "b")
-        assert isinstance(decision, Refused) and "node a is primary and alive" in decision.sentence
+        assert isinstance(decision, Refused) and "force" not in decision.sentence
+        assert (
+            "node a is primary and alive: demote it there first, with `terrace volume mirror demote fast/vol --to b`"
+            in (decision.sentence)
+        )
         nodes.all["a"].up = False
         decision = await promoted(nodes, "b")
         assert isinstance(decision, Refused) and decision.must_hear == {"a"}
         assert all(node.keeper.allows(AB.term) for node in nodes.all.values())
+
+    run(what)
+
+
+def test_who_is_refused_for_a_primary_that_was_heard_a_moment_ago_is_not_told_to_use_force() -> None:
+    async def what(nodes: Nodes) -> None:
+        await nodes.cluster("a").create(AB)
+        nodes.all["b"].voter.heard(MIRROR)
+        nodes.all["a"].up = False
+        decision = await promoted(nodes, "b")
+        assert isinstance(decision, Refused) and decision.must_hear == {"a", "b"}
+        assert (
+            "b: it has heard the primary, node a, 1.0 s ago" in decision.sentence and "force" not in decision.sentence
+        )
+        await trio.sleep(AB.options.lease_s)
+        decision = await promoted(nodes, "b")
+        assert isinstance(decision, Refused) and "promote with --force" in decision.sentence
 
     run(what)
 
@@ -237,6 +279,120 @@ def test_the_token_is_not_given_to_a_node_that_cannot_go_on() -> None:
         with pytest.raises(OSError, match=r"node c has no leg in sync.*demote to a or b") as refused:
             await demote("a", record, nodes.cluster("a"), to="c")
         assert refused.value.errno == errno.EINVAL
+
+    run(what, "abc")
+
+
+def test_a_side_that_was_left_behind_by_force_does_not_go_on_once_it_has_heard_of_the_other_that_serves() -> None:
+    async def what(nodes: Nodes) -> None:
+        a, b = nodes.all["a"], nodes.all["b"]
+        nodes.all["c"].up = a.up = False
+        await nodes.all["a"].voter.accept(AB)
+        await b.voter.accept(AB)
+        old = await promoted(nodes, "b", asks="ab", force=True)
+        assert isinstance(old, Forced)
+        later = old.membership
+        for _ in range(9):  # its place says nothing of which side is the newer one
+            later = later.next_epoch()
+            await nodes.cluster("b").commit(later, expected=old.membership)
+        b.up = False
+        a.restart()
+        resumed = await promoted(nodes, "a", asks="ab")
+        assert isinstance(resumed, Promote) and resumed.alone
+        a.primary = True
+        b.restart()
+        refused = await promoted(nodes, "b", asks="ab")
+        assert isinstance(refused, Refused) and "node a is primary and alive" in refused.sentence
+        nodes.all["c"].up = True
+        one = resumed.membership
+        two = one.next_epoch(legs=(*AB.legs, leg("c")), voters=tuple("abc"), in_sync=frozenset("ac"))
+        await nodes.cluster("a").commit(two, expected=one)
+
+        a.up = a.primary = False
+        for asks in ("ab", "abc"):
+            b.restart()  # and knows it still
+            assert isinstance(await promoted(nodes, "b", asks=asks), Refused | SplitBrain)
+        b.restart(rebooted=True)
+        decision = await promoted(nodes, "c")
+        assert isinstance(decision, Refused) and "b: it has gone its own way, and has no say" in decision.sentence
+        a.restart()
+        await trio.sleep(2 * AB.options.lease_s)
+        assert isinstance(decision := await promoted(nodes, "b"), SplitBrain)
+        assert "resync fast/vol b --discard` on node a" in decision.sentence
+        # A majority of the newer record outweighs the leg that is left out.
+        decision = await promoted(nodes, "c")
+        assert isinstance(decision, Promote) and decision.expected == two
+        assert isinstance(await promoted(nodes, "b", force=True), Forced)
+        assert b.keeper.record.superseded is None
+
+    run(what, "abc")
+
+
+def test_with_three_nodes_too_a_side_that_was_left_behind_has_no_say_until_that_is_decided() -> None:
+    async def what(nodes: Nodes) -> None:
+        a, b, c = nodes.all.values()
+        record = first_record("abc")
+        await nodes.cluster("a").create(record)
+        a.up = c.up = False
+        forced = await promoted(nodes, "b", force=True)
+        assert isinstance(forced, Forced) and forced.membership.voters == ("b",)
+        b.up = False
+        a.restart()
+        c.restart()
+        resumed = await promoted(nodes, "a")
+        assert isinstance(resumed, Promote) and resumed.membership.in_sync == frozenset("ac")
+        b.restart()
+        a.primary = True
+        assert isinstance(await promoted(nodes, "b"), Refused)
+        c.up = a.up = a.primary = False
+        b.restart()
+        assert isinstance(await promoted(nodes, "b"), SplitBrain)
+        c.restart()
+        assert isinstance(await promoted(nodes, "b"), SplitBrain)
+        await trio.sleep(2 * record.options.lease_s)
+        assert isinstance(decision := await promoted(nodes, "c"), Refused)
+        assert "1 of 3 voters" in decision.sentence
+        a.restart()
+        await trio.sleep(2 * record.options.lease_s)
+        assert isinstance(await promoted(nodes, "c"), Promote)
+
+    run(what, "abc")
+
+
+def test_who_has_only_missed_a_promotion_by_force_does_not_go_on_alone_either() -> None:
+    async def what(nodes: Nodes) -> None:
+        a, b = nodes.all["a"], nodes.all["b"]
+        await nodes.cluster("a").create(AB)
+        a.up = False
+        assert isinstance(await promoted(nodes, "b", force=True), Forced)
+        b.primary = True
+        a.restart()
+        assert isinstance(await promoted(nodes, "a"), Refused)  # but no session has brought the record
+        b.up = False
+        a.restart()
+        refused = await promoted(nodes, "a")
+        assert isinstance(refused, Refused) and refused.must_hear == {"b"}
+        b.restart()
+        assert isinstance(await promoted(nodes, "a"), Promote)  # of the newer history
+        assert a.keeper.record.accepted is not None and a.keeper.record.accepted.history[1].primary == "b"
+
+    run(what)
+
+
+def test_a_primary_that_was_fenced_makes_nobody_give_up() -> None:
+    async def what(nodes: Nodes) -> None:
+        a, b = nodes.all["a"], nodes.all["b"]
+        record = first_record("abc")
+        await nodes.cluster("a").create(record)
+        a.up = False
+        await trio.sleep(2 * record.options.lease_s)
+        decision = await promoted(nodes, "b")
+        assert isinstance(decision, Promote)
+        with pytest.raises(OSError, match="promised term 2"):
+            await b.voter.accept(record.next_epoch())
+        b.restart()
+        assert b.keeper.record.superseded is None
+        assert isinstance(await promoted(nodes, "b"), Promote)
 
     run(what, "abc")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.replication import test_keeper, test_promotion, test_voters
+from tests.replication import test_keeper, test_orders, test_promotion, test_voters
 from tests.replication.model import Violated, explore
 from tests.replication.rule_mutants import MUTANTS, mutated
 
@@ -38,10 +38,24 @@ CAUGHT_BY: dict[str, Callable[[], None]] = {
     "inconsistent-forgotten": (test_keeper.test_a_leg_that_rejoins_keeps_what_it_has_differently_until_it_is_in_sync),
     "lease-after-promise": in_home(test_voters.test_a_voter_promises_nothing_while_the_primary_may_serve),
     "no-lease": in_home(test_voters.test_a_voter_promises_nothing_while_the_primary_may_serve),
+    "one-number-ordered": (
+        test_promotion.test_two_terms_of_one_number_have_no_order_and_who_has_heard_of_the_other_that_serves_needs_force
+    ),
+    "anybody-supersedes": test_promotion.test_a_primary_that_was_fenced_makes_nobody_give_up,
+    "highest-place-wins": (
+        test_promotion.test_a_side_that_was_left_behind_by_force_does_not_go_on_once_it_has_heard_of_the_other_that_serves
+    ),
+    "obeys-anybody": test_orders.test_a_primary_that_is_none_any_more_has_nothing_given_up,
     "apart-forgotten": test_promotion.test_what_a_returning_leg_is,
 }
 """What a run finds too seldom: its smallest case. The others are found by runs."""
-BEGIN = {"older-terms": 80, "legs-without-majority": 50, "token-for-two": 20, "forks-harmless": 20}
+BEGIN = {
+    "legs-without-majority": 60,
+    "token-for-two": 45,
+    "forks-harmless": 130,
+    "superseded-forgotten": 220,
+    "retired-forgets": 235,
+}
 """Seeds shortly before one that does; if the rules change, a later one does."""
 
 

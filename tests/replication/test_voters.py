@@ -178,6 +178,115 @@ def test_a_promise_tells_of_the_record_that_a_session_was_storing_when_it_was_as
     trio.run(main)
 
 
+@pytest.mark.parametrize("serves", [False, True])
+def test_a_leg_keeps_what_it_must_refuse_of_the_other_side_unless_it_serves_itself(
+    tmp_path: Path, serves: bool
+) -> None:
+    async def main() -> None:
+        store = MemoryStore()
+        keeper = LegKeeper(store, LegRecord("a"), node="a", boot="1")
+        voter = KeptVoter("a", tmp_path, lambda mirror: [keeper], is_primary=lambda mirror: serves)
+        record = first_record("ab")
+        await voter.accept(record)
+        alone = record.next_epoch(in_sync=frozenset("a"))
+        await voter.accept(alone)
+        forced = record.next_term(TERM_2, "b", frozenset("b"), "fenced")
+        with pytest.raises(OSError, match="split brain") as refused:
+            await voter.accept(forced)
+        assert refused.value.errno == errno.EUCLEAN
+        store.crash()
+        again = LegRecord.decode(store.record)
+        assert (again.accepted, again.superseded) == (alone, None if serves else forced)
+        if not serves:  # an operator decides for this side
+            await voter.accept(alone.next_term(Term(3, "3" * 16), "a", frozenset("a"), "fenced"))
+            assert keeper.record.superseded is None
+
+    trio.run(main)
+
+
+def test_a_tie_breaker_keeps_in_its_home_what_supersedes_its_record(tmp_path: Path) -> None:
+    async def main() -> None:
+        voter = tie_breaker(tmp_path)
+        await voter.accept(FIRST)
+        later = FIRST.next_term(TERM_2, "b", frozenset("b"))
+        await voter.heard_of(later, "b", served=False)
+        assert (await tie_breaker(tmp_path).state(MIRROR)).superseded == later
+        await voter.accept(later)
+        assert (await tie_breaker(tmp_path).state(MIRROR)).superseded is None
+
+    trio.run(main)
+
+
+def test_ids_that_a_peer_makes_up_leave_nothing_behind(tmp_path: Path) -> None:
+    async def main() -> None:
+        voter = tie_breaker(tmp_path)
+        for number in range(50):
+            made_up = f"{number:032x}"
+            with pytest.raises(OSError, match="knows nothing of"):
+                await voter.state(made_up)
+            with pytest.raises(OSError, match="knows nothing of"):
+                await voter.prepare(made_up, TERM_2, "b")
+            with pytest.raises(OSError, match="knows nothing of"):
+                await voter.heartbeat(made_up, TERM_2)
+            with pytest.raises(OSError, match="is no voter of"):
+                await voter.accept(dataclasses.replace(first_record("ab"), mirror=made_up))
+        assert (voter._files, voter._locks, voter._lease._heard, voter._lease._terms) == ({}, {}, {}, {})
+        assert await voter.mirrors() == frozenset()
+
+    trio.run(main)
+
+
+def test_a_node_is_the_tie_breaker_of_so_many_mirrors_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        monkeypatch.setattr(voters, "MAX_MIRRORS", 2)
+        voter = tie_breaker(tmp_path)
+        for digit in "12":
+            await voter.accept(dataclasses.replace(FIRST, mirror=digit * 32))
+        with pytest.raises(OSError, match="a voter of 2 mirrors that it has no leg of") as refused:
+            await voter.accept(FIRST)
+        assert refused.value.errno == errno.ENOSPC
+        await voter.accept(dataclasses.replace(FIRST, mirror="1" * 32).next_epoch())
+        await voter.forget("1" * 32)
+        await voter.accept(FIRST)
+
+    trio.run(main)
+
+
+def test_a_voter_that_was_removed_lets_no_primary_go_on_that_was_fenced_before(tmp_path: Path) -> None:
+    async def main() -> None:
+        voter = tie_breaker(tmp_path, clock := Clock())
+        await voter.accept(FIRST)
+        clock.now += 10
+        await voter.prepare(MIRROR, TERM_2, "b")
+        record = FIRST.next_term(TERM_2, "b", frozenset("b"))
+        await voter.accept(record)
+        without = record.next_epoch(voters=("a", "b"))
+        await voter.retire(without)
+        for one in (voter, tie_breaker(tmp_path, clock)):
+            with pytest.raises(OSError, match="promised term 2"):
+                await one.accept(FIRST.next_epoch(in_sync=frozenset("a")))
+            assert (await one.state(MIRROR)).accepted == without  # which a candidate must find that knows FIRST
+        await voter.accept(without.next_epoch(voters=FIRST.voters))  # it is one again
+
+    trio.run(main)
+
+
+def test_of_the_mirrors_that_it_was_removed_from_a_voter_remembers_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        monkeypatch.setattr(voters, "MAX_RETIRED", 3)
+        voter = tie_breaker(tmp_path)
+        await voter.accept(FIRST)
+        for digit in "123456":
+            await voter.retire(dataclasses.replace(first_record("ab"), mirror=digit * 32))
+        assert await voter.mirrors() == {MIRROR, "4" * 32, "5" * 32, "6" * 32}
+
+    trio.run(main)
+
+
 def test_a_node_that_serves_refuses_candidates(tmp_path: Path) -> None:
     async def main() -> None:
         keeper = LegKeeper(MemoryStore(), LegRecord("a"), node="a", boot="1")
@@ -259,7 +368,7 @@ def test_a_call_that_makes_no_sense_is_refused_with_a_sentence(
 
 
 def test_a_state_survives_its_encoding_and_nonsense_is_refused() -> None:
-    state = VoterState("b", TERM_2, FIRST, frozenset({"a"}), True, 1.5, False, True, 4096)
+    state = VoterState("b", TERM_2, FIRST, frozenset({"a"}), True, 1.5, False, True, 4096, FIRST.next_epoch())
     plain = json.loads(json.dumps(state_to_json(state)))
     assert state_from_json(plain) == state
     for damage in ({"node": 1}, {"promised": [1]}, {"accepted": 1}, {"heard_s": "x"}, {"intact": 1}):

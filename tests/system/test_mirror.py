@@ -6,7 +6,7 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from replication.wire import CallsOption
 from terrace.certificates import make_authority, make_client, make_node
 from tests.system.daemon import ApiError, Daemon
 from tests.system.nbdclient import Connection, Refused
+from tiers import Pool
 
 pytestmark = pytest.mark.system
 MIB = 1 << 20
@@ -120,6 +121,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
             node.daemon.kill()
 
 
+def until(true: Callable[[], bool], timeout_s: float = 15.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
 def test_what_is_written_while_one_node_is_down_is_on_both_afterwards_and_either_can_serve_it(pair: Pair) -> None:
     a, b = pair.a, pair.b
     pair.create()
@@ -160,6 +168,9 @@ def test_what_is_written_while_one_node_is_down_is_on_both_afterwards_and_either
         with node.connect("v@both") as snapshot:
             assert snapshot.read(2 * MIB, 2 * MIB) == second + bytes(MIB)
     assert (b.mirror()["primary"], b.mirror()["role"], a.mirror()["role"]) == ("b", "primary", "secondary")
+    until(lambda: not any(one["kind"] == "client" for one in b.daemon.api("GET", "/v1/status")["nbd"]["connections"]))
+    assert b.daemon.api("DELETE", "/v1/pools/p/volumes/v?snapshots=1") == {"deleted": "p/v", "left": []}
+    assert not any(volume["name"] == "p/v" for volume in a.daemon.api("GET", "/v1/pools/p/volumes"))
 
 
 def test_a_primary_that_is_killed_goes_on_when_it_is_started_again(pair: Pair) -> None:
@@ -222,7 +233,9 @@ def test_two_sides_that_have_both_written_are_a_split_brain_until_an_operator_gi
         assert client.read(MIB, 4096) == bytes(4096)
 
 
-def test_a_split_brain_of_two_terms_of_one_number_can_be_decided(pair: Pair) -> None:
+def test_a_split_brain_of_two_terms_of_one_number_is_told_and_the_side_that_does_not_serve_stays_out(
+    pair: Pair,
+) -> None:
     a, b = pair.a, pair.b
     pair.create("e")
     a.daemon.kill()
@@ -236,8 +249,32 @@ def test_a_split_brain_of_two_terms_of_one_number_can_be_decided(pair: Pair) -> 
         client.write(MIB, b"a" * 4096)
     b.daemon.start()
     pair.both_online()
+    until(lambda: str(a.leg("b", "e")["error"]).startswith("split brain: node a has 2.0"))
+    until(lambda: any("the leg of p/e on node b: split brain" in text for text in a.events()))
+    explained = a.daemon.api("GET", "/v1/pools/p/volumes/e/mirror/explain")["text"]
+    assert "primary a" in explained and "primary b, forced" in explained
+    way_out = "terrace volume mirror resync p/e b --discard"
+    for wait in ((), ("--no-wait",)):
+        refused = a.daemon.cli("volume", "mirror", "resync", "p/e", "b", *wait, status=1)
+        assert "split brain" in refused.stderr and way_out in refused.stderr
+
+    until(lambda: way_out in b.daemon.api("GET", "/v1/pools/p/volumes/e/mirror/explain")["text"])
+    a.daemon.kill()
+    b.daemon.kill()
+    b.daemon.start()  # as before, but it knows now that it isn't the only one
+    with pytest.raises(ApiError, match="split brain"):
+        b.ask("promote", "e")
+    assert any("split brain" in text for text in b.events())
+    time.sleep(1.5)  # it would have gone on after a second without the other
+    assert b.mirror("e")["role"] == "secondary"
+    with pytest.raises(Refused, match="split brain"):
+        b.connect("e")
+    a.daemon.start()
+    pair.both_online()
+    a.wait_for({"a": "UpToDate", "b": "Stale"}, "e")
     a.ask("resync", "e", node="b", discard=True)
     a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "e")
+    assert b.mirror("e")["problem"] is None
     assert "equal" in a.daemon.cli("volume", "mirror", "verify", "p/e", "--full").stdout
     with a.connect("e") as client:
         assert client.read(0, 4096) == bytes(4096)
@@ -284,6 +321,26 @@ def test_what_is_wrong_is_refused_in_a_sentence_and_leaves_nothing_behind(pair: 
     a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "x")
     assert a.daemon.api("DELETE", "/v1/pools/p/volumes/x") == {"deleted": "p/x", "left": []}
     assert not any(volume["name"] == "p/x" for volume in b.daemon.api("GET", "/v1/pools/p/volumes"))
+
+
+def test_a_leg_whose_record_cannot_be_understood_can_be_deleted_by_force_only(pair: Pair) -> None:
+    b = pair.b
+    pair.create("d")
+    b.daemon.stop()
+
+    async def damage() -> None:
+        async with Pool.open(b.daemon.home / "pools" / "p") as pool:
+            await pool.set_mirror(pool.volume("d"), b'{"version": 77}', {})
+
+    trio.run(damage)
+    b.daemon.start()
+    with pytest.raises(ApiError, match=r"version 77.*`terrace volume delete p/d --force` deletes the copy here"):
+        b.daemon.api("DELETE", "/v1/pools/p/volumes/d")
+    assert "Left: what other nodes have" in b.daemon.cli("volume", "delete", "p/d", "--force", "--yes").stdout
+    assert not any(volume["name"] == "p/d" for volume in b.daemon.api("GET", "/v1/pools/p/volumes"))
+    b.daemon.api("POST", "/v1/pools/p/volumes", {"name": "d", "size": SIZE})  # the name is free again
+    b.daemon.api("DELETE", "/v1/pools/p/volumes/d")
+    assert len(pair.a.daemon.api("DELETE", "/v1/pools/p/volumes/d")["left"]) == 0
 
 
 def test_only_the_certificate_of_a_peer_gets_what_is_for_peers(pair: Pair) -> None:

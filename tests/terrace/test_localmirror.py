@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import trio.testing
 import terrace.localmirror
 from replication.keeper import LegRecord
 from replication.membership import Term
+from replication.voters import KeptVoter, LegsCluster
 from terrace.localmirror import LocalMirror
 from tests.replication.stores import MemoryStore, first_record
 
@@ -31,14 +33,39 @@ class SlowStore(MemoryStore):
         await self.may_flush.wait()
 
 
-def local_mirror(monkeypatch: pytest.MonkeyPatch, store: MemoryStore, record: LegRecord) -> LocalMirror:
+def local_mirror(
+    monkeypatch: pytest.MonkeyPatch, store: MemoryStore, record: LegRecord, *, is_new: bool = False
+) -> LocalMirror:
     """On node a."""
     monkeypatch.setattr(terrace.localmirror, "PoolLegStore", lambda pool, volume: store)
     volume: Any = SimpleNamespace(name="fast/vol", short_name="vol", mirror_record=record.encode(), open_count=0)
     node: Any = SimpleNamespace(
         peers=SimpleNamespace(node="a"), boot="boot", tell=print, disconnect=lambda name: 0, keep_before_resync=True
     )
-    return LocalMirror(SimpleNamespace(snapshots=lambda volume: []), volume, node)  # type: ignore[arg-type]
+    pool: Any = SimpleNamespace(snapshots=lambda volume: [])
+    mirror = LocalMirror(pool, volume, node, is_new=is_new)
+    node.own_voter = KeptVoter("a", Path("/nonexistent"), lambda mirror_id: [mirror.keeper])
+    node.voter = lambda name: node.own_voter
+    node.cluster = lambda membership: LegsCluster("a", node.voter, lambda mirror_id: pytest.fail("not asked"))
+    return mirror
+
+
+def test_a_mirror_of_one_leg_that_begins_again_writes_no_second_record_with_the_place_of_one_it_may_have_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def main() -> None:
+        store, record = MemoryStore(), first_record("a")
+        mirror = local_mirror(monkeypatch, store, LegRecord("a", record.term, record), is_new=True)
+        first = await mirror._proven(force=False)
+        assert first == record  # a second leg gets `first.next_epoch(...)`, and the answer is lost
+        again = await mirror._proven(force=False)
+        store.crash()
+        restarted = local_mirror(monkeypatch, store, LegRecord.decode(store.record))
+        later = await restarted._proven(force=False)
+        assert [one.term.number for one in (first, again, later)] == [1, 2, 3]
+        assert later.descends_from(again) and again.descends_from(first)
+
+    trio.run(main)
 
 
 def test_a_leg_that_the_next_primary_writes_to_is_never_declared_clean_by_the_last_one(

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from replication.keeper import LegRecord
-from replication.membership import encode
+from replication.membership import Term, encode
 from terrace.mirroradmin import MirrorAdmin
 from terrace.mirrors import Mirrors
 from tests.replication.stores import first_record
@@ -101,6 +101,94 @@ def test_a_node_isnt_drained_of_the_last_leg_that_is_worth_something(states: dic
         plan = await MirrorAdmin(here, lambda name: [], cast("Any", None)).drain("b", to=None, dry_run=True)
         assert len(plan["refused"]) == (says is not None)
         assert says is None or plan["refused"][0].startswith(says)
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("method", ["leg.delete", "leg.discard"])
+def test_who_is_not_the_primary_of_a_leg_by_a_record_as_new_as_its_own_deletes_and_discards_nothing(
+    tmp_path: Any, method: str
+) -> None:
+    async def main() -> None:
+        pool, record = OnePool(), first_record("abc")
+        own = record.next_epoch(in_sync=frozenset("ac"))
+        pool.volume.mirror_record = LegRecord("b", promised=own.term, accepted=own).encode()
+        pool.volume.snapshots = 0
+        found = mirrors(pool, tmp_path)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(found.run)
+            found.adopt(pool, pool.volume)  # type: ignore[arg-type]
+            call = found.handlers()[method]
+            for node, sent in (("c", own), ("a", record), ("a", own.next_epoch(primary="c"))):
+                asked = {"leg": "b", "membership": json.loads(encode(sent)), "whole": True, "snapshots": True}
+                with pytest.raises(OSError, match="the leg fast/vol on node b doesn't obey") as refused:
+                    await call(node, asked)
+                assert refused.value.errno == errno.EPERM
+            for asked in ({"leg": "b"}, {"leg": "b", "membership": {"version": 1}}):
+                with pytest.raises(OSError, match="record"):
+                    await call("a", asked)
+            assert found.by_leg("b") is not None and LegRecord.decode(pool.volume.mirror_record).accepted == own
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_leg_is_deleted_by_order_of_its_primary_and_its_promise_stays_unless_the_mirror_is_gone(
+    tmp_path: Any, whole: bool
+) -> None:
+    async def main() -> None:
+        pool, record = OnePool(), first_record("abc")
+        deleted: list[dict[str, Any]] = []
+
+        async def delete_volume(name: str, **how: Any) -> None:
+            await trio.lowlevel.checkpoint()
+            pool.volume.deleted = True
+            deleted.append(how)
+
+        pool.delete_volume = delete_volume  # type: ignore[method-assign]
+        pool.volume.mirror_record = LegRecord("b", promised=Term(7, "7" * 16), accepted=record).encode()
+        pool.volume.snapshots = 2
+        found = mirrors(pool, tmp_path)
+        order = record.next_term(Term(7, "7" * 16), "a", frozenset("ac"))
+        if not whole:
+            order = order.next_epoch(legs=(record.legs[0], record.legs[2]), voters=("a", "c"))
+        async with trio.open_nursery() as nursery:
+            await nursery.start(found.run)
+            found.adopt(pool, pool.volume)  # type: ignore[arg-type]
+            call = found.handlers()["leg.delete"]
+            asked = {"leg": "b", "membership": json.loads(encode(order)), "whole": whole}
+            with pytest.raises(OSError, match="fast/vol has snapshots") as refused:
+                await call("a", asked)
+            assert (refused.value.errno, deleted) == (errno.ENOTEMPTY, [])
+            assert await call("a", asked | {"snapshots": True}) == {"deleted": "fast/vol"}
+            assert deleted == [{"snapshots": True, "mirrored": True}]
+            assert await call("a", asked) == {"deleted": None}
+            if whole:
+                assert await found.own_voter.mirrors() == frozenset()
+            else:
+                assert (await found.own_voter.state(record.mirror)).promised == Term(7, "7" * 16)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_a_tie_breaker_forgets_by_order_of_the_primary_only(tmp_path: Any) -> None:
+    async def main() -> None:
+        found = mirrors(OnePool(), tmp_path)
+        record = first_record("ac", diskless="b")
+        await found.own_voter.accept(record)
+        without = record.next_epoch(voters=("a", "c"))
+        call = found.handlers()["mirror.forget"]
+        with pytest.raises(OSError, match="the voter on node b doesn't obey"):
+            await call("c", {"membership": json.loads(encode(without))})
+        await call("a", {"membership": json.loads(encode(record))})  # it is one still
+        assert (await found.own_voter.state(record.mirror)).accepted == record
+        await call("a", {"membership": json.loads(encode(without))})
+        assert (await found.own_voter.state(record.mirror)).accepted == without
+        await call("a", {"membership": json.loads(encode(without)), "whole": True})
+        assert await found.own_voter.mirrors() == frozenset()
+        await call("a", {"membership": json.loads(encode(without)), "whole": True})
 
     trio.run(main)
 

@@ -358,7 +358,7 @@ def test_a_volume_with_a_record_is_not_deleted_rolled_back_or_resized_by_itself(
                 error = await refusal(action)
                 assert error.errno == errno.EBUSY
                 assert f"p/v is mirrored and can't be {done} by itself" in str(error)
-                assert "terrace volume mirror remove p/v" in str(error)
+                assert "terrace volume mirror remove p/v NODE" in str(error)
             assert state(volume) == (b"r", {"a": []})
             await pool.resize_volume("v", 2 * GIB, mirrored=True)
             new = await pool.rollback("v", "s", keep_as=None, mirrored=True)

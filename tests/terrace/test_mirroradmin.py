@@ -1,0 +1,142 @@
+"""What an operation leaves behind when it fails in the middle."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from replication.membership import LegInfo, Membership
+from terrace.mirroradmin import MirrorAdmin, Place
+from tests.replication.stores import first_record
+
+
+class Served:
+    """A mirror whose next record fails as it is told to."""
+
+    def __init__(self, ends: Callable[[Served, Membership], Awaitable[None]]) -> None:
+        self.membership = first_record("a")
+        self.records = SimpleNamespace(attempts=[])
+        self.ended = trio.Event()
+        self.stirred = trio.Event()
+        self._ends = ends
+
+    async def changed(self) -> None:
+        await self.stirred.wait()
+
+    async def reconfigure(self, **changes: Any) -> None:
+        await self._ends(self, self.membership.next_epoch(**changes))
+
+
+class Admin(MirrorAdmin):
+    """On node a; what it asks of node b is remembered."""
+
+    def __init__(self, served: Served) -> None:
+        self.asked: list[str] = []
+        self.told: list[str] = []
+
+        async def call(node: str, method: str, params: dict[str, Any], timeout_s: float) -> Any:
+            await trio.lowlevel.checkpoint()
+            self.asked.append(method)
+            return {"export": "fast/vol"}
+
+        mirrors: Any = SimpleNamespace(
+            node="a", peers=SimpleNamespace(call=call), tell=lambda kind, subject, text: self.told.append(text)
+        )
+        super().__init__(mirrors, lambda name: [])
+        self._served: Any = served
+
+    async def served(self, mirror: Any) -> Any:
+        await trio.lowlevel.checkpoint()
+        return self._served
+
+    async def add_leg(self) -> None:
+        volume = SimpleNamespace(short_name="vol", size_bytes=1 << 20, policy_name="")
+        mirror: Any = SimpleNamespace(name="fast/vol", volume=volume, pool=SimpleNamespace(name="fast"))
+        await self._add_legs(mirror, [Place("b")])
+
+
+def run(ends: Callable[[Served, Membership], Awaitable[None]], check: Callable[[Admin], Awaitable[None]]) -> None:
+    async def main() -> None:
+        await check(Admin(Served(ends)))
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def names(record: Membership) -> list[LegInfo]:
+    return [leg for leg in record.legs if leg.node == "b"]
+
+
+def test_a_leg_that_no_record_can_have_is_deleted_when_it_cannot_be_added() -> None:
+    async def ends(served: Served, record: Membership) -> None:
+        raise OSError(errno.ESTALE, "it was demoted")
+
+    async def check(admin: Admin) -> None:
+        with pytest.raises(OSError, match="it was demoted"):
+            await admin.add_leg()
+        assert admin.asked == ["leg.create", "leg.delete"]
+
+    run(ends, check)
+
+
+@pytest.mark.parametrize("is_over", [True, False])
+def test_a_leg_that_a_record_in_doubt_may_have_is_left_and_that_is_said(is_over: bool) -> None:
+    async def ends(served: Served, record: Membership) -> None:
+        served.records.attempts.append(record)
+        if is_over:
+            served.ended.set()
+        raise OSError(errno.ESTALE, "it was deposed")
+
+    async def check(admin: Admin) -> None:
+        with pytest.raises(
+            OSError, match=r"it was deposed; whether fast/vol has a leg on b now is not known"
+        ) as refused:
+            await admin.add_leg()
+        assert "delete fast/vol on b with `terrace volume delete --force`" in str(refused.value)
+        assert admin.asked == ["leg.create"] and "nothing was deleted" in admin.told[0]
+
+    run(ends, check)
+
+
+def test_it_is_found_out_whether_a_record_in_doubt_counts() -> None:
+    for counts in (True, False):
+
+        async def ends(served: Served, record: Membership, counts: bool = counts) -> None:
+            served.records.attempts.append(record)
+
+            async def decided() -> None:
+                await trio.sleep(1)
+                served.records.attempts.clear()
+                served.membership = record if counts else served.membership.next_epoch().next_epoch()
+                served.stirred.set()
+
+            trio.lowlevel.spawn_system_task(decided)
+            raise OSError(errno.ETIMEDOUT, "no majority has answered")
+
+        async def check(admin: Admin, counts: bool = counts) -> None:
+            if counts:
+                await admin.add_leg()
+            else:
+                with pytest.raises(OSError, match="no majority"):
+                    await admin.add_leg()
+            assert admin.asked == ["leg.create", *([] if counts else ["leg.delete"])]
+
+        run(ends, check)
+
+
+def test_whoever_gives_up_in_the_midst_of_it_leaves_what_counts() -> None:
+    async def ends(served: Served, record: Membership) -> None:
+        served.membership = record
+        await trio.sleep_forever()
+
+    async def check(admin: Admin) -> None:
+        with trio.move_on_after(1) as scope:
+            await admin.add_leg()
+        assert scope.cancelled_caught and admin.asked == ["leg.create"]
+
+    run(ends, check)
