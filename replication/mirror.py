@@ -412,6 +412,10 @@ class Mirror:
         """This leg couldn't read that; another one could."""
         self.healing.later(member, offset, length)
 
+    def nowhere(self, offset: int) -> None:
+        """No leg could read the block there."""
+        self.healing.nowhere(offset)
+
     async def heal(self, leg_id: str, offset: int, length: int) -> int:
         """Write anew on one leg the blocks in this range that it can't read; how many. They come from another leg."""
         return await self.healing.heal(leg_id, offset, length)
