@@ -128,6 +128,8 @@ async def heal_told(healing: Healing, leg_id: str, ranges: Ranges, work_s: float
             break
         outcome = await healing.mend(leg_id, offset, length)
         done.append((offset, length, outcome.healed_blocks, sum(size for _, size in outcome.left) // BLOCK_BYTES))
+    if done:
+        healing.tell(leg_id, done[0][0], sum(blocks for _, _, blocks, _ in done))
     return done
 
 

@@ -89,7 +89,16 @@ class Healing:
         member = self._site.members.get(leg_id)
         if member is None or member.state is not LegState.UP_TO_DATE:
             return 0
-        return (await self._heal(member, offset, length)).healed_blocks
+        blocks = (await self._heal(member, offset, length)).healed_blocks
+        self.tell(leg_id, offset, blocks)
+        return blocks
+
+    def tell(self, leg_id: str, offset: int, blocks: int) -> None:
+        """Log what was healed, from `offset` on."""
+        member = self._site.members.get(leg_id)
+        if blocks and member is not None:
+            where = f"{self._site.name}: {blocks} blocks from {offset} on of the leg on {member.info.node}"
+            log.warning("%s couldn't be read, and were written anew from another leg", where)
 
     async def mend(self, leg_id: str, offset: int, length: int) -> Outcome:
         """The same for who has to know what became of it. Raises OSError EAGAIN while it can't be done."""
@@ -114,11 +123,11 @@ class Healing:
                 await self._site.inflight.settle(first, last - first)
                 for begin, size in _runs(await self._unreadable(member, first, last - first)):
                     healed += await self._rewrite(member, begin, size, left)
+            for block in [one for one in self.unmendable if first <= one < last and (one, BLOCK_BYTES) not in left]:
+                del self.unmendable[block]  # or written since
         if healed:
             member.counters.healed_blocks += healed
             self.healed_blocks += healed
-            log.warning("%s: %d blocks at %d of the leg on %s couldn't be read, and were written anew from another leg",
-                        self._site.name, healed, offset, member.info.node)  # fmt: skip
         return Outcome(healed, tuple(left))
 
     async def _rewrite(self, member: Member, offset: int, length: int, left: list[tuple[int, int]]) -> int:
@@ -128,11 +137,7 @@ class Healing:
             if await self._reads.read_from(source, offset, length, data):
                 if offset + length > self._site.size_bytes:
                     return 0  # shrunk meanwhile
-                written = await self._site.copy_to(member, offset, data)
-                for block in range(offset, offset + length, BLOCK_BYTES):
-                    if written:
-                        self.unmendable.pop(block, None)
-                return length // BLOCK_BYTES * written
+                return length // BLOCK_BYTES * await self._site.copy_to(member, offset, data)
         if length > BLOCK_BYTES:  # each of them may be there on some leg
             blocks = range(offset, offset + length, BLOCK_BYTES)
             return sum([await self._rewrite(member, block, BLOCK_BYTES, left) for block in blocks])

@@ -93,7 +93,7 @@ class LegMender:
     async def _healed(self, offset: int, length: int, blocks: int) -> None:
         pool, name = self._mirror.pool, self._mirror.name
         if blocks:
-            log.warning("%s: %d damaged blocks at %d were healed from another leg", name, blocks, offset)
+            log.info("%s: %d damaged blocks at %d were healed from another leg", name, blocks, offset)
             pool.scrubber.mended(name, offset, length)
         if self._lost and not self.damage.extents:
             await pool.losses()  # what was written anew is none any more

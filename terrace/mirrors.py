@@ -467,7 +467,11 @@ class Mirrors:
         try:
             theirs = await self.peers.call(primary, "mirror.status", {"mirror": own["mirror"]}, 2.0)
             known = ("state", "waiting", "problem", "legs", "term", "epoch", "primary", "token", "voters")
-            return own | {key: theirs[key] for key in known}
+            found = own | {key: theirs[key] for key in known}
+            for shown in found["legs"]:
+                if shown["id"] == mirror.me:  # what this node has mended by itself, it alone knows
+                    shown["healed_blocks"] += mirror.volume.healed_blocks
+            return found
         except (OSError, KeyError, TypeError) as error:
             why = error.strerror if isinstance(error, OSError) else "it gave no answer that is understood"
             return own | {"problem": f"the primary, node {primary}, can't be asked: {why}"}

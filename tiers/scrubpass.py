@@ -505,7 +505,11 @@ async def _who_names(there: Holder, block: int, address: int) -> tuple[Holder, i
     if now == address and not there.gone:
         return there, check
     volume = there.volume if isinstance(there, Snapshot) else there
-    for owner in volume.owners_at(block >> FANOUT_BITS) if volume.has_history or volume.retired else ():
+    if not (volume.has_history or volume.retired):
+        return None
+    # The newest one shows what was overwritten since the last checkpoint through the volume's committed map: it gets an
+    # entry of its own with the next one.
+    for owner in (*volume.owners_at(block >> FANOUT_BITS), *volume.snapshots[-1:]):
         (now,), (check,) = await owner.entries(block, 1)
         if now == address and not owner.gone:
             return owner, check

@@ -111,6 +111,8 @@ class MemoryLegStore:
         self.snapshots: dict[str, bytes] = {}
         self.bad: set[int] = set()
         """Offsets of blocks that can't be read until they are written anew."""
+        self.lost: set[int] = set()
+        """The same, and known to be so without a read."""
         self.failing: OSError | None = None
         """What each change fails with."""
         self.stuck: trio.Event | None = None
@@ -206,8 +208,9 @@ class MemoryLegStore:
         self._log.append((offset, length, data))
         for tracker in self.trackers.values():
             tracker.add(offset, length)
-        if self.bad:
+        if self.bad or self.lost:
             self.bad.difference_update(range(offset, offset + length, BLOCK_BYTES))
+            self.lost.difference_update(range(offset, offset + length, BLOCK_BYTES))
 
     def write_now(self, writes: list[tuple[int, memoryview]]) -> bool:
         self._usable()
@@ -236,7 +239,7 @@ class MemoryLegStore:
     def _check_readable(self, offset: int, length: int) -> None:
         if self.is_off:
             raise OSError(errno.EIO, "the machine is off")
-        for block in self.bad:
+        for block in (*self.bad, *self.lost):
             if offset < block + BLOCK_BYTES and block < offset + length:
                 raise OSError(errno.EIO, f"{self.export_name}: the block at {block} is damaged")
 
@@ -278,7 +281,8 @@ class MemoryLegStore:
         found = bytearray()
         for at in range(offset, offset + length, BLOCK_BYTES):
             block = bytes(self.image[at : at + BLOCK_BYTES])
-            found += (xxhash.xxh3_64_intdigest(block) if any(block) else 0).to_bytes(8, "little")
+            check = xxhash.xxh3_64_intdigest(block) if any(block) else 0
+            found += (2**64 - 1 if at in self.lost else check).to_bytes(8, "little")
         return bytes(found)
 
     async def mapped(self, offset: int, length: int) -> list[tuple[int, int]]:

@@ -99,9 +99,10 @@ def test_a_scrub_repairs_what_another_copy_has_for_whoever_names_it_and_it_stays
     run(body)
 
 
+@pytest.mark.parametrize("merged", [True, False], ids=["merged", "before the next checkpoint"])
 @pytest.mark.parametrize("there", ["the snapshot", "only the volume, which has it still"])
 def test_what_only_a_snapshot_names_is_had_from_the_snapshot_of_another_copy_or_from_its_volume(
-    tmp_path: Path, there: str
+    tmp_path: Path, there: str, merged: bool
 ) -> None:
     async def body() -> None:
         async with fresh_pool(tmp_path) as pool:
@@ -110,7 +111,8 @@ def test_what_only_a_snapshot_names_is_had_from_the_snapshot_of_another_copy_or_
             place = await place_of(volume, 3)
             await pool.take_snapshots([("v", "s")])
             await volume.write(3 * BLOCK_BYTES, block(99))
-            await pool.checkpoint()
+            if merged:
+                await pool.checkpoint()
             flip(place[0], place[1] + 77)
             new = CONTENT[: 3 * BLOCK_BYTES] + block(99) + CONTENT[4 * BLOCK_BYTES :]
             if there == "the snapshot":
