@@ -54,13 +54,13 @@ from replication.leg import (
     MirrorState,
     missing_tracker,
 )
-from replication.members import Connect, LegFacts, Member, MirrorStatus, readable
+from replication.members import Connect, LegCounters, LegFacts, Member, MirrorStatus, readable
 from replication.membership import LegInfo, Membership
 from replication.mirrorreads import Reads
 from replication.reconcile import choose_source, reconcile
 from replication.records import Records
 from replication.returning import Returning
-from replication.site import MirrorSettings
+from replication.site import MirrorSettings, Waits
 
 log = logging.getLogger("replication.mirror")
 
@@ -117,8 +117,12 @@ class Mirror:
         self.locks = Locks()
         self.client_at = -1e9
         """When a client last asked for something, by trio's clock."""
-        self.reads = 0
-        """How often a read was tried at once."""
+        self.batches = 0
+        """Of clients' writes and trims."""
+        self.written_bytes = 0
+        self.waits = Waits()
+        self._local_counters = LegCounters()
+        """Of the leg that `reader` is."""
         self.latency_s = 0.0
         """How long batches take, lately."""
         self._connect = connect
@@ -166,10 +170,12 @@ class Mirror:
         self.shut = bool(
             self.lost or self.excluding or self.barriers.held or self.end is not None or not self.started.is_set()
         )
-        in_sync = [m for m in self.members.values() if m.state is LegState.UP_TO_DATE and m.leg is not None]
-        self.reader = next((m.leg for m in in_sync if m.leg is not None and m.leg.is_local), None)
-        if self.lost or self.end is not None or not self.started.is_set():
-            self.reader = None
+        self.reader = None
+        if not self.lost and self.end is None and self.started.is_set():
+            for m in self.members.values():
+                if m.state is LegState.UP_TO_DATE and m.leg is not None and m.leg.is_local:
+                    self.reader, self._local_counters = m.leg, m.counters
+                    break
         writers = [
             m.leg
             for m in self.members.values()
@@ -177,6 +183,10 @@ class Mirror:
         ]
         # The local one last: the others work on a batch while it is applied here.
         self.writers = tuple(sorted(writers, key=lambda leg: leg.is_local))
+        given = self.batches, self.written_bytes
+        for member in self.members.values():
+            member.takes(member.leg is not None and member.leg in self.writers, given)
+        self.waits.gate(shut=self.shut and self.started.is_set() and self.end is None)
         self._tell_room()
         self._changed.set()
         self._changed = trio.Event()
@@ -279,6 +289,8 @@ class Mirror:
         """To all legs, in this one step."""
         writers = self.writers
         self.sequence = sequence = self.sequence + 1
+        self.batches += 1
+        self.written_bytes += size
         self.client_at = now = trio.current_time()
         batch = Batch(sequence, len(writers), size, now, done, self._completed)
         batch.extents = extents
@@ -306,6 +318,8 @@ class Mirror:
         """Answer."""
         self.inflight.remove(batch)
         took = trio.current_time() - batch.began
+        if took > self.waits.longest_s:
+            self.waits.longest_s = took
         self.latency_s += (took - self.latency_s) * 0.05
         self._tell_room()
         batch.done(error)
@@ -379,14 +393,18 @@ class Mirror:
         leg = self.reader
         if leg is None or not self.may_serve():
             return False
-        self.reads += 1
         inflight = self.inflight
         if inflight.batches and inflight.overlaps(offset, length):
             return False
         try:
-            return leg.read_now(offset, length, into)
+            if not leg.read_now(offset, length, into):
+                return False
         except OSError:
             return False  # `read` sees to it: it may be answered by another leg
+        counters = self._local_counters
+        counters.reads += 1
+        counters.read_bytes += length
+        return True
 
     async def read(self, offset: int, length: int, into: memoryview) -> None:
         """Read; what was read is on all legs when this returns."""
@@ -678,7 +696,9 @@ class Mirror:
     def status(self) -> MirrorStatus:
         """Now."""
         now = trio.current_time()
-        legs = tuple(member.status(now) for member in self.members.values())
+        given = self.batches, self.written_bytes
+        legs = tuple(member.status(now, given) for member in self.members.values())
+        waited_s, longest_s = self.waits.so_far()
         if self.end is not None or self.lost:
             state = MirrorState.FAULTED
         elif all(leg.state is LegState.UP_TO_DATE for leg in legs):
@@ -702,4 +722,8 @@ class Mirror:
             sequence=self.sequence,
             in_flight=len(self.inflight.batches),
             healed_blocks=self.healing.healed_blocks,
+            flush_age_s=self.flushes.age_s,
+            waited_s=waited_s,
+            longest_wait_s=longest_s,
+            unmendable_blocks=len(self.healing.unmendable),
         )

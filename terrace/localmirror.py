@@ -421,6 +421,7 @@ class LocalMirror:
             *(nursery, connect, info, membership),
             timeout_s=membership.options.timeout_s,
             decode_extents=self.store.decode_extents,
+            traffic=peers.traffic.get(info.node),
         )
         self._judge(leg, membership)
         self._connected[info.id] = leg

@@ -236,7 +236,7 @@ class Mirrors:
         if mirror is None:
             raise OSError(errno.ENOENT, f"the leg {option.leg} is no longer here")
         self.own_voter.heard(option.mirror)
-        await mirror.replica.serve(sock, received, option)
+        await mirror.replica.serve(sock, received, option, self.peers.traffic.get(option.node))
 
     def handlers(self) -> Mapping[str, Handler]:
         """What peers may call."""
