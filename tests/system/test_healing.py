@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.system.daemon import ApiError, Daemon
 from tests.system.nbdclient import Connection
@@ -118,7 +120,7 @@ def test_what_rots_on_either_node_is_had_from_the_other_by_a_scrub_for_snapshots
         found = scrub(node)
         assert (found["errors"], found["repaired"], found["damage"]) == (0, 4, []), found
         assert "4 blocks repaired" in node.daemon.cli("pool", "scrub", "p", "--status").stdout
-        until(lambda node=node: any("4 damaged blocks of p/v here" in text for text in node.events()), pair)  # type: ignore[misc]
+        until(lambda node=node: any("damaged blocks of p/v here were" in text for text in node.events()), pair)  # type: ignore[misc]
         assert node.leg(node.name)["healed_blocks"] == 4
         again = scrub(node)
         assert (again["errors"], again["repaired"]) == (0, 0)
@@ -197,3 +199,59 @@ def test_what_is_lost_with_a_device_of_one_node_is_had_from_the_other(pair: Pair
     with b.connect("y") as client:
         assert b"".join(client.read(at, MIB) for at in range(0, len(content), MIB)) == content
     assert b.daemon.cli("pool", "check", "p", "--full").returncode == 0
+
+
+class Scraped:
+    """What a node's metrics are now."""
+
+    def __init__(self, node: Node) -> None:
+        transport = httpx.HTTPTransport(uds=str(node.daemon.home / "api.sock"))
+        with httpx.Client(transport=transport, base_url="http://terraced") as client:
+            answer = client.get("/v1/metrics")
+        assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        families = text_string_to_metric_families(answer.text)
+        self.samples = [sample for family in families for sample in family.samples]
+
+    def __call__(self, name: str, **labels: str) -> float:
+        """The sum of those that have these labels."""
+        found = [s.value for s in self.samples if s.name == f"terrace_{name}" and labels.items() <= s.labels.items()]
+        assert found, name
+        return float(sum(found))
+
+
+def test_metrics_tell_what_a_mirror_does_on_its_primary_and_what_each_node_has_of_it(
+    pair: Pair, tmp_path: Path
+) -> None:
+    a, b = pair.a, pair.b
+    data = filled(pair, "z")
+    with a.connect("z") as client:
+        client.read(0, MIB)
+    here, there = Scraped(a), Scraped(b)
+    assert here("mirror_state", volume="p/z", state="Online") == here("mirror_state", volume="p/z") == 1
+    for node in "ab":
+        assert here("mirror_leg_state", volume="p/z", node=node, state="UpToDate") == 1
+        assert here("mirror_leg_written_bytes_total", volume="p/z", node=node) == len(data)
+        assert here("mirror_leg_queued_bytes", volume="p/z", node=node) == 0
+        assert here("mirror_leg_exclusions_total", volume="p/z", node=node) == 0
+    assert here("mirror_leg_read_bytes_total", volume="p/z", node="a") == MIB
+    assert (here("mirror_primary", volume="p/z"), there("mirror_primary", volume="p/z")) == (1, 0)
+    assert here("mirror_term", volume="p/z") == there("mirror_term", volume="p/z") >= 1
+    assert not any(s.name == "terrace_mirror_state" and s.labels["volume"] == "p/z" for s in there.samples)
+    assert here("peer_up", peer="b") == there("peer_up", peer="a") == 1
+    assert here("peer_sent_bytes_total", peer="b") > len(data) < there("peer_received_bytes_total", peer="a")
+    b.daemon.kill()
+    with a.connect("z") as client:
+        client.write(0, data[:4096])
+    a.wait_for({"a": "UpToDate", "b": "Stale"}, "z")
+    until(lambda: Scraped(a)("peer_up", peer="b") == 0, pair)
+    here = Scraped(a)
+    assert here("mirror_state", volume="p/z", state="Degraded") == 1
+    assert here("mirror_leg_state", volume="p/z", node="b", state="Stale") == 1
+    assert here("mirror_leg_exclusions_total", volume="p/z", node="b") == 1
+    assert here("mirror_longest_wait_seconds", volume="p/z") >= 0.9, "the write waited for the timeout"
+    b.daemon.start()
+    file = tmp_path / "terrace.prom"
+    a.daemon.cli("metrics", "--to", str(file))
+    assert "# TYPE terrace_mirror_leg_healed_blocks_total counter" in file.read_text()
+    refused = a.daemon.cli("metrics", "--to", str(tmp_path / "nowhere" / "file"), status=1)
+    assert "nowhere/file can't be written: No such file or directory" in refused.stderr
