@@ -116,7 +116,7 @@ class Mirrors:
                 mender = LegMender(mirror, self.peers, self.tell)
                 mirror.volume.elsewhere = mender
                 try:
-                    nursery.start_soon(mender.run)
+                    nursery.start_soon(_mend, mender)
                     await mirror.run()
                 finally:
                     mirror.volume.elsewhere = None
@@ -499,6 +499,13 @@ class Mirrors:
                 if leg["node"] == node:
                     role = "primary" if status["primary"] == node else "secondary"
                     yield {"volume": mirror.name, "pool": leg["pool"], "role": role, "state": leg["state"]}
+
+
+async def _mend(mender: LegMender) -> None:
+    try:
+        await mender.run()
+    except Exception as error:  # no reason to serve the mirror no more
+        log.error("damage of a leg is no longer seen to, until terraced is restarted", exc_info=error)
 
 
 def _mirror_of(mirror: LocalMirror) -> str | None:
