@@ -32,6 +32,7 @@ import errno
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import Any, Final
 
 import trio
@@ -590,7 +591,8 @@ class Mirror:
             self._note_missing()  # of what is recent, before that is forgotten
             # A leg that is in sync and isn't here learns what it misses by the record that excludes it.
             all_here = self.records.required() <= {member.info.id for member in here}
-            self.sequence = await reconcile(source, others, self.sequence, self.size_bytes, forget=all_here)
+            equal = partial(reconcile, forget=all_here, intact=intact)
+            self.sequence = await equal(source, others, self.sequence, self.size_bytes)
             for leg in legs:
                 # Durable with it is that the leg lacks nothing now, whatever it had lost (`LegKeeper.settled`).
                 await self._store_at(leg)

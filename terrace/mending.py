@@ -30,6 +30,7 @@ log = logging.getLogger("terraced")
 FETCH_S: Final = 5.0
 CALL_S: Final = 30.0
 WATCH_S: Final = 0.5
+LOST_S: Final = 2.0
 QUIET_S: Final = 10.0
 """Blocks that were healed are told once in this time, and counted together."""
 NAMED_RANGES: Final = 5
@@ -109,8 +110,12 @@ class LegMender:
         raise AssertionError("both run for ever")
 
     async def _watch(self) -> None:
+        looked_at = -LOST_S
         while True:
-            self._note_lost()
+            # It may be ten thousand ranges, of which most were noted already.
+            if trio.current_time() - looked_at >= LOST_S:
+                looked_at = trio.current_time()
+                self._note_lost()
             self._tell_healed()
             self._tell_unmendable()
             await trio.sleep(WATCH_S)

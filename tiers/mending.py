@@ -54,10 +54,11 @@ async def mend(holder: Volume | Snapshot, block: int, address: int, check: int) 
         if data is None or not await volume.put_anew(block, address, check, data):
             return False
     except OSError as error:
-        logger.error("%s: damaged, and can't be mended from another copy: %s", what, error.strerror or error)
+        # Not louder: the scrub tells of the damage, as ranges.
+        logger.debug("%s: damaged, and can't be mended from another copy: %s", what, error.strerror or error)
         return False
     volume.healed_blocks += 1
-    logger.warning("%s: a damaged block was had from another copy", what)
+    logger.info("%s: a damaged block was had from another copy", what)
     return True
 
 
