@@ -647,6 +647,7 @@ class Volume(Reader):
             if old not in names:
                 return False
             engine = self._engine
+            engine.log_room()  # which makes room for a block where the segment is full
             address = engine.log.append([Op.REWRITE << 56 | self.id, block, 1], [check], [data], [old])
             engine.relocate(self, block, old, address, check)
             engine.appended()

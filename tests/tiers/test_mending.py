@@ -1,17 +1,20 @@
 """Mending: what is damaged here is had from another copy, only if it is what was written, and is put right here."""
 
 import errno
+import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
-from tests.tiers.helpers import QUIET, assert_sound, block, flip, fresh_pool, make_pool, read, refusal, run
+from tests.simulation.machine import Disk, Machine
+from tests.tiers.helpers import QUIET, assert_sound, block, flip, fresh_pool, make_pool, read, refusal, run, settle
 from tests.tiers.test_check import place_of
 from tiers import Pool, ScrubStatus, Volume
 from tiers.changes import ChangedExtents
-from tiers.layout import BAD, BLOCK_BYTES, MIB, check_of
+from tiers.layout import BAD, BLOCK_BYTES, FIRST_ADDRESS, MIB, SLOT_MASK, check_of
 from tiers.mover import put_moved
 
 BLOCKS = 40
@@ -224,3 +227,64 @@ def test_nobody_is_asked_for_a_lost_block_which_nothing_can_be_compared_with(tmp
             assert not copy.asked
 
     run(body)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_was_mended_for_a_volume_and_its_snapshots_outlives_a_power_cut(seed: int) -> None:
+    rng = random.Random(seed)
+    machine = Machine((Disk("fast"), Disk("base")))
+    count = 24
+    now: dict[str | None, list[int]] = {None: [0] * count}
+    """What each block has, of the volume and by snapshot."""
+
+    def content(name: str | None) -> bytes:
+        return b"".join(block(number) if number else bytes(BLOCK_BYTES) for number in now[name])
+
+    async def write(volume: Volume, index: int, number: int) -> None:
+        now[None][index] = number
+        await volume.write(index * BLOCK_BYTES, block(number))
+
+    async def judge(pool: Pool) -> None:
+        assert await read(pool.volume("v"), 0, count * BLOCK_BYTES) == content(None)
+        for name in now:
+            if name is not None:
+                snapshot: Any = pool.snapshot("v", name)
+                assert await read(snapshot, 0, count * BLOCK_BYTES) == content(name), name
+
+    async def main() -> None:
+        async with machine.open() as pool:
+            pool.scrubber.busy_clock = trio.current_time
+            volume = await pool.create_volume("v", MIB)
+            for step in range(4):
+                for _ in range(rng.randrange(4, 30)):
+                    await write(volume, rng.randrange(count), rng.randrange(1, 10_000))
+                if rng.random() < 0.7 or step == 0:
+                    await pool.take_snapshots([("v", f"s{step}")])
+                    now[f"s{step}"] = list(now[None])
+                if rng.random() < 0.5:
+                    await pool.checkpoint()
+            copy = Copy(b"")
+            copy.content = {name: content(name) for name in now}
+            volume.elsewhere = copy
+            bad: set[int] = set()
+            for owner in (volume, *(pool.snapshot("v", name) for name in now if name is not None)):
+                addresses, _ = await owner.entries(0, count)  # type: ignore[attr-defined]
+                bad.update(address for address in addresses if address >= FIRST_ADDRESS and rng.random() < 0.3)
+            for address in bad:
+                segment = pool._engine.segments.by_id[address >> 24]
+                machine.media[segment.device.index].flip(segment.offset(address & SLOT_MASK) + 77)
+            status = await scrub(pool)
+            assert (status.errors, status.repaired) == (0, len(bad)), status.damage
+            await judge(pool)
+            if rng.random() < 0.5:
+                await pool.checkpoint()
+            await volume.flush()
+            machine.stop()
+        machine.power_cut()
+        async with machine.open() as pool:
+            await judge(pool)
+            await settle(pool, 2)
+            await judge(pool)
+            await assert_sound(pool)
+
+    machine.run(main)
