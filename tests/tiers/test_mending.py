@@ -263,18 +263,32 @@ def test_what_was_mended_for_a_volume_and_its_snapshots_outlives_a_power_cut(see
                     now[f"s{step}"] = list(now[None])
                 if rng.random() < 0.5:
                     await pool.checkpoint()
-            copy = Copy(b"")
-            copy.content = {name: content(name) for name in now}
-            volume.elsewhere = copy
+            # Only what a checkpoint has passed rots: in the log's end nothing tells that from what a power cut took.
+            await pool.checkpoint()
             bad: set[int] = set()
             for owner in (volume, *(pool.snapshot("v", name) for name in now if name is not None)):
                 addresses, _ = await owner.entries(0, count)  # type: ignore[attr-defined]
                 bad.update(address for address in addresses if address >= FIRST_ADDRESS and rng.random() < 0.3)
+            for _ in range(rng.randrange(6)):
+                await write(volume, rng.randrange(count), rng.randrange(1, 10_000))
+            copy = Copy(b"")
+            copy.content = {name: content(name) for name in now}
+            volume.elsewhere = copy
             for address in bad:
                 segment = pool._engine.segments.by_id[address >> 24]
                 machine.media[segment.device.index].flip(segment.offset(address & SLOT_MASK) + 77)
+
+            async def meanwhile() -> None:
+                if rng.random() < 0.3:
+                    await write(volume, rng.randrange(count), rng.randrange(1, 10_000))
+                if rng.random() < 0.1:
+                    await pool.checkpoint()
+
+            if seed % 2:
+                copy.before = meanwhile
             status = await scrub(pool)
-            assert (status.errors, status.repaired) == (0, len(bad)), status.damage
+            assert status.errors == 0, status.damage
+            assert 0 < status.repaired <= len(bad), "some may have been overwritten"
             await judge(pool)
             if rng.random() < 0.5:
                 await pool.checkpoint()
