@@ -41,7 +41,7 @@ from typing import Any, Final
 import trio
 
 from nbd.tls import TlsSocket
-from replication.stream import Inbox, Stream, gone
+from replication.stream import Inbox, Stream, Traffic, gone
 
 __all__ = ["Calls", "Handler", "Handlers", "serve_calls"]
 
@@ -152,14 +152,16 @@ class _Pending:
 class Calls:
     """Calls to one peer, over one connection, which it owns. Somebody has to run `run`."""
 
-    def __init__(self, sock: socket.socket | TlsSocket, received: bytes = b"", *, peer: str) -> None:
+    def __init__(
+        self, sock: socket.socket | TlsSocket, received: bytes = b"", *, peer: str, traffic: Traffic | None = None
+    ) -> None:
         """`sock` is non-blocking; `received` came from it already. `peer` is the peer's name, for sentences."""
         self.peer = peer
         self.failure: OSError | None = None
         """Why no call can be made any more."""
         self.heard_at = trio.current_time()
         """When the peer sent something last, by trio's clock."""
-        self._stream = Stream(sock, peer=peer)
+        self._stream = Stream(sock, peer=peer, traffic=traffic)
         self._frames = _Frames(self._stream, received)
         self._pending: dict[int, _Pending] = {}
         self._count = 0
@@ -259,18 +261,23 @@ def _again(error: OSError) -> OSError:
 
 
 async def serve_calls(
-    sock: socket.socket | TlsSocket, received: bytes, handlers: Handlers, *, peer: str = "the peer"
+    sock: socket.socket | TlsSocket,
+    received: bytes,
+    handlers: Handlers,
+    *,
+    peer: str = "the peer",
+    traffic: Traffic | None = None,
 ) -> None:
     """Serve until the caller leaves; then what is under way is cancelled. The socket is the caller's to close.
 
     Raises OSError if the connection breaks, or the peer breaks the rules (EPROTO, which the peer is told).
     """
-    await _Server(sock, received, handlers, peer).run()
+    await _Server(Stream(sock, peer=peer, traffic=traffic), received, handlers).run()
 
 
 class _Server:
-    def __init__(self, sock: socket.socket | TlsSocket, received: bytes, handlers: Handlers, peer: str) -> None:
-        self._stream = Stream(sock, peer=peer)
+    def __init__(self, stream: Stream, received: bytes, handlers: Handlers) -> None:
+        self._stream = stream
         self._frames = _Frames(self._stream, received)
         self._handlers = handlers
         self._running: dict[int, trio.CancelScope] = {}

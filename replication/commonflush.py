@@ -38,6 +38,14 @@ class CommonFlush:
         self._rounds_done = 0
         self._flushing = False
         self._flushed_sequence = 0
+        self._flushed_at: float | None = None
+
+    @property
+    def age_s(self) -> float | None:
+        """How long ago all legs had flushed last; None if nothing was submitted since, or it never was."""
+        if self._flushed_at is None or self._site.sequence == self._flushed_sequence:
+            return None
+        return trio.current_time() - self._flushed_at
 
     async def flush(self) -> None:
         """Everything acknowledged before is durable on all legs that count. Joins the next common flush."""
@@ -88,6 +96,7 @@ class CommonFlush:
                 if leg in writers:
                     leg.flushed_by_all(sequence)
             self._flushed_sequence = max(self._flushed_sequence, sequence)
+            self._flushed_at = trio.current_time()
         self._rounds_done = max(self._rounds_done, number)
 
     async def now_and_then(self, every_s: float) -> None:

@@ -1,16 +1,24 @@
 """Healing: blocks that one leg can't read come from another, and are written anew where they are bad.
 
-Whoever reads gets its answer from another leg and goes on; it may hold a lock of the extent. So what was found bad is
-noted, and one task heals it afterwards.
+What is bad is found by whoever reads: a client's read here, which gets its answer from another leg and goes on, as it
+may hold a lock of the extent; and the node of a leg itself, whose scrub finds damage, or which has lost a device
+(`replication.damage`). Both are healed here, at the primary, for it alone knows the order of the writes: the extent's
+writers wait, nothing is in flight there, and what another leg has is submitted to the bad one in its order. So no newer
+write is ever undone.
+
+What no leg can read stays as it is, and is remembered in `unmendable`, for who tells operators.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 from replication.inflight import InFlight, Locks
-from replication.leg import BLOCK_BYTES, EXTENT_BYTES, LegState
+from replication.leg import BLOCK_BYTES, EXTENT_BYTES, Leg, LegState
 from replication.members import Member, readable
 from replication.mirrorreads import Reads
 from replication.site import Gate
@@ -19,6 +27,18 @@ log = logging.getLogger("replication.mirror")
 
 MAX_BAD: Final = 1024
 """So many ranges wait to be healed; another one waits for its next reader, or for a scrub."""
+MAX_UNMENDABLE: Final = 1024
+LOST_CHECK: Final = b"\xff" * 8
+"""In `Leg.checks`: the block is lost there, which needs no read to be known."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of healing a range of one leg: how many blocks were written anew, and which ones no leg can read."""
+
+    healed_blocks: int
+    left: tuple[tuple[int, int], ...]
+    """(offset, length) in bytes."""
 
 
 class Healed(Gate, Protocol):
@@ -41,6 +61,8 @@ class Healing:
         self._site = site
         self._reads = reads
         self.healed_blocks = 0
+        self.unmendable: dict[int, None] = {}
+        """Offsets of blocks that no leg could read when that was tried last."""
         self._bad: dict[tuple[str, int, int], None] = {}
         """(leg, offset, length) that it couldn't read and another one could."""
 
@@ -60,43 +82,117 @@ class Healing:
             await self._site.changed()
 
     async def heal(self, leg_id: str, offset: int, length: int) -> int:
-        """Write anew on one leg the blocks in this range that it can't read; how many. They come from another leg."""
+        """Write anew on one leg the blocks in this range that it can't read; how many. They come from another leg.
+
+        Does nothing for a leg that isn't in sync.
+        """
         member = self._site.members.get(leg_id)
         if member is None or member.state is not LegState.UP_TO_DATE:
             return 0
+        blocks = (await self._heal(member, offset, length)).healed_blocks
+        self.tell(leg_id, offset, blocks)
+        return blocks
+
+    def tell(self, leg_id: str, offset: int, blocks: int) -> None:
+        """Log what was healed, from `offset` on."""
+        member = self._site.members.get(leg_id)
+        if blocks and member is not None:
+            where = f"{self._site.name}: {blocks} blocks from {offset} on of the leg on {member.info.node}"
+            log.warning("%s couldn't be read, and were written anew from another leg", where)
+
+    async def mend(self, leg_id: str, offset: int, length: int) -> Outcome:
+        """The same for who has to know what became of it. Raises OSError EAGAIN while it can't be done."""
+        member = self._site.members.get(leg_id)
+        if member is None or member.state is not LegState.UP_TO_DATE:
+            raise OSError(errno.EAGAIN, f"{self._site.name}: the leg {leg_id} is not in sync; it is healed when it is")
+        outcome = await self._heal(member, offset, length)
+        if member.state is not LegState.UP_TO_DATE:
+            raise OSError(
+                errno.EAGAIN, f"{self._site.name}: the leg on {member.info.node} was lost while it was healed"
+            )
+        return outcome
+
+    async def _heal(self, member: Member, offset: int, length: int) -> Outcome:
         healed = 0
+        left: list[tuple[int, int]] = []
         start = offset // BLOCK_BYTES * BLOCK_BYTES
         stop = min(-(-(offset + length) // BLOCK_BYTES) * BLOCK_BYTES, self._site.size_bytes)
-        for at in range(start, stop, EXTENT_BYTES):
-            piece = min(EXTENT_BYTES - at % EXTENT_BYTES, stop - at)
-            async with self._site.locks.holding(at, piece):
-                await self._site.inflight.settle(at, piece)
-                for block in await self._unreadable(member, at, piece):
-                    data = memoryview(bytearray(BLOCK_BYTES))
-                    for source in [m for m in readable(self._site.members.values()) if m is not member]:
-                        if await self._reads.read_from(source, block, BLOCK_BYTES, data):
-                            healed += await self._site.copy_to(member, block, data)
-                            break
+        for at in range(start // EXTENT_BYTES * EXTENT_BYTES, stop, EXTENT_BYTES):
+            first, last = max(at, start), min(at + EXTENT_BYTES, stop)
+            async with self._site.locks.holding(first, last - first):
+                await self._site.inflight.settle(first, last - first)
+                for begin, size in _runs(await self._unreadable(member, first, last - first)):
+                    healed += await self._rewrite(member, begin, size, left)
+            for block in [one for one in self.unmendable if first <= one < last and (one, BLOCK_BYTES) not in left]:
+                del self.unmendable[block]  # or written since
         if healed:
             member.counters.healed_blocks += healed
             self.healed_blocks += healed
-            log.warning("%s: %d blocks at %d of the leg on %s couldn't be read, and were written anew from another leg",
-                        self._site.name, healed, offset, member.info.node)  # fmt: skip
-        return healed
+        return Outcome(healed, tuple(left))
+
+    async def _rewrite(self, member: Member, offset: int, length: int, left: list[tuple[int, int]]) -> int:
+        """Blocks of one extent, whose writers wait, on one leg; how many were written. What no leg has: `left`."""
+        data = memoryview(bytearray(length))
+        for source in [m for m in readable(self._site.members.values()) if m is not member]:
+            if await self._reads.read_from(source, offset, length, data):
+                if offset + length > self._site.size_bytes:
+                    return 0  # shrunk meanwhile
+                return length // BLOCK_BYTES * await self._site.copy_to(member, offset, data)
+        if length > BLOCK_BYTES:  # each of them may be there on some leg
+            blocks = range(offset, offset + length, BLOCK_BYTES)
+            return sum([await self._rewrite(member, block, BLOCK_BYTES, left) for block in blocks])
+        self.nowhere(offset)
+        left.append((offset, length))
+        return 0
+
+    def nowhere(self, offset: int) -> None:
+        """No leg could read the block there."""
+        if offset not in self.unmendable and len(self.unmendable) < MAX_UNMENDABLE:
+            self.unmendable[offset] = None
+            log.error("%s: no leg can read the block at %d; write it anew, or restore it", self._site.name, offset)
+            self._site.change()
 
     async def _unreadable(self, member: Member, offset: int, length: int) -> list[int]:
-        """Offsets of blocks, by halves."""
+        """Offsets of blocks, in order."""
         leg = member.leg
-        if leg is None:
+        if leg is None or await _reads(leg, offset, length) or leg.failure is not None:
             return []
-        try:
-            await leg.read(offset, length, memoryview(bytearray(length)))
-        except OSError:
-            if leg.failure is not None:
-                return []
-            if length <= BLOCK_BYTES:
-                return [offset]
-            half = length // 2 // BLOCK_BYTES * BLOCK_BYTES
-            first = await self._unreadable(member, offset, half)
-            return first + await self._unreadable(member, offset + half, length - half)
-        return []
+        if length <= BLOCK_BYTES:
+            return [offset]
+        # After a lost device that is nearly all, and by halves each block would be read twice.
+        found = await _lost(leg, offset, length)
+        if found:
+            for begin, size in _runs(sorted({*range(offset, offset + length, BLOCK_BYTES)} - set(found))):
+                found += await self._unreadable(member, begin, size)
+            return sorted(found)
+        half = length // 2 // BLOCK_BYTES * BLOCK_BYTES
+        first = await self._unreadable(member, offset, half)
+        return first + await self._unreadable(member, offset + half, length - half)
+
+
+async def _reads(leg: Leg, offset: int, length: int) -> bool:
+    try:
+        await leg.read(offset, length, memoryview(bytearray(length)))
+    except OSError:
+        return False
+    return True
+
+
+async def _lost(leg: Leg, offset: int, length: int) -> list[int]:
+    """Offsets of blocks that the leg's map knows as lost."""
+    try:
+        checks = await leg.checks(offset, length)
+    except OSError:
+        return []  # a damaged map, or a leg that has no checks: then by reading
+    return [offset + at * BLOCK_BYTES for at in range(len(checks) // 8) if checks[at * 8 : at * 8 + 8] == LOST_CHECK]
+
+
+def _runs(offsets: Iterable[int]) -> list[tuple[int, int]]:
+    """(offset, length) of blocks that lie one behind the other."""
+    runs: list[tuple[int, int]] = []
+    for offset in offsets:
+        if runs and sum(runs[-1]) == offset:
+            runs[-1] = runs[-1][0], runs[-1][1] + BLOCK_BYTES
+        else:
+            runs.append((offset, BLOCK_BYTES))
+    return runs

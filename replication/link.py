@@ -40,7 +40,7 @@ from nbd.tls import TlsSocket
 from replication import wire
 from replication.leg import BLOCK_BYTES, Change, Done, Extents
 from replication.membership import LegInfo, Membership, encode
-from replication.stream import Inbox, Stream, gone
+from replication.stream import Inbox, Stream, Traffic, gone
 from replication.wire import BreachError, Frame, Type
 
 __all__ = ["Connect", "RemoteLeg", "open_remote_leg"]
@@ -67,13 +67,14 @@ async def open_remote_leg(
     *,
     timeout_s: float,
     decode_extents: Callable[[bytes], Extents],
+    traffic: Traffic | None = None,
 ) -> RemoteLeg:
     """A leg whose replica has answered. It lives in `nursery`.
 
     `decode_extents`: the engine's (`LegStore.decode_extents`). Raises OSError: ETIMEDOUT, ESTALE (the replica has
     promised a higher term), EPROTO, or what `connect` raised.
     """
-    leg = RemoteLeg(connect, info, membership, timeout_s=timeout_s, decode_extents=decode_extents)
+    leg = RemoteLeg(connect, info, membership, timeout_s=timeout_s, decode_extents=decode_extents, traffic=traffic)
     await leg.open(nursery)
     return leg
 
@@ -117,8 +118,10 @@ class RemoteLeg:
         *,
         timeout_s: float,
         decode_extents: Callable[[bytes], Extents],
+        traffic: Traffic | None = None,
     ) -> None:
         self.info = info
+        self._traffic = traffic
         self.queued_bytes = 0
         self.hello: wire.Hello
         """What the replica said last when a session began."""
@@ -361,7 +364,7 @@ class RemoteLeg:
     async def _dial(self) -> Stream:
         """A connection on which HELLO has come."""
         sock, received = await self._connect()
-        stream = Stream(sock, peer=self._name)
+        stream = Stream(sock, peer=self._name, traffic=self._traffic)
         try:
             self._inbox = inbox = Inbox(INBOX_BYTES, received)
             while True:

@@ -43,6 +43,9 @@ class LegCounters:
     healed_blocks: int = 0
     failures: int = 0
     resyncs: int = 0
+    writes: int = 0
+    """Batches of clients' writes and trims that it was given."""
+    written_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,13 @@ class MirrorStatus:
     sequence: int
     in_flight: int
     healed_blocks: int
+    flush_age_s: float | None
+    """Since the last common flush ended; None if nothing has been written since, or none ever did."""
+    waited_s: float
+    """How long writes waited at the gate, all in all."""
+    longest_wait_s: float
+    """How long a batch of writes ever took, or the gate was ever shut."""
+    unmendable_blocks: int
 
 
 class Member:
@@ -94,6 +104,27 @@ class Member:
         self.counters = LegCounters()
         self.abandoned = trio.Event()
         """Of the present leg: it isn't used any more."""
+        self._taking: tuple[int, int] | None = None
+        """What the mirror had been given, batches and bytes, when this leg began to take it."""
+
+    def takes(self, taking: bool, given: tuple[int, int]) -> None:
+        """Whether it gets the writes from now on; the mirror has been `given` so much, batches and bytes."""
+        if taking and self._taking is None:
+            self._taking = given
+        elif not taking and self._taking is not None:
+            counted = self._counted(given)
+            # In place: the mirror has the local leg's at hand.
+            self.counters.writes, self.counters.written_bytes = counted.writes, counted.written_bytes
+            self._taking = None
+
+    def _counted(self, given: tuple[int, int]) -> LegCounters:
+        begun = self._taking or given
+        counters = self.counters
+        return replace(
+            counters,
+            writes=counters.writes + given[0] - begun[0],
+            written_bytes=counters.written_bytes + given[1] - begun[1],
+        )
 
     def become(self, state: LegState) -> None:
         """With the time."""
@@ -101,8 +132,8 @@ class Member:
             self.state = state
             self.since = trio.current_time()
 
-    def status(self, now: float) -> LegStatus:
-        """Now, by trio's clock."""
+    def status(self, now: float, given: tuple[int, int]) -> LegStatus:
+        """Now, by trio's clock. `given`: as for `takes`."""
         leg = self.leg
         return LegStatus(
             info=self.info,
@@ -113,7 +144,7 @@ class Member:
             latency_s=self.latency_s,
             error=self.error.strerror if self.error is not None and leg is None else None,
             resync=None if self.resync is None else self.resync.progress.seen(now),
-            counters=replace(self.counters),
+            counters=self._counted(given),
         )
 
 

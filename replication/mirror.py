@@ -33,6 +33,7 @@ import errno
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import Any, Final
 
 import trio
@@ -55,13 +56,13 @@ from replication.leg import (
     MirrorState,
     missing_tracker,
 )
-from replication.members import Connect, LegFacts, Member, MirrorStatus, readable
+from replication.members import Connect, LegCounters, LegFacts, Member, MirrorStatus, readable
 from replication.membership import LegInfo, Membership
 from replication.mirrorreads import Reads
 from replication.reconcile import choose_source, reconcile
 from replication.records import Records
 from replication.returning import Returning
-from replication.site import MirrorSettings
+from replication.site import MirrorSettings, Waits
 
 log = logging.getLogger("replication.mirror")
 
@@ -118,8 +119,12 @@ class Mirror:
         self.locks = Locks()
         self.client_at = -1e9
         """When a client last asked for something, by trio's clock."""
-        self.reads = 0
-        """How often a read was tried at once."""
+        self.batches = 0
+        """Of clients' writes and trims."""
+        self.written_bytes = 0
+        self.waits = Waits()
+        self._local_counters = LegCounters()
+        """Of the leg that `reader` is."""
         self.latency_s = 0.0
         """How long batches take, lately."""
         self._connect = connect
@@ -171,10 +176,12 @@ class Mirror:
             self.lost or self.excluding or self.barriers.held or self.end is not None or not self.started.is_set()
         )
         self._undecided = self._undecided and bool(self.excluding)
-        in_sync = [m for m in self.members.values() if m.state is LegState.UP_TO_DATE and m.leg is not None]
-        self.reader = next((m.leg for m in in_sync if m.leg is not None and m.leg.is_local), None)
-        if self.lost or self._undecided or self.end is not None or not self.started.is_set():
-            self.reader = None
+        self.reader = None
+        if not self.lost and not self._undecided and self.end is None and self.started.is_set():
+            for m in self.members.values():
+                if m.state is LegState.UP_TO_DATE and m.leg is not None and m.leg.is_local:
+                    self.reader, self._local_counters = m.leg, m.counters
+                    break
         writers = [
             m.leg
             for m in self.members.values()
@@ -182,6 +189,10 @@ class Mirror:
         ]
         # The local one last: the others work on a batch while it is applied here.
         self.writers = tuple(sorted(writers, key=lambda leg: leg.is_local))
+        given = self.batches, self.written_bytes
+        for member in self.members.values():
+            member.takes(member.leg is not None and member.leg in self.writers, given)
+        self.waits.gate(shut=self.shut and self.started.is_set() and self.end is None)
         self._tell_room()
         self._changed.set()
         self._changed = trio.Event()
@@ -284,6 +295,8 @@ class Mirror:
         """To all legs, in this one step."""
         writers = self.writers
         self.sequence = sequence = self.sequence + 1
+        self.batches += 1
+        self.written_bytes += size
         self.client_at = now = trio.current_time()
         batch = Batch(sequence, len(writers), size, now, done, self._completed)
         batch.extents = extents
@@ -311,6 +324,8 @@ class Mirror:
         """Answer, unless it was refused before."""
         self.inflight.remove(batch)
         took = trio.current_time() - batch.began
+        if took > self.waits.longest_s:
+            self.waits.longest_s = took
         self.latency_s += (took - self.latency_s) * 0.05
         self._tell_room()
         if batch.refused is None:
@@ -391,14 +406,18 @@ class Mirror:
         leg = self.reader
         if leg is None or not self.may_serve():
             return False
-        self.reads += 1
         inflight = self.inflight
         if inflight.batches and inflight.overlaps(offset, length):
             return False
         try:
-            return leg.read_now(offset, length, into)
+            if not leg.read_now(offset, length, into):
+                return False
         except OSError:
             return False  # `read` sees to it: it may be answered by another leg
+        counters = self._local_counters
+        counters.reads += 1
+        counters.read_bytes += length
+        return True
 
     async def read(self, offset: int, length: int, into: memoryview) -> None:
         """Read; what was read is on all legs when this returns."""
@@ -423,6 +442,10 @@ class Mirror:
     def unreadable(self, member: Member, offset: int, length: int) -> None:
         """This leg couldn't read that; another one could."""
         self.healing.later(member, offset, length)
+
+    def nowhere(self, offset: int) -> None:
+        """No leg could read the block there."""
+        self.healing.nowhere(offset)
 
     async def heal(self, leg_id: str, offset: int, length: int) -> int:
         """Write anew on one leg the blocks in this range that it can't read; how many. They come from another leg."""
@@ -580,7 +603,8 @@ class Mirror:
             self._note_missing()  # of what is recent, before that is forgotten
             # A leg that is in sync and isn't here learns what it misses by the record that excludes it.
             all_here = self.records.required() <= {member.info.id for member in here}
-            self.sequence = await reconcile(source, others, self.sequence, self.size_bytes, forget=all_here)
+            equal = partial(reconcile, forget=all_here, intact=intact)
+            self.sequence = await equal(source, others, self.sequence, self.size_bytes)
             for leg in legs:
                 # Durable with it is that the leg lacks nothing now, whatever it had lost (`LegKeeper.settled`).
                 await self._store_at(leg)
@@ -683,7 +707,9 @@ class Mirror:
     def status(self) -> MirrorStatus:
         """Now."""
         now = trio.current_time()
-        legs = tuple(member.status(now) for member in self.members.values())
+        given = self.batches, self.written_bytes
+        legs = tuple(member.status(now, given) for member in self.members.values())
+        waited_s, longest_s = self.waits.so_far()
         if self.end is not None or self.lost:
             state = MirrorState.FAULTED
         elif all(leg.state is LegState.UP_TO_DATE for leg in legs):
@@ -707,4 +733,8 @@ class Mirror:
             sequence=self.sequence,
             in_flight=len(self.inflight.batches),
             healed_blocks=self.healing.healed_blocks,
+            flush_age_s=self.flushes.age_s,
+            waited_s=waited_s,
+            longest_wait_s=longest_s,
+            unmendable_blocks=len(self.healing.unmendable),
         )

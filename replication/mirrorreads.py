@@ -15,7 +15,7 @@ import trio
 
 from nbd.wire import STATE_HOLE, STATE_ZERO
 from replication.inflight import InFlight
-from replication.leg import LegState
+from replication.leg import BLOCK_BYTES, LegState
 from replication.members import Member, readable
 from replication.site import Gate
 
@@ -37,6 +37,9 @@ class Readable(Gate, Protocol):
 
     def unreadable(self, member: Member, offset: int, length: int) -> None:
         """This leg couldn't read that; another one could."""
+
+    def nowhere(self, offset: int) -> None:
+        """No leg could read the block there."""
 
 
 class Reads:
@@ -81,6 +84,12 @@ class Reads:
                     bad.append(member)
             self._site.look()
             if bad and all(m in bad for m in readable(self._site.members.values())):
+                middle = _block_in(offset, length)
+                if middle is not None:  # what one leg lacks another one may have, and the other way round
+                    await self.read_any(offset, middle - offset, into[: middle - offset])
+                    await self.read_any(middle, offset + length - middle, into[middle - offset :])
+                    return
+                self._site.nowhere(offset // BLOCK_BYTES * BLOCK_BYTES)
                 what = f"{length:,} bytes at {offset:,}: {bad[0].error}"
                 raise OSError(errno.EIO, f"{self._site.name}: no leg can read {what}; write them anew, or restore them")
             await trio.lowlevel.checkpoint()
@@ -151,3 +160,11 @@ class Reads:
                         raise
                     self._site.look()
             await trio.lowlevel.checkpoint()
+
+
+def _block_in(offset: int, length: int) -> int | None:
+    """Where a block begins, near the middle of a range; None if all of it is in one block."""
+    middle = (offset + length // 2) // BLOCK_BYTES * BLOCK_BYTES
+    if middle <= offset:
+        middle = offset // BLOCK_BYTES * BLOCK_BYTES + BLOCK_BYTES
+    return middle if middle < offset + length else None

@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Collection, Iterator, Sequence
 
 import trio
 
 from replication.leg import BLOCK_BYTES, RECENT, RECENT_OLD, Change, Extents, Leg
+
+log = logging.getLogger("replication.mirror")
 
 PIECE_BYTES = 1 << 20
 
@@ -100,12 +103,23 @@ def ungrouped() -> Iterator[None]:
         raise first from group
 
 
-async def reconcile(source: Leg, others: Sequence[Leg], sequence: int, size_bytes: int, *, forget: bool) -> int:
+async def reconcile(
+    source: Leg,
+    others: Sequence[Leg],
+    sequence: int,
+    size_bytes: int,
+    *,
+    forget: bool,
+    intact: Collection[str] = (),
+) -> int:
     """Make `others` equal to `source` where they may differ. Returns the last sequence that was used.
 
     `forget`: these are all legs that a record calls in sync, so what is recent is forgotten. Else a record without
     those that aren't here comes next, and with it what is recent becomes what they miss. Nothing else is submitted
     meanwhile. Raises OSError if the source fails; another leg that fails shows it itself.
+
+    `intact`: ids of legs that can't have lost anything. Each of them has all that was acknowledged, so any of them may
+    stand in where the source can't read a block, which gets it anew.
     """
     extents = await source.changed([RECENT, RECENT_OLD])
     for leg in others:
@@ -116,7 +130,10 @@ async def reconcile(source: Leg, others: Sequence[Leg], sequence: int, size_byte
                 data = None
                 if not hole:
                     data = memoryview(bytearray(count))
-                    await source.read(at, count, data)
+                    if not await _read(source, at, count, data):
+                        stand_ins = [other for other in others if other.info.id in intact]
+                        sequence = await _heal(source, stand_ins, sequence, at, count)
+                        await source.read(at, count, data)
                 sequence += 1
                 await submitted(leg, sequence, Change(at, count, data))
     for leg in (source, *others):
@@ -125,6 +142,40 @@ async def reconcile(source: Leg, others: Sequence[Leg], sequence: int, size_byte
     for _ in range(2):  # the first makes what is left of `recent` old
         for leg in (source, *others):
             leg.flushed_by_all(sequence if forget else 0)
+    return sequence
+
+
+async def _read(leg: Leg, offset: int, length: int, into: memoryview) -> bool:
+    """False for blocks that the leg can't read. Raises OSError if it has failed."""
+    try:
+        await leg.read(offset, length, into)
+    except OSError:
+        if leg.failure is not None:
+            raise
+        return False
+    return True
+
+
+async def _heal(source: Leg, stand_ins: Sequence[Leg], sequence: int, offset: int, length: int) -> int:
+    """Write anew, on the source, the blocks that it can't read. Returns the last sequence that was used."""
+    data = memoryview(bytearray(BLOCK_BYTES))
+    for at in range(offset, offset + length, BLOCK_BYTES):
+        if await _read(source, at, BLOCK_BYTES, data):
+            continue
+        for leg in stand_ins:
+            if await _read(leg, at, BLOCK_BYTES, data):
+                sequence += 1
+                await submitted(source, sequence, Change(at, BLOCK_BYTES, data))
+                where = f"the block at {at} of the leg on {source.info.node}"
+                log.warning("%s couldn't be read, and is the one of %s now", where, leg.info.node)
+                break
+        else:
+            raise OSError(
+                errno.EIO,
+                f"the block at {at:,} of the leg on {source.info.node} can't be read, and no other leg certainly has "
+                "all that was acknowledged there: start the nodes of the other legs, or go on from another one with "
+                "`terrace volume mirror promote --force` there",
+            )
     return sequence
 
 

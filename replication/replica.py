@@ -51,7 +51,7 @@ from replication import wire
 from replication.leg import LegStore, Position
 from replication.membership import Membership, Term
 from replication.recent import Recent
-from replication.stream import Inbox, Stream, gone
+from replication.stream import Inbox, Stream, Traffic, gone
 from replication.wire import BreachError, Frame, LegOption, Type
 
 __all__ = ["Keeper", "Replica"]
@@ -167,13 +167,15 @@ class Replica:
             return OSError(errno.ESTALE, f"{name} has a session of term {current.term.number}, after {term.number}")
         return None
 
-    async def serve(self, sock: socket.socket | TlsSocket, received: bytes, hello: LegOption) -> None:
+    async def serve(
+        self, sock: socket.socket | TlsSocket, received: bytes, hello: LegOption, traffic: Traffic | None = None
+    ) -> None:
         """One session, until it ends. The socket is non-blocking, and the caller's to close.
 
         Raises OSError where it ended by more than the primary's leaving: ESTALE if it was fenced, EPROTO if the
         primary broke the protocol, the storage's error if that failed; the primary was told then.
         """
-        session = _Session(self, Stream(sock, peer=hello.node), received, hello.term)
+        session = _Session(self, Stream(sock, peer=hello.node, traffic=traffic), received, hello.term)
         refusal = self.judge(hello)
         if refusal is not None:
             stale = self._stale(hello.term)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import trio
+
 from replication.members import Member
 from replication.membership import Membership
 from replication.resync import ResyncSettings
@@ -25,6 +27,31 @@ class MirrorSettings:
     """The first wait before a leg is sought again, or a record committed again; it doubles."""
     retry_max_s: float = 5.0
     resync: ResyncSettings = field(default_factory=ResyncSettings)
+
+
+class Waits:
+    """How long writes had to wait: for a gate that was shut, and for the slowest leg."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._waited_s = 0.0
+        self.longest_s = 0.0
+        """Whoever answers a batch sees to it too."""
+
+    def gate(self, *, shut: bool) -> None:
+        """It is that now."""
+        if shut and self._since is None:
+            self._since = trio.current_time()
+        elif not shut and self._since is not None:
+            took = trio.current_time() - self._since
+            self._since = None
+            self._waited_s += took
+            self.longest_s = max(self.longest_s, took)
+
+    def so_far(self) -> tuple[float, float]:
+        """How long the gate was shut in all, and the longest wait; that of now is in both."""
+        now = 0.0 if self._since is None else trio.current_time() - self._since
+        return self._waited_s + now, max(self.longest_s, now)
 
 
 class Gate(Protocol):

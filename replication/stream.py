@@ -14,6 +14,7 @@ import socket
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Final
 
@@ -36,11 +37,21 @@ def _named(error: OSError, peer: str) -> OSError:
     return OSError(error.errno or errno.EIO, f"the connection to {peer} broke: {error.strerror or error}")
 
 
+@dataclass
+class Traffic:
+    """Bytes between this node and another one, without what TLS adds."""
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+
 class Stream:
     """A connected, non-blocking socket, with TLS or without. Closing it is the owner's business, or `close`."""
 
-    def __init__(self, sock: socket.socket | TlsSocket, *, peer: str) -> None:
+    def __init__(self, sock: socket.socket | TlsSocket, *, peer: str, traffic: Traffic | None = None) -> None:
+        """`traffic`: where its bytes are counted too."""
         self.peer = peer
+        self.traffic = traffic or Traffic()
         self.backlog_bytes = 0
         """Sent, and not taken by the socket yet."""
         self.broken: OSError | None = None
@@ -58,6 +69,7 @@ class Stream:
         if self.broken is not None:
             return
         left = memoryview(data)
+        self.traffic.sent_bytes += len(left)
         if not self._backlog:
             try:
                 while left:
@@ -128,7 +140,9 @@ class Stream:
             if self.broken is not None:
                 raise self.broken
             try:
-                return self._sock.recv_into(into)
+                count = self._sock.recv_into(into)
+                self.traffic.received_bytes += count
+                return count
             except BlockingIOError:
                 await self._wait(trio.lowlevel.wait_readable)
                 self.woke_at = perf_counter()

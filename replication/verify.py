@@ -6,7 +6,8 @@ leg's scrub sees to it that it is. Or `full`: the data themselves are read from 
 
 Legs differ for a moment wherever a batch is in flight. So what differs is looked at again by single extents, with their
 writers waiting and nothing in flight there; only what differs then is reported. With `repair` the block of the first
-leg, which is the one that reads come from, is written to the others.
+leg that can read it is written to the others; the first one is where reads come from. Legs that can't read it get it
+anew (`replication.healing`). A block that is lost on a leg, as its map knows, can't be read there, `full` or not.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 import xxhash
 
+from replication.healing import LOST_CHECK
 from replication.inflight import EXTENT_SHIFT
 from replication.leg import BLOCK_BYTES, EXTENT_BYTES, Leg
 from replication.reconcile import PIECE_BYTES, ungrouped
@@ -43,8 +45,12 @@ class VerifyReport:
     """By leg id: (offset, length) of what isn't as on the first leg, in order."""
     differing_bytes: int = 0
     unreadable: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
-    """By leg id: what `full` couldn't read."""
+    """By leg id: (offset, length) of what couldn't be read there."""
+    unreadable_bytes: int = 0
     repaired_bytes: int = 0
+    """Of those that differed."""
+    healed_bytes: int = 0
+    """Of those that couldn't be read."""
     compared: tuple[str, ...] = ()
     """Ids of the legs, the first one first."""
     finished: bool = False
@@ -52,7 +58,12 @@ class VerifyReport:
     @property
     def equal(self) -> bool:
         """Whether all that was compared is the same everywhere and can be read."""
-        return not self.differing_bytes and not self.unreadable
+        return not self.differing_bytes and not self.unreadable_bytes
+
+    @property
+    def left_bytes(self) -> int:
+        """What isn't as it should be afterwards."""
+        return self.differing_bytes - self.repaired_bytes + self.unreadable_bytes - self.healed_bytes
 
 
 async def verify(
@@ -135,7 +146,8 @@ async def _fingerprints(leg: Leg, offset: int, length: int, seed: int | None) ->
     if seed is None:
         checks = await leg.checks(offset, length)
         step = EXTENT_BYTES // BLOCK_BYTES * 8
-        return [checks[at : at + step] for at in range(0, len(checks), step)]
+        extents = [checks[at : at + step] for at in range(0, len(checks), step)]
+        return [b"" if LOST_CHECK in one else one for one in extents]
     data = memoryview(bytearray(length))
     try:
         await leg.read(offset, length, data)
@@ -152,32 +164,59 @@ async def _judge(
     """With the extent's writers waiting: what differs now does."""
     async with mirror.locks.holding(offset, length):
         await mirror.inflight.settle(offset, length)
-        first, *others = members
         blocks = range(offset, offset + length, BLOCK_BYTES)
         sides: dict[str, list[bytes]] = {}
         for member in members:
             if full:
                 sides[member.info.id] = [await _block(_leg(member), at, report, member) for at in blocks]
             else:
-                checks = await _leg(member).checks(offset, length)
-                sides[member.info.id] = [checks[at : at + 8] for at in range(0, len(checks), 8)]
-        truth = sides[first.info.id]
-        for member in others:
-            for index, at in enumerate(blocks):
-                if not truth[index] or sides[member.info.id][index] in (truth[index], b""):
-                    continue
-                report.differing_bytes += BLOCK_BYTES
-                _add(report.differing, member.info.id, at)
-                if repair:
-                    data = memoryview(bytearray(BLOCK_BYTES))
-                    await _leg(first).read(at, BLOCK_BYTES, data)
-                    if await mirror.copy_to(member, at, data):
-                        report.repaired_bytes += BLOCK_BYTES
+                sides[member.info.id] = await _known(_leg(member), blocks, report, member)
+        for index, at in enumerate(blocks):
+            there = {member.info.id: member for member in members if sides[member.info.id][index]}
+            checks = {leg_id: sides[leg_id][index] for leg_id in there}
+            wrong = [leg_id for leg_id in there if checks[leg_id] != next(iter(checks.values()))]
+            report.differing_bytes += BLOCK_BYTES * len(wrong)
+            for leg_id in wrong:
+                _add(report.differing, leg_id, at)
+            if repair and wrong and await _repair(mirror, list(there.values()), checks, at, report):
+                report.repaired_bytes += BLOCK_BYTES * len(wrong)
     if repair:
         for leg_id, ranges in report.unreadable.items():
             for at, size in ranges:
-                if offset <= at < offset + length:
-                    report.repaired_bytes += BLOCK_BYTES * await mirror.heal(leg_id, at, size)
+                start, stop = max(at, offset), min(at + size, offset + length)
+                if start < stop:
+                    report.healed_bytes += BLOCK_BYTES * await mirror.heal(leg_id, start, stop - start)
+
+
+async def _repair(mirror: Mirror, there: list[Member], checks: dict[str, bytes], at: int, report: VerifyReport) -> bool:
+    """Write the block of the first leg that can read it where another one differs; whether that was done.
+
+    Its writers wait.
+    """
+    data = memoryview(bytearray(BLOCK_BYTES))
+    for source in there:
+        try:
+            await _leg(source).read(at, BLOCK_BYTES, data)
+        except OSError:
+            if source.leg is None or source.leg.failure is not None:
+                raise
+            _note_unreadable(report, source, at)  # which its check didn't show; it is healed from those that are right
+            del checks[source.info.id]
+            continue
+        right = checks[source.info.id]
+        others = [member for member in there if checks.get(member.info.id, right) != right]
+        return all([await mirror.copy_to(member, at, data) for member in others])
+    return False
+
+
+async def _known(leg: Leg, blocks: range, report: VerifyReport, member: Member) -> list[bytes]:
+    """The checks of blocks; empty for one that is lost."""
+    checks = await leg.checks(blocks.start, blocks.stop - blocks.start)
+    found = [checks[at : at + 8] for at in range(0, len(checks), 8)]
+    for at, check in zip(blocks, found, strict=True):
+        if check == LOST_CHECK:
+            _note_unreadable(report, member, at)
+    return [b"" if check == LOST_CHECK else check for check in found]
 
 
 async def _block(leg: Leg, offset: int, report: VerifyReport, member: Member) -> bytes:
@@ -187,9 +226,14 @@ async def _block(leg: Leg, offset: int, report: VerifyReport, member: Member) ->
     except OSError:
         if leg.failure is not None:
             raise
-        _add(report.unreadable, member.info.id, offset)
+        _note_unreadable(report, member, offset)
         return b""
     return bytes(data)
+
+
+def _note_unreadable(report: VerifyReport, member: Member, offset: int) -> None:
+    report.unreadable_bytes += BLOCK_BYTES
+    _add(report.unreadable, member.info.id, offset)
 
 
 def _add(ranges: dict[str, list[tuple[int, int]]], leg_id: str, offset: int) -> None:

@@ -11,6 +11,7 @@
     POST   /v1/pools/P/check                  {full?}; streams {done_bytes, total_bytes} ..., then {report} or {error}
     GET    /v1/pools/P/evacuate               the evacuations of devices since the pool was opened, and what is lost
     POST   /v1/pools/P/evacuate               {device, action: "start" | "cancel" | "lost", truncate_log?}
+    GET    /v1/metrics                        of nodes and mirrors, as text for Prometheus (`terrace.metrics`)
     GET    /v1/events[?after=N&wait=S]        events after number N; waits so many seconds (at most 60) for one
     GET    /v1/pools/P/scrub                  the newest scrub, with every damaged range that is kept
     POST   /v1/pools/P/scrub                  {action: "start" | "pause" | "stop", rate?}
@@ -73,6 +74,7 @@ from terrace.apikit import Body, Progress, Stream, error_response, plain, read_b
 from terrace.definitions import Definitions
 from terrace.events import Events
 from terrace.exports import find_export, record_of, records_of
+from terrace.metrics import CONTENT_TYPE, Metrics
 from terrace.mirroradmin import MirrorAdmin, require_whole_blocks
 from terrace.mirrorapi import MirrorApi, PlaceBody
 from terrace.mirrors import Mirrors
@@ -263,6 +265,7 @@ class Api:
         self._mirrors = mirrors
         self._through = through
         self._admin = MirrorAdmin(mirrors, self._clients, through)
+        self._metrics = Metrics(mirrors)
 
     def app(self) -> ASGIApp:
         """The ASGI application."""
@@ -281,6 +284,7 @@ class Api:
             route("GET", f"{pool}/evacuate", self.show_evacuations),
             route("POST", f"{pool}/evacuate", self.evacuate_device),
             route("GET", "/v1/events", self.list_events),
+            route("GET", "/v1/metrics", self.show_metrics),
             route("GET", f"{pool}/scrub", self.show_scrub),
             route("POST", f"{pool}/scrub", self.scrub_pool),
             route("GET", f"{pool}/exports", self.list_exports),
@@ -311,6 +315,10 @@ class Api:
             *MirrorApi(self._pools, self._mirrors, self._admin).routes(),
         ]
         return _BoundedBody(Starlette(routes=routes, exception_handlers={HTTPException: error_response}))
+
+    async def show_metrics(self, request: Request) -> Response:
+        await trio.lowlevel.checkpoint()
+        return Response(self._metrics.text(), media_type=CONTENT_TYPE)
 
     async def status(self, request: Request) -> Response:
         reset = request.query_params.get("reset") in ("1", "true")

@@ -86,6 +86,16 @@ class ApiClient:
             raise refusal(response.content)
         return response.json() if response.content else None
 
+    def text(self, *path: str) -> str:
+        """The answer to GET /v1/PATH where that isn't JSON."""
+        try:
+            response = self._patiently(lambda: self._http.get(_url(path)))
+        except httpx.HTTPError as error:
+            raise self._lost(error) from None
+        if response.is_error:
+            raise refusal(response.content)
+        return response.text
+
     def stream(self, method: str, *path: str, body: object = None) -> Iterator[Any]:
         """Each line of an answer in JSON lines. Raises ApiError also for a line that is an error."""
         silence_s = _SILENCE_S + _PROBE_S

@@ -489,6 +489,7 @@ class LocalMirror:
                 *(nursery, connect, info, membership),
                 timeout_s=membership.options.timeout_s,
                 decode_extents=self.store.decode_extents,
+                traffic=peers.traffic.get(info.node),
             )
         except OSError as error:
             split = await self._said_instead(info, membership) if error.errno == errno.ESTALE else None

@@ -323,7 +323,7 @@ class MirrorAdmin:
 
     async def delete_broken(self, pool: Pool, volume: Volume, *, snapshots: bool) -> dict[str, Any]:
         """A leg whose record can't be understood: the copy here, whatever the others may say; says what is left."""
-        self._require_unused(volume, "delete")
+        self.require_unused(volume, "delete")
         name = volume.name
         if not snapshots and volume.snapshots:
             raise TierError(errno.ENOTEMPTY, f"{name} has snapshots: delete them first, or with it, by --snapshots")
@@ -463,12 +463,17 @@ class MirrorAdmin:
             "compared_bytes": report.done_bytes,
             "differing_bytes": report.differing_bytes,
             "repaired_bytes": report.repaired_bytes,
+            "unreadable_bytes": report.unreadable_bytes,
+            "healed_bytes": report.healed_bytes,
+            "left_bytes": report.left_bytes,
             "differing": ranges(report.differing),
             "unreadable": ranges(report.unreadable),
             "equal": report.equal,
         }
         if not report.equal:
             what = f"{report.differing_bytes} bytes differ, {report.repaired_bytes} of them were repaired"
+            if report.unreadable_bytes:
+                what += f"; {report.unreadable_bytes} can't be read, {report.healed_bytes} of them were healed"
             self.mirrors.tell("mirror", mirror.name, f"the legs of {mirror.name} are not equal: {what}")
         return found
 

@@ -29,6 +29,7 @@ from replication.voters import KeptVoter, LegsCluster, RemoteVoter
 from replication.voters import handlers as voter_handlers
 from replication.wire import LegOption
 from terrace.localmirror import LocalMirror, ServedMirror, boot_id, nodes_of_mirror
+from terrace.mending import LegMender, heal_leg, read_block
 from terrace.peers import Handler, Peers, Socket
 from terrace.pools import Pools
 from tiers import Pool, TierError, Volume
@@ -124,7 +125,15 @@ class Mirrors:
 
     async def _live(self, mirror: LocalMirror) -> None:
         try:
-            await mirror.run()
+            async with trio.open_nursery() as nursery:
+                mender = LegMender(mirror, self.peers, self.tell)
+                mirror.volume.elsewhere = mender
+                try:
+                    nursery.start_soon(_mend, mender)
+                    await mirror.run()
+                finally:
+                    mirror.volume.elsewhere = None
+                nursery.cancel_scope.cancel()
         except Exception as error:
             log.error("mirror %s failed", mirror.name, exc_info=error)
             self.tell("mirror", mirror.name, f"mirror {mirror.name} failed: {error}; please report it with the log")
@@ -249,7 +258,7 @@ class Mirrors:
             raise OSError(errno.ENOENT, f"the leg {option.leg} is no longer here")
         if option.mirror == _mirror_of(mirror):
             self.own_voter.heard(option.mirror)
-        await mirror.replica.serve(sock, received, option)
+        await mirror.replica.serve(sock, received, option, self.peers.traffic.get(option.node))
 
     def handlers(self) -> Mapping[str, Handler]:
         """What peers may call."""
@@ -264,6 +273,8 @@ class Mirrors:
             "leg.delete": self._delete_leg,
             "leg.discard": self._discard_leg,
             "mirror.forget": self._forget_mirror,
+            "leg.block": self._read_block,
+            "leg.damaged": self._heal_leg,
             "mirror.status": self._tell_status,
             "mirror.promote": self._promote,
             "mirror.demote": self._demote,
@@ -409,6 +420,19 @@ class Mirrors:
         self.tell("splitbrain", mirror.name, f"what was written to {mirror.name} here is given up, by order of {node}")
         return {}
 
+    async def _read_block(self, node: str, params: dict[str, Any]) -> Any:
+        mirror = self.by_leg(_text(params, "leg"))
+        if mirror is None:
+            raise OSError(errno.ENOENT, f"node {self.node} has no such leg open")
+        return await read_block(mirror, params)
+
+    async def _heal_leg(self, node: str, params: dict[str, Any]) -> Any:
+        leg = _text(params, "leg")
+        for mirror in self._mirrors.values():
+            if mirror.is_primary and mirror.membership.has(leg):
+                return await heal_leg(mirror, node, params)
+        raise OSError(errno.EAGAIN, f"node {self.node} is not the primary of the leg {leg[:32]}")
+
     async def _tell_status(self, node: str, params: dict[str, Any]) -> Any:
         found = self.by_mirror(_text(params, "mirror"))
         await trio.lowlevel.checkpoint()
@@ -459,6 +483,9 @@ class Mirrors:
             if status is not None
             else [self._leg_of_record(mirror, leg) for leg in membership.legs]
         )
+        for shown in legs:
+            if shown["id"] == mirror.me:
+                shown["healed_blocks"] += mirror.volume.healed_blocks
         role = "primary" if mirror.serves else "starting" if mirror.starting else "secondary"
         state = status.state.value if status is not None else "Unknown"
         if mirror.problem is not None and not mirror.serves:
@@ -500,7 +527,11 @@ class Mirrors:
         try:
             theirs = await self.peers.call(primary, "mirror.status", {"mirror": own["mirror"]}, 2.0)
             known = ("state", "waiting", "problem", "legs", "term", "epoch", "primary", "token", "voters")
-            return own | {key: theirs[key] for key in known}
+            found = own | {key: theirs[key] for key in known}
+            for shown in found["legs"]:
+                if shown["id"] == mirror.me:  # what this node has mended by itself, it alone knows
+                    shown["healed_blocks"] += mirror.volume.healed_blocks
+            return found
         except (OSError, KeyError, TypeError) as error:
             why = error.strerror if isinstance(error, OSError) else "it gave no answer that is understood"
             return own | {"problem": f"the primary, node {primary}, can't be asked: {why}"}
@@ -528,6 +559,13 @@ class Mirrors:
                 if leg["node"] == node:
                     role = "primary" if status["primary"] == node else "secondary"
                     yield {"volume": mirror.name, "pool": leg["pool"], "role": role, "state": leg["state"]}
+
+
+async def _mend(mender: LegMender) -> None:
+    try:
+        await mender.run()
+    except Exception as error:  # no reason to serve the mirror no more
+        log.error("damage of a leg is no longer seen to, until terraced is restarted", exc_info=error)
 
 
 def _mirror_of(mirror: LocalMirror) -> str | None:

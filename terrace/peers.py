@@ -35,6 +35,7 @@ from nbd.opening import ClientLimits, take_over
 from nbd.tls import Identity, TlsSocket, client_context
 from nbd.wire import OPT_TERRACE
 from replication.calls import Calls, serve_calls
+from replication.stream import Traffic
 from replication.wire import CallsOption, LegOption, read_option
 from terrace.access import facts_of, matches_subject
 from terrace.config import Config, PeerConfig, split_address
@@ -146,6 +147,8 @@ class Peers:
         self._tell = tell
         self._id = home_id(home) if self.node else ""
         self.peers = {name: Peer(name, one) for name, one in config.peers.items()}
+        self.traffic = {name: Traffic() for name in config.peers}
+        """With each peer, over all connections, since this daemon was started."""
         self.on_change: list[Callable[[Peer], None]] = []
         """Called synchronously when a peer has come or gone."""
 
@@ -230,7 +233,7 @@ class Peers:
             try:
                 async with trio.open_nursery() as nursery:
                     sock, received = await self.connect(peer.name, CallsOption(self.node))
-                    calls = Calls(sock, received, peer=f"node {peer.name}")
+                    calls = Calls(sock, received, peer=f"node {peer.name}", traffic=self.traffic[peer.name])
                     nursery.start_soon(calls.run)
                     try:
                         while True:
@@ -337,7 +340,8 @@ class NodeTakeover:
             await self._legs.serve(sock, received, option)
             return
         handlers = {method: partial(call, option.node) for method, call in self._handlers.items()}
-        await serve_calls(sock, received, handlers, peer=f"node {option.node}")
+        traffic = self._peers.traffic.get(option.node)
+        await serve_calls(sock, received, handlers, peer=f"node {option.node}", traffic=traffic)
 
 
 def _is_here(client: Client) -> bool:

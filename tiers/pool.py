@@ -943,6 +943,11 @@ class Pool:
         await self._save_losses()
         return self._engine.losses.listed(self._engine.owners())
 
+    def losses_of(self, volume: Volume) -> list[Loss]:
+        """Those of one volume, as they were known last."""
+        losses = self._engine.losses
+        return losses.listed([volume]) if losses else []
+
     async def _save_losses(self) -> None:
         engine = self._engine
         if engine.losses.changed:

@@ -47,9 +47,6 @@ if TYPE_CHECKING:
 
 Buffer = bytes | bytearray | memoryview
 
-Healer = Callable[[int, int], Awaitable[Buffer | None]]
-"""(first block, blocks) -> their bytes, verified by whoever has them, or None. May take time; an OSError is None."""
-
 PIECE_BYTES = 1 << 20
 FRAMES_A_READ = 32
 """Frames read and unpacked in one go: 4 MiB of memory."""
@@ -95,8 +92,6 @@ class Reader:
         self.reads: deque[int] = deque(maxlen=0)
         self._note_read = self.reads.append
         self.slow_reads: dict[str, int] = {"fast": 0, "base": 0}
-        self.healer: Healer | None = None
-        """Who may have the bytes of blocks that can't be read here."""
 
     @property
     def placement(self) -> Placement:
@@ -201,8 +196,6 @@ class Reader:
         address, check = entry
         if address < FIRST_ADDRESS:
             if address == BAD:
-                if self.healer is not None:
-                    return False
                 raise self._bad(block)
             into[:] = ZERO_BLOCK
             return True
@@ -354,35 +347,8 @@ class Reader:
         self._note_read(
             ~(block << RUN_SHIFT | SLOW | count)
         )  # behind the offer: what judges it counts this read by itself
-        failed: list[tuple[int, TierError]] = []
         for i in suspects:
-            try:
-                await self._read_suspect(block + i, into[i << BLOCK_SHIFT : i + 1 << BLOCK_SHIFT])
-            except TierError as error:
-                if self.healer is None:
-                    raise
-                failed.append((i, error))
-        if failed:
-            await self._heal_failed(block, failed, into)
-
-    async def _heal_failed(self, block: int, failed: list[tuple[int, TierError]], into: memoryview) -> None:
-        """Have blocks that can't be read from the healer, neighbours together. Raises the error of one that is lost."""
-        failed.sort(key=lambda item: item[0])
-        at = 0
-        while at < len(failed):
-            first, error = failed[at]
-            count = 1
-            while at + count < len(failed) and failed[at + count][0] == first + count:
-                count += 1
-            data = await self.heal(block + first, count)
-            if data is None:
-                raise error
-            into[first << BLOCK_SHIFT : first + count << BLOCK_SHIFT] = data
-            at += count
-
-    async def heal(self, block: int, count: int) -> bytes | None:
-        """The bytes of blocks that can't be read, from elsewhere; None: nobody has them. A volume's business."""
-        return None
+            await self._read_suspect(block + i, into[i << BLOCK_SHIFT : i + 1 << BLOCK_SHIFT])
 
     def _note_slow(self, address: int) -> None:
         """Count a read that had to wait by the tier of its first block: a drain may come after its promotion."""

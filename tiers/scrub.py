@@ -2,7 +2,8 @@
 
 A scrub reads what the media hold of everything live, and names what is damaged before somebody needs it. It reads every
 segment that was in use when it began and holds something live, device by device in the order of their places, past the
-page cache and in large pieces; `scrubpass.py` does that. It changes nothing on the devices.
+page cache and in large pieces; `scrubpass.py` does that. It changes nothing, but that a damaged block of which there is
+another copy is written anew from that one (`mending.py`).
 
 What a scrub knows (`scrubstate.py`) is saved every ten seconds and when it starts, pauses, stops or ends; after a crash
 it goes on from there. Nothing else depends on it.
@@ -37,6 +38,7 @@ class DeviceScrub:
     done_bytes: int
     total_bytes: int
     errors: int
+    repaired: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class ScrubStatus:
     damage_omitted: int
     last: Result | None
     since: float
+    repaired: int = 0
+    """Damaged blocks that were had from another copy of their volume; they are no errors."""
 
 
 class Scrubber:
@@ -185,7 +189,9 @@ class Scrubber:
         devices = []
         for device in self._engine.devices:
             done = run.devices.get(device.index, DeviceRun())
-            devices.append(DeviceScrub(device.path, done.done_bytes, done.done_bytes + done.left_bytes, done.errors))
+            devices.append(
+                DeviceScrub(device.path, done.done_bytes, done.done_bytes + done.left_bytes, done.errors, done.repaired)
+            )
         left = {index: device.left_bytes for index, device in run.devices.items()}
         speeds: dict[int, float] = {}
         if running and self._pass is not None:
@@ -208,7 +214,18 @@ class Scrubber:
             run.damage_omitted,
             self._history.last,
             since=self._history.since,
+            repaired=run.repaired,
         )
+
+    def mended(self, volume: str, offset: int, length: int) -> None:
+        """Blocks of a volume, by name, that this scrub may have listed as damaged were written anew."""
+        run, last = self._history.run, self._history.last
+        if run is None:
+            return
+        paths = {device.path: device.index for device in self._engine.devices}
+        count = run.mended(volume, offset, length, paths.get)
+        if count and last is not None and run.state == "finished" and last.started_at == run.started_at:
+            last.errors, last.repaired = run.errors, run.repaired
 
     # -- the task ----------------------------------------------------------------------------------------------------
 
@@ -252,14 +269,17 @@ class Scrubber:
         run.active_s += trio.current_time() - self._resumed_at
         run.state = "finished"
         run.finished_at = time.time()
-        self._history.last = Result(run.started_at, run.finished_at, run.active_s, run.done_bytes, run.errors)
+        self._history.last = Result(
+            run.started_at, run.finished_at, run.active_s, run.done_bytes, run.errors, run.repaired
+        )
         logger.log(
             logging.ERROR if run.errors else logging.INFO,
             "the scrub of pool %s is finished: %d bytes read in %.0f s, %s",
             name,
             run.done_bytes,
             run.active_s,
-            f"{run.errors} errors: `terrace pool scrub {name} --status` names them" if run.errors else "no errors",
+            (f"{run.errors} errors: `terrace pool scrub {name} --status` names them" if run.errors else "no errors")
+            + (f", {run.repaired} damaged blocks were repaired from another copy" if run.repaired else ""),
         )
         await self._save()
 

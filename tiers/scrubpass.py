@@ -2,7 +2,8 @@
 
 Each block is compared with its batch's header (`scrubscan.py`); a block that differs is looked up in the map. It counts
 as damaged only if the map still names its place, it fails the map's check when it is read once more, and the map still
-names its place then: a client may overwrite it meanwhile, the cleaner may move it. What lies behind a damaged header
+names its place then: a client may overwrite it meanwhile, the cleaner may move it. What another copy of the volume has
+is had from there (`mending.py`), and counted as repaired. What lies behind a damaged header
 can't be attributed that way: at the end the maps of all volumes are walked once for what points there.
 
 Clients come first. A pass works on the trio thread for a fraction of a millisecond at a time, and when it finds that
@@ -26,6 +27,7 @@ import trio
 from tiers.device import Device
 from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, FIRST_ADDRESS, SLOT_BITS, SLOT_MASK, check_of
 from tiers.maptree import FANOUT, FANOUT_BITS, FANOUT_MASK, LEVEL_SHIFT, ROOT_LEVEL
+from tiers.mending import mend
 from tiers.record import Op
 from tiers.scrubscan import Gap, Owner, Scan, Suspect, owner_of
 from tiers.scrubstate import Damage, DeviceRun, Run
@@ -360,12 +362,16 @@ class Pass:
         if reason is None:
             return
         target = await self._target(owner, address)
-        if target is not None and target.kind == "data" and target.volume.healer is not None:
-            if await target.volume.heal(target.offset >> BLOCK_SHIFT, 1) is not None:
+        if target is not None and target.kind == "data":
+            if await mend(target.volume, target.offset >> BLOCK_SHIFT, address, target.check):
+                self._run.devices.setdefault(segment.device.index, DeviceRun()).repaired += 1
+                segment.device.error_count += 1  # the medium is none the better
                 return
             target = await self._target(owner, address)
         if target is not None:
             self._record_block(damage, segment, address, target, reason)
+            if isinstance(target.volume, Volume) and target.kind == "data" and target.volume.elsewhere is not None:
+                target.volume.elsewhere.damaged(target.offset, target.length)
 
     async def _read_again(self, segment: Segment, address: int, check: int) -> str | None:
         """What is wrong with a block when it is read by itself; None if nothing is. The segment is pinned."""
@@ -499,7 +505,11 @@ async def _who_names(there: Holder, block: int, address: int) -> tuple[Holder, i
     if now == address and not there.gone:
         return there, check
     volume = there.volume if isinstance(there, Snapshot) else there
-    for owner in volume.owners_at(block >> FANOUT_BITS) if volume.has_history or volume.retired else ():
+    if not (volume.has_history or volume.retired):
+        return None
+    # The newest one shows what was overwritten since the last checkpoint through the volume's committed map: it gets an
+    # entry of its own with the next one.
+    for owner in (*volume.owners_at(block >> FANOUT_BITS), *volume.snapshots[-1:]):
         (now,), (check,) = await owner.entries(block, 1)
         if now == address and not owner.gone:
             return owner, check

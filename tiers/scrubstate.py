@@ -14,11 +14,13 @@ import contextlib
 import json
 import logging
 import os
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from tiers.catalog import sync_directory
+from tiers.layout import BLOCK_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +83,8 @@ class DeviceRun:
     done_bytes: int = 0
     left_bytes: int = 0
     errors: int = 0
+    repaired: int = 0
+    """Damaged blocks that were had from another copy; they are no errors."""
 
 
 @dataclass
@@ -111,6 +115,41 @@ class Run:
         """Damaged blocks, pages and headers found so far, over all devices."""
         return sum(device.errors for device in self.devices.values())
 
+    @property
+    def repaired(self) -> int:
+        """Damaged blocks that were had from another copy, over all devices."""
+        return sum(device.repaired for device in self.devices.values())
+
+    def mended(self, volume: str, offset: int, length: int, index_of: Callable[[str], int | None]) -> int:
+        """Blocks of a volume that are listed as damaged were written anew; how many. `index_of`: a device by path."""
+        stop = offset + length
+        kept: list[Damage] = []
+        count = 0
+        for item in self.damage:
+            end = item.offset + item.length
+            if item.kind != "data" or item.volume != volume or end <= offset or stop <= item.offset:
+                kept.append(item)
+                continue
+            left = item.blocks
+            for first, last in ((item.offset, offset), (stop, end)):
+                if first < last:
+                    rest = replace(
+                        item,
+                        offset=first,
+                        length=last - first,
+                        device_offset=item.device_offset + first - item.offset,
+                        blocks=-(-(last - first) // BLOCK_BYTES),
+                    )
+                    left -= rest.blocks
+                    kept.append(rest)
+            count += left
+            index = index_of(item.device)
+            if index in self.devices:
+                self.devices[index].errors -= left
+                self.devices[index].repaired += left
+        self.damage = kept
+        return count
+
     def note(self, damage: Damage) -> bool:
         """Remember a damaged range, joined to its neighbour; False if there was no room for its name."""
         for known in reversed(self.damage[-16:]):
@@ -134,6 +173,7 @@ class Result:
     active_s: float
     done_bytes: int
     errors: int
+    repaired: int = 0
 
 
 @dataclass
@@ -219,7 +259,7 @@ def decode(data: bytes, pool: str) -> History:
     last = None if body["last"] is None else Result(**body["last"])
     history = History(float(body["since"]), None if body["run"] is None else _run(body["run"]), last)
     if last is not None:
-        _require_numbers(last.started_at, last.finished_at, last.active_s, last.done_bytes, last.errors)
+        _require_numbers(last.started_at, last.finished_at, last.active_s, last.done_bytes, last.errors, last.repaired)
     return history
 
 
@@ -232,7 +272,7 @@ def _run(body: Any) -> Run:
         raise ValueError(f"it has the state {run.state!r}")
     _require_numbers(run.started_at, run.limit, run.rate or 0, run.finished_at or 0, run.active_s, run.damage_omitted)
     for device in devices.values():
-        _require_numbers(device.position, device.partial_bytes, device.done_bytes, device.left_bytes, device.errors)
+        _require_numbers(*vars(device).values())
     for item in damage:
         _require_numbers(item.offset, item.length, item.device_offset, item.blocks)
         if not all(isinstance(text, str) for text in (item.kind, item.device, item.reason, item.volume or "")):

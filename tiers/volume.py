@@ -33,7 +33,6 @@ from tiers.errors import NoRoomError, TierError
 from tiers.extents import load_ahead
 from tiers.kept import KeptLeaves
 from tiers.layout import (
-    BAD,
     BLOCK_BYTES,
     BLOCK_MASK,
     BLOCK_SHIFT,
@@ -56,6 +55,7 @@ from tiers.snapshot import Snapshot, compose
 
 if TYPE_CHECKING:
     from tiers.engine import Engine
+    from tiers.mending import Elsewhere
 
 logger = logging.getLogger(__name__)
 
@@ -123,8 +123,10 @@ class Volume(Reader):
         """By name; every change is added to each of them in the step in which it is logged. See `Pool.set_mirror`."""
         self.mirror_record = b""
         """What `Pool.set_mirror` was given last: the engine doesn't know what it means."""
+        self.elsewhere: Elsewhere | None = None
+        """Who may have the bytes of blocks that are damaged here."""
         self.healed_blocks = 0
-        """Blocks that the `healer` has had the bytes of, since the pool was opened."""
+        """Damaged blocks that were had from elsewhere, since the pool was opened."""
         self._saved_marks: tuple[bytes, dict[str, tuple[ChangedExtents, int]]] = b"", {}
         self.referenced_blocks = 0
         """Blocks with data as clients see them at the last checkpoint: for a clone, those of its origin too."""
@@ -619,66 +621,42 @@ class Volume(Reader):
             segments.drop_pending(dropped)
         space.active_weight += active.weight - before
 
-    async def heal(self, block: int, count: int) -> bytes | None:
-        """The bytes of blocks that can't be read here, from the `healer`, put right here too; None: it hasn't them.
+    async def put_anew(self, block: int, old: int, check: int, data: Buffer) -> bool:
+        """Log a block that lies at `old`, and may be damaged there, in another place: the bytes are those of its check.
 
-        They are taken for what was written only if they match the check that the map has for each block. Of a block
-        that the map knows as lost there is none: then the healer is believed. Blocks that clients change meanwhile are
-        read again. What can't be written, for want of room or because the pool takes no writes, is returned too.
+        Whoever names the old place names the new one then, snapshots too. False: nobody names it any more. Raises
+        OSError: there is no room, a page of the map is damaged.
         """
-        healer = self.healer
-        if healer is None:
-            return None
-        before = await self.entries(block, count)
-        at = block << BLOCK_SHIFT
-        try:
-            given = await healer(block, count)
-        except OSError as error:
-            logger.error("%s at byte %d: can't be read, nor had from elsewhere: %s", self.name, at, error)
-            return None
-        if given is None:
-            return None
-        if len(given) != count << BLOCK_SHIFT:
-            logger.error("%s at byte %d: %d bytes came from elsewhere for %d blocks", self.name, at, len(given), count)
-            return None
-        data = memoryview(bytearray(given))
-        now = await self.entries(block, count)
-        found = checks_of(data)
-        for i, (old, new) in enumerate(zip(zip(*before, strict=True), zip(*now, strict=True), strict=True)):
-            part = data[i << BLOCK_SHIFT : i + 1 << BLOCK_SHIFT]
-            if old != new:
-                # Somebody wrote, or moved it. No healer a second time.
-                await self._read_suspect(block + i, part)
-            elif new[0] == UNMAPPED:
-                part[:] = ZERO_BLOCK
-            elif new[0] != BAD and found[i] != new[1]:
-                logger.error("%s at byte %d: what came from elsewhere isn't what was written", self.name, at)
-                return None
-        with contextlib.suppress(OSError):
-            await self._rewrite_healed(block, data, now)
-        self.healed_blocks += count
-        logger.warning("%s at byte %d: %d damaged blocks were had from elsewhere", self.name, at, count)
-        return bytes(data)
-
-    async def _rewrite_healed(self, block: int, data: memoryview, entries: tuple[list[int], list[int]]) -> None:
-        """Write blocks, whose entries are still these, anew. Raises OSError."""
-        charge = await self._admission(block, len(entries[0]))
-        self._require_alive()
-        # No checkpoint of trio from here on.
-        moved: list[tuple[int, Buffer]] = []
-        replaced: list[tuple[int, Buffer]] = []
-        for i, entry in enumerate(zip(*entries, strict=True)):
-            if entry[0] == UNMAPPED or self.entry_now(block + i) != entry:
+        index = block >> FANOUT_BITS
+        while True:
+            charge = await self._admission(block, 1)
+            # No checkpoint of trio from here to where it is logged.
+            if self.gone:
+                return False
+            historic = self.has_history or self.retired
+            entry = None if historic else self.entry_now(block)
+            names = self.names_now(block) if historic else None
+            if entry is None and names is None:
+                for owner in self.owners_at(index) if historic else ():
+                    await owner.tree.load(0, [index])
+                if not historic:
+                    await self.entries(block, 1)
                 continue
-            write = (block + i) << BLOCK_SHIFT, data[i << BLOCK_SHIFT : i + 1 << BLOCK_SHIFT]
-            # Snapshots that name the damaged block get the new one too; one that is lost has no name to know it by.
-            is_named = entry[0] != BAD and self.owns_now(block + i)
-            (moved if is_named else replaced).append(write)
-        if moved:
-            self.rewrite(moved)
-        if replaced:
-            self._log_unnoticed(replaced)
-        self._engine.space.active_charge += charge if moved or replaced else 0
+            break
+        if names is not None:
+            if old not in names:
+                return False
+            engine = self._engine
+            engine.log_room()  # which makes room for a block where the segment is full
+            address = engine.log.append([Op.REWRITE << 56 | self.id, block, 1], [check], [data], [old])
+            engine.relocate(self, block, old, address, check)
+            engine.appended()
+        else:
+            if entry != (old, check):
+                return False
+            self._log_unnoticed([(block << BLOCK_SHIFT, data)])
+        self._engine.space.active_charge += charge
+        return True
 
     def mark(self, ops: Sequence[int]) -> None:
         """Add the blocks that these operations of a batch change to each tracker."""

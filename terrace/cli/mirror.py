@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -300,7 +301,6 @@ def verify(context: Context, volume: tuple[str, str], full: bool, repair: bool, 
                 report = line["report"]
             elif line["total_bytes"]:
                 advance(line["done_bytes"], line["total_bytes"])
-    left_bytes = report["differing_bytes"] - report["repaired_bytes"]
     if output == "json":
         show_json(report)
     else:
@@ -310,14 +310,20 @@ def verify(context: Context, volume: tuple[str, str], full: bool, repair: bool, 
             show_table(("Node", "What", ">From byte", ">Bytes"), rows)
         click.echo(
             f"{format_size(report['compared_bytes'])} of {name} compared on {', '.join(report['compared'])}: "
-            + ("equal." if report["equal"] else f"{report['differing_bytes']} bytes differ")
-            + (f", {report['repaired_bytes']} of them are repaired." if not report["equal"] else "")
+            + ("equal." if report["equal"] else "; ".join(_differences(report)) + ".")
         )
-    if left_bytes or report["unreadable"]:
+    if report["left_bytes"]:
         raise click.ClickException(
             f"the legs of {name} are not equal: --repair writes what the primary's leg has; what can't be read "
             "`terrace pool scrub` names"
         )
+
+
+def _differences(report: dict[str, Any]) -> Iterator[str]:
+    if report["differing_bytes"]:
+        yield f"{report['differing_bytes']} bytes differ, {report['repaired_bytes']} of them are repaired"
+    if report["unreadable_bytes"]:
+        yield f"{report['unreadable_bytes']} bytes can't be read, {report['healed_bytes']} of them are healed"
 
 
 def _follow(client: ApiClient, volume: tuple[str, str], node: str) -> dict[str, Any]:

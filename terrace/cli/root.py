@@ -15,6 +15,7 @@ from terrace.cli.backup import backup
 from terrace.cli.completion import completion
 from terrace.cli.context import Context
 from terrace.cli.events import events
+from terrace.cli.metrics import metrics
 from terrace.cli.mount import mount
 from terrace.cli.node import node
 from terrace.cli.output import complain
@@ -81,6 +82,6 @@ def root(context: click.Context, home: str | None) -> None:
 
 for command in (
     *(pool, volume, snapshot, policy, backup, restore, attach, detach, mount, node),
-    *(status, events, upgrade, tls, install_units, completion),
+    *(status, events, metrics, upgrade, tls, install_units, completion),
 ):
     root.add_command(command)

@@ -31,7 +31,7 @@ def brief(found: dict[str, Any]) -> str:
         text = _ago(last["finished_at"])
     else:
         return "never"
-    return f"{text}, {errors}" if found["errors"] else text
+    return f"{text}, {errors}" if found["errors"] or found["repaired"] else text
 
 
 def scrub_facts(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -76,7 +76,7 @@ def show_scrub(name: str, found: dict[str, Any]) -> None:
     show_facts(rows)
     click.echo()
     show_table(
-        ("Device", ">Verified", ">Of", ">Done", ">Errors"),
+        ("Device", ">Verified", ">Of", ">Done", ">Errors", ">Repaired"),
         [
             (
                 device["path"],
@@ -84,6 +84,7 @@ def show_scrub(name: str, found: dict[str, Any]) -> None:
                 format_size(device["total_bytes"]),
                 percent(device["done_bytes"], device["total_bytes"]) if device["total_bytes"] else "-",
                 device["errors"],
+                device["repaired"],
             )
             for device in found["devices"]
         ],
@@ -139,8 +140,9 @@ def _state(found: dict[str, Any]) -> str:
 
 
 def _errors(found: dict[str, Any]) -> str:
-    count = found["errors"]
-    return "no errors" if not count else f"{count} error{'s' * (count > 1)}"
+    count, repaired = found["errors"], found.get("repaired", 0)
+    errors = "no errors" if not count else f"{count} error{'s' * (count > 1)}"
+    return f"{errors}, {repaired} block{'s' * (repaired > 1)} repaired" if repaired else errors
 
 
 def _result(last: dict[str, Any]) -> str:

@@ -113,6 +113,8 @@ class MemoryLegStore:
         self.snapshots: dict[str, bytes] = {}
         self.bad: set[int] = set()
         """Offsets of blocks that can't be read until they are written anew."""
+        self.lost: set[int] = set()
+        """The same, and known to be so without a read."""
         self.failing: OSError | None = None
         """What each change fails with."""
         self.stuck: trio.Event | None = None
@@ -221,8 +223,9 @@ class MemoryLegStore:
         self._log.append((offset, length, data))
         for tracker in self.trackers.values():
             tracker.add(offset, length)
-        if self.bad:
+        if self.bad or self.lost:
             self.bad.difference_update(range(offset, offset + length, BLOCK_BYTES))
+            self.lost.difference_update(range(offset, offset + length, BLOCK_BYTES))
 
     def write_now(self, writes: list[tuple[int, memoryview]]) -> bool:
         self._usable()
@@ -251,7 +254,7 @@ class MemoryLegStore:
     def _check_readable(self, offset: int, length: int) -> None:
         if self.is_off:
             raise OSError(errno.EIO, "the machine is off")
-        for block in self.bad:
+        for block in (*self.bad, *self.lost):
             if offset < block + BLOCK_BYTES and block < offset + length:
                 raise OSError(errno.EIO, f"{self.export_name}: the block at {block} is damaged")
 
@@ -293,7 +296,8 @@ class MemoryLegStore:
         found = bytearray()
         for at in range(offset, offset + length, BLOCK_BYTES):
             block = bytes(self.image[at : at + BLOCK_BYTES])
-            found += (xxhash.xxh3_64_intdigest(block) if any(block) else 0).to_bytes(8, "little")
+            check = xxhash.xxh3_64_intdigest(block) if any(block) else 0
+            found += (2**64 - 1 if at in self.lost else check).to_bytes(8, "little")
         return bytes(found)
 
     async def mapped(self, offset: int, length: int) -> list[tuple[int, int]]:

@@ -41,8 +41,8 @@ MUTANTS: dict[str, Plant] = {
     "legs aren't reconciled at the start": _instead(
         Mirror,
         "begin",
-        "self.sequence = await reconcile(source, others, self.sequence, self.size_bytes, forget=all_here)",
-        "pass",
+        "await equal(source, others, self.sequence, self.size_bytes)",
+        "self.sequence",
     ),
     "recent is forgotten though a leg hasn't flushed": _instead(
         Recent, "flushed_by_all", "self._rotated_at <= sequence", "sequence >= 0"

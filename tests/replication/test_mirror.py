@@ -471,6 +471,31 @@ def test_legs_that_differ_after_a_crash_are_equal_before_anything_is_served() ->
     run(body)
 
 
+@pytest.mark.parametrize("intact", [True, False])
+def test_a_block_that_the_source_of_a_start_cant_read_is_an_intact_legs_or_nothing_is_served(intact: bool) -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        rig.intact = intact
+        for node in "ab":
+            rig.nodes[node].keeper = FakeKeeper(rig.store(node), f"leg{node}")
+            await rig.nodes[node].keeper.accept(rig.record)
+        rig.store("a").write_now([(0, block(1, 2))])
+        rig.store("b").write_now([(0, block(2, 3))])
+        rig.store("a").bad = {0}
+        async with rig.running() as mirror:
+            found = await read(rig, 0, 3 * BLOCK_BYTES)
+            assert found == bytes(block(2)) + bytes(block(1)) + bytes(BLOCK_BYTES)
+            assert rig.store("a").image == rig.store("b").image and not rig.store("a").bad
+            assert mirror.status().state is MirrorState.ONLINE
+
+    if intact:
+        run(body)
+    else:
+        with pytest.raises(BaseExceptionGroup) as refused:
+            run(body)
+        assert refused.group_contains(OSError, match="can't be read, and no other leg certainly has all", depth=None)
+
+
 def test_the_source_has_every_acknowledged_write_or_the_mirror_doesnt_start() -> None:
     class Named:
         def __init__(self, name: str, is_local: bool) -> None:

@@ -262,6 +262,31 @@ def test_a_full_verify_finds_blocks_that_cant_be_read_and_repairs_them() -> None
             assert (await verify(mirror)).equal
             report = await verify(mirror, full=True, repair=True)
             assert report.unreadable == {"legb": [(EXTENT_BYTES, BLOCK_BYTES)]}
+            assert (report.unreadable_bytes, report.healed_bytes, report.left_bytes) == (BLOCK_BYTES, BLOCK_BYTES, 0)
+            assert (await verify(mirror, full=True)).equal
+
+    run(body)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_repair_goes_on_where_the_first_leg_cant_read_what_differs_or_has_lost_it(full: bool) -> None:
+    async def body() -> None:
+        rig = Rig(3)
+        async with rig.running() as mirror:
+            await filled(rig)
+            right = bytes(rig.store("b").image)
+            rotten, lost = EXTENT_BYTES - BLOCK_BYTES, 4 * EXTENT_BYTES
+            rig.store("a").image[rotten : rotten + BLOCK_BYTES] = bytes(BLOCK_BYTES)
+            rig.store("c").image[0] ^= 1
+            rig.store("a").bad = {rotten, EXTENT_BYTES}
+            rig.store("a").lost = {lost, lost + BLOCK_BYTES}
+            report = await verify(mirror, full=full, repair=True)
+            assert report.left_bytes == 0 and report.healed_bytes >= 3 * BLOCK_BYTES
+            assert sum(report.unreadable["lega"][0]) >= EXTENT_BYTES
+            assert report.differing["legc"] == [(0, BLOCK_BYTES), *([] if full else [(rotten, BLOCK_BYTES)])]
+            assert rig.store("a").lost == set()
+            await mirror.heal("lega", EXTENT_BYTES, BLOCK_BYTES)
+            assert [bytes(rig.store(node).image) for node in "abc"] == [right] * 3
             assert (await verify(mirror, full=True)).equal
 
     run(body)

@@ -32,7 +32,7 @@ class OnePool:
     def __init__(self, open_count: int = 0) -> None:
         self.volume = OneVolume(
             name="fast/vol", short_name="vol", open_count=open_count, mirror_record=b"", trackers={}, deleted=False,
-            size_bytes=1 << 20,
+            size_bytes=1 << 20, healed_blocks=0,
         )  # fmt: skip
         for method in ("write_now", "trim_now", "read_now", "read", "flush", "checks", "mapped"):
             setattr(self.volume, method, trio.lowlevel.checkpoint)
@@ -50,6 +50,9 @@ class OnePool:
         return []
 
     def snapshots(self, volume: str) -> list[Any]:
+        return []
+
+    def losses_of(self, volume: Any) -> list[Any]:
         return []
 
     async def create_volume(self, name: str, size_bytes: int, policy: str) -> Any:
