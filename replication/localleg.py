@@ -74,6 +74,8 @@ class LocalLeg:
         """Up to where `recent-old` goes, as far as it isn't in `recent` too; None: it isn't known."""
         self._busy_since: float | None = None
         self._flushing_since: list[float] = []
+        self.on_applied: list[Callable[[], None]] = []
+        """Called when it owes less, or has failed."""
         keeper.on_fence.append(self._fenced)
         if not keeper.allows(term):
             self._fenced(None)
@@ -81,6 +83,11 @@ class LocalLeg:
     @property
     def is_local(self) -> bool:
         return True
+
+    def owes(self, sequence: int) -> bool:
+        """Whether it was given something up to this sequence that the store doesn't have yet."""
+        first = next((item for item in self._queue if item.done is not None), None)
+        return first is not None and first.sequence <= sequence
 
     @property
     def store(self) -> LegStore:
@@ -199,6 +206,11 @@ class LocalLeg:
         self._busy_since = trio.current_time() if self._queue else None
         assert item.done is not None
         self._due.append((item.done, None))
+        self._tell_applied()
+
+    def _tell_applied(self) -> None:
+        for tell in list(self.on_applied):
+            tell()
 
     async def _apply(self, change: Change) -> None:
         if change.data is None:
@@ -221,6 +233,7 @@ class LocalLeg:
         self.queued_bytes = 0
         self._busy_since = None
         self._wake.set()
+        self._tell_applied()
         if self._due:
             # `run` may be in the middle of something that never ends, and clients wait for this.
             trio.lowlevel.current_trio_token().run_sync_soon(self._call_due)
@@ -326,6 +339,7 @@ class LocalSite:
     def __init__(self, keeper: Keeper) -> None:
         self._keeper = keeper
         self._last: trio.Event | None = None
+        self._leg: LocalLeg | None = None
         self._opening = trio.Lock()
 
     async def open(self, nursery: trio.Nursery, info: LegInfo, term: Term) -> LocalLeg:
@@ -336,9 +350,14 @@ class LocalSite:
             leg = LocalLeg(self._keeper, info, term)
             if leg.failure is not None:
                 raise OSError(leg.failure.errno, leg.failure.strerror)
-            self._last = trio.Event()
+            self._last, self._leg = trio.Event(), leg
             nursery.start_soon(self._run, leg, self._last)
             return leg
+
+    @property
+    def open_leg(self) -> LocalLeg | None:
+        """The last one, while it is of use."""
+        return self._leg if self._leg is not None and self._leg.failure is None else None
 
     async def _run(self, leg: LocalLeg, ended: trio.Event) -> None:
         try:

@@ -2,10 +2,14 @@
 
 What was read is on all legs when it is returned: a read that overlaps a batch in flight waits for that batch, else a
 fail-over could take back what was read. A leg that can't read what another one can is healed (`replication.healing`).
+
+An NBD server is read only where no Terrace leg in sync can, and only what a leg's checksums prove is taken from it: it
+has none of its own, and may have been changed or replaced by anybody.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Callable
 from typing import Protocol
@@ -14,8 +18,9 @@ import trio
 
 from nbd.wire import STATE_HOLE, STATE_ZERO
 from replication.inflight import InFlight
-from replication.leg import LegState
+from replication.leg import BLOCK_BYTES, Leg, LegState
 from replication.members import Member, readable
+from replication.nbdleg import checks_of
 from replication.site import Gate
 
 
@@ -81,12 +86,15 @@ class Reads:
     async def read_from(
         self, member: Member, offset: int, length: int, into: memoryview, *, for_client: bool = True
     ) -> bool:
+        """Whether this leg could. What an NBD server says counts only where a Terrace leg's checksums prove it."""
         leg = member.leg
         if leg is None or member.state is not LegState.UP_TO_DATE:
             return False
         began = trio.current_time()
         try:
-            if for_client or not leg.read_now(offset, length, into):  # a client's read has tried that already
+            if member.info.kind == "nbd":
+                await self._read_proven(leg, offset, length, into)
+            elif for_client or not leg.read_now(offset, length, into):  # a client's read has tried that already
                 await leg.read(offset, length, into)
         except OSError as error:
             if leg.failure is None:
@@ -101,6 +109,21 @@ class Reads:
         member.counters.read_bytes += length
         # A leg that was dropped while it read may be behind by now.
         return member.leg is leg and member.state is LegState.UP_TO_DATE
+
+    async def _read_proven(self, leg: Leg, offset: int, length: int, into: memoryview) -> None:
+        """From an NBD server. Raises OSError EIO for a block of which no leg's map has the checksum of what it says."""
+        start = offset // BLOCK_BYTES * BLOCK_BYTES
+        data = memoryview(bytearray(-(-(offset + length) // BLOCK_BYTES) * BLOCK_BYTES - start))
+        await leg.read(start, len(data), data)
+        found = checks_of(data)
+        for member in readable(self._site.members.values()):
+            if member.leg is not None and member.is_proof:
+                # Read after the data, so a write in between makes it fail at most; who reads waits for writes anyway.
+                with contextlib.suppress(OSError):
+                    if await member.leg.checks(start, len(data)) == found:
+                        into[:] = data[offset - start : offset - start + length]
+                        return
+        raise OSError(errno.EIO, f"{leg.info.export} has bytes at {offset} that no leg's checksums prove")
 
     async def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
         """What is mapped, of a leg in sync."""
