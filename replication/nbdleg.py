@@ -131,10 +131,13 @@ async def _connected(uri: str, size_bytes: int, timeout_s: float) -> AsyncIterat
         yield client
 
 
-async def probe(uri: str, size_bytes: int, *, timeout_s: float) -> None:
+async def probe(
+    uri: str, size_bytes: int, *, timeout_s: float, while_connected: Callable[[], None] = lambda: None
+) -> None:
     """Whether there is a server that can be a leg of such a mirror. Raises OSError with a sentence."""
     async with _connected(uri, size_bytes, timeout_s):
         await trio.lowlevel.checkpoint()
+        while_connected()
 
 
 class Ahead(Protocol):

@@ -20,9 +20,11 @@ from typing import Any, Final
 
 import trio
 
+from nbd.uri import parse_target
 from replication.keeper import LegRecord
 from replication.leg import BLOCK_BYTES, LegState
 from replication.membership import MAX_LEGS, LegInfo, Membership, Options, Term, encode
+from replication.nbdleg import probe
 from replication.promotion import Forced, Promote, decide, new_term
 from replication.verify import VerifyReport, verify
 from replication.voters import ask
@@ -41,7 +43,18 @@ class Place:
     """Where a leg is to be; without a pool that node chooses: one called as the primary's, or its only one."""
 
     node: str
+    """Or the URI of an export of any NBD server."""
     pool: str | None = None
+
+    @property
+    def is_nbd(self) -> bool:
+        """It is no node."""
+        return is_uri(self.node)
+
+
+def is_uri(place: str) -> bool:
+    """Whether an NBD server is meant, and not a node."""
+    return "://" in place
 
 
 class MirrorAdmin:
@@ -80,12 +93,12 @@ class MirrorAdmin:
         mirror = self.mirrors.of(volume)
         if mirror is None:
             return await self._add_first(pool, volume, place, options)
-        if any(leg.node == place.node and leg.kind == "terrace" for leg in mirror.membership.legs):
+        if any(leg.place == place.node for leg in mirror.membership.legs):
             return mirror
         if len(mirror.membership.legs) >= MAX_LEGS:
             raise TierError(errno.EINVAL, f"{volume.name} has {MAX_LEGS} legs, which is the most; remove one first")
         await self._add_legs(mirror, [place])
-        self.mirrors.tell("mirror", volume.name, f"{volume.name} got a leg on node {place.node}")
+        self.mirrors.tell("mirror", volume.name, f"{volume.name} got a leg on {_named(place)}")
         return mirror
 
     async def add_voter(self, mirror: LocalMirror, node: str) -> LocalMirror:
@@ -161,6 +174,9 @@ class MirrorAdmin:
 
     async def _make_leg(self, mirror: LocalMirror, membership: Membership, place: Place) -> LegInfo:
         leg = secrets.token_hex(8)
+        if place.is_nbd:
+            await self._probe(mirror.volume, membership, place.node)
+            return LegInfo(leg, self.mirrors.node, place.node, "nbd")
         asked = {
             "membership": _plain(membership),
             "leg": leg,
@@ -178,6 +194,22 @@ class MirrorAdmin:
             ) from None
         return LegInfo(leg, place.node, str(answer["export"]))
 
+    async def _probe(self, volume: Volume, membership: Membership, uri: str) -> None:
+        """Whether it can be a leg of that mirror. Raises TierError with a sentence."""
+        clients = volume.open_count
+
+        def is_other() -> None:
+            if volume.open_count > clients:
+                raise OSError(errno.EINVAL, "that is the volume itself, which would write to itself for ever")
+
+        timeout_s = membership.options.timeout_s
+        try:
+            await probe(uri, membership.size_bytes, timeout_s=timeout_s, while_connected=is_other)
+        except OSError as error:
+            raise TierError(
+                error.errno or errno.EIO, f"{uri} can't be a leg of {volume.name}: {error.strerror or error}"
+            ) from None
+
     async def _delete_legs(self, legs: Sequence[LegInfo]) -> list[str]:
         """At once, on other nodes; a sentence for each that is left."""
         left: list[str] = []
@@ -193,6 +225,7 @@ class MirrorAdmin:
                     f"{leg.export} --force"
                 )
 
+        left += [f"the data on {leg.export}, which is no leg any more" for leg in legs if leg.kind == "nbd"]
         async with trio.open_nursery() as nursery:
             for leg in legs:
                 if leg.node != self.mirrors.node and leg.kind == "terrace":
@@ -200,10 +233,13 @@ class MirrorAdmin:
         return sorted(left)
 
     async def remove(self, mirror: LocalMirror, node: str, *, force: bool) -> dict[str, Any]:
-        """Take a node's leg out, and delete its volume; says what is left there. A mirror of one leg ends to be one."""
+        """Take a node's leg out, and delete its volume; says what is left there. A mirror of one leg ends to be one.
+
+        `node`: or the URI of an NBD server, where nothing is deleted.
+        """
         served = await self.served(mirror)
         membership = served.membership
-        going = [leg for leg in membership.legs if leg.node == node]
+        going = [leg for leg in membership.legs if leg.place == node]
         if not going and node in membership.voters:
             await served.reconfigure(voters=tuple(voter for voter in membership.voters if voter != node))
             self.mirrors.tell("mirror", mirror.name, f"node {node} is no tie-breaker of {mirror.name} any more")
@@ -217,7 +253,11 @@ class MirrorAdmin:
                 f"demote {mirror.name} --to NODE` first, then remove it from there",
             )
         ids = {leg.id for leg in going}
-        good = [leg.info for leg in served.status().legs if leg.state is LegState.UP_TO_DATE and leg.info.id not in ids]
+        good = [
+            leg.info
+            for leg in served.status().legs
+            if leg.state is LegState.UP_TO_DATE and leg.info.id not in ids and leg.info.kind == "terrace"
+        ]
         if not good and not force:
             raise TierError(
                 errno.EBUSY,
@@ -228,7 +268,7 @@ class MirrorAdmin:
         tie_breakers = [voter for voter in membership.voters if voter not in nodes_of(membership.legs)]
         await served.reconfigure(legs=legs, voters=tuple(dict.fromkeys((*nodes_of(legs), *tie_breakers))))
         left = await self._delete_legs(going)
-        self.mirrors.tell("mirror", mirror.name, f"the leg of {mirror.name} on node {node} was removed")
+        self.mirrors.tell("mirror", mirror.name, f"the leg of {mirror.name} on {_named(Place(node))} was removed")
         mirrored = True
         if len(legs) == 1 and not mirror.volume.open_count:
             await self.mirrors.dissolve(mirror)
@@ -300,7 +340,11 @@ class MirrorAdmin:
             if not force:
                 self._require_unused(mirror.volume, "demote")
             served = await self.served(mirror)
-            good = {leg.info.node for leg in served.status().legs if leg.state is LegState.UP_TO_DATE}
+            good = {
+                leg.info.node
+                for leg in served.status().legs
+                if leg.state is LegState.UP_TO_DATE and leg.info.kind == "terrace"
+            }
             if to is not None and to not in good:
                 raise TierError(
                     errno.EBUSY,
@@ -318,17 +362,25 @@ class MirrorAdmin:
     async def resync(self, mirror: LocalMirror, node: str, *, discard: bool, full: bool) -> None:
         """Have a leg brought up to date now. `discard`: what was written there, in a split brain, is given up."""
         served = await self.served(mirror)
-        leg = next((leg for leg in served.membership.legs if leg.node == node), None)
+        leg = next((leg for leg in served.membership.legs if leg.place == node), None)
         if leg is None or leg.id == mirror.me:
-            raise TierError(errno.EINVAL, f"node {node} has no other leg of {mirror.name}")
+            raise TierError(
+                errno.EINVAL,
+                f"{node} is no leg of {mirror.name}"
+                if is_uri(node)
+                else f"node {node} has no other leg of {mirror.name}",
+            )
         member = served.members[leg.id]
+        if discard and leg.kind == "nbd":
+            raise TierError(errno.EINVAL, f"{node} has no history of its own, and so no split brain: say --full")
         if discard:
             if member.state is LegState.UP_TO_DATE:
                 raise TierError(errno.EINVAL, f"the leg on node {node} is up to date: there is nothing to discard")
             await self._discard(mirror, leg)
-        elif full and member.leg is not None:
-            mirror.compared_in_full.add(leg.id)
-            served.leg_failed(member.leg, OSError(errno.ECANCELED, "an operator wants it compared in full"))
+        elif full:
+            mirror.compared_in_full.add(leg.id)  # also of one that is away: when it is back
+            if member.leg is not None:
+                served.leg_failed(member.leg, OSError(errno.ECANCELED, "an operator wants it compared in full"))
 
     async def _discard(self, mirror: LocalMirror, leg: LegInfo) -> None:
         state = await self.mirrors.voter(leg.node).state(mirror.membership.mirror)
@@ -348,7 +400,7 @@ class MirrorAdmin:
         """Compare the legs in sync while clients go on. JSON: what differs, by node."""
         served = await self.served(mirror)
         report = VerifyReport()
-        nodes = {leg.id: leg.node for leg in served.membership.legs}
+        nodes = {leg.id: leg.place for leg in served.membership.legs}
         refusal: OSError | None = None
         async with trio.open_nursery() as nursery:
 
@@ -401,7 +453,11 @@ class MirrorAdmin:
         refused: list[str] = []
         for mirror in self.mirrors.all():
             status = await self.mirrors.status(mirror)
-            good = [leg["node"] for leg in status["legs"] if leg["state"] == LegState.UP_TO_DATE.value]
+            good = [
+                leg["node"]
+                for leg in status["legs"]
+                if leg["state"] == LegState.UP_TO_DATE.value and leg["kind"] == "terrace"
+            ]
             if set(good) == {node}:
                 refused.append(
                     f"{mirror.name} has its only up-to-date leg here; wait for a resync, or remove the mirror"
@@ -450,9 +506,21 @@ class MirrorAdmin:
                 raise TierError(
                     errno.EINVAL, f"node {place.node} is this one, which has a leg anyway: name the other nodes"
                 )
-            self.mirrors.peers.peer(place.node)
+            if place.is_nbd:
+                self._judge_uri(place)
+            else:
+                self.mirrors.peers.peer(place.node)
             if any(one.node == place.node for one in places[:index]):
-                raise TierError(errno.EINVAL, f"node {place.node} is named twice: one leg on a node is what helps")
+                raise TierError(errno.EINVAL, f"{_named(place)} is named twice: one leg in a place is what helps")
+
+    def _judge_uri(self, place: Place) -> None:
+        """Raises TierError EINVAL, EPROTONOSUPPORT with a sentence."""
+        try:
+            parse_target(place.node)
+        except OSError as error:
+            raise TierError(error.errno or errno.EINVAL, error.strerror or str(error)) from None
+        if place.pool:
+            raise TierError(errno.EINVAL, f"{place.node}: an NBD server has no pools; name the export in the URI")
 
     def _require_unused(self, volume: Volume, what: str) -> None:
         if volume.open_count:
@@ -469,6 +537,10 @@ def _plain(membership: Membership) -> Any:
 
 def _nodes(places: Sequence[Place]) -> str:
     return ", ".join(place.node for place in places)
+
+
+def _named(place: Place) -> str:
+    return place.node if place.is_nbd else f"node {place.node}"
 
 
 def require_whole_blocks(name: str, size_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""Real NBD servers for a leg: nbdkit, qemu-nbd over raw and qcow2, and our own, each with a way to look at its bytes."""
+"""Real NBD servers for a leg: nbdkit, qemu-nbd over raw and qcow2, and our own, and a way to look at their bytes."""
 
 from __future__ import annotations
 

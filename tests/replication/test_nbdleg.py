@@ -258,7 +258,8 @@ def test_a_read_that_fails_at_the_server_fails_neither_the_leg_nor_others(tmp_pa
         ([], SIZE + 4096, errno.ENOSPC, "make the export at least so large"),
         (["--filter=nozero", "eval", "get_size=echo 4194304", "pread=true", "pwrite=true"], SIZE, errno.EOPNOTSUPP,
          "offers no FLUSH"),
-        (["--filter=blocksize-policy", "blocksize-minimum=64k", "blocksize-preferred=64k"], SIZE, errno.EINVAL, "65536"),
+        (["--filter=blocksize-policy", "blocksize-minimum=64k", "blocksize-preferred=64k"], SIZE, errno.EINVAL,
+         "65536"),
     ],
 )  # fmt: skip
 def test_a_server_that_can_not_be_a_leg_is_refused_with_a_sentence(
