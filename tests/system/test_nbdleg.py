@@ -119,7 +119,7 @@ def test_writes_go_on_without_a_server_that_was_killed_and_only_what_it_missed_i
         wait_for(daemon, "v", "Stale")
         client.trim(0, 64 << 10)
         client.flush()
-        told = daemon.cli("volume", "mirror", "explain", "p/v").stdout
+        told = daemon.api("GET", "/v1/pools/p/volumes/v/mirror/explain")["text"]
         assert f"The leg {leg.uri} has been out of reach" in told and "it misses writes" in told
         # What nobody has written to since isn't looked at: this stays until somebody asks for a comparison.
         with leg.file.open("r+b") as file:
@@ -139,8 +139,6 @@ def test_writes_go_on_without_a_server_that_was_killed_and_only_what_it_missed_i
         daemon.cli("volume", "mirror", "resync", "p/v", leg.uri, "--full")
         client.flush()
     require_equal(daemon, "v", leg)
-    listed = daemon.cli("volume", "mirror", "list").stdout
-    assert leg.uri in listed
 
 
 def test_a_primary_that_is_killed_brings_the_server_up_to_date_with_what_was_written_lately(
@@ -150,16 +148,18 @@ def test_a_primary_that_is_killed_brings_the_server_up_to_date_with_what_was_wri
     data = os.urandom(4 * MIB)
     with connected(daemon, "k") as client:
         client.write(0, data)
-        client.flush()
-        time.sleep(2.2)  # the common flushes that let it forget
-        create(daemon, "other")  # a checkpoint: what is behind it isn't replayed
-        client.write(16 * MIB, data[:MIB])
+    daemon.stop()
     with leg.file.open("r+b") as file:
         file.seek(2 * MIB)
         file.write(b"x" * 4096)  # what isn't compared is told by this
+    daemon.start()
+    wait_for(daemon, "k", "UpToDate")
+    with connected(daemon, "k") as client:
+        client.write(16 * MIB, data[:MIB])
+    daemon.kill()
+    with leg.file.open("r+b") as file:
         file.seek(16 * MIB)
         file.write(b"y" * MIB)
-    daemon.kill()
     daemon.start()
     wait_for(daemon, "k", "UpToDate")
     with leg.file.open("rb") as file:
