@@ -175,8 +175,8 @@ class Mirror:
             for m in self.members.values()
             if m.leg is not None and m.state in (LegState.UP_TO_DATE, LegState.SYNCING)
         ]
-        # The local one behind other nodes': they work on a batch while it is applied here. NBD servers last: what they may
-        # get must be known to the trackers here (`replication.nbdleg`).
+        # The local one behind other nodes': they work on a batch while it is applied here. NBD servers last: what they
+        # may get must be known to the trackers here (`replication.nbdleg`).
         self.writers = tuple(sorted(writers, key=lambda leg: (leg.info.kind == "nbd", leg.is_local)))
         self._tell_room()
         self._changed.set()
