@@ -17,6 +17,7 @@ from replication.leg import BLOCK_BYTES, EXTENT_BYTES
 from replication.nbdleg import probe
 from tests.nbd.client import serving
 from tests.nbd.memory import MemoryExport
+from tests.nbd.test_client_tls import make_pki
 from tests.replication.leg_contract import LegContract, Rig
 from tests.replication.linked import Told, data, run, until, zeros
 from tests.replication.nbdservers import KINDS, image_of, opened, server, site, started
@@ -291,3 +292,36 @@ def test_a_server_that_is_not_there_is_named(uri: str, said: str) -> None:
     with pytest.raises(OSError, match=said) as error:
         run(lambda: probe(uri, SIZE, timeout_s=2.0))
     assert error.value.errno is not None
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pki(tmp_path_factory.mktemp("pki"))
+
+
+def test_a_server_that_wants_tls_is_a_leg_over_tls_and_refused_without(tmp_path: Path, pki: Path) -> None:
+    async def body() -> None:
+        options = ("--tls=require", f"--tls-certificates={pki}", "--tls-verify-peer")
+        async with server("nbdkit", tmp_path, SIZE, *options) as there:
+            with pytest.raises(OSError, match="TLS") as refused:
+                await probe(there.uri, SIZE, timeout_s=5.0)
+            assert refused.value.errno is not None
+            uri = there.uri.replace("nbd+unix", "nbds+unix") + f"&tls-certificates={pki}&tls-hostname=localhost"
+            async with opened(uri, SIZE) as leg:
+                told = Told()
+                leg.submit(1, [data(4096, 7, 1 << 20)], told.of(1))
+                await leg.flush()
+                assert told.done == [1]
+                assert (await image_of(uri))[4096 : 4096 + (1 << 20)] == bytes([7]) * (1 << 20)
+
+    run(body)
+
+
+def test_a_server_without_the_export_is_named(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with serving(MemoryExport("there", size_bytes=SIZE)) as served:
+            with pytest.raises(OSError, match="missing") as refused:
+                await probe(served.uri("missing"), SIZE, timeout_s=5.0)
+            assert refused.value.errno == errno.ENOENT
+
+    run(body)
