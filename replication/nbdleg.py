@@ -133,11 +133,12 @@ async def _connected(uri: str, size_bytes: int, timeout_s: float) -> AsyncIterat
 
 async def probe(
     uri: str, size_bytes: int, *, timeout_s: float, while_connected: Callable[[], None] = lambda: None
-) -> None:
-    """Whether there is a server that can be a leg of such a mirror. Raises OSError with a sentence."""
-    async with _connected(uri, size_bytes, timeout_s):
+) -> int:
+    """Whether there is a server that can be a leg of such a mirror: its size. Raises OSError with a sentence."""
+    async with _connected(uri, size_bytes, timeout_s) as client:
         await trio.lowlevel.checkpoint()
         while_connected()
+        return client.size_bytes
 
 
 class Ahead(Protocol):
@@ -270,6 +271,7 @@ class NbdLeg:
         self._wide: list[_Op] = []
         self._ready: deque[_Op] = deque()
         self._running = 0
+        self._timeout_s = 0.0
         self._submitted = 0
         self._rotated_at: int | None = None
         """Up to where `recent_old` goes, as far as it isn't in `recent` too."""
@@ -299,7 +301,7 @@ class NbdLeg:
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """The connection, until the server owes nothing more. Raises OSError if it isn't made."""
-        is_made = False
+        is_made, self._timeout_s = False, timeout_s
         try:
             async with _connected(self._uri, size_bytes, timeout_s) as self._client:
                 self.server_bytes = self._client.size_bytes
@@ -626,13 +628,17 @@ class NbdLeg:
         await trio.lowlevel.checkpoint()
 
     async def resize(self, size_bytes: int) -> None:
-        """An export keeps its size. Raises OSError ENOSPC where it is too small."""
+        """An export keeps its size, or others have made it larger: then the leg ends soon, and the next one knows that.
+
+        Raises OSError ENOSPC where it is too small now.
+        """
         self._check()
-        await trio.lowlevel.checkpoint()
-        if size_bytes > self.server_bytes:
-            raise OSError(
-                errno.ENOSPC, f"{self._uri} has {self.server_bytes} bytes, and {size_bytes} are wanted: make it larger"
-            )
+        if size_bytes <= self.server_bytes:
+            await trio.lowlevel.checkpoint()
+            return
+        self._site.server_bytes = await probe(self._uri, size_bytes, timeout_s=self._timeout_s)
+        grown = OSError(errno.ECONNRESET, f"{self._uri} has grown, and is connected to anew")
+        trio.lowlevel.current_trio_token().run_sync_soon(self._fail, grown)
 
     async def snapshot(self, name: str) -> None:
         """There are none on NBD servers: the Terrace legs have it."""

@@ -176,12 +176,26 @@ def test_a_server_that_is_away_gets_only_what_it_missed() -> None:
     played(body)
 
 
-def test_a_client_s_snapshot_and_a_growth_leave_the_leg_in_or_say_why_not() -> None:
+def test_a_snapshot_leaves_the_leg_in_and_a_growth_needs_room_on_the_server() -> None:
     async def body(on: Scene) -> None:
+        await on.mirror.write(0, os.urandom(EXTENT_BYTES))
         await on.mirror.snapshot("s")
         assert on.member.state is LegState.UP_TO_DATE and "s" in on.rig.store("a").snapshots
+        with pytest.raises(OSError, match="make the export at least so large") as refused:
+            await on.mirror.resize(2 * SIZE)
+        assert refused.value.errno == errno.ENOSPC
+        assert on.mirror.size_bytes == SIZE == on.rig.store("a").size_bytes
+        assert on.member.state is LegState.UP_TO_DATE
+        on.export.size_bytes = 2 * SIZE
+        on.export.data, old = bytearray(2 * SIZE), on.export.data
+        on.export.data[:SIZE] = old
+        on.export.view = memoryview(on.export.data)
+        on.export.allocated += bytes(len(on.export.allocated))
         await on.mirror.resize(2 * SIZE)
-        await on.until(lambda: on.member.error is not None and "make" in str(on.member.error))
-        assert on.mirror.status().state is MirrorState.DEGRADED
+        await on.until(lambda: on.member.counters.failures == 1)
+        await on.in_sync()
+        assert on.member.resync is not None and on.member.resync.progress.total_bytes <= 2 * EXTENT_BYTES
+        await on.mirror.write(2 * SIZE - 8192, os.urandom(8192))
+        on.require_equal()
 
     played(body)
