@@ -90,7 +90,8 @@ def tells_all(old: Membership, new: Membership) -> bool:
 def unfenced(record: Membership, me: str) -> tuple[str, ...]:
     """Nodes of the mirror that were its primary before, didn't end cleanly, and so may still write to an NBD server.
 
-    A node that is out of the mirror isn't named: an operator has said that it is gone.
+    A node that is out of the mirror isn't named: an operator has said that it is gone. Nor is one of whose term no
+    record is remembered any more (`MAX_HISTORY`).
     """
     of_mirror = {*record.voters, *(leg.node for leg in record.legs if leg.kind == "terrace")}
     last: dict[str, str | None] = {}

@@ -93,7 +93,7 @@ class MirrorAdmin:
         mirror = self.mirrors.of(volume)
         if mirror is None:
             return await self._add_first(pool, volume, place, options)
-        if any(leg.place == place.node for leg in mirror.membership.legs):
+        if any(_is_same(leg, place) for leg in mirror.membership.legs):
             return mirror
         if len(mirror.membership.legs) >= MAX_LEGS:
             raise TierError(errno.EINVAL, f"{volume.name} has {MAX_LEGS} legs, which is the most; remove one first")
@@ -537,6 +537,14 @@ def _plain(membership: Membership) -> Any:
 
 def _nodes(places: Sequence[Place]) -> str:
     return ", ".join(place.node for place in places)
+
+
+def _is_same(leg: LegInfo, place: Place) -> bool:
+    """Whether there is such a leg already; an export may be named by several URIs."""
+    if leg.kind == "terrace" or not place.is_nbd:
+        return leg.place == place.node
+    ours, theirs = parse_target(leg.export), parse_target(place.node)
+    return (ours.address, ours.export) == (theirs.address, theirs.export)
 
 
 def _named(place: Place) -> str:

@@ -184,9 +184,24 @@ def test_a_volume_gets_a_leg_on_a_server_and_loses_it_again(daemon: Daemon, leg:
             time.sleep(0.05)
     wait_for(daemon, "w", "UpToDate")
     require_equal(daemon, "w", leg)
+    # Under another URI it is no second one.
+    again = daemon.api("POST", "/v1/pools/p/volumes/w/mirror/legs", {"node": f"nbd+unix://?socket={leg.socket}"})
+    assert len(again["legs"]) == 2
     removed = daemon.cli("volume", "mirror", "remove", "p/w", leg.uri)  # which asks nothing: nothing is deleted
     assert "is a plain volume" in removed.stdout and f"the data on {leg.uri}" in removed.stdout
     assert leg.file.read_bytes()[3 * MIB : 4 * MIB] == data
+
+
+def test_another_volume_of_a_terraced_is_a_leg_like_any_export(daemon: Daemon) -> None:
+    create(daemon, "under")
+    create(daemon, "over", f"nbd+unix:///p/under?socket={daemon.socket}")
+    data = os.urandom(MIB)
+    with connected(daemon, "over") as client:
+        client.write(5 * MIB, data)
+        client.trim(5 * MIB, 64 << 10)
+        client.flush()
+        with connected(daemon, "under") as under:
+            assert under.read(5 * MIB, MIB) == bytes(64 << 10) + data[64 << 10 :]
 
 
 def test_a_server_that_comes_back_too_small_stays_out_and_says_so(daemon: Daemon, leg: FileServer) -> None:
