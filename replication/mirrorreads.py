@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 import trio
 
@@ -22,6 +22,9 @@ from replication.leg import BLOCK_BYTES, Leg, LegState
 from replication.members import Member, readable
 from replication.nbdleg import checks_of
 from replication.site import Gate
+
+PROVEN_TRIES: Final = 4
+"""So often a read of an NBD server is tried, if writes come in between."""
 
 
 class Readable(Gate, Protocol):
@@ -114,16 +117,25 @@ class Reads:
         """From an NBD server. Raises OSError EIO for a block of which no leg's map has the checksum of what it says."""
         start = offset // BLOCK_BYTES * BLOCK_BYTES
         data = memoryview(bytearray(-(-(offset + length) // BLOCK_BYTES) * BLOCK_BYTES - start))
-        await leg.read(start, len(data), data)
+        for _ in range(PROVEN_TRIES):
+            with self._site.inflight.watching(start, len(data)) as watch:
+                await self._site.inflight.settle(start, len(data))
+                await leg.read(start, len(data), data)
+                if await self._is_proven(start, data):
+                    into[:] = data[offset - start : offset - start + length]
+                    return
+                if not watch.touched:
+                    break  # else a write came in between, and may be in one of the two only
+        raise OSError(errno.EIO, f"{leg.info.export} has bytes at {offset} that no leg's checksums prove")
+
+    async def _is_proven(self, start: int, data: memoryview) -> bool:
         found = checks_of(data)
         for member in readable(self._site.members.values()):
             if member.leg is not None and member.is_proof:
-                # Read after the data, so a write in between makes it fail at most; who reads waits for writes anyway.
                 with contextlib.suppress(OSError):
                     if await member.leg.checks(start, len(data)) == found:
-                        into[:] = data[offset - start : offset - start + length]
-                        return
-        raise OSError(errno.EIO, f"{leg.info.export} has bytes at {offset} that no leg's checksums prove")
+                        return True
+        return False
 
     async def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
         """What is mapped, of a leg in sync."""

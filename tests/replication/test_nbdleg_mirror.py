@@ -153,6 +153,29 @@ def test_a_block_that_no_leg_can_read_comes_from_the_server_if_its_checksum_is_t
     played(body)
 
 
+def test_a_write_that_comes_while_a_block_is_proven_is_no_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(on: Scene) -> None:
+        await on.mirror.write(0, os.urandom(EXTENT_BYTES))
+        on.rig.store("a").bad = {8192}
+        leg, new, reads = on.member.leg, os.urandom(4096), 0
+        assert leg is not None
+        read = leg.read
+
+        async def and_then_a_write(offset: int, length: int, into: memoryview) -> None:
+            nonlocal reads
+            await read(offset, length, into)
+            reads += 1
+            if reads == 1:
+                await on.mirror.write(8192, new)
+
+        monkeypatch.setattr(leg, "read", and_then_a_write)
+        into = memoryview(bytearray(4096))
+        await on.mirror.read(8192, 4096, into)
+        assert into == new and reads == 2
+
+    played(body)
+
+
 def test_a_server_that_is_away_gets_only_what_it_missed() -> None:
     async def body(on: Scene) -> None:
         await on.mirror.write(0, os.urandom(8 * EXTENT_BYTES))
