@@ -82,10 +82,20 @@ class Barriers:
             await self._site.changed()
 
     async def resize(self, size_bytes: int) -> None:
-        """A leg is never smaller than the record says: it grows before, and shrinks after it is written."""
+        """A leg is never smaller than the record says: it grows before, and shrinks after it is written.
+
+        Raises OSError ENOSPC, and nothing has changed, where an NBD server has no room for it.
+        """
         async with self.barrier():
             grows = size_bytes > self._site.size_bytes
-            connected = [m for m in self._site.members.values() if m.state in (LegState.UP_TO_DATE, LegState.SYNCING)]
+            for member in self._site.members.values():
+                if grows and member.info.kind == "nbd" and member.leg is not None:
+                    await member.leg.resize(size_bytes)  # it can't resize anything, but says whether there is room
+            connected = [
+                m
+                for m in self._site.members.values()
+                if m.state in (LegState.UP_TO_DATE, LegState.SYNCING) and m.info.kind == "terrace"
+            ]
             if grows:
                 await self._on_all("resize", connected, lambda leg: leg.resize(size_bytes))
             await self._records.reconfigure(size_bytes=size_bytes)

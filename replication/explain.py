@@ -46,6 +46,8 @@ class Facts:
     """By leg id."""
     away_s: Mapping[str, float] = field(default_factory=dict)
     """By leg id: for how long it has been out of reach or out of sync."""
+    errors: Mapping[str, str] = field(default_factory=dict)
+    """By leg id: why the primary isn't connected to it."""
     split: Mapping[str, str] = field(default_factory=dict)
     """By leg id: the sentence of its split brain."""
     decision: Refused | SplitBrain | None = None
@@ -107,6 +109,8 @@ def _leg_state(leg: LegInfo, facts: Facts) -> LegState:
     record = facts.membership
     elsewhere = _primary_elsewhere(facts)
     unreachable = leg.id not in facts.connected if facts.serving else leg.node in facts.unheard
+    if leg.kind == "nbd" and not facts.serving:
+        unreachable = False  # only the primary talks to it
     if leg.id in facts.split:
         return LegState.STALE
     if leg.id in record.in_sync and (facts.serving or elsewhere):
@@ -118,6 +122,9 @@ def _leg_state(leg: LegInfo, facts: Facts) -> LegState:
         return LegState.SYNCING
     if leg.id not in record.in_sync:
         return LegState.STALE
+    if leg.kind == "nbd":
+        # Nobody vouches for what an NBD server has, unless a clean end does: the next term begins without it.
+        return LegState.UP_TO_DATE if record.primary is None else LegState.UNPROVEN
     voice = facts.voters.get(leg.node)
     if record.primary is None and (voice is None or voice.intact):
         return LegState.UP_TO_DATE
@@ -202,8 +209,8 @@ def _about_legs(facts: Facts, legs: Mapping[str, LegState]) -> list[str]:
         state, where = legs[leg.id], f"The leg on node {leg.node}"
         if leg.kind == "nbd":
             where = f"The leg {leg.export}"
-        voice = facts.voters.get(leg.node)
-        inconsistent = voice is not None and voice.inconsistent and leg.kind == "terrace"
+        voice = facts.voters.get(leg.node) if leg.kind == "terrace" else None
+        inconsistent = voice is not None and voice.inconsistent
         away = facts.away_s.get(leg.id)
         since = f" for {_time(away)}" if away is not None else ""
         if leg.id in facts.split:
@@ -212,7 +219,8 @@ def _about_legs(facts: Facts, legs: Mapping[str, LegState]) -> list[str]:
             sentences.append(f"{where} is in resync: {_resync(facts.progress[leg.id])}.")
         elif state is LegState.OFFLINE:
             misses = leg.id not in facts.membership.in_sync
-            why = f" ({facts.unheard[leg.node]})" if leg.node in facts.unheard else ""
+            why = facts.errors.get(leg.id) or (facts.unheard.get(leg.node) if leg.kind == "terrace" else None)
+            why = f" ({why})" if why else ""
             sentences.append(
                 f"{where} has been out of reach{since}{why}"
                 + ("; it misses writes, and is resynced when it is back." if misses else ".")

@@ -15,6 +15,8 @@ may have declared the leg clean, so `take_part` saves again, whatever it believe
 - `missing:X`: what leg X doesn't have. It begins with the record in which X is no longer in sync, as a copy of both
   recent ones: what X has surely stored is in neither. It begins as the whole volume if this leg can't know: X is new,
   or this leg was itself not in sync, and has got by a resync what others may miss too.
+- `missing:X` of an NBD server's leg becomes the whole volume with a new term, unless the recent ones are sure to tell
+  all (`replication.nbdleg.tells_all`): such a leg has no trackers of its own, and can't be fenced.
 - `missing:ME`: what this leg may have that others don't, from when it learns that it isn't in sync: its recent ones at
   that time. Sessions rotate the recent ones of a leg in resync too, and then this remains.
 
@@ -37,7 +39,8 @@ import trio
 
 from replication.leg import MISSING, RECENT, RECENT_OLD, Extents, LegStore, Position, missing_tracker
 from replication.lineage import Relation, both_histories, how_to_discard, relation, supersedes
-from replication.membership import Membership, Term, decode, encode
+from replication.membership import LegInfo, Membership, Term, decode, encode
+from replication.nbdleg import tells_all
 
 FORMAT_VERSION = 1
 
@@ -310,13 +313,20 @@ class LegKeeper:
             name = missing_tracker(leg.id)
             if leg.id in new.in_sync:
                 continue
-            if leg.id != me and (joins or old is None or not old.has(leg.id)):
+            is_new = joins or old is None or not old.has(leg.id)
+            if leg.id != me and (is_new or not self._tells_all(leg, old, new)):
                 trackers[name] = self._everything()
             elif old is not None and leg.id in old.in_sync:
                 trackers[name] = self._recent(trackers, name)
             elif leg.id != me and name not in trackers:
                 trackers[name] = self._everything()
         return trackers
+
+    def _tells_all(self, leg: LegInfo, old: Membership | None, new: Membership) -> bool:
+        """Whether the recent ones have all that the leg may lack, or have beyond this one."""
+        if leg.kind == "terrace" or old is None or new.term == old.term:
+            return True
+        return self.intact and tells_all(old, new)
 
     def _everything(self) -> Extents:
         extents = self.store.empty_extents()

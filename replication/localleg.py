@@ -93,6 +93,8 @@ class LocalLeg:
         self._calls: dict[_Call, None] = {}
         self._nursery: trio.Nursery | None = None
         self._running = trio.Event()
+        self.on_applied: list[Callable[[], None]] = []
+        """Called when it owes less, or has failed."""
         keeper.on_fence.append(self._fenced)
         if not keeper.allows(term):
             self._fenced(None)
@@ -100,6 +102,11 @@ class LocalLeg:
     @property
     def is_local(self) -> bool:
         return True
+
+    def owes(self, sequence: int) -> bool:
+        """Whether it was given something up to this sequence that the store doesn't have yet."""
+        first = next((item for item in self._queue if item.done is not None), None)
+        return first is not None and first.sequence <= sequence
 
     @property
     def store(self) -> LegStore:
@@ -228,6 +235,11 @@ class LocalLeg:
         self._busy_since = trio.current_time() if self._queue else None
         assert item.done is not None
         self._due.append((item.done, None))
+        self._tell_applied()
+
+    def _tell_applied(self) -> None:
+        for tell in list(self.on_applied):
+            tell()
 
     async def _apply(self, change: Change) -> None:
         if change.data is None:
@@ -254,6 +266,7 @@ class LocalLeg:
             call.ended.set()
         self._running.set()
         self._wake.set()
+        self._tell_applied()
         if self._due:
             # `run` may be in the middle of something that never ends, and clients wait for this.
             trio.lowlevel.current_trio_token().run_sync_soon(self._call_due)
@@ -402,6 +415,7 @@ class LocalSite:
     def __init__(self, keeper: Keeper) -> None:
         self._keeper = keeper
         self._last: trio.Event | None = None
+        self._leg: LocalLeg | None = None
         self._opening = trio.Lock()
 
     async def open(self, nursery: trio.Nursery, info: LegInfo, term: Term) -> LocalLeg:
@@ -412,7 +426,7 @@ class LocalSite:
             leg = LocalLeg(self._keeper, info, term)
             if leg.failure is not None:
                 raise OSError(leg.failure.errno, leg.failure.strerror)
-            self._last = trio.Event()
+            self._last, self._leg = trio.Event(), leg
             nursery.start_soon(self._run, leg, self._last)
             return leg
 
@@ -420,6 +434,11 @@ class LocalSite:
         """Until nothing of the last leg's is under way in the store any more: if it is in use, as long as it is."""
         while self._last is not None and not self._last.is_set():
             await self._last.wait()
+
+    @property
+    def open_leg(self) -> LocalLeg | None:
+        """The last one, while it is of use."""
+        return self._leg if self._leg is not None and self._leg.failure is None else None
 
     async def _run(self, leg: LocalLeg, ended: trio.Event) -> None:
         try:

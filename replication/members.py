@@ -126,6 +126,11 @@ class Member:
             written_bytes=counters.written_bytes + given[1] - begun[1],
         )
 
+    @property
+    def is_proof(self) -> bool:
+        """It has every acknowledged write and stores records: an NBD server has nowhere to store them."""
+        return self.leg is not None and self.state is LegState.UP_TO_DATE and self.info.kind == "terrace"
+
     def become(self, state: LegState) -> None:
         """With the time."""
         if state is not self.state:
@@ -149,6 +154,11 @@ class Member:
 
 
 def readable(members: Iterable[Member]) -> list[Member]:
-    """Those in sync: the local leg, then the nearest; one that was never measured counts as near."""
+    """Those in sync: the local leg, then the nearest; one that was never measured counts as near. NBD servers last."""
     found = [m for m in members if m.leg is not None and m.state is LegState.UP_TO_DATE]
-    return sorted(found, key=lambda m: (m.leg is not None and not m.leg.is_local, m.latency_s or 0.0, m.info.id))
+    return sorted(found, key=_nearness)
+
+
+def _nearness(member: Member) -> tuple[bool, bool, float, str]:
+    is_far = member.leg is not None and not member.leg.is_local
+    return member.info.kind == "nbd", is_far, member.latency_s or 0.0, member.info.id

@@ -56,6 +56,11 @@ class LegInfo:
     """POOL/VOL there; of an NBD leg, its URI."""
     kind: Literal["terrace", "nbd"] = "terrace"
 
+    @property
+    def place(self) -> str:
+        """What people call it by: its node; an NBD leg's URI."""
+        return self.export if self.kind == "nbd" else self.node
+
 
 @dataclass(frozen=True)
 class Options:
@@ -101,6 +106,11 @@ class Membership:
     def generation(self) -> Generation:
         """Itself, as its successors remember it."""
         return Generation(self.term, self.epoch, self.primary, self.forced)
+
+    @property
+    def terrace_ids(self) -> frozenset[str]:
+        """Of the legs that store records. Those on NBD servers store none, and so prove nothing."""
+        return frozenset(leg.id for leg in self.legs if leg.kind == "terrace")
 
     def leg(self, leg_id: str) -> LegInfo:
         """Raises KeyError."""

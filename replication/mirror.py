@@ -9,8 +9,8 @@ and nothing that it misses is acknowledged before a `Membership` without it coun
 stores that record copies what was written recently into the set of what the leg misses. One task alone writes records
 (`replication.records`): it makes the record be what the legs are.
 
-**When the last leg in sync fails** what is in flight fails with it, and the mirror begins anew as at a start: it waits
-for those legs, makes them equal (`replication.reconcile`), and opens the gate.
+**When the last leg in sync fails**, not counting those on NBD servers, what is in flight fails with it, and the mirror
+begins anew as at a start: it waits for those legs, makes them equal (`replication.reconcile`), and opens the gate.
 
 **Reads** come from a leg in sync, the local one first. A read that overlaps a batch in flight is answered when that
 batch is on all legs, else a fail-over could take back what was read. So too when the batch was answered with an error
@@ -187,8 +187,9 @@ class Mirror:
             for m in self.members.values()
             if m.leg is not None and m.state in (LegState.UP_TO_DATE, LegState.SYNCING)
         ]
-        # The local one last: the others work on a batch while it is applied here.
-        self.writers = tuple(sorted(writers, key=lambda leg: leg.is_local))
+        # The local one behind other nodes': they work on a batch while it is applied here. NBD servers last: what they
+        # may get must be known to the trackers here (`replication.nbdleg`).
+        self.writers = tuple(sorted(writers, key=lambda leg: (leg.info.kind == "nbd", leg.is_local)))
         given = self.batches, self.written_bytes
         for member in self.members.values():
             member.takes(member.leg is not None and member.leg in self.writers, given)
@@ -481,14 +482,14 @@ class Mirror:
         member.abandoned.set()
         leg.close()
         member.become(LegState.STALE if was is LegState.SYNCING else LegState.OFFLINE)
-        log.warning("%s: the leg on %s is out: %s", self.name, member.info.node, error)
+        log.warning("%s: the leg on %s is out: %s", self.name, member.info.place, error)
         if leg.is_local and error.errno == errno.ESTALE:
             self.depose(error)
         # Also of a leg that a record being written calls in sync: who hasn't stored that sees no leg leave by the next.
         self._remember(member)
         if member.info.id in self.records.required():
             self.excluding.add(member.info.id)
-        if not any(m.state is LegState.UP_TO_DATE and m.leg is not None for m in self.members.values()):
+        if not any(m.is_proof for m in self.members.values()):
             self._lose(error)
         self.records.interrupt()  # the one that is being written may need that leg
         self.change()
@@ -554,11 +555,9 @@ class Mirror:
                 since = None if member.leg is None else member.leg.silent_since
                 if since is not None and now - since >= timeout_s:
                     silent.append(member)
-            others = any(
-                m.leg is not None and m.state is LegState.UP_TO_DATE and m not in silent for m in self.members.values()
-            )
+            others = any(m.is_proof and m not in silent for m in self.members.values())
             for member in silent:
-                # Without another leg there is nobody to go on with: it is waited for.
+                # Without another leg that stores records there is nobody to go on with: it is waited for.
                 if others and member.leg is not None:
                     self.drop(member, OSError(errno.ETIMEDOUT, f"no progress for {timeout_s:g} s"))
 
@@ -577,6 +576,8 @@ class Mirror:
         eligible = self.membership.in_sync
         for attempt in self.records.attempts:
             eligible &= attempt.in_sync
+        # An NBD server proves nothing: a record without it comes next, and it gets what is recent by a resync.
+        eligible &= self.membership.terrace_ids
         members = [self.members[leg_id] for leg_id in sorted(eligible)]
         with trio.move_on_after(self.membership.options.timeout_s):
             async with trio.open_nursery() as nursery:
@@ -598,7 +599,8 @@ class Mirror:
                         intact.add(member.info.id)
                 except OSError as error:
                     member.error = error
-            source = choose_source(legs, frozenset(intact), all_heard=len(legs) == len(self.membership.in_sync))
+            proof = self.membership.in_sync & self.membership.terrace_ids
+            source = choose_source(legs, frozenset(intact), all_heard=len(legs) == len(proof))
             others = [leg for leg in legs if leg is not source]
             self._note_missing()  # of what is recent, before that is forgotten
             # A leg that is in sync and isn't here learns what it misses by the record that excludes it.
@@ -720,8 +722,8 @@ class Mirror:
         if self.lost and self.end is None:
             waiting = "no leg in sync is connected"
         elif self.excluding:
-            nodes = ", ".join(sorted(self.members[leg_id].info.node for leg_id in self.excluding))
-            waiting = f"a record without the leg on {nodes} doesn't count yet"
+            places = ", ".join(sorted(self.members[leg_id].info.place for leg_id in self.excluding))
+            waiting = f"a record without the leg on {places} doesn't count yet"
         elif self.barriers.held:
             waiting = "a snapshot or a resize is being made"
         return MirrorStatus(

@@ -3,21 +3,29 @@
 What was read is on all legs when it is returned: a read that overlaps a batch in flight waits for that batch, else a
 fail-over could take back what was read. It fails where the batch was refused and isn't settled. A leg that can't read
 what another one can is healed (`replication.healing`).
+
+An NBD server is read only where no Terrace leg in sync can, and only what a leg's checksums prove is taken from it: it
+has none of its own, and may have been changed or replaced by anybody.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 import trio
 
 from nbd.wire import STATE_HOLE, STATE_ZERO
 from replication.inflight import InFlight
-from replication.leg import BLOCK_BYTES, LegState
+from replication.leg import BLOCK_BYTES, Leg, LegState
 from replication.members import Member, readable
+from replication.nbdleg import checks_of
 from replication.site import Gate
+
+PROVEN_TRIES: Final = 4
+"""So often a read of an NBD server is tried, if writes come in between."""
 
 
 class Readable(Gate, Protocol):
@@ -97,12 +105,15 @@ class Reads:
     async def read_from(
         self, member: Member, offset: int, length: int, into: memoryview, *, for_client: bool = True
     ) -> bool:
+        """Whether this leg could. What an NBD server says counts only where a Terrace leg's checksums prove it."""
         leg = member.leg
         if leg is None or member.state is not LegState.UP_TO_DATE:
             return False
         began = trio.current_time()
         try:
-            if for_client or not leg.read_now(offset, length, into):  # a client's read has tried that already
+            if member.info.kind == "nbd":
+                await self._read_proven(leg, offset, length, into)
+            elif for_client or not leg.read_now(offset, length, into):  # a client's read has tried that already
                 await leg.read(offset, length, into)
         except OSError as error:
             if leg.failure is None:
@@ -117,6 +128,30 @@ class Reads:
         member.counters.read_bytes += length
         # A leg that was dropped while it read may be behind by now.
         return member.leg is leg and member.state is LegState.UP_TO_DATE
+
+    async def _read_proven(self, leg: Leg, offset: int, length: int, into: memoryview) -> None:
+        """From an NBD server. Raises OSError EIO for a block of which no leg's map has the checksum of what it says."""
+        start = offset // BLOCK_BYTES * BLOCK_BYTES
+        data = memoryview(bytearray(-(-(offset + length) // BLOCK_BYTES) * BLOCK_BYTES - start))
+        for _ in range(PROVEN_TRIES):
+            with self._site.inflight.watching(start, len(data)) as watch:
+                await self._site.inflight.settle(start, len(data))
+                await leg.read(start, len(data), data)
+                if await self._is_proven(start, data):
+                    into[:] = data[offset - start : offset - start + length]
+                    return
+                if not watch.touched:
+                    break  # else a write came in between, and may be in one of the two only
+        raise OSError(errno.EIO, f"{leg.info.export} has bytes at {offset} that no leg's checksums prove")
+
+    async def _is_proven(self, start: int, data: memoryview) -> bool:
+        found = checks_of(data)
+        for member in readable(self._site.members.values()):
+            if member.leg is not None and member.is_proof:
+                with contextlib.suppress(OSError):
+                    if await member.leg.checks(start, len(data)) == found:
+                        return True
+        return False
 
     async def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
         """What is mapped, of a leg in sync."""

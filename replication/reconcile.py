@@ -54,7 +54,7 @@ def pieces(extents: Extents, size_bytes: int, piece_bytes: int = PIECE_BYTES) ->
 async def differing(source: Leg, target: Leg, offset: int, length: int) -> list[tuple[int, int, bool]]:
     """(offset, length, whether the source has nothing there) of runs of blocks whose checks differ.
 
-    All of it, as if there were data, where a leg has no checks: an NBD server's.
+    All of it, as if there were data, where a leg has no checks. (One on an NBD server reads its data for them.)
     """
     sides: list[bytes] = [b"", b""]
 

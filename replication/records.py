@@ -78,7 +78,9 @@ class Records:
         )
         if "legs" in self.wanted:
             in_sync &= {info.id for info in self.wanted["legs"]}
-        if not in_sync or (in_sync == self._site.membership.in_sync and not self.wanted and not self.attempts):
+        if not in_sync & self._site.membership.terrace_ids or (
+            in_sync == self._site.membership.in_sync and not self.wanted and not self.attempts
+        ):
             return None
         newest = max([self._site.membership, *self.attempts], key=lambda record: record.epoch)
         return replace(self._site.membership, epoch=newest.epoch).next_epoch(in_sync=in_sync, **self.wanted)
@@ -170,7 +172,7 @@ class Records:
             if member.info.id in record.in_sync and member.ready and member.leg is not None:
                 member.ready = False
                 member.become(LegState.UP_TO_DATE)
-                log.info("%s: the leg on %s is in sync", self._site.name, member.info.node)
+                log.info("%s: the leg on %s is in sync", self._site.name, member.info.place)
             elif member.info.id not in record.in_sync and member.leg is None:
                 member.become(LegState.STALE)
         now = trio.current_time()

@@ -1,8 +1,9 @@
 """Verify: compare the legs in sync while clients go on, and say which byte ranges differ.
 
 By checks, as the maps have them: nothing is read from disk, and what is compared is what was meant to be stored; each
-leg's scrub sees to it that it is. Or `full`: the data themselves are read from every leg, hashed with a secret seed
-(XXH3-128), and the hashes are compared, a mebibyte at a time.
+leg's scrub sees to it that it is. A leg on an NBD server has no map: its data are read, and their checks computed. Or
+`full`: the data themselves are read from every leg, hashed with a secret seed (XXH3-128), and the hashes are compared,
+a mebibyte at a time.
 
 Legs differ for a moment wherever a batch is in flight. So what differs is looked at again by single extents, with their
 writers waiting and nothing in flight there; only what differs then is reported. With `repair` the block of the first

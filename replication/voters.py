@@ -674,9 +674,9 @@ def judge_successor(new: Membership, expected: Membership) -> None:
         raise OSError(errno.EINVAL, f"record {new.place} isn't a successor of {expected.place}")
     if not in_sync_nodes(new):
         raise OSError(errno.EINVAL, NO_TERRACE_LEG)
-    if new.forced == "no" and not new.in_sync & expected.in_sync:
+    if new.forced == "no" and not new.in_sync & expected.in_sync & expected.terrace_ids:
         # Else a candidate that knows only the older record would find none of the legs that have the newer one.
-        raise OSError(errno.EINVAL, "a record must keep at least one leg in sync that was")
+        raise OSError(errno.EINVAL, "a record must keep at least one leg in sync that was, NBD servers not counted")
 
 
 async def ask(

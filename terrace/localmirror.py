@@ -30,8 +30,9 @@ from replication.lineage import are_apart, both_histories, how_to_discard
 from replication.link import RemoteLeg, open_remote_leg
 from replication.localleg import LocalSite
 from replication.members import LegFacts
-from replication.membership import LegInfo, Membership
+from replication.membership import LegInfo, Membership, Term
 from replication.mirror import Mirror
+from replication.nbdleg import NbdSite, unfenced
 from replication.promotion import Forced, Promote, promote
 from replication.replica import Replica
 from replication.voters import KeptVoter, rule_of
@@ -107,6 +108,12 @@ class LocalMirror:
         """Why it isn't, where it should be."""
         self.compared_in_full: set[str] = set()
         """Legs, by id, whose writes were discarded: what differs there is known to nobody."""
+        self.nbd_sites: dict[str, NbdSite] = {}
+        """By the legs' ids. Each remembers what this process has sent to its server."""
+        self._servers: trio.Nursery
+        """Of connections to NBD servers, which may outlive the term in which they were made (`replication.nbdleg`)."""
+        self._fenced: dict[str, Term] = {}
+        """Nodes that are known not to write to NBD servers any more, and the term that they have promised."""
         self._connected: dict[str, RemoteLeg] = {}
         """By id, the last one of each: the mirror asks for facts of a leg before it takes it."""
         self._node = node
@@ -286,14 +293,14 @@ class LocalMirror:
         if self.problem is not None:
             self._node.tell("splitbrain", self.name, f"{self.name} can't be served here: {self.problem.strerror}")
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self.kept.run)
+            async with trio.open_nursery() as self._servers:
+                self._servers.start_soon(self.kept.run)
                 while not self._closing.is_set():
                     await self._wanted.wait()
                     if self._closing.is_set():
                         break
                     await self._be_primary()
-                nursery.cancel_scope.cancel()
+                self._servers.cancel_scope.cancel()
             try:
                 await self.replica.stop()
             except OSError as error:
@@ -474,9 +481,12 @@ class LocalMirror:
         if info.id == self.me:
             # What a session of an earlier primary was just writing here must not land on what this one writes.
             await self.replica.fenced(membership.term)
-            return await self._site.open(nursery, info, membership.term)
-        if info.kind != "terrace":
-            raise OSError(errno.ENOTSUP, f"the leg {info.export} is an NBD server's, which this release can't use")
+            local = await self._site.open(nursery, info, membership.term)
+            for site in self.nbd_sites.values():
+                site.follow(local)
+            return local
+        if info.kind == "nbd":
+            return await self._connect_nbd(info, membership)
         peers = self._node.peers
 
         async def connect() -> tuple[Socket, bytes]:
@@ -501,6 +511,34 @@ class LocalMirror:
         self._connected[info.id] = leg
         return leg
 
+    async def _connect_nbd(self, info: LegInfo, membership: Membership) -> Leg:
+        await self._require_fenced(info, membership)
+        site = self.nbd_sites.setdefault(info.id, NbdSite(info, self.store.empty_extents))
+        return await site.open(
+            *(self._servers, membership.size_bytes),
+            timeout_s=membership.options.timeout_s,
+            ahead=self._site.open_leg,
+        )
+
+    async def _require_fenced(self, info: LegInfo, membership: Membership) -> None:
+        """No node that was primary before writes to the server any more. Raises OSError EBUSY with whom to hear."""
+        for node in unfenced(membership, self._node.peers.node):
+            if self._fenced.get(node) != membership.term:
+                try:
+                    promised = (await self._node.voter(node).state(membership.mirror)).promised
+                except OSError as error:
+                    raise OSError(
+                        errno.EBUSY,
+                        f"node {node}, which was primary before, may still write to {info.export}: the leg stays out "
+                        f"until that node is heard ({error.strerror}), or removed from the mirror because it is gone: "
+                        f"`terrace volume mirror remove {self.name} {node}`",
+                    ) from None
+                if promised is None or promised.number < membership.term.number:
+                    raise OSError(errno.EBUSY, f"node {node} hasn't promised yet to write to {info.export} no more")
+                # What it sent last the server has, or will have by then.
+                await trio.sleep(membership.options.timeout_s)
+                self._fenced[node] = membership.term
+
     async def _said_instead(self, info: LegInfo, membership: Membership) -> OSError | None:
         """A leg that takes nothing of our term says nothing of what it has; its node's voter does.
 
@@ -524,6 +562,9 @@ class LocalMirror:
 
     async def _facts(self, info: LegInfo, membership: Membership) -> LegFacts:
         await trio.lowlevel.checkpoint()
+        if info.kind == "nbd":
+            was_resized = info.id in self.nbd_sites and self.nbd_sites[info.id].was_resized
+            return LegFacts(known=info.id not in self.compared_in_full and not was_resized)
         leg = self._connected.get(info.id)
         if info.id == self.me or leg is None:
             return LegFacts(intact=self.keeper.intact)
@@ -570,7 +611,9 @@ class LocalMirror:
                 self._new.discard(leg.info.id)
             if state is LegState.UP_TO_DATE:
                 self.compared_in_full.discard(leg.info.id)
-            where = f"the leg of {self.name} on node {leg.info.node}"
+                if leg.info.id in self.nbd_sites:
+                    self.nbd_sites[leg.info.id].in_sync()
+            where = f"the leg of {self.name} on {'' if leg.info.kind == 'nbd' else 'node '}{leg.info.place}"
             if before is None and ((first and state is LegState.UP_TO_DATE) or not first):
                 continue  # nothing has changed: it is well, or has just been added
             why = f": {leg.error}" if leg.error else ""

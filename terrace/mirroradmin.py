@@ -20,10 +20,12 @@ from typing import Any, Final
 
 import trio
 
+from nbd.uri import parse_target
 from replication.explain import last_leg_on
 from replication.keeper import LegRecord
 from replication.leg import BLOCK_BYTES, LegState
 from replication.membership import MAX_LEGS, LegInfo, Membership, Options, Term, encode
+from replication.nbdleg import probe
 from replication.promotion import Forced, Promote, decide, new_term
 from replication.verify import VerifyReport, verify
 from replication.voters import ask
@@ -45,7 +47,18 @@ class Place:
     """Where a leg is to be; without a pool that node chooses: one called as the primary's, or its only one."""
 
     node: str
+    """Or the URI of an export of any NBD server."""
     pool: str | None = None
+
+    @property
+    def is_nbd(self) -> bool:
+        """It is no node."""
+        return is_uri(self.node)
+
+
+def is_uri(place: str) -> bool:
+    """Whether an NBD server is meant, and not a node."""
+    return "://" in place
 
 
 class MirrorAdmin:
@@ -85,12 +98,12 @@ class MirrorAdmin:
         mirror = self.mirrors.of(volume)
         if mirror is None:
             return await self._add_first(pool, volume, place, options)
-        if any(leg.node == place.node and leg.kind == "terrace" for leg in mirror.membership.legs):
+        if any(_is_same(leg, place) for leg in mirror.membership.legs):
             return mirror
         if len(mirror.membership.legs) >= MAX_LEGS:
             raise TierError(errno.EINVAL, f"{volume.name} has {MAX_LEGS} legs, which is the most; remove one first")
         await self._add_legs(mirror, [place])
-        self.mirrors.tell("mirror", volume.name, f"{volume.name} got a leg on node {place.node}")
+        self.mirrors.tell("mirror", volume.name, f"{volume.name} got a leg on {_named(place)}")
         return mirror
 
     async def add_voter(self, mirror: LocalMirror, node: str) -> LocalMirror:
@@ -176,6 +189,9 @@ class MirrorAdmin:
 
     async def _make_leg(self, mirror: LocalMirror, membership: Membership, place: Place) -> LegInfo:
         leg = secrets.token_hex(8)
+        if place.is_nbd:
+            await self._probe(mirror.volume, membership, place.node)
+            return LegInfo(leg, self.mirrors.node, place.node, "nbd")
         asked = {
             "membership": _plain(membership),
             "leg": leg,
@@ -192,6 +208,22 @@ class MirrorAdmin:
                 error.errno or errno.EIO, f"node {place.node} can't have a leg: {error.strerror or error}"
             ) from None
         return LegInfo(leg, place.node, str(answer["export"]))
+
+    async def _probe(self, volume: Volume, membership: Membership, uri: str) -> None:
+        """Whether it can be a leg of that mirror. Raises TierError with a sentence."""
+        clients = volume.open_count
+
+        def is_other() -> None:
+            if volume.open_count > clients:
+                raise OSError(errno.EINVAL, "that is the volume itself, which would write to itself for ever")
+
+        timeout_s = membership.options.timeout_s
+        try:
+            await probe(uri, membership.size_bytes, timeout_s=timeout_s, while_connected=is_other)
+        except OSError as error:
+            raise TierError(
+                error.errno or errno.EIO, f"{uri} can't be a leg of {volume.name}: {error.strerror or error}"
+            ) from None
 
     async def _delete_legs(
         self, legs: Sequence[LegInfo], record: Membership, *, whole: bool = False, snapshots: bool = False
@@ -215,6 +247,7 @@ class MirrorAdmin:
                     f"{leg.export} --force{more}"
                 )
 
+        left += [f"the data on {leg.export}, which is no leg any more" for leg in legs if leg.kind == "nbd"]
         async with trio.open_nursery() as nursery:
             for leg in legs:
                 if leg.node != self.mirrors.node and leg.kind == "terrace":
@@ -239,10 +272,13 @@ class MirrorAdmin:
         return left
 
     async def remove(self, mirror: LocalMirror, node: str, *, force: bool) -> dict[str, Any]:
-        """Take a node's leg out, and delete its volume; says what is left there. A mirror of one leg ends to be one."""
+        """Take a node's leg out, and delete its volume; says what is left there. A mirror of one leg ends to be one.
+
+        `node`: or the URI of an NBD server, where nothing is deleted.
+        """
         served = await self.served(mirror)
         membership = served.membership
-        going = [leg for leg in membership.legs if leg.node == node]
+        going = [leg for leg in membership.legs if leg.place == node]
         if not going and node in membership.voters:
             await served.reconfigure(voters=tuple(voter for voter in membership.voters if voter != node))
             self.mirrors.tell("mirror", mirror.name, f"node {node} is no tie-breaker of {mirror.name} any more")
@@ -257,7 +293,11 @@ class MirrorAdmin:
                 f"demote {mirror.name} --to NODE` first, then remove it from there",
             )
         ids = {leg.id for leg in going}
-        good = [leg.info for leg in served.status().legs if leg.state is LegState.UP_TO_DATE and leg.info.id not in ids]
+        good = [
+            leg.info
+            for leg in served.status().legs
+            if leg.state is LegState.UP_TO_DATE and leg.info.id not in ids and leg.info.kind == "terrace"
+        ]
         if not good and not force:
             raise TierError(
                 errno.EBUSY,
@@ -270,7 +310,7 @@ class MirrorAdmin:
         tie_breakers = [voter for voter in membership.voters if voter not in nodes_of(membership.legs)]
         await served.reconfigure(legs=legs, voters=tuple(dict.fromkeys((*nodes_of(legs), *tie_breakers))))
         left = await self._delete_legs(going, served.membership, snapshots=True)
-        self.mirrors.tell("mirror", mirror.name, f"the leg of {mirror.name} on node {node} was removed")
+        self.mirrors.tell("mirror", mirror.name, f"the leg of {mirror.name} on {_named(Place(node))} was removed")
         mirrored = True
         if len(legs) == 1 and not mirror.volume.open_count:
             await self.mirrors.dissolve(mirror)
@@ -380,7 +420,11 @@ class MirrorAdmin:
             if not force:
                 self.require_unused(mirror.volume, "demote")
             served = await self.served(mirror)
-            good = {leg.info.node for leg in served.status().legs if leg.state is LegState.UP_TO_DATE}
+            good = {
+                leg.info.node
+                for leg in served.status().legs
+                if leg.state is LegState.UP_TO_DATE and leg.info.kind == "terrace"
+            }
             if to is not None and to not in good:
                 raise TierError(
                     errno.EBUSY,
@@ -398,19 +442,27 @@ class MirrorAdmin:
     async def resync(self, mirror: LocalMirror, node: str, *, discard: bool, full: bool) -> None:
         """Have a leg brought up to date now. `discard`: what was written there, in a split brain, is given up."""
         served = await self.served(mirror)
-        leg = next((leg for leg in served.membership.legs if leg.node == node), None)
+        leg = next((leg for leg in served.membership.legs if leg.place == node), None)
         if leg is None or leg.id == mirror.me:
-            raise TierError(errno.EINVAL, f"node {node} has no other leg of {mirror.name}")
+            raise TierError(
+                errno.EINVAL,
+                f"{node} is no leg of {mirror.name}"
+                if is_uri(node)
+                else f"node {node} has no other leg of {mirror.name}",
+            )
         member = served.members[leg.id]
+        if discard and leg.kind == "nbd":
+            raise TierError(errno.EINVAL, f"{node} has no history of its own, and so no split brain: say --full")
         if discard:
             if member.state is LegState.UP_TO_DATE:
                 raise TierError(errno.EINVAL, f"the leg on node {node} is up to date: there is nothing to discard")
             await self._discard(mirror, leg)
         elif member.leg is None and member.error is not None and member.error.errno == errno.EUCLEAN:
             raise TierError(errno.EUCLEAN, str(member.error.strerror))
-        elif full and member.leg is not None:
-            mirror.compared_in_full.add(leg.id)
-            served.leg_failed(member.leg, OSError(errno.ECANCELED, "an operator wants it compared in full"))
+        elif full:
+            mirror.compared_in_full.add(leg.id)  # also of one that is away: when it is back
+            if member.leg is not None:
+                served.leg_failed(member.leg, OSError(errno.ECANCELED, "an operator wants it compared in full"))
 
     async def _discard(self, mirror: LocalMirror, leg: LegInfo) -> None:
         state = await self.mirrors.voter(leg.node).state(mirror.membership.mirror)
@@ -430,7 +482,7 @@ class MirrorAdmin:
         """Compare the legs in sync while clients go on. JSON: what differs, by node."""
         served = await self.served(mirror)
         report = VerifyReport()
-        nodes = {leg.id: leg.node for leg in served.membership.legs}
+        nodes = {leg.id: leg.place for leg in served.membership.legs}
         refusal: OSError | None = None
         async with trio.open_nursery() as nursery:
 
@@ -488,8 +540,9 @@ class MirrorAdmin:
         refused: list[str] = []
         for mirror in self.mirrors.all():
             status = await self.mirrors.status(mirror)
-            good = [leg["node"] for leg in status["legs"] if leg["state"] == LegState.UP_TO_DATE.value]
-            last = last_leg_on(node, ((leg["node"], _leg_state(leg["state"])) for leg in status["legs"]))
+            legs = [leg for leg in status["legs"] if leg["kind"] == "terrace"]  # no NBD server's can be promoted
+            good = [leg["node"] for leg in legs if leg["state"] == LegState.UP_TO_DATE.value]
+            last = last_leg_on(node, ((leg["node"], _leg_state(leg["state"])) for leg in legs))
             if last is not None:
                 refused.append(f"{mirror.name}: {last}")
             elif mirror.is_primary or mirror.starting:
@@ -536,9 +589,21 @@ class MirrorAdmin:
                 raise TierError(
                     errno.EINVAL, f"node {place.node} is this one, which has a leg anyway: name the other nodes"
                 )
-            self.mirrors.peers.peer(place.node)
+            if place.is_nbd:
+                self._judge_uri(place)
+            else:
+                self.mirrors.peers.peer(place.node)
             if any(one.node == place.node for one in places[:index]):
-                raise TierError(errno.EINVAL, f"node {place.node} is named twice: one leg on a node is what helps")
+                raise TierError(errno.EINVAL, f"{_named(place)} is named twice: one leg in a place is what helps")
+
+    def _judge_uri(self, place: Place) -> None:
+        """Raises TierError EINVAL, EPROTONOSUPPORT with a sentence."""
+        try:
+            parse_target(place.node)
+        except OSError as error:
+            raise TierError(error.errno or errno.EINVAL, error.strerror or str(error)) from None
+        if place.pool:
+            raise TierError(errno.EINVAL, f"{place.node}: an NBD server has no pools; name the export in the URI")
 
     def require_unused(self, volume: Volume, what: str) -> None:
         """Raises EBUSY with who is connected."""
@@ -599,6 +664,18 @@ def _plain(membership: Membership) -> Any:
 
 def _nodes(places: Sequence[Place]) -> str:
     return ", ".join(place.node for place in places)
+
+
+def _is_same(leg: LegInfo, place: Place) -> bool:
+    """Whether there is such a leg already; an export may be named by several URIs."""
+    if leg.kind == "terrace" or not place.is_nbd:
+        return leg.place == place.node
+    ours, theirs = parse_target(leg.export), parse_target(place.node)
+    return (ours.address, ours.export) == (theirs.address, theirs.export)
+
+
+def _named(place: Place) -> str:
+    return place.node if place.is_nbd else f"node {place.node}"
 
 
 def require_whole_blocks(name: str, size_bytes: int) -> None:

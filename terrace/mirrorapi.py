@@ -7,7 +7,8 @@ GET    /v1/mirrors                                 all mirrors that have a leg h
 GET    /v1/pools/P/volumes/V/mirror                one of them
 GET    /v1/pools/P/volumes/V/mirror/explain        {state, legs, text}: what is wrong, what is waited for, what to do
 POST   /v1/pools/P/volumes/V/mirror/legs           {node, pool?, voter?}; one more leg, or the first but one;
-                                                       voter: no leg, only a say
+                                                       voter: no leg, only a say. A node may be an NBD URI here
+                                                       and below, percent-encoded in paths: a leg on any NBD server
 DELETE /v1/pools/P/volumes/V/mirror/legs/N[?force=1]   tells {removed, left, mirrored}
 POST   /v1/pools/P/volumes/V/mirror/promote        {force?, dry_run?}; dry_run tells {may_lose}
 POST   /v1/pools/P/volumes/V/mirror/demote         {to?, force?}
@@ -93,7 +94,7 @@ class MirrorApi:
             route("GET", mirror, self.show_mirror),
             route("GET", f"{mirror}/explain", self.explain_mirror),
             route("POST", f"{mirror}/legs", self.add_leg),
-            route("DELETE", f"{mirror}/legs/{{node}}", self.remove_leg),
+            route("DELETE", f"{mirror}/legs/{{node:path}}", self.remove_leg),
             route("POST", f"{mirror}/promote", self.promote),
             route("POST", f"{mirror}/demote", self.demote),
             route("POST", f"{mirror}/resync", self.resync),
@@ -135,7 +136,7 @@ class MirrorApi:
     async def explain_mirror(self, request: Request) -> Response:
         mirror = self._one(request)
         found = await explained(self._mirrors, mirror)
-        nodes = {leg.id: leg.node for leg in mirror.membership.legs}
+        nodes = {leg.id: leg.place for leg in mirror.membership.legs}
         legs = {nodes[leg]: state.value for leg, state in found.legs.items() if leg in nodes}
         kept = mirror.kept_state()
         text = found.paragraph + (f" The last consistent state of the leg here is kept as {kept}." if kept else "")

@@ -511,6 +511,8 @@ class Mirrors:
         state = LegState.UNPROVEN if leg.id in membership.in_sync else LegState.STALE
         if membership.primary is None and leg.id in membership.in_sync:
             state = LegState.UP_TO_DATE  # cleanly demoted: nothing was written since
+        if leg.kind == "nbd":
+            return _leg(leg, state.value)  # only a primary talks to it
         if leg.id == mirror.me and mirror.keeper.record.inconsistent:
             state = LegState.SYNCING
         elif leg.node != self.node and (peer is None or peer.calls is None):
@@ -556,7 +558,7 @@ class Mirrors:
         for mirror in self.all():
             status = self.local_status(mirror)
             for leg in status["legs"]:
-                if leg["node"] == node:
+                if leg["node"] == node and leg["kind"] == "terrace":
                     role = "primary" if status["primary"] == node else "secondary"
                     yield {"volume": mirror.name, "pool": leg["pool"], "role": role, "state": leg["state"]}
 

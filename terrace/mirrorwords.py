@@ -45,6 +45,7 @@ async def explained(mirrors: Mirrors, mirror: LocalMirror) -> Explanation:
             suspended=status["waiting"],
             progress=progress,
             away_s={leg.info.id: leg.for_s for leg in legs if leg.state.value not in ("UpToDate", "Syncing")},
+            errors={leg.info.id: leg.error for leg in legs if leg.error is not None and leg.info.kind == "nbd"},
             split=split,
             left_behind=mirror.problem.strerror if mirror.is_left_behind and mirror.problem is not None else None,
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from terrace.cli.context import VOLUME, Context, confirm, pass_context
-from terrace.cli.node import LEG_PLACE, NODE
+from terrace.cli.node import LEG, LEG_PLACE, NODE
 from terrace.cli.output import duration, output_option, patience, show_facts, show_json, show_table
 from terrace.sizes import format_size
 
@@ -72,8 +72,13 @@ def show_mirrors(found: list[dict[str, Any]]) -> None:
 
 
 def shown_node(one: dict[str, Any], leg: dict[str, Any]) -> str:
-    """The leg's node, and whether it is the primary."""
-    return f"{leg['node']} (primary)" if leg["node"] == one["primary"] else str(leg["node"])
+    """The leg's node, and whether it is the primary; an NBD server's URI."""
+    return f"{leg['node']} (primary)" if place_of(leg) == one["primary"] else place_of(leg)
+
+
+def place_of(leg: dict[str, Any]) -> str:
+    """What people call a leg by."""
+    return str(leg["export"] if leg["kind"] == "nbd" else leg["node"])
 
 
 @mirror.command()
@@ -110,7 +115,7 @@ def _show(found: dict[str, Any], output: str) -> None:
     rows = [
         (
             shown_node(found, leg),
-            leg["export"],
+            "-" if leg["kind"] == "nbd" else leg["export"],
             leg["state"],
             "-" if leg["for_s"] is None else duration(leg["for_s"]),
             "-" if leg["to_sync_bytes"] is None else format_size(leg["to_sync_bytes"]),
@@ -125,7 +130,7 @@ def _show(found: dict[str, Any], output: str) -> None:
     show_table(columns, rows, spare=(">Queued", ">Healed"))
     for leg in found["legs"]:
         if leg["error"]:
-            click.echo(f"\n{leg['node']}: {leg['error']}")
+            click.echo(f"\n{place_of(leg)}: {leg['error']}")
 
 
 def _snapshots(leg: dict[str, Any]) -> str:
@@ -152,7 +157,7 @@ def explain(context: Context, volume: tuple[str, str], output: str) -> None:
 
 @mirror.command()
 @_mirror_argument
-@click.argument("place", type=LEG_PLACE, metavar="NODE[/POOL]")
+@click.argument("place", type=LEG_PLACE, metavar="NODE[/POOL]|URI")
 @click.option("--wait", is_flag=True, help="Until the new leg is up to date.")
 @click.option("--voter", is_flag=True, help="No leg: NODE is a tie-breaker, with a say about who is primary.")
 @output_option
@@ -160,7 +165,10 @@ def explain(context: Context, volume: tuple[str, str], output: str) -> None:
 def add(
     context: Context, volume: tuple[str, str], place: tuple[str, str | None], wait: bool, voter: bool, output: str
 ) -> None:
-    """Give a volume one more leg, on NODE. One that isn't mirrored yet must have no clients for that moment."""
+    """Give a volume one more leg, on NODE. One that isn't mirrored yet must have no clients for that moment.
+
+    A URI such as nbd://host/export is a leg on any NBD server, which gets a copy of all data and decides nothing.
+    """
     node, pool = place
     with context.connect() as client:
         with patience(f"Adding a leg on {node}"):
@@ -173,20 +181,25 @@ def add(
         click.echo(f"{found['volume']} has the voters {', '.join(found['voters'])}.")
     else:
         leg = _leg(found, node)
-        click.echo(f"{found['volume']} has a leg on {node}, {leg['export']}, which is {leg['state']}.")
+        there = "" if leg["kind"] == "nbd" else f"{leg['export']}, "
+        click.echo(f"{found['volume']} has a leg on {node}, {there}which is {leg['state']}.")
 
 
 @mirror.command()
 @_mirror_argument
-@click.argument("node", type=NODE, metavar="NODE")
+@click.argument("node", type=LEG, metavar="NODE|URI")
 @click.option("--force", is_flag=True, help="Even the only good leg: what only it has IS LOST.")
 @click.option("-y", "--yes", is_flag=True, help="Don't ask.")
 @output_option
 @pass_context
 def remove(context: Context, volume: tuple[str, str], node: str, force: bool, yes: bool, output: str) -> None:
-    """Take the leg on NODE out of a mirror, and delete its volume there. A node that is offline is left as it is."""
+    """Take the leg on NODE out of a mirror, and delete its volume there. A node that is offline is left as it is.
+
+    Of an NBD server's leg, by its URI, the data stay where they are.
+    """
     with context.connect() as client:
-        confirm(f"Delete the copy of {volume[0]}/{volume[1]} on node {node} for good?", yes=yes)
+        if "://" not in node:
+            confirm(f"Delete the copy of {volume[0]}/{volume[1]} on node {node} for good?", yes=yes)
         query = {"force": "1"} if force else None
         with patience(f"Removing the leg on {node}"):
             done = client.request("DELETE", *_path(volume, "legs", node), query=query)
@@ -251,7 +264,7 @@ def demote(context: Context, volume: tuple[str, str], to: str | None, force: boo
 
 @mirror.command()
 @_mirror_argument
-@click.argument("node", type=NODE, metavar="NODE")
+@click.argument("node", type=LEG, metavar="NODE|URI")
 @click.option("--discard", is_flag=True, help="In a split brain: what was written on NODE and not here IS LOST.")
 @click.option("--full", is_flag=True, help="Compare all of it, not only what is known to differ.")
 @click.option("--no-wait", is_flag=True, help="Don't wait until it is up to date.")
@@ -282,7 +295,8 @@ def resync(
     else:
         leg = _leg(found, node)
         left = f", {format_size(leg['to_sync_bytes'])} to go" if leg["to_sync_bytes"] else ""
-        click.echo(f"The leg of {name} on node {node} is {leg['state']}{left}.")
+        where = node if leg["kind"] == "nbd" else f"node {node}"
+        click.echo(f"The leg of {name} on {where} is {leg['state']}{left}.")
 
 
 @mirror.command()
@@ -349,7 +363,7 @@ def _follow(client: ApiClient, volume: tuple[str, str], node: str) -> dict[str, 
 
 
 def _leg(found: dict[str, Any], node: str) -> dict[str, Any]:
-    leg = next((leg for leg in found["legs"] if leg["node"] == node), None)
+    leg = next((leg for leg in found["legs"] if place_of(leg) == node), None)
     if leg is None:
         raise click.ClickException(f"{found['volume']} has no leg on {node}; terrace volume mirror add makes one")
     return dict(leg)

@@ -31,17 +31,31 @@ class NodeType(click.ParamType[str]):
         return [CompletionItem(one["name"]) for one in ask(ctx, "nodes") if one["name"].startswith(incomplete)]
 
 
+class LegType(NodeType):
+    """Which leg of a mirror is meant: its node's name, or its URI."""
+
+    name = "node|uri"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(value) if "://" in value else super().convert(value, param, ctx)
+
+
 class LegPlaceType(click.ParamType[tuple[str, str | None]]):
-    """NODE or NODE/POOL: where a leg is to be, completed from the peers and what they have told of their pools."""
+    """NODE, NODE/POOL or the URI of an NBD export: where a leg is to be.
+
+    Completed from the peers and what they have told of their pools.
+    """
 
     name = "node[/pool]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str | None]:
         if isinstance(value, tuple):
             return value
+        if "://" in value:
+            return value, None  # an NBD server's export; the daemon judges it
         node, slash, pool = value.partition("/")
         if not node or (slash and not pool) or "/" in pool or "@" in value:
-            self.fail(f"{value!r} names no place for a leg; write NODE or NODE/POOL", param, ctx)
+            self.fail(f"{value!r} names no place for a leg; write NODE, NODE/POOL or an NBD URI", param, ctx)
         return node, pool or None
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -51,6 +65,7 @@ class LegPlaceType(click.ParamType[tuple[str, str | None]]):
 
 
 NODE = NodeType()
+LEG = LegType()
 LEG_PLACE = LegPlaceType()
 
 

@@ -34,8 +34,8 @@ def volume() -> None:
     "places",
     type=LEG_PLACE,
     multiple=True,
-    metavar="NODE[/POOL]",
-    help="A leg on that node, too; may be repeated.",
+    metavar="NODE[/POOL]|URI",
+    help="A leg on that node, or on the NBD server of a URI, too; may be repeated.",
 )
 @click.option(
     "--quorum",

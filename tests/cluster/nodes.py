@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +113,12 @@ class Deployment(Protocol):
 
     def copies(self) -> Sequence[str]:
         """The nodes that have one."""
+
+    def others(self) -> Mapping[str, bytes]:
+        """Copies that are on no node, by what they are called. The nodes have ended."""
+
+    def close(self) -> None:
+        """End what it has started itself."""
 
 
 class Nodes:
@@ -253,6 +259,11 @@ class Alone:
     def copies(self) -> Sequence[str]:
         return ("a",)
 
+    def others(self) -> Mapping[str, bytes]:
+        return {}
+
+    def close(self) -> None: ...
+
 
 @dataclass
 class Mirrored:
@@ -260,15 +271,24 @@ class Mirrored:
 
     names: Sequence[str] = ("a", "b")
 
+    @property
+    def leg_count(self) -> int:
+        """Of all that have to be up to date."""
+        return len(self.names)
+
     def create(self, nodes: Nodes, size_bytes: int) -> None:
         for name in self.names:
             nodes.make_pool(name, size_bytes)
         first, *others = self.names
-        mirror = [{"node": name, "pool": POOL} for name in others]
+        mirror = [{"node": name, "pool": POOL} for name in others] + self.servers()
         body = {"name": VOLUME.partition("/")[2], "size": size_bytes, "mirror": mirror}
         body |= {"timeout_s": TIMEOUT_S, "lease_s": TIMEOUT_S}
         nodes.wait_for("connected", lambda: self._connected(nodes), 10)
         nodes[first].api("POST", f"/v1/pools/{POOL}/volumes", body)
+
+    def servers(self) -> list[dict[str, str]]:
+        """Legs that are on no node."""
+        return []
 
     @staticmethod
     def _connected(nodes: Nodes) -> str | None:
@@ -304,12 +324,17 @@ class Mirrored:
         status = self.status(nodes[primary])
         if status is None:
             return f"the primary {primary} doesn't answer"
-        states = {leg["node"]: (leg["state"], leg["error"]) for leg in status["legs"]}
-        is_whole = len(states) == len(self.names) and {state for state, _ in states.values()} == {"UpToDate"}
-        return None if is_whole else f"legs as {primary} says: {states}"
+        states = {leg["id"]: (leg["node"], leg["state"], leg["error"]) for leg in status["legs"]}
+        is_whole = len(states) == self.leg_count and {state for _, state, _ in states.values()} == {"UpToDate"}
+        return None if is_whole else f"legs as {primary} says: {list(states.values())}"
 
     def copies(self) -> Sequence[str]:
         return self.names
+
+    def others(self) -> Mapping[str, bytes]:
+        return {}
+
+    def close(self) -> None: ...
 
     def status(self, node: Node) -> dict[str, Any] | None:
         """What that node says of the mirror; None if it can't be asked now."""

@@ -8,6 +8,7 @@ to date by itself, and the copies are compared.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from tests.cluster.client import Load, Summary, regions_of
 from tests.cluster.network import Network
 from tests.cluster.nodes import CLIENT, VOLUME, Alone, Deployment, Mirrored, Nodes, start_all
 from tests.cluster.oracle import Oracle
+from tests.cluster.server import WithServer
 
 SIZE_BYTES: Final = 24 << 20
 SETTLE_S: Final = 40.0
@@ -30,6 +32,7 @@ PROFILES: Final[dict[str, Callable[[], Deployment]]] = {
     "alone": Alone,
     "two": Mirrored,
     "three": lambda: Mirrored(("a", "b", "c")),
+    "server": WithServer,
 }
 NODE_FAULTS: Final = ("kill", "pause", "restart", "crash")
 ALL_FAULTS: Final = ("kill all", "crash all")
@@ -119,7 +122,7 @@ def run(seed: int, profile: str, seconds: float, directory: Path) -> Outcome:
     story = Story(profile, seed, seconds)
     nodes: Nodes | None = None
     try:
-        with Network([*deployment.names, CLIENT]) as network:
+        with contextlib.closing(deployment), Network([*deployment.names, CLIENT]) as network:
             nodes = Nodes(network, directory, deployment)
             with nodes:
                 return _live(nodes, story)
@@ -153,7 +156,8 @@ def _live(nodes: Nodes, story: Story) -> Outcome:
         status = node.stop()
         assert status == 0, f"the node {node.name} ended with {status}:\n{node.tail()}"
     nodes.check_logs()
-    oracle.judge_copies({f"the copy of {name}": nodes.contents(name) for name in nodes.deployment.copies()})
+    copies = {f"the copy of {name}": nodes.contents(name) for name in nodes.deployment.copies()}
+    oracle.judge_copies(copies | dict(nodes.deployment.others()))
     return Outcome(summary, len(faults), settled_s, story)
 
 

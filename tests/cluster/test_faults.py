@@ -63,6 +63,11 @@ def test_no_fault_costs_an_acknowledged_byte_or_shows_a_stale_one(profile: str, 
     assert outcome.faults >= 2
 
 
+def test_a_leg_on_a_server_that_knows_nothing_of_mirrors_is_a_copy_in_the_end(tmp_path: Path) -> None:
+    outcome = run(1, "server", 2.0, tmp_path)
+    print("\n".join(outcome.story.lines))
+
+
 def test_a_leg_that_is_gone_holds_clients_up_for_its_timeouts_at_most(tmp_path: Path) -> None:
     """Once for its silence, and once while it might still come back."""
     with Network(["a", "b", CLIENT]) as network, Nodes(network, tmp_path, Mirrored()) as nodes:

@@ -755,7 +755,8 @@ class FakeCluster:
         if not self.quorum:
             raise OSError(errno.ETIMEDOUT, "too few voters answer")
         primary = next((n for n in self.nodes.values() if n.info.node == new.primary), None)
-        for leg_id in sorted(new.in_sync, key=lambda one: (primary is not None and one == primary.info.id, one)):
+        stored = new.in_sync & new.terrace_ids
+        for leg_id in sorted(stored, key=lambda one: (primary is not None and one == primary.info.id, one)):
             node = self.nodes[leg_id]
             if node is not primary and node.link.is_cut:
                 raise OSError(errno.ETIMEDOUT, f"node {node.info.node} doesn't answer")

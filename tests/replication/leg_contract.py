@@ -1,6 +1,7 @@
 """What every `replication.leg.Leg` does, wherever its copy is. A test module derives a class from `LegContract`.
 
-The store behind the leg needs `image` (bytes), `trackers`, and to say whatever it likes to `write_now`.
+The store behind the leg needs `image` (bytes; else the rig has an `image` of its own), `trackers`, and to say whatever
+it likes to `write_now`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ class Rig:
     store: Any
     membership: Membership = MEMBERSHIP
 
+    async def image(self) -> bytes:
+        """All bytes of the copy, as who looks at it without the leg finds them."""
+        await trio.lowlevel.checkpoint()
+        return bytes(self.store.image)
+
 
 class LegContract:
     """See the module."""
@@ -47,8 +53,9 @@ class LegContract:
                 await until(lambda: len(told.calls) == 100)
                 assert told.done == list(range(1, 101))
                 assert rig.leg.queued_bytes == 0
-                assert rig.store.image[0] == 100
-                assert [rig.store.image[block * BLOCK_BYTES] for block in range(1, 8)] == [
+                image = await rig.image()
+                assert image[0] == 100
+                assert [image[block * BLOCK_BYTES] for block in range(1, 8)] == [
                     97, 98, 99, 100, 93, 94, 95,
                 ]  # fmt: skip
 
@@ -79,7 +86,8 @@ class LegContract:
                     rig.leg.submit(sequence, [Change(0, 64 << 10, memoryview(buffer))], told.of(sequence))
                     buffer[:] = bytes([255]) * len(buffer)
                 await until(lambda: len(told.done) == 29)
-                assert rig.store.image[: 64 << 10] == bytes([29]) * (64 << 10)
+                image = await rig.image()
+                assert image[: 64 << 10] == bytes([29]) * (64 << 10)
 
         run(body)
 
@@ -91,11 +99,12 @@ class LegContract:
                 long = Change(1 << 20, 1 << 20, memoryview(bytes(range(256)) * 4096))
                 rig.leg.submit(1, [*many * 6, long, zeros(0, BLOCK_BYTES)], told.of(1))
                 await until(lambda: told.done == [1])
-                assert rig.store.image[0] == 0
-                assert [rig.store.image[block * BLOCK_BYTES] for block in range(1, 256)] == [
+                image = await rig.image()
+                assert image[0] == 0
+                assert [image[block * BLOCK_BYTES] for block in range(1, 256)] == [
                     block % 251 + 1 for block in range(1, 256)
                 ]
-                assert rig.store.image[1 << 20 : 2 << 20] == bytes(range(256)) * 4096
+                assert image[1 << 20 : 2 << 20] == bytes(range(256)) * 4096
 
         run(body)
 
@@ -106,7 +115,8 @@ class LegContract:
                 for sequence in range(1, 50):
                     rig.leg.submit(sequence, [data(0, sequence, 32 << 10)], told.of(sequence))
                 await rig.leg.flush()
-                assert rig.store.image[0] == 49
+                image = await rig.image()
+                assert image[0] == 49
                 await until(lambda: len(told.done) == 49)
 
         run(body)
@@ -206,6 +216,7 @@ class LegContract:
                         await rig.leg.changed(["recent"])
                 await rig.leg.flush()
                 await until(lambda: told.done == list(range(1, 40)))
-                assert rig.store.image[0] == 39
+                image = await rig.image()
+                assert image[0] == 39
 
         run(body)

@@ -13,9 +13,10 @@ from replication.leg import EXTENT_BYTES, Leg, LegState
 from replication.members import LegFacts
 from replication.membership import LegInfo, Membership, Options, Term
 from replication.mirror import Mirror
+from replication.nbdleg import NbdSite
 from replication.resync import ResyncSettings
 from replication.site import MirrorSettings
-from tests.replication.fakes import FakeCluster, FakeLink, FakeNode, MemoryLegStore, run_seeded
+from tests.replication.fakes import FakeCluster, FakeLink, FakeNode, MemoryExtents, MemoryLegStore, run_seeded
 
 SIZE = 64 * EXTENT_BYTES
 TERM = Term(2, "2" * 16)
@@ -39,6 +40,8 @@ class Rig:
         self.known = True
         self.intact = True
         self.cluster = FakeCluster({info.id: self.nodes[info.node] for info in infos}, record)
+        self.servers: dict[str, NbdSite] = {}
+        """Of NBD servers' legs, by their ids; see `with_server`."""
         self._mirror_options = mirror
         self._settings = settings or MirrorSettings(resync=ResyncSettings(workers=2))
         self.mirror: Mirror = None  # type: ignore[assignment]
@@ -56,6 +59,8 @@ class Rig:
                 await node.keeper.accept(self.record)
 
             async def connect(info: LegInfo, membership: Membership) -> Leg:
+                if info.kind == "nbd":
+                    return await self.servers[info.id].open(nursery, membership.size_bytes, timeout_s=1.0)
                 node = self.nodes[info.node]
                 return await node.open(membership.term, primary=None if info.node == "a" else nursery)
 
@@ -107,6 +112,14 @@ def run(body: Callable[[], Awaitable[Any]]) -> Any:
             return await body()
 
     return run_seeded(1, bounded)
+
+
+def with_server(rig: Rig, uri: str, leg_id: str = "nbd") -> None:
+    """One more leg, on that NBD server; not in sync. Before it runs."""
+    info = LegInfo(leg_id, "a", uri, "nbd")
+    rig.servers[leg_id] = NbdSite(info, MemoryExtents)
+    rig.record = replace(rig.record, legs=(*rig.record.legs, info))
+    rig.cluster.truth = rig.record
 
 
 def with_options(rig: Rig, **changes: Any) -> None:

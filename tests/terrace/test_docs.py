@@ -114,6 +114,6 @@ def test_the_command_line_page_has_every_request() -> None:
     for route in app.routes:
         assert isinstance(route, Route)
         path = route.path.replace("{pool}", "P").replace("{volume}", "V").replace("{policy}", "N")
-        path = path.replace("{snapshot}", "S").replace("{export}", "E")
+        path = path.replace("{snapshot}", "S").replace("{export}", "E").replace("{node:path}", "{node}")
         for method in (route.methods or set()) - {"HEAD"}:
             assert f"`{method} {path}`" in page

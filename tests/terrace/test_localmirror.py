@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +13,9 @@ import trio
 import trio.testing
 
 import terrace.localmirror
+from replication.cluster import VoterState
 from replication.keeper import LegRecord
-from replication.membership import Term
+from replication.membership import LegInfo, Options, Term
 from replication.voters import KeptVoter, LegsCluster
 from terrace.localmirror import LocalMirror
 from tests.replication.stores import MemoryStore, first_record
@@ -154,3 +157,45 @@ def test_who_cant_be_primary_as_its_leg_is_being_resynced_hears_how_to_reach_its
     assert "terrace volume clone fast/vol@resync-20261130-120000 fast/vol-rescued" in mirror.way_out()
     mirror.keeper.record = LegRecord("a", accepted=record)
     assert mirror.way_out() == ""
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (OSError(errno.ETIMEDOUT, "no route to host"), "volume mirror remove fast/vol b"),
+        (VoterState("b", Term(1, "1" * 16), None), "hasn't promised yet"),
+        (VoterState("b", TERM_2, None), None),
+    ],
+)
+def test_a_server_of_no_mirrors_is_left_out_until_who_was_primary_before_is_known_to_have_stopped(
+    said: VoterState | OSError, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OtherVoter:
+        async def state(self, mirror: str) -> VoterState:
+            await trio.lowlevel.checkpoint()
+            if isinstance(said, OSError):
+                raise said
+            return said
+
+    async def main() -> None:
+        record = first_record("ab", primary="b")
+        disk = LegInfo("n", "b", "nbd+unix:///?socket=/nonexistent/sock", "nbd")
+        ours = record.next_epoch(legs=(*record.legs, disk)).next_term(TERM_2, "a", frozenset("ab"))
+        ours = replace(ours, options=Options(timeout_s=0.05))
+        mirror = local_mirror(monkeypatch, MemoryStore(), LegRecord("a", TERM_2, ours))
+        mirror._node.voter = lambda node: OtherVoter()  # type: ignore[method-assign,assignment,return-value]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(mirror.run)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            with pytest.raises(OSError, match=reason or "No such file") as failed:
+                await mirror._connect_nbd(disk, ours)
+            assert failed.value.errno == (errno.EBUSY if reason else errno.ENOENT)
+            nursery.cancel_scope.cancel()
+
+    monkeypatch.setattr(LocalMirror, "_be_primary", trio_forever)
+    trio.run(main)
+
+
+async def trio_forever(mirror: LocalMirror) -> None:
+    """A primary that has nothing to do."""
+    await trio.sleep_forever()

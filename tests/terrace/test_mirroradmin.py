@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
@@ -48,7 +48,7 @@ class Admin(MirrorAdmin):
         mirrors: Any = SimpleNamespace(
             node="a", peers=SimpleNamespace(call=call), tell=lambda kind, subject, text: self.told.append(text)
         )
-        super().__init__(mirrors, lambda name: [])
+        super().__init__(mirrors, lambda name: [], cast("Any", None))
         self._served: Any = served
 
     async def served(self, mirror: Any) -> Any:

@@ -89,12 +89,14 @@ def test_a_volume_that_a_client_has_opened_while_it_was_made_becomes_no_leg(tmp_
         ({"a": "Offline", "b": "Unproven"}, "fast/vol: no leg of it is up to date, and the one here may have all"),
         ({"a": "of a later release", "b": "UpToDate"}, "fast/vol: its only leg that is up to date is here: wait"),
         ({"a": "UpToDate", "b": "Unproven"}, None),
+        ({"a": "Stale", "b": "UpToDate", "nas": "UpToDate"}, "fast/vol: its only leg that is up to date is here"),
     ],
 )
 def test_a_node_isnt_drained_of_the_last_leg_that_is_worth_something(states: dict[str, str], says: str | None) -> None:
     async def status(mirror: Any) -> dict[str, Any]:
         await trio.lowlevel.checkpoint()
-        return {"legs": [{"node": node, "state": state} for node, state in states.items()]}
+        kinds = {"nas": "nbd"}
+        return {"legs": [{"node": node, "state": states[node], "kind": kinds.get(node, "terrace")} for node in states]}
 
     here: Any = SimpleNamespace(
         node="b", status=status, all=lambda: [SimpleNamespace(name="fast/vol", is_primary=False, starting=False)]

@@ -1,0 +1,230 @@
+"""A mirror with a leg on an NBD server: what that is never taken for, and what becomes of it.
+
+The server is ours, in this process, so that what it stores can be looked at and damaged.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import trio
+
+from replication.leg import EXTENT_BYTES, LegState, MirrorState
+from replication.members import Member
+from replication.mirror import Mirror
+from replication.snapshots import take_at_once
+from replication.verify import verify
+from tests.nbd.client import serving
+from tests.nbd.memory import MemoryExport
+from tests.replication.linked import run
+from tests.replication.rig import SIZE, Rig, with_server
+
+
+@dataclass
+class Scene:
+    rig: Rig
+    mirror: Mirror
+    export: MemoryExport
+
+    @property
+    def member(self) -> Member:
+        return self.mirror.members["nbd"]
+
+    async def in_sync(self) -> None:
+        await self.until(lambda: self.member.state is LegState.UP_TO_DATE)
+
+    async def until(self, true: Callable[[], bool]) -> None:
+        with trio.fail_after(10):
+            while not true():
+                await trio.sleep(0.005)
+
+    def require_equal(self) -> None:
+        for node in self.rig.nodes.values():
+            assert node.store.image == self.export.data
+
+
+@asynccontextmanager
+async def scene(legs: int = 1) -> AsyncIterator[Scene]:
+    """Node a is the primary; its mirror has a leg on a server more, which is in sync."""
+    export = MemoryExport("", size_bytes=SIZE)
+    async with serving(export) as served:
+        rig = Rig(legs)
+        with_server(rig, served.uri(""))
+        async with rig.running() as mirror:
+            found = Scene(rig, mirror, export)
+            await found.in_sync()
+            yield found
+
+
+def played(body: Callable[[Scene], Awaitable[Any]], legs: int = 1) -> None:
+    async def main() -> None:
+        async with scene(legs) as found:
+            await body(found)
+
+    run(main)
+
+
+def test_a_write_is_on_the_server_when_it_is_acknowledged_and_clients_never_read_there() -> None:
+    async def body(on: Scene) -> None:
+        data = os.urandom(3 * EXTENT_BYTES)
+        await on.mirror.write(100, data)
+        assert on.export.data[100 : 100 + len(data)] == data
+        await on.mirror.trim(0, EXTENT_BYTES)
+        on.require_equal()
+        into = memoryview(bytearray(1000))
+        for _ in range(20):
+            await on.mirror.read(70_000, 1000, into)
+        assert on.member.counters.reads == 0
+        assert on.mirror.sources()[0].is_local
+
+    played(body)
+
+
+def test_without_a_terrace_leg_the_mirror_stops_though_the_server_lives_and_both_are_equal_again_later() -> None:
+    async def body(on: Scene) -> None:
+        await on.mirror.write(0, os.urandom(EXTENT_BYTES))
+        store = on.rig.store("a")
+        store.failing = OSError(errno.EIO, "the disk is away")
+        lone = os.urandom(EXTENT_BYTES)
+        with pytest.raises(OSError):
+            await on.mirror.write(10 * EXTENT_BYTES, lone)
+        assert on.mirror.lost and on.mirror.status().state is MirrorState.FAULTED
+        with trio.move_on_after(0.3) as waited:
+            await on.mirror.write(0, bytes(4096))
+        assert waited.cancelled_caught
+        assert on.rig.cluster.truth.in_sync & {"lega"}
+        # The server has perhaps got what the leg never took, and nobody's trackers know of.
+        store.failing = None
+        await on.until(lambda: not on.mirror.lost)
+        await on.in_sync()
+        assert bytes(on.export.data[10 * EXTENT_BYTES : 11 * EXTENT_BYTES]) != lone
+        on.require_equal()
+        assert on.rig.cluster.truth.in_sync == {"lega", "nbd"}
+
+    played(body)
+
+
+def test_no_record_has_the_server_alone_in_sync() -> None:
+    async def body(on: Scene) -> None:
+        seen = [on.rig.cluster.truth.in_sync]
+        commit = on.rig.cluster.commit
+
+        async def watched(new: Any, *, expected: Any) -> None:
+            seen.append(new.in_sync)
+            await commit(new, expected=expected)
+
+        on.rig.cluster.commit = watched  # type: ignore[method-assign]
+        for name in ("legb", "lega"):
+            leg = on.mirror.members[name].leg
+            assert leg is not None
+            on.mirror.leg_failed(leg, OSError(errno.ECONNRESET, "gone"))
+        assert on.mirror.lost
+        await on.until(lambda: not on.mirror.lost)
+        await on.in_sync()
+        assert all(one & {"lega", "legb"} for one in seen)
+
+    played(body, legs=2)
+
+
+def test_a_block_that_no_leg_can_read_comes_from_the_server_if_its_checksum_is_the_leg_s_and_heals_it() -> None:
+    async def body(on: Scene) -> None:
+        data = os.urandom(2 * EXTENT_BYTES)
+        await on.mirror.write(0, data)
+        store = on.rig.store("a")
+        store.bad = {8192, EXTENT_BYTES}
+        into = memoryview(bytearray(5000))
+        await on.mirror.read(7000, 5000, into)
+        assert into == data[7000:12000]
+        await on.until(lambda: 8192 not in store.bad)
+        assert bytes(store.image[:12288]) == data[:12288]
+        # Of the other one the server has something else.
+        on.export.data[EXTENT_BYTES] ^= 1
+        with pytest.raises(OSError) as failed:
+            await on.mirror.read(EXTENT_BYTES, 4096, into[:4096])
+        assert failed.value.errno == errno.EIO
+        assert await on.mirror.heal("lega", EXTENT_BYTES, 4096) == 0
+        assert EXTENT_BYTES in store.bad
+
+    played(body)
+
+
+def test_a_write_that_comes_while_a_block_is_proven_is_no_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(on: Scene) -> None:
+        await on.mirror.write(0, os.urandom(EXTENT_BYTES))
+        on.rig.store("a").bad = {8192}
+        leg, new, reads = on.member.leg, os.urandom(4096), 0
+        assert leg is not None
+        read = leg.read
+
+        async def and_then_a_write(offset: int, length: int, into: memoryview) -> None:
+            nonlocal reads
+            await read(offset, length, into)
+            reads += 1
+            if reads == 1:
+                await on.mirror.write(8192, new)
+
+        monkeypatch.setattr(leg, "read", and_then_a_write)
+        into = memoryview(bytearray(4096))
+        await on.mirror.read(8192, 4096, into)
+        assert into == new and reads == 2
+
+    played(body)
+
+
+def test_a_server_that_is_away_gets_only_what_it_missed() -> None:
+    async def body(on: Scene) -> None:
+        await on.mirror.write(0, os.urandom(8 * EXTENT_BYTES))
+        for _ in range(3):
+            await on.mirror.flush()
+        leg = on.member.leg
+        assert leg is not None
+        on.mirror.leg_failed(leg, OSError(errno.ECONNRESET, "gone"))
+        await on.mirror.write(20 * EXTENT_BYTES, os.urandom(EXTENT_BYTES))
+        on.export.data[0] ^= 1  # outside of what is looked at
+        await on.in_sync()
+        assert on.member.resync is not None
+        assert on.member.resync.progress.total_bytes <= 2 * EXTENT_BYTES
+        assert on.export.data[0] != on.rig.store("a").image[0]
+        report = await verify(on.mirror)  # without `full`: it is read, as it has no checksums
+        assert report.differing == {"nbd": [(0, 4096)]}
+        repaired = await verify(on.mirror, repair=True)
+        assert repaired.repaired_bytes == 4096
+        on.require_equal()
+
+    played(body)
+
+
+def test_a_snapshot_leaves_the_leg_in_and_a_growth_needs_room_on_the_server() -> None:
+    async def body(on: Scene) -> None:
+        await on.mirror.write(0, os.urandom(EXTENT_BYTES))
+
+        async def here(mirrors: Sequence[Mirror]) -> None:
+            await on.rig.store("a").snapshot("s")
+
+        lacking = await take_at_once({on.mirror: "s"}, here)
+        assert list(lacking[on.mirror]) == ["nbd"] and "NBD server" in lacking[on.mirror]["nbd"]
+        assert on.member.state is LegState.UP_TO_DATE and "s" in on.rig.store("a").snapshots
+        with pytest.raises(OSError, match="make the export at least so large") as refused:
+            await on.mirror.resize(2 * SIZE)
+        assert refused.value.errno == errno.ENOSPC
+        assert on.mirror.size_bytes == SIZE == on.rig.store("a").size_bytes
+        assert on.member.state is LegState.UP_TO_DATE
+        on.export.size_bytes = 2 * SIZE
+        on.export.data, old = bytearray(2 * SIZE), on.export.data
+        on.export.data[:SIZE] = old
+        on.export.view = memoryview(on.export.data)
+        on.export.allocated += bytes(len(on.export.allocated))
+        await on.mirror.resize(2 * SIZE)
+        await on.until(lambda: on.member.counters.failures == 1)
+        await on.in_sync()
+        assert on.member.resync is not None and on.member.resync.progress.total_bytes <= 2 * EXTENT_BYTES
+        await on.mirror.write(2 * SIZE - 8192, os.urandom(8192))
+        on.require_equal()
+
+    played(body)
