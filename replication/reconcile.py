@@ -100,9 +100,18 @@ def ungrouped() -> Iterator[None]:
         raise first from group
 
 
-async def reconcile(source: Leg, others: Sequence[Leg], sequence: int, size_bytes: int, *, forget: bool) -> int:
+async def reconcile(
+    source: Leg,
+    others: Sequence[Leg],
+    sequence: int,
+    size_bytes: int,
+    *,
+    forget: bool,
+    good: frozenset[str] = frozenset(),
+) -> int:
     """Make `others` equal to `source` where they may differ. Returns the last sequence that was used.
 
+    `good`: legs that have all that the source has to have. A block that it can't read comes from one of them.
     `forget`: these are all legs that a record calls in sync, so what is recent is forgotten. Else a record without
     those that aren't here comes next, and with it what is recent becomes what they miss. Nothing else is submitted
     meanwhile. Raises OSError if the source fails; another leg that fails shows it itself.
@@ -110,13 +119,14 @@ async def reconcile(source: Leg, others: Sequence[Leg], sequence: int, size_byte
     extents = await source.changed([RECENT, RECENT_OLD])
     for leg in others:
         extents.update(await leg.changed([RECENT, RECENT_OLD]))
+    helpers = [leg for leg in others if leg.info.id in good]
     for offset, length in pieces(extents, size_bytes):
         for leg in others:
             for at, count, hole in await differing(source, leg, offset, length):
                 data = None
                 if not hole:
                     data = memoryview(bytearray(count))
-                    await source.read(at, count, data)
+                    sequence = await _read_or_heal(source, helpers, sequence, at, data)
                 sequence += 1
                 await submitted(leg, sequence, Change(at, count, data))
     for leg in (source, *others):
@@ -125,6 +135,35 @@ async def reconcile(source: Leg, others: Sequence[Leg], sequence: int, size_byte
     for _ in range(2):  # the first makes what is left of `recent` old
         for leg in (source, *others):
             leg.flushed_by_all(sequence if forget else 0)
+    return sequence
+
+
+async def _read_or_heal(source: Leg, others: Sequence[Leg], sequence: int, offset: int, into: memoryview) -> int:
+    """Read, and write anew on the source what it can't read, from another leg that is as good.
+
+    What differs between the two was in flight when the last primary ended, so either is right. Raises what the source
+    has raised where no other leg can help. Returns the last sequence that was used.
+    """
+    try:
+        await source.read(offset, len(into), into)
+        return sequence
+    except OSError as error:
+        if source.failure is not None or not others:
+            raise
+        problem = error
+    for at in range(0, len(into), BLOCK_BYTES):
+        block = into[at : at + BLOCK_BYTES]
+        with contextlib.suppress(OSError):
+            await source.read(offset + at, len(block), block)
+            continue
+        for other in others:
+            with contextlib.suppress(OSError):
+                await other.read(offset + at, len(block), block)
+                break
+        else:
+            raise problem
+        sequence += 1
+        await submitted(source, sequence, Change(offset + at, len(block), block))
     return sequence
 
 
