@@ -35,6 +35,18 @@ class Barred(Gate, Protocol):
         """Nothing is acknowledged any more."""
 
 
+async def fit(leg: Leg, size_bytes: int) -> None:
+    """Give a leg the size of the record: a resize may have been interrupted before it, or have passed it by.
+
+    What such a leg has behind that size is not what the others have, and would be seen when the mirror grows.
+    """
+    try:
+        await leg.resize(size_bytes)
+    except OSError as error:
+        if error.errno != errno.ENOTSUP:
+            raise
+
+
 class Barriers:
     """See the module."""
 
@@ -87,7 +99,8 @@ class Barriers:
         Raises OSError ENOSPC, and nothing has changed, where an NBD server has no room for it.
         """
         async with self.barrier():
-            grows = size_bytes > self._site.size_bytes
+            before = self._site.size_bytes
+            grows = size_bytes > before
             for member in self._site.members.values():
                 if grows and member.info.kind == "nbd" and member.leg is not None:
                     await member.leg.resize(size_bytes)  # it can't resize anything, but says whether there is room
@@ -96,8 +109,13 @@ class Barriers:
                 for m in self._site.members.values()
                 if m.state in (LegState.UP_TO_DATE, LegState.SYNCING) and m.info.kind == "terrace"
             ]
+
+            async def grow(leg: Leg) -> None:
+                await fit(leg, before)  # a shrink that was given up has left what must not be seen again
+                await leg.resize(size_bytes)
+
             if grows:
-                await self._on_all("resize", connected, lambda leg: leg.resize(size_bytes))
+                await self._on_all("resize", connected, grow)
             await self._records.reconfigure(size_bytes=size_bytes)
             if not grows:
                 await self._on_all("resize", connected, lambda leg: leg.resize(size_bytes))

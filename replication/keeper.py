@@ -211,6 +211,8 @@ class LegKeeper:
         self._settled_unsaved = False
         self._unsure = False
         """A save is under way, or has failed: the store may have another record than `record`."""
+        self._promised_here: Term | None = None
+        """What was promised since this keeper was made: whoever asked knows what the leg is worth."""
 
     @property
     def intact(self) -> bool:
@@ -233,6 +235,7 @@ class LegKeeper:
                 candidates = before.candidates | {candidate}
                 await self._save(dataclasses.replace(before, promised=term, candidates=candidates))
                 self._fence(term)
+            self._promised_here = term
             return dataclasses.replace(before, promised=term)
 
     async def accept(self, membership: Membership, *, inconsistent: bool = False, discard: bool = False) -> None:
@@ -290,6 +293,14 @@ class LegKeeper:
             raise OSError(errno.EINVAL, f"{self._who} is inconsistent: it can be in sync only after a resync")
         if old.accepted is None or discard:
             return
+        begins = in_sync and old.me in old.accepted.in_sync and new.term.number > old.accepted.term.number
+        if begins and not self.intact and self._promised_here != new.term:
+            # The candidate may have left out a leg that has everything, since this one had it too when it promised.
+            raise OSError(
+                errno.ESTALE,
+                f"{self._who} may have lost writes since it promised term {new.term.number}: its machine went down; "
+                "promote again",
+            )
         if relation(new, old.accepted, old.me) is Relation.SPLIT_BRAIN:
             sides = both_histories(new, old.accepted, f"node {new.primary}", f"node {self.node}")
             raise OSError(

@@ -33,12 +33,11 @@ import errno
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from functools import partial
 from typing import Any, Final
 
 import trio
 
-from replication.barriers import Barriers
+from replication.barriers import Barriers, fit
 from replication.cluster import ClusterStore
 from replication.commonflush import CommonFlush
 from replication.edges import Edges
@@ -602,11 +601,15 @@ class Mirror:
             proof = self.membership.in_sync & self.membership.terrace_ids
             source = choose_source(legs, frozenset(intact), all_heard=len(legs) == len(proof))
             others = [leg for leg in legs if leg is not source]
+            size_bytes = max(record.size_bytes for record in (self.membership, *self.records.attempts))
+            for leg in legs:
+                await fit(leg, size_bytes)
             self._note_missing()  # of what is recent, before that is forgotten
             # A leg that is in sync and isn't here learns what it misses by the record that excludes it.
             all_here = self.records.required() <= {member.info.id for member in here}
-            equal = partial(reconcile, forget=all_here, intact=intact)
-            self.sequence = await equal(source, others, self.sequence, self.size_bytes)
+            # Where none is intact, what counts is what was flushed, and that each of them has.
+            good = frozenset(intact or {leg.info.id for leg in legs})
+            self.sequence = await reconcile(source, others, self.sequence, self.size_bytes, forget=all_here, good=good)
             for leg in legs:
                 # Durable with it is that the leg lacks nothing now, whatever it had lost (`LegKeeper.settled`).
                 await self._store_at(leg)

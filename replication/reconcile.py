@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import trio
 
@@ -110,20 +110,21 @@ async def reconcile(
     size_bytes: int,
     *,
     forget: bool,
-    intact: Collection[str] = (),
+    good: frozenset[str] = frozenset(),
 ) -> int:
     """Make `others` equal to `source` where they may differ. Returns the last sequence that was used.
 
+    `good`: ids of legs that have all that the source has to have, so any of them may stand in where the source can't
+    read a block, which gets it anew. What differs between them was in flight when the last primary ended: either is
+    right.
     `forget`: these are all legs that a record calls in sync, so what is recent is forgotten. Else a record without
     those that aren't here comes next, and with it what is recent becomes what they miss. Nothing else is submitted
     meanwhile. Raises OSError if the source fails; another leg that fails shows it itself.
-
-    `intact`: ids of legs that can't have lost anything. Each of them has all that was acknowledged, so any of them may
-    stand in where the source can't read a block, which gets it anew.
     """
     extents = await source.changed([RECENT, RECENT_OLD])
     for leg in others:
         extents.update(await leg.changed([RECENT, RECENT_OLD]))
+    helpers = [leg for leg in others if leg.info.id in good]
     for offset, length in pieces(extents, size_bytes):
         for leg in others:
             for at, count, hole in await differing(source, leg, offset, length):
@@ -131,8 +132,7 @@ async def reconcile(
                 if not hole:
                     data = memoryview(bytearray(count))
                     if not await _read(source, at, count, data):
-                        stand_ins = [other for other in others if other.info.id in intact]
-                        sequence = await _heal(source, stand_ins, sequence, at, count)
+                        sequence = await _heal(source, helpers, sequence, at, count)
                         await source.read(at, count, data)
                 sequence += 1
                 await submitted(leg, sequence, Change(at, count, data))

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import trio
 
+from replication.barriers import fit
 from replication.leg import Leg, LegState, LegStore
 from replication.members import Connect, LegFacts, Member
 from replication.membership import LegInfo, Membership
@@ -86,11 +87,14 @@ class Returning:
         try:
             known = (await self._facts(leg.info, self._site.membership)).known
             await leg.accept(self._site.membership, inconsistent=True)
+            size_bytes = self._site.size_bytes
+            await fit(leg, size_bytes)
         except OSError as error:
             member.error = error
             leg.close()
             return
-        if member.leg is not None or self._site.shut or self._site.lost or self._site.end is not None:
+        resized = self._site.size_bytes != size_bytes
+        if member.leg is not None or self._site.shut or self._site.lost or self._site.end is not None or resized:
             leg.close()
             return
         member.leg = leg

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import errno
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -84,7 +84,8 @@ async def verify(
     seed = secrets.randbits(64)
     members = _members(mirror)
     report.compared = tuple(member.info.id for member in members)
-    async for offset, length in _pieces(mirror, full):
+    for offset, length in _pieces(mirror, full):
+        await trio.lowlevel.checkpoint()
         began = trio.current_time()
         if _members(mirror) != members:
             raise OSError(errno.ENOTCONN, f"{mirror.name}: the legs in sync have changed; verify again")
@@ -111,13 +112,12 @@ def _leg(member: Member) -> Leg:
     return member.leg
 
 
-async def _pieces(mirror: Mirror, full: bool) -> AsyncIterator[tuple[int, int]]:
+def _pieces(mirror: Mirror, full: bool) -> Iterator[tuple[int, int]]:
     step = PIECE_BYTES if full else COMPARE_BYTES
     offset = 0
     while offset < mirror.size_bytes:
         yield offset, min(step, mirror.size_bytes - offset)
         offset += step
-        await trio.lowlevel.checkpoint()
 
 
 async def _suspects(members: list[Member], offset: int, length: int, seed: int | None) -> list[int]:

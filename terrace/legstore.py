@@ -65,6 +65,9 @@ class PoolLegStore:
         await self.volume.write_zeroes(offset, length, no_hole=False)
 
     async def resize(self, size_bytes: int) -> None:
+        if size_bytes == self.size_bytes:
+            await self.flush()  # one that was given up may not be durable yet
+            return
         await self._pool.resize_volume(self.volume.short_name, size_bytes, mirrored=True)
 
     async def snapshot(self, name: str) -> None:

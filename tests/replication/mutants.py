@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import trio
+
 from replication.edges import Edges
 from replication.inflight import InFlight
 from replication.keeper import LegKeeper
+from replication.leg import Leg
 from replication.localleg import LocalLeg
 from replication.mirror import Mirror
 from replication.recent import Recent
 from replication.replica import _Session
 from replication.resync import Resync
 from tests.simulation.mutants import Plant, _instead
+
+
+async def _unequal(source: Leg, others: Sequence[Leg], sequence: int, size_bytes: int, **about: Any) -> int:
+    await trio.lowlevel.checkpoint()
+    return sequence
+
 
 MUTANTS: dict[str, Plant] = {
     "acknowledges before a record without the leg counts": _instead(
@@ -41,8 +53,9 @@ MUTANTS: dict[str, Plant] = {
     "legs aren't reconciled at the start": _instead(
         Mirror,
         "begin",
-        "await equal(source, others, self.sequence, self.size_bytes)",
-        "self.sequence",
+        "await reconcile(",
+        "await unequal(",
+        unequal=_unequal,
     ),
     "recent is forgotten though a leg hasn't flushed": _instead(
         Recent, "flushed_by_all", "self._rotated_at <= sequence", "sequence >= 0"

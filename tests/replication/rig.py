@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,7 +38,8 @@ class Rig:
         )  # fmt: skip
         self.record = record
         self.known = True
-        self.intact = True
+        self.intact: Collection[str] = "abcd"
+        """Nodes whose machines have not gone down."""
         self.cluster = FakeCluster({info.id: self.nodes[info.node] for info in infos}, record)
         self.servers: dict[str, NbdSite] = {}
         """Of NBD servers' legs, by their ids; see `with_server`."""
@@ -66,7 +67,7 @@ class Rig:
 
             async def facts(info: LegInfo, membership: Membership) -> LegFacts:
                 await trio.lowlevel.checkpoint()
-                return LegFacts(intact=self.intact, known=self.known)
+                return LegFacts(intact=info.node in self.intact, known=self.known)
 
             local = self.nodes.get("a")
             self.mirror = Mirror(

@@ -243,6 +243,29 @@ def test_a_leg_that_was_itself_away_knows_nothing_of_what_a_third_one_misses() -
     trio.run(main)
 
 
+def test_a_leg_that_lost_its_memory_after_it_promised_begins_no_term() -> None:
+    async def main() -> None:
+        for boot, may in (("boot-1", True), ("boot-2", False)):
+            keeper, _, record = await started()
+            assert keeper.intact
+            await keeper.prepare(TERM_2, "b")
+            # The candidate knows it as intact, and leaves out another leg that it can't hear.
+            began = record.next_term(TERM_2, "b", frozenset("ab"))
+            again = restarted(keeper, boot)
+            if may:
+                await again.accept(began)
+                continue
+            with pytest.raises(OSError, match="promote again") as refused:
+                await again.accept(began)
+            assert refused.value.errno == errno.ESTALE and again.record.accepted == record
+            term_3 = Term(3, "3" * 16)
+            await again.prepare(term_3, "b")
+            assert not again.intact, "which the candidate is told"
+            await again.accept(record.next_term(term_3, "b", frozenset("abc")))
+
+    trio.run(main)
+
+
 def test_a_leg_is_intact_after_a_kill_and_a_clean_close_and_not_after_another_boot() -> None:
     async def main() -> None:
         keeper, store, _ = await started("ab")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import errno
 from typing import Any
+from unittest import mock
 
 import pytest
 import trio
 
 from nbd.wire import STATE_HOLE, STATE_ZERO
-from replication.leg import BLOCK_BYTES, EXTENT_BYTES, LegState, MirrorState, missing_tracker
+from replication.leg import BLOCK_BYTES, EXTENT_BYTES, RECENT, LegState, MirrorState, missing_tracker
 from replication.membership import Membership
 from replication.reconcile import choose_source
 from replication.site import MirrorSettings
-from tests.replication.fakes import FakeKeeper, trackers_matching
+from tests.replication.fakes import FakeKeeper, MemoryExtents, trackers_matching
 from tests.replication.rig import SIZE, TERM, Rig, Told, run, with_options
 
 
@@ -436,6 +437,51 @@ def test_a_resize_is_on_every_leg_and_in_the_record() -> None:
     run(body)
 
 
+def test_what_an_interrupted_shrink_has_left_on_a_leg_is_never_seen_again() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        rig.store("b").image = bytearray(bytes([7]) * (SIZE * 2))  # a crash came between the record and this leg
+        async with rig.running() as mirror:
+            assert rig.store("b").size_bytes == SIZE
+            await mirror.resize(SIZE * 2)
+            assert bytes(rig.store("b").image[SIZE:]) == bytes(SIZE)
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            await mirror.write(SIZE - BLOCK_BYTES, block(9))
+
+            async def never(size_bytes: int) -> None:
+                await trio.sleep_forever()
+
+            with mock.patch.object(rig.store("b"), "resize", never):
+                with trio.move_on_after(0.2) as given_up:  # less than it takes to leave the leg behind
+                    await mirror.resize(SIZE // 2)
+            assert given_up.cancelled_caught and mirror.size_bytes == SIZE // 2
+            await mirror.resize(SIZE)
+            for node in "ab":
+                assert bytes(rig.store(node).image[SIZE // 2 :]) == bytes(SIZE // 2)
+
+    run(body)
+
+
+def test_a_leg_that_was_away_during_a_resize_has_the_right_size_when_it_is_in_sync() -> None:
+    async def body() -> None:
+        for size in (SIZE * 2, SIZE // 2):
+            rig = Rig(2)
+            async with rig.running() as mirror:
+                rig.nodes["b"].link.cut()
+                await mirror.write(0, block(1))
+                await mirror.resize(size)
+                assert rig.store("b").size_bytes == SIZE
+                rig.nodes["b"].link.mend()
+                await rig.whole()
+                await mirror.write(size - BLOCK_BYTES, block(2))
+                assert rig.store("b").size_bytes == size
+                assert rig.store("a").image == rig.store("b").image
+                assert [member.counters.failures for member in mirror.members.values()] == [0, 1]
+
+    run(body)
+
+
 def test_a_block_that_one_leg_cant_read_is_answered_by_another_and_written_anew() -> None:
     async def body() -> None:
         rig = Rig(2)
@@ -451,6 +497,24 @@ def test_a_block_that_one_leg_cant_read_is_answered_by_another_and_written_anew(
                 await read(rig, 0, BLOCK_BYTES)
             assert failed.value.errno == errno.EIO
             assert mirror.status().state is MirrorState.ONLINE
+
+    run(body)
+
+
+def test_a_block_that_the_source_cant_read_is_taken_from_another_leg_that_is_as_good() -> None:
+    async def body() -> None:
+        for intact in ("ab", ""):
+            rig = Rig(2)
+            rig.intact = intact
+            for node, fill in (("a", 1), ("b", 2)):
+                store = rig.store(node)
+                store.image[: 4 * BLOCK_BYTES] = bytes([fill]) * (4 * BLOCK_BYTES)
+                store.trackers[RECENT] = MemoryExtents({0})
+            rig.store("a").bad = {BLOCK_BYTES}
+            async with rig.running():
+                assert not rig.store("a").bad and rig.store("a").image == rig.store("b").image
+                found = [rig.store("a").image[at * BLOCK_BYTES] for at in range(4)]
+                assert found == [1, 2, 1, 1]
 
     run(body)
 
@@ -471,8 +535,10 @@ def test_legs_that_differ_after_a_crash_are_equal_before_anything_is_served() ->
     run(body)
 
 
-@pytest.mark.parametrize("intact", [True, False])
-def test_a_block_that_the_source_of_a_start_cant_read_is_an_intact_legs_or_nothing_is_served(intact: bool) -> None:
+@pytest.mark.parametrize("intact", ["ab", "", "a"])
+def test_a_block_that_the_source_of_a_start_cant_read_is_had_from_a_leg_as_good_or_nothing_is_served(
+    intact: str,
+) -> None:
     async def body() -> None:
         rig = Rig(2)
         rig.intact = intact
@@ -488,7 +554,7 @@ def test_a_block_that_the_source_of_a_start_cant_read_is_an_intact_legs_or_nothi
             assert rig.store("a").image == rig.store("b").image and not rig.store("a").bad
             assert mirror.status().state is MirrorState.ONLINE
 
-    if intact:
+    if intact != "a":
         run(body)
     else:
         with pytest.raises(BaseExceptionGroup) as refused:

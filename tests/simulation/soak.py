@@ -1,8 +1,8 @@
-"""scripts/soak: fresh seeds of the simulation, or of real nodes under faults, until time is up, on all cores.
+"""scripts/soak: fresh seeds of a simulation, or of real nodes under faults, until time is up, on all cores.
 
-Each worker is a process of `python -m tests.simulation --stream`, with `--nodes` of `tests.cluster`, which tells of
-each seed when it begins and when it ends. A seed that takes too long by the wall clock, or kills its worker, has failed
-too. Ctrl-C ends with the summary.
+Each worker is a process of `python -m tests.simulation --stream`, with `--nodes` of `tests.cluster`, with `--mirrors`
+of `tests.simulation.mirrors`, which tells of each seed when it begins and when it ends. A seed that takes too long by
+the wall clock, or kills its worker, has failed too. Ctrl-C ends with the summary.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from rich.live import Live
 from rich.text import Text
 
 from tests.cluster.schedule import PROFILES as NODE_PROFILES
+from tests.simulation.mirrors.mutants import MUTANTS
 from tests.simulation.mutants import PLANTS
 from tests.simulation.workload import PROFILES
 
@@ -46,6 +47,8 @@ class Tally:
     began: float = field(default_factory=time.monotonic)
     seeds: int = 0
     cycles: int = 0
+    longest_stall_s: float = 0.0
+    """Of simulated mirrors: the longest time from the last fault until one was whole again."""
     failures: list[tuple[str, str]] = field(default_factory=list)
     """(what went wrong, the command that replays it)"""
 
@@ -67,9 +70,12 @@ class Tally:
         left = self.minutes * 60 - self.elapsed_s
         if self.wanted_cycles is not None and rate:
             left = min(left, (self.wanted_cycles - self.cycles) / rate)
+        if self.wanted_seeds is not None and self.seeds:
+            left = min(left, (self.wanted_seeds - self.seeds) * self.elapsed_s / self.seeds)
+        stall = f"longest stall {self.longest_stall_s:.1f} simulated s, " if self.longest_stall_s else ""
         return (
             f"{self.cycles:,} {self.what} recovered from, {self.seeds:,} seeds, {rate:.1f} {self.what}/s, "
-            f"{_clock(self.elapsed_s)} elapsed, {_clock(max(0.0, left))} left, {len(self.failures)} failed"
+            f"{stall}{_clock(self.elapsed_s)} elapsed, {_clock(max(0.0, left))} left, {len(self.failures)} failed"
         )
 
 
@@ -83,28 +89,33 @@ def _clock(seconds: float) -> str:
 @click.option("--cycles", type=click.IntRange(min=1), help="Stop after so many crashes.")
 @click.option("--seeds", type=click.IntRange(min=1), help="Stop after so many seeds.")
 @click.option("--nodes", is_flag=True, help="Real nodes in network namespaces, under faults of the network and kills.")
+@click.option("--mirrors", is_flag=True, help="Simulated mirrors of two and three nodes, under faults of all kinds.")
 @click.option("--profile", type=click.Choice([*PROFILES, *NODE_PROFILES]), help="Only this kind of run.")
 @click.option("--workers", type=click.IntRange(min=1), default=os.cpu_count(), show_default="one a core")
-@click.option("--plant", type=click.Choice(list(PLANTS)), help="With this bug in the engine, which must be found.")
+@click.option("--plant", type=click.Choice([*PLANTS, *MUTANTS]), help="With this bug planted, which must be found.")
 def main(
     minutes: float,
     seed: int | None,
     cycles: int | None,
     seeds: int | None,
     nodes: bool,
+    mirrors: bool,
     profile: str | None,
     workers: int,
     plant: str | None,
 ) -> None:
     """Crash and recover simulated pools, with fresh seeds, until time is up. Exit status 1 if a promise was broken."""
+    if mirrors and (nodes or profile):
+        raise click.UsageError("--mirrors is a kind of run of its own: leave --nodes and --profile out")
     if profile is not None and profile not in (NODE_PROFILES if nodes else PROFILES):
         there = ", ".join(NODE_PROFILES if nodes else PROFILES)
         raise click.UsageError(f"--profile {profile} is not for this kind of run: choose from {there}")
-    if plant is not None and nodes:
-        raise click.UsageError("--plant is for simulated pools: leave --nodes out")
+    if plant is not None and (nodes or plant not in (MUTANTS if mirrors else PLANTS)):
+        there = "none" if nodes else ", ".join(MUTANTS if mirrors else PLANTS)
+        raise click.UsageError(f"--plant {plant} is not for this kind of run: choose from {there}")
     first = random.SystemRandom().randrange(1 << 40) if seed is None else seed
-    tally = Tally(first, minutes, cycles, seeds, "faults" if nodes else "crashes")
-    module = "tests.cluster" if nodes else "tests.simulation"
+    tally = Tally(first, minutes, cycles, seeds, "faults" if nodes or mirrors else "crashes")
+    module = "tests.cluster" if nodes else "tests.simulation.mirrors" if mirrors else "tests.simulation"
     options = [*(["--profile", profile] if profile else []), *(["--plant", plant] if plant else [])]
     click.echo(f"seeds from {tally.first_seed} on, {workers} workers, for {minutes:g} minutes")
     try:
@@ -189,6 +200,7 @@ async def _stream(tally: Tally, first: int, step: int, program: list[str], stop:
                 else:
                     tally.seeds += 1
                     tally.cycles += message["cycles"]
+                    tally.longest_stall_s = max(tally.longest_stall_s, message.get("stall_s", 0.0))
                     if tally.done:
                         stop()
     finally:

@@ -1,0 +1,178 @@
+"""Mirrors, legs, voters and engines that are wrong on purpose, each in one rule: the simulation must notice.
+
+Those of `tests.replication.mutants` that are about the mirror itself are among them; the others are of what the random
+lives there have fakes for: records, promises, leases, sessions, and what the engine keeps for a leg.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Final
+
+import replication.barriers
+import replication.keeper
+import replication.mirror
+import replication.promotion
+import replication.returning
+from replication.commonflush import CommonFlush
+from replication.healing import Healing
+from replication.keeper import LegKeeper
+from replication.link import RemoteLeg
+from replication.localleg import LocalLeg
+from replication.replica import Replica, _Session
+from replication.resync import Resync
+from replication.returning import Returning
+from replication.voters import KeptVoter
+from terrace.localmirror import LocalMirror
+from tests.replication.mutants import MUTANTS as MIRRORS
+from tests.simulation.mutants import Plant, _all_of, _instead, _patched
+from tiers.volume import Volume
+
+
+async def _keep(leg: object, size_bytes: int) -> None:
+    """No leg is made to fit."""
+
+
+MUTANTS: Final[dict[str, Plant]] = {
+    **{
+        name: MIRRORS[name]
+        for name in (
+            "acknowledges before a record without the leg counts",
+            "goes on writing while a leg is being excluded",
+            "resync ignores what was touched",
+            "resync doesn't wait for batches that the leg didn't get",
+            "reads don't wait",
+            "legs aren't reconciled at the start",
+            "extents leave the tracker before the flush",
+            "recent is forgotten though a leg hasn't flushed",
+            "parts of blocks are merged without a lock",
+            "a batch of before the last leg was lost is acknowledged",
+        )
+    },
+    # Records
+    "what was written recently is forgotten when a leg is excluded": _instead(
+        LegKeeper, "_recent", "(RECENT, RECENT_OLD, name)", "(name,)"
+    ),
+    "a leg takes records of older terms": _instead(
+        replication.keeper,
+        "allowed",
+        "promised is None or term == promised or term.number > promised.number",
+        "True",
+    ),
+    "a promise isn't durable": _instead(
+        LegKeeper,
+        "prepare",
+        "await self._save(dataclasses.replace(before, promised=term, candidates=candidates))",
+        "self.record = dataclasses.replace(before, promised=term, candidates=candidates)",
+    ),
+    "a machine that went down is taken for one that didn't": _patched(LegKeeper, "intact", property(lambda self: True)),
+    "a leg that lost its memory after it promised begins a term": _instead(
+        LegKeeper, "_judge_leg", "if begins and not self.intact and", "if False and"
+    ),
+    "missing:* is dropped though a leg isn't in sync": _instead(
+        LegKeeper, "_drop_trackers", "if leg.id not in new.in_sync", "if False"
+    ),
+    "a leg in resync is good enough": _instead(
+        LegKeeper, "accept", "inconsistent=(old.inconsistent or inconsistent) and not in_sync", "inconsistent=False"
+    ),
+    # Promotion
+    "a promotion needs no majority": _instead(
+        replication.promotion, "_judge", 'rule == "majority" and not is_majority(heard, newest.voters)', "False"
+    ),
+    "a promotion takes legs that may have lost writes, and leaves out others": _instead(
+        replication.promotion, "_judge", "if not intact and silent:", "if False:"
+    ),
+    "a node goes on alone whatever it has promised": _instead(
+        replication.promotion,
+        "_may_go_alone",
+        "or not own.candidates <= {me}",
+        "",
+        "heard[node].candidates <= {me} and",
+        "",
+    ),
+    "a primary serves without a lease": _instead(
+        LocalMirror, "_may_serve", "return not self._needs_lease or self._lease.may_serve", "return True"
+    ),
+    "voters promise while the primary lives": _patched(KeptVoter, "_judge_alive", lambda self, said, candidate: None),
+    # Sessions
+    "a fenced session goes on": _instead(
+        _Session,
+        "_check",
+        "if self.fence_error is not None:\n        raise self.fence_error\n    if not self._keeper.allows(self.term):",
+        "if False:",
+    ),
+    "a replica says that it has a batch before it has": _instead(
+        _Session,
+        "_apply",
+        "self._check()\n    if",
+        "self._check()\n    if self._ends:\n        self._replica.applied = self._ends[-1][1]\n        self._tell()\n"
+        "        await trio.lowlevel.checkpoint()\n    if",
+    ),
+    "a session is resumed at whoever answers": _instead(
+        RemoteLeg, "_go_on", "if hello.line == self._line:", "if True:"
+    ),
+    "a batch that was sent again is skipped": _instead(
+        RemoteLeg, "_go_on", "if sequence is None or batch.sequence > sequence:", "if False:"
+    ),
+    "a replica forgets what is recent at each flush": _instead(
+        Replica,
+        "flushed_by_all",
+        "sequence >= self._rotated_at",
+        "True",
+        "old.clear()",
+        "old.clear(); trackers = self.keeper.store.trackers; trackers[RECENT].clear()",
+    ),
+    # Bringing legs up to date
+    "the leg's own divergent blocks are skipped": _instead(
+        Resync, "_todo", 'todo.update(await self._target.changed([RECENT, RECENT_OLD, missing_tracker("*")]))', "pass"
+    ),
+    "a leg is resynced without being marked": _instead(
+        Returning, "admit", "await leg.accept(self._site.membership, inconsistent=True)", "pass"
+    ),
+    "what third legs miss isn't told": _instead(Resync, "_mark", "if not others:", "if True:"),
+    "a leg keeps the size that it has": _all_of(
+        *(
+            _patched(module, "fit", _keep)
+            for module in (replication.barriers, replication.mirror, replication.returning)
+        )
+    ),
+    "a leg is healed without a look at what is in flight": _instead(
+        Healing,
+        "heal",
+        "async with self._site.locks.holding(at, piece):",
+        "if True:",
+        "await self._site.inflight.settle(at, piece)",
+        "pass",
+    ),
+    "a flush of the local leg is enough": _instead(
+        CommonFlush, "round", "for leg in writers:\n            nursery", "for leg in writers[:1]:\n            nursery"
+    ),
+    "the local leg applies out of order": _instead(
+        LocalLeg, "submit", "if not self._queue:\n        try", "if True:\n        try"
+    ),
+    # The engine
+    "trackers aren't saved with the checkpoint": _instead(
+        Volume, "freeze_marks", "{name: tracker.copy() for", "{name: type(tracker)() for"
+    ),
+    "what is replayed after a crash isn't marked": _instead(
+        Volume,
+        "apply_batch",
+        "if self.trackers:",
+        "if self.trackers and sys._getframe(1).f_code.co_name in ('_append', 'shrink_logged'):",
+        sys=sys,
+    ),
+    "zeros aren't marked": _instead(Volume, "mark", "add(ops[i + 1]", "ops[i] == self._write_word and add(ops[i + 1]"),
+}
+
+CAUGHT_BY: Final[dict[str, tuple[int, ...]]] = {
+    "acknowledges before a record without the leg counts": (4, *range(12)),
+    "goes on writing while a leg is being excluded": (17, *range(12)),
+    "missing:* is dropped though a leg isn't in sync": tuple(range(12)),
+    "what was written recently is forgotten when a leg is excluded": (1, *range(12)),
+    "legs aren't reconciled at the start": tuple(range(12)),
+    "reads don't wait": (7, *range(12)),
+    "zeros aren't marked": tuple(range(12)),
+    "what is replayed after a crash isn't marked": (3, *range(12)),
+    "resync ignores what was touched": (9, *range(12)),
+}
+"""Lives that catch some of them: the first did when this was written. The others are for `scripts/soak --plant`."""
