@@ -3,7 +3,7 @@
 `decide` is given what the voters have answered, and says what may be done. The proofs (see `replication.voters` for
 when a record counts):
 
-- etcd: the record there is the newest.
+- etcd: the record there is the newest, unless a node has a later one: then etcd has forgotten it, and nothing is proven.
 - majority: a majority of the voters has promised; one of them has every record that counts.
 - all: each node with a leg in sync by the newest record that was seen has promised. Whatever counts after that record
   is stored at one of them at least, and without their promises nothing more comes to count.
@@ -25,6 +25,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from replication.arbiter import behind, forgotten
 from replication.cluster import ClusterStore, Voter, VoterState
 from replication.lineage import Relation, both_histories, relation, since_common
 from replication.membership import Generation, LegInfo, Membership, Term
@@ -94,9 +95,14 @@ def decide(
 ) -> Decision:
     """What node `me` may do with the promises of `heard` for `term`.
 
-    `unheard`: why other nodes have promised nothing, in words. `arbiter`: etcd's record.
+    `unheard`: why other nodes have promised nothing, in words. `arbiter`: etcd's record; None if it has none.
     """
     records = {node: state.accepted for node, state in heard.items() if state.accepted is not None}
+    arbitrated = any(rule_of(record) == "etcd" for record in records.values())
+    if arbitrated and (later := behind(arbiter, records)):
+        if not force:
+            return Refused(forgotten(arbiter, later), frozenset(later) - {me})
+        arbiter = None
     newest = max(records.values(), key=lambda one: one.place, default=None) if arbiter is None else arbiter
     if newest is None:
         return Refused(f"no node has a record of the mirror{_because(unheard)}", frozenset(unheard))
@@ -147,7 +153,7 @@ def _judge(
 ) -> Promote | Refused:
     rule = "etcd" if arbiter else rule_of(newest)
     if rule == "etcd" and not arbiter:
-        return Refused(f"the newest record is in etcd, which couldn't be read{_because(unheard)}")
+        return Refused(f"the newest record should be in etcd, and isn't{_because(unheard)}")
     alone = False
     if rule == "majority" and not is_majority(heard, newest.voters):
         silent = frozenset(newest.voters) - set(heard)
@@ -282,13 +288,14 @@ async def promote(
     was restarted gives its timeout. `arbiter`: the truth is in etcd. Raises OSError: ETIMEDOUT if it isn't known
     whether the record counts (then again, with another term), ESTALE if somebody else was faster.
     """
-    truth = await cluster.newest(mirror) if arbiter else None
     wait_s = max(timeout_s, patience_s)
     states, unheard = await _states(mirror, nodes, voter, wait_s)
     others = tuple(dict.fromkeys(node for node in _named_by(states) if node not in nodes))
     if others:
         more, more_unheard = await _states(mirror, others, voter, wait_s)
         states, unheard = states | more, unheard | more_unheard
+    # After the states: each record is in etcd before a node has it.
+    truth = await _arbiters(cluster, mirror) if arbiter else None
     term = new_term(list(states.values()), truth)
     alive = [node for node, state in states.items() if state.primary_here and node != me]
     if alive and not force:
@@ -314,10 +321,21 @@ async def promote(
         except OSError as error:
             failures[me] = error
     told = unheard | {node: error.strerror or str(error) for node, error in failures.items()}
+    truth = await _arbiters(cluster, mirror) if arbiter else None
     decision = decide(me, term, promised, told, arbiter=truth, force=force)
     if isinstance(decision, Promote):
         await cluster.commit(decision.membership, expected=decision.expected)
     return decision
+
+
+async def _arbiters(cluster: ClusterStore, mirror: str) -> Membership | None:
+    """The arbiter's record; None if it has none. Raises OSError."""
+    try:
+        return await cluster.newest(mirror)
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        return None
 
 
 async def _states(
