@@ -1,4 +1,4 @@
-"""What an arbiter outside of the legs changes for a primary: for how long it may serve, and an arbiter that forgets. Pure.
+"""What an arbiter outside of the legs changes: for how long a primary may serve, and what if it forgets. Pure.
 
 **The lease.** With etcd a primary may serve while either of these holds:
 
@@ -6,19 +6,20 @@
 - Each node that has a leg in sync, by its record or one that it is about to write, has answered a heartbeat less than a
   lease ago: none of them makes a promise for so long, and a candidate needs one of theirs.
 
-So a mirror that is whole doesn't need the arbiter, and one that has lost a leg doesn't need the others: etcd may be away
-while nothing else fails. As with a majority the primary counts from the *start* of what was answered, on a clock that
-goes on while the machine is suspended, and gives up `DRIFT` of it (`replication.lease`).
+So a mirror that is whole doesn't need the arbiter, and one that has lost a leg doesn't need the others: etcd may be
+away while nothing else fails. As with a majority the primary counts from the *start* of what was answered, on a clock
+that goes on while the machine is suspended, and gives up `DRIFT` of it (`replication.lease`).
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from replication.lease import DRIFT, Clock, boottime
 from replication.membership import Membership
+from replication.voters import in_sync_nodes
 
 FORGOTTEN: Final = errno.EUCLEAN
 """Of errors that say that the arbiter has an older record than a node."""
@@ -50,10 +51,10 @@ class ArbitratedLease:
         by_legs = min((self._answered.get(node, float("-inf")) for node in nodes), default=float("-inf"))
         return max(self._renewed, by_legs) + self.lease_s
 
-    def may_serve(self, nodes: Iterable[str]) -> bool:
-        """Asked before each answer to a read, and before each acknowledgement."""
+    def may_serve(self, nodes: Callable[[], Iterable[str]]) -> bool:
+        """Asked before each answer to a read, and before each acknowledgement. `nodes`: asked only if need be."""
         now = self._clock()
-        return now < self._renewed + self.lease_s or now < self.until(nodes)
+        return now < self._renewed + self.lease_s or now < self.until(nodes())
 
 
 def behind(there: Membership | None, records: Mapping[str, Membership]) -> dict[str, Membership]:
@@ -63,10 +64,11 @@ def behind(there: Membership | None, records: Mapping[str, Membership]) -> dict[
 
 def forgotten(there: Membership | None, later: Mapping[str, Membership]) -> str:
     """A sentence for an arbiter that has an older record than the nodes in `later`, or none."""
-    node, record = max(later.items(), key=lambda one: one[1].place)
+    # The newest; of these one with a leg in sync, from which it can go on.
+    node, record = max(later.items(), key=lambda one: (one[1].place, one[0] in in_sync_nodes(one[1])))
     has = "no record of this mirror" if there is None else f"the record {there.term.number}.{there.epoch}"
     return (
-        f"etcd has {has}, and node {node} has {record.term.number}.{record.epoch}, which was in etcd before: its data "
-        "were lost or restored from an older backup, or it isn't the etcd that was asked before. Bring that one back; if "
-        f"it is gone for good, `mirror promote --force` on node {node} writes its record there"
+        f"etcd has {has}, and node {node} has {record.term.number}.{record.epoch}, which was in etcd before: its "
+        "data were lost or restored from an older backup, or it isn't the etcd that was asked before. Bring that one "
+        f"back; if it is gone for good, `mirror promote --force` on node {node} writes its record there"
     )

@@ -9,22 +9,23 @@ takes the record of etcd and asks these legs for promises, which fences the prim
 (EBUSY) while another node's `primary` key exists.
 
 **Why nothing is lost.** What a primary has acknowledged is at all legs that its record has in sync, and that record was
-in etcd before. A candidate needs the promise of one of the legs that etcd's record has in sync *now*, and its own record
-gets into etcd only if that one is there still. So what was acknowledged before the promise is at that leg; and after it
+in etcd before. A candidate needs the promise of a leg that etcd's record has in sync *now*, and its own record gets
+into etcd only if that one is there still. So what was acknowledged before the promise is at that leg; and after it
 nothing can be, since that needs either the leg, which is fenced, or a record without it, for which it is too late.
 
 A transaction whose answer is lost may have happened. It is tried again, at the next endpoint: if it had happened, the
 comparison fails and the record that is there is the one that was to be written. A primary may write over a record of
 its own term whose fate it doesn't know.
 
-**etcd that has forgotten** (lost its data, or was restored from an older backup) is told by legs that have a later record
-than it has, since each record is there before it is anywhere else. Then nothing is written over it but by force.
+**etcd that has forgotten** (lost its data, or was restored from an older backup) is told by legs that have a later
+record than it has, since each record is there before it is anywhere else. Then nothing is written over it but by force.
 """
 
 from __future__ import annotations
 
 import base64
 import errno
+import json
 import math
 import ssl
 from collections.abc import Callable, Sequence
@@ -130,6 +131,12 @@ class Etcd:
     ) -> None:
         await self._forget_client()
 
+    def judge_files(self) -> None:
+        """Blocks. Raises OSError for a file of `tls` or `login` that can't be used."""
+        self._tls.context()
+        if self._login is not None:
+            self._login.password()
+
     async def call(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """See `EtcdCaller`. Raises OSError.
 
@@ -173,9 +180,12 @@ class Etcd:
         client = self._client
         if client is None:  # another call has failed meanwhile
             raise httpx.HTTPError("the connection was given up")
-        headers = {"Authorization": token} if token else None
+        data = json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"} | ({"Authorization": token} if token else {})
+        request = client.build_request("POST", f"{endpoint}/v3/{path}", content=data, headers=headers)
+        request.stream = _Body(data)
         try:
-            return await client.post(f"{endpoint}/v3/{path}", json=body, headers=headers)
+            return await client.send(request)
         except (trio.ClosedResourceError, trio.BrokenResourceError, RuntimeError) as error:
             # A client that was closed by a call beside this one.
             raise httpx.HTTPError(str(error) or type(error).__name__) from None
@@ -217,7 +227,8 @@ class Etcd:
         if "permission denied" in text:
             who = f"the user {self._login.user}" if self._login is not None else "a client without a name"
             raise OSError(
-                errno.EACCES, f"etcd at {endpoint} gives {who} no right to its keys: it takes readwrite below the prefix"
+                errno.EACCES,
+                f"etcd at {endpoint} gives {who} no right to its keys: it takes readwrite below the prefix",
             )
         if 400 <= answer.status_code < 500 and answer.status_code not in (408, 429):
             raise OSError(errno.EINVAL, f"etcd at {endpoint} refuses {path}: {text}")
@@ -251,7 +262,14 @@ def _is_token_stale(text: str) -> bool:
 def _said(error: httpx.HTTPError) -> str:
     if isinstance(error, httpx.TimeoutException):
         return "silent"
-    return str(error) or type(error).__name__
+    found: BaseException | None = error
+    while found is not None:  # httpx wraps what the network said, and says nothing itself
+        if isinstance(found, ssl.SSLError):
+            return f"TLS: {getattr(found, 'verify_message', '') or found.reason or found}"
+        if str(found):
+            return str(found)
+        found = found.__cause__ or found.__context__
+    return type(error).__name__
 
 
 def _message(answer: httpx.Response) -> str:
@@ -262,6 +280,23 @@ def _message(answer: httpx.Response) -> str:
         return str(text)[:200] if text else answer.text[:120].strip()
     except (ValueError, AttributeError):
         return answer.text[:120].strip() or "no reason given"
+
+
+class _Body(httpx.AsyncByteStream):
+    """What is sent. httpx's own is an asynchronous generator, which a cancelled call leaves for trio to complain of."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data: bytes | None = data
+
+    def __aiter__(self) -> _Body:
+        return self
+
+    async def __anext__(self) -> bytes:
+        await trio.lowlevel.checkpoint()
+        data, self._data = self._data, None
+        if data is None:
+            raise StopAsyncIteration
+        return data
 
 
 class EtcdCluster:
@@ -310,8 +345,9 @@ class EtcdCluster:
             if begins and revision <= self._floor():
                 raise OSError(
                     FORGOTTEN,
-                    "etcd was restored from an older backup, as this node has seen, and may have lost a later record of "
-                    "this mirror: start the node that was primary last; or promote with --force, which may lose writes",
+                    "etcd was restored from an older backup, as this node has seen, and may have lost a later record "
+                    "of this mirror: start the node that was primary last; or promote with --force, which may lose "
+                    "writes",
                 )
             there = await self._swap(new, revision, unless_primary=begins)
             if there is not None and there != new:
@@ -357,7 +393,8 @@ class EtcdCluster:
         if now == revision and primary.get("kvs"):
             name = _value(primary).decode(errors="replace")
             raise OSError(
-                errno.EBUSY, f"node {name[:64]} is primary and alive by its lease in etcd; demote it, or wait until it ends"
+                errno.EBUSY,
+                f"node {name[:64]} is primary and alive by its lease in etcd; demote it, or wait until it ends",
             )
         if there is None:
             raise OSError(FORGOTTEN, f"etcd has lost the record of mirror {new.mirror} just now")
@@ -479,8 +516,8 @@ class _Keys:
         except OSError as error:
             raise OSError(
                 errno.EPROTO,
-                f"the key {self.prefix}/{mirror}/membership in etcd has no record of this mirror: {error.strerror}; find "
-                "out who has written it, delete it, and `mirror promote --force`",
+                f"the key {self.prefix}/{mirror}/membership in etcd has no record of this mirror: {error.strerror}; "
+                "find out who has written it, delete it, and `mirror promote --force`",
             ) from None
 
 

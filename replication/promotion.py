@@ -3,7 +3,7 @@
 `decide` is given what the voters have answered, and says what may be done. The proofs (see `replication.voters` for
 when a record counts):
 
-- etcd: the record there is the newest, unless a node has a later one: then etcd has forgotten it, and nothing is proven.
+- etcd: the record there is the newest, unless a node has a later one: etcd has forgotten that, and nothing is proven.
 - majority: a majority of the voters has promised; one of them has every record that counts.
 - all: each node with a leg in sync by the newest record that was seen has promised. Whatever counts after that record
   is stored at one of them at least, and without their promises nothing more comes to count.
@@ -296,6 +296,9 @@ async def promote(
         states, unheard = states | more, unheard | more_unheard
     # After the states: each record is in etcd before a node has it.
     truth = await _arbiters(cluster, mirror) if arbiter else None
+    records = {node: state.accepted for node, state in states.items() if state.accepted is not None}
+    if arbiter and not force and (later := behind(truth, records)):
+        return Refused(forgotten(truth, later), frozenset(later) - {me})
     term = new_term(list(states.values()), truth)
     alive = [node for node, state in states.items() if state.primary_here and node != me]
     if alive and not force:
