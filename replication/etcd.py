@@ -85,7 +85,8 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise OSError(error.errno, f"{path}, which [etcd] names, can't be read: {error.strerror}") from None
+        # Whatever it is, the configuration is wrong; ENOENT would say something of a key.
+        raise OSError(errno.EINVAL, f"{path}, which [etcd] names, can't be read: {error.strerror}") from None
 
 
 class EtcdCaller(Protocol):

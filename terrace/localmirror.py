@@ -200,6 +200,8 @@ class LocalMirror:
             return
         if self._wanted.is_set():
             self._force = self._force or force
+            if force and self._settled.is_set():
+                self._settled = trio.Event()  # that it can't be without force is known; what comes of this isn't yet
             if self._scope is not None and force:
                 self._scope.cancel()  # it may have waited for those that won't come
         else:

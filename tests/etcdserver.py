@@ -67,13 +67,13 @@ class EtcdServer:
         self.paused = False
         self.start()
 
-    def start(self) -> None:
+    def start(self, *, wait: bool = True) -> None:
         """And wait until it is well."""
         self.data.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(self._command, stdout=log, stderr=log)
         deadline_s = time.monotonic() + 20
-        while not self._reach(self._is_well):
+        while wait and not self._reach(self._is_well):
             assert self.process.poll() is None and time.monotonic() < deadline_s, self.log.read_text()[-2000:]
             time.sleep(0.05)
 

@@ -330,8 +330,9 @@ def test_tls_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"ca\.pem") as refused:
         EtcdTls(ca=bad).context()
     assert refused.value.errno == errno.EINVAL
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(OSError, match=r"none\.pem, which \[etcd\] names, can't be read") as refused:
         EtcdTls(ca=tmp_path / "none.pem").context()
+    assert refused.value.errno == errno.EINVAL
 
 
 def test_etcd_over_tls_wants_the_right_authority_and_a_certificate_of_ours(tmp_path: Path) -> None:
