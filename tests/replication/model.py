@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import trio
 import trio.testing
 
+from replication.cluster import ClusterStore
 from replication.lease import PrimaryLease
 from replication.membership import Generation, Membership, Options, Term
 from replication.promotion import Promote, SplitBrain, demote, is_rejoin_allowed, promote
@@ -163,6 +164,8 @@ class ModelNode(Node):
 
 
 class World:
+    arbiter = False
+
     def __init__(self, seed: int, *, forces: bool) -> None:
         self.rng = random.Random(seed)
         legs, diskless = self.rng.choice(LAYOUTS)
@@ -176,7 +179,7 @@ class World:
         self.cuts: set[frozenset[str]] = set()
         self.numbers = 0
         self.sessions: dict[tuple[Term, str], int] = {}
-        first_options = Options(timeout_s=1.0, lease_s=0.8)
+        first_options = Options(timeout_s=1.0, lease_s=0.8, arbiter="etcd" if self.arbiter else "legs")
         self.first = first_record(legs, diskless=diskless, options=first_options)
         self.trace: Callable[[str], None] = lambda line: None
 
@@ -215,12 +218,16 @@ class World:
         for node in self.all.values():
             await node.voter.accept(self.first)
             await node.keeper.take_part()
+        await self.begin()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._as_node, "a", self._serve, self.first, "a")
             for _ in range(steps):
                 await trio.sleep(self.rng.choice([0.02, 0.1, 0.5, 2.0]))
                 self.step(nursery)
             nursery.cancel_scope.cancel()
+
+    async def begin(self) -> None:
+        """What else has to know the first record."""
 
     def step(self, nursery: trio.Nursery) -> None:
         rng, name = self.rng, self.rng.choice(sorted(self.all))
@@ -275,7 +282,10 @@ class World:
 
     async def _promote(self, me: str, force: bool) -> None:
         decision = await promote(
-            me, MIRROR, sorted(self.all), self.nodes.voter(me), self.cluster(me), force=force, timeout_s=1.0
+            *(me, MIRROR, sorted(self.all), self.nodes.voter(me), self.cluster(me)),
+            arbiter=self.arbiter,
+            force=force,
+            timeout_s=1.0,
         )
         self.oracle.splits += isinstance(decision, SplitBrain)
         self.trace(f"{trio.current_time():8.2f} promote {me} force={force}: {decision}")
@@ -293,14 +303,19 @@ class World:
     def cluster(self, me: str) -> Committing:
         return Committing(self, me)
 
+    def store(self, me: str) -> ClusterStore:
+        """Where records count."""
+        return self.nodes.cluster(me)
+
     # A primary
 
     async def _serve(self, me: str, record: Membership, source: str) -> None:
         node = self.all[me]
         node.demoting = False  # type: ignore[attr-defined]
-        lease = PrimaryLease(record.options.lease_s, record.voters, trio.current_time)
+        lease = self.lease(record)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._beat, me, record.term, lease)
+            nursery.start_soon(self.renew, me, record, lease)
             try:
                 record = await self._reconcile(me, record, source)
                 node.primary = True
@@ -309,7 +324,17 @@ class World:
             finally:
                 nursery.cancel_scope.cancel()
 
-    async def _beat(self, me: str, term: Term, lease: PrimaryLease) -> None:
+    def lease(self, record: Membership) -> Any:
+        """What `_beat` renews and `may_read` asks."""
+        return PrimaryLease(record.options.lease_s, record.voters, trio.current_time)
+
+    async def renew(self, me: str, record: Membership, lease: Any) -> None:
+        """Other tasks for the lease."""
+
+    def may_read(self, record: Membership, lease: Any) -> bool:
+        return rule_of(record) != "majority" or lease.may_serve
+
+    async def _beat(self, me: str, term: Term, lease: Any) -> None:
         async def one(target: str, begun: float) -> None:
             try:
                 await self.nodes.voter(me)(target).heartbeat(MIRROR, term)
@@ -379,7 +404,7 @@ class World:
                     raise
             await trio.sleep(0.1)
 
-    async def _turn(self, me: str, record: Membership, lease: PrimaryLease) -> Membership:
+    async def _turn(self, me: str, record: Membership, lease: Any) -> Membership:
         await trio.sleep(self.rng.choice([0.01, 0.05, 0.3]))
         what = self.rng.choice(["write"] * 5 + ["read"] * 2 + ["flush", "resync"])
         if getattr(self.all[me], "demoting", False):
@@ -416,11 +441,11 @@ class World:
         self.trace(f"{trio.current_time():8.2f} {me} acknowledges {number} under {record.place}")
         return record
 
-    def _read(self, me: str, record: Membership, lease: PrimaryLease) -> None:
+    def _read(self, me: str, record: Membership, lease: Any) -> None:
         node = self.all[me]
         if me not in record.in_sync or not node.keeper.allows(record.term):
             return
-        if rule_of(record) == "majority" and not lease.may_serve:
+        if not self.may_read(record, lease):
             return
         self.oracle.reads += 1
         missing = self.oracle.required(record) - node.data
@@ -478,7 +503,8 @@ class Committing:
 
     def __init__(self, world: World, node: str) -> None:
         self._world = world
-        self._cluster = world.nodes.cluster(node)
+        self._node = node
+        self._cluster = world.store(node)
 
     async def newest(self, mirror: str) -> Membership:
         return await self._cluster.newest(mirror)
@@ -487,10 +513,10 @@ class Committing:
         await self._cluster.create(first)
 
     async def commit(self, new: Membership, *, expected: Membership) -> None:
-        sides = f"{new.place} by {self._cluster.node}, in sync {sorted(new.in_sync)}, primary {new.primary}"
+        sides = f"{new.place} by {self._node}, in sync {sorted(new.in_sync)}, primary {new.primary}"
         if new.forced != "no":
             # From now on: should the answer be lost, it may still come to count.
-            self._world.oracle.force(new, self._world.all[self._cluster.node].data, trio.current_time())
+            self._world.oracle.force(new, self._world.all[self._node].data, trio.current_time())
         try:
             await self._cluster.commit(new, expected=expected)
         except OSError as error:
@@ -500,14 +526,16 @@ class Committing:
         self._world.oracle.commit(new)
 
 
-def explore(seed: int, *, steps: int = 40, trace: Callable[[str], None] | None = None) -> Oracle:
+def explore(
+    seed: int, *, steps: int = 40, trace: Callable[[str], None] | None = None, kind: type[World] = World
+) -> Oracle:
     """One run. Raises `Violated`; the seed decides all."""
     # As Hypothesis does it: trio's own order of tasks, which is random, follows the seed.
     trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[attr-defined]
     trio._core._run._r.seed(seed)  # type: ignore[attr-defined]
 
     async def run() -> Oracle:
-        world = World(seed, forces=seed % 3 == 2)
+        world = kind(seed, forces=seed % 3 == 2)
         world.trace = trace or world.trace
         await world.run(steps)
         return world.oracle
