@@ -249,10 +249,10 @@ def judge_endpoint(endpoint: str) -> httpx.URL:
         url = httpx.URL(endpoint)
     except httpx.InvalidURL:
         url = httpx.URL("")
+    if url.userinfo or "@" in endpoint:  # first: what follows shows the endpoint
+        raise OSError(errno.EINVAL, "an endpoint of etcd has no user in it: give user and password_file")
     if url.scheme not in ("http", "https") or not url.host or url.path not in ("", "/") or url.query or url.fragment:
         raise OSError(errno.EINVAL, f"{endpoint!r} is no endpoint of etcd: write https://HOST:PORT")
-    if url.userinfo:
-        raise OSError(errno.EINVAL, "an endpoint of etcd has no user in it: give user and password_file")
     return url
 
 

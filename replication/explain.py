@@ -190,7 +190,7 @@ def _unproven(facts: Facts) -> str:
         return "a majority of the voters can be heard: `mirror promote` on a node with a leg in sync makes it primary"
     if rule_of(record) == "etcd":
         if facts.arbiter is not None:
-            return f"etcd, which decides who may, can't be asked: {facts.arbiter}"
+            return f"the arbiter, etcd, can't be asked: {facts.arbiter}"
         return "`mirror promote` on a node with a leg in sync makes it primary once the lease of the last one is over"
     if silent:
         return (

@@ -77,6 +77,8 @@ class Arbiter:
         self._save_lock = trio.Lock()
         self.problem: str | None = "it wasn't asked yet"
         """Why it doesn't answer."""
+        self._answers: bool | None = None
+        """What was told last."""
         self.latency_s: float | None = None
 
     @property
@@ -189,14 +191,13 @@ class Arbiter:
         raise AssertionError("it sleeps for ever")
 
     def _became(self, problem: str | None) -> None:
-        before, self.problem = self.problem, problem
-        if (problem is None) == (before is None) and self.latency_s is not None:
+        before, self._answers = self._answers, problem is None
+        self.problem = problem
+        if self._answers is before:
             return
-        first = self.latency_s is None
         if problem is None:
             self._tell("etcd", "etcd", f"etcd answers at {', '.join(self.config.endpoints)}")
-        elif first or before is None:
-            self.latency_s = self.latency_s if self.latency_s is not None else 0.0
+        else:
             self._tell("etcd", "etcd", f"etcd is no arbiter now: {problem}")
 
     def status(self) -> dict[str, Any] | None:
@@ -245,6 +246,8 @@ class HeldLease(ArbitratedLease):
 
     async def release(self) -> None:
         """This node has stopped serving: another one needn't wait. What can't be given back ends by itself."""
+        if self.problem is not None:
+            return  # who waits for us, a successor for instance, needn't wait for that
         with trio.move_on_after(RELEASE_S, shield=True), suppress(OSError):
             await self._key.release()
 

@@ -15,7 +15,18 @@ from tests.cluster.client import Load, regions_of
 from tests.cluster.network import Network
 from tests.cluster.nodes import CLIENT, TIMEOUT_S, VOLUME, Alone, Mirrored, Nodes
 from tests.cluster.oracle import Oracle, Violation
-from tests.cluster.schedule import ALL_FAULTS, LINK_FAULTS, MOVES, NODE_FAULTS, SIZE_BYTES, Story, plan, run, settle
+from tests.cluster.schedule import (
+    ALL_FAULTS,
+    ETCD_FAULTS,
+    LINK_FAULTS,
+    MOVES,
+    NODE_FAULTS,
+    SIZE_BYTES,
+    Story,
+    plan,
+    run,
+    settle,
+)
 
 pytestmark = [pytest.mark.system]
 
@@ -25,6 +36,8 @@ def test_a_plan_is_its_seeds_alone_and_has_every_kind_of_fault() -> None:
     kinds = {fault.kind for seed in range(50) for fault in plan(seed, 2, 10.0)}
     assert kinds == {*NODE_FAULTS, *LINK_FAULTS, *MOVES, *ALL_FAULTS}
     assert not {fault.kind for seed in range(50) for fault in plan(seed, 1, 10.0)} & {*MOVES, *ALL_FAULTS}
+    kinds = {fault.kind for seed in range(50) for fault in plan(seed, 2, 10.0, etcd=True)}
+    assert kinds == {*NODE_FAULTS, *LINK_FAULTS, *MOVES, *ALL_FAULTS, *ETCD_FAULTS}
     assert all(0 < fault.begin_s < 10 and 0.1 <= fault.length_s < 2 for fault in plan(5, 3, 10.0))
 
 
@@ -56,7 +69,7 @@ def test_a_node_that_comes_back_with_an_older_state_is_found(tmp_path: Path) -> 
             load.stop()
 
 
-@pytest.mark.parametrize(("profile", "seed"), [("two", 1), ("three", 2)])
+@pytest.mark.parametrize(("profile", "seed"), [("two", 1), ("three", 2), ("etcd", 1)])
 def test_no_fault_costs_an_acknowledged_byte_or_shows_a_stale_one(profile: str, seed: int, tmp_path: Path) -> None:
     outcome = run(seed, profile, 4.0, tmp_path)
     print("\n".join(outcome.story.lines))
