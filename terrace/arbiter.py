@@ -27,16 +27,19 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import trio
 
 from replication.arbiter import FORGOTTEN, ArbitratedLease
 from replication.cluster import ClusterStore
-from replication.etcd import Etcd, EtcdCluster, EtcdLease
+from replication.etcd import EtcdCluster, EtcdLease
 from replication.membership import Membership
 from replication.voters import LegsCluster
 from terrace.config import EtcdConfig
+
+if TYPE_CHECKING:
+    from replication.etcdclient import Etcd
 
 log = logging.getLogger("terraced")
 

@@ -11,13 +11,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
 from nbd.server import Limits
 from nbd.tls import TlsFiles
-from replication.etcd import PREFIX, Etcd, EtcdLogin, EtcdTls, judge_endpoint
+from replication.etcd import PREFIX, judge_endpoint
 from terrace.access import ANY, Rule, require_address, require_subject
 from terrace.policies import PolicyConfig, ShownPolicy, require_policy_name, shown
 from terrace.schedule import Schedule
@@ -26,6 +26,9 @@ from terrace.scrubs import Plan
 from tiers import Policy
 from tiers.policy import DEFAULT, DEFAULT_NAME
 from tiers.settings import PoolSettings
+
+if TYPE_CHECKING:
+    from replication.etcdclient import Etcd
 
 
 def _as_address(text: str) -> str:
@@ -267,10 +270,8 @@ def _is_endpoint(text: str) -> str:
         url = judge_endpoint(text)
     except OSError as error:
         raise ValueError(error.strerror) from None
-    if url.scheme == "http" and not is_loopback(url.host):
-        raise ValueError(
-            f"{text} is not this host, and between hosts all is encrypted: write https://{url.netloc.decode()}"
-        )
+    if url.scheme == "http" and not is_loopback(url.hostname or ""):
+        raise ValueError(f"{text} is not this host, and between hosts all is encrypted: write https://{url.netloc}")
     return text.rstrip("/")
 
 
@@ -308,6 +309,9 @@ class EtcdConfig(Section):
 
     def client(self, home: Path) -> Etcd:
         """The client; its files are read when it is used."""
+        # A daemon without etcd needn't load what this does.
+        from replication.etcdclient import Etcd, EtcdLogin, EtcdTls
+
         tls = EtcdTls(
             home / self.ca if self.ca else None,
             home / self.certificate if self.certificate else None,
