@@ -429,8 +429,9 @@ def test_etcd_whose_quota_is_used_up_says_so_and_the_lease_of_a_primary_goes_on(
             lease = world.lease("a")
             await lease.renew(first)
             with pytest.raises(OSError, match="used up its quota") as refused:
-                for number in range(20):
-                    await etcd.call("kv/put", {"key": value_of(b"%d" % number), "value": value_of(bytes(200_000))})
+                for number in range(400):
+                    await trio.sleep(0.01)  # it looks at its size when it commits, ten times a second
+                    await etcd.call("kv/put", {"key": value_of(b"%d" % number), "value": value_of(bytes(100_000))})
             assert refused.value.errno == errno.ENOSPC
             with pytest.raises(OSError, match=r"used up its quota .* alarm disarm"):
                 await world.cluster("a").commit(first.next_epoch(in_sync=frozenset("ab")), expected=first)

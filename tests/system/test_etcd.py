@@ -38,7 +38,17 @@ class Trio(Pair):
     def make(self, volume: str, **more: Any) -> None:
         self.both_online()
         body = {"name": volume, "size": SIZE, "mirror": [{"node": "b"}], "arbiter": "etcd", **TIMES, **more}
-        self.a.daemon.api("POST", "/v1/pools/p/volumes", body)
+
+        def made() -> bool:
+            try:
+                self.a.daemon.api("POST", "/v1/pools/p/volumes", body)
+            except ApiError as error:
+                if error.errno != "ENOTCONN":  # of a connection to b as it was before its restart
+                    raise
+                return False
+            return True
+
+        until(made)
         self.a.wait_for({"a": "UpToDate", "b": "UpToDate"}, volume)
 
     def records(self) -> list[dict[str, Any]]:
