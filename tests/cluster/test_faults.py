@@ -103,3 +103,27 @@ def test_a_leg_that_is_gone_holds_clients_up_for_its_timeouts_at_most(tmp_path: 
         load.stop()
     print(stalls)
     assert max(stalls.values()) < 2 * TIMEOUT_S + 0.4, stalls
+
+
+def test_a_primary_that_only_its_clients_can_reach_stops_and_etcd_lets_the_other_go_on(tmp_path: Path) -> None:
+    """Without force, and nobody reads what is old meanwhile: the load would tell."""
+    with Network(["a", "b", CLIENT, "e"]) as network, Nodes(network, tmp_path, Mirrored(arbiter="e")) as nodes:
+        nodes.deployment.create(nodes, SIZE_BYTES)
+        oracle = Oracle(regions_of(SIZE_BYTES), 1)
+        load = Load(network.host(CLIENT), nodes.addresses, VOLUME, oracle, 1)
+        load.start()
+        time.sleep(0.5)
+        network.cut("a", "b", both=True)
+        network.cut("a", "e", both=True)
+        took_s = nodes.wait_for("promoted", lambda: nodes.deployment.promote(nodes, "b"), 10)
+        before = load.summary.writes
+
+        def goes_on() -> str | None:
+            load.check()
+            return None if load.summary.writes > before + 200 else "b serves nobody"
+
+        nodes.wait_for("served by b", goes_on, 10)
+        settle(nodes, load, Story("etcd", 1, 0))
+        load.stop()
+        nodes.check_logs()
+    print(f"promoted {took_s:.1f} s after the cut")
