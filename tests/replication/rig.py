@@ -37,7 +37,8 @@ class Rig:
         )  # fmt: skip
         self.record = record
         self.known = True
-        self.intact = True
+        self.intact: bool | set[str] = True
+        """All, or none; or the nodes whose legs are."""
         self.cluster = FakeCluster({info.id: self.nodes[info.node] for info in infos}, record)
         self._mirror_options = mirror
         self._settings = settings or MirrorSettings(resync=ResyncSettings(workers=2))
@@ -61,7 +62,8 @@ class Rig:
 
             async def facts(info: LegInfo, membership: Membership) -> LegFacts:
                 await trio.lowlevel.checkpoint()
-                return LegFacts(intact=self.intact, known=self.known)
+                intact = info.node in self.intact if isinstance(self.intact, set) else self.intact
+                return LegFacts(intact=intact, known=self.known)
 
             local = self.nodes.get("a")
             self.mirror = Mirror(
