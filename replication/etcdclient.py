@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import ssl
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ class EtcdTls:
         """Reads the files. Raises OSError: one is missing, or isn't what it should be."""
         for path in (self.ca, self.certificate, self.key):
             if path is not None:
-                _read(path)
+                _read(path, secret=path == self.key)
         try:
             context = ssl.create_default_context(cafile=str(self.ca) if self.ca else None)
             if self.certificate is not None:
@@ -54,13 +55,17 @@ class EtcdLogin:
 
     def password(self) -> str:
         """Reads the file. Raises OSError."""
-        return _read(self.password_file).decode(errors="replace").partition("\n")[0].rstrip("\r")
+        return _read(self.password_file, secret=True).decode(errors="replace").partition("\n")[0].rstrip("\r")
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, *, secret: bool = False) -> bytes:
     try:
+        if secret and path.stat().st_mode & stat.S_IROTH:
+            raise OSError(errno.EINVAL, f"{path}, which [etcd] names, can be read by everybody: chmod o= {path}")
         return path.read_bytes()
     except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise
         # Whatever it is, the configuration is wrong; ENOENT would say something of a key.
         raise OSError(errno.EINVAL, f"{path}, which [etcd] names, can't be read: {error.strerror}") from None
 

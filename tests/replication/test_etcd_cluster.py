@@ -359,6 +359,7 @@ def test_etcd_over_tls_wants_the_right_authority_and_a_certificate_of_ours(tmp_p
         # The right files come to their place, and nothing is started anew.
         for name in ("ca-cert", "node-cert", "node-key"):
             (tmp_path / f"{name}.pem").write_bytes((stranger / f"{name}.pem").read_bytes())
+        (tmp_path / "node-key.pem").chmod(0o600)
         mine = EtcdTls(*(tmp_path / f"{name}.pem" for name in ("ca-cert", "node-cert", "node-key")))
         async with Etcd([server.url], tls=mine, timeout_s=0.5) as etcd:
             with pytest.raises(OSError, match="certificate"):
@@ -394,6 +395,11 @@ def test_a_user_is_let_in_by_its_password_and_gets_what_it_may(tmp_path: Path) -
                 return str(refused.value.strerror)
 
         secret.write_text("wrong")
+        secret.chmod(0o644)
+        async with Etcd([server.url], login=EtcdLogin("t", secret)) as etcd:
+            with pytest.raises(OSError, match=r"secret, which \[etcd\] names, can be read by everybody: chmod o="):
+                await etcd.call("kv/range", {"key": membership_key()})
+        secret.chmod(0o600)
         said = await told(EtcdLogin("t", secret))
         assert "doesn't let in the user t" in said and "wrong" not in said and "[etcd]" in said
         assert "who has no name" in await told(None)
