@@ -4,131 +4,80 @@ Two keys for each mirror: `PREFIX/MIRROR/membership`, the record, changed only b
 mod_revision; and `PREFIX/MIRROR/primary`, the name of the primary, which goes with its etcd lease. Reads are etcd's
 usual ones, which are linearizable: what is read is the newest that counts, whichever endpoint answers.
 
-A record counts once it is in etcd; then it is stored at the legs that it has in sync, before `commit` returns. A
-candidate takes the record of etcd and asks these legs for promises, which fences the primary before it; a new term is
-refused (EBUSY) while another node's `primary` key exists.
+A record counts once it is in etcd and, after that, at the legs that it has in sync, when `commit` returns. A candidate
+takes the record of etcd and asks these legs for promises, which fences the primary before it; a new term is refused
+(EBUSY) while another node's `primary` key exists.
+
+**Why nothing is lost.** What a primary has acknowledged is at all legs that its record has in sync, and that record was
+in etcd before. A candidate needs the promise of a leg that etcd's record has in sync *now*, and its own record gets
+into etcd only if that one is there still. So what was acknowledged before the promise is at that leg; and after it
+nothing can be, since that needs either the leg, which is fenced, or a record without it, for which it is too late.
 
 A transaction whose answer is lost may have happened. It is tried again, at the next endpoint: if it had happened, the
-comparison fails and the record that is there is the one that was to be written.
+comparison fails and the record that is there is the one that was to be written. A primary may write over a record of
+its own term whose fate it doesn't know.
+
+**etcd that has forgotten** (lost its data, or was restored from an older backup) is told by legs that have a later
+record than it has, since each record is there before it is anywhere else. Then nothing is written over it but by force.
 """
 
 from __future__ import annotations
 
 import base64
 import errno
-import json
 import math
-import ssl
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
-from typing import Any
+import re
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+from urllib.parse import SplitResult, urlsplit
 
-import httpx
-import trio
-
+from replication.arbiter import FORGOTTEN, forgotten
 from replication.membership import Membership, decode, encode
 from replication.voters import LegsCluster, judge_successor
 
-PREFIX = "terrace/mirrors"
+PREFIX: Final = "terrace/mirrors"
 
 
-@dataclass(frozen=True)
-class EtcdTls:
-    """Files in PEM."""
-
-    ca: Path | None = None
-    """None: the system's."""
-    certificate: Path | None = None
-    key: Path | None = None
-
-    def context(self) -> ssl.SSLContext:
-        """Raises OSError: a file is missing, or isn't what it should be."""
-        try:
-            context = ssl.create_default_context(cafile=str(self.ca) if self.ca else None)
-            if self.certificate is not None:
-                context.load_cert_chain(self.certificate, self.key)
-        except ssl.SSLError as error:
-            raise OSError(errno.EINVAL, f"etcd's TLS files {self} can't be used: {error}") from None
-        return context
-
-
-class Etcd:
-    """Calls to the JSON gateway, at whichever endpoint answers. Use `async with`."""
-
-    def __init__(self, endpoints: Sequence[str], *, tls: EtcdTls | None = None, timeout_s: float = 2.0) -> None:
-        """`endpoints`: http://HOST:PORT or https://HOST:PORT. `timeout_s`: of a call, tries at all endpoints included.
-
-        Raises OSError EINVAL.
-        """
-        for endpoint in endpoints:
-            url = httpx.URL(endpoint)
-            if url.scheme not in ("http", "https") or not url.host:
-                raise OSError(
-                    errno.EINVAL, f"{endpoint!r} is no endpoint of etcd: give http://HOST:PORT or https://..."
-                )
-        if not endpoints:
-            raise OSError(errno.EINVAL, "etcd needs at least one endpoint")
-        self.timeout_s = timeout_s
-        self._endpoints = [endpoint.rstrip("/") for endpoint in endpoints]
-        # Proxies of the environment are meant for other traffic.
-        self._client = httpx.AsyncClient(
-            verify=tls.context() if tls else True, timeout=timeout_s / min(len(endpoints), 3), trust_env=False
-        )
-
-    async def __aenter__(self) -> Etcd:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._client.aclose()
+class EtcdCaller(Protocol):
+    """What the rest of this module needs of `Etcd`."""
 
     async def call(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Raises OSError ETIMEDOUT: it isn't known whether it has happened. EPROTO, EINVAL: it hasn't."""
-        told: dict[str, str] = {}
-        pause_s = 0.02
-        with trio.move_on_after(self.timeout_s):
-            while True:
-                for endpoint in list(self._endpoints):
-                    try:
-                        return await self._once(endpoint, path, body)
-                    except httpx.HTTPError as error:
-                        told[endpoint] = str(error) or type(error).__name__
-                        self._endpoints.remove(endpoint)
-                        self._endpoints.append(endpoint)
-                await trio.sleep(pause_s)
-                pause_s = min(2 * pause_s, 0.5)
-        why = "; ".join(f"{endpoint}: {what}" for endpoint, what in sorted(told.items())) or "no answer"
-        raise OSError(errno.ETIMEDOUT, f"etcd has not answered within {self.timeout_s:g} s ({why})")
+        """The answer to a POST of /v3/PATH. Raises OSError; ETIMEDOUT: it may have happened all the same."""
 
-    async def _once(self, endpoint: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        response = await self._client.post(f"{endpoint}/v3/{path}", json=body)
-        if response.status_code == httpx.codes.OK:
-            try:
-                plain = response.json()
-            except ValueError:
-                plain = None
-            if not isinstance(plain, dict):
-                raise OSError(errno.EPROTO, f"{endpoint} answers as etcd doesn't: {response.text[:80]!r}")
-            return plain
-        if response.status_code == httpx.codes.NOT_FOUND and "requested lease not found" in response.text:
-            raise OSError(errno.ENOENT, "the lease has expired")
-        if response.status_code in (httpx.codes.BAD_REQUEST, httpx.codes.NOT_FOUND, httpx.codes.UNAUTHORIZED):
-            raise OSError(errno.EINVAL, f"etcd at {endpoint} refuses {path}: {response.text[:200].strip()}")
-        # No leader, too many requests, overload: another endpoint, or the same later, may do it.
-        raise httpx.HTTPError(f"HTTP {response.status_code}: {response.text[:120].strip()}")
+
+def judge_endpoint(endpoint: str) -> SplitResult:
+    """Raises OSError EINVAL with a sentence."""
+    if "@" in endpoint:  # first: what follows shows the endpoint
+        raise OSError(errno.EINVAL, "an endpoint of etcd has no user in it: give user and password_file")
+    try:
+        url = urlsplit(endpoint)
+        sound = url.scheme in ("http", "https") and bool(url.hostname) and url.path in ("", "/")
+        sound = sound and url.port != 0 and not url.query and not url.fragment and not re.search(r"\s", endpoint)
+    except ValueError:
+        sound = False
+    if not sound:
+        raise OSError(errno.EINVAL, f"{endpoint!r} is no endpoint of etcd: write https://HOST:PORT")
+    return url
 
 
 class EtcdCluster:
     """A `ClusterStore`."""
 
-    def __init__(self, node: str, etcd: Etcd, legs: LegsCluster) -> None:
+    def __init__(
+        self,
+        node: str,
+        etcd: EtcdCaller,
+        legs: LegsCluster,
+        *,
+        prefix: str = PREFIX,
+        floor: Callable[[], int] = lambda: -1,
+    ) -> None:
+        """`floor`: a record with a mod_revision up to that one may be outdated, as etcd has gone back to there."""
         self.node = node
+        self._floor = floor
         self._etcd = etcd
         self._legs = legs
-        self._lease: str | None = None
+        self._keys = _Keys(prefix)
 
     async def newest(self, mirror: str) -> Membership:
         """Raises OSError ENOENT, ETIMEDOUT, EPROTO."""
@@ -145,92 +94,229 @@ class EtcdCluster:
         await self._legs.create(first)
 
     async def commit(self, new: Membership, *, expected: Membership) -> None:
-        """Raises OSError ESTALE, EBUSY (a new term, and the primary's lease lasts), EINVAL, EUCLEAN, ETIMEDOUT."""
+        """Raises OSError ESTALE, EBUSY (a new term, and the primary's lease lasts), EINVAL, ETIMEDOUT.
+
+        EUCLEAN: split brain, or etcd has an older record than `expected`, or none. By force that is written over.
+        """
         judge_successor(new, expected)
         there, revision = await self._read(new.mirror)
-        if there == expected:
-            begins = new.term != expected.term and new.forced == "no"
-            there = await self._swap(new, revision, unless_primary=begins) or new
         if there != new:
-            now = f"{there.term.number}.{there.epoch}" if there else "none"
-            raise OSError(
-                errno.ESTALE, f"etcd has the record {now}, not {expected.term.number}.{expected.epoch}: others went on"
-            )
-        await self._legs.commit(new, expected=expected)
+            _judge_there(self.node, there, new, expected)
+            begins = new.term != expected.term and new.forced == "no"
+            if begins and revision <= self._floor():
+                raise OSError(
+                    FORGOTTEN,
+                    "etcd was restored from an older backup, as this node has seen, and may have lost a later record "
+                    "of this mirror: start the node that was primary last; or promote with --force, which may lose "
+                    "writes",
+                )
+            there = await self._swap(new, revision, unless_primary=begins)
+            if there is not None and there != new:
+                raise _others(there, expected)
+        try:
+            await self._legs.commit(new, expected=expected)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            # A leg has promised another node a term. Only etcd says who goes on, and there this record is the newest.
+            raise OSError(errno.ETIMEDOUT, error.strerror) from None
+
+    async def forget(self, mirror: str) -> None:
+        """The mirror is no more: neither are its keys. Raises OSError."""
+        begin, end = f"{self._keys.prefix}/{mirror}/", f"{self._keys.prefix}/{mirror}0"
+        body = {"key": _base64(begin.encode()), "range_end": _base64(end.encode())}
+        await self._etcd.call("kv/deleterange", body)
 
     async def _read(self, mirror: str) -> tuple[Membership | None, int]:
         """And its mod_revision, 0 if there is none."""
-        answer = await self._etcd.call("kv/range", {"key": _key(mirror, "membership")})
-        return _record(answer)
+        answer = await self._etcd.call("kv/range", {"key": self._keys.of(mirror, "membership")})
+        return self._keys.record(answer, mirror)
 
     async def _swap(self, new: Membership, revision: int, *, unless_primary: bool = False) -> Membership | None:
         """None: done. Else the record that is there instead."""
-        key, holder = _key(new.mirror, "membership"), _key(new.mirror, "primary")
+        key, holder = self._keys.of(new.mirror, "membership"), self._keys.of(new.mirror, "primary")
         compare = [{"key": key, "target": "MOD", "result": "EQUAL", "mod_revision": str(revision)}]
         failure = [{"request_range": {"key": key}}, {"request_range": {"key": holder}}]
+        success: list[dict[str, Any]] = [{"request_put": {"key": key, "value": _base64(encode(new))}}]
         if unless_primary:
             compare.append({"key": holder, "target": "CREATE", "result": "EQUAL", "create_revision": "0"})
-        success = [{"request_put": {"key": key, "value": _base64(encode(new))}}]
-        if unless_primary:
             # A candidate that was primary itself may have left its key behind.
             own = {"key": holder, "target": "VALUE", "result": "EQUAL", "value": _base64(self.node.encode())}
             delete = [{"request_delete_range": {"key": holder}}]
             await self._etcd.call("kv/txn", {"compare": [own], "success": delete})
+        elif new.forced != "no":
+            success.append({"request_delete_range": {"key": holder}})
         answer = await self._etcd.call("kv/txn", {"compare": compare, "success": success, "failure": failure})
         if answer.get("succeeded"):
             return None
-        try:
-            membership, primary = (one["response_range"] for one in answer["responses"])
-        except (KeyError, TypeError, ValueError):
-            raise OSError(errno.EPROTO, f"etcd's answer makes no sense: {str(answer)[:120]}") from None
-        there, now = _record(membership)
+        membership, primary = _ranges(answer, 2)
+        there, now = self._keys.record(membership, new.mirror)
         if now == revision and primary.get("kvs"):
-            name = base64.b64decode(primary["kvs"][0]["value"]).decode(errors="replace")
-            raise OSError(errno.EBUSY, f"node {name} is primary and alive by its lease in etcd; demote it, or wait")
+            name = _value(primary).decode(errors="replace")
+            raise OSError(
+                errno.EBUSY,
+                f"node {name[:64]} is primary and alive by its lease in etcd; demote it, or wait until it ends",
+            )
+        if there is None:
+            raise OSError(FORGOTTEN, f"etcd has lost the record of mirror {new.mirror} just now")
         return there
 
-    async def hold(self, mirror: str, lease_s: float) -> None:
-        """Take, or keep, the primary's key; `lease_s` is rounded up to a second, and etcd's least is 2.
 
-        The lease that the primary counts on (`replication.lease.PrimaryLease.renewed`) begins before this call. Raises
-        OSError EBUSY: another node has it; ETIMEDOUT.
+def _judge_there(node: str, there: Membership | None, new: Membership, expected: Membership) -> None:
+    """Whether `new` may be written over what etcd has. Raises OSError."""
+    forced = new.forced != "no"
+    if there is None:
+        if not forced:
+            raise OSError(FORGOTTEN, forgotten(None, {node: expected}))
+    elif there.place < expected.place:
+        if not forced:
+            raise OSError(FORGOTTEN, forgotten(there, {node: expected}))
+    elif there != expected and not (there.place < new.place and (forced or there.term == new.term)):
+        raise _others(there, expected)
+
+
+def _others(there: Membership, expected: Membership) -> OSError:
+    return OSError(
+        errno.ESTALE,
+        f"etcd has the record {there.term.number}.{there.epoch}, not {expected.term.number}.{expected.epoch}: "
+        "others went on",
+    )
+
+
+class EtcdLease:
+    """The `primary` key of one mirror, while this node is its primary."""
+
+    def __init__(self, node: str, etcd: EtcdCaller, mirror: str, lease_s: float, *, prefix: str = PREFIX) -> None:
+        """`lease_s` is rounded up to a second, and etcd's least is 2."""
+        self.node = node
+        self.mirror = mirror
+        self.lease_s = lease_s
+        self._etcd = etcd
+        self._keys = _Keys(prefix)
+        self._lease: str | None = None
+
+    async def renew(self, newest: Membership) -> None:
+        """Take, or keep, the key, for a lease from the beginning of this call on; see `replication.lease`.
+
+        `newest` is the primary's record that counts. Raises OSError ESTALE: another term counts. EBUSY: another node
+        has the key. EUCLEAN: etcd has forgotten. ETIMEDOUT and all that `Etcd.call` raises.
         """
-        if self._lease is not None:
-            answer = await self._etcd.call("lease/keepalive", {"ID": self._lease})
-            if int(answer.get("result", {}).get("TTL", 0)) > 0:
-                return
-        granted = await self._etcd.call("lease/grant", {"TTL": str(math.ceil(lease_s))})
-        lease, key, name = str(granted["ID"]), _key(mirror, "primary"), _base64(self.node.encode())
-        put = [{"request_put": {"key": key, "value": name, "lease": lease}}]
-        absent = {"key": key, "target": "CREATE", "result": "EQUAL", "create_revision": "0"}
-        mine = {"key": key, "target": "VALUE", "result": "EQUAL", "value": name}
+        if self._lease is not None and not await self._is_alive(self._lease):
+            self._lease = None
+        if self._lease is not None and await self._is_held(self._lease, newest):
+            return
+        if self._lease is None:
+            granted = await self._etcd.call("lease/grant", {"TTL": str(math.ceil(self.lease_s))})
+            self._lease = _text(granted, "ID")
+        await self._take(self._lease, newest)
+
+    async def _is_alive(self, lease: str) -> bool:
+        answer = await self._etcd.call("lease/keepalive", {"ID": lease})
+        result = answer.get("result")
+        return isinstance(result, dict) and _number(result, "TTL") > 0
+
+    async def _is_held(self, lease: str, newest: Membership) -> bool:
+        key, holder = self._keys.of(self.mirror, "membership"), self._keys.of(self.mirror, "primary")
+        ours = {"key": holder, "target": "LEASE", "result": "EQUAL", "lease": lease}
+        read = [{"request_range": {"key": key}}]
+        answer = await self._etcd.call("kv/txn", {"compare": [ours], "success": read, "failure": read})
+        there, _ = self._keys.record(_ranges(answer, 1)[0], self.mirror)
+        self._judge(there, newest)
+        return bool(answer.get("succeeded"))
+
+    async def _take(self, lease: str, newest: Membership) -> None:
+        key, holder = self._keys.of(self.mirror, "membership"), self._keys.of(self.mirror, "primary")
+        name = _base64(self.node.encode())
+        answer = await self._etcd.call("kv/range", {"key": key})
+        there, revision = self._keys.record(answer, self.mirror)
+        self._judge(there, newest)
+        unchanged = {"key": key, "target": "MOD", "result": "EQUAL", "mod_revision": str(revision)}
+        absent = {"key": holder, "target": "CREATE", "result": "EQUAL", "create_revision": "0"}
+        mine = {"key": holder, "target": "VALUE", "result": "EQUAL", "value": name}  # of the process before this one
+        put = [{"request_put": {"key": holder, "value": name, "lease": lease}}]
         for condition in (absent, mine):
-            answer = await self._etcd.call("kv/txn", {"compare": [condition], "success": put})
+            answer = await self._etcd.call("kv/txn", {"compare": [condition, unchanged], "success": put})
             if answer.get("succeeded"):
-                self._lease = lease
                 return
-        raise OSError(errno.EBUSY, f"another node is primary of mirror {mirror}, by its lease in etcd")
+        raise OSError(errno.EBUSY, f"another node is primary of mirror {self.mirror}, by its lease in etcd")
+
+    def _judge(self, there: Membership | None, newest: Membership) -> None:
+        if there is None or there.place < newest.place:
+            raise OSError(FORGOTTEN, forgotten(there, {self.node: newest}))
+        if there.term != newest.term:
+            raise OSError(
+                errno.ESTALE,
+                f"node {there.primary or 'nobody'} is primary by the record {there.term.number}.{there.epoch} in etcd",
+            )
 
     async def release(self) -> None:
-        """Give the key back: after a demotion, or when this node has stopped serving."""
+        """Give the key back: after a demotion, or when this node has stopped serving. Raises OSError."""
         lease, self._lease = self._lease, None
         if lease is not None:
             await self._etcd.call("lease/revoke", {"ID": lease})
 
 
-def _key(mirror: str, what: str) -> str:
-    return _base64(f"{PREFIX}/{mirror}/{what}".encode())
+class _Keys:
+    """Names, and what is under them."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix.rstrip("/")
+
+    def of(self, mirror: str, what: str) -> str:
+        return _base64(f"{self.prefix}/{mirror}/{what}".encode())
+
+    def record(self, answer: dict[str, Any], mirror: str) -> tuple[Membership | None, int]:
+        """The record in the answer to a range, and its mod_revision; (None, 0) if there is none. Raises OSError."""
+        if not answer.get("kvs"):
+            return None, 0
+        try:
+            found = decode(_value(answer))
+            if found.mirror != mirror:
+                raise OSError(errno.EPROTO, f"it is of another mirror, {found.mirror[:64]}")
+            return found, _number(answer["kvs"][0], "mod_revision")
+        except OSError as error:
+            raise OSError(
+                errno.EPROTO,
+                f"the key {self.prefix}/{mirror}/membership in etcd has no record of this mirror: {error.strerror}; "
+                "find out who has written it, delete it, and `mirror promote --force`",
+            ) from None
 
 
 def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def _record(answer: dict[str, Any]) -> tuple[Membership | None, int]:
+def _senseless(answer: object) -> OSError:
+    return OSError(errno.EPROTO, f"etcd's answer makes no sense: {str(answer)[:120]}")
+
+
+def _value(answer: dict[str, Any]) -> bytes:
     try:
-        pairs = answer.get("kvs", [])
-        if not pairs:
-            return None, 0
-        return decode(base64.b64decode(pairs[0]["value"])), int(pairs[0]["mod_revision"])
-    except (KeyError, TypeError, ValueError, json.JSONDecodeError):
-        raise OSError(errno.EPROTO, f"etcd's answer makes no sense: {str(answer)[:120]}") from None
+        return base64.b64decode(answer["kvs"][0].get("value", ""))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        raise _senseless(answer) from None
+
+
+def _number(plain: Any, key: str) -> int:
+    """Those of 64 bits are strings in the gateway's JSON; zeros are left out."""
+    try:
+        return int(plain.get(key, 0))
+    except (TypeError, ValueError, AttributeError):
+        raise _senseless(plain) from None
+
+
+def _text(plain: dict[str, Any], key: str) -> str:
+    if not isinstance(plain.get(key), str):
+        raise _senseless(plain)
+    return str(plain[key])
+
+
+def _ranges(answer: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """What the ranges in a transaction have found. Raises OSError EPROTO."""
+    try:
+        found = [one["response_range"] for one in answer["responses"]]
+    except (KeyError, TypeError):
+        raise _senseless(answer) from None
+    if len(found) != count or not all(isinstance(one, dict) for one in found):
+        raise _senseless(answer)
+    return found

@@ -52,6 +52,8 @@ class Facts:
     """By leg id: the sentence of its split brain."""
     decision: Refused | SplitBrain | None = None
     """Why no node could become primary when it was tried last."""
+    arbiter: str | None = None
+    """Why the arbiter doesn't answer this node, where the mirror has one."""
     deposed: Term | None = None
     """This node was primary until a promise for this term fenced it."""
     left_behind: str | None = None
@@ -78,7 +80,7 @@ def explain(facts: Facts) -> Explanation:
         state = MirrorState.ONLINE
     else:
         state = MirrorState.DEGRADED
-    sentences = [_headline(facts, state, legs), *_about_legs(facts, legs)]
+    sentences = [_headline(facts, state, legs), *_about_legs(facts, legs), _about_arbiter(facts, served)]
     if facts.left_behind is not None:
         sentences.append(f"The leg here is left out: {facts.left_behind.rstrip('.')}.")
     return Explanation(legs, state, " ".join(one for one in sentences if one))
@@ -185,6 +187,10 @@ def _unproven(facts: Facts) -> str:
         if not is_majority(heard, record.voters):
             return f"below quorum: {_quorum_change(facts)}"
         return "a majority of the voters can be heard: `mirror promote` on a node with a leg in sync makes it primary"
+    if rule_of(record) == "etcd":
+        if facts.arbiter is not None:
+            return f"the arbiter, etcd, can't be asked: {facts.arbiter}"
+        return "`mirror promote` on a node with a leg in sync makes it primary once the lease of the last one is over"
     if silent:
         return (
             f"whether {_and([node for node in needed if node not in silent] or ['what can be heard'])} "
@@ -197,10 +203,23 @@ def _unproven(facts: Facts) -> str:
 def _quorum_change(facts: Facts) -> str:
     voters = facts.membership.voters
     silent = [node for node in voters if node in facts.unheard or node not in facts.voters]
+    if rule_of(facts.membership) == "etcd":
+        back = f", or {_and(silent)} can be heard again" if silent else ""
+        return f"It goes on when etcd answers{f' ({facts.arbiter})' if facts.arbiter is not None else ''}{back}."
     have, need = len(voters) - len(silent), len(voters) // 2 + 1
     if have >= need or not silent:
         return "It goes on as soon as a majority of the voters has answered."
     return f"It goes on when {need - have} more of {_or(silent)} can be heard ({have} of {len(voters)} voters are)."
+
+
+def _about_arbiter(facts: Facts, served: bool) -> str:
+    """What it means that etcd is away while the mirror is served all the same."""
+    if not served or facts.arbiter is None or rule_of(facts.membership) != "etcd":
+        return ""
+    return (
+        f"etcd can't be asked now ({facts.arbiter}): the mirror goes on as long as all legs in sync do; when one "
+        "fails, clients wait until etcd is back, and until then no other node can be primary."
+    )
 
 
 def _about_legs(facts: Facts, legs: Mapping[str, LegState]) -> list[str]:

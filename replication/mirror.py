@@ -572,12 +572,14 @@ class Mirror:
 
     async def begin(self) -> None:
         """Connect the legs in sync, make them equal, open the gate. Raises OSError: it can't be proven what is true."""
-        eligible = self.membership.in_sync
+        # All of these have what was acknowledged, also those that a record leaves out that isn't known to count. But
+        # whoever comes next may go on by that one: a leg that it has in sync, too, must be there, and stay.
+        needed = self.membership.in_sync
         for attempt in self.records.attempts:
-            eligible &= attempt.in_sync
+            needed &= attempt.in_sync
         # An NBD server proves nothing: a record without it comes next, and it gets what is recent by a resync.
-        eligible &= self.membership.terrace_ids
-        members = [self.members[leg_id] for leg_id in sorted(eligible)]
+        needed &= self.membership.terrace_ids
+        members = [self.members[leg_id] for leg_id in sorted(self.membership.in_sync & self.membership.terrace_ids)]
         with trio.move_on_after(self.membership.options.timeout_s):
             async with trio.open_nursery() as nursery:
                 for member in members:
@@ -588,8 +590,9 @@ class Mirror:
         here = [m for m in members if m.leg is not None]
         try:
             legs = [m.leg for m in here if m.leg is not None]
-            if not legs:
-                why = next((m.error.strerror for m in members if m.error is not None), "nobody answers")
+            if not needed & {m.info.id for m in here}:
+                lacking = [m for m in members if m.info.id in needed and m.error is not None]
+                why = next((m.error.strerror for m in lacking if m.error is not None), "nobody answers")
                 raise OSError(errno.EHOSTUNREACH, f"{self.name}: no leg in sync can be reached: {why}")
             intact = set()
             for member in here:

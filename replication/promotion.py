@@ -3,7 +3,7 @@
 `decide` is given what the voters have answered, and says what may be done. The proofs (see `replication.voters` for
 when a record counts):
 
-- etcd: the record there is the newest.
+- etcd: the record there is the newest, unless a node has a later one: etcd has forgotten that, and nothing is proven.
 - majority: a majority of the voters has promised; one of them has every record that counts.
 - all: each node with a leg in sync by the newest record that was seen has promised. Whatever counts after that record
   is stored at one of them at least, and without their promises nothing more comes to count.
@@ -30,6 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from replication.arbiter import behind, forgotten
 from replication.cluster import ClusterStore, Voter, VoterState
 from replication.lineage import Relation, both_histories, how_to_discard, relation, since_common
 from replication.membership import Generation, LegInfo, Membership, Term
@@ -100,13 +101,18 @@ def decide(
 ) -> Decision:
     """What node `me` may do with the promises of `heard` for `term`.
 
-    `unheard`: why other nodes have promised nothing, in words. `arbiter`: etcd's record.
+    `unheard`: why other nodes have promised nothing, in words. `arbiter`: etcd's record; None if it has none.
     """
     records = {node: state.accepted for node, state in heard.items() if state.accepted is not None}
     # Of a node that has heard of a record that supersedes its own, that one counts, and not its own.
     beyond = {node: state.superseded for node, state in heard.items() if state.superseded is not None}
-    known = [beyond.get(node, record) for node, record in records.items()]
-    newest = max(known, key=lambda one: one.place, default=None) if arbiter is None else arbiter
+    known = {node: beyond.get(node, record) for node, record in records.items()}
+    arbitrated = any(rule_of(record) == "etcd" for record in known.values())
+    if arbitrated and (later := behind(arbiter, known)):
+        if not force:
+            return Refused(forgotten(arbiter, later), frozenset(later) - {me})
+        arbiter = None
+    newest = max(known.values(), key=lambda one: one.place, default=None) if arbiter is None else arbiter
     if newest is None:
         return Refused(f"no node has a record of the mirror{_because(unheard)}", frozenset(unheard))
     mine = records.get(me, newest)
@@ -171,7 +177,7 @@ def _judge(
 ) -> Promote | Refused:
     rule = "etcd" if arbiter else rule_of(newest)
     if rule == "etcd" and not arbiter:
-        return Refused(f"the newest record is in etcd, which couldn't be read{_because(unheard)}")
+        return Refused(f"the newest record should be in etcd, and isn't{_because(unheard)}")
     alone = False
     if rule == "majority" and not is_majority(heard, newest.voters):
         silent = frozenset(newest.voters) - set(heard)
@@ -314,7 +320,6 @@ async def promote(
     before anything is decided; not used with `force`, by which an operator has decided. Raises OSError: ETIMEDOUT if it
     isn't known whether the record counts (then again, with another term), ESTALE if somebody else was faster.
     """
-    truth = await cluster.newest(mirror) if arbiter else None
     wait_s = max(timeout_s, patience_s)
     states, unheard = await _states(mirror, nodes, voter, wait_s)
     others = tuple(dict.fromkeys(node for node in _named_by(states) if node not in nodes))
@@ -329,6 +334,12 @@ async def promote(
                 await heard_of(record, node, served=state.primary_here and record is state.accepted)
         if me in states:
             states[me] = await voter(me).state(mirror)
+    # After the states: each record is in etcd before a node has it.
+    truth = await _arbiters(cluster, mirror) if arbiter else None
+    known = {node: state.superseded or state.accepted for node, state in states.items()}
+    records = {node: record for node, record in known.items() if record is not None}
+    if arbiter and not force and (later := behind(truth, records)):
+        return Refused(forgotten(truth, later), frozenset(later) - {me})
     term = new_term(list(states.values()), truth)
     alive = [node for node, state in states.items() if state.primary_here and node != me]
     if alive and not force:
@@ -356,6 +367,7 @@ async def promote(
         except OSError as error:
             failures[me] = error
     told = unheard | {node: error.strerror or str(error) for node, error in failures.items()}
+    truth = await _arbiters(cluster, mirror) if arbiter else None
     decision = decide(me, term, promised, told, arbiter=truth, force=force)
     if not isinstance(decision, Promote):
         return _while_alive(decision, {node: told[node] for node in failures if failures[node].errno == errno.EBUSY})
@@ -378,6 +390,16 @@ def _name_on(node: str, states: Mapping[str, VoterState]) -> str:
     accepted = states[node].accepted
     legs = accepted.legs_on(node) or accepted.legs if accepted is not None else ()
     return legs[0].export if legs else "POOL/VOL"
+
+
+async def _arbiters(cluster: ClusterStore, mirror: str) -> Membership | None:
+    """The arbiter's record; None if it has none. Raises OSError."""
+    try:
+        return await cluster.newest(mirror)
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        return None
 
 
 async def _states(

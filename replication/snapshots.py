@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import errno
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Final
 
 import trio
@@ -26,6 +27,8 @@ import trio
 from replication.leg import Leg, LegState
 from replication.mirror import Mirror
 
+PARTING_S: Final = 1.0
+"""So long what is cancelled may take to end."""
 REFUSALS: Final = frozenset(
     {
         *(errno.ENOSPC, errno.EDQUOT, errno.EEXIST, errno.EBUSY),
@@ -89,9 +92,7 @@ async def _take(
     """Under all barriers."""
     local = [mirror for mirror in ordered if any(leg.is_local for leg in _in_sync(mirror))]
     limit_s = max(TAKE_S, *(mirror.membership.options.timeout_s for mirror in ordered))
-    with trio.move_on_after(limit_s) as patience:
-        await here(local)
-    if patience.cancelled_caught:
+    if not await _ended(partial(here, local), limit_s):
         raise OSError(
             errno.ETIMEDOUT,
             f"this node's storage has not taken the snapshot within {limit_s:g} s; if it appears later it is of no "
@@ -113,6 +114,34 @@ async def _take(
             why = "; ".join(f"{mirror.membership.leg(leg).node}: {why}" for leg, why in lacking[mirror].items())
             raise OSError(errno.EIO, f"no leg of {mirror.name} has taken the snapshot ({why})")
     return lacking
+
+
+async def _ended(work: Callable[[], Awaitable[None]], limit_s: float) -> bool:
+    """Do it, for so long at most. False: it is cancelled, and left behind, since a disk that never answers can't be
+    cancelled; whoever waits for the barriers has to go on. Raises what it raises."""
+    ended, scope = trio.Event(), trio.CancelScope()
+    problem: list[Exception] = []
+
+    async def run() -> None:
+        try:
+            with scope:
+                await work()
+        except Exception as error:
+            problem.append(error)
+        finally:
+            ended.set()
+
+    trio.lowlevel.spawn_system_task(run)
+    try:
+        with trio.move_on_after(limit_s):
+            await ended.wait()
+    finally:
+        scope.cancel()
+        with trio.move_on_after(PARTING_S, shield=True):
+            await ended.wait()
+    if problem:
+        raise problem[0]
+    return ended.is_set() and not scope.cancelled_caught
 
 
 def _in_sync(mirror: Mirror) -> list[Leg]:

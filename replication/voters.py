@@ -168,7 +168,7 @@ class KeptVoter:
             return
         if said.primary_here:
             raise OSError(errno.EBUSY, f"node {self.node} is primary and alive: demote it there first")
-        needs_lease = rule_of(accepted) == "majority"
+        needs_lease = rule_of(accepted) != "all"
         primary = "of a later term" if later else f"node {accepted.primary}"
         left_s = self._lease.left_s(accepted.mirror, accepted.options.lease_s, since_start=needs_lease)
         if left_s > 0:

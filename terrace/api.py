@@ -17,7 +17,7 @@
     POST   /v1/pools/P/scrub                  {action: "start" | "pause" | "stop", rate?}
     GET    /v1/pools/P/volumes
     POST   /v1/pools/P/volumes                {name, size, policy?, filling?, mirror?: [{node, pool?}], quorum?,
-                                              timeout_s?, lease_s?}
+                                              timeout_s?, lease_s?, arbiter?: legs or etcd}
     GET    /v1/pools/P/volumes/V
     PATCH  /v1/pools/P/volumes/V              {size, shrink?}; a smaller size needs shrink, for it discards data
     DELETE /v1/pools/P/volumes/V[?snapshots=1]     and all its snapshots; without this it must have none; of a mirror
@@ -75,7 +75,7 @@ from terrace.definitions import Definitions
 from terrace.events import Events
 from terrace.exports import find_export, record_of, records_of
 from terrace.metrics import CONTENT_TYPE, Metrics
-from terrace.mirroradmin import MirrorAdmin, require_whole_blocks
+from terrace.mirroradmin import Arbiters, MirrorAdmin, require_whole_blocks
 from terrace.mirrorapi import MirrorApi, PlaceBody
 from terrace.mirrors import Mirrors
 from terrace.mirrorsnapshots import MirrorSnapshots, listed
@@ -172,6 +172,7 @@ class CreateVolumeBody(Body):
     quorum: Literal["suspend", "fail"] = "suspend"
     timeout_s: float = Field(Options().timeout_s, ge=0.1, le=60, allow_inf_nan=False)
     lease_s: float = Field(Options().lease_s, ge=0.1, le=60, allow_inf_nan=False)
+    arbiter: Arbiters = "legs"
 
 
 class ResizeBody(Body):
@@ -324,6 +325,7 @@ class Api:
         reset = request.query_params.get("reset") in ("1", "true")
         status = self._daemon.status(reset=reset)
         status["nodes"] = self._mirrors.peers.status()
+        status["arbiter"] = self._mirrors.arbiter.status()
         status["mirrors"] = await self._mirrors.statuses()
         return JSONResponse(status | {"pools": list(map(self._summary, self._pools.slots()))})
 
@@ -436,7 +438,7 @@ class Api:
                 if body.filling:
                     raise TierError(errno.EINVAL, "filling: mirror a volume once it is complete")
                 places = [place.place() for place in body.mirror]
-                options = Options(below_quorum=body.quorum, timeout_s=body.timeout_s, lease_s=body.lease_s)
+                options = Options(body.timeout_s, body.lease_s, body.quorum, body.arbiter)
                 await self._admin.create(pool, body.name, body.size, body.policy, places, options)
             else:
                 await pool.create_volume(body.name, body.size, body.policy, filling=body.filling)

@@ -11,12 +11,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
 from nbd.server import Limits
 from nbd.tls import TlsFiles
+from replication.etcd import PREFIX, judge_endpoint
 from terrace.access import ANY, Rule, require_address, require_subject
 from terrace.policies import PolicyConfig, ShownPolicy, require_policy_name, shown
 from terrace.schedule import Schedule
@@ -25,6 +26,9 @@ from terrace.scrubs import Plan
 from tiers import Policy
 from tiers.policy import DEFAULT, DEFAULT_NAME
 from tiers.settings import PoolSettings
+
+if TYPE_CHECKING:
+    from replication.etcdclient import Etcd
 
 
 def _as_address(text: str) -> str:
@@ -262,11 +266,73 @@ class PeerConfig(Section):
         return (self.subject,) if self.subject else (f"CN={name}",)
 
 
+def _is_endpoint(text: str) -> str:
+    try:
+        url = judge_endpoint(text)
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+    if url.scheme == "http" and not is_loopback(url.hostname or ""):
+        raise ValueError(f"{text} is not this host, and between hosts all is encrypted: write https://{url.netloc}")
+    return text.rstrip("/")
+
+
+class EtcdConfig(Section):
+    """[etcd]: the arbiter of mirrors that want one. Relative paths begin at the home."""
+
+    endpoints: list[Annotated[str, AfterValidator(_is_endpoint)]] = Field([], max_length=16)
+    ca: str = Field("", max_length=4095)
+    certificate: str = Field("", max_length=4095)
+    key: str = Field("", max_length=4095, validate_default=True)
+    user: str = Field("", max_length=255)
+    password_file: str = Field("", max_length=4095, validate_default=True)
+    prefix: str = Field(PREFIX, max_length=200)
+
+    @field_validator("key")
+    @classmethod
+    def _goes_with_its_certificate(cls, key: str, found: ValidationInfo) -> str:
+        if bool(key) != bool(found.data.get("certificate")):
+            raise ValueError("certificate and key go together: name both, or neither")
+        return key
+
+    @field_validator("password_file")
+    @classmethod
+    def _goes_with_its_user(cls, path: str, found: ValidationInfo) -> str:
+        if bool(path) != bool(found.data.get("user")):
+            raise ValueError("user and password_file go together: name both, or neither")
+        return path
+
+    @field_validator("prefix")
+    @classmethod
+    def _is_a_key(cls, prefix: str) -> str:
+        if not re.fullmatch(r"[!-~]+", prefix) or not prefix.strip("/"):
+            raise ValueError(f'"{prefix}" can\'t begin a key: write one such as "{PREFIX}"')
+        return prefix.rstrip("/")
+
+    def client(self, home: Path) -> Etcd:
+        """The client; its files are read when it is used."""
+        # A daemon without etcd needn't load what this does.
+        from replication.etcdclient import Etcd, EtcdLogin, EtcdTls
+
+        tls = EtcdTls(
+            home / self.ca if self.ca else None,
+            home / self.certificate if self.certificate else None,
+            home / self.key if self.key else None,
+        )
+        login = EtcdLogin(self.user, home / self.password_file) if self.user else None
+        return Etcd(self.endpoints, tls=tls, login=login)
+
+    def judge_files(self, home: Path) -> None:
+        """Raises OSError for one that can't be used."""
+        if self.endpoints:
+            self.client(home).judge_files()
+
+
 class Config(Section):
     """Everything that can be configured."""
 
     nbd: NbdConfig = NbdConfig()
     node: NodeConfig = NodeConfig()
+    etcd: EtcdConfig = EtcdConfig()
     peers: dict[str, PeerConfig] = Field(default_factory=dict)
     pool: PoolConfig = PoolConfig()
     space: SpaceConfig = SpaceConfig()

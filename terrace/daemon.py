@@ -44,6 +44,7 @@ from nbd.tls import TlsFiles, rehearse
 from nbd.wire import OPT_TERRACE
 from terrace.access import RuledExports
 from terrace.api import Api
+from terrace.arbiter import Arbiter
 from terrace.collector import settle_collector
 from terrace.config import Config, load_config
 from terrace.definitions import Definitions
@@ -105,6 +106,11 @@ def main(arguments: Sequence[str] | None = None, *, engine: type[Pool] = Pool) -
         print("\n".join(error.problems), file=sys.stderr)
         return 1
     if options.check_config:
+        try:
+            config.etcd.judge_files(home.path)
+        except OSError as error:
+            print(f"terraced: {error.strerror}", file=sys.stderr)
+            return 1
         print(f"{options.config or 'the default configuration'}: good")
         return 0
     _start_logging(config.log.level)
@@ -165,7 +171,7 @@ def _start_logging(level: str) -> None:
     stamp = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s "
     logging.basicConfig(stream=sys.stderr, level=level.upper(), format=stamp + "%(levelname)-7s %(name)s: %(message)s")
     # Their debug lines are about every request and say nothing about Terrace.
-    for chatty in ("asyncio", "hypercorn", "terrace.httpserver"):
+    for chatty in ("asyncio", "hypercorn", "terrace.httpserver", "httpx", "httpcore"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
@@ -333,10 +339,12 @@ class Service:
         """
         peers = Peers(self.config, self.home.path, version(), self._pool_names, self.events.add)
         keep = self.config.node.keep_before_resync
-        mirrors = Mirrors(self.pools, peers, self.home.path, self.events.add, keep_before_resync=keep)
+        arbiter = Arbiter(self.config.etcd, self.home.path, peers.node, self.events.add)
+        mirrors = Mirrors(self.pools, peers, self.home.path, self.events.add, arbiter, keep_before_resync=keep)
         async with trio.open_nursery() as around:
             # They end behind the server: what clients have in flight goes to other nodes over these.
             around.start_soon(peers.run)
+            around.start_soon(arbiter.run)
             await around.start(mirrors.run)
             left = await self._serve(clients, peers, mirrors)
             await mirrors.close()

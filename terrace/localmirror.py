@@ -22,6 +22,7 @@ from typing import Final, Protocol
 
 import trio
 
+from replication.arbiter import FORGOTTEN
 from replication.cluster import ClusterStore, Voter
 from replication.keeper import LegKeeper, LegRecord
 from replication.lease import PrimaryLease
@@ -35,8 +36,9 @@ from replication.mirror import Mirror
 from replication.nbdleg import NbdSite, unfenced
 from replication.promotion import Forced, Promote, promote
 from replication.replica import Replica
-from replication.voters import KeptVoter, rule_of
+from replication.voters import KeptVoter, in_sync_nodes, rule_of
 from replication.wire import LegOption
+from terrace.arbiter import Arbiter, HeldLease
 from terrace.keptstate import KeptState, is_kept_state
 from terrace.legstore import PoolLegStore
 from terrace.peers import Peers, Socket
@@ -74,6 +76,8 @@ class Surroundings(Protocol):
 
     def voter(self, node: str) -> Voter:
         """This node's, or a peer's."""
+
+    arbiter: Arbiter
 
     def cluster(self, membership: Membership) -> ClusterStore:
         """Where the mirror's record is made to count."""
@@ -129,6 +133,10 @@ class LocalMirror:
         self._leased: Membership
         """The record that the lease was judged by."""
         self._lease_voters: tuple[str, ...] = ()
+        self._held: HeldLease | None = None
+        """With an arbiter, in place of the other one."""
+        self._lapsed_at: float | None = None
+        """By trio's clock, since when requests wait for a lease."""
         self._needs_lease = False
         self._stirred = trio.Event()
         """Replaced when this node has ceased to be primary."""
@@ -236,6 +244,8 @@ class LocalMirror:
             return
         if self._wanted.is_set():
             self._force = self._force or force
+            if force and self._settled.is_set():
+                self._settled = trio.Event()  # that it can't be without force is known; what comes of this isn't yet
             if self._scope is not None and force:
                 self._scope.cancel()  # it may have waited for those that won't come
         else:
@@ -342,7 +352,7 @@ class LocalMirror:
             if self.problem is None or self.problem.strerror != left_behind.strerror:
                 self._node.tell("splitbrain", self.name, f"{self.name} can't be served here: {left_behind.strerror}")
             self.problem, still = left_behind, False
-        if self.problem is not None and restarts and still:
+        if self.problem is not None and (restarts or self.problem.errno == FORGOTTEN) and still:
             # It is the primary by all that is known, and only lacks a proof: others may come.
             self._tell_problem(self.problem)
             self._settled.set()
@@ -390,7 +400,8 @@ class LocalMirror:
         """The record with which this node is primary, which counts. Raises OSError."""
         membership = self.membership
         is_new, self._is_new = self._is_new, False
-        if is_new and membership.primary == self._node.peers.node and not force:
+        own = is_new and membership.primary == self._node.peers.node and not force
+        if own and await self._is_created(membership):
             # Nobody else knows of it. Only this once: begun again in the same term, it would write other records with
             # the places of those that it may have sent to new legs before.
             return membership
@@ -401,6 +412,7 @@ class LocalMirror:
             nodes_of_mirror(membership),
             self._node.voter,
             self._node.cluster(membership),
+            arbiter=membership.options.arbiter == "etcd",
             force=force,
             patience_s=timeout_s if membership.primary == self._node.peers.node else 0.0,
             timeout_s=min(ASK_S, timeout_s),
@@ -412,6 +424,18 @@ class LocalMirror:
             self._node.tell("mirror", self.name, f"{self.name} was promoted by force. {decision.may_lose}")
         return decision.membership
 
+    async def _is_created(self, first: Membership) -> bool:
+        """The arbiter, if there is one, knows a mirror that is just made. False: it knows a later record."""
+        if first.options.arbiter == "legs":
+            return True
+        try:
+            await self._node.cluster(first).create(first)
+        except OSError as error:
+            if error.errno != errno.EEXIST:
+                raise
+            return False
+        return True
+
     async def _serve(self, membership: Membership) -> None:
         """As primary of that term, until it ends."""
         await self.keeper.take_part()
@@ -419,6 +443,10 @@ class LocalMirror:
             self._lease = PrimaryLease(membership.options.lease_s, membership.voters)
             self._lease_voters = membership.voters
             self._leased, self._needs_lease = membership, rule_of(membership) != "all"
+            self._held = None
+            if membership.options.arbiter == "etcd":
+                self._held = self._node.arbiter.held(membership.mirror, membership.options.lease_s)
+            self._lapsed_at = None
             nursery.start_soon(self._heartbeats)
             mirror = ServedMirror(
                 self.name,
@@ -428,17 +456,26 @@ class LocalMirror:
                 store=self.store,
                 facts=self._facts,
                 may_serve=self._may_serve,
+                until_may_serve=self._until_may_serve,
                 description=f"mirror {membership.mirror[:8]}",
                 rotational=self.volume.rotational,
             )
             mirror.mirrored_volume = self.volume
             self.mirror = mirror
             nursery.start_soon(self._watch, mirror)
-            await mirror.run()
+            if self._held is not None:
+                nursery.start_soon(self._held.keep, lambda: mirror.membership, mirror.fence)
+            try:
+                await mirror.run()
+            finally:
+                if self._held is not None:
+                    await self._held.release()
             nursery.cancel_scope.cancel()
 
     def _may_serve(self) -> bool:
         """Asked for each request. Where a majority decides, only while a majority has heard this node lately."""
+        if self._held is not None:
+            return self._held.may_serve(self._nodes_in_sync)
         if self.mirror is not None and self.mirror.membership is not self._leased:
             membership = self._leased = self.mirror.membership
             self._needs_lease = rule_of(membership) != "all"
@@ -447,8 +484,37 @@ class LocalMirror:
                 self._lease = PrimaryLease(membership.options.lease_s, membership.voters)
         return not self._needs_lease or self._lease.may_serve
 
+    def _nodes_in_sync(self) -> frozenset[str]:
+        """By the record, or one that is being written."""
+        assert self.mirror is not None
+        records = (self.mirror.membership, *self.mirror.records.attempts)
+        return frozenset().union(*(in_sync_nodes(record) for record in records))
+
+    @property
+    def lease_over(self) -> str | None:
+        """Why nothing is answered though this node is primary: its lease is over. None: it isn't, or needs none."""
+        if not self.serves or self._may_serve():
+            return None
+        if self._held is None:
+            return "a majority of the voters has not answered this node lately"
+        problem = self._held.problem
+        why = f": {problem.strerror}" if problem is not None else ""
+        return f"neither etcd nor all nodes with a leg in sync have answered this node lately{why}"
+
+    async def _until_may_serve(self) -> None:
+        """One request waits a moment. Raises OSError EIO where they are to fail, and the lease is over for good."""
+        clock = trio.current_time
+        if self._may_serve():
+            return
+        assert self.mirror is not None
+        options = self.mirror.membership.options
+        self._lapsed_at = self._lapsed_at if self._lapsed_at is not None else clock()
+        if options.below_quorum == "fail" and clock() - self._lapsed_at > options.lease_s:
+            raise OSError(errno.EIO, f"{self.name}: below quorum: {self.lease_over}")
+        await trio.sleep(0.01)
+
     async def _beat(self) -> None:
-        lease, membership = self._lease, self.membership
+        lease, held, membership = self._lease, self._held, self.membership
         begun = lease.begin()
 
         async def one(node: str) -> None:
@@ -457,6 +523,8 @@ class LocalMirror:
             except OSError:
                 return
             lease.answered(node, begun)
+            if held is not None:
+                held.answered(node, begun)
 
         with trio.move_on_after(membership.options.lease_s):
             async with trio.open_nursery() as nursery:
@@ -471,7 +539,8 @@ class LocalMirror:
         """
         async with trio.open_nursery() as nursery:
             while True:
-                self._may_serve()  # takes a record with other voters in
+                if self._may_serve():  # takes a record with other voters in
+                    self._lapsed_at = None
                 nursery.start_soon(self._beat)
                 await trio.sleep(self.membership.options.lease_s / HEARTBEATS)
 

@@ -16,7 +16,7 @@ import json
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import trio
 
@@ -40,6 +40,8 @@ DELETE_S: Final = 30.0
 HAND_OVER_S: Final = 30.0
 DOUBT_S: Final = 10.0
 """So long it is waited for a record of which it isn't known whether it counts."""
+
+Arbiters = Literal["legs", "etcd"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class MirrorAdmin:
         """A new volume with a leg at each place. When it fails nothing is left behind, but what a record may have."""
         require_whole_blocks(f"{pool.name}/{name}", size_bytes)
         self._judge_places(places)
+        await self._require_arbiter(options)
         volume = await pool.create_volume(name, size_bytes, policy)
         mirror: LocalMirror | None = None
         try:
@@ -87,17 +90,30 @@ class MirrorAdmin:
                 if mirror is None:
                     await pool.delete_volume(name, mirrored=True)
                 elif not _may_have_others(mirror):
+                    record = mirror.membership
                     await self.mirrors.delete_local(mirror)
+                    await self.mirrors.forget_at_arbiter(record)
             raise
         self.mirrors.tell("mirror", volume.name, f"{volume.name} was made, mirrored to {_nodes(places)}")
         return mirror
 
-    async def add(self, pool: Pool, volume: Volume, place: Place, options: Options) -> LocalMirror:
-        """One more leg, of a volume that is mirrored or not."""
+    async def add(
+        self, pool: Pool, volume: Volume, place: Place, options: Options, *, arbiter: Arbiters | None = None
+    ) -> LocalMirror:
+        """One more leg, of a volume that is mirrored or not; only for one that isn't an `arbiter` may be chosen."""
         self._judge_places([place])
         mirror = self.mirrors.of(volume)
         if mirror is None:
-            return await self._add_first(pool, volume, place, options)
+            return await self._add_first(pool, volume, place, replace(options, arbiter=arbiter or "legs"))
+        options = mirror.membership.options
+        if arbiter not in (None, options.arbiter):
+            raise TierError(
+                errno.EINVAL,
+                f"{volume.name} is a mirror whose arbiter is {options.arbiter}, which is chosen when a volume becomes "
+                "a mirror: remove its other legs (`terrace volume mirror remove`), which leaves a plain volume, then "
+                f"add one with --arbiter {arbiter}",
+            )
+        await self._require_arbiter(options)
         if any(_is_same(leg, place) for leg in mirror.membership.legs):
             return mirror
         if len(mirror.membership.legs) >= MAX_LEGS:
@@ -122,13 +138,16 @@ class MirrorAdmin:
             raise TierError(errno.EBUSY, f"{volume.name} is not complete; mirror it once what fills it has ended")
         require_whole_blocks(volume.name, volume.size_bytes)
         self.require_unused(volume, "be made a mirror of")
+        await self._require_arbiter(options)
         mirror = await self._begin(pool, volume, options)
         try:
             await self._add_legs(mirror, [place])
         except BaseException:
             with trio.CancelScope(shield=True):
                 if not _may_have_others(mirror):
+                    record = mirror.membership
                     await self.mirrors.dissolve(mirror)
+                    await self.mirrors.forget_at_arbiter(record)
             raise
         self.mirrors.tell("mirror", volume.name, f"{volume.name} is mirrored to {place.node} now")
         return mirror
@@ -159,6 +178,7 @@ class MirrorAdmin:
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self.mirrors.dissolve(mirror)
+                await self.mirrors.forget_at_arbiter(record)
             raise
         return mirror
 
@@ -278,6 +298,7 @@ class MirrorAdmin:
         """
         served = await self.served(mirror)
         membership = served.membership
+        await self._require_arbiter(membership.options)
         going = [leg for leg in membership.legs if leg.place == node]
         if not going and node in membership.voters:
             await served.reconfigure(voters=tuple(voter for voter in membership.voters if voter != node))
@@ -313,7 +334,9 @@ class MirrorAdmin:
         self.mirrors.tell("mirror", mirror.name, f"the leg of {mirror.name} on {_named(Place(node))} was removed")
         mirrored = True
         if len(legs) == 1 and not mirror.volume.open_count:
+            record = mirror.membership
             await self.mirrors.dissolve(mirror)
+            left += await self.mirrors.forget_at_arbiter(record)
             mirrored = False
             await self._forget_at((*tie_breakers, self.mirrors.node), served.membership, whole=True)
         return {"removed": [leg.export for leg in going], "left": left, "mirrored": mirrored}
@@ -358,6 +381,7 @@ class MirrorAdmin:
         left = await self._delete_legs(others, record, whole=True, snapshots=snapshots)
         if record.primary == self.mirrors.node:
             await self._forget_at((*tie_breakers, self.mirrors.node), record, whole=True)
+            left += await self.mirrors.forget_at_arbiter(record)
         self.mirrors.tell("mirror", name, f"{name} was deleted with its {len(others)} other legs")
         return {"deleted": name, "left": left}
 
@@ -392,13 +416,14 @@ class MirrorAdmin:
             timeout_s=min(ASK_S, membership.options.timeout_s),
         )
         unheard = {node: error.strerror or str(error) for node, error in failures.items()}
-        term = new_term(list(states.values()))
+        truth = await self._arbiters(mirror)
+        term = new_term(list(states.values()), truth)
         me = self.mirrors.node
         alive = [node for node, state in states.items() if state.primary_here and node != me]
-        plain = decide(me, term, states, unheard)
+        plain = decide(me, term, states, unheard, arbiter=truth)
         if isinstance(plain, Promote) and not alive:
             return ""
-        forced = decide(me, term, states, unheard, force=True)
+        forced = decide(me, term, states, unheard, arbiter=truth, force=True)
         if isinstance(forced, Forced):
             return forced.may_lose
         if alive:
@@ -417,6 +442,7 @@ class MirrorAdmin:
                 errno.EINVAL, f"node {to} has no leg of {mirror.name}: it has {', '.join(nodes_of(membership.legs))}"
             )
         if mirror.serves:
+            await self._require_arbiter(membership.options)
             if not force:
                 self.require_unused(mirror.volume, "demote")
             served = await self.served(mirror)
@@ -574,6 +600,23 @@ class MirrorAdmin:
         if mirror.starting:
             return await mirror.serving()
         raise mirror.refusal()
+
+    async def _require_arbiter(self, options: Options) -> None:
+        """Else what needs a record would wait for it, and hold others up. Raises OSError with a sentence."""
+        if options.arbiter == "etcd":
+            await self.mirrors.arbiter.require()
+
+    async def _arbiters(self, mirror: LocalMirror) -> Membership | None:
+        """The arbiter's record; None if there is none, or no arbiter. Raises OSError."""
+        membership = mirror.membership
+        if membership.options.arbiter != "etcd":
+            return None
+        try:
+            return await self.mirrors.cluster(membership).newest(membership.mirror)
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            return None
 
     def _judge_places(self, places: Sequence[Place]) -> None:
         if not self.mirrors.node:

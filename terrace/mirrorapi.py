@@ -6,9 +6,10 @@ POST   /v1/nodes/N/drain                           {to?, dry_run?}; only of this
 GET    /v1/mirrors                                 all mirrors that have a leg here, as their primaries see them
 GET    /v1/pools/P/volumes/V/mirror                one of them
 GET    /v1/pools/P/volumes/V/mirror/explain        {state, legs, text}: what is wrong, what is waited for, what to do
-POST   /v1/pools/P/volumes/V/mirror/legs           {node, pool?, voter?}; one more leg, or the first but one;
-                                                       voter: no leg, only a say. A node may be an NBD URI here
-                                                       and below, percent-encoded in paths: a leg on any NBD server
+POST   /v1/pools/P/volumes/V/mirror/legs           {node, pool?, voter?, arbiter?}; one more leg, or the first but
+                                                       one; voter: no leg, only a say; arbiter: legs or etcd. A node
+                                                       may be an NBD URI here and below, percent-encoded in paths: a
+                                                       leg on any NBD server
 DELETE /v1/pools/P/volumes/V/mirror/legs/N[?force=1]   tells {removed, left, mirrored}
 POST   /v1/pools/P/volumes/V/mirror/promote        {force?, dry_run?}; dry_run tells {may_lose}
 POST   /v1/pools/P/volumes/V/mirror/demote         {to?, force?}
@@ -27,7 +28,7 @@ from starlette.routing import Route
 from replication.membership import Options
 from terrace.apikit import Body, Progress, Stream, read_body, route
 from terrace.localmirror import LocalMirror
-from terrace.mirroradmin import MirrorAdmin, Place
+from terrace.mirroradmin import Arbiters, MirrorAdmin, Place
 from terrace.mirrors import Mirrors
 from terrace.mirrorwords import explained
 from terrace.pools import Pools
@@ -47,6 +48,7 @@ class PlaceBody(Body):
 
 class AddBody(PlaceBody):
     voter: bool = False
+    arbiter: Arbiters | None = None
 
 
 class DrainBody(Body):
@@ -148,7 +150,7 @@ class MirrorApi:
             return await self._status(await self._admin.add_voter(self._one(request), body.node), 201)
         with self._pools.using(request.path_params["pool"]) as pool:
             volume = pool.volume(request.path_params["volume"])
-            mirror = await self._admin.add(pool, volume, body.place(), Options())
+            mirror = await self._admin.add(pool, volume, body.place(), Options(), arbiter=body.arbiter)
             return await self._status(mirror, 201)
 
     async def remove_leg(self, request: Request) -> Response:

@@ -28,6 +28,8 @@ from replication.orders import Known, Order, judge_deletion, judge_discard, judg
 from replication.voters import KeptVoter, LegsCluster, RemoteVoter
 from replication.voters import handlers as voter_handlers
 from replication.wire import LegOption
+from terrace.arbiter import UNCONFIGURED, Arbiter
+from terrace.config import EtcdConfig
 from terrace.localmirror import LocalMirror, ServedMirror, boot_id, nodes_of_mirror
 from terrace.mending import LegMender, heal_leg, read_block
 from terrace.peers import Handler, Peers, Socket
@@ -61,10 +63,12 @@ class Mirrors:
         peers: Peers,
         home: Path,
         tell: Callable[[str, str, str], None],
+        arbiter: Arbiter | None = None,
         *,
         keep_before_resync: bool = True,
     ) -> None:
         self.pools = pools
+        self.arbiter = arbiter or Arbiter(EtcdConfig(), home, peers.node, tell)
         self.peers = peers
         self.tell = tell
         self.boot = boot_id()
@@ -233,6 +237,18 @@ class Mirrors:
         return self._callers[node]
 
     def cluster(self, membership: Membership) -> ClusterStore:
+        legs = self._legs_cluster(membership)
+        return self.arbiter.cluster(legs) if membership.options.arbiter == "etcd" else legs
+
+    async def forget_at_arbiter(self, membership: Membership) -> list[str]:
+        """The mirror is no more, or never came to be; a sentence if something of it is left there."""
+        if membership.options.arbiter != "etcd":
+            await trio.lowlevel.checkpoint()
+            return []
+        left = await self.arbiter.forget(membership.mirror, self._legs_cluster(membership))
+        return [left] if left is not None else []
+
+    def _legs_cluster(self, membership: Membership) -> LegsCluster:
         async def known(mirror_id: str) -> Sequence[str]:
             await trio.lowlevel.checkpoint()
             return tuple(dict.fromkeys((self.node, *nodes_of_mirror(membership))))
@@ -285,6 +301,7 @@ class Mirrors:
     async def _create_leg(self, node: str, params: dict[str, Any]) -> Any:
         """A volume that is a leg. The same again does nothing; returns {export}."""
         membership = _membership(params)
+        await self._judge_arbiter(membership)
         leg, name, size = _text(params, "leg"), _text(params, "volume"), params.get("size_bytes")
         if type(size) is not int:
             raise OSError(errno.EINVAL, "leg.create: size_bytes is no whole number")
@@ -319,6 +336,21 @@ class Mirrors:
             self.adopt(pool, volume)
         self.tell("leg", volume.name, f"{volume.name} was made as a leg of a mirror of node {node}")
         return {"export": volume.name}
+
+    async def _judge_arbiter(self, membership: Membership) -> None:
+        """That this node asks the same arbiter as the primary, which has its record there. Raises OSError."""
+        if membership.options.arbiter != "etcd":
+            return
+        try:
+            await self.cluster(membership).newest(membership.mirror)
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            raise OSError(
+                errno.EINVAL,
+                f"the etcd that node {self.node} asks knows nothing of this mirror: endpoints and prefix under [etcd] "
+                "have to be of the same etcd on all nodes",
+            ) from None
 
     def _pool_for(self, wanted: object, like: str) -> Pool:
         """The pool of that name; else one called as the primary's, or the only one. Raises ENOENT."""
@@ -473,6 +505,7 @@ class Mirrors:
                     "epoch": None,
                     "token": None,
                     "voters": [],
+                    "arbiter": None,
                 },
                 **{"state": MirrorState.FAULTED.value, "waiting": None, "problem": error.strerror, "legs": []},
             }
@@ -498,11 +531,21 @@ class Mirrors:
             "epoch": membership.epoch,
             "token": membership.token,
             "voters": list(membership.voters),
+            "arbiter": self._arbiter_of(membership),
             "state": state,
-            "waiting": status.waiting if status is not None else None,
+            "waiting": (status.waiting or mirror.lease_over) if status is not None else None,
             "problem": mirror.problem.strerror if mirror.problem is not None else None,
             "legs": legs,
         }
+
+    def _arbiter_of(self, membership: Membership) -> dict[str, Any]:
+        """Who decides, and whether that one answers this node."""
+        if membership.options.arbiter != "etcd":
+            return {"kind": "legs", "answers": None, "problem": None}
+        status = self.arbiter.status()
+        if status is None:
+            return {"kind": "etcd", "answers": False, "problem": UNCONFIGURED}
+        return {"kind": "etcd", "answers": status["answers"], "problem": status["problem"]}
 
     def _leg_of_record(self, mirror: LocalMirror, leg: LegInfo) -> dict[str, Any]:
         """A leg as a node that isn't primary knows it."""

@@ -7,6 +7,7 @@ from typing import Any
 import trio
 
 from replication.explain import Explanation, Facts, Progress, explain
+from replication.promotion import Refused
 from replication.voters import ask
 from terrace.localmirror import LocalMirror, nodes_of_mirror
 from terrace.mirrors import Mirrors
@@ -34,6 +35,8 @@ async def explained(mirrors: Mirrors, mirror: LocalMirror) -> Explanation:
     }
     split = {leg.info.id: leg.error for leg in legs if leg.error is not None and leg.error.startswith("split brain")}
     await trio.lowlevel.checkpoint()
+    arbiter = status["arbiter"] if status["arbiter"] is not None and status["arbiter"]["kind"] == "etcd" else None
+    refusal = mirror.problem.strerror or "" if arbiter is not None and mirror.problem is not None else None
     return explain(
         Facts(
             name=mirror.name,
@@ -48,5 +51,7 @@ async def explained(mirrors: Mirrors, mirror: LocalMirror) -> Explanation:
             errors={leg.info.id: leg.error for leg in legs if leg.error is not None and leg.info.kind == "nbd"},
             split=split,
             left_behind=mirror.problem.strerror if mirror.is_left_behind and mirror.problem is not None else None,
+            arbiter=arbiter["problem"] if arbiter is not None and not arbiter["answers"] else None,
+            decision=Refused(refusal) if refusal is not None and served is None else None,
         )
     )

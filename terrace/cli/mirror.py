@@ -104,6 +104,7 @@ def _show(found: dict[str, Any], output: str) -> None:
             ("Here", f"{found['node']}, {found['role']}"),
             ("Size", format_size(found["size_bytes"])),
             *([("Voters", ", ".join(found["voters"]))] if len(found["voters"]) > 2 else []),
+            *_shown_arbiter(found["arbiter"]),
             ("Term", f"{found['term']}.{found['epoch']}"),
             *([("Next primary", found["token"])] if found["token"] else []),
             *([("Writes wait", found["waiting"])] if found["waiting"] else []),
@@ -141,6 +142,12 @@ def _snapshots(leg: dict[str, Any]) -> str:
     return f"{have} of {have + lacks}" if lacks else str(have)
 
 
+def _shown_arbiter(arbiter: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if arbiter is None or arbiter["kind"] == "legs":
+        return []
+    return [("Arbiter", f"{arbiter['kind']}, " + ("answers" if arbiter["answers"] else str(arbiter["problem"])))]
+
+
 @mirror.command()
 @_mirror_argument
 @output_option
@@ -160,19 +167,35 @@ def explain(context: Context, volume: tuple[str, str], output: str) -> None:
 @click.argument("place", type=LEG_PLACE, metavar="NODE[/POOL]|URI")
 @click.option("--wait", is_flag=True, help="Until the new leg is up to date.")
 @click.option("--voter", is_flag=True, help="No leg: NODE is a tie-breaker, with a say about who is primary.")
+@click.option(
+    "--arbiter",
+    type=click.Choice(["legs", "etcd"]),
+    help="Of a volume that isn't mirrored yet: who decides which node may serve it.",
+)
 @output_option
 @pass_context
 def add(
-    context: Context, volume: tuple[str, str], place: tuple[str, str | None], wait: bool, voter: bool, output: str
+    context: Context,
+    volume: tuple[str, str],
+    place: tuple[str, str | None],
+    wait: bool,
+    voter: bool,
+    arbiter: str | None,
+    output: str,
 ) -> None:
     """Give a volume one more leg, on NODE. One that isn't mirrored yet must have no clients for that moment.
 
     A URI such as nbd://host/export is a leg on any NBD server, which gets a copy of all data and decides nothing.
     """
     node, pool = place
+    if voter and arbiter is not None:
+        raise click.UsageError(
+            "--voter and --arbiter don't go together: a tie-breaker is added to a mirror that exists"
+        )
     with context.connect() as client:
         with patience(f"Adding a leg on {node}"):
-            found = client.request("POST", *_path(volume, "legs"), body={"node": node, "pool": pool, "voter": voter})
+            body = {"node": node, "pool": pool, "voter": voter} | ({"arbiter": arbiter} if arbiter else {})
+            found = client.request("POST", *_path(volume, "legs"), body=body)
         if wait and not voter:
             found = _follow(client, volume, node)
     if output == "json":

@@ -33,6 +33,7 @@ def status(context: Context, output: str) -> None:
             ("Memory", format_size(found["resident_bytes"])),
             ("Longest loop stall", f"{found['loop_stall_max_ms']:.1f} ms"),
             *(("NBD", uri) for uri in nbd["uris"]),
+            *_arbiter(found["arbiter"]),
             ("Requests", f"{total['requests']}, {total['errors']} of them answered with an error"),
             ("Transferred", f"{format_size(total['read_bytes'])} read, {format_size(total['written_bytes'])} written"),
         ]
@@ -67,6 +68,14 @@ def _export(connection: dict[str, Any]) -> str:
     if connection["kind"] == "takeover":
         return "(another node)"
     return connection["export"] or "(handshake)"
+
+
+def _arbiter(found: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Whether etcd answers, where it is configured."""
+    if found is None:
+        return []
+    how = f"answers in {1000 * found['latency_s']:.1f} ms" if found["answers"] else found["problem"]
+    return [("Arbiter", f"{found['kind']} at {', '.join(found['endpoints'])}: {how}")]
 
 
 def _show_mirrors(mirrors: list[dict[str, Any]]) -> None:

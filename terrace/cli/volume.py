@@ -49,6 +49,11 @@ def volume() -> None:
     metavar="SECONDS",
     help="So long a leg of a mirror may be silent before writes go on without it (5 unless said otherwise).",
 )
+@click.option(
+    "--arbiter",
+    type=click.Choice(["legs", "etcd"]),
+    help="Who decides which node may serve a mirror: its nodes themselves (the default), or etcd; see [etcd].",
+)
 @output_option
 @pass_context
 def create(
@@ -59,19 +64,20 @@ def create(
     places: tuple[tuple[str, str | None], ...],
     quorum: str | None,
     timeout_s: float | None,
+    arbiter: str | None,
     output: str,
 ) -> None:
     """Create a volume. It takes no space until it is written to."""
     pool, name = volume
-    if not places and (quorum is not None or timeout_s is not None):
-        raise click.UsageError("--quorum and --timeout are about a mirror: say --mirror NODE, too")
+    if not places and (quorum, timeout_s, arbiter) != (None, None, None):
+        raise click.UsageError("--quorum, --timeout and --arbiter are about a mirror: say --mirror NODE, too")
     if timeout_s is not None and math.isnan(timeout_s):
         raise click.UsageError("--timeout nan is no time; write seconds, from 0.5 to 60")
     with context.connect() as client, patience(f"Creating {pool}/{name}"):
         body: dict[str, Any] = {"name": name, "size": size, "policy": policy}
         if places:
             body["mirror"] = [{"node": node, "pool": there} for node, there in places]
-            asked = {"quorum": quorum, "timeout_s": timeout_s}
+            asked = {"quorum": quorum, "timeout_s": timeout_s, "arbiter": arbiter}
             body |= {key: value for key, value in asked.items() if value is not None}
         made = client.request("POST", "pools", pool, "volumes", body=body)
         uris = uris_of(client, made["name"])

@@ -21,11 +21,13 @@ import trio
 
 from terrace.certificates import make_authority, make_node
 from tests.cluster.network import Host, Network
+from tests.etcdserver import EtcdServer
 from tests.system.daemon import ApiError, Daemon, DaemonError
 from tiers import Pool
 
 CLIENT = "client"
 PORT = 10809
+ETCD_PORT = 2379
 POOL = "p"
 VOLUME = "p/v"
 TIMEOUT_S = 0.3
@@ -93,6 +95,8 @@ class Deployment(Protocol):
 
     names: Sequence[str]
     """Of all nodes."""
+    arbiter: str | None
+    """Another host, where etcd runs."""
 
     def create(self, nodes: Nodes, size_bytes: int) -> None: ...
 
@@ -129,6 +133,7 @@ class Nodes:
         self.directory = directory
         self.deployment = deployment
         self.by_name: dict[str, Node] = {}
+        self.etcd: EtcdServer | None = None
         self.last_primary: str | None = None
         """Who served when somebody looked last."""
         for name in deployment.names:
@@ -137,6 +142,7 @@ class Nodes:
     def __enter__(self) -> Nodes:
         try:
             self._make_certificates()
+            self._start_etcd()
             start_all(list(self.by_name.values()))
         except BaseException:
             self.__exit__()
@@ -146,6 +152,8 @@ class Nodes:
     def __exit__(self, *exc: object) -> None:
         for node in self.by_name.values():
             node.kill()
+        if self.etcd is not None:
+            self.etcd.kill()
 
     def __getitem__(self, name: str) -> Node:
         return self.by_name[name]
@@ -180,7 +188,25 @@ class Nodes:
             return "[nbd.tls]\nplaintext = true\n"
         peers = [f'[peers.{other}]\naddress = "{self.network.host(other).address}:{PORT}"\n' for other in others]
         # The load needs no secrets, and encrypts nothing; nodes do among themselves.
-        return f'[nbd.tls]\nmode = "allowed"\nplaintext = true\n[node]\nname = "{name}"\n' + "".join(peers)
+        text = f'[nbd.tls]\nmode = "allowed"\nplaintext = true\n[node]\nname = "{name}"\n' + "".join(peers)
+        if self.deployment.arbiter is not None:
+            files = 'ca = "tls/ca-cert.pem"\ncertificate = "tls/node-cert.pem"\nkey = "tls/node-key.pem"\n'
+            address = self.network.host(self.deployment.arbiter).address
+            text += f'[etcd]\nendpoints = ["https://{address}:{ETCD_PORT}"]\n{files}'
+        return text
+
+    def _start_etcd(self) -> None:
+        if self.deployment.arbiter is not None:
+            host = self.network.host(self.deployment.arbiter)
+            files = make_node(self.directory / "authority", host.name, [host.address], 2, here=False)
+            self.etcd = EtcdServer(
+                self.directory / host.name,
+                tls=files,
+                address=host.address,
+                port=ETCD_PORT,
+                wrap=host.command(),
+                reach=host.run,
+            )
 
     def _make_certificates(self) -> None:
         """One authority, and a certificate for each node, as `terrace tls` makes them."""
@@ -236,6 +262,7 @@ class Alone:
     """One node with a plain volume, which it always serves while it runs."""
 
     names: Sequence[str] = ("a",)
+    arbiter: str | None = None
 
     def create(self, nodes: Nodes, size_bytes: int) -> None:
         nodes.make_pool("a", size_bytes)
@@ -270,6 +297,7 @@ class Mirrored:
     """A mirror with a leg on each node."""
 
     names: Sequence[str] = ("a", "b")
+    arbiter: str | None = None
 
     @property
     def leg_count(self) -> int:
@@ -283,6 +311,7 @@ class Mirrored:
         mirror = [{"node": name, "pool": POOL} for name in others] + self.servers()
         body = {"name": VOLUME.partition("/")[2], "size": size_bytes, "mirror": mirror}
         body |= {"timeout_s": TIMEOUT_S, "lease_s": TIMEOUT_S}
+        body |= {"arbiter": "etcd" if self.arbiter is not None else "legs"}
         nodes.wait_for("connected", lambda: self._connected(nodes), 10)
         nodes[first].api("POST", f"/v1/pools/{POOL}/volumes", body)
 

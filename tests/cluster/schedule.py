@@ -33,10 +33,12 @@ PROFILES: Final[dict[str, Callable[[], Deployment]]] = {
     "two": Mirrored,
     "three": lambda: Mirrored(("a", "b", "c")),
     "server": WithServer,
+    "etcd": lambda: Mirrored(arbiter="e"),
 }
 NODE_FAULTS: Final = ("kill", "pause", "restart", "crash")
 ALL_FAULTS: Final = ("kill all", "crash all")
 LINK_FAULTS: Final = ("cut", "cut one way", "delay", "loss")
+ETCD_FAULTS: Final = ("kill etcd", "pause etcd", "cut etcd")
 MOVES: Final = ("promote", "demote and promote", "hand over", "kill and promote")
 
 
@@ -60,12 +62,17 @@ class Fault:
         return f"{self.begin_s:5.2f} s: {self.kind} {self.role}{link}{amount} for {self.length_s:.2f} s"
 
 
-def plan(seed: int, nodes: int, seconds: float) -> list[Fault]:
-    """The faults of a seed, in order. Most begin when the one before has ended, some before that."""
+def plan(seed: int, nodes: int, seconds: float, *, etcd: bool = False) -> list[Fault]:
+    """The faults of a seed, in order. Most begin when the one before has ended, some before that.
+
+    `etcd`: with those of etcd, which other faults may meet: its begin while those before go on.
+    """
     rng = random.Random(f"faults {seed} {nodes}")
     faults, at = [], rng.uniform(0.3, 0.8)
     while at < seconds:
         kinds = NODE_FAULTS * 2 + LINK_FAULTS + ((*MOVES, rng.choice(ALL_FAULTS)) if nodes > 1 else ())
+        if etcd:
+            kinds += ETCD_FAULTS * 2
         kind = rng.choice(kinds)
         length_s = rng.uniform(0.1, 0.25) if rng.random() < 0.3 else rng.uniform(0.3, 1.8)
         role = "primary" if nodes == 1 or rng.random() < 0.6 else "other"
@@ -81,7 +88,12 @@ def plan(seed: int, nodes: int, seconds: float) -> list[Fault]:
             }.get(kind, 0.0)
         elif kind in MOVES:
             role = "other" if kind == "promote" else "primary"
+        if kind in ETCD_FAULTS:
+            length_s = rng.uniform(0.3, 3.0)
         faults.append(Fault(kind, at, length_s, role, end, amount))
+        if kind in ETCD_FAULTS and rng.random() < 0.6:
+            at += rng.uniform(0.05, 0.5)
+            continue
         at += length_s * (rng.uniform(0.2, 0.9) if rng.random() < 0.2 else 1) + rng.uniform(0.1, 0.8)
     return faults
 
@@ -122,7 +134,8 @@ def run(seed: int, profile: str, seconds: float, directory: Path) -> Outcome:
     story = Story(profile, seed, seconds)
     nodes: Nodes | None = None
     try:
-        with contextlib.closing(deployment), Network([*deployment.names, CLIENT]) as network:
+        arbiter = [deployment.arbiter] if deployment.arbiter is not None else []
+        with contextlib.closing(deployment), Network([*deployment.names, CLIENT, *arbiter]) as network:
             nodes = Nodes(network, directory, deployment)
             with nodes:
                 return _live(nodes, story)
@@ -137,7 +150,7 @@ def _live(nodes: Nodes, story: Story) -> Outcome:
     nodes.deployment.create(nodes, SIZE_BYTES)
     oracle = Oracle(regions_of(SIZE_BYTES), story.seed)
     load = Load(nodes.network.host(CLIENT), nodes.addresses, VOLUME, oracle, story.seed)
-    faults = plan(story.seed, len(nodes.names), story.seconds)
+    faults = plan(story.seed, len(nodes.names), story.seconds, etcd=nodes.etcd is not None)
     story.began_s = time.monotonic()
     load.start()
     _carry_out(nodes, faults, load, story)
@@ -184,6 +197,8 @@ def _carry_out(nodes: Nodes, faults: Sequence[Fault], load: Load, story: Story) 
 
 def _begin(nodes: Nodes, fault: Fault, story: Story) -> Callable[[], None] | None:
     """Makes it happen; returns what ends it, or None if it can't happen now, or is over at once."""
+    if fault.kind in ETCD_FAULTS:
+        return _trouble_etcd(nodes, fault, story)
     name = _of_role(nodes, fault.role)
     if name is None:
         story.tell(f"no {fault.role} for: {fault}")
@@ -261,6 +276,47 @@ def _end_all(nodes: Nodes, fault: Fault, story: Story) -> Callable[[], None]:
     return start_again
 
 
+def _trouble_etcd(nodes: Nodes, fault: Fault, story: Story) -> Callable[[], None] | None:
+    """etcd is away, for all or for one node."""
+    etcd, host = nodes.etcd, nodes.deployment.arbiter
+    assert etcd is not None and host is not None
+    if fault.kind == "cut etcd":
+        name = _of_role(nodes, fault.role)
+        if name is None:
+            return None
+        story.tell(f"cut, {name} and etcd")
+        nodes.network.cut(name, host, both=True)
+
+        def join() -> None:
+            story.tell(f"{name} and etcd are joined again")
+            nodes.network.join(name, host, both=True)
+
+        return join
+    if etcd.process is None or etcd.paused:
+        story.tell(f"etcd is away already, and so there is no: {fault}")
+        return None
+    story.tell(fault.kind)
+    if fault.kind == "pause etcd":
+        etcd.pause()
+    else:
+        etcd.kill()
+
+    def end() -> None:
+        _heal_etcd(nodes, story)
+
+    return end
+
+
+def _heal_etcd(nodes: Nodes, story: Story) -> None:
+    etcd = nodes.etcd
+    if etcd is not None and etcd.process is None:
+        story.tell("start etcd")
+        etcd.start(wait=False)
+    elif etcd is not None and etcd.paused:
+        story.tell("resume etcd")
+        etcd.resume()
+
+
 def _break_link(network: Network, fault: Fault, a: str, b: str, story: Story) -> Callable[[], None]:
     if fault.kind == "cut one way" and fault.amount:
         a, b = b, a
@@ -311,6 +367,7 @@ def settle(nodes: Nodes, load: Load, story: Story) -> float:
     nodes.network.heal()
     for node in nodes.by_name.values():
         node.resume()
+    _heal_etcd(nodes, story)
 
     def served() -> str | None:
         load.check()

@@ -11,12 +11,15 @@ import pytest
 import trio
 
 from replication.cluster import ClusterStore
-from replication.membership import Membership, Term
+from replication.membership import Membership, Options, Term
 from tests.replication.stores import MIRROR, first_record
 
 
 class World(Protocol):
     """Nodes a, b, c with one truth."""
+
+    options: Options
+    """Of its mirror."""
 
     def cluster(self, node: str) -> ClusterStore:
         """The truth, seen and changed from there."""
@@ -36,7 +39,7 @@ def errno_of(refused: pytest.ExceptionInfo[OSError]) -> str:
 
 
 async def begun(world: World) -> Membership:
-    first = first_record("abc")
+    first = first_record("abc", options=world.options)
     await world.cluster("a").create(first)
     return first
 
@@ -65,7 +68,7 @@ def test_a_mirror_is_created_once(clusters: Clusters) -> None:
             first = await begun(world)
             await world.cluster("a").create(first)  # the answer was lost
             with pytest.raises(OSError, match="already") as refused:
-                await world.cluster("b").create(first_record("abc", primary="b"))
+                await world.cluster("b").create(first_record("abc", primary="b", options=world.options))
             assert errno_of(refused) == "EEXIST"
 
     trio.run(main)
@@ -126,7 +129,7 @@ def test_what_does_not_follow_is_refused(clusters: Clusters) -> None:
     async def main() -> None:
         async with clusters() as world:
             first = await begun(world)
-            other = first_record("abc", primary="b").next_epoch()
+            other = first_record("abc", primary="b", options=world.options).next_epoch()
             only_b = first.next_epoch(in_sync=frozenset("b"))
             with pytest.raises(OSError, match="successor") as refused:
                 await world.cluster("a").commit(other, expected=first)

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import trio
 import trio.testing
 
+from replication.cluster import ClusterStore
 from replication.lease import PrimaryLease
 from replication.lineage import are_apart
 from replication.membership import Generation, Membership, Options, Term
@@ -177,6 +178,8 @@ class ModelNode(Node):
 
 
 class World:
+    arbiter = False
+
     def __init__(self, seed: int, *, forces: bool) -> None:
         self.rng = random.Random(seed)
         legs, diskless = self.rng.choice(LAYOUTS)
@@ -190,7 +193,7 @@ class World:
         self.cuts: set[frozenset[str]] = set()
         self.numbers = 0
         self.sessions: dict[tuple[Term, str], int] = {}
-        first_options = Options(timeout_s=1.0, lease_s=0.8)
+        first_options = Options(timeout_s=1.0, lease_s=0.8, arbiter="etcd" if self.arbiter else "legs")
         self.first = first_record(legs, diskless=diskless, options=first_options)
         self.trace: Callable[[str], None] = lambda line: None
 
@@ -229,12 +232,16 @@ class World:
         for node in self.all.values():
             await node.voter.accept(self.first)
             await node.keeper.take_part()
+        await self.begin()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._as_node, "a", self._serve, self.first, "a")
             for _ in range(steps):
                 await trio.sleep(self.rng.choice([0.02, 0.1, 0.5, 2.0]))
                 self.step(nursery)
             nursery.cancel_scope.cancel()
+
+    async def begin(self) -> None:
+        """What else has to know the first record."""
 
     def step(self, nursery: trio.Nursery) -> None:
         rng, name = self.rng, self.rng.choice(sorted(self.all))
@@ -290,9 +297,12 @@ class World:
     async def _promote(self, me: str, force: bool) -> None:
         own = self.all[me].keeper.record.accepted
         decision = await promote(
-            me, MIRROR, sorted(self.all), self.nodes.voter(me), self.cluster(me), force=force, timeout_s=1.0,
+            *(me, MIRROR, sorted(self.all), self.nodes.voter(me), self.cluster(me)),
+            arbiter=self.arbiter,
+            force=force,
+            timeout_s=1.0,
             heard_of=partial(self._heard_of, me),
-        )  # fmt: skip
+        )
         self.oracle.splits += isinstance(decision, SplitBrain)
         self.trace(f"{trio.current_time():8.2f} promote {me} force={force}: {decision}")
         if not isinstance(decision, Promote):
@@ -324,27 +334,42 @@ class World:
     def cluster(self, me: str) -> Committing:
         return Committing(self, me)
 
+    def store(self, me: str) -> ClusterStore:
+        """Where records count."""
+        return self.nodes.cluster(me)
+
     # A primary
 
     async def _serve(self, me: str, record: Membership, source: str) -> None:
         node = self.all[me]
         node.demoting = False  # type: ignore[attr-defined]
-        leases = [PrimaryLease(record.options.lease_s, record.voters, trio.current_time)]
+        leases = [self.lease(record)]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._beat, me, record.term, leases)
+            nursery.start_soon(self.renew, me, record, leases[0])
             try:
                 record = await self._reconcile(me, record, source)
                 node.primary = True
                 while record.in_sync:
                     voters = record.voters
                     record = await self._turn(me, record, leases[-1])
-                    if record.voters != voters:
-                        leases.append(PrimaryLease(record.options.lease_s, record.voters, trio.current_time))
+                    if record.voters != voters and not self.arbiter:
+                        leases.append(self.lease(record))
             finally:
                 nursery.cancel_scope.cancel()
 
-    async def _beat(self, me: str, term: Term, leases: list[PrimaryLease]) -> None:
-        async def one(target: str, lease: PrimaryLease, begun: float) -> None:
+    def lease(self, record: Membership) -> Any:
+        """What `_beat` renews and `may_read` asks."""
+        return PrimaryLease(record.options.lease_s, record.voters, trio.current_time)
+
+    async def renew(self, me: str, record: Membership, lease: Any) -> None:
+        """Other tasks for the lease."""
+
+    def may_read(self, record: Membership, lease: Any) -> bool:
+        return rule_of(record) != "majority" or lease.may_serve
+
+    async def _beat(self, me: str, term: Term, leases: list[Any]) -> None:
+        async def one(target: str, lease: Any, begun: float) -> None:
             try:
                 await self.nodes.voter(me)(target).heartbeat(MIRROR, term)
                 lease.answered(target, begun)
@@ -413,7 +438,7 @@ class World:
                     raise
             await trio.sleep(0.1)
 
-    async def _turn(self, me: str, record: Membership, lease: PrimaryLease) -> Membership:
+    async def _turn(self, me: str, record: Membership, lease: Any) -> Membership:
         await trio.sleep(self.rng.choice([0.01, 0.05, 0.3]))
         what = self.rng.choice(["write"] * 10 + ["read"] * 4 + ["flush"] * 2 + ["resync"] * 2 + ["voters"])
         if getattr(self.all[me], "demoting", False):
@@ -452,11 +477,11 @@ class World:
         self.trace(f"{trio.current_time():8.2f} {me} acknowledges {number} under {record.place}")
         return record
 
-    def _read(self, me: str, record: Membership, lease: PrimaryLease) -> None:
+    def _read(self, me: str, record: Membership, lease: Any) -> None:
         node = self.all[me]
         if me not in record.in_sync or not node.keeper.allows(record.term):
             return
-        if rule_of(record) == "majority" and not lease.may_serve:
+        if not self.may_read(record, lease):
             return
         self.oracle.reads += 1
         missing = self.oracle.required(record) - node.data
@@ -555,7 +580,8 @@ class Committing:
 
     def __init__(self, world: World, node: str) -> None:
         self._world = world
-        self._cluster = world.nodes.cluster(node)
+        self._node = node
+        self._cluster = world.store(node)
 
     async def newest(self, mirror: str) -> Membership:
         return await self._cluster.newest(mirror)
@@ -564,10 +590,10 @@ class Committing:
         await self._cluster.create(first)
 
     async def commit(self, new: Membership, *, expected: Membership) -> None:
-        sides = f"{new.place} by {self._cluster.node}, in sync {sorted(new.in_sync)}, primary {new.primary}"
+        sides = f"{new.place} by {self._node}, in sync {sorted(new.in_sync)}, primary {new.primary}"
         if new.forced != "no":
             # From now on: should the answer be lost, it may still come to count.
-            self._world.oracle.force(new, self._world.all[self._cluster.node].data, trio.current_time())
+            self._world.oracle.force(new, self._world.all[self._node].data, trio.current_time())
         try:
             await self._cluster.commit(new, expected=expected)
         except OSError as error:
@@ -577,14 +603,16 @@ class Committing:
         self._world.oracle.commit(new)
 
 
-def explore(seed: int, *, steps: int = 40, trace: Callable[[str], None] | None = None) -> Oracle:
+def explore(
+    seed: int, *, steps: int = 40, trace: Callable[[str], None] | None = None, kind: type[World] = World
+) -> Oracle:
     """One run. Raises `Violated`; the seed decides all."""
     # As Hypothesis does it: trio's own order of tasks, which is random, follows the seed.
     trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[attr-defined]
     trio._core._run._r.seed(seed)  # type: ignore[attr-defined]
 
     async def run() -> Oracle:
-        world = World(seed, forces=seed % 3 == 2)
+        world = kind(seed, forces=seed % 3 == 2)
         world.trace = trace or world.trace
         await world.run(steps)
         return world.oracle

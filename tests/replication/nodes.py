@@ -12,7 +12,7 @@ import trio
 from replication.cluster import Voter, VoterState
 from replication.keeper import LegKeeper, LegRecord
 from replication.lease import Clock
-from replication.membership import Membership, Term
+from replication.membership import Membership, Options, Term
 from replication.voters import KeptVoter, LegsCluster
 from tests.replication.stores import MIRROR, MemoryStore
 
@@ -97,6 +97,7 @@ class Nodes:
 
     def __init__(self, names: str, carry: Carry | None = None, *, timeout_s: float = 2.0) -> None:
         self.all = {name: Node(name) for name in names}
+        self.options = Options()
         self.is_cut = False
         self._carry = carry or self._direct
         self._timeout_s = timeout_s

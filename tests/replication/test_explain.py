@@ -162,3 +162,41 @@ def test_a_node_with_the_last_good_leg_is_not_drained() -> None:
     assert last_leg_on("b", [("a", unproven), ("b", stale)]) is None
     may_have_all = last_leg_on("a", [("a", unproven), ("b", stale)])
     assert may_have_all is not None and "the one here may have all writes" in may_have_all
+
+
+WITH_ETCD = first_record("ab", options=Options(arbiter="etcd"))
+
+
+def test_a_mirror_that_is_whole_while_etcd_is_away() -> None:
+    found = explain(
+        facts(WITH_ETCD, serving=True, connected=frozenset("ab"), voters=said(WITH_ETCD, "a", "b"), arbiter="silent")
+    )
+    assert found.state is MirrorState.ONLINE
+    assert found.paragraph.endswith(
+        "all 2 legs have every acknowledged write. etcd can't be asked now (silent): the mirror goes on as long as all "
+        "legs in sync do; when one fails, clients wait until etcd is back, and until then no other node can be primary."
+    )
+
+
+def test_a_mirror_that_waits_for_etcd() -> None:
+    found = explain(
+        facts(
+            WITH_ETCD, serving=True, connected=frozenset("a"), unheard={"b": "gone"}, voters=said(WITH_ETCD, "a"),
+            suspended="its lease is over", arbiter="silent",
+        )
+    )  # fmt: skip
+    assert found.state is MirrorState.FAULTED
+    assert (
+        "lets writes wait, since its lease is over. It goes on when etcd answers (silent), or b can be heard again."
+        in (found.paragraph)
+    )
+
+
+def test_a_mirror_whose_primary_is_gone_and_that_etcd_decides_about() -> None:
+    unheard = {"a": "no route to host"}
+    found = explain(facts(WITH_ETCD, unheard=unheard, voters=said(WITH_ETCD, "b")))
+    assert "`mirror promote` on a node with a leg in sync makes it primary once the lease of the last one is over" in (
+        found.paragraph
+    )
+    found = explain(facts(WITH_ETCD, unheard=unheard, voters=said(WITH_ETCD, "b"), arbiter="silent"))
+    assert "The arbiter, etcd, can't be asked: silent." in found.paragraph

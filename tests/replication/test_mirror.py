@@ -649,6 +649,46 @@ def test_a_mirror_begins_anew_though_a_leg_has_stored_a_record_that_never_counte
     run(body)
 
 
+def test_a_mirror_begins_anew_with_a_leg_that_only_a_record_in_doubt_leaves_out() -> None:
+    """The arbiter was away when the record was written; then the other leg's machine went down, and lost something."""
+
+    async def body() -> None:
+        rig = Rig(2)
+
+        async def commit(new: Membership, *, expected: Membership) -> None:
+            await trio.sleep(0.1)
+            raise OSError(errno.ETIMEDOUT, "the arbiter is away")
+
+        whole = rig.cluster.commit
+        async with rig.running() as mirror:
+            await mirror.write(BLOCK_BYTES, block(9))
+            rig.cluster.commit = commit  # type: ignore[method-assign]
+            rig.store("a").failing = OSError(errno.EIO, "slow")
+            async with trio.open_nursery() as nursery:
+
+                @nursery.start_soon
+                async def client() -> None:
+                    with pytest.raises(OSError, match="cut"):
+                        await mirror.write(0, block(1))
+
+                await rig.until(lambda: any(one.in_sync == {"legb"} for one in mirror.records.attempts))
+                rig.nodes["b"].link.cut()
+            rig.store("b").image[BLOCK_BYTES] = 0
+            rig.store("a").failing, rig.intact = None, "a"
+            rig.cluster.commit = whole  # type: ignore[method-assign]
+            await trio.sleep(3)
+            assert mirror.lost, "whoever goes on by the record in doubt needs b: so does this one"
+            rig.nodes["b"].link.mend()
+            with trio.fail_after(60):
+                await mirror.write(0, block(2))
+            await rig.whole()
+            assert rig.store("a").image[0] == 2 and rig.store("a").image[BLOCK_BYTES] == 9
+            assert rig.store("a").image == rig.store("b").image
+            assert mirror.membership.in_sync == {"lega", "legb"} and not mirror.records.attempts
+
+    run(body)
+
+
 def test_a_write_that_waited_while_the_mirror_was_shrunk_is_refused_and_no_leg_is_lost() -> None:
     async def body() -> None:
         rig = Rig(2)

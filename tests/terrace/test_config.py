@@ -146,7 +146,7 @@ def test_what_is_no_window_of_hours_is_refused(text: str) -> None:
     [
         ("[nbd]\n\nlisen = []", 't.toml:3: nbd.lisen: unknown key; did you mean "listen"?'),
         ("# no\n[pol]", 't.toml:2: pol: unknown key; did you mean "pool"?'),
-        ("[x]", "t.toml:1: x: unknown key; valid here: nbd, node, peers, pool, space, scrub, fuse, log, policy"),
+        ("[x]", "t.toml:1: x: unknown key; valid here: nbd, node, etcd, peers, pool, space, scrub, fuse, log, policy"),
         ("nbd.listen = 1", 't.toml:1: nbd.listen: 1 is not a list such as ["127.0.0.1:10809"]'),
         (
             '[nbd.exports."p/v"]\nsubjects = "CN=a"',
@@ -281,3 +281,41 @@ def test_peers_are_known_by_the_name_in_their_certificate_unless_a_subject_is_gi
 def test_what_can_be_no_peer_is_refused_by_name(text: str, said: str) -> None:
     (problem,) = problems(text)
     assert said in problem
+
+
+def test_etcd_is_asked_where_the_file_says_and_as_whom(tmp_path: Path) -> None:
+    text = (
+        '[etcd]\nendpoints = ["https://e1:2379/", "http://[::1]:2379", "http://localhost:1"]\nca = "ca.pem"\n'
+        'certificate = "/c.pem"\nkey = "k.pem"\nuser = "t"\npassword_file = "secret"\nprefix = "mine/"'
+    )
+    etcd = parse_config(text, "t.toml").etcd
+    assert etcd.endpoints == ["https://e1:2379", "http://[::1]:2379", "http://localhost:1"]
+    assert etcd.prefix == "mine"
+    with pytest.raises(OSError, match=rf"{tmp_path}/ca\.pem, which \[etcd\] names, can't be read"):
+        etcd.judge_files(tmp_path)
+    Config().etcd.judge_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('endpoints = ["http://192.0.2.1:2379"]', "t.toml:2: etcd.endpoints: http://192.0.2.1:2379 is not this host"),
+        ('endpoints = ["http://e1:2379"]', "write https://e1:2379"),
+        ('endpoints = ["e1:2379"]', "'e1:2379' is no endpoint of etcd: write https://HOST:PORT"),
+        ('endpoints = ["https://e1:port"]', "is no endpoint of etcd"),
+        ('endpoints = ["https://"]', "is no endpoint of etcd"),
+        ('endpoints = ["https://e1:1/v3"]', "is no endpoint of etcd"),
+        ('endpoints = ["https://t:hush@e1:1/x"]', "has no user in it: give user and password_file"),
+        ('endpoints = "https://e1:1"', 'is not a list such as ["https://e1:1"]'),
+        ('certificate = "c"', "certificate and key go together"),
+        ('user = "t"', "user and password_file go together"),
+        ('password_file = "p"', "user and password_file go together"),
+        ('prefix = ""', "can't begin a key"),
+        ('prefix = "/"', "can't begin a key"),
+        ('prefix = "a b"', "can't begin a key"),
+        ('password = "hush"', "unknown key"),
+    ],
+)
+def test_what_can_be_no_etcd_is_refused_and_no_secret_is_shown(text: str, said: str) -> None:
+    (problem,) = problems("[etcd]\n" + text)
+    assert said in problem and "hush" not in problem

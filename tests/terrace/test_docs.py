@@ -68,8 +68,9 @@ def test_the_examples_of_configuration_are_good() -> None:
     assert len(parse_config(rules, "example").nbd.rules()) == 3
     (tls,) = re.findall(r"```toml\n(.*?)```", (DOCS / "nbd.md").read_text(), re.DOTALL)
     assert parse_config(tls, "example").nbd.tls.mode == "required"
-    (nodes,) = re.findall(r"```toml\n(.*?)```", (DOCS / "mirroring.md").read_text(), re.DOTALL)
+    nodes, etcd = re.findall(r"```toml\n(.*?)```", (DOCS / "mirroring.md").read_text(), re.DOTALL)
     assert parse_config(nodes, "example").peers.keys() == {"b"}
+    assert len(parse_config(etcd, "example").etcd.endpoints) == 3
 
 
 def commands(group: click.Group, path: str) -> list[str]:

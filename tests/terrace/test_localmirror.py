@@ -17,6 +17,7 @@ from replication.cluster import VoterState
 from replication.keeper import LegRecord
 from replication.membership import LegInfo, Options, Term
 from replication.voters import KeptVoter, LegsCluster
+from terrace.arbiter import HeldLease
 from terrace.localmirror import LocalMirror
 from tests.replication.stores import MemoryStore, first_record
 
@@ -199,3 +200,69 @@ def test_a_server_of_no_mirrors_is_left_out_until_who_was_primary_before_is_know
 async def trio_forever(mirror: LocalMirror) -> None:
     """A primary that has nothing to do."""
     await trio.sleep_forever()
+
+
+@pytest.mark.parametrize("policy", ["suspend", "fail"])
+def test_what_clients_of_a_primary_get_whose_lease_is_over(monkeypatch: pytest.MonkeyPatch, policy: Any) -> None:
+    """They wait; or, where the mirror says so, get errors a lease later. When it may serve again all is well."""
+
+    async def main() -> None:
+        record = first_record("ab", options=Options(lease_s=2.0, below_quorum=policy, arbiter="etcd"))
+        mirror = local_mirror(monkeypatch, MemoryStore(), LegRecord("a", accepted=record))
+        served: Any = SimpleNamespace(
+            membership=record, records=SimpleNamespace(attempts=[]), started=trio.Event(), ended=trio.Event()
+        )
+        served.started.set()
+        mirror.mirror = served
+        key: Any = SimpleNamespace(lease_s=2.0)
+        mirror._held = HeldLease(key)
+        mirror._held._clock = trio.current_time
+        mirror._held.problem = OSError(errno.ETIMEDOUT, "etcd is silent")
+
+        async def request() -> None:
+            while not mirror._may_serve():
+                await mirror._until_may_serve()
+
+        async def heartbeat() -> None:
+            begun = trio.current_time()
+            for node in "ab":
+                mirror._held.answered(node, begun)  # type: ignore[union-attr]
+            if mirror._may_serve():
+                mirror._lapsed_at = None
+
+        assert mirror.lease_over is not None and mirror.lease_over.endswith("lately: etcd is silent")
+        await heartbeat()
+        assert mirror.lease_over is None
+        await request()
+        await trio.sleep(2.0)
+        with trio.move_on_after(1.9) as waited:
+            await request()
+        assert waited.cancelled_caught
+        with trio.move_on_after(10) as waited:
+            if policy == "fail":
+                with pytest.raises(OSError, match="below quorum: neither etcd nor all nodes") as refused:
+                    await request()
+                assert refused.value.errno == errno.EIO
+            else:
+                await request()
+        assert waited.cancelled_caught is (policy == "suspend")
+        await heartbeat()
+        await request()
+        await trio.sleep(2.0)
+        with trio.move_on_after(1.9) as waited:
+            await request()
+        assert waited.cancelled_caught, "another lapse begins anew"
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_a_record_that_is_being_written_counts_for_whose_answers_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A candidate may find it in etcd, and go on with a leg that only it has in sync."""
+    alone = first_record("ab", in_sync="a", options=Options(arbiter="etcd"))
+    mirror = local_mirror(monkeypatch, MemoryStore(), LegRecord("a", accepted=alone))
+    both = alone.next_epoch(in_sync=frozenset("ab"))
+    served: Any = SimpleNamespace(membership=alone, records=SimpleNamespace(attempts=[]))
+    mirror.mirror = served
+    assert mirror._nodes_in_sync() == {"a"}
+    served.records.attempts.append(both)
+    assert mirror._nodes_in_sync() == {"a", "b"}

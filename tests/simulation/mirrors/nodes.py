@@ -17,7 +17,7 @@ import random
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import partial
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
 from unittest import mock
 
@@ -36,6 +36,8 @@ from replication.site import MirrorSettings
 from replication.voters import KeptVoter, LegsCluster, RemoteVoter
 from replication.voters import handlers as voter_handlers
 from replication.wire import CallsOption, LegOption, read_option
+from terrace.arbiter import Arbiter
+from terrace.config import EtcdConfig
 from terrace.localmirror import LocalMirror, ServedMirror, nodes_of_mirror
 from terrace.peers import Peers
 from tests.simulation.machine import Disk, Machine, PowerCutError
@@ -359,6 +361,7 @@ class Process:
         )
         self.handlers = voter_handlers(self.own_voter)
         self.tell = self._tell
+        self.arbiter = Arbiter(EtcdConfig(), Path("/nonexistent"), node.name, self._tell)
         self.local: LocalMirror | None = None
         self.pool: Pool | None = None
         self.nursery: trio.Nursery

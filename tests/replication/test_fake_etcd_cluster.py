@@ -1,0 +1,67 @@
+"""The etcd in memory that the model uses keeps the contract that the real one keeps."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+
+from replication.etcd import EtcdCluster, EtcdLease
+from replication.membership import Options, Term
+from tests.replication.cluster_contract import *  # noqa: F403
+from tests.replication.cluster_contract import Clusters, World
+from tests.replication.fakeetcd import FakeEtcd
+from tests.replication.nodes import Nodes
+from tests.replication.stores import MIRROR, first_record
+
+
+class FakeWorld(Nodes):
+    def __init__(self) -> None:
+        super().__init__("abc", timeout_s=0.3)
+        self.etcd = FakeEtcd()
+        self.options = Options(arbiter="etcd")
+
+    def cluster(self, node: str) -> EtcdCluster:  # type: ignore[override]
+        return EtcdCluster(node, self.etcd, super().cluster(node))
+
+    def cut(self) -> None:
+        super().cut()
+        self.etcd.is_cut = True
+
+    def heal(self) -> None:
+        super().heal()
+        self.etcd.is_cut = False
+
+
+@pytest.fixture
+def clusters() -> Clusters:
+    @asynccontextmanager
+    async def begin() -> AsyncIterator[World]:
+        yield FakeWorld()
+
+    return begin
+
+
+def test_the_fakes_leases_end_and_are_taken_over_as_those_of_the_real_one() -> None:
+    async def main() -> None:
+        world = FakeWorld()
+        first = first_record("abc", options=world.options)
+        await world.cluster("a").create(first)
+        a, b = (EtcdLease(node, world.etcd, MIRROR, 1.2) for node in "ab")
+        await a.renew(first)
+        await trio.sleep(1.9)
+        with pytest.raises(OSError, match="another node is primary"):
+            await b.renew(first)
+        await a.renew(first)
+        await trio.sleep(1.9)
+        new = first.next_term(Term(2, "2" * 16), "b", frozenset("abc"))
+        with pytest.raises(OSError, match="node a is primary and alive"):
+            await world.cluster("b").commit(new, expected=first)
+        await trio.sleep(0.2)
+        await world.cluster("b").commit(new, expected=first)
+        with pytest.raises(OSError, match="node b is primary by the record"):
+            await a.renew(first)
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
