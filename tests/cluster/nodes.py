@@ -114,6 +114,9 @@ class Deployment(Protocol):
     def copies(self) -> Sequence[str]:
         """The nodes that have one."""
 
+    def servers(self) -> Sequence[str]:
+        """The nodes that may serve, the one first that should."""
+
 
 class Nodes:
     """See the module. `with Nodes(network, directory, deployment) as nodes:` starts all, and kills them in the end."""
@@ -253,6 +256,9 @@ class Alone:
     def copies(self) -> Sequence[str]:
         return ("a",)
 
+    def servers(self) -> Sequence[str]:
+        return ("a",)
+
 
 @dataclass
 class Mirrored:
@@ -305,10 +311,13 @@ class Mirrored:
         if status is None:
             return f"the primary {primary} doesn't answer"
         states = {leg["node"]: (leg["state"], leg["error"]) for leg in status["legs"]}
-        is_whole = len(states) == len(self.names) and {state for state, _ in states.values()} == {"UpToDate"}
+        is_whole = len(states) == len(self.copies()) and {state for state, _ in states.values()} == {"UpToDate"}
         return None if is_whole else f"legs as {primary} says: {states}"
 
     def copies(self) -> Sequence[str]:
+        return self.names
+
+    def servers(self) -> Sequence[str]:
         return self.names
 
     def status(self, node: Node) -> dict[str, Any] | None:
@@ -319,8 +328,7 @@ class Mirrored:
             return None
         return found
 
-    @staticmethod
-    def _ask(node: Node, what: str, body: dict[str, Any]) -> str | None:
+    def _ask(self, node: Node, what: str, body: dict[str, Any]) -> str | None:
         if not node.answers:
             return f"{node.name} doesn't run"
         try:
@@ -330,3 +338,32 @@ class Mirrored:
                 raise
             return error.message
         return None
+
+
+@dataclass
+class Diskless(Mirrored):
+    """A mirror with legs on a and b, and a node c without a pool, which serves it first."""
+
+    names: Sequence[str] = ("a", "b", "c")
+
+    def create(self, nodes: Nodes, size_bytes: int) -> None:
+        Mirrored(("a", "b")).create(nodes, size_bytes)
+        refused = self.demote(nodes, "a", "c")
+        assert refused is None, refused
+
+    def promote(self, nodes: Nodes, name: str) -> str | None:
+        if name != "c":
+            return super().promote(nodes, name)
+        refused: str | None = "no node with a leg runs"
+        for source in self.copies():
+            if nodes[source].answers:
+                refused = self._ask(nodes[name], "promote", {"from": source})
+                if refused is None:
+                    break
+        return refused
+
+    def copies(self) -> Sequence[str]:
+        return ("a", "b")
+
+    def servers(self) -> Sequence[str]:
+        return ("c", "a", "b")
