@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import trio
 
 from replication.explain import Explanation, Facts, Progress, explain
 from replication.voters import ask
-from terrace.localmirror import LocalMirror, nodes_of_mirror
+from terrace.diskless import DisklessMirror
 from terrace.mirrors import Mirrors
+from terrace.primary import MirrorPart, nodes_of_mirror
 
 ASK_S = 1.5
 
 
-async def explained(mirrors: Mirrors, mirror: LocalMirror) -> Explanation:
+async def explained(mirrors: Mirrors, mirror: MirrorPart) -> Explanation:
     """What is wrong, what it waits for, and what would change it. Asks the voters; changes nothing."""
     membership = mirror.membership
     nodes = nodes_of_mirror(membership)
@@ -34,7 +36,7 @@ async def explained(mirrors: Mirrors, mirror: LocalMirror) -> Explanation:
     }
     split = {leg.info.id: leg.error for leg in legs if leg.error is not None and leg.error.startswith("split brain")}
     await trio.lowlevel.checkpoint()
-    return explain(
+    found = explain(
         Facts(
             name=mirror.name,
             membership=mirror.membership,
@@ -48,3 +50,7 @@ async def explained(mirrors: Mirrors, mirror: LocalMirror) -> Explanation:
             split=split,
         )
     )
+    if isinstance(mirror, DisklessMirror):
+        what = "serves it" if served is not None else "takes part in it"
+        found = replace(found, paragraph=f"{found.paragraph} Node {mirrors.node} {what} without a leg of its own.")
+    return found

@@ -45,7 +45,7 @@ def create(ctx: click.Context, context: Context, names: tuple[str, ...], group: 
     what = f"{len(volumes)} volumes of pool {pool}" if len(volumes) > 1 else f"{pool}/{volumes[0]}"
     with context.connect() as client, patience(f"Taking a snapshot of {what}"):
         taken = client.request("POST", "pools", pool, "snapshots", body={"name": name, "volumes": volumes})
-        uris = [uris_of(client, one["name"])[0] for one in taken[:1]]
+        uris = [_reached(client, one) for one in taken[:1]]
     if output == "json":
         show_json(taken)
     elif len(taken) == 1:
@@ -54,6 +54,13 @@ def create(ctx: click.Context, context: Context, names: tuple[str, ...], group: 
         for one in taken:
             click.echo(f"Snapshot {one['name']} shows {format_size(one['referenced_bytes'])}.")
         click.echo(f"All {len(taken)} are of one instant.")
+
+
+def _reached(client: ApiClient, one: dict[str, Any]) -> str:
+    """How to get a snapshot: its URI, or where it is, if this node has no leg of the mirror."""
+    if (there := one.get("on")) is not None:
+        return f"{there['export']} on node {there['node']}"
+    return uris_of(client, one["name"])[0]
 
 
 def _wanted(ctx: click.Context, names: Sequence[str], group: str | None) -> tuple[str, list[str], str]:
@@ -89,6 +96,7 @@ def list_snapshots(context: Context, place: tuple[str, str | None] | None, outpu
     with context.connect() as client, patience("Counting what snapshots share"):
         if place is None:
             names = [found["name"] for found in client.get("pools") if "volumes" in found]
+            names += client.get("diskless")
             found = [one for name in names for one in client.get("pools", name, "snapshots")]
         elif place[1] is None:
             found = client.get("pools", place[0], "snapshots")
@@ -122,6 +130,7 @@ def _kept_by(one: dict[str, Any]) -> str:
     parts += ["rollback"] if len(clones) < len(one["clones"]) else []
     parts += [f"clone {clones[0]}"] if len(clones) == 1 else [f"{len(clones)} clones"] if clones else []
     parts += [count(clients, "client")] if clients else []
+    parts += [f"on node {one['on']['node']}"] if "on" in one else []
     return ", ".join(parts) or "-"
 
 
