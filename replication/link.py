@@ -247,13 +247,17 @@ class RemoteLeg:
         return False
 
     async def read(self, offset: int, length: int, into: memoryview) -> None:
-        """See `Leg`."""
-        at = 0
-        while at < length:
-            size = min(length - at, wire.MAX_READ_BYTES)
-            data = await self._ask(Type.READ, wire.RANGE.pack(offset + at, size), limit=size)
+        """See `Leg`. Whole blocks are asked for, and what was not wanted of the first and the last one is left out."""
+        at, end = offset & -BLOCK_BYTES, offset + length
+        while at < end:
+            size = min(-(-(end - at) // BLOCK_BYTES) * BLOCK_BYTES, wire.MAX_READ_BYTES)
+            data = await self._ask(Type.READ, wire.RANGE.pack(at, size), limit=size)
             self._judge_length(data, size, "READ")
-            into[at : at + size] = data
+            first, stop = max(at, offset), min(at + size, end)
+            if stop - first == size:
+                into[first - offset : stop - offset] = data
+            else:
+                into[first - offset : stop - offset] = memoryview(data)[first - at : stop - at]
             at += size
 
     def _judge_length(self, answer: bytearray, expected: int, what: str) -> None:

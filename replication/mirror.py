@@ -580,10 +580,18 @@ class Mirror:
         # An NBD server proves nothing: a record without it comes next, and it gets what is recent by a resync.
         needed &= self.membership.terrace_ids
         members = [self.members[leg_id] for leg_id in sorted(self.membership.in_sync & self.membership.terrace_ids)]
-        with trio.move_on_after(self.membership.options.timeout_s):
+        timeout_s = self.membership.options.timeout_s
+        until = trio.current_time() + timeout_s
+        with trio.move_on_after(max(timeout_s, self.settings.first_leg_s)) as patience:
+
+            async def connect(member: Member) -> None:
+                await self._connect_member(member)
+                # The others have what is left of the time, and a moment more where the first one was late.
+                patience.deadline = min(patience.deadline, max(until, trio.current_time() + timeout_s / 2))
+
             async with trio.open_nursery() as nursery:
                 for member in members:
-                    nursery.start_soon(self._connect_member, member)
+                    nursery.start_soon(connect, member)
         for member in members:
             if member.leg is not None and member.leg.failure is not None:
                 member.error, member.leg = member.leg.failure, None  # gone again: it is excluded like one never heard

@@ -26,6 +26,9 @@ class MirrorSettings:
     retry_s: float = 0.05
     """The first wait before a leg is sought again, or a record committed again; it doubles."""
     retry_max_s: float = 5.0
+    first_leg_s: float = 0.0
+    """So long a beginning waits for its first leg, where that is longer than the timeout: for a primary that has
+    no leg itself, and so nothing to go on with."""
     resync: ResyncSettings = field(default_factory=ResyncSettings)
 
 

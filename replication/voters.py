@@ -651,7 +651,8 @@ class LegsCluster:
             await self._own(new)
 
     async def _has_own(self, new: Membership) -> bool:
-        if self.node in new.voters or new.legs_on(self.node):
+        # Also where it has neither leg nor say: by its own record it knows after a restart what it would from a leg.
+        if self.node in new.voters or new.legs_on(self.node) or self.node == new.primary:
             return True
         try:
             await self._voter(self.node).state(new.mirror)

@@ -70,8 +70,22 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from replication.membership import MAX_LEGS, Options
-from terrace.apikit import Body, Progress, Stream, error_response, plain, read_body, route
+from terrace.apikit import (
+    Body,
+    Progress,
+    ResizeBody,
+    Stream,
+    TakeBody,
+    TakeOneBody,
+    WhereBody,
+    error_response,
+    plain,
+    read_body,
+    require_shrink,
+    route,
+)
 from terrace.definitions import Definitions
+from terrace.disklessapi import DisklessApi
 from terrace.events import Events
 from terrace.exports import find_export, record_of, records_of
 from terrace.metrics import CONTENT_TYPE, Metrics
@@ -175,32 +189,12 @@ class CreateVolumeBody(Body):
     arbiter: Arbiters = "legs"
 
 
-class ResizeBody(Body):
-    size: Size
-    shrink: bool = False
-
-
 class PolicyBody(Body):
     policy: str
 
 
 class FillingBody(Body):
     filling: bool
-
-
-class WhereBody(Body):
-    local: bool = False
-    force: bool = False
-
-
-class TakeOneBody(WhereBody):
-    name: str
-    by_filler: bool = False
-
-
-class TakeBody(WhereBody):
-    name: str
-    volumes: list[str] = Field(min_length=1, max_length=4096)
 
 
 class ChangeSnapshotBody(Body):
@@ -272,11 +266,12 @@ class Api:
         """The ASGI application."""
         pool, volume = "/v1/pools/{pool}", "/v1/pools/{pool}/volumes/{volume}"
         snapshot = f"{volume}/snapshots/{{snapshot}}"
+        here = DisklessApi(self._mirrors, self._admin).or_here
         routes = [
             route("GET", "/v1/status", self.status),
             route("GET", "/v1/pools", self.list_pools),
             route("POST", "/v1/pools", self.create_pool),
-            route("GET", pool, self.show_pool),
+            route("GET", pool, here(self.show_pool)),
             route("DELETE", pool, self.delete_pool),
             route("POST", f"{pool}/open", self.open_pool),
             route("POST", f"{pool}/grow", self.grow_pool),
@@ -288,26 +283,26 @@ class Api:
             route("GET", "/v1/metrics", self.show_metrics),
             route("GET", f"{pool}/scrub", self.show_scrub),
             route("POST", f"{pool}/scrub", self.scrub_pool),
-            route("GET", f"{pool}/exports", self.list_exports),
-            route("GET", f"{pool}/exports/{{export}}", self.show_export),
-            route("GET", f"{pool}/volumes", self.list_volumes),
-            route("POST", f"{pool}/volumes", self.create_volume),
-            route("GET", volume, self.show_volume),
-            route("PATCH", volume, self.resize_volume),
-            route("DELETE", volume, self.delete_volume),
-            route("PUT", f"{volume}/policy", self.set_policy),
-            route("PUT", f"{volume}/filling", self.set_filling),
-            route("GET", f"{volume}/heat", self.show_heat),
-            route("POST", f"{volume}/promote", self.promote_volume),
-            route("GET", f"{pool}/snapshots", self.list_snapshots),
-            route("POST", f"{pool}/snapshots", self.take_snapshots),
-            route("GET", f"{volume}/snapshots", self.list_snapshots),
-            route("POST", f"{volume}/snapshots", self.take_snapshot),
-            route("GET", snapshot, self.show_snapshot),
-            route("PATCH", snapshot, self.change_snapshot),
-            route("DELETE", snapshot, self.delete_snapshot),
-            route("POST", f"{snapshot}/rollback", self.roll_back),
-            route("POST", f"{snapshot}/clone", self.clone_snapshot),
+            route("GET", f"{pool}/exports", here(self.list_exports)),
+            route("GET", f"{pool}/exports/{{export}}", here(self.show_export)),
+            route("GET", f"{pool}/volumes", here(self.list_volumes)),
+            route("POST", f"{pool}/volumes", here(self.create_volume)),
+            route("GET", volume, here(self.show_volume)),
+            route("PATCH", volume, here(self.resize_volume)),
+            route("DELETE", volume, here(self.delete_volume)),
+            route("PUT", f"{volume}/policy", here(self.set_policy)),
+            route("PUT", f"{volume}/filling", here(self.set_filling)),
+            route("GET", f"{volume}/heat", here(self.show_heat)),
+            route("POST", f"{volume}/promote", here(self.promote_volume)),
+            route("GET", f"{pool}/snapshots", here(self.list_snapshots)),
+            route("POST", f"{pool}/snapshots", here(self.take_snapshots)),
+            route("GET", f"{volume}/snapshots", here(self.list_snapshots)),
+            route("POST", f"{volume}/snapshots", here(self.take_snapshot)),
+            route("GET", snapshot, here(self.show_snapshot)),
+            route("PATCH", snapshot, here(self.change_snapshot)),
+            route("DELETE", snapshot, here(self.delete_snapshot)),
+            route("POST", f"{snapshot}/rollback", here(self.roll_back)),
+            route("POST", f"{snapshot}/clone", here(self.clone_snapshot)),
             route("GET", "/v1/policies", self.list_policies),
             route("GET", "/v1/policies/{policy}", self.show_policy),
             route("POST", "/v1/policies/reload", self.reload_policies),
@@ -335,6 +330,7 @@ class Api:
     async def create_pool(self, request: Request) -> Response:
         body = await read_body(request, CreatePoolBody)
         with explained():
+            self._mirrors.diskless.require_free(body.name)
             pool = await self._pools.create(body.name, body.specs(), force=body.force)
         return JSONResponse(self._summary(self._pools.slot(pool.name)), HTTPStatus.CREATED)
 
@@ -456,12 +452,7 @@ class Api:
         name = request.path_params["volume"]
         with self._pools.using(request.path_params["pool"]) as pool:
             now_bytes = pool.volume(name).size_bytes
-            if body.size < now_bytes and not body.shrink:
-                raise TierError(
-                    errno.EINVAL,
-                    f"{pool.name}/{name} has {format_size(now_bytes)}, and shrinking it to {format_size(body.size)} "
-                    "discards everything behind that for good; say --shrink if that is meant",
-                )
+            require_shrink(f"{pool.name}/{name}", now_bytes, body)
             mirror = self._mirrors.of(pool.volume(name))
             if mirror is None:
                 await pool.resize_volume(name, body.size)

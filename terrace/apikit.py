@@ -13,13 +13,15 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import pydantic
 import trio
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from terrace.schema import Size
+from terrace.sizes import format_size
 from tiers import TierError
 
 log = logging.getLogger("terrace.api")
@@ -32,6 +34,26 @@ _REPEAT_S = 5.0
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ResizeBody(Body):
+    size: Size
+    shrink: bool = False
+
+
+class WhereBody(Body):
+    local: bool = False
+    force: bool = False
+
+
+class TakeOneBody(WhereBody):
+    name: str
+    by_filler: bool = False
+
+
+class TakeBody(WhereBody):
+    name: str
+    volumes: list[str] = Field(min_length=1, max_length=4096)
 
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
@@ -96,6 +118,16 @@ def internal_error(error: Exception) -> OSError:
 def plain(status: Any) -> Any:
     """A dataclass as JSON's types."""
     return json.loads(json.dumps(dataclasses.asdict(status), default=str))
+
+
+def require_shrink(name: str, now_bytes: int, body: ResizeBody) -> None:
+    """Raises TierError EINVAL if a smaller size was not meant for sure."""
+    if body.size < now_bytes and not body.shrink:
+        raise TierError(
+            errno.EINVAL,
+            f"{name} has {format_size(now_bytes)}, and shrinking it to {format_size(body.size)} "
+            "discards everything behind that for good; say --shrink if that is meant",
+        )
 
 
 Handler = Callable[[Request], Awaitable[Response]]

@@ -41,8 +41,12 @@ class DaemonExports:
         self._http = http
 
     async def pools(self) -> Sequence[str]:
-        """The names of those that are open."""
-        return [pool["name"] for pool in await self._ask("pools") if pool["state"] in _OPEN_STATES]
+        """Names of those that are open, and the first parts of the names of mirrors that have no leg here."""
+        pools = [pool["name"] for pool in await self._ask("pools") if pool["state"] in _OPEN_STATES]
+        try:
+            return [*pools, *await self._ask("diskless")]
+        except FileNotFoundError:  # a terraced that was not upgraded yet
+            return pools
 
     async def exports(self, pool: str) -> Sequence[ExportRecord]:
         """Raises FileNotFoundError."""

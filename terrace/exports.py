@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -77,8 +77,44 @@ class OpenPools(Protocol):
         """Every volume of these."""
 
 
+class WithoutLeg(Protocol):
+    """A mirror that is served from here without a leg: `terrace.diskless.DisklessMirror`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    @property
+    def record(self) -> ExportRecord: ...
+
+    @property
+    def stood_for(self) -> StoodFor: ...
+
+    async def serving(self) -> Export:
+        """As `Mirrored.serving`."""
+
+
+class Diskless(Protocol):
+    """All of these: `terrace.disklessmirrors.DisklessMirrors`."""
+
+    def named(self, name: str) -> WithoutLeg | None: ...
+
+    def pools(self) -> list[str]:
+        """First parts of their names."""
+
+    def in_pool(self, pool: str) -> Sequence[WithoutLeg]: ...
+
+    def exported(self) -> Iterator[WithoutLeg]: ...
+
+
 class Mirrored(Protocol):
     """What stands for volumes that are legs of mirrors: `terrace.mirrors.Mirrors`."""
+
+    @property
+    def diskless(self) -> Diskless:
+        """Mirrors that have no leg here."""
 
     def is_exported(self, volume: Volume) -> bool:
         """Whether clients may have it from here, as a volume of its own or as a mirror."""
@@ -87,10 +123,24 @@ class Mirrored(Protocol):
         """The export under that volume's name. Raises OSError EBUSY for one that is served elsewhere."""
 
 
+class StoodFor(Protocol):
+    """The volume that a mirror is the export of, here or nowhere on this node: its clients are counted there."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def open_count(self) -> int: ...
+
+    def acquire(self) -> None: ...
+
+    def release(self) -> None: ...
+
+
 class MirrorExport(Export, Protocol):
     """An export that stands for a volume."""
 
-    mirrored_volume: Volume
+    mirrored_volume: StoodFor
 
 
 class PoolExports:
@@ -122,11 +172,30 @@ class PoolExports:
                 (snapshot.name, f"{format_size(snapshot.size_bytes)} snapshot, read-only")
                 for snapshot in by_volume.get(volume.name, ())
             ]
+        found += [(one.name, f"{format_size(one.size_bytes)} mirrored volume") for one in self._diskless()]
         return found
+
+    def _diskless(self) -> Sequence[WithoutLeg]:
+        return () if self._mirrored is None else tuple(self._mirrored.diskless.exported())
+
+    def _without_leg(self, name: str) -> WithoutLeg | None:
+        """The mirror of that name that has no leg here; by the empty name the only export that there is."""
+        if self._mirrored is None:
+            return None
+        if name:
+            return self._mirrored.diskless.named(name)
+        volumes = any(self._is_exported(volume) for volume in self._pools.open_volumes())
+        return others[0] if len(others := self._diskless()) == 1 and not volumes else None
 
     async def acquire(self, name: str, client: Client | None = None) -> Export:
         """See `find`."""
         await trio.lowlevel.checkpoint()
+        if (without_leg := self._without_leg(name)) is not None:
+            served = await without_leg.serving()
+            # No checkpoint since it was found to serve.
+            without_leg.stood_for.acquire()
+            begin_client()
+            return served
         try:
             export = self.find(name)
         except TierError as error:
@@ -159,7 +228,10 @@ class PoolExports:
     def identity(self, export: Export) -> str:
         """As in its `ExportRecord`."""
         kept = _behind(export)
-        return record_of(self._pools.pool(kept.name.partition("/")[0]), kept).identity
+        there = self._without_leg(kept.name)
+        if there is not None and there.stood_for is kept:
+            return there.record.identity
+        return record_of(self._pools.pool(kept.name.partition("/")[0]), cast("Volume | Snapshot", kept)).identity
 
     def release(self, export: Export) -> None:
         _behind(export).release()
@@ -180,12 +252,13 @@ class PoolExports:
 
     def _default(self) -> Volume:
         volumes = [volume for volume in self._pools.open_volumes() if self._is_exported(volume)]
-        if len(volumes) != 1:
-            raise FileNotFoundError(errno.ENOENT, f"there are {len(volumes)} volumes, so none is the default; name one")
+        number = len(volumes) + len(self._diskless())
+        if len(volumes) != 1 or number != 1:
+            raise FileNotFoundError(errno.ENOENT, f"there are {number} volumes, so none is the default; name one")
         return volumes[0]
 
 
-def _behind(export: Export) -> Volume | Snapshot:
-    """What the engine counts as used."""
-    volume: Volume | None = getattr(export, "mirrored_volume", None)
-    return cast("Volume | Snapshot", export) if volume is None else volume
+def _behind(export: Export) -> StoodFor:
+    """What counts as used."""
+    stood_for: StoodFor | None = getattr(export, "mirrored_volume", None)
+    return cast("StoodFor", export) if stood_for is None else stood_for

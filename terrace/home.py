@@ -2,6 +2,8 @@
 
 HOME/terraced.lock   held by the daemon for its life; contains its process id, for people
 HOME/pools/NAME/     one pool
+HOME/voters/         what this node knows of mirrors without a leg (`replication.voters`)
+HOME/mirrors/        which of those it serves (`terrace.diskless`)
 HOME/nbd.sock        NBD
 HOME/api.sock        the control API, mode 0600
 """

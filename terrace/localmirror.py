@@ -1,101 +1,44 @@
-"""One mirror as this node has it: the leg in a volume here, its record, and while this node is primary the mirror.
+"""One mirror as a node with a leg has it: the leg in a volume here, and its record.
 
 A `LocalMirror` lives as long as its volume is open. Its leg is served to whoever is primary elsewhere by its `replica`;
 who may write to it is decided by the leg's record alone (`replication.keeper`), so that a primary and a replica can't
 both: a promise to a later term ends what is of an earlier one.
 
-**As primary** it has one task, from the proof that this node may be (`replication.promotion`) to the mirror's end. The
-volume is exported as `ServedMirror` in that time, and not at all otherwise. What ends it: a demotion, a later term of
-another node, and the pool's close. After a demotion and a close the leg is declared clean, once nothing can write to it
-any more.
+While this node is primary, the mirror is served from here: `terrace.primary`. After a demotion and a close the leg is
+declared clean, once nothing can write to it any more.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
-import secrets
-from collections.abc import Callable, Iterable
-from functools import partial
-from pathlib import Path
-from typing import Final, Protocol
 
 import trio
 
-from replication.arbiter import FORGOTTEN
-from replication.cluster import ClusterStore, Voter
 from replication.keeper import LegKeeper, LegRecord
-from replication.lease import PrimaryLease
-from replication.leg import Leg, LegState, MirrorState
-from replication.lineage import are_apart, both_histories, how_to_discard
-from replication.link import RemoteLeg, open_remote_leg
-from replication.localleg import LocalSite
-from replication.members import LegFacts
-from replication.membership import LegInfo, Membership, Term
-from replication.mirror import Mirror
-from replication.nbdleg import NbdSite, unfenced
-from replication.promotion import Forced, Promote, promote
+from replication.leg import Leg, LegStore
+from replication.localleg import LocalLeg, LocalSite
+from replication.membership import LegInfo, Membership
 from replication.replica import Replica
-from replication.voters import KeptVoter, in_sync_nodes, rule_of
-from replication.wire import LegOption
-from terrace.arbiter import Arbiter, HeldLease
+from terrace.exports import StoodFor
 from terrace.keptstate import KeptState, is_kept_state
 from terrace.legstore import PoolLegStore
-from terrace.peers import Peers, Socket
+from terrace.primary import MirrorPart, Surroundings
 from tiers import Pool, Snapshot, Volume
 
 log = logging.getLogger("terraced")
 
-WAIT_S: Final = 8.0
-"""A client that asks for a mirror that is just being started waits so long: less than its handshake may take."""
-RETRY_S: Final = 2.0
-ASK_S: Final = 2.0
-"""So long other nodes have to answer, unless the mirror's own timeout is shorter."""
-WATCH_S: Final = 0.25
-HEARTBEATS: Final = 4
-"""So many in the time of one lease."""
 
-Tell = Callable[[str, str, str], None]
-
-
-class ServedMirror(Mirror):
-    """The export: a `Mirror` that knows the volume of its local leg."""
-
-    mirrored_volume: Volume
-
-
-class Surroundings(Protocol):
-    """What a `LocalMirror` needs of the node."""
-
-    peers: Peers
-    own_voter: KeptVoter
-    boot: str
-    tell: Tell
-    keep_before_resync: bool
-    """Whether a leg keeps its last consistent state while it is resynced."""
-
-    def voter(self, node: str) -> Voter:
-        """This node's, or a peer's."""
-
-    arbiter: Arbiter
-
-    def cluster(self, membership: Membership) -> ClusterStore:
-        """Where the mirror's record is made to count."""
-
-    def disconnect(self, export: str) -> int:
-        """Drop the clients of an export that is none any more; how many there were."""
-
-
-class LocalMirror:
+class LocalMirror(MirrorPart):
     """See the module. `run` has to be run."""
 
     def __init__(self, pool: Pool, volume: Volume, node: Surroundings, *, is_new: bool = False) -> None:
         """`is_new`: this node has just written its first record. Raises OSError EPROTO for one that makes no sense."""
+        super().__init__(node, is_new=is_new)
         self.pool = pool
         self.volume = volume
-        self.store = PoolLegStore(pool, volume)
+        self._store = PoolLegStore(pool, volume)
         self.keeper = LegKeeper(
-            self.store, LegRecord.decode(volume.mirror_record), node=node.peers.node, boot=node.boot
+            self._store, LegRecord.decode(volume.mirror_record), node=node.peers.node, boot=node.boot
         )
         self.kept = KeptState(
             pool, volume, node.tell, lambda: self.keeper.record.inconsistent, wanted=node.keep_before_resync
@@ -104,77 +47,49 @@ class LocalMirror:
         self.keeper.whole_again = self.kept.served
         self._site = LocalSite(self.keeper)
         self.replica = Replica(self.keeper, self._site.let_go)
-        self.mirror: ServedMirror | None = None
-        """While this node is primary, from before it serves."""
-        self.starting = False
-        """It is being found out whether this node may be primary."""
-        self.problem: OSError | None = None
-        """Why it isn't, where it should be."""
-        self.compared_in_full: set[str] = set()
-        """Legs, by id, whose writes were discarded: what differs there is known to nobody."""
-        self.nbd_sites: dict[str, NbdSite] = {}
-        """By the legs' ids. Each remembers what this process has sent to its server."""
-        self._servers: trio.Nursery
-        """Of connections to NBD servers, which may outlive the term in which they were made (`replication.nbdleg`)."""
-        self._fenced: dict[str, Term] = {}
-        """Nodes that are known not to write to NBD servers any more, and the term that they have promised."""
-        self._connected: dict[str, RemoteLeg] = {}
-        """By id, the last one of each: the mirror asks for facts of a leg before it takes it."""
-        self._node = node
-        self._is_new = is_new
-        self._settled = trio.Event()
-        """Neither starting nor about to."""
-        self._wanted = trio.Event()
-        self._force = False
-        self._scope: trio.CancelScope | None = None
-        self._closing = trio.Event()
-        self._gone = trio.Event()
-        self._lease: PrimaryLease
-        self._leased: Membership
-        """The record that the lease was judged by."""
-        self._lease_voters: tuple[str, ...] = ()
-        self._held: HeldLease | None = None
-        """With an arbiter, in place of the other one."""
-        self._lapsed_at: float | None = None
-        """By trio's clock, since when requests wait for a lease."""
-        self._needs_lease = False
-        self._stirred = trio.Event()
-        """Replaced when this node has ceased to be primary."""
-        self._told: dict[str, LegState] = {}
-        self._told_split: set[str] = set()
-        self._told_state: MirrorState | None = None
-        self._new: set[str] = set()
-        """Legs that were added and haven't been up to date yet, nor failed."""
-        accepted = self.keeper.record.accepted
-        self.problem = self._left_behind()
-        if accepted is not None and accepted.primary == node.peers.node and self.problem is None:
-            self.starting = True
-            self._wanted.set()
-        else:
-            self._settled.set()
+        self._begin_as_before()
 
     @property
     def name(self) -> str:
-        """POOL/VOL."""
         return self.volume.name
 
     @property
-    def membership(self) -> Membership:
-        """The newest record that is known here. Raises OSError ENODATA for a leg that was never given one."""
-        if self.mirror is not None:
-            return self.mirror.membership
-        accepted = self.keeper.record.accepted
-        if accepted is None:
-            raise OSError(errno.ENODATA, f"{self.name} is a leg of a mirror that it knows nothing of")
-        return accepted
+    def stood_for(self) -> StoodFor:
+        return self.volume
+
+    @property
+    def size_bytes(self) -> int:
+        return self.volume.size_bytes
+
+    @property
+    def policy_name(self) -> str:
+        return self.volume.policy_name
+
+    @property
+    def store(self) -> LegStore:
+        return self._store
 
     @property
     def me(self) -> str:
-        """The leg's id."""
         return self.keeper.record.me
 
+    @property
+    def accepted(self) -> Membership | None:
+        return self.keeper.record.accepted
+
+    @property
+    def intact(self) -> bool:
+        return self.keeper.intact
+
+    @property
+    def rotational(self) -> bool:
+        return self.volume.rotational
+
+    @property
+    def superseded(self) -> Membership | None:
+        return self.keeper.record.superseded
+
     def kept_state(self) -> str | None:
-        """POOL/VOL@SNAP of the last consistent state of a leg that is being resynced."""
         return self.kept.name if self.keeper.record.inconsistent else None
 
     def volume_snapshots(self) -> list[Snapshot]:
@@ -182,208 +97,27 @@ class LocalMirror:
         found = self.pool.snapshots(self.volume.short_name)
         return [one for one in found if not is_kept_state(one.short_name)]
 
-    def way_out(self) -> str:
-        """Behind a refusal to promote: what is left of a leg that was being resynced. Empty where nothing is."""
-        kept = self.kept_state()
-        if kept is None:
-            return ""
-        return (
-            f"; its last consistent state is kept as {kept}: `terrace volume clone {kept} {self.name}-rescued` makes a "
-            "volume of it"
-        )
-
     @property
-    def is_primary(self) -> bool:
-        """This node serves it, or is about to."""
-        return self.mirror is not None
+    def _leg_here(self) -> LocalLeg | None:
+        return self._site.open_leg
 
-    @property
-    def is_left_behind(self) -> bool:
-        """It is the other side of a split brain, and doesn't go on by itself; `problem` says it in a sentence."""
-        return self.mirror is None and self._left_behind() is not None
+    async def _beside(self) -> None:
+        await self.kept.run()
 
-    @property
-    def serves(self) -> bool:
-        """Clients may have it now."""
-        return self.mirror is not None and self.mirror.started.is_set() and not self.mirror.ended.is_set()
+    async def _take_part(self) -> None:
+        await self.keeper.take_part()
 
-    async def serving(self) -> ServedMirror:
-        """The export, for a client. Waits while it is started. Raises OSError EBUSY with who has it."""
-        with trio.move_on_after(WAIT_S):
-            while self.mirror is not None or self.starting:
-                if self.mirror is not None and self.mirror.started.is_set():
-                    return self.mirror
-                await trio.sleep(0.02)
-        raise self.refusal()
-
-    def refusal(self) -> OSError:
-        """Why clients may not have it here."""
-        if self.problem is not None:
-            return OSError(errno.EBUSY, f"{self.name} can't be served: {self.problem.strerror}")
-        accepted = self.keeper.record.accepted
-        primary = accepted.primary if accepted is not None else None
-        if primary is None:
-            return OSError(
-                errno.EBUSY,
-                f"{self.name} is a leg of a mirror that has no primary now: `terrace volume mirror promote "
-                f"{self.name}` makes this node the primary",
-            )
-        if primary == self._node.peers.node:
-            return OSError(errno.EBUSY, f"{self.name} is a mirror that is being started; try again in a moment")
-        return OSError(
-            errno.EBUSY,
-            f"{self.name} is a leg of a mirror whose primary is node {primary}: use it there, or promote it here with "
-            f"`terrace volume mirror promote {self.name}` once it is demoted there",
-        )
-
-    # -- becoming primary, and ceasing to be ---------------------------------------------------------------------
-
-    async def promote(self, *, force: bool = False) -> None:
-        """Become primary. Idempotent. Raises OSError with whom it would have to hear."""
-        if self.serves:
-            return
-        if self._wanted.is_set():
-            self._force = self._force or force
-            if force and self._settled.is_set():
-                self._settled = trio.Event()  # that it can't be without force is known; what comes of this isn't yet
-            if self._scope is not None and force:
-                self._scope.cancel()  # it may have waited for those that won't come
-        else:
-            self._force, self.problem = force, None
-            self.starting = True
-            self._settled = trio.Event()
-            self._wanted.set()
-        await self._settled.wait()
-        if not self.serves:
-            raise self.problem or self.refusal()
-
-    async def begin_anew(self) -> None:
-        """End as primary, and be it again in a later term, whatever others have: by an operator's order."""
-        if self._scope is not None:
-            self._force = True
-            mirror = self.mirror
-            self._settled = trio.Event()  # else `promote` takes the term that ends for the one that is to begin
-            self._scope.cancel()
-            while self.mirror is mirror and mirror is not None:
-                await self._stirred.wait()
-        await self.promote(force=True)
-
-    async def demote(self, token: str | None) -> None:
-        """Cease to be primary, cleanly; on return the leg is one as any other. Idempotent."""
-        mirror = self.mirror
-        if mirror is None:
-            return
-        await mirror.demote(token)
-        while self.mirror is mirror:
-            await self._stirred.wait()
-
-    async def close(self) -> None:
-        """End, and be clean; the volume is not written to from then on. Idempotent."""
-        if self._closing.is_set():
-            await self._gone.wait()
-            return
-        self._closing.set()
-        mirror = self.mirror
-        try:
-            if mirror is not None and mirror.started.is_set():
-                with trio.move_on_after(mirror.membership.options.timeout_s):
-                    await mirror.stop()
-        except OSError as error:
-            log.warning("%s: not all is durable everywhere: %s", self.name, error.strerror)
-        finally:
-            # Also where this is cancelled: `run` has to end, since others wait for that.
-            self._settled.set()
-            self._wanted.set()
-            if self._scope is not None:
-                self._scope.cancel()
-        await self._gone.wait()
-
-    async def run(self) -> None:
-        """The task: primary whenever that is wanted, until `close`."""
-        if self.problem is not None:
-            self._node.tell("splitbrain", self.name, f"{self.name} can't be served here: {self.problem.strerror}")
-        try:
-            async with trio.open_nursery() as self._servers:
-                self._servers.start_soon(self.kept.run)
-                while not self._closing.is_set():
-                    await self._wanted.wait()
-                    if self._closing.is_set():
-                        break
-                    await self._be_primary()
-                self._servers.cancel_scope.cancel()
-            try:
-                await self.replica.stop()
-            except OSError as error:
-                log.warning("%s: can't be declared clean: %s", self.name, error.strerror)
-        finally:
-            self.mirror, self.starting = None, False
-            self._settled.set()
-            self._gone.set()
-
-    async def _be_primary(self) -> None:
-        """Prove that this node may be, and serve until that ends."""
-        restarts = self.keeper.record.accepted is not None and self.keeper.record.accepted.primary == (
-            self._node.peers.node
-        )
-        force, self._force = self._force, False
-        with trio.CancelScope() as self._scope:
-            try:
-                membership = await self._proven(force=force)
-                self.problem = None
-                await self._serve(membership)
-            except* OSError as group:
-                self.problem = _first(group)
-        self._scope = None
-        mirror, self.mirror = self.mirror, None
-        self._stirred.set()
-        self._stirred = trio.Event()
-        if mirror is not None:
-            dropped = self._node.disconnect(self.name)
-            log.info("%s: no longer served from here; %d clients were disconnected", self.name, dropped)
-        self.starting = False
-        if self._closing.is_set():
-            return
-        await self._settle_as_replica()
-        accepted = self.keeper.record.accepted
-        if self._force:
-            return  # a forced promotion has come while an ordinary one waited
-        still = accepted is not None and accepted.primary == self._node.peers.node
-        if restarts and (left_behind := self._left_behind()) is not None:
-            if self.problem is None or self.problem.strerror != left_behind.strerror:
-                self._node.tell("splitbrain", self.name, f"{self.name} can't be served here: {left_behind.strerror}")
-            self.problem, still = left_behind, False
-        if self.problem is not None and (restarts or self.problem.errno == FORGOTTEN) and still:
-            # It is the primary by all that is known, and only lacks a proof: others may come.
-            self._tell_problem(self.problem)
-            self._settled.set()
-            with trio.move_on_after(RETRY_S) as self._scope:
-                await trio.sleep_forever()
-            self._scope = None
-            return
-        self._wanted = trio.Event()
-        self._settled.set()
-
-    def _left_behind(self) -> OSError | None:
-        """Why this node doesn't go on by itself though it was primary by its own record: the other side of a split
-        brain has been heard of. Only an operator decides that."""
-        record = self.keeper.record
-        accepted, other = record.accepted, record.superseded
-        if accepted is None or other is None:
-            return None
-        there = other.legs_on(other.primary) if other.primary is not None else other.legs
-        if not are_apart(accepted, record.me, other, there[0].id if there else ""):
-            return None
-        me = self._node.peers.node
-        sides = both_histories(other, accepted, f"node {other.primary}", f"node {me}")
-        return OSError(
-            errno.EUCLEAN,
-            f"split brain: {sides}; it doesn't go on here by itself any more. Decide whose writes are lost: "
-            f"{how_to_discard(other, me)}; `terrace volume mirror promote {self.name} --force` here gives up theirs",
-        )
+    async def _open_here(self, nursery: trio.Nursery, info: LegInfo, membership: Membership) -> Leg:
+        # What a session of an earlier primary was just writing here must not land on what this one writes.
+        await self.replica.fenced(membership.term)
+        leg = await self._site.open(nursery, info, membership.term)
+        for site in self.nbd_sites.values():
+            site.follow(leg)
+        return leg
 
     async def _settle_as_replica(self) -> None:
         """After a demotion nothing writes here any more, and all that was written is durable: the leg is clean."""
-        accepted = self.keeper.record.accepted
+        accepted = self.accepted
         if accepted is None or accepted.primary is not None:
             return
         try:
@@ -391,328 +125,5 @@ class LocalMirror:
         except OSError as error:
             log.warning("%s: can't be declared clean: %s", self.name, error.strerror)
 
-    def _tell_problem(self, problem: OSError) -> None:
-        if self._told_state is not MirrorState.FAULTED:
-            self._told_state = MirrorState.FAULTED
-            self._node.tell("mirror", self.name, f"mirror {self.name} can't be served here: {problem.strerror}")
-
-    async def _proven(self, *, force: bool) -> Membership:
-        """The record with which this node is primary, which counts. Raises OSError."""
-        membership = self.membership
-        is_new, self._is_new = self._is_new, False
-        own = is_new and membership.primary == self._node.peers.node and not force
-        if own and await self._is_created(membership):
-            # Nobody else knows of it. Only this once: begun again in the same term, it would write other records with
-            # the places of those that it may have sent to new legs before.
-            return membership
-        timeout_s = membership.options.timeout_s
-        decision = await promote(
-            self._node.peers.node,
-            membership.mirror,
-            nodes_of_mirror(membership),
-            self._node.voter,
-            self._node.cluster(membership),
-            arbiter=membership.options.arbiter == "etcd",
-            force=force,
-            patience_s=timeout_s if membership.primary == self._node.peers.node else 0.0,
-            timeout_s=min(ASK_S, timeout_s),
-            heard_of=self._node.own_voter.heard_of,
-        )
-        if not isinstance(decision, Promote):
-            raise OSError(errno.EBUSY, decision.sentence + self.way_out())
-        if isinstance(decision, Forced):
-            self._node.tell("mirror", self.name, f"{self.name} was promoted by force. {decision.may_lose}")
-        return decision.membership
-
-    async def _is_created(self, first: Membership) -> bool:
-        """The arbiter, if there is one, knows a mirror that is just made. False: it knows a later record."""
-        if first.options.arbiter == "legs":
-            return True
-        try:
-            await self._node.cluster(first).create(first)
-        except OSError as error:
-            if error.errno != errno.EEXIST:
-                raise
-            return False
-        return True
-
-    async def _serve(self, membership: Membership) -> None:
-        """As primary of that term, until it ends."""
-        await self.keeper.take_part()
-        async with trio.open_nursery() as nursery:
-            self._lease = PrimaryLease(membership.options.lease_s, membership.voters)
-            self._lease_voters = membership.voters
-            self._leased, self._needs_lease = membership, rule_of(membership) != "all"
-            self._held = None
-            if membership.options.arbiter == "etcd":
-                self._held = self._node.arbiter.held(membership.mirror, membership.options.lease_s)
-            self._lapsed_at = None
-            nursery.start_soon(self._heartbeats)
-            mirror = ServedMirror(
-                self.name,
-                membership,
-                self._node.cluster(membership),
-                partial(self._connect, nursery),
-                store=self.store,
-                facts=self._facts,
-                may_serve=self._may_serve,
-                until_may_serve=self._until_may_serve,
-                description=f"mirror {membership.mirror[:8]}",
-                rotational=self.volume.rotational,
-            )
-            mirror.mirrored_volume = self.volume
-            self.mirror = mirror
-            nursery.start_soon(self._watch, mirror)
-            if self._held is not None:
-                nursery.start_soon(self._held.keep, lambda: mirror.membership, mirror.fence)
-            try:
-                await mirror.run()
-            finally:
-                if self._held is not None:
-                    await self._held.release()
-            nursery.cancel_scope.cancel()
-
-    def _may_serve(self) -> bool:
-        """Asked for each request. Where a majority decides, only while a majority has heard this node lately."""
-        if self._held is not None:
-            return self._held.may_serve(self._nodes_in_sync)
-        if self.mirror is not None and self.mirror.membership is not self._leased:
-            membership = self._leased = self.mirror.membership
-            self._needs_lease = rule_of(membership) != "all"
-            if set(membership.voters) != set(self._lease_voters):
-                self._lease_voters = membership.voters
-                self._lease = PrimaryLease(membership.options.lease_s, membership.voters)
-        return not self._needs_lease or self._lease.may_serve
-
-    def _nodes_in_sync(self) -> frozenset[str]:
-        """By the record, or one that is being written."""
-        assert self.mirror is not None
-        records = (self.mirror.membership, *self.mirror.records.attempts)
-        return frozenset().union(*(in_sync_nodes(record) for record in records))
-
-    @property
-    def lease_over(self) -> str | None:
-        """Why nothing is answered though this node is primary: its lease is over. None: it isn't, or needs none."""
-        if not self.serves or self._may_serve():
-            return None
-        if self._held is None:
-            return "a majority of the voters has not answered this node lately"
-        problem = self._held.problem
-        why = f": {problem.strerror}" if problem is not None else ""
-        return f"neither etcd nor all nodes with a leg in sync have answered this node lately{why}"
-
-    async def _until_may_serve(self) -> None:
-        """One request waits a moment. Raises OSError EIO where they are to fail, and the lease is over for good."""
-        clock = trio.current_time
-        if self._may_serve():
-            return
-        assert self.mirror is not None
-        options = self.mirror.membership.options
-        self._lapsed_at = self._lapsed_at if self._lapsed_at is not None else clock()
-        if options.below_quorum == "fail" and clock() - self._lapsed_at > options.lease_s:
-            raise OSError(errno.EIO, f"{self.name}: below quorum: {self.lease_over}")
-        await trio.sleep(0.01)
-
-    async def _beat(self) -> None:
-        lease, held, membership = self._lease, self._held, self.membership
-        begun = lease.begin()
-
-        async def one(node: str) -> None:
-            try:
-                await self._node.voter(node).heartbeat(membership.mirror, membership.term)
-            except OSError:
-                return
-            lease.answered(node, begun)
-            if held is not None:
-                held.answered(node, begun)
-
-        with trio.move_on_after(membership.options.lease_s):
-            async with trio.open_nursery() as nursery:
-                for node in membership.voters:
-                    nursery.start_soon(one, node)
-
-    async def _heartbeats(self) -> None:
-        """A round begins on time though one before it may not have ended: a voter that is away delays nobody.
-
-        With fewer than three voters nobody's lease counts; the rounds tell the others all the same that this node is
-        alive, so that none of them is promoted by mistake.
-        """
-        async with trio.open_nursery() as nursery:
-            while True:
-                if self._may_serve():  # takes a record with other voters in
-                    self._lapsed_at = None
-                nursery.start_soon(self._beat)
-                await trio.sleep(self.membership.options.lease_s / HEARTBEATS)
-
-    # -- legs ----------------------------------------------------------------------------------------------------
-
-    async def _connect(self, nursery: trio.Nursery, info: LegInfo, membership: Membership) -> Leg:
-        if info.id == self.me:
-            # What a session of an earlier primary was just writing here must not land on what this one writes.
-            await self.replica.fenced(membership.term)
-            local = await self._site.open(nursery, info, membership.term)
-            for site in self.nbd_sites.values():
-                site.follow(local)
-            return local
-        if info.kind == "nbd":
-            return await self._connect_nbd(info, membership)
-        peers = self._node.peers
-
-        async def connect() -> tuple[Socket, bytes]:
-            session = secrets.token_hex(8)
-            wanted = LegOption(peers.node, membership.mirror, info.id, membership.term, session)
-            return await peers.connect(info.node, wanted)
-
-        try:
-            leg = await open_remote_leg(
-                *(nursery, connect, info, membership),
-                timeout_s=membership.options.timeout_s,
-                decode_extents=self.store.decode_extents,
-                traffic=peers.traffic.get(info.node),
-            )
-        except OSError as error:
-            split = await self._said_instead(info, membership) if error.errno == errno.ESTALE else None
-            raise split or error from None
-        split = self._judge(info, leg.hello.accepted, membership)
-        if split is not None:
-            leg.close()
-            raise split
-        self._connected[info.id] = leg
-        return leg
-
-    async def _connect_nbd(self, info: LegInfo, membership: Membership) -> Leg:
-        await self._require_fenced(info, membership)
-        site = self.nbd_sites.setdefault(info.id, NbdSite(info, self.store.empty_extents))
-        return await site.open(
-            *(self._servers, membership.size_bytes),
-            timeout_s=membership.options.timeout_s,
-            ahead=self._site.open_leg,
-        )
-
-    async def _require_fenced(self, info: LegInfo, membership: Membership) -> None:
-        """No node that was primary before writes to the server any more. Raises OSError EBUSY with whom to hear."""
-        for node in unfenced(membership, self._node.peers.node):
-            if self._fenced.get(node) != membership.term:
-                try:
-                    promised = (await self._node.voter(node).state(membership.mirror)).promised
-                except OSError as error:
-                    raise OSError(
-                        errno.EBUSY,
-                        f"node {node}, which was primary before, may still write to {info.export}: the leg stays out "
-                        f"until that node is heard ({error.strerror}), or removed from the mirror because it is gone: "
-                        f"`terrace volume mirror remove {self.name} {node}`",
-                    ) from None
-                if promised is None or promised.number < membership.term.number:
-                    raise OSError(errno.EBUSY, f"node {node} hasn't promised yet to write to {info.export} no more")
-                # What it sent last the server has, or will have by then.
-                await trio.sleep(membership.options.timeout_s)
-                self._fenced[node] = membership.term
-
-    async def _said_instead(self, info: LegInfo, membership: Membership) -> OSError | None:
-        """A leg that takes nothing of our term says nothing of what it has; its node's voter does.
-
-        Two sides of a split brain may have begun terms of one number, and neither takes anything of the other's.
-        """
-        try:
-            state = await self._node.voter(info.node).state(membership.mirror)
-        except OSError:
-            return None
-        return self._judge(info, state.accepted, membership)
-
-    def _judge(self, info: LegInfo, theirs: Membership | None, membership: Membership) -> OSError | None:
-        """EUCLEAN for a leg that has gone its own way."""
-        if theirs is None or not are_apart(membership, self.me, theirs, info.id):
-            return None
-        sides = both_histories(membership, theirs, f"node {self._node.peers.node}", f"node {info.node}")
-        return OSError(
-            errno.EUCLEAN,
-            f"split brain: {sides}; decide whose writes are lost: {how_to_discard(membership, info.node)}",
-        )
-
-    async def _facts(self, info: LegInfo, membership: Membership) -> LegFacts:
-        await trio.lowlevel.checkpoint()
-        if info.kind == "nbd":
-            was_resized = info.id in self.nbd_sites and self.nbd_sites[info.id].was_resized
-            return LegFacts(known=info.id not in self.compared_in_full and not was_resized)
-        leg = self._connected.get(info.id)
-        if info.id == self.me or leg is None:
-            return LegFacts(intact=self.keeper.intact)
-        theirs = leg.hello.accepted
-        known = theirs is not None and theirs.has(info.id) and info.id not in self.compared_in_full
-        return LegFacts(intact=leg.hello.intact, known=known)
-
-    # -- what is told ----------------------------------------------------------------------------------------------
-
-    async def _watch(self, mirror: ServedMirror) -> None:
-        """Tell what changes, once each."""
-        await mirror.started.wait()
-        self.starting = False
-        self._settled.set()
-        self._told = {}
-        self._tell_changes(mirror, first=True)
-        while True:
-            with trio.move_on_after(WATCH_S):
-                await mirror.changed()
-            self._tell_changes(mirror)
-            await trio.sleep(0.02)
-
-    def _tell_changes(self, mirror: ServedMirror, *, first: bool = False) -> None:
-        status = mirror.status()
-        term = status.membership.term.number
-        if first:
-            self._node.tell("mirror", self.name, f"node {self._node.peers.node} is primary of {self.name}, term {term}")
-        for leg in status.legs:
-            # A leg that is away is stale as soon as the record says so: then clients go on without it.
-            state = leg.state
-            if state is LegState.OFFLINE and leg.info.id not in status.membership.in_sync:
-                state = LegState.STALE
-            split = leg.error is not None and leg.error.startswith("split brain")
-            if split and leg.info.id not in self._told_split:
-                self._node.tell("splitbrain", self.name, f"the leg of {self.name} on node {leg.info.node}: {leg.error}")
-            self._told_split = self._told_split - {leg.info.id} | ({leg.info.id} if split else set())
-            before = self._told.get(leg.info.id)
-            if state is before:
-                continue
-            self._told[leg.info.id] = state
-            if before is None and not first and state is not LegState.UP_TO_DATE:
-                self._new.add(leg.info.id)
-            elif state is not LegState.SYNCING:
-                self._new.discard(leg.info.id)
-            if state is LegState.UP_TO_DATE:
-                self.compared_in_full.discard(leg.info.id)
-                if leg.info.id in self.nbd_sites:
-                    self.nbd_sites[leg.info.id].in_sync()
-            where = f"the leg of {self.name} on {'' if leg.info.kind == 'nbd' else 'node '}{leg.info.place}"
-            if before is None and ((first and state is LegState.UP_TO_DATE) or not first):
-                continue  # nothing has changed: it is well, or has just been added
-            why = f": {leg.error}" if leg.error else ""
-            self._node.tell("leg", self.name, f"{where} is {state.value}{why}")
-        wanting = {leg.info.id for leg in status.legs if leg.state is not LegState.UP_TO_DATE}
-        if status.state is MirrorState.DEGRADED and self._told_state is MirrorState.ONLINE and wanting <= self._new:
-            return  # it has got a leg, which can't be up to date yet: nothing that it had is missing
-        if status.state is not self._told_state:
-            self._told_state = status.state
-            self._node.tell("mirror", self.name, f"mirror {self.name} is {status.state.value}")
-
-
-def boot_id() -> str:
-    """Of the kernel that runs now: another one after each start of the machine."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-
-
-def _first(group: BaseExceptionGroup[OSError]) -> OSError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, OSError)
-    return error
-
-
-def nodes_of_mirror(membership: Membership) -> tuple[str, ...]:
-    """All that may know of it."""
-    return tuple(dict.fromkeys((*membership.voters, *nodes_of(membership.legs))))
-
-
-def nodes_of(legs: Iterable[LegInfo]) -> tuple[str, ...]:
-    """The voters that legs make: each node with a Terrace leg, once."""
-    return tuple(dict.fromkeys(leg.node for leg in legs if leg.kind == "terrace"))
+    async def _leave(self) -> None:
+        await self.replica.stop()

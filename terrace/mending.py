@@ -21,8 +21,9 @@ import trio
 
 from replication.damage import Damage, Done, Ranges, heal_told, judge_done, judge_ranges
 from replication.leg import BLOCK_BYTES
-from terrace.localmirror import LocalMirror, ServedMirror, Tell
+from terrace.localmirror import LocalMirror
 from terrace.peers import Peers
+from terrace.primary import MirrorPart, ServedMirror, Tell
 from tiers.layout import check_of
 
 log = logging.getLogger("terraced")
@@ -230,7 +231,7 @@ async def read_block(mirror: LocalMirror, params: Mapping[str, Any]) -> dict[str
     return {"data": base64.b64encode(data).decode() if check_of(data) == check else None}
 
 
-async def heal_leg(mirror: LocalMirror, node: str, params: Mapping[str, Any]) -> dict[str, Any]:
+async def heal_leg(mirror: MirrorPart, node: str, params: Mapping[str, Any]) -> dict[str, Any]:
     """`leg.damaged`: what another node can't read of its leg is healed here, by the primary."""
     membership = mirror.membership
     leg = params.get("leg")

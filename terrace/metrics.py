@@ -24,6 +24,7 @@ from replication.members import LegStatus, MirrorStatus
 from terrace.localmirror import LocalMirror
 from terrace.mirrors import Mirrors
 from terrace.peers import PeerState
+from terrace.primary import MirrorPart
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 Family = GaugeMetricFamily | CounterMetricFamily
@@ -92,18 +93,19 @@ class Metrics(Collector):
                 families.counter(f"terrace_peer_{word}_bytes", what, count, peer=name)
 
 
-def _here(families: _Families, mirror: LocalMirror) -> None:
-    """What a node knows of its own leg, primary or not."""
+def _here(families: _Families, mirror: MirrorPart) -> None:
+    """What a node knows by itself, primary or not."""
     volume = mirror.name
     families.gauge(
         "terrace_mirror_primary", "Whether this node serves the mirror.", float(mirror.serves), volume=volume
     )
-    accepted = mirror.keeper.record.accepted
-    if accepted is not None:
+    if mirror.accepted is not None:
         newest = mirror.membership
         families.gauge("terrace_mirror_term", "The term as this node knows it.", newest.term.number, volume=volume)
         what = "The number of the record in its term, as this node knows it."
         families.gauge("terrace_mirror_epoch", what, newest.epoch, volume=volume)
+    if not isinstance(mirror, LocalMirror):
+        return
     what = "Damaged blocks of the leg here that its own scrub has had from another leg."
     families.counter("terrace_leg_mended_blocks", what, mirror.volume.healed_blocks, volume=volume)
     mender = mirror.volume.elsewhere

@@ -24,14 +24,17 @@ from nbd.uri import parse_target
 from replication.explain import last_leg_on
 from replication.keeper import LegRecord
 from replication.leg import BLOCK_BYTES, LegState
-from replication.membership import MAX_LEGS, LegInfo, Membership, Options, Term, encode
+from replication.membership import MAX_LEGS, LegInfo, Membership, Options, Term, decode, encode
 from replication.nbdleg import probe
 from replication.promotion import Forced, Promote, decide, new_term
 from replication.verify import VerifyReport, verify
 from replication.voters import ask
-from terrace.localmirror import ASK_S, LocalMirror, ServedMirror, nodes_of
+from terrace.diskless import DisklessMirror
+from terrace.exports import StoodFor
+from terrace.localmirror import LocalMirror
 from terrace.mirrors import Mirrors
 from terrace.mirrorsnapshots import MirrorSnapshots
+from terrace.primary import ASK_S, MirrorPart, ServedMirror, nodes_of
 from terrace.snapshots import Clients, named
 from tiers import Pool, TierError, Volume
 
@@ -42,6 +45,7 @@ DOUBT_S: Final = 10.0
 """So long it is waited for a record of which it isn't known whether it counts."""
 
 Arbiters = Literal["legs", "etcd"]
+FIND_S: Final = 5.0
 
 
 @dataclass(frozen=True)
@@ -113,16 +117,26 @@ class MirrorAdmin:
                 "a mirror: remove its other legs (`terrace volume mirror remove`), which leaves a plain volume, then "
                 f"add one with --arbiter {arbiter}",
             )
-        await self._require_arbiter(options)
-        if any(_is_same(leg, place) for leg in mirror.membership.legs):
-            return mirror
-        if len(mirror.membership.legs) >= MAX_LEGS:
-            raise TierError(errno.EINVAL, f"{volume.name} has {MAX_LEGS} legs, which is the most; remove one first")
-        await self._add_legs(mirror, [place])
-        self.mirrors.tell("mirror", volume.name, f"{volume.name} got a leg on {_named(place)}")
+        await self.extend(mirror, place)
         return mirror
 
-    async def add_voter(self, mirror: LocalMirror, node: str) -> LocalMirror:
+    async def extend(self, mirror: MirrorPart, place: Place) -> None:
+        """One more leg of a mirror."""
+        if place.node == self.mirrors.node and isinstance(mirror, DisklessMirror):
+            raise TierError(
+                errno.EINVAL,
+                f"node {place.node} serves {mirror.name} without a leg: let a node with one be the primary, with "
+                f"`terrace volume mirror demote {mirror.name} --to NODE`, and add the leg from there",
+            )
+        self._judge_places([place])
+        if any(leg.node == place.node and leg.kind == "terrace" for leg in mirror.membership.legs):
+            return
+        if len(mirror.membership.legs) >= MAX_LEGS:
+            raise TierError(errno.EINVAL, f"{mirror.name} has {MAX_LEGS} legs, which is the most; remove one first")
+        await self._add_legs(mirror, [place])
+        self.mirrors.tell("mirror", mirror.name, f"{mirror.name} got a leg on node {place.node}")
+
+    async def add_voter(self, mirror: MirrorPart, node: str) -> MirrorPart:
         """A tie-breaker: a node without a leg that has a say. With three voters a majority decides who is primary."""
         served = await self.served(mirror)
         if node != self.mirrors.node:
@@ -182,7 +196,7 @@ class MirrorAdmin:
             raise
         return mirror
 
-    async def _add_legs(self, mirror: LocalMirror, places: Sequence[Place]) -> None:
+    async def _add_legs(self, mirror: MirrorPart, places: Sequence[Place]) -> None:
         served = await self.served(mirror)
         membership = served.membership
         made: list[LegInfo] = []
@@ -207,19 +221,19 @@ class MirrorAdmin:
                         raise TierError(errno.ETIMEDOUT, f"{error.strerror or error}; {sentence}") from None
             raise
 
-    async def _make_leg(self, mirror: LocalMirror, membership: Membership, place: Place) -> LegInfo:
+    async def _make_leg(self, mirror: MirrorPart, membership: Membership, place: Place) -> LegInfo:
         leg = secrets.token_hex(8)
         if place.is_nbd:
-            await self._probe(mirror.volume, membership, place.node)
+            await self._probe(mirror, membership, place.node)
             return LegInfo(leg, self.mirrors.node, place.node, "nbd")
         asked = {
             "membership": _plain(membership),
             "leg": leg,
-            "volume": mirror.volume.short_name,
+            "volume": mirror.short_name,
             "pool": place.pool,
-            "like": mirror.pool.name,
-            "size_bytes": mirror.volume.size_bytes,
-            "policy": mirror.volume.policy_name,
+            "like": mirror.pool_name,
+            "size_bytes": mirror.size_bytes,
+            "policy": mirror.policy_name,
         }
         try:
             answer = await self.mirrors.peers.call(place.node, "leg.create", asked, CREATE_S)
@@ -229,12 +243,12 @@ class MirrorAdmin:
             ) from None
         return LegInfo(leg, place.node, str(answer["export"]))
 
-    async def _probe(self, volume: Volume, membership: Membership, uri: str) -> None:
+    async def _probe(self, mirror: MirrorPart, membership: Membership, uri: str) -> None:
         """Whether it can be a leg of that mirror. Raises TierError with a sentence."""
-        clients = volume.open_count
+        clients = mirror.stood_for.open_count
 
         def is_other() -> None:
-            if volume.open_count > clients:
+            if mirror.stood_for.open_count > clients:
                 raise OSError(errno.EINVAL, "that is the volume itself, which would write to itself for ever")
 
         timeout_s = membership.options.timeout_s
@@ -242,7 +256,7 @@ class MirrorAdmin:
             await probe(uri, membership.size_bytes, timeout_s=timeout_s, while_connected=is_other)
         except OSError as error:
             raise TierError(
-                error.errno or errno.EIO, f"{uri} can't be a leg of {volume.name}: {error.strerror or error}"
+                error.errno or errno.EIO, f"{uri} can't be a leg of {mirror.name}: {error.strerror or error}"
             ) from None
 
     async def _delete_legs(
@@ -291,7 +305,7 @@ class MirrorAdmin:
                 )
         return left
 
-    async def remove(self, mirror: LocalMirror, node: str, *, force: bool) -> dict[str, Any]:
+    async def remove(self, mirror: MirrorPart, node: str, *, force: bool) -> dict[str, Any]:
         """Take a node's leg out, and delete its volume; says what is left there. A mirror of one leg ends to be one.
 
         `node`: or the URI of an NBD server, where nothing is deleted.
@@ -325,15 +339,17 @@ class MirrorAdmin:
                 f"node {node} has the only leg of {mirror.name} that is up to date, and its data would be lost: wait "
                 "for the resync of another one; --force gives up all that only this leg has",
             )
-        if not force:
+        if not force and isinstance(mirror, LocalMirror):
             await self._require_no_more_snapshots(mirror, going)
         legs = tuple(leg for leg in membership.legs if leg.id not in ids)
         tie_breakers = [voter for voter in membership.voters if voter not in nodes_of(membership.legs)]
         await served.reconfigure(legs=legs, voters=tuple(dict.fromkeys((*nodes_of(legs), *tie_breakers))))
-        left = await self._delete_legs(going, served.membership, snapshots=True)
+        # Without a leg here it isn't known what only that one has: it stays, and is told as left.
+        snapshots = force or isinstance(mirror, LocalMirror)
+        left = await self._delete_legs(going, served.membership, snapshots=snapshots)
         self.mirrors.tell("mirror", mirror.name, f"the leg of {mirror.name} on {_named(Place(node))} was removed")
         mirrored = True
-        if len(legs) == 1 and not mirror.volume.open_count:
+        if len(legs) == 1 and isinstance(mirror, LocalMirror) and not mirror.stood_for.open_count:
             record = mirror.membership
             await self.mirrors.dissolve(mirror)
             left += await self.mirrors.forget_at_arbiter(record)
@@ -357,6 +373,22 @@ class MirrorAdmin:
                     f"the leg of {mirror.name} on node {leg.node} has snapshots that are not here and would be lost: "
                     f"{shown}; back them up there, or --force gives them up",
                 )
+
+    async def delete_diskless(self, mirror: DisklessMirror, *, snapshots: bool) -> dict[str, Any]:
+        """Delete all legs of what this node serves without one. Those that can't be deleted stay, and are told."""
+        self.require_unused(mirror.stood_for, "delete")
+        name = mirror.name
+        served = await self.served(mirror)
+        await served.flush()  # so that what is left is worth having
+        record = served.membership
+        tie_breakers = [voter for voter in record.voters if voter not in nodes_of(record.legs)]
+        # Not demoted before: the legs obey who is primary by the record.
+        await self.mirrors.diskless.forget(mirror)
+        left = await self._delete_legs(record.legs, record, whole=True, snapshots=snapshots)
+        await self._forget_at(tie_breakers, record, whole=True)
+        left += await self.mirrors.forget_at_arbiter(record)
+        self.mirrors.tell("mirror", name, f"{name} was deleted with its {len(record.legs)} legs")
+        return {"deleted": name, "left": left}
 
     async def delete(self, mirror: LocalMirror, *, snapshots: bool, force: bool) -> dict[str, Any]:
         """Delete the volume with all its legs; `force`: on a node that isn't primary, only the leg there."""
@@ -401,11 +433,36 @@ class MirrorAdmin:
 
     # -- the primary ---------------------------------------------------------------------------------------------
 
-    async def promote(self, mirror: LocalMirror, *, force: bool) -> None:
+    async def promote(self, mirror: MirrorPart, *, force: bool) -> None:
         """Let this node be primary."""
         await mirror.promote(force=force)
 
-    async def what_force_loses(self, mirror: LocalMirror) -> str:
+    async def promote_diskless(self, volume: str, source: str, *, name: str, force: bool) -> DisklessMirror:
+        """Let this node be primary of a mirror that it has no leg of, and that node `source` calls `volume`."""
+        if source == self.mirrors.node:
+            raise TierError(errno.EINVAL, f"node {source} is this one: name one that has a leg of the mirror")
+        self.mirrors.peers.peer(source)
+        try:
+            answer = await self.mirrors.peers.call(source, "mirror.find", {"volume": volume}, FIND_S)
+        except OSError as error:
+            raise TierError(
+                error.errno or errno.EIO, f"node {source} can't say which mirror is meant: {error.strerror or error}"
+            ) from None
+        membership = decode(json.dumps(answer["membership"]).encode())
+        return await self.mirrors.diskless.promote(name, membership, force=force)
+
+    async def forget(self, mirror: DisklessMirror, *, force: bool) -> None:
+        """Let this node have nothing to do with a mirror that it has no leg of. `force`: even while it is primary."""
+        if (mirror.serves or mirror.starting) and not force:
+            raise TierError(
+                errno.EBUSY,
+                f"node {self.mirrors.node} is the primary of {mirror.name}: `terrace volume mirror demote "
+                f"{mirror.name}` ends that, and forgets it",
+            )
+        await self.mirrors.diskless.forget(mirror)
+        self.mirrors.tell("mirror", mirror.name, f"node {self.mirrors.node} takes no part in {mirror.name} any more")
+
+    async def what_force_loses(self, mirror: MirrorPart) -> str:
         """A sentence; empty if no force is needed. Asks, and changes nothing."""
         membership = mirror.membership
         nodes = tuple(dict.fromkeys((*membership.voters, *nodes_of(membership.legs))))
@@ -430,28 +487,29 @@ class MirrorAdmin:
             return f"Node {alive[0]} is primary and alive; its clients lose what they have in flight."
         return "" if isinstance(forced, Promote) else forced.sentence + mirror.way_out()
 
-    async def demote(self, mirror: LocalMirror, *, to: str | None, force: bool) -> None:
+    async def demote(self, mirror: MirrorPart, *, to: str | None, force: bool) -> None:
         """Let this node not be primary; `to`: the one that is to be it."""
         if to == self.mirrors.node:
             raise TierError(
                 errno.EINVAL, f"node {to} is this one: `terrace volume mirror promote` makes it the primary"
             )
         membership = mirror.membership
-        if to is not None and to not in nodes_of(membership.legs):
-            raise TierError(
-                errno.EINVAL, f"node {to} has no leg of {mirror.name}: it has {', '.join(nodes_of(membership.legs))}"
-            )
+        diskless_to = to is not None and to not in nodes_of(membership.legs)
+        asked = {"mirror": membership.mirror, "volume": mirror.name, "membership": _plain(membership)}
+        if to is not None and diskless_to:
+            # Before this node has ceased to be it: that one may serve it without a leg, or may not.
+            await self.mirrors.peers.call(to, "mirror.judge", asked, FIND_S)
         if mirror.serves:
             await self._require_arbiter(membership.options)
             if not force:
-                self.require_unused(mirror.volume, "demote")
+                self.require_unused(mirror.stood_for, "demote")
             served = await self.served(mirror)
             good = {
                 leg.info.node
                 for leg in served.status().legs
                 if leg.state is LegState.UP_TO_DATE and leg.info.kind == "terrace"
             }
-            if to is not None and to not in good:
+            if to is not None and not diskless_to and to not in good:
                 raise TierError(
                     errno.EBUSY,
                     f"the leg on node {to} is not up to date: wait for its resync, then demote {mirror.name}",
@@ -463,9 +521,12 @@ class MirrorAdmin:
         elif membership.primary not in (None, self.mirrors.node, to):
             raise TierError(errno.EBUSY, f"node {membership.primary} is the primary of {mirror.name}: run this there")
         if to is not None:
-            await self.mirrors.peers.call(to, "mirror.promote", {"mirror": membership.mirror}, HAND_OVER_S)
+            asked["membership"] = _plain(mirror.membership)
+            await self.mirrors.peers.call(to, "mirror.promote", asked, HAND_OVER_S)
+        if isinstance(mirror, DisklessMirror):
+            await self.mirrors.diskless.forget(mirror)
 
-    async def resync(self, mirror: LocalMirror, node: str, *, discard: bool, full: bool) -> None:
+    async def resync(self, mirror: MirrorPart, node: str, *, discard: bool, full: bool) -> None:
         """Have a leg brought up to date now. `discard`: what was written there, in a split brain, is given up."""
         served = await self.served(mirror)
         leg = next((leg for leg in served.membership.legs if leg.place == node), None)
@@ -490,7 +551,7 @@ class MirrorAdmin:
             if member.leg is not None:
                 served.leg_failed(member.leg, OSError(errno.ECANCELED, "an operator wants it compared in full"))
 
-    async def _discard(self, mirror: LocalMirror, leg: LegInfo) -> None:
+    async def _discard(self, mirror: MirrorPart, leg: LegInfo) -> None:
         state = await self.mirrors.voter(leg.node).state(mirror.membership.mirror)
         theirs = max(
             (term.number for term in (state.promised, state.accepted and state.accepted.term) if term), default=0
@@ -503,7 +564,7 @@ class MirrorAdmin:
         await self.mirrors.peers.call(leg.node, "leg.discard", asked, CREATE_S)
 
     async def verify(
-        self, mirror: LocalMirror, progress: Callable[[int, int], None], *, full: bool, repair: bool
+        self, mirror: MirrorPart, progress: Callable[[int, int], None], *, full: bool, repair: bool
     ) -> dict[str, Any]:
         """Compare the legs in sync while clients go on. JSON: what differs, by node."""
         served = await self.served(mirror)
@@ -562,7 +623,7 @@ class MirrorAdmin:
         if node != self.mirrors.node:
             self.mirrors.peers.peer(node)
             raise TierError(errno.EINVAL, f"node {node} is another one: run terrace node drain {node} there")
-        demote: list[LocalMirror] = []
+        demote: list[MirrorPart] = []
         refused: list[str] = []
         for mirror in self.mirrors.all():
             status = await self.mirrors.status(mirror)
@@ -573,7 +634,7 @@ class MirrorAdmin:
                 refused.append(f"{mirror.name}: {last}")
             elif mirror.is_primary or mirror.starting:
                 users = self._clients(mirror.name)
-                if mirror.volume.open_count:
+                if mirror.stood_for.open_count:
                     refused.append(
                         f"{mirror.name} is in use by {named(users) if users else 'clients'}; disconnect first"
                     )
@@ -588,7 +649,7 @@ class MirrorAdmin:
 
     # -- what all need -------------------------------------------------------------------------------------------
 
-    async def served(self, mirror: LocalMirror) -> ServedMirror:
+    async def served(self, mirror: MirrorPart) -> ServedMirror:
         """The mirror, where this node is its primary. Raises EBUSY that names the one that is."""
         if mirror.serves:
             assert mirror.mirror is not None
@@ -606,7 +667,7 @@ class MirrorAdmin:
         if options.arbiter == "etcd":
             await self.mirrors.arbiter.require()
 
-    async def _arbiters(self, mirror: LocalMirror) -> Membership | None:
+    async def _arbiters(self, mirror: MirrorPart) -> Membership | None:
         """The arbiter's record; None if there is none, or no arbiter. Raises OSError."""
         membership = mirror.membership
         if membership.options.arbiter != "etcd":
@@ -648,7 +709,7 @@ class MirrorAdmin:
         if place.pool:
             raise TierError(errno.EINVAL, f"{place.node}: an NBD server has no pools; name the export in the URI")
 
-    def require_unused(self, volume: Volume, what: str) -> None:
+    def require_unused(self, volume: StoodFor, what: str) -> None:
         """Raises EBUSY with who is connected."""
         if volume.open_count:
             users = self._clients(volume.name)

@@ -3,7 +3,8 @@
 GET    /v1/nodes                                   this node, where it has a name, and its peers
 GET    /v1/nodes/N                                 one of them, with the legs of mirrors that it has
 POST   /v1/nodes/N/drain                           {to?, dry_run?}; only of this node: {demote, refused}
-GET    /v1/mirrors                                 all mirrors that have a leg here, as their primaries see them
+GET    /v1/mirrors                                 all mirrors that this node has a part in, as their primaries see it
+GET    /v1/diskless                                first parts of the names of those that have no leg here
 GET    /v1/pools/P/volumes/V/mirror                one of them
 GET    /v1/pools/P/volumes/V/mirror/explain        {state, legs, text}: what is wrong, what is waited for, what to do
 POST   /v1/pools/P/volumes/V/mirror/legs           {node, pool?, voter?, arbiter?}; one more leg, or the first but
@@ -11,28 +12,35 @@ POST   /v1/pools/P/volumes/V/mirror/legs           {node, pool?, voter?, arbiter
                                                        may be an NBD URI here and below, percent-encoded in paths: a
                                                        leg on any NBD server
 DELETE /v1/pools/P/volumes/V/mirror/legs/N[?force=1]   tells {removed, left, mirrored}
-POST   /v1/pools/P/volumes/V/mirror/promote        {force?, dry_run?}; dry_run tells {may_lose}
+POST   /v1/pools/P/volumes/V/mirror/promote        {force?, dry_run?, from?, name?}; dry_run tells {may_lose}; from: a
+                                                       node that has a leg, where this one has none, and name: what it
+                                                       is to be called here, if not P/V
 POST   /v1/pools/P/volumes/V/mirror/demote         {to?, force?}
+POST   /v1/pools/P/volumes/V/mirror/forget         {force?}; where this node has no leg: to have no part in it any more
 POST   /v1/pools/P/volumes/V/mirror/resync         {node, discard?, full?}
     POST   /v1/pools/P/volumes/V/mirror/verify         {full?, repair?}; streams as a check does, then {report}
 """
 
 from __future__ import annotations
 
+import errno
+from contextlib import nullcontext
 from typing import Any
 
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from replication.membership import Options
 from terrace.apikit import Body, Progress, Stream, read_body, route
-from terrace.localmirror import LocalMirror
+from terrace.diskless import DisklessMirror
 from terrace.mirroradmin import Arbiters, MirrorAdmin, Place
 from terrace.mirrors import Mirrors
 from terrace.mirrorwords import explained
 from terrace.pools import Pools
-from tiers import Pool
+from terrace.primary import MirrorPart
+from tiers import TierError
 
 
 class PlaceBody(Body):
@@ -59,6 +67,12 @@ class DrainBody(Body):
 class PromoteBody(Body):
     force: bool = False
     dry_run: bool = False
+    source: str | None = Field(None, alias="from")
+    name: str | None = None
+
+
+class ForgetBody(Body):
+    force: bool = False
 
 
 class DemoteBody(Body):
@@ -93,12 +107,14 @@ class MirrorApi:
             route("GET", "/v1/nodes/{node}", self.show_node),
             route("POST", "/v1/nodes/{node}/drain", self.drain_node),
             route("GET", "/v1/mirrors", self.list_mirrors),
+            route("GET", "/v1/diskless", self.list_diskless),
             route("GET", mirror, self.show_mirror),
             route("GET", f"{mirror}/explain", self.explain_mirror),
             route("POST", f"{mirror}/legs", self.add_leg),
             route("DELETE", f"{mirror}/legs/{{node:path}}", self.remove_leg),
             route("POST", f"{mirror}/promote", self.promote),
             route("POST", f"{mirror}/demote", self.demote),
+            route("POST", f"{mirror}/forget", self.forget),
             route("POST", f"{mirror}/resync", self.resync),
             route("POST", f"{mirror}/verify", self.verify),
         ]
@@ -121,10 +137,13 @@ class MirrorApi:
     async def list_mirrors(self, request: Request) -> Response:
         return JSONResponse(await self._mirrors.statuses())
 
-    def _one(self, request: Request) -> LocalMirror:
-        return self._mirrors.one(request.path_params["pool"], request.path_params["volume"])
+    async def list_diskless(self, request: Request) -> Response:
+        return JSONResponse(self._mirrors.diskless.pools())
 
-    async def _status(self, mirror: LocalMirror, status: int = 200) -> Response:
+    def _one(self, request: Request) -> MirrorPart:
+        return self._mirrors.part(request.path_params["pool"], request.path_params["volume"])
+
+    async def _status(self, mirror: MirrorPart, status: int = 200) -> Response:
         return JSONResponse(await self._mirrors.status(mirror), status)
 
     async def show_mirror(self, request: Request) -> Response:
@@ -148,6 +167,9 @@ class MirrorApi:
         body = await read_body(request, AddBody)
         if body.voter:
             return await self._status(await self._admin.add_voter(self._one(request), body.node), 201)
+        if (diskless := self._diskless(request)) is not None:
+            await self._admin.extend(diskless, body.place())
+            return await self._status(diskless, 201)
         with self._pools.using(request.path_params["pool"]) as pool:
             volume = pool.volume(request.path_params["volume"])
             mirror = await self._admin.add(pool, volume, body.place(), Options(), arbiter=body.arbiter)
@@ -155,11 +177,24 @@ class MirrorApi:
 
     async def remove_leg(self, request: Request) -> Response:
         force = request.query_params.get("force") in ("1", "true")
+        node = request.path_params["node"]
+        if (diskless := self._diskless(request)) is not None:
+            return JSONResponse(await self._admin.remove(diskless, node, force=force))
         with self._pools.using(request.path_params["pool"]):
-            return JSONResponse(await self._admin.remove(self._one(request), request.path_params["node"], force=force))
+            return JSONResponse(await self._admin.remove(self._one(request), node, force=force))
+
+    def _diskless(self, request: Request) -> DisklessMirror | None:
+        return self._mirrors.diskless.at(request.path_params["pool"], request.path_params["volume"])
 
     async def promote(self, request: Request) -> Response:
         body = await read_body(request, PromoteBody)
+        if body.source is not None and not body.dry_run:
+            volume = f"{request.path_params['pool']}/{request.path_params['volume']}"
+            name = volume if body.name is None else body.name
+            made = await self._admin.promote_diskless(volume, body.source, name=name, force=body.force)
+            return await self._status(made)
+        if body.name is not None:
+            raise TierError(errno.EINVAL, "name: it goes with from, for a node that has no leg of the mirror")
         mirror = self._one(request)
         if body.dry_run:
             return JSONResponse({"may_lose": await self._admin.what_force_loses(mirror)})
@@ -172,6 +207,19 @@ class MirrorApi:
         await self._admin.demote(mirror, to=body.to, force=body.force)
         return await self._status(mirror)
 
+    async def forget(self, request: Request) -> Response:
+        body = await read_body(request, ForgetBody)
+        name = f"{request.path_params['pool']}/{request.path_params['volume']}"
+        mirror = self._mirrors.diskless.by_name(name)  # also one that a pool here hides
+        if mirror is None:
+            mirrored = self._one(request)
+            raise TierError(
+                errno.EINVAL,
+                f"this node has a leg of {mirrored.name}: `terrace volume mirror remove`, at its primary, takes it out",
+            )
+        await self._admin.forget(mirror, force=body.force)
+        return JSONResponse({"forgotten": name})
+
     async def resync(self, request: Request) -> Response:
         body = await read_body(request, ResyncBody)
         mirror = self._one(request)
@@ -183,8 +231,10 @@ class MirrorApi:
         mirror = self._one(request)
         await self._admin.served(mirror)  # refused with a status, before the stream begins
 
-        async def verify(pool: Pool, progress: Progress) -> dict[str, Any]:
+        async def verify(occupied: object, progress: Progress) -> dict[str, Any]:
             return {"report": await self._admin.verify(mirror, progress, full=body.full, repair=body.repair)}
 
         name = request.path_params["pool"]
+        if isinstance(mirror, DisklessMirror):
+            return Stream(nullcontext(mirror), name, verify)
         return Stream(self._pools.occupying(name), name, verify)

@@ -4,7 +4,7 @@ A volume that has a record (`Volume.mirror_record`) is a leg. When its pool is o
 when the pool is about to be closed that ends cleanly, before the engine flushes for the last time. What NBD clients,
 files and devices get under the name of such a volume is decided here too: the mirror where this node is primary, and a
 refusal that names the primary everywhere else. The engine itself refuses to resize, delete or roll back a volume that
-has a record, except for us.
+has a record, except for us. Mirrors that this node serves without a leg are found in `terrace.disklessmirrors`.
 """
 
 from __future__ import annotations
@@ -23,20 +23,27 @@ from replication.cluster import ClusterStore, Voter
 from replication.keeper import LegKeeper, LegRecord
 from replication.leg import LegState, MirrorState
 from replication.members import MirrorStatus
-from replication.membership import LegInfo, Membership, decode
+from replication.membership import LegInfo, Membership, decode, encode
 from replication.orders import Known, Order, judge_deletion, judge_discard, judge_order
 from replication.voters import KeptVoter, LegsCluster, RemoteVoter
 from replication.voters import handlers as voter_handlers
 from replication.wire import LegOption
+from terrace.apikit import plain
 from terrace.arbiter import UNCONFIGURED, Arbiter
 from terrace.config import EtcdConfig
-from terrace.localmirror import LocalMirror, ServedMirror, boot_id, nodes_of_mirror
+from terrace.diskless import DisklessMirror
+from terrace.disklessmirrors import DisklessMirrors
+from terrace.localmirror import LocalMirror
 from terrace.mending import LegMender, heal_leg, read_block
 from terrace.peers import Handler, Peers, Socket
 from terrace.pools import Pools
+from terrace.primary import MirrorPart, ServedMirror, boot_id, nodes_of_mirror
 from tiers import Pool, TierError, Volume
 
 log = logging.getLogger("terraced")
+
+MOST_SNAPSHOTS = 1000
+"""So many of a leg's, the newest, are told to another node."""
 
 
 class PeerCaller:
@@ -55,7 +62,7 @@ class PeerCaller:
 
 
 class Mirrors:
-    """All `LocalMirror`s of the open pools. `run` has to be run; implements `terrace.localmirror.Surroundings`."""
+    """All `LocalMirror`s of the open pools. `run` has to be run; implements `terrace.primary.Surroundings`."""
 
     def __init__(
         self,
@@ -78,6 +85,7 @@ class Mirrors:
         self._mirrors: dict[Volume, LocalMirror] = {}
         self._broken: dict[Volume, OSError] = {}
         self._nursery: trio.Nursery | None = None
+        self.diskless = DisklessMirrors(pools, home, self, self._live)
         self._callers = {name: RemoteVoter(name, PeerCaller(peers, name)) for name in peers.peers}
 
     @property
@@ -94,6 +102,7 @@ class Mirrors:
             try:
                 for pool in self.pools.open_pools():
                     self.opened(pool)
+                await self.diskless.start(self._nursery)
                 task_status.started()
                 await trio.sleep_forever()
             finally:
@@ -127,21 +136,27 @@ class Mirrors:
         self._nursery.start_soon(self._live, mirror)
         return mirror
 
-    async def _live(self, mirror: LocalMirror) -> None:
+    async def _live(self, mirror: MirrorPart) -> None:
         try:
             async with trio.open_nursery() as nursery:
-                mender = LegMender(mirror, self.peers, self.tell)
-                mirror.volume.elsewhere = mender
-                try:
-                    nursery.start_soon(_mend, mender)
+                if isinstance(mirror, LocalMirror):
+                    await self._live_with_leg(mirror, nursery)
+                else:
                     await mirror.run()
-                finally:
-                    mirror.volume.elsewhere = None
                 nursery.cancel_scope.cancel()
         except Exception as error:
             log.error("mirror %s failed", mirror.name, exc_info=error)
             self.tell("mirror", mirror.name, f"mirror {mirror.name} failed: {error}; please report it with the log")
             mirror.problem = OSError(errno.EIO, f"internal error: {error}; restart terraced")
+
+    async def _live_with_leg(self, mirror: LocalMirror, nursery: trio.Nursery) -> None:
+        mender = LegMender(mirror, self.peers, self.tell)
+        mirror.volume.elsewhere = mender
+        try:
+            nursery.start_soon(_mend, mender)
+            await mirror.run()
+        finally:
+            mirror.volume.elsewhere = None
 
     async def closing(self, pool: Pool) -> None:
         """A pool is about to be closed: its mirrors end, cleanly."""
@@ -159,6 +174,7 @@ class Mirrors:
     async def close(self) -> None:
         """All end, cleanly; the pools can be closed then."""
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.diskless.close)
             for mirror in list(self._mirrors.values()):
                 nursery.start_soon(self.forget, mirror)
 
@@ -169,9 +185,9 @@ class Mirrors:
 
     # -- what there is -------------------------------------------------------------------------------------------
 
-    def all(self) -> list[LocalMirror]:
-        """By name."""
-        return sorted(self._mirrors.values(), key=lambda mirror: mirror.name)
+    def all(self) -> list[MirrorPart]:
+        """Those with a leg here, and those without, by name."""
+        return sorted([*self._mirrors.values(), *self.diskless.all()], key=lambda mirror: mirror.name)
 
     def of(self, volume: Volume) -> LocalMirror | None:
         """The mirror that a volume is a leg of. Raises OSError EIO for one whose record can't be understood."""
@@ -199,6 +215,11 @@ class Mirrors:
             )
         return mirror
 
+    def part(self, pool_name: str, volume_name: str) -> MirrorPart:
+        """As `one`, also without a leg here."""
+        diskless = self.diskless.at(pool_name, volume_name)
+        return diskless if diskless is not None else self.one(pool_name, volume_name)
+
     def by_leg(self, leg: str) -> LocalMirror | None:
         """The mirror that has this leg here."""
         return next((mirror for mirror in self._mirrors.values() if mirror.me == leg), None)
@@ -206,6 +227,11 @@ class Mirrors:
     def by_mirror(self, mirror_id: str) -> list[LocalMirror]:
         """All legs of a mirror here: one as a rule."""
         return [one for one in self._mirrors.values() if _mirror_of(one) == mirror_id]
+
+    def parts_of(self, mirror_id: str) -> list[MirrorPart]:
+        """As `by_mirror`, also without a leg here."""
+        diskless = self.diskless.of_mirror(mirror_id)
+        return [*self.by_mirror(mirror_id), *([diskless] if diskless is not None else [])]
 
     def is_exported(self, volume: Volume) -> bool:
         """Whether clients may have it from here."""
@@ -227,7 +253,7 @@ class Mirrors:
         return [one.keeper for one in self.by_mirror(mirror_id)]
 
     def _is_primary(self, mirror_id: str) -> bool:
-        return any(one.serves for one in self.by_mirror(mirror_id))
+        return any(one.serves for one in self.parts_of(mirror_id))
 
     def voter(self, node: str) -> Voter:
         if node == self.node:
@@ -291,6 +317,9 @@ class Mirrors:
             "mirror.forget": self._forget_mirror,
             "leg.block": self._read_block,
             "leg.damaged": self._heal_leg,
+            "leg.status": self._tell_leg,
+            "mirror.find": self._find,
+            "mirror.judge": self._judge,
             "mirror.status": self._tell_status,
             "mirror.promote": self._promote,
             "mirror.demote": self._demote,
@@ -460,39 +489,73 @@ class Mirrors:
 
     async def _heal_leg(self, node: str, params: dict[str, Any]) -> Any:
         leg = _text(params, "leg")
-        for mirror in self._mirrors.values():
+        for mirror in self.all():
             if mirror.is_primary and mirror.membership.has(leg):
                 return await heal_leg(mirror, node, params)
         raise OSError(errno.EAGAIN, f"node {self.node} is not the primary of the leg {leg[:32]}")
 
+    async def _tell_leg(self, node: str, params: dict[str, Any]) -> Any:
+        """What the pool here says of a leg's volume and its snapshots, for a primary that has no leg itself."""
+        mirror = self.by_leg(_text(params, "leg"))
+        if mirror is None:
+            raise OSError(errno.ENOENT, f"node {self.node} has no such leg open")
+        with self.pools.using(mirror.pool.name) as pool:
+            found = next(one for one in plain(pool.status())["volumes"] if one["name"] == mirror.name)
+            snapshots = await pool.snapshot_status(mirror.volume.short_name, params.get("snapshot"))
+            return {"volume": found, "snapshots": list(map(plain, snapshots[-MOST_SNAPSHOTS:]))}
+
+    async def _find(self, node: str, params: dict[str, Any]) -> Any:
+        """The mirror that has a leg here under that name, or that this node is primary of: {name, membership}."""
+        pool, _, volume = _text(params, "volume").partition("/")
+        await trio.lowlevel.checkpoint()
+        part = self.part(pool, volume)
+        return {"name": part.name, "membership": json.loads(encode(part.membership))}
+
+    async def _judge(self, node: str, params: dict[str, Any]) -> Any:
+        """Whether this node could be the primary, with a leg or without one. Raises OSError where it couldn't."""
+        membership = decode(json.dumps(params.get("membership")).encode())
+        await trio.lowlevel.checkpoint()
+        if not self.by_mirror(membership.mirror):
+            self.diskless.judge(_text(params, "volume"), membership)
+        return {}
+
     async def _tell_status(self, node: str, params: dict[str, Any]) -> Any:
-        found = self.by_mirror(_text(params, "mirror"))
+        found = self.parts_of(_text(params, "mirror"))
         await trio.lowlevel.checkpoint()
         if not found:
             raise OSError(errno.ENOENT, f"node {self.node} has no leg of that mirror open")
         return self.local_status(found[0])
 
     async def _promote(self, node: str, params: dict[str, Any]) -> Any:
-        found = self.by_mirror(_text(params, "mirror"))
-        if not found:
+        """`volume` and `membership`: for a node that has no leg, and so knows neither."""
+        found = self.parts_of(_text(params, "mirror"))
+        if found:
+            await found[0].promote()
+            return self.local_status(found[0])
+        if params.get("membership") is None:
             raise OSError(errno.ENOENT, f"node {self.node} has no leg of that mirror open")
-        await found[0].promote()
-        return self.local_status(found[0])
+        membership = decode(json.dumps(params["membership"]).encode())
+        return self.local_status(await self.diskless.promote(_text(params, "volume"), membership, force=False))
 
     async def _demote(self, node: str, params: dict[str, Any]) -> Any:
-        found = self.by_mirror(_text(params, "mirror"))
+        found = self.parts_of(_text(params, "mirror"))
         if not found:
             raise OSError(errno.ENOENT, f"node {self.node} has no leg of that mirror open")
-        if found[0].volume.open_count:
+        if found[0].stood_for.open_count:
             raise OSError(errno.EBUSY, f"{found[0].name} is in use on node {self.node}: disconnect its clients first")
         await found[0].demote(node)
         return self.local_status(found[0])
 
     # -- what people are shown -----------------------------------------------------------------------------------
 
-    def local_status(self, mirror: LocalMirror) -> dict[str, Any]:
+    def local_status(self, mirror: MirrorPart) -> dict[str, Any]:
         """What is known here, without asking anybody. JSON."""
-        found: dict[str, Any] = {"volume": mirror.name, "node": self.node, "size_bytes": mirror.volume.size_bytes}
+        found: dict[str, Any] = {
+            "volume": mirror.name,
+            "node": self.node,
+            "size_bytes": mirror.size_bytes,
+            "diskless": isinstance(mirror, DisklessMirror),
+        }
         try:
             membership = mirror.membership
         except OSError as error:
@@ -517,9 +580,11 @@ class Mirrors:
             else [self._leg_of_record(mirror, leg) for leg in membership.legs]
         )
         for shown in legs:
-            if shown["id"] == mirror.me:
+            if isinstance(mirror, LocalMirror) and shown["id"] == mirror.me:
                 shown["healed_blocks"] += mirror.volume.healed_blocks
         role = "primary" if mirror.serves else "starting" if mirror.starting else "secondary"
+        if role == "secondary" and isinstance(mirror, DisklessMirror):
+            role = "none"
         state = status.state.value if status is not None else "Unknown"
         if mirror.problem is not None and not mirror.serves:
             state = MirrorState.FAULTED.value
@@ -547,7 +612,7 @@ class Mirrors:
             return {"kind": "etcd", "answers": False, "problem": UNCONFIGURED}
         return {"kind": "etcd", "answers": status["answers"], "problem": status["problem"]}
 
-    def _leg_of_record(self, mirror: LocalMirror, leg: LegInfo) -> dict[str, Any]:
+    def _leg_of_record(self, mirror: MirrorPart, leg: LegInfo) -> dict[str, Any]:
         """A leg as a node that isn't primary knows it."""
         membership = mirror.membership
         peer = self.peers.peers.get(leg.node)
@@ -556,27 +621,29 @@ class Mirrors:
             state = LegState.UP_TO_DATE  # cleanly demoted: nothing was written since
         if leg.kind == "nbd":
             return _leg(leg, state.value)  # only a primary talks to it
-        if leg.id == mirror.me and mirror.keeper.record.inconsistent:
+        if leg.id == mirror.me and isinstance(mirror, LocalMirror) and mirror.keeper.record.inconsistent:
             state = LegState.SYNCING
         elif leg.node != self.node and (peer is None or peer.calls is None):
             state = LegState.OFFLINE
         return _leg(leg, state.value)
 
-    async def status(self, mirror: LocalMirror) -> dict[str, Any]:
+    async def status(self, mirror: MirrorPart) -> dict[str, Any]:
         """As the primary sees it, where that answers; else what is known here. JSON."""
         own = self.local_status(mirror)
         primary = own["primary"]
-        if own["role"] != "secondary" or primary in (None, self.node):
+        if own["role"] not in ("secondary", "none") or primary in (None, self.node):
             await trio.lowlevel.checkpoint()
             return own
         try:
             theirs = await self.peers.call(primary, "mirror.status", {"mirror": own["mirror"]}, 2.0)
             known = ("state", "waiting", "problem", "legs", "term", "epoch", "primary", "token", "voters")
             found = own | {key: theirs[key] for key in known}
-            for shown in found["legs"]:
-                if shown["id"] == mirror.me:  # what this node has mended by itself, it alone knows
-                    shown["healed_blocks"] += mirror.volume.healed_blocks
-            return found
+            if isinstance(mirror, LocalMirror):
+                for shown in found["legs"]:
+                    if shown["id"] == mirror.me:  # what this node has mended by itself, it alone knows
+                        shown["healed_blocks"] += mirror.volume.healed_blocks
+            # That this node was deposed is its own problem, and there is no leg here to be seen among the others.
+            return found | ({"problem": own["problem"] or found["problem"]} if own["diskless"] else {})
         except (OSError, KeyError, TypeError) as error:
             why = error.strerror if isinstance(error, OSError) else "it gave no answer that is understood"
             return own | {"problem": f"the primary, node {primary}, can't be asked: {why}"}
@@ -585,7 +652,7 @@ class Mirrors:
         """Of all mirrors here, asked for at once, by name."""
         found: dict[str, dict[str, Any]] = {}
 
-        async def ask(mirror: LocalMirror) -> None:
+        async def ask(mirror: MirrorPart) -> None:
             found[mirror.name] = await self.status(mirror)
 
         async with trio.open_nursery() as nursery:
@@ -594,7 +661,7 @@ class Mirrors:
         return [found[name] for name in sorted(found)]
 
     def legs_on(self, node: str) -> list[dict[str, Any]]:
-        """Legs that a node has, of the mirrors that this one has a leg of. JSON."""
+        """Legs that a node has, of the mirrors that this one has a part in. JSON."""
         return list(self._legs_on(node))
 
     def _legs_on(self, node: str) -> Iterator[dict[str, Any]]:

@@ -31,9 +31,10 @@ from replication.mirror import Mirror
 from replication.snapshots import take_at_once
 from terrace.duedeletions import Due, DueDeletions, holds
 from terrace.keptstate import is_kept_state
-from terrace.localmirror import LocalMirror, ServedMirror
+from terrace.localmirror import LocalMirror
 from terrace.mirrors import Mirrors
 from terrace.peers import Handler
+from terrace.primary import MirrorPart, ServedMirror
 from terrace.snapshots import Lacking
 from tiers import Pool, SnapshotStatus, TierError, Volume
 from tiers.names import validate_name
@@ -342,8 +343,13 @@ class MirrorSnapshots:
             return None
         return OnLegs(self._mirrors.node, {leg.node: names for leg, names in (await self._ask(mirror)).items()})
 
-    async def counted(self, mirror: LocalMirror) -> dict[str, dict[str, int]]:
-        """By node that can be asked: how many snapshots its leg has, and how many it lacks that others have. JSON."""
+    async def counted(self, mirror: MirrorPart) -> dict[str, dict[str, int]]:
+        """By node that can be asked: how many snapshots its leg has, and how many it lacks that others have. JSON.
+
+        Empty where this node has no leg.
+        """
+        if not isinstance(mirror, LocalMirror):
+            return {}
         found: dict[str, set[str]] = {self._mirrors.node: {one.short_name for one in mirror.volume_snapshots()}}
         try:
             found |= {leg.node: set(names) for leg, names in (await self._ask(mirror)).items() if names is not None}

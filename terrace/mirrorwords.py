@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import trio
@@ -9,13 +10,14 @@ import trio
 from replication.explain import Explanation, Facts, Progress, explain
 from replication.promotion import Refused
 from replication.voters import ask
-from terrace.localmirror import LocalMirror, nodes_of_mirror
+from terrace.diskless import DisklessMirror
 from terrace.mirrors import Mirrors
+from terrace.primary import MirrorPart, nodes_of_mirror
 
 ASK_S = 1.5
 
 
-async def explained(mirrors: Mirrors, mirror: LocalMirror) -> Explanation:
+async def explained(mirrors: Mirrors, mirror: MirrorPart) -> Explanation:
     """What is wrong, what it waits for, and what would change it. Asks the voters; changes nothing."""
     membership = mirror.membership
     nodes = nodes_of_mirror(membership)
@@ -37,7 +39,7 @@ async def explained(mirrors: Mirrors, mirror: LocalMirror) -> Explanation:
     await trio.lowlevel.checkpoint()
     arbiter = status["arbiter"] if status["arbiter"] is not None and status["arbiter"]["kind"] == "etcd" else None
     refusal = mirror.problem.strerror or "" if arbiter is not None and mirror.problem is not None else None
-    return explain(
+    found = explain(
         Facts(
             name=mirror.name,
             membership=mirror.membership,
@@ -55,3 +57,7 @@ async def explained(mirrors: Mirrors, mirror: LocalMirror) -> Explanation:
             decision=Refused(refusal) if refusal is not None and served is None else None,
         )
     )
+    if isinstance(mirror, DisklessMirror):
+        what = "serves it" if served is not None else "takes part in it"
+        found = replace(found, paragraph=f"{found.paragraph} Node {mirrors.node} {what} without a leg of its own.")
+    return found

@@ -163,7 +163,8 @@ class PlaceType(click.ParamType[tuple[str, str | None]]):
 
 
 def _volume_names(ctx: click.Context) -> list[str]:
-    return [volume["name"] for pool in ask(ctx, "pools") for volume in pool.get("volumes", ())]
+    here = [volume["name"] for pool in ask(ctx, "pools") for volume in pool.get("volumes", ())]
+    return here + [mirror["volume"] for mirror in ask(ctx, "mirrors") if mirror["diskless"]]
 
 
 def _snapshot_names(ctx: click.Context, volume: str) -> list[str]:

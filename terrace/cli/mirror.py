@@ -38,7 +38,7 @@ def _path(volume: tuple[str, str], *rest: str) -> tuple[str, ...]:
 @output_option
 @pass_context
 def list_mirrors(context: Context, output: str) -> None:
-    """List the mirrors that have a leg on this node, with a line for each leg."""
+    """List the mirrors that this node has a leg of, or serves without one, with a line for each leg."""
     with context.connect() as client:
         found = client.get("mirrors")
     if output == "json":
@@ -63,6 +63,8 @@ def show_mirrors(found: list[dict[str, Any]]) -> None:
                     "-" if leg["eta_s"] is None else duration(leg["eta_s"]),
                 )
             )
+        if one["primary"] and one["legs"] and all(leg["node"] != one["primary"] for leg in one["legs"]):
+            rows.append(("", f"{one['primary']} (primary)", "-", "Diskless", "", "-", "-"))
         if not one["legs"]:
             rows.append((one["volume"], "-", "-", one["state"], format_size(one["size_bytes"]), "-", "-"))
     show_table(("Mirror", "Node", "Pool", "State", ">Size", ">To sync", ">ETA"), rows, empty=NONE, spare=("Pool",))
@@ -101,7 +103,7 @@ def _show(found: dict[str, Any], output: str) -> None:
             ("Mirror", found["volume"]),
             ("State", found["state"]),
             ("Primary", found["primary"] or "none"),
-            ("Here", f"{found['node']}, {found['role']}"),
+            ("Here", f"{found['node']}, {found['role']}" + (", without a leg" if found["diskless"] else "")),
             ("Size", format_size(found["size_bytes"])),
             *([("Voters", ", ".join(found["voters"]))] if len(found["voters"]) > 2 else []),
             *_shown_arbiter(found["arbiter"]),
@@ -242,23 +244,38 @@ def remove(context: Context, volume: tuple[str, str], node: str, force: bool, ye
 @_mirror_argument
 @click.option("--force", is_flag=True, help="Without proof that nothing is lost; what may be is said before.")
 @click.option("-y", "--yes", is_flag=True, help="Don't ask.")
+@click.option("--from", "source", type=NODE, metavar="NODE", help="This node has no leg: NODE has one, as POOL/VOL.")
+@click.option("--as", "own", type=VOLUME, metavar="POOL/VOL", help="With --from: what it is called here.")
 @output_option
 @pass_context
-def promote(context: Context, volume: tuple[str, str], force: bool, yes: bool, output: str) -> None:
+def promote(
+    context: Context,
+    volume: tuple[str, str],
+    force: bool,
+    yes: bool,
+    source: str | None,
+    own: tuple[str, str] | None,
+    output: str,
+) -> None:
     """Let this node be the primary, and serve the volume.
 
     It has to be proven that no other node serves it and that no acknowledged write is missing here; else it is refused
-    with the nodes that have to be heard.
+    with the nodes that have to be heard. A node without a leg, and without any pool, can be it too: with --from.
     """
     name = f"{volume[0]}/{volume[1]}"
+    if own is not None and source is None:
+        raise click.UsageError("--as is for a node that has no leg of the mirror: say --from NODE, too")
     with context.connect() as client:
-        if force:
+        if force and source is None:
             loss = client.request("POST", *_path(volume, "promote"), body={"dry_run": True})["may_lose"]
             if loss:
                 click.echo(loss, err=True)
                 confirm(f"Promote {name} by force?", yes=yes)
+        body: dict[str, Any] = {"force": force}
+        if source is not None:
+            body |= {"from": source} | ({"name": f"{own[0]}/{own[1]}"} if own is not None else {})
         with patience(f"Promoting {name}"):
-            found = client.request("POST", *_path(volume, "promote"), body={"force": force})
+            found = client.request("POST", *_path(volume, "promote"), body=body)
     if output == "json":
         show_json(found)
     else:
@@ -283,6 +300,22 @@ def demote(context: Context, volume: tuple[str, str], to: str | None, force: boo
     else:
         holder = f"; {found['token']} may become it without asking the others" if found["token"] else ""
         click.echo(f"{name} has no primary now{holder}.")
+
+
+@mirror.command()
+@_mirror_argument
+@click.option("--force", is_flag=True, help="Even while this node is the primary: clients are cut off.")
+@output_option
+@pass_context
+def forget(context: Context, volume: tuple[str, str], force: bool, output: str) -> None:
+    """Let this node have nothing to do any more with a mirror that it has no leg of. No leg is changed by that."""
+    name = f"{volume[0]}/{volume[1]}"
+    with context.connect() as client:
+        done = client.request("POST", *_path(volume, "forget"), body={"force": force})
+    if output == "json":
+        show_json(done)
+    else:
+        click.echo(f"This node takes no part in {name} any more.")
 
 
 @mirror.command()

@@ -13,6 +13,8 @@ def brief(found: dict[str, Any] | None) -> str:
         return f"{found['state']}, primary"
     if found["role"] == "starting":
         return "starting"
+    if found["diskless"]:
+        return f"no leg here, served by {found['primary'] or 'nobody'}"
     return f"leg of {found['primary']}" if found["primary"] else "leg, no primary"
 
 

@@ -64,7 +64,7 @@ def create(
     with context.connect() as client, patience(f"Taking a snapshot of {what}"):
         body = {"name": name, "volumes": volumes} | ({"local": True, "force": force} if local else {})
         taken = client.request("POST", "pools", pool, "snapshots", body=body)
-        uris = [uris_of(client, one["name"])[0] for one in taken[:1]]
+        uris = [_reached(client, one) for one in taken[:1]]
     if output == "json":
         show_json(taken)
         return
@@ -79,6 +79,13 @@ def create(
             click.echo(f"Node {node} doesn't have it: {why}.")
     if len(taken) > 1:
         click.echo(f"All {len(taken)} are of one instant.")
+
+
+def _reached(client: ApiClient, one: dict[str, Any]) -> str:
+    """How to get a snapshot: its URI, or where it is, if this node has no leg of the mirror."""
+    if (there := one.get("on")) is not None:
+        return f"{there['export']} on node {there['node']}"
+    return uris_of(client, one["name"])[0]
 
 
 def _wanted(ctx: click.Context, names: Sequence[str], group: str | None) -> tuple[str, list[str], str]:
@@ -115,6 +122,7 @@ def list_snapshots(context: Context, place: tuple[str, str | None] | None, outpu
     with context.connect() as client, patience("Counting what snapshots share"):
         if place is None:
             names = [found["name"] for found in client.get("pools") if "volumes" in found]
+            names += client.get("diskless")
             found = [one for name in names for one in _listed(client, "pools", name, "snapshots")]
         elif place[1] is None:
             found = _listed(client, "pools", place[0], "snapshots")
@@ -167,6 +175,7 @@ def _kept_by(one: dict[str, Any]) -> str:
     parts += ["rollback"] if len(clones) < len(one["clones"]) else []
     parts += [f"clone {clones[0]}"] if len(clones) == 1 else [f"{len(clones)} clones"] if clones else []
     parts += [count(clients, "client")] if clients else []
+    parts += [f"on node {one['on']['node']}"] if "on" in one else []
     return ", ".join(parts) or "-"
 
 

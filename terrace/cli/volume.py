@@ -154,6 +154,7 @@ def list_volumes(context: Context, pool: str | None, output: str) -> None:
             volumes = client.get("pools", pool, "volumes")
         else:
             volumes = [volume for found in client.get("pools") for volume in found.get("volumes", ())]
+            volumes += [volume for name in client.get("diskless") for volume in client.get("pools", name, "volumes")]
     if output == "json":
         show_json(volumes)
     else:

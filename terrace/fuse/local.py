@@ -29,6 +29,7 @@ class PoolDirectory:
 
     def __init__(self, pools: Pools, nursery: trio.Nursery, mirrored: Mirrored | None = None) -> None:
         self._pools = pools
+        self._mirrored = mirrored
         self._exports = PoolExports(pools, mirrored)
         self._nursery = nursery
         self._arena = memoryview(bytearray(REPLY.size + LONGEST_BYTES))
@@ -36,10 +37,15 @@ class PoolDirectory:
 
     async def pools(self) -> Sequence[str]:
         await trio.lowlevel.checkpoint()
-        return [pool.name for pool in self._pools.open_pools()]
+        return [*(pool.name for pool in self._pools.open_pools()), *self._diskless_pools()]
+
+    def _diskless_pools(self) -> list[str]:
+        return [] if self._mirrored is None else self._mirrored.diskless.pools()
 
     async def exports(self, pool: str) -> Sequence[ExportRecord]:
         await trio.lowlevel.checkpoint()
+        if self._mirrored is not None and pool in self._diskless_pools():
+            return [one.record for one in self._mirrored.diskless.in_pool(pool)]
         try:
             return records_of(self._pools.pool(pool))
         except TierError as error:
@@ -47,6 +53,8 @@ class PoolDirectory:
 
     async def export(self, name: str) -> ExportRecord:
         await trio.lowlevel.checkpoint()
+        if self._mirrored is not None and (without_leg := self._mirrored.diskless.named(name)) is not None:
+            return without_leg.record
         pool_name, _, rest = name.partition("/")
         try:
             pool = self._pools.pool(pool_name)
@@ -62,9 +70,7 @@ class PoolDirectory:
     async def open(self, record: ExportRecord, device: Device) -> OpenFile:
         export = await self._exports.acquire(record.name)
         # No checkpoint from the look-up of the name to here, so both ask about the same one.
-        pool_name, _, rest = record.name.partition("/")
-        pool = self._pools.pool(pool_name)
-        if record_of(pool, find_export(pool, rest)).identity != record.identity:
+        if self._exports.identity(export) != record.identity:
             self._exports.release(export)
             raise OSError(errno.ESTALE, f"another export is called {record.name} now")
         return PoolFile(export, self._exports.release, device, self._nursery, self._arena)

@@ -124,6 +124,9 @@ class Deployment(Protocol):
     def close(self) -> None:
         """End what it has started itself."""
 
+    def servers(self) -> Sequence[str]:
+        """The nodes that may serve, the one first that should."""
+
 
 class Nodes:
     """See the module. `with Nodes(network, directory, deployment) as nodes:` starts all, and kills them in the end."""
@@ -291,6 +294,9 @@ class Alone:
 
     def close(self) -> None: ...
 
+    def servers(self) -> Sequence[str]:
+        return ("a",)
+
 
 @dataclass
 class Mirrored:
@@ -308,14 +314,14 @@ class Mirrored:
         for name in self.names:
             nodes.make_pool(name, size_bytes)
         first, *others = self.names
-        mirror = [{"node": name, "pool": POOL} for name in others] + self.servers()
+        mirror = [{"node": name, "pool": POOL} for name in others] + self.disks()
         body = {"name": VOLUME.partition("/")[2], "size": size_bytes, "mirror": mirror}
         body |= {"timeout_s": TIMEOUT_S, "lease_s": TIMEOUT_S}
         body |= {"arbiter": "etcd" if self.arbiter is not None else "legs"}
         nodes.wait_for("connected", lambda: self._connected(nodes), 10)
         nodes[first].api("POST", f"/v1/pools/{POOL}/volumes", body)
 
-    def servers(self) -> list[dict[str, str]]:
+    def disks(self) -> list[dict[str, str]]:
         """Legs that are on no node."""
         return []
 
@@ -365,6 +371,9 @@ class Mirrored:
 
     def close(self) -> None: ...
 
+    def servers(self) -> Sequence[str]:
+        return self.names
+
     def status(self, node: Node) -> dict[str, Any] | None:
         """What that node says of the mirror; None if it can't be asked now."""
         try:
@@ -373,8 +382,7 @@ class Mirrored:
             return None
         return found
 
-    @staticmethod
-    def _ask(node: Node, what: str, body: dict[str, Any]) -> str | None:
+    def _ask(self, node: Node, what: str, body: dict[str, Any]) -> str | None:
         if not node.answers:
             return f"{node.name} doesn't run"
         try:
@@ -384,3 +392,32 @@ class Mirrored:
                 raise
             return error.message
         return None
+
+
+@dataclass
+class Diskless(Mirrored):
+    """A mirror with legs on a and b, and a node c without a pool, which serves it first."""
+
+    names: Sequence[str] = ("a", "b", "c")
+
+    def create(self, nodes: Nodes, size_bytes: int) -> None:
+        Mirrored(("a", "b")).create(nodes, size_bytes)
+        refused = self.demote(nodes, "a", "c")
+        assert refused is None, refused
+
+    def promote(self, nodes: Nodes, name: str) -> str | None:
+        if name != "c":
+            return super().promote(nodes, name)
+        refused: str | None = "no node with a leg runs"
+        for source in self.copies():
+            if nodes[source].answers:
+                refused = self._ask(nodes[name], "promote", {"from": source})
+                if refused is None:
+                    break
+        return refused
+
+    def copies(self) -> Sequence[str]:
+        return ("a", "b")
+
+    def servers(self) -> Sequence[str]:
+        return ("c", "a", "b")

@@ -18,7 +18,7 @@ from typing import Final
 
 from tests.cluster.client import Load, Summary, regions_of
 from tests.cluster.network import Network
-from tests.cluster.nodes import CLIENT, VOLUME, Alone, Deployment, Mirrored, Nodes, start_all
+from tests.cluster.nodes import CLIENT, VOLUME, Alone, Deployment, Diskless, Mirrored, Nodes, start_all
 from tests.cluster.oracle import Oracle
 from tests.cluster.server import WithServer
 
@@ -34,6 +34,7 @@ PROFILES: Final[dict[str, Callable[[], Deployment]]] = {
     "three": lambda: Mirrored(("a", "b", "c")),
     "server": WithServer,
     "etcd": lambda: Mirrored(arbiter="e"),
+    "diskless": Diskless,
 }
 NODE_FAULTS: Final = ("kill", "pause", "restart", "crash")
 ALL_FAULTS: Final = ("kill all", "crash all")
@@ -340,7 +341,7 @@ def _break_link(network: Network, fault: Fault, a: str, b: str, story: Story) ->
 
 def _promote_another(nodes: Nodes, than: str, story: Story) -> None:
     for other in nodes.answering():
-        if other.name != than and other.name in nodes.deployment.copies():
+        if other.name != than and other.name in nodes.deployment.servers():
             refused = nodes.deployment.promote(nodes, other.name)
             _told(story, f"promote {other.name}", refused)
             if refused is None:
@@ -353,7 +354,7 @@ def _told(story: Story, what: str, refused: str | None) -> None:
 
 def _of_role(nodes: Nodes, role: str) -> str | None:
     """The node that has it now, also one that is down or stands still."""
-    names = list(nodes.deployment.copies())
+    names = list(nodes.deployment.servers())
     primary = nodes.deployment.primary(nodes) or nodes.last_primary or names[0]
     nodes.last_primary = primary
     if role == "primary":
@@ -376,7 +377,7 @@ def settle(nodes: Nodes, load: Load, story: Story) -> float:
         if time.monotonic() - start_s < BY_ITSELF_S and nodes.deployment.starting(nodes):
             return "a node is starting to"
         refusals = []
-        for name in nodes.deployment.copies():
+        for name in nodes.deployment.servers():
             refused = nodes.deployment.promote(nodes, name)
             _told(story, f"promote {name}", refused)
             if refused is None:

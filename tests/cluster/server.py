@@ -43,7 +43,7 @@ class WithServer(Mirrored):
         asked = host.command("nbdinfo", "--size", f"nbd://{self._address}:{PORT}")
         return subprocess.run(asked, capture_output=True, check=False).returncode == 0
 
-    def servers(self) -> list[dict[str, str]]:
+    def disks(self) -> list[dict[str, str]]:
         return [{"node": f"nbd://{self._address}:{PORT}"}]
 
     def others(self) -> Mapping[str, bytes]:

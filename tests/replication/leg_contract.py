@@ -134,6 +134,22 @@ class LegContract:
 
         run(body)
 
+    @pytest.mark.parametrize(
+        ("offset", "length"), [(1, 1), (4095, 2), (1024, 1024), (4999, 10002), (100, (1 << 20) + 5000), (4096, 4097)]
+    )
+    def test_a_part_of_a_block_is_read_like_a_whole_one(self, offset: int, length: int) -> None:
+        async def body() -> None:
+            async with self.opened() as rig:
+                told = Told()
+                written = bytes(block % 251 + 1 for block in range(300) for _ in range(BLOCK_BYTES))
+                rig.leg.submit(1, [Change(0, len(written), memoryview(written))], told.of(1))
+                await until(lambda: told.done == [1])
+                into = bytearray(length)
+                await rig.leg.read(offset, length, memoryview(into))
+                assert into == written[offset : offset + length]
+
+        run(body)
+
     def test_what_has_changed_since_the_last_common_flush_is_known_and_then_forgotten(self) -> None:
         async def body() -> None:
             async with self.opened() as rig:

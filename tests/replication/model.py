@@ -18,6 +18,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import trio
@@ -29,8 +30,8 @@ from replication.lineage import are_apart
 from replication.membership import Generation, Membership, Options, Term
 from replication.orders import Known, Order, judge_discard, judge_order
 from replication.promotion import Promote, SplitBrain, demote, is_rejoin_allowed, promote
-from replication.voters import rule_of
-from tests.replication.nodes import Node, Nodes
+from replication.voters import _Kept, rule_of
+from tests.replication.nodes import MemoryVoter, Node, Nodes
 from tests.replication.stores import MIRROR, MemoryStore, first_record
 
 R = TypeVar("R")
@@ -48,6 +49,8 @@ LAYOUTS = (
     ("ab", "tu"),
     ("a", "tu"),
 )
+LAYOUTS_WITHOUT = (("ab", ""), ("ab", ""), ("a", ""), ("ab", "t"), ("abc", ""))
+"""With a node d besides, which has neither a leg nor a say, and is primary all the same if it can prove that it may."""
 CALL_S = 0.5
 
 
@@ -177,14 +180,37 @@ class ModelNode(Node):
         self.start()
 
 
+class NodeWithout(ModelNode):
+    """A node with neither a leg nor a say: what its home keeps is durable at once, by no thread."""
+
+    kept: _Kept | None = None
+
+    def start(self) -> None:
+        super().start()
+
+        class Voter(MemoryVoter):
+            async def _keep(voter, mirror: str, kept: _Kept) -> None:
+                await trio.lowlevel.checkpoint()
+                if voter is self.voter:  # else the process is gone
+                    self.kept = voter._files[mirror] = kept
+
+        is_primary: Callable[[str], bool] = lambda mirror: self.primary  # noqa: E731
+        self.voter = Voter(
+            self, self.name, Path("/nonexistent"), lambda mirror: [], is_primary=is_primary, clock=self.clock
+        )
+        self.voter._files[MIRROR] = self.kept
+
+
 class World:
     arbiter = False
 
-    def __init__(self, seed: int, *, forces: bool) -> None:
+    def __init__(self, seed: int, *, forces: bool, without: bool = False) -> None:
         self.rng = random.Random(seed)
-        legs, diskless = self.rng.choice(LAYOUTS)
+        legs, diskless = self.rng.choice(LAYOUTS_WITHOUT if without else LAYOUTS)
         self.nodes = Nodes("", self.carry, timeout_s=1.0)
         self.all: dict[str, ModelNode] = {name: ModelNode(name) for name in legs + diskless}
+        if without:
+            self.all["d"] = NodeWithout("d")
         self.nodes.all = dict(self.all)
         self.oracle = Oracle()
         self.forces = forces
@@ -230,6 +256,8 @@ class World:
 
     async def run(self, steps: int) -> None:
         for node in self.all.values():
+            if isinstance(node, NodeWithout):
+                continue
             await node.voter.accept(self.first)
             await node.keeper.take_part()
         await self.begin()
@@ -478,8 +506,12 @@ class World:
         return record
 
     def _read(self, me: str, record: Membership, lease: Any) -> None:
-        node = self.all[me]
-        if me not in record.in_sync or not node.keeper.allows(record.term):
+        # Who has no leg asks one, which answers only within the session.
+        at = me if record.legs_on(me) else min(record.in_sync)
+        node = self.all[at]
+        if at not in record.in_sync or not node.keeper.allows(record.term):
+            return
+        if at != me and (not node.up or self.sessions.get((record.term, at)) != node.life):
             return
         if not self.may_read(record, lease):
             return
@@ -604,15 +636,20 @@ class Committing:
 
 
 def explore(
-    seed: int, *, steps: int = 40, trace: Callable[[str], None] | None = None, kind: type[World] = World
+    seed: int,
+    *,
+    steps: int = 40,
+    without: bool = False,
+    trace: Callable[[str], None] | None = None,
+    kind: type[World] = World,
 ) -> Oracle:
-    """One run. Raises `Violated`; the seed decides all."""
+    """One run. Raises `Violated`; the seed decides all. `without`: with a node that has neither a leg nor a say."""
     # As Hypothesis does it: trio's own order of tasks, which is random, follows the seed.
     trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[attr-defined]
     trio._core._run._r.seed(seed)  # type: ignore[attr-defined]
 
     async def run() -> Oracle:
-        world = kind(seed, forces=seed % 3 == 2)
+        world = kind(seed, forces=seed % 3 == 2, without=without)
         world.trace = trace or world.trace
         await world.run(steps)
         return world.oracle

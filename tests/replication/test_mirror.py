@@ -390,6 +390,32 @@ def test_without_a_local_leg_reads_come_from_the_nearest() -> None:
     run(body)
 
 
+def test_a_primary_without_a_leg_waits_for_its_first_one_and_then_a_moment_for_the_others() -> None:
+    async def body() -> None:
+        rig = Rig(3, diskless=True, settings=MirrorSettings(first_leg_s=10.0))
+        links = {name: rig.nodes[name].link for name in "bcd"}
+        for link in links.values():
+            link.stalled = trio.Event()
+        async with trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def comes_back() -> None:
+                for name, after_s in (("b", 3.0), ("c", 0.4), ("d", 0.4)):  # the mirror's timeout is 1 s
+                    await trio.sleep(after_s)
+                    stalled, links[name].stalled = links[name].stalled, None
+                    assert stalled is not None
+                    stalled.set()
+
+            began = trio.current_time()
+            async with rig.running() as mirror:
+                assert 3.0 <= trio.current_time() - began < 5.0
+                assert [rig.state(name) for name in "bc"] == [LegState.UP_TO_DATE] * 2
+                await mirror.write(0, block(1))
+                await rig.whole()
+
+    run(body)
+
+
 def test_a_local_leg_that_isnt_in_sync_is_not_read() -> None:
     async def body() -> None:
         rig = Rig(2, in_sync=["legb"])

@@ -65,6 +65,11 @@ def test_nothing_acknowledged_is_lost_and_nobody_else_acknowledges(first: int) -
     assert promotions > 20
 
 
+def test_nor_where_the_primary_may_be_a_node_with_neither_a_leg_nor_a_say() -> None:
+    promotions = sum(explore(seed, without=True).promotions for seed in range(20))
+    assert promotions > 20
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_rule_with_a_mistake_is_caught(name: str) -> None:
     with mutated(MUTANTS[name]):

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from replication.membership import LegInfo, Membership, Term
-from terrace import localmirror
+from terrace import primary
 from terrace.localmirror import LocalMirror
 
 
@@ -27,13 +27,12 @@ def test_a_leg_whose_writes_are_discarded_is_compared_in_full_when_it_comes_back
         await trio.lowlevel.checkpoint()
         return SimpleNamespace(info=infos[1], hello=SimpleNamespace(accepted=record, intact=False), close=lambda: None)
 
-    monkeypatch.setattr(localmirror, "open_remote_leg", opened)
+    monkeypatch.setattr(primary, "open_remote_leg", opened)
 
     async def body() -> None:
         mirror = cast(Any, object.__new__(LocalMirror))
         mirror.__dict__.update(
             keeper=SimpleNamespace(record=SimpleNamespace(me="lega", accepted=record), intact=True),
-            store=SimpleNamespace(decode_extents=None),
             mirror=None,
             compared_in_full={"legb"} if discarded else set(),
             _connected={},

@@ -56,8 +56,9 @@ class Admin(MirrorAdmin):
         return self._served
 
     async def add_leg(self) -> None:
-        volume = SimpleNamespace(short_name="vol", size_bytes=1 << 20, policy_name="")
-        mirror: Any = SimpleNamespace(name="fast/vol", volume=volume, pool=SimpleNamespace(name="fast"))
+        mirror: Any = SimpleNamespace(
+            name="fast/vol", short_name="vol", pool_name="fast", size_bytes=1 << 20, policy_name=""
+        )
         await self._add_legs(mirror, [Place("b")])
 
 

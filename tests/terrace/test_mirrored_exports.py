@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -51,6 +52,7 @@ class TheMirror:
 class Mirrored:
     def __init__(self, mirror: TheMirror | None) -> None:
         self.mirror = mirror
+        self.diskless = SimpleNamespace(named=lambda name: None, exported=lambda: iter(()))
 
     def is_exported(self, volume: Volume) -> bool:
         return not volume.mirror_record or self.mirror is not None

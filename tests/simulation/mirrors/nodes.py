@@ -38,8 +38,9 @@ from replication.voters import handlers as voter_handlers
 from replication.wire import CallsOption, LegOption, read_option
 from terrace.arbiter import Arbiter
 from terrace.config import EtcdConfig
-from terrace.localmirror import LocalMirror, ServedMirror, nodes_of_mirror
+from terrace.localmirror import LocalMirror
 from terrace.peers import Peers
+from terrace.primary import ServedMirror, nodes_of_mirror
 from tests.simulation.machine import Disk, Machine, PowerCutError
 from tests.simulation.mirrors.judge import extents_of, named, place_of
 from tests.simulation.mirrors.network import Network, SimSocket, simulated

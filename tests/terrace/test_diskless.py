@@ -1,0 +1,220 @@
+"""A part in a mirror without a leg: what its file says, and when its term is over."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import trio
+
+from replication.cluster import VoterState
+from replication.membership import Membership, Term
+from replication.voters import KeptVoter, LegsCluster
+from terrace.diskless import DisklessMirror, Participation, path_of, remove, store, superseded
+from terrace.disklessmirrors import DisklessMirrors
+from terrace.exports import PoolExports
+from tests.replication.nodes import Nodes
+from tests.replication.stores import MIRROR, first_record
+from tiers import TierError
+
+SERVED = first_record("ab", primary="c")
+TERM_2 = Term(2, "2" * 16)
+
+
+def test_what_is_written_down_is_read_again_and_goes(tmp_path: Path) -> None:
+    written = Participation("p/v", 12.5, SERVED)
+    path = path_of(tmp_path, MIRROR)
+    store(path, written.encode())
+    store(path, written.encode())
+    assert Participation.decode(path.read_bytes()) == written
+    assert [one.name for one in path.parent.iterdir()] == [path.name]
+    remove(path)
+    remove(path)
+    assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"version": 2}, "has version 2, and 1 is understood"),
+        ({"name": "p"}, "doesn't name a volume"),
+        ({"name": "p/.."}, "name"),
+        ({"name": 7}, "doesn't name a volume"),
+        ({"since": "now"}, "can't be understood"),
+        ({"membership": {}}, "can't be understood"),
+        ({"membership": None}, "can't be understood"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_a_sentence(changes: dict[str, Any], said: str) -> None:
+    plain = json.loads(Participation("p/v", 0.0, SERVED).encode()) | changes
+    with pytest.raises(OSError, match=said):
+        Participation.decode(json.dumps(plain).encode())
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff", b"[]", b"null", b"[" * 100_000])
+def test_any_bytes_are_refused_with_a_sentence(data: bytes) -> None:
+    with pytest.raises(OSError, match="understood") as refused:
+        Participation.decode(data)
+    assert refused.value.errno == errno.EPROTO
+
+
+@pytest.mark.parametrize("name", ["../x", "0" * 31, "G" * 32, "0" * 32 + "/x"])
+def test_what_a_peer_calls_a_mirror_never_becomes_another_path(tmp_path: Path, name: str) -> None:
+    with pytest.raises(OSError, match="is no mirror's id"):
+        path_of(tmp_path, name)
+
+
+def said(node: str, accepted: Membership | None = SERVED, promised: Term | None = None) -> VoterState:
+    return VoterState(node, promised or (accepted.term if accepted else None), accepted, frozenset({"b"}))
+
+
+def test_a_term_without_its_legs_is_over_only_when_others_cant_take_it_back() -> None:
+    taken = SERVED.next_term(TERM_2, "b", frozenset("ab"))
+    for states, over in (
+        ([], None),
+        ([said("a"), said("b")], None),
+        ([said("a"), said("b", promised=TERM_2)], None),  # a alone would do, without b
+        ([said("b", promised=TERM_2)], None),  # a may come back, and have promised nothing
+        ([said("a", promised=TERM_2), said("b", promised=TERM_2)], "every leg in sync has promised a later term to b"),
+        ([said("a", taken)], "node b is primary since term 2"),
+        ([said("a", SERVED.next_epoch(in_sync=frozenset("a")))], None),  # our own record
+        ([said("a", taken.next_epoch(primary=None))], "nobody is primary since term 2"),
+    ):
+        assert superseded(SERVED, {state.node: state for state in states}) == over
+
+
+def test_the_record_by_which_a_node_without_a_leg_is_primary_is_in_its_home_last_and_what_ends_it_first(
+    tmp_path: Path,
+) -> None:
+    async def main() -> None:
+        nodes = Nodes("ab", timeout_s=0.2)
+        first = first_record("ab", primary="a")
+        for node in nodes.all.values():
+            await node.voter.accept(first)
+        home = KeptVoter("c", tmp_path, lambda mirror: [])
+        remote = nodes.voter("c")
+        cluster = LegsCluster("c", lambda node: home if node == "c" else remote(node), nodes.known, timeout_s=0.2)
+        served = first.next_term(TERM_2, "c", frozenset("ab"))
+        nodes.all["b"].up = False
+        with pytest.raises(OSError, match="isn't stored"):
+            await cluster.commit(served, expected=first)
+        with pytest.raises(OSError, match="knows nothing"):
+            await home.state(MIRROR)
+        nodes.all["b"].up = True
+        await cluster.commit(served, expected=first)
+        assert (await KeptVoter("c", tmp_path, lambda mirror: []).state(MIRROR)).accepted == served
+        nodes.all["a"].up = nodes.all["b"].up = False
+        demoted = served.next_epoch(primary=None, token="a")
+        with pytest.raises(OSError, match="isn't stored"):
+            await cluster.commit(demoted, expected=served)
+        assert (await home.state(MIRROR)).accepted == demoted
+
+    trio.run(main)
+
+
+class NoPools:
+    """Of a node that has but one, called `local`."""
+
+    def slots(self) -> list[Any]:
+        return [SimpleNamespace(name="local")]
+
+    def open_pools(self) -> Iterator[Any]:
+        return iter(())
+
+    def open_volumes(self) -> Iterator[Any]:
+        return iter(())
+
+    def pool(self, name: str) -> Any:
+        raise TierError(errno.ENOENT, f"there is no pool {name!r}")
+
+
+def mirrors(home: Path, told: list[str]) -> tuple[DisklessMirrors, Any]:
+    """Of node c, which knows a and b."""
+
+    def peer(name: str) -> None:
+        if name not in "ab":
+            raise OSError(errno.ENOENT, f"there is no peer {name!r}")
+
+    node: Any = SimpleNamespace(
+        peers=SimpleNamespace(node="c", peer=peer),
+        own_voter=KeptVoter("c", home, lambda mirror: []),
+        tell=lambda kind, subject, text: told.append(text),
+        disconnect=lambda name: 0,
+    )
+
+    async def live(mirror: Any) -> None:
+        await trio.sleep_forever()
+
+    return DisklessMirrors(cast(Any, NoPools()), home, node, live), node
+
+
+def test_what_the_home_keeps_is_taken_up_at_a_start_and_what_cant_be_understood_is_told_of(tmp_path: Path) -> None:
+    async def main() -> None:
+        told: list[str] = []
+        found, node = mirrors(tmp_path, told)
+        store(path_of(tmp_path, MIRROR), Participation("p/v", 0.0, SERVED).encode())
+        store(path_of(tmp_path, "0" * 32), Participation("p/w", 0.0, SERVED).encode())  # of another mirror
+        store(path_of(tmp_path, "1" * 32), b"nonsense")
+        later = SERVED.next_epoch(in_sync=frozenset("a"))
+        await node.own_voter.accept(later)
+        async with trio.open_nursery() as nursery:
+            await found.start(nursery)
+            (mirror,) = found.all()
+            assert mirror.name == "p/v" and mirror.starting and mirror.membership == later
+            assert len(told) == 2 and all("can't be used" in text for text in told)
+            assert found.pools() == ["p"] and found.at("p", "v") is mirror and found.at("p", "w") is None
+            with pytest.raises(TierError, match="p/v without a leg"):
+                found.require_free("p")
+            found.require_free("q")
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_a_name_must_be_nobody_elses_here_and_all_legs_nodes_be_peers(tmp_path: Path) -> None:
+    found, node = mirrors(tmp_path, [])
+    found.judge("p/v", SERVED)
+    for name, membership, why in (
+        ("local/v", SERVED, "node c has a pool local itself.*--as POOL/VOL"),
+        ("v", SERVED, "write POOL/VOL"),
+        ("p/v", first_record("ac"), "node c has a leg of that mirror"),
+        ("p/v", first_record("ad"), "there is no peer 'd'"),
+    ):
+        with pytest.raises(OSError, match=why):
+            found.judge(name, membership)
+    node.peers.node = ""
+    with pytest.raises(OSError, match="this node has no name"):
+        found.judge("p/v", SERVED)
+
+
+def test_clients_of_a_mirror_without_a_leg_are_counted_and_it_is_listed_and_the_default(tmp_path: Path) -> None:
+    async def main() -> None:
+        found, node = mirrors(tmp_path, [])
+        mirror = DisklessMirror(tmp_path, Participation("p/v", 0.0, SERVED), node)
+        served: Any = SimpleNamespace(read_only=False, name="p/v", mirrored_volume=mirror.stood_for)
+        served.started, served.ended = trio.Event(), trio.Event()
+        served.started.set()
+        served.membership = SERVED
+        mirror.mirror = served
+        found._mirrors["p/v"] = mirror
+        exports = PoolExports(cast(Any, NoPools()), cast(Any, SimpleNamespace(diskless=found)))
+        assert exports.list() == [("p/v", "1 MiB mirrored volume")]
+        for name in ("p/v", ""):
+            export = await exports.acquire(name)
+            assert export is served and mirror.stood_for.open_count == 1
+            assert exports.identity(export) == mirror.record.identity == f"mirror/{MIRROR}"
+            exports.release(export)
+            assert mirror.stood_for.open_count == 0
+        mirror.mirror = None
+        assert exports.list() == []
+        with pytest.raises(OSError, match="being started"):
+            await exports.acquire("p/v")
+        with pytest.raises(FileNotFoundError):
+            await exports.acquire("p/w")
+
+    trio.run(main)
