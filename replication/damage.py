@@ -134,16 +134,19 @@ async def heal_told(healing: Healing, leg_id: str, ranges: Ranges, work_s: float
 
 
 def judge_ranges(body: Any, size_bytes: int, *, most: int = BATCH_RANGES) -> list[tuple[int, int]]:
-    """What another node has sent as ranges. Raises OSError EPROTO."""
+    """What another node has sent as ranges. Raises OSError EPROTO.
+
+    One behind the end is none: its leg may have damage where the mirror was shrunk, and nothing is to be healed there.
+    """
     if not isinstance(body, list) or len(body) > most:
         raise OSError(errno.EPROTO, f"ranges are no list of at most {most}")
     ranges: list[tuple[int, int]] = []
     for item in body:
         match item:
             case [int(offset), int(length)] if (
-                type(offset) is type(length) is int and 0 <= offset < size_bytes and 0 < length <= RANGE_BYTES
+                type(offset) is type(length) is int and offset >= 0 and 0 < length <= RANGE_BYTES
             ):
-                ranges.append((offset, min(length, size_bytes - offset)))
+                ranges.append((offset, max(0, min(length, size_bytes - offset))))
             case _:
                 raise OSError(errno.EPROTO, f"{str(item)[:40]} is no range of {size_bytes} bytes")
     return ranges

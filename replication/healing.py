@@ -97,7 +97,7 @@ class Healing:
         """Log what was healed, from `offset` on."""
         member = self._site.members.get(leg_id)
         if blocks and member is not None:
-            where = f"{self._site.name}: {blocks} blocks from {offset} on of the leg on {member.info.node}"
+            where = f"{self._site.name}: {blocks} blocks from {offset} on of the leg on {member.info.place}"
             log.warning("%s couldn't be read, and were written anew from another leg", where)
 
     async def mend(self, leg_id: str, offset: int, length: int) -> Outcome:
@@ -117,6 +117,8 @@ class Healing:
         left: list[tuple[int, int]] = []
         start = offset // BLOCK_BYTES * BLOCK_BYTES
         stop = min(-(-(offset + length) // BLOCK_BYTES) * BLOCK_BYTES, self._site.size_bytes)
+        if start >= stop:
+            return Outcome(0, ())  # the mirror was shrunk
         for at in range(start // EXTENT_BYTES * EXTENT_BYTES, stop, EXTENT_BYTES):
             first, last = max(at, start), min(at + EXTENT_BYTES, stop)
             async with self._site.locks.holding(first, last - first):

@@ -94,8 +94,8 @@ class Reads:
             if bad and all(m in bad for m in readable(self._site.members.values())):
                 middle = _block_in(offset, length)
                 if middle is not None:  # what one leg lacks another one may have, and the other way round
-                    await self.read_any(offset, middle - offset, into[: middle - offset])
-                    await self.read_any(middle, offset + length - middle, into[middle - offset :])
+                    for at, stop in ((offset, middle), (middle, offset + length)):
+                        await self.read_any(at, stop - at, into[at - offset : stop - offset], for_client=for_client)
                     return
                 self._site.nowhere(offset // BLOCK_BYTES * BLOCK_BYTES)
                 what = f"{length:,} bytes at {offset:,}: {bad[0].error}"
@@ -154,7 +154,16 @@ class Reads:
         return False
 
     async def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
-        """What is mapped, of a leg in sync."""
+        """What is mapped, of a leg in sync; as true as what is read, since who copies leaves holes out."""
+        while True:
+            losses = self._site.losses
+            found = await self._extents(offset, length, limit)
+            await self._site.inflight.settle_for_client(offset, length)
+            self._site.check()
+            if losses == self._site.losses and self._site.may_serve():
+                return found
+
+    async def _extents(self, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
         await self._site.admitted(reading=True)
         found: list[tuple[int, int]] = []
 
@@ -176,24 +185,31 @@ class Reads:
             looked = max(looked + 1, sum(mapped[-1])) if mapped else offset + length
         if looked >= offset + length:
             add(offset + length - at, STATE_HOLE | STATE_ZERO)
-        await self._site.inflight.settle_for_client(offset, length)
-        self._site.check()
         return found[:limit]
 
     async def _mapped_any(self, offset: int, length: int) -> list[tuple[int, int]]:
         while True:
             await self._site.admitted(reading=True)
+            damaged: OSError | None = None
             for member in readable(self._site.members.values()):
-                if member.leg is None:
+                leg = member.leg
+                if leg is None:
                     continue
                 try:
-                    return await member.leg.mapped(offset, length)
+                    mapped = await leg.mapped(offset, length)
                 except OSError as error:
-                    if member.leg is not None and member.leg.failure is None:
+                    if leg.failure is None:
                         if error.errno == errno.ENOTSUP:
                             return [(offset, length)]
-                        raise
-                    self._site.look()
+                        damaged = error  # a page of its map; another leg has its own
+                    else:
+                        self._site.look()
+                    continue
+                # A leg that was dropped meanwhile may be behind by now.
+                if member.leg is leg and member.state is LegState.UP_TO_DATE:
+                    return mapped
+            if damaged is not None:
+                raise damaged
             await trio.lowlevel.checkpoint()
 
 

@@ -109,7 +109,8 @@ class KeptState:
                 self._is_early = False
             if found := self.found():
                 if not self._is_inconsistent():
-                    if not self._is_early and not await self._delete(found):
+                    # Each attempt to begin takes one, and only the newest is of now.
+                    if not await self._delete(found[:-1] if self._is_early else found):
                         pause_s = RETRY_S
                 elif self._is_short():
                     if await self._delete(found):

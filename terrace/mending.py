@@ -98,7 +98,12 @@ class LegMender:
             log.info("%s: %d damaged blocks at %d were healed from another leg", name, blocks, offset)
             pool.scrubber.mended(name, offset, length)
         if self._lost and not self.damage.extents:
-            await pool.losses()  # what was written anew is none any more
+            try:
+                await pool.losses()  # what was written anew is none any more
+            except OSError as error:
+                # The list can't be written down now: it is with what is healed next, or when the pool is closed.
+                log.warning("%s: the list of what was lost can't be brought up to date: %s", name, error)
+                return
             self._lost.clear()
 
     # -- the task ------------------------------------------------------------------------------------------------
@@ -142,9 +147,10 @@ class LegMender:
         for leg in served.status().legs:
             count = self._told.due(leg.info.id, leg.counters.healed_blocks)
             if count:
+                place = leg.info.place if leg.info.kind == "nbd" else f"node {leg.info.place}"
                 self._tell(
                     "leg", name,
-                    f"{count} blocks of the leg of {name} on node {leg.info.node} couldn't be read there, and were "
+                    f"{count} blocks of the leg of {name} on {place} couldn't be read there, and were "
                     "written anew from another leg",
                 )  # fmt: skip
 

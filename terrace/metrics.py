@@ -4,8 +4,8 @@
 Prometheus' conventions: a unit at the end, `_total` for what only grows (from zero again after a restart, and for a
 mirror's counters whenever its node becomes primary).
 
-Labels are bounded by what an operator has made: `volume`, the `node` of a leg (at most four a mirror), `peer`, and
-`state`, of which each has a fixed list and exactly one is 1. Nothing that clients choose is a label.
+Labels are bounded by what an operator has made: `volume`, the `node` of a leg (or its URI; at most four a mirror),
+`peer`, and `state`, of which each has a fixed list and exactly one is 1. Nothing that clients choose is a label.
 
 What only the primary knows of a mirror is there only on its primary; so a sum over all nodes counts nothing twice.
 """
@@ -155,7 +155,8 @@ _COUNTERS: Final = (
 
 
 def _leg(families: _Families, volume: str, leg: LegStatus, *, in_sync: bool) -> None:
-    labels = {"volume": volume, "node": leg.info.node}
+    # Not the node of one on an NBD server, which is that of who added it, and has a leg of its own.
+    labels = {"volume": volume, "node": leg.info.place}
     state = LegState.STALE if leg.state is LegState.OFFLINE and not in_sync else leg.state
     states = [one.value for one in LegState]
     families.states("terrace_mirror_leg_state", "What the leg is worth.", states, state.value, **labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Awaitable, Callable
 
@@ -239,6 +240,29 @@ def test_a_cancelled_read_ends_at_once_and_a_leg_that_isnt_run_yet_answers_when_
                 await leg.snapshot("two")
             assert scope.cancelled_caught
             assert trio.current_time() - began == pytest.approx(5), "and waited for, as long as the leg lasts"
+
+    run(body)
+
+
+def test_who_asks_while_the_leg_is_being_stopped_hears_that_it_is() -> None:
+    async def body() -> None:
+        for _ in range(30):  # the order in which tasks run is random
+            leg = LocalLeg(stored()[1], INFO, TERM)
+
+            async def ask(leg: LocalLeg = leg) -> None:
+                while leg.failure is None:
+                    with contextlib.suppress(OSError):
+                        await leg.read(0, BLOCK_BYTES, memoryview(bytearray(BLOCK_BYTES)))
+                    await trio.lowlevel.checkpoint()
+
+            async with trio.open_nursery() as outer, trio.open_nursery() as nursery:
+                nursery.start_soon(leg.run)
+                outer.start_soon(ask)
+                outer.start_soon(ask)
+                for _ in range(20):
+                    await trio.lowlevel.checkpoint()
+                nursery.cancel_scope.cancel()
+            assert leg.failure is not None and leg.failure.errno == errno.ECANCELED
 
     run(body)
 
