@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from tests.system.daemon import REPOSITORY, environment
@@ -124,13 +125,18 @@ class Machine:
 
     def main_pid(self, unit: str = "terraced.service") -> int:
         """The daemon's process, as it is called out here."""
-        inside = self.show(unit, "MainPID")
-        for line in (cgroup_of(self, unit) / "cgroup.procs").read_text().split():
-            status = Path(f"/proc/{line}/status").read_text()
-            (pids,) = [row.split() for row in status.splitlines() if row.startswith("NSpid:")]
-            if pids[-1] == inside:
-                return int(line)
-        raise AssertionError(f"{unit} has no process {inside}")
+        deadline_s = time.monotonic() + 2.0
+        while True:
+            inside = self.show(unit, "MainPID")
+            for line in (cgroup_of(self, unit) / "cgroup.procs").read_text().split():
+                with suppress(FileNotFoundError, ProcessLookupError):
+                    status = Path(f"/proc/{line}/status").read_text()
+                    (pids,) = [row.split() for row in status.splitlines() if row.startswith("NSpid:")]
+                    if pids[-1] == inside:
+                        return int(line)
+            # The one that systemd named may have handed over to another one since.
+            assert time.monotonic() < deadline_s, f"{unit} has no process {inside}"
+            time.sleep(0.02)
 
     def journal(self, unit: str = "terraced.service") -> str:
         result = subprocess.run(

@@ -36,7 +36,7 @@ def test_a_leg_whose_writes_are_discarded_is_compared_in_full_when_it_comes_back
             mirror=None,
             compared_in_full={"legb"} if discarded else set(),
             _connected={},
-            _node=SimpleNamespace(peers=None),
+            _node=SimpleNamespace(peers=SimpleNamespace(traffic={})),
         )
         await mirror._connect(None, infos[1], record)
         # As `Mirror.admit` asks: the leg isn't a member's yet.
