@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from replication.membership import LegInfo, Membership, Term
 
@@ -50,8 +50,7 @@ class MirrorState(enum.Enum):
     FAULTED = "Faulted"  # no leg may be served
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(NamedTuple):
     """One write or trim of whole blocks. `data` None: the range reads as zeros and needs no space."""
 
     offset: int

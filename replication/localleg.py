@@ -189,7 +189,11 @@ class LocalLeg:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 self._running.set()
-                await self._apply_all()
+                try:
+                    await self._apply_all()
+                finally:
+                    # Before the nursery closes: nothing can be begun there then.
+                    self._fail(OSError(errno.ECANCELED, f"the leg {self.info.export} was stopped"))
         finally:
             self._fail(OSError(errno.ECANCELED, f"the leg {self.info.export} was stopped"))
             self._call_due()
