@@ -101,7 +101,7 @@ class Barriers:
         async with self.barrier():
             before = self._site.size_bytes
             grows = size_bytes > before
-            for member in self._site.members.values():
+            for member in list(self._site.members.values()):
                 if grows and member.info.kind == "nbd" and member.leg is not None:
                     await member.leg.resize(size_bytes)  # it can't resize anything, but says whether there is room
             connected = [

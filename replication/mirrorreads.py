@@ -193,7 +193,7 @@ class Reads:
             damaged: OSError | None = None
             for member in readable(self._site.members.values()):
                 leg = member.leg
-                if leg is None:
+                if leg is None or member.info.kind == "nbd":  # of whose holes nothing is proven
                     continue
                 try:
                     mapped = await leg.mapped(offset, length)

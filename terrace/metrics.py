@@ -4,8 +4,9 @@
 Prometheus' conventions: a unit at the end, `_total` for what only grows (from zero again after a restart, and for a
 mirror's counters whenever its node becomes primary).
 
-Labels are bounded by what an operator has made: `volume`, the `node` of a leg (or its URI; at most four a mirror),
-`peer`, and `state`, of which each has a fixed list and exactly one is 1. Nothing that clients choose is a label.
+Labels are bounded by what an operator has made: `volume`, the `node` of a leg (of one on an NBD server its URI; at most
+four a mirror), `peer`, and `state`, of which each has a fixed list and exactly one is 1. Nothing that clients choose is
+a label.
 
 What only the primary knows of a mirror is there only on its primary; so a sum over all nodes counts nothing twice.
 """

@@ -151,7 +151,8 @@ class MirrorApi:
         found = await self._mirrors.status(mirror)
         counted = await self._admin.snapshots.counted(mirror)
         for leg in found["legs"]:
-            leg |= counted.get(leg["node"], {"snapshots": None, "lacking_snapshots": None})
+            unknown = {"snapshots": None, "lacking_snapshots": None}
+            leg |= counted.get(leg["node"], unknown) if leg["kind"] == "terrace" else unknown
         return JSONResponse(found)
 
     async def explain_mirror(self, request: Request) -> Response:

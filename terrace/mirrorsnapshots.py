@@ -17,6 +17,7 @@ later one refuses them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import logging
@@ -154,12 +155,6 @@ class MirrorSnapshots:
                 plain.append((volume, name))
             else:
                 served[await self._served(mirror, "takes one")] = (volume, name)
-        for primary, (_, name) in served.items():
-            # What these legs have of that name is refused there; what they get now must not be deleted later.
-            for due in self._due.of(primary.membership.mirror):
-                if name in due.names and due.leg in primary.membership.in_sync:
-                    async with self._settling:
-                        await self._due.drop(due.mirror, due.leg, [name])
 
         async def here(in_sync: Sequence[Mirror]) -> None:
             own = [*plain, *(served[cast(ServedMirror, one)] for one in in_sync)]
@@ -167,15 +162,33 @@ class MirrorSnapshots:
                 await pool.take_snapshots(own, by_filler=by_filler)
 
         try:
-            taken = await take_at_once({primary: name for primary, (_, name) in served.items()}, here)
+            async with contextlib.AsyncExitStack() as stack:
+                # What these legs have of that name is refused there; what they get now must not be deleted later, nor
+                # by what is being deleted in this moment.
+                owed = [
+                    (due, primary, name)
+                    for primary, (_, name) in served.items()
+                    for due in self._due.of(primary.membership.mirror)
+                    if name in due.names
+                ]
+                if owed:
+                    await stack.enter_async_context(self._settling)
+                for due, primary, name in owed:
+                    if due.leg in primary.membership.in_sync:
+                        await self._due.drop(due.mirror, due.leg, [name])
+                taken = await take_at_once({primary: name for primary, (_, name) in served.items()}, here)
+                for due, primary, name in owed:
+                    if primary.membership.has(due.leg) and due.leg not in taken[primary]:
+                        await self._forget(due, [name])  # it has come back in between
         except TierError:
             raise
         except OSError as error:
             raise TierError(error.errno or errno.EIO, error.strerror or str(error)) from None
         lacking: dict[str, dict[str, str]] = {}
         for primary, (volume, _) in served.items():
-            nodes = {leg.id: leg.node for leg in primary.membership.legs}
-            lacking[volume] = {nodes.get(leg, leg): why for leg, why in taken[primary].items()}
+            # Those on NBD servers never have any, and aren't told of by the node that added them.
+            nodes = {leg.id: leg.node for leg in primary.membership.legs if leg.kind == "terrace"}
+            lacking[volume] = {nodes[leg]: why for leg, why in taken[primary].items() if leg in nodes}
         return lacking
 
     @staticmethod
@@ -256,6 +269,10 @@ class MirrorSnapshots:
             shown = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
             if not remember:
                 continue
+            for earlier in self._due.of(record.mirror):
+                # An earlier name that means something else by now isn't to get the place of what is added.
+                if earlier.leg == leg and not holds(earlier, record, self._mirrors.node):
+                    await self._let_be(mirror, earlier)
             await self._due.add(Due(record.mirror, leg, node, record.term, record.epoch, tuple(sorted(names))))
             left.append(f"node {node} ({why}) deletes {shown} of {mirror.name}, if it has it, when it is back")
         return sorted(left)
@@ -488,14 +505,7 @@ class MirrorSnapshots:
             if not mirror.membership.has(due.leg):
                 await self._forget(due)
             elif not holds(due, mirror.membership, self._mirrors.node):
-                await self._forget(due)
-                shown = ", ".join(due.names[:5]) + (", ..." if len(due.names) > 5 else "")
-                self._mirrors.tell(
-                    "mirror",
-                    mirror.name,
-                    f"{shown} of {mirror.name} may be left on node {due.node}, which was away when it was deleted, as "
-                    "another node was primary since; terrace snapshot list shows it",
-                )
+                await self._let_be(mirror, due)
             else:
                 async with self._settling:
                     names = [name for one in self._due.of(due.mirror) if one.leg == due.leg for name in one.names]
@@ -508,6 +518,17 @@ class MirrorSnapshots:
                     self._mirrors.tell(
                         "mirror", mirror.name, f"{mirror.name}@{name} was deleted and stays on node {due.node}: {why}"
                     )
+
+    async def _let_be(self, mirror: ServedMirror, due: Due) -> None:
+        """Names of before another node was primary: they may be of other snapshots now."""
+        await self._forget(due)
+        shown = ", ".join(due.names[:5]) + (", ..." if len(due.names) > 5 else "")
+        self._mirrors.tell(
+            "mirror",
+            mirror.name,
+            f"{shown} of {mirror.name} may be left on node {due.node}, which was away when it was deleted, as "
+            "another node was primary since; terrace snapshot list shows it",
+        )
 
     async def _forget(self, due: Due, names: Sequence[str] | None = None) -> None:
         try:

@@ -13,6 +13,7 @@ from replication.keeper import LegKeeper
 from replication.leg import Leg
 from replication.localleg import LocalLeg
 from replication.mirror import Mirror
+from replication.mirrorreads import Reads
 from replication.recent import Recent
 from replication.replica import _Session
 from replication.resync import Resync
@@ -81,6 +82,9 @@ MUTANTS: dict[str, Plant] = {
     ),
     "what a primary begins with is read before a record counts": _instead(
         Mirror, "begin", "self._undecided = bool(self.excluding)", "pass"
+    ),
+    "what is mapped is told though the lease was over": _instead(
+        Reads, "extents", "losses == self._site.losses and self._site.may_serve()", "True"
     ),
     "a batch of before the last leg was lost is acknowledged": _instead(
         Mirror, "_completed", "if batch.doomed is not None:", "if False:"

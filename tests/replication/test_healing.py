@@ -329,7 +329,7 @@ def test_what_no_leg_has_is_tried_again_an_hour_later_and_not_before() -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [None, 5, "x", [[0]], [[0, 0]], [[-1, 5]], [[SIZE, 1]], [[0, RANGE_BYTES + 1]], [[True, 1]], [["0", 1]],
+    "body", [None, 5, "x", [[0]], [[0, 0]], [[-1, 5]], [[0, RANGE_BYTES + 1]], [[True, 1]], [["0", 1]],
              [[0, 1]] * (BATCH_RANGES + 1)],
 )  # fmt: skip
 def test_ranges_that_are_none_are_refused(body: Any) -> None:
@@ -337,6 +337,23 @@ def test_ranges_that_are_none_are_refused(body: Any) -> None:
         judge_ranges(body, SIZE)
     assert refused.value.errno == errno.EPROTO
     assert judge_ranges([[SIZE - 4096, RANGE_BYTES]], SIZE) == [(SIZE - 4096, 4096)]
+
+
+def test_damage_behind_the_end_of_a_mirror_that_was_shrunk_holds_up_no_other() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            content = await filled(rig)
+            rig.store("b").bad.add(0)
+            asked = [[SIZE + EXTENT_BYTES + 4096, 4096], [SIZE, RANGE_BYTES], [0, EXTENT_BYTES]]
+            done = await heal_told(mirror.healing, "legb", judge_ranges(asked, SIZE))
+            answer = judge_done([list(one) for one in done], [(offset, length) for offset, length in asked])
+            assert [(offset, healed, left) for offset, _, healed, left in answer] == [
+                (SIZE + EXTENT_BYTES + 4096, 0, 0), (SIZE, 0, 0), (0, 1, 0),
+            ]  # fmt: skip
+            assert rig.store("b").image[:BLOCK_BYTES] == content[:BLOCK_BYTES] and not rig.store("b").bad
+
+    run(body)
 
 
 @pytest.mark.parametrize("body", [None, {}, [[0, 1, 1]], [[0, 1, -1, 0]], [[8192, 1, 1, 0]], ["x"]])

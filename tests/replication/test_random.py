@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import trio
 
-from tests.replication import test_keeper, test_localleg, test_mirror, test_replica, test_resync
+from tests.replication import test_keeper, test_localleg, test_mirror, test_mirrorreads, test_replica, test_resync
 from tests.replication.fakes import run_seeded
 from tests.replication.mutants import AT_RANDOM, MUTANTS
 from tests.replication.world import World
@@ -98,6 +98,9 @@ SINGLE: dict[str, Callable[[], None]] = {
     ),
     "what a primary begins with is read before a record counts": (
         test_mirror.test_what_a_primary_begins_with_isnt_read_while_a_record_calls_a_leg_in_sync_that_isnt_there
+    ),
+    "what is mapped is told though the lease was over": (
+        test_mirrorreads.test_no_hole_is_told_by_a_primary_whose_lease_was_over_when_it_looked
     ),
     "a batch of before the last leg was lost is acknowledged": (
         test_mirror.test_when_the_last_leg_fails_its_error_is_the_clients_and_the_mirror_begins_anew

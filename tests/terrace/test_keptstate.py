@@ -162,6 +162,29 @@ def test_one_that_is_left_by_a_crash_goes_at_the_next_start_and_one_in_use_when_
     run(main)
 
 
+def test_a_leg_whose_resync_fails_to_begin_again_and_again_keeps_but_the_newest_state() -> None:
+    async def main() -> None:
+        scene = Scene()
+        save = scene.store.save
+
+        async def refused(record: bytes, trackers: Any = None) -> None:
+            raise TierError(errno.EIO, "the checkpoint failed")
+
+        async with scene.running():
+            await trio.testing.wait_all_tasks_blocked()
+            for _ in range(3):
+                scene.store.save = refused  # type: ignore[method-assign]
+                with pytest.raises(TierError):
+                    await scene.begin()
+                await trio.sleep(30)
+                (newest,) = scene.pool.taken
+            scene.store.save = save  # type: ignore[method-assign]
+            await scene.begin()
+            assert newest in scene.pool.taken and scene.pool.taken[-1] is not newest
+
+    run(main)
+
+
 def test_where_it_isnt_wanted_none_is_taken() -> None:
     async def main() -> None:
         scene = Scene(wanted=False)

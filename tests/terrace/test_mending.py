@@ -146,6 +146,30 @@ def test_lost_ranges_are_told_to_the_primary_and_are_off_the_list_when_it_has_he
     on_a_clock(body)
 
 
+def test_a_list_of_losses_that_cannot_be_written_down_ends_no_healing() -> None:
+    async def body() -> None:
+        mirror = mirror_of("b")
+        mirror.pool.losses_of = lambda volume: [SimpleNamespace(offset=0, length=4096)]
+        mirror.pool.scrubber = SimpleNamespace(mended=lambda name, offset, length: None)
+
+        async def full() -> None:
+            raise OSError(errno.ENOSPC, "no space is left where the pool's catalog is")
+
+        mirror.pool.losses = full
+        peers = FakePeers(a={"done": [[0, 65536, 1, 0]]})
+        peers.node = "b"
+        one = mender(peers, mirror)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.run)
+            await trio.sleep(30)
+            one.damaged(0, 4096)
+            await trio.sleep(30)
+            nursery.cancel_scope.cancel()
+        assert len(peers.asked) >= 2 and one.damage.extents == 0
+
+    on_a_clock(body)
+
+
 def test_ranges_are_joined_and_only_the_first_are_named() -> None:
     assert ranges_in_words([0, 4096, 12288]) == "bytes 0-8191, 12288-16383"
     assert ranges_in_words(range(0, 8192 * 8, 8192)).endswith("32768-36863 and 3 more ranges")
