@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 MAX_TRIES: Final = 4
 COMPARE_BYTES: Final = 16 << 20
-"""Of a leg of unknown history, so much is compared at a time: 32 KiB of checks from each side."""
+"""Of a Terrace leg of unknown history, so much is compared at a time: 32 KiB of checks from each side."""
 COPY_BYTES: Final = 512 << 10
 """So much is read and submitted at a time: one frame of a leg session."""
 
@@ -183,7 +183,9 @@ class Resync:
         self.progress.state = "done"
 
     def _work(self, todo: Extents) -> Iterator[tuple[int, int]]:
-        return pieces(todo, self._site.size_bytes, PIECE_BYTES if self._known else COMPARE_BYTES)
+        # A server's data are read to be compared: by the time that so much has come, the watchdog has given up.
+        is_quick = not self._known and self._member.info.kind == "terrace"
+        return pieces(todo, self._site.size_bytes, COMPARE_BYTES if is_quick else PIECE_BYTES)
 
     # -- what is missing ---------------------------------------------------------------------------------------------
 

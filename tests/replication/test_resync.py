@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import trio
 
-from replication.leg import BLOCK_BYTES, EXTENT_BYTES, RECENT, LegState, missing_tracker
+from replication.leg import BLOCK_BYTES, EXTENT_BYTES, RECENT, Leg, LegState, missing_tracker
 from replication.members import Member
 from replication.resync import Pace, ResyncSettings
 from replication.site import MirrorSettings
@@ -209,6 +209,37 @@ def test_a_resync_without_progress_is_given_up_and_begun_again() -> None:
             assert member(rig, "b").state is not LegState.UP_TO_DATE
             rig.store("a").bad = set()
             await rig.whole()
+            assert rig.store("b").image == rig.store("a").image
+
+    run(body)
+
+
+def test_a_slow_nbd_server_of_unknown_history_is_compared_in_pieces_that_the_watchdog_sees_the_end_of() -> None:
+    async def body() -> None:
+        size = 32 << 20
+        settings = MirrorSettings(resync=ResyncSettings(workers=2, stalled_s=4.0))
+        rig = Rig(2, in_sync=["lega"], size=size, settings=settings)
+        rig.known = False
+        server = replace(rig.record.legs[1], kind="nbd")
+        rig.record = rig.cluster.truth = replace(rig.record, legs=(rig.record.legs[0], server))
+
+        class Site:
+            async def open(self, nursery: trio.Nursery, size_bytes: int, *, timeout_s: float) -> Leg:
+                leg = await rig.nodes["b"].open(rig.record.term, primary=nursery)
+                checks = leg.checks
+
+                async def slow(offset: int, length: int) -> bytes:
+                    await trio.sleep(length / (1 << 20))  # 2 MiB/s by two workers
+                    return await checks(offset, length)
+
+                leg.checks = slow  # type: ignore[method-assign]
+                return leg
+
+        rig.servers["legb"] = Site()  # type: ignore[assignment]
+        rig.store("a").image[:] = b"x" * size
+        async with rig.running() as mirror:
+            await rig.whole()
+            assert mirror.members["legb"].counters.resyncs == 1
             assert rig.store("b").image == rig.store("a").image
 
     run(body)
