@@ -129,12 +129,12 @@ class MirrorAdmin:
                 f"`terrace volume mirror demote {mirror.name} --to NODE`, and add the leg from there",
             )
         self._judge_places([place])
-        if any(leg.node == place.node and leg.kind == "terrace" for leg in mirror.membership.legs):
+        if any(_is_same(leg, place) for leg in mirror.membership.legs):
             return
         if len(mirror.membership.legs) >= MAX_LEGS:
             raise TierError(errno.EINVAL, f"{mirror.name} has {MAX_LEGS} legs, which is the most; remove one first")
         await self._add_legs(mirror, [place])
-        self.mirrors.tell("mirror", mirror.name, f"{mirror.name} got a leg on node {place.node}")
+        self.mirrors.tell("mirror", mirror.name, f"{mirror.name} got a leg on {_named(place)}")
 
     async def add_voter(self, mirror: MirrorPart, node: str) -> MirrorPart:
         """A tie-breaker: a node without a leg that has a say. With three voters a majority decides who is primary."""
@@ -163,7 +163,7 @@ class MirrorAdmin:
                     await self.mirrors.dissolve(mirror)
                     await self.mirrors.forget_at_arbiter(record)
             raise
-        self.mirrors.tell("mirror", volume.name, f"{volume.name} is mirrored to {place.node} now")
+        self.mirrors.tell("mirror", volume.name, f"{volume.name} is mirrored to {_named(place)} now")
         return mirror
 
     async def _begin(self, pool: Pool, volume: Volume, options: Options) -> LocalMirror:

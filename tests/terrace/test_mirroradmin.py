@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -141,3 +142,23 @@ def test_whoever_gives_up_in_the_midst_of_it_leaves_what_counts() -> None:
         assert scope.cancelled_caught and admin.asked == ["leg.create"]
 
     run(ends, check)
+
+
+@pytest.mark.parametrize("uri", ["nbd://nas/db", "nbd://nas:10809/db", "nbd://nas/%64b"])
+def test_an_export_is_no_second_leg_under_any_uri_since_two_connections_would_write_it_in_two_orders(uri: str) -> None:
+    async def refused(served: Served, record: Membership) -> None:
+        raise AssertionError("a second leg was added")
+
+    async def check(admin: Admin) -> None:
+        record = first_record("a")
+        record = replace(record, legs=(*record.legs, LegInfo("n", "a", "nbd://nas/db", "nbd")))
+        mirror: Any = SimpleNamespace(name="fast/vol", membership=record)
+
+        async def probe(*about: Any) -> None:
+            await trio.lowlevel.checkpoint()
+
+        admin._probe = probe  # type: ignore[method-assign, assignment]
+        await admin.extend(mirror, Place(uri))
+        assert admin.told == []
+
+    run(refused, check)
