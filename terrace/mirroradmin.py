@@ -224,6 +224,14 @@ class MirrorAdmin:
     async def _make_leg(self, mirror: MirrorPart, membership: Membership, place: Place) -> LegInfo:
         leg = secrets.token_hex(8)
         if place.is_nbd:
+            for other in self.mirrors.all():
+                legs = other.accepted.legs if other is not mirror and other.accepted is not None else ()
+                if any(leg.kind == "nbd" and _is_same(leg, place) for leg in legs):
+                    raise TierError(
+                        errno.EBUSY,
+                        f"{place.node} is a leg of {other.name}, and each would overwrite the other one's data: use "
+                        "another export",
+                    )
             await self._probe(mirror, membership, place.node)
             return LegInfo(leg, self.mirrors.node, place.node, "nbd")
         asked = {
@@ -697,7 +705,11 @@ class MirrorAdmin:
                 self._judge_uri(place)
             else:
                 self.mirrors.peers.peer(place.node)
-            if any(one.node == place.node for one in places[:index]):
+            if any(
+                one.node == place.node
+                or (one.is_nbd and place.is_nbd and _export_of(one.node) == _export_of(place.node))
+                for one in places[:index]
+            ):
                 raise TierError(errno.EINVAL, f"{_named(place)} is named twice: one leg in a place is what helps")
 
     def _judge_uri(self, place: Place) -> None:
@@ -774,8 +786,13 @@ def _is_same(leg: LegInfo, place: Place) -> bool:
     """Whether there is such a leg already; an export may be named by several URIs."""
     if leg.kind == "terrace" or not place.is_nbd:
         return leg.place == place.node
-    ours, theirs = parse_target(leg.export), parse_target(place.node)
-    return (ours.address, ours.export) == (theirs.address, theirs.export)
+    return _export_of(leg.export) == _export_of(place.node)
+
+
+def _export_of(uri: str) -> tuple[Any, str]:
+    """Where it is, and its name there; the same for all URIs of an export."""
+    target = parse_target(uri)
+    return target.address, target.export
 
 
 def _named(place: Place) -> str:

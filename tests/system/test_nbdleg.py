@@ -187,6 +187,16 @@ def test_a_volume_gets_a_leg_on_a_server_and_loses_it_again(daemon: Daemon, leg:
     # Under another URI it is no second one.
     again = daemon.api("POST", "/v1/pools/p/volumes/w/mirror/legs", {"node": f"nbd+unix://?socket={leg.socket}"})
     assert len(again["legs"]) == 2
+    with pytest.raises(ApiError, match="is a leg of p/w"):
+        create(daemon, "other", leg.uri)
+    # What is told by node isn't told of the node that added it.
+    taken = daemon.api("POST", "/v1/pools/p/snapshots", {"volumes": ["w"], "name": "one"})
+    assert [one["lacking"] for one in taken] == [{}]
+    assert leg_of(daemon, "w")["snapshots"] is None
+    states = daemon.cli("metrics").stdout
+    for place in ("a", leg.uri):
+        assert states.count(f'terrace_mirror_leg_state{{node="{place}",state="UpToDate",volume="p/w"}} 1.0') == 1
+    daemon.cli("snapshot", "delete", "p/w@one", "--yes")
     removed = daemon.cli("volume", "mirror", "remove", "p/w", leg.uri)  # which asks nothing: nothing is deleted
     assert "is a plain volume" in removed.stdout and f"the data on {leg.uri}" in removed.stdout
     assert leg.file.read_bytes()[3 * MIB : 4 * MIB] == data
