@@ -14,8 +14,9 @@ import trio
 
 from replication.commonflush import CommonFlush
 from replication.inflight import InFlight
-from replication.leg import Leg, LegState
+from replication.leg import Change, Leg, LegState
 from replication.members import Member
+from replication.reconcile import submitted
 from replication.records import Records
 from replication.site import Gate
 
@@ -24,6 +25,7 @@ class Barred(Gate, Protocol):
     """What a barrier needs of the mirror."""
 
     inflight: InFlight
+    sequence: int
 
     @property
     def size_bytes(self) -> int: ...
@@ -116,9 +118,32 @@ class Barriers:
 
             if grows:
                 await self._on_all("resize", connected, grow)
+                if any(member.info.kind == "nbd" for member in self._site.members.values()):
+                    await self._miss(before, size_bytes, connected)
             await self._records.reconfigure(size_bytes=size_bytes)
             if not grows:
                 await self._on_all("resize", connected, lambda leg: leg.resize(size_bytes))
+
+    async def _miss(self, before: int, size_bytes: int, members: list[Member]) -> None:
+        """Let legs on NBD servers be brought what is new, zeros, as something that they missed.
+
+        What an export has behind the mirror's end is anything: it was larger, or the mirror was once. It may take hours
+        to set that right, so clients don't wait for it.
+        """
+        sequence = self._site.sequence = self._site.sequence + 1
+
+        async def note(leg: Leg) -> None:
+            # A change of zeros, which it is in each set of what others miss.
+            await submitted(leg, sequence, Change(before, size_bytes - before, None))
+
+        await self._on_all("grow", members, note)
+        grown = OSError(errno.EAGAIN, "the mirror has grown, and what the export has there is compared")
+        for member in list(self._site.members.values()):
+            if member.info.kind == "nbd" and member.leg is not None:
+                self._site.leg_failed(member.leg, grown)
+        while self._site.excluding and not self._site.lost:
+            self._site.check()
+            await self._site.changed()
 
     async def demote(self, token: str | None = None) -> None:
         """End cleanly: everything durable on all legs, and a record that names no primary, and who may be next."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import trio
 
+from replication.barriers import Barriers
 from replication.edges import Edges
 from replication.inflight import InFlight
 from replication.keeper import LegKeeper
@@ -82,6 +83,9 @@ MUTANTS: dict[str, Plant] = {
     ),
     "what a primary begins with is read before a record counts": _instead(
         Mirror, "begin", "self._undecided = bool(self.excluding)", "pass"
+    ),
+    "what an NBD server has behind the end isn't missed when the mirror grows": _instead(
+        Barriers, "_miss", 'self._on_all("grow", members, note)', "trio.lowlevel.checkpoint()"
     ),
     "what is mapped is told though the lease was over": _instead(
         Reads, "extents", "losses == self._site.losses and self._site.may_serve()", "True"

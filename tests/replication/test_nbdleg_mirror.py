@@ -223,8 +223,45 @@ def test_a_snapshot_leaves_the_leg_in_and_a_growth_needs_room_on_the_server() ->
         await on.mirror.resize(2 * SIZE)
         await on.until(lambda: on.member.counters.failures == 1)
         await on.in_sync()
-        assert on.member.resync is not None and on.member.resync.progress.total_bytes <= 2 * EXTENT_BYTES
+        assert on.member.resync is not None and on.member.resync.progress.total_bytes <= SIZE + 2 * EXTENT_BYTES
         await on.mirror.write(2 * SIZE - 8192, os.urandom(8192))
         on.require_equal()
 
     played(body)
+
+
+@pytest.mark.parametrize("is_away", [False, True])
+def test_what_an_export_has_behind_the_end_is_zeros_when_the_mirror_has_grown(is_away: bool) -> None:
+    async def main() -> None:
+        export = MemoryExport("", size_bytes=2 * SIZE)
+        async with serving(export) as served:
+            rig = Rig(2)
+            with_server(rig, served.uri(""))
+            async with rig.running() as mirror:
+                on = Scene(rig, mirror, export)
+                await on.in_sync()
+                await mirror.write(0, os.urandom(SIZE))
+                await mirror.resize(SIZE // 2)  # the export keeps what was behind that
+                if is_away:
+                    back, site = trio.Event(), rig.servers["nbd"]
+                    open_leg = site.open
+
+                    async def later(*about: Any, **more: Any) -> Any:
+                        await back.wait()
+                        return await open_leg(*about, **more)
+
+                    site.open = later  # type: ignore[method-assign]
+                    assert on.member.leg is not None
+                    mirror.leg_failed(on.member.leg, OSError(errno.ETIMEDOUT, "away"))
+                    await mirror.write(0, bytes(4096))
+                export.data[SIZE + 100 : SIZE + 200] = b"x" * 100
+                export.allocated[:] = b"\1" * len(export.allocated)
+                await mirror.resize(2 * SIZE)
+                await mirror.write(2 * SIZE - 8192, b"new" * 100)
+                if is_away:
+                    back.set()
+                await on.until(lambda: on.member.counters.resyncs == 2)
+                await on.in_sync()
+                on.require_equal()
+
+    run(main)

@@ -12,7 +12,15 @@ from collections.abc import Callable, Iterator
 import pytest
 import trio
 
-from tests.replication import test_keeper, test_localleg, test_mirror, test_mirrorreads, test_replica, test_resync
+from tests.replication import (
+    test_keeper,
+    test_localleg,
+    test_mirror,
+    test_mirrorreads,
+    test_nbdleg_mirror,
+    test_replica,
+    test_resync,
+)
 from tests.replication.fakes import run_seeded
 from tests.replication.mutants import AT_RANDOM, MUTANTS
 from tests.replication.world import World
@@ -98,6 +106,9 @@ SINGLE: dict[str, Callable[[], None]] = {
     ),
     "what a primary begins with is read before a record counts": (
         test_mirror.test_what_a_primary_begins_with_isnt_read_while_a_record_calls_a_leg_in_sync_that_isnt_there
+    ),
+    "what an NBD server has behind the end isn't missed when the mirror grows": lambda: (
+        test_nbdleg_mirror.test_what_an_export_has_behind_the_end_is_zeros_when_the_mirror_has_grown(False)
     ),
     "what is mapped is told though the lease was over": (
         test_mirrorreads.test_no_hole_is_told_by_a_primary_whose_lease_was_over_when_it_looked
