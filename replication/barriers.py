@@ -144,6 +144,8 @@ class Barriers:
         while self._site.excluding and not self._site.lost:
             self._site.check()
             await self._site.changed()
+        for _ in range(2):  # else it would all be compared before anything is served, if this node went down now
+            await self._flushes.round()
 
     async def demote(self, token: str | None = None) -> None:
         """End cleanly: everything durable on all legs, and a record that names no primary, and who may be next."""

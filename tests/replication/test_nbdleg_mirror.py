@@ -22,6 +22,7 @@ from replication.snapshots import take_at_once
 from replication.verify import verify
 from tests.nbd.client import serving
 from tests.nbd.memory import MemoryExport
+from tests.replication.fakes import trackers_matching
 from tests.replication.linked import run
 from tests.replication.rig import SIZE, Rig, with_server
 
@@ -257,6 +258,9 @@ def test_what_an_export_has_behind_the_end_is_zeros_when_the_mirror_has_grown(is
                 export.data[SIZE + 100 : SIZE + 200] = b"x" * 100
                 export.allocated[:] = b"\1" * len(export.allocated)
                 await mirror.resize(2 * SIZE)
+                for node in "ab":
+                    recent = trackers_matching(rig.store(node), "recent*")
+                    assert not any(extent >= SIZE // EXTENT_BYTES for extent in recent), "a start compares it"
                 await mirror.write(2 * SIZE - 8192, b"new" * 100)
                 if is_away:
                     back.set()
