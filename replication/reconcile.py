@@ -24,6 +24,9 @@ from replication.leg import BLOCK_BYTES, RECENT, RECENT_OLD, Change, Extents, Le
 log = logging.getLogger("replication.mirror")
 
 PIECE_BYTES = 1 << 20
+COMPARE_BYTES = 16 << 20
+"""Of Terrace legs so much is compared at a time: 32 KiB of checks from each side. Clients wait while a primary begins,
+and a disk that was just trimmed as a whole is all recent."""
 
 
 def choose_source(legs: Sequence[Leg], intact: frozenset[str], *, all_heard: bool) -> Leg:
@@ -49,6 +52,12 @@ def pieces(extents: Extents, size_bytes: int, piece_bytes: int = PIECE_BYTES) ->
             until = min(stop, (offset // piece_bytes + 1) * piece_bytes)
             yield offset, until - offset
             offset = until
+
+
+def cut(offset: int, length: int, most: int) -> Iterator[tuple[int, int]]:
+    """(offset, length) of pieces of a range, each at most `most` bytes."""
+    for at in range(offset, offset + length, most):
+        yield at, min(most, offset + length - at)
 
 
 async def differing(source: Leg, target: Leg, offset: int, length: int) -> list[tuple[int, int, bool]]:
@@ -125,17 +134,18 @@ async def reconcile(
     for leg in others:
         extents.update(await leg.changed([RECENT, RECENT_OLD]))
     helpers = [leg for leg in others if leg.info.id in good]
-    for offset, length in pieces(extents, size_bytes):
+    for offset, length in pieces(extents, size_bytes, COMPARE_BYTES):
         for leg in others:
-            for at, count, hole in await differing(source, leg, offset, length):
-                data = None
-                if not hole:
-                    data = memoryview(bytearray(count))
-                    if not await _read(source, at, count, data):
-                        sequence = await _heal(source, helpers, sequence, at, count)
-                        await source.read(at, count, data)
-                sequence += 1
-                await submitted(leg, sequence, Change(at, count, data))
+            for start, size, hole in await differing(source, leg, offset, length):
+                for at, count in cut(start, size, size if hole else PIECE_BYTES):
+                    data = None
+                    if not hole:
+                        data = memoryview(bytearray(count))
+                        if not await _read(source, at, count, data):
+                            sequence = await _heal(source, helpers, sequence, at, count)
+                            await source.read(at, count, data)
+                    sequence += 1
+                    await submitted(leg, sequence, Change(at, count, data))
     for leg in (source, *others):
         await leg.flush()
     sequence += 1  # of the flush: 0 would say that nothing may be forgotten

@@ -27,14 +27,12 @@ import trio
 
 from replication.inflight import InFlight, Locks
 from replication.leg import BLOCK_BYTES, EXTENT_BYTES, RECENT, RECENT_OLD, Extents, Leg, LegStore, missing_tracker
-from replication.reconcile import PIECE_BYTES, differing, pieces, ungrouped
+from replication.reconcile import COMPARE_BYTES, PIECE_BYTES, cut, differing, pieces, ungrouped
 
 if TYPE_CHECKING:
     from replication.members import Member
 
 MAX_TRIES: Final = 4
-COMPARE_BYTES: Final = 16 << 20
-"""Of a Terrace leg of unknown history, so much is compared at a time: 32 KiB of checks from each side."""
 COPY_BYTES: Final = 512 << 10
 """So much is read and submitted at a time: one frame of a leg session."""
 
@@ -288,7 +286,7 @@ class Resync:
             # From here on, what the source is asked for holds all batches up to now, and a later one is noticed.
             await site.inflight.settle(offset, length)
             for start, size, hole in await differing(self._source(), self._target, offset, length):
-                for at, count in _cut(start, size, size if hole else COPY_BYTES):
+                for at, count in cut(start, size, size if hole else COPY_BYTES):
                     await self._pace.take(count)
                     data = None
                     if not hole:
@@ -361,9 +359,3 @@ def _anew(offset: int, stop: int, tries: int) -> Iterator[tuple[int, int, int]]:
         until = min(stop, (offset // size + 1) * size)
         yield offset, until - offset, tries + (0 if long else 1)
         offset = until
-
-
-def _cut(offset: int, length: int, most: int) -> Iterator[tuple[int, int]]:
-    """(offset, length) of pieces of a range, each at most `most` bytes."""
-    for at in range(offset, offset + length, most):
-        yield at, min(most, offset + length - at)

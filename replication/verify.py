@@ -25,8 +25,7 @@ import xxhash
 from replication.healing import LOST_CHECK
 from replication.inflight import EXTENT_SHIFT
 from replication.leg import BLOCK_BYTES, EXTENT_BYTES, Leg
-from replication.reconcile import PIECE_BYTES, ungrouped
-from replication.resync import COMPARE_BYTES
+from replication.reconcile import COMPARE_BYTES, PIECE_BYTES, ungrouped
 
 if TYPE_CHECKING:
     from replication.members import Member

@@ -561,6 +561,31 @@ def test_legs_that_differ_after_a_crash_are_equal_before_anything_is_served() ->
     run(body)
 
 
+def test_a_start_asks_little_of_the_legs_where_a_whole_disk_was_written_lately_and_copies_all_that_differs() -> None:
+    async def body() -> None:
+        size = 64 << 20
+        rig = Rig(2, size=size)
+        for node in "ab":
+            rig.nodes[node].keeper = FakeKeeper(rig.store(node), f"leg{node}")
+            await rig.nodes[node].keeper.accept(rig.record)
+            rig.store(node).trim_now([(0, size)])
+        rig.store("a").write_now([(3 << 20, block(1, 3 << 8))])
+        rig.store("b").write_now([(40 << 20, block(2, 3 << 8))])
+        checks, asked = rig.store("b").checks, []
+
+        async def counted(offset: int, length: int) -> bytes:
+            asked.append(length)
+            return await checks(offset, length)
+
+        rig.store("b").checks = counted  # type: ignore[method-assign]
+        async with rig.running():
+            assert rig.store("a").image == rig.store("b").image
+            assert rig.store("b").image[3 << 20] == 1 and not any(rig.store("b").image[40 << 20 :])
+            assert len(asked) <= 4 and sum(asked) == size
+
+    run(body)
+
+
 @pytest.mark.parametrize("intact", ["ab", "", "a"])
 def test_a_block_that_the_source_of_a_start_cant_read_is_had_from_a_leg_as_good_or_nothing_is_served(
     intact: str,
