@@ -42,6 +42,8 @@ class Generation:
     forced: Literal["no", "fenced", "apart"] = "no"
     """Whether it was made without proof. "fenced": a leg has promised that its predecessor's primary could acknowledge
     nothing without, except after a record of its own. "apart": none has, so it may have gone on unseen."""
+    outside: bool = dataclasses.field(default=False, compare=False)
+    """The primary had neither a leg nor a say: no later record names it but this."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,9 @@ class Membership:
     @property
     def generation(self) -> Generation:
         """Itself, as its successors remember it."""
-        return Generation(self.term, self.epoch, self.primary, self.forced)
+        parts = {*self.voters, *(leg.node for leg in self.legs if leg.kind == "terrace")}
+        outside = self.primary is not None and self.primary not in parts
+        return Generation(self.term, self.epoch, self.primary, self.forced, outside)
 
     @property
     def terrace_ids(self) -> frozenset[str]:
@@ -173,7 +177,10 @@ def decode(data: bytes) -> Membership:
             raise OSError(errno.EPROTO, f"a mirror's record has version {version}, and {FORMAT_VERSION} is understood")
         term = Term(**plain.pop("term"))
         history = tuple(
-            Generation(Term(**one["term"]), int(one["epoch"]), one["primary"], one.get("forced", "no"))
+            Generation(
+                *(Term(**one["term"]), int(one["epoch"]), one["primary"]),
+                *(one.get("forced", "no"), one.get("outside", False)),
+            )
             for one in plain.pop("history")
         )
         membership = Membership(
@@ -209,12 +216,14 @@ def _judge_types(found: Membership) -> None:
         numbers += [one.term.number, one.epoch]
         optional.append(one.primary)
         words.append(one.forced)
+    flags = [one.outside for one in found.history]
     times = [found.options.timeout_s, found.options.lease_s]
     sound = (
         all(type(text) is str for text in texts)
         and all(type(number) is int for number in numbers)
         and all(one is None or type(one) is str for one in optional)
         and all(word in ("no", "fenced", "apart") for word in words)
+        and all(type(flag) is bool for flag in flags)
         and all(leg.kind in ("terrace", "nbd") for leg in found.legs)
         and all(type(time_s) in (int, float) and 0 < time_s < math.inf for time_s in times)
         and found.options.below_quorum in ("suspend", "fail")

@@ -597,34 +597,20 @@ class Mirror:
                 member.error, member.leg = member.leg.failure, None  # gone again: it is excluded like one never heard
         here = [m for m in members if m.leg is not None]
         try:
-            legs = [m.leg for m in here if m.leg is not None]
             if not needed & {m.info.id for m in here}:
                 lacking = [m for m in members if m.info.id in needed and m.error is not None]
                 why = next((m.error.strerror for m in lacking if m.error is not None), "nobody answers")
                 raise OSError(errno.EHOSTUNREACH, f"{self.name}: no leg in sync can be reached: {why}")
-            intact = set()
-            for member in here:
+            refusal: OSError | None = None
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch_beginning, [m.leg for m in here if m.leg is not None])
                 try:
-                    if (await self._facts(member.info, self.membership)).intact:
-                        intact.add(member.info.id)
+                    await self._make_equal(here)
                 except OSError as error:
-                    member.error = error
-            proof = self.membership.in_sync & self.membership.terrace_ids
-            source = choose_source(legs, frozenset(intact), all_heard=len(legs) == len(proof))
-            others = [leg for leg in legs if leg is not source]
-            size_bytes = max(record.size_bytes for record in (self.membership, *self.records.attempts))
-            for leg in legs:
-                await fit(leg, size_bytes)
-            self._note_missing()  # of what is recent, before that is forgotten
-            # A leg that is in sync and isn't here learns what it misses by the record that excludes it.
-            all_here = self.records.required() <= {member.info.id for member in here}
-            # Where none is intact, what counts is what was flushed, and that each of them has.
-            good = frozenset(intact or {leg.info.id for leg in legs})
-            self.sequence = await reconcile(source, others, self.sequence, self.size_bytes, forget=all_here, good=good)
-            for leg in legs:
-                # Durable with it is that the leg lacks nothing now, whatever it had lost (`LegKeeper.settled`).
-                await self._store_at(leg)
-            self._check_all(legs)
+                    refusal = error  # raised outside: a nursery would put it into a group
+                nursery.cancel_scope.cancel()
+            if refusal is not None:
+                raise refusal
         except OSError:
             for member in here:
                 if member.leg is not None:
@@ -639,6 +625,48 @@ class Mirror:
         self._undecided = bool(self.excluding)
         self.started.set()
         self.change()
+
+    async def _make_equal(self, here: Sequence[Member]) -> None:
+        """These have the same, and durably the record, when this returns. Raises OSError."""
+        legs = [m.leg for m in here if m.leg is not None]
+        intact = set()
+        for member in here:
+            try:
+                if (await self._facts(member.info, self.membership)).intact:
+                    intact.add(member.info.id)
+            except OSError as error:
+                member.error = error
+        proof = self.membership.in_sync & self.membership.terrace_ids
+        source = choose_source(legs, frozenset(intact), all_heard=len(legs) == len(proof))
+        others = [leg for leg in legs if leg is not source]
+        size_bytes = max(record.size_bytes for record in (self.membership, *self.records.attempts))
+        for leg in legs:
+            await fit(leg, size_bytes)
+        self._note_missing()  # of what is recent, before that is forgotten
+        # A leg that is in sync and isn't here learns what it misses by the record that excludes it.
+        all_here = self.records.required() <= {member.info.id for member in here}
+        # Where none is intact, what counts is what was flushed, and that each of them has.
+        good = frozenset(intact or {leg.info.id for leg in legs})
+        self.sequence = await reconcile(source, others, self.sequence, self.size_bytes, forget=all_here, good=good)
+        for leg in legs:
+            # Durable with it is that the leg lacks nothing now, whatever it had lost (`LegKeeper.settled`).
+            await self._store_at(leg)
+        self._check_all(legs)
+
+    async def _watch_beginning(self, legs: Sequence[Leg]) -> None:
+        """A leg that falls silent is let go, so that it is begun anew without it, where another one goes on.
+
+        Its connection may be kept for much longer than the timeout (`terrace.diskless`), for when all are away.
+        """
+        timeout_s = self.membership.options.timeout_s
+        while True:
+            await trio.sleep(timeout_s / 20)
+            now = trio.current_time()
+            since = {leg: leg.silent_since for leg in legs if not leg.is_local}
+            silent = [leg for leg, at in since.items() if at is not None and now - at >= timeout_s]
+            if len(silent) < len(legs):
+                for leg in silent:
+                    leg.close()
 
     async def _store_at(self, leg: Leg) -> None:
         """Have the leg store its record again: the newest, or one of ours that it has, and perhaps never counts.

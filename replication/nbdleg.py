@@ -47,9 +47,9 @@ import xxhash
 from nbd.client import Client, ClientLimits, connect
 from nbd.wire import STATE_ZERO
 from replication.leg import BLOCK_BYTES, EXTENT_BYTES, RECENT, RECENT_OLD, Change, Done, Extents
-from replication.membership import LegInfo, Membership
+from replication.membership import LegInfo, Membership, Term
 
-__all__ = ["NbdLeg", "NbdSite", "probe", "tells_all", "unfenced"]
+__all__ = ["NbdLeg", "NbdSite", "is_fenced", "is_outside", "probe", "tells_all", "unfenced"]
 
 ALLOCATION: Final = "base:allocation"
 REQUESTS: Final = 64
@@ -88,12 +88,13 @@ def tells_all(old: Membership, new: Membership) -> bool:
 
 
 def unfenced(record: Membership, me: str) -> tuple[str, ...]:
-    """Nodes of the mirror that were its primary before, didn't end cleanly, and so may still write to an NBD server.
+    """Nodes that were the mirror's primary before, didn't end cleanly, and so may still write to an NBD server.
 
-    A node that is out of the mirror isn't named: an operator has said that it is gone. Nor is one of whose term no
-    record is remembered any more (`MAX_HISTORY`).
+    One that had neither a leg nor a say is named too (`Generation.outside`). One that had, and is out of the mirror,
+    isn't: an operator has said that it is gone. Nor is one of whose term no record is remembered any more
+    (`MAX_HISTORY`).
     """
-    of_mirror = {*record.voters, *(leg.node for leg in record.legs if leg.kind == "terrace")}
+    of_mirror = {*_parts(record), *(one.primary for one in record.history if one.outside and one.primary)}
     last: dict[str, str | None] = {}
     primaries: dict[str, str] = {}
     for one in record.history:
@@ -102,6 +103,25 @@ def unfenced(record: Membership, me: str) -> tuple[str, ...]:
             primaries[one.term.id] = one.primary
     ended = {primaries[term] for term, primary in last.items() if primary is not None and term != record.term.id}
     return tuple(sorted((ended & of_mirror) - {me}))
+
+
+def is_fenced(record: Membership, node: str, promised: Term | None) -> bool:
+    """Whether what that node, one of the `unfenced`, has promised ends its own terms.
+
+    One that has neither a leg nor a say isn't asked by each candidate: what ended its last term is enough.
+    """
+    last = max((one.term.number for one in record.history if one.primary == node), default=0)
+    wanted = record.term.number if node in _parts(record) else last + 1
+    return promised is not None and promised.number >= wanted
+
+
+def is_outside(record: Membership, node: str) -> bool:
+    """Whether the node has neither a leg nor a say. If it knows nothing of the mirror it doesn't write to it either."""
+    return node not in _parts(record)
+
+
+def _parts(record: Membership) -> set[str]:
+    return {*record.voters, *(leg.node for leg in record.legs if leg.kind == "terrace")}
 
 
 # The server

@@ -144,19 +144,22 @@ class KeptVoter:
             judge_prepare(said.promised, term, f"node {self.node}")
             if not force:
                 self._judge_alive(said, candidate)
-            for keeper in self._legs(mirror):
-                try:
-                    await keeper.prepare(term, candidate)
-                except OSError as error:
-                    if error.errno in DECIDED or file is None or not _is_out(keeper.record.me, file.accepted):
-                        raise
-            if file is not None:
-                candidates = file.candidates | ({candidate} if term != file.promised else frozenset())
-                await self._keep(mirror, dataclasses.replace(file, promised=term, candidates=candidates))
+            await self._promise(mirror, file, term, candidate)
             # A session may have stored a record while the promise waited for it: it counts, and none comes any more.
             now = await self._say(mirror, await self._file(mirror))
             candidates = said.candidates if now.accepted == said.accepted else frozenset()
             return dataclasses.replace(now, promised=term, candidates=candidates)
+
+    async def _promise(self, mirror: str, file: _Kept | None, term: Term, candidate: str) -> None:
+        for keeper in self._legs(mirror):
+            try:
+                await keeper.prepare(term, candidate)
+            except OSError as error:
+                if error.errno in DECIDED or file is None or not _is_out(keeper.record.me, file.accepted):
+                    raise
+        if file is not None:
+            candidates = file.candidates | ({candidate} if term != file.promised else frozenset())
+            await self._keep(mirror, dataclasses.replace(file, promised=term, candidates=candidates))
 
     def _judge_alive(self, said: VoterState, candidate: str) -> None:
         accepted = said.accepted
@@ -164,6 +167,9 @@ class KeptVoter:
             return
         # Who has answered a heartbeat of a later term may not have got its record: then it can't know who is primary.
         later = self._lease.term(accepted.mirror) > accepted.term.number
+        if rule_of(accepted) == "majority" and self._lease.heard_s(accepted.mirror) is None:
+            # Nor who was just started, and whose promise may be to one that it heard before (`heartbeat`).
+            later = said.promised is not None and said.promised.number > accepted.term.number
         if not later and accepted.primary in (None, candidate):
             return
         if said.primary_here:
@@ -239,8 +245,17 @@ class KeptVoter:
         # Under the lock: a promise that is being stored must not be followed by a lease for the primary before it.
         async with self._holding(mirror):
             # Only what is needed of `_say`: this is asked many times in a lease, of each mirror.
-            judge_prepare(self._promised(mirror, await self._file(mirror)), term, f"node {self.node}")
+            file = await self._file(mirror)
+            promised = self._promised(mirror, file)
+            judge_prepare(promised, term, f"node {self.node}")
+            if term != promised and self._by_majority(mirror, file):
+                # It has missed the record of that primary. After a restart nothing else would say that there is one.
+                await self._promise(mirror, file, term, "")
             self._lease.heard(mirror, term.number)
+
+    def _by_majority(self, mirror: str, file: _Kept | None) -> bool:
+        records = [keeper.record.accepted for keeper in self._legs(mirror)] + [file.accepted if file else None]
+        return any(record is not None and rule_of(record) == "majority" for record in records)
 
     async def forget(self, mirror: str) -> None:
         """The whole mirror is gone."""

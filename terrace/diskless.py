@@ -272,8 +272,14 @@ class DisklessMirror(MirrorPart):
     async def forget(self) -> None:
         """End, and remove what is kept; not what a voter has to keep. Raises OSError."""
         await self.close()
+        # Records since this term began may have made this node a voter: one must not forget its promises.
+        readable = True
+        try:
+            await self._recall()
+        except OSError:
+            readable = False
         await self.unkeep()
-        if self._node.peers.node not in self._record.voters:
+        if readable and self._node.peers.node not in self._record.voters:
             await self._node.own_voter.forget(self.mirror_id)
 
     async def _take_part(self) -> None:
@@ -401,7 +407,7 @@ def superseded(ours: Membership, states: dict[str, VoterState]) -> str | None:
 
 def _candidates(states: dict[str, VoterState], nodes: frozenset[str]) -> str:
     found: frozenset[Any] = frozenset().union(*(states[node].candidates for node in nodes))
-    return " or ".join(sorted(found)) or "another node"
+    return " or ".join(sorted(found - {""})) or "another node"
 
 
 def participation(name: str, membership: Membership) -> Participation:

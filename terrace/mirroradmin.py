@@ -25,7 +25,7 @@ from replication.explain import last_leg_on
 from replication.keeper import LegRecord
 from replication.leg import BLOCK_BYTES, LegState
 from replication.membership import MAX_LEGS, LegInfo, Membership, Options, Term, decode, encode
-from replication.nbdleg import probe
+from replication.nbdleg import probe, unfenced
 from replication.promotion import Forced, Promote, decide, new_term
 from replication.verify import VerifyReport, verify
 from replication.voters import ask
@@ -328,6 +328,10 @@ class MirrorAdmin:
             return {"removed": [], "left": await self._forget_at([node], served.membership), "mirrored": True}
         if not going:
             await trio.lowlevel.checkpoint()
+            if node in unfenced(membership, self.mirrors.node):
+                # It was primary without a leg or a say, so no record can say that it is gone: this term goes by it.
+                mirror.is_gone(node)
+                self.mirrors.tell("mirror", mirror.name, f"node {node}, once primary of {mirror.name}, is gone")
             return {"removed": [], "left": [], "mirrored": True}
         if node == self.mirrors.node:
             raise TierError(
@@ -341,11 +345,13 @@ class MirrorAdmin:
             for leg in served.status().legs
             if leg.state is LegState.UP_TO_DATE and leg.info.id not in ids and leg.info.kind == "terrace"
         ]
-        if not good and not force:
+        if not good:
+            # Not by force either: no record could follow, and this would wait for one for ever.
             raise TierError(
                 errno.EBUSY,
                 f"node {node} has the only leg of {mirror.name} that is up to date, and its data would be lost: wait "
-                "for the resync of another one; --force gives up all that only this leg has",
+                "for the resync of another one. If they are to be given up, stop that node, and promote another with "
+                "`terrace volume mirror promote --force`",
             )
         if not force and isinstance(mirror, LocalMirror):
             await self._require_no_more_snapshots(mirror, going)
@@ -388,10 +394,10 @@ class MirrorAdmin:
         name = mirror.name
         served = await self.served(mirror)
         await served.flush()  # so that what is left is worth having
-        record = served.membership
-        tie_breakers = [voter for voter in record.voters if voter not in nodes_of(record.legs)]
         # Not demoted before: the legs obey who is primary by the record.
         await self.mirrors.diskless.forget(mirror)
+        record = _last_record(served)
+        tie_breakers = [voter for voter in record.voters if voter not in nodes_of(record.legs)]
         left = await self._delete_legs(record.legs, record, whole=True, snapshots=snapshots)
         await self._forget_at(tie_breakers, record, whole=True)
         left += await self.mirrors.forget_at_arbiter(record)
@@ -410,16 +416,22 @@ class MirrorAdmin:
                 f"{name} is a leg of a mirror: delete all of it at its primary, {where}, or take this leg out there "
                 "with `terrace volume mirror remove`; --force deletes the copy here, which is then missing for good",
             )
+        served = mirror.mirror if mirror.serves else None
         record = mirror.membership
-        others = [leg for leg in record.legs if leg.id != mirror.me] if mirror.serves else []
-        tie_breakers = [voter for voter in record.voters if voter not in nodes_of(record.legs)] if mirror.serves else []
+        # Where it isn't served the record here may be an old one, whoever it says is primary: others may serve it now,
+        # and so neither they nor the arbiter may forget it.
+        whole = served is not None or (record.primary == self.mirrors.node and len(record.legs) == 1)
         if not snapshots and mirror.volume.snapshots:
             raise TierError(errno.ENOTEMPTY, f"{name} has snapshots: delete them first, or with it, by --snapshots")
-        if record.primary != self.mirrors.node:
+        if not whole:
             await self.mirrors.own_voter.retire(record)  # before its promise goes with the leg
         await self.mirrors.delete_local(mirror, snapshots=snapshots)
+        if served is not None:
+            record = _last_record(served)
+        others = [leg for leg in record.legs if leg.id != mirror.me] if served is not None else []
+        tie_breakers = [voter for voter in record.voters if voter not in nodes_of(record.legs)] if whole else []
         left = await self._delete_legs(others, record, whole=True, snapshots=snapshots)
-        if record.primary == self.mirrors.node:
+        if whole:
             await self._forget_at((*tie_breakers, self.mirrors.node), record, whole=True)
             left += await self.mirrors.forget_at_arbiter(record)
         self.mirrors.tell("mirror", name, f"{name} was deleted with its {len(others)} other legs")
@@ -746,6 +758,11 @@ async def _which_count(served: ServedMirror, legs: Sequence[LegInfo]) -> tuple[s
             await served.changed()
     counts = wanted & {leg.id for leg in served.membership.legs}
     return counts, (wanted & tried()) - counts
+
+
+def _last_record(served: ServedMirror) -> Membership:
+    """The last one that was written: legs may have it, whether it has counted or not, and obey none that is older."""
+    return max([served.membership, *served.records.attempts], key=lambda record: record.epoch)
 
 
 def _may_have_others(mirror: LocalMirror) -> bool:

@@ -31,7 +31,7 @@ from replication.localleg import LocalLeg
 from replication.members import LegFacts
 from replication.membership import LegInfo, Membership, Term
 from replication.mirror import Mirror
-from replication.nbdleg import NbdSite, unfenced
+from replication.nbdleg import NbdSite, is_fenced, is_outside, unfenced
 from replication.promotion import Forced, Promote, promote
 from replication.site import MirrorSettings
 from replication.voters import KeptVoter, in_sync_nodes, rule_of
@@ -321,6 +321,8 @@ class MirrorPart(abc.ABC):
         """Become primary. Idempotent. Raises OSError with whom it would have to hear."""
         if self.serves:
             return
+        if self._closing.is_set() or self._gone.is_set():
+            raise self.problem or OSError(errno.ESHUTDOWN, f"{self.name} is being closed here; try again in a moment")
         if self._wanted.is_set():
             self._force = self._force or force
             if force and self._settled.is_set():
@@ -531,11 +533,14 @@ class MirrorPart(abc.ABC):
             self.mirror = mirror
             nursery.start_soon(self._watch, mirror)
             nursery.start_soon(self._look_out, mirror)
-            if self._held is not None:
-                nursery.start_soon(self._held.keep, lambda: mirror.membership, mirror.fence)
             try:
-                await mirror.run()
+                async with trio.open_nursery() as while_serving:
+                    if self._held is not None:
+                        while_serving.start_soon(self._held.keep, lambda: mirror.membership, mirror.fence)
+                    await mirror.run()
+                    while_serving.cancel_scope.cancel()
             finally:
+                # Nobody takes it again meanwhile: a successor would have to wait for it to end.
                 if self._held is not None:
                     await self._held.release()
             nursery.cancel_scope.cancel()
@@ -664,20 +669,27 @@ class MirrorPart(abc.ABC):
         """No node that was primary before writes to the server any more. Raises OSError EBUSY with whom to hear."""
         for node in unfenced(membership, self._node.peers.node):
             if self._fenced_nodes.get(node) != membership.term:
+                has_let_go, promised = False, None
                 try:
                     promised = (await self._node.voter(node).state(membership.mirror)).promised
                 except OSError as error:
-                    raise OSError(
-                        errno.EBUSY,
-                        f"node {node}, which was primary before, may still write to {info.export}: the leg stays out "
-                        f"until that node is heard ({error.strerror}), or removed from the mirror because it is gone: "
-                        f"`terrace volume mirror remove {self.name} {node}`",
-                    ) from None
-                if promised is None or promised.number < membership.term.number:
+                    has_let_go = error.errno == errno.ENOENT and is_outside(membership, node)
+                    if not has_let_go:
+                        raise OSError(
+                            errno.EBUSY,
+                            f"node {node}, which was primary before, may still write to {info.export}: the leg stays "
+                            f"out until that node is heard ({error.strerror}), or removed from the mirror because it "
+                            f"is gone: `terrace volume mirror remove {self.name} {node}`",
+                        ) from None
+                if not has_let_go and not is_fenced(membership, node, promised):
                     raise OSError(errno.EBUSY, f"node {node} hasn't promised yet to write to {info.export} no more")
                 # What it sent last the server has, or will have by then.
                 await trio.sleep(membership.options.timeout_s)
                 self._fenced_nodes[node] = membership.term
+
+    def is_gone(self, node: str) -> None:
+        """An operator says so of a node that was primary before: NBD servers needn't wait for it in this term."""
+        self._fenced_nodes[node] = self.membership.term
 
     async def _said_instead(self, info: LegInfo, membership: Membership) -> OSError | None:
         """A leg that takes nothing of our term says nothing of what it has; its node's voter does.

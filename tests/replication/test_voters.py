@@ -149,6 +149,26 @@ def test_a_voter_that_has_missed_the_record_of_a_later_primary_gives_that_one_it
     trio.run(main)
 
 
+@pytest.mark.parametrize("primary", ["a", None])
+def test_nor_does_its_restart_take_that_lease_from_it(tmp_path: Path, primary: str | None) -> None:
+    async def main() -> None:
+        clock = Clock()
+        voter = tie_breaker(tmp_path, clock)
+        await voter.accept(FIRST if primary else FIRST.next_epoch(primary=None, token="b"))
+        clock.now += 10
+        await voter.heartbeat(MIRROR, TERM_2)  # of node b, which has no other majority than itself and this voter
+        clock.now += 0.5
+        voter = tie_breaker(tmp_path, clock)
+        with pytest.raises(OSError, match="may promise nothing for") as refused:
+            await voter.prepare(MIRROR, Term(3, "3" * 16), "a")
+        assert refused.value.errno == errno.EBUSY
+        await voter.heartbeat(MIRROR, TERM_2)
+        clock.now += 3.1
+        await voter.prepare(MIRROR, Term(3, "3" * 16), "a")
+
+    trio.run(main)
+
+
 def test_a_promise_tells_of_the_record_that_a_session_was_storing_when_it_was_asked_for(tmp_path: Path) -> None:
     async def main() -> None:
         stored = trio.Event()
