@@ -213,7 +213,7 @@ def add(
 @mirror.command()
 @_mirror_argument
 @click.argument("node", type=LEG, metavar="NODE|URI")
-@click.option("--force", is_flag=True, help="Even the only good leg: what only it has IS LOST.")
+@click.option("--force", is_flag=True, help="Even if it has snapshots that no leg here has: these ARE LOST.")
 @click.option("-y", "--yes", is_flag=True, help="Don't ask.")
 @output_option
 @pass_context

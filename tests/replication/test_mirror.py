@@ -10,8 +10,10 @@ import pytest
 import trio
 
 from nbd.wire import STATE_HOLE, STATE_ZERO
-from replication.leg import BLOCK_BYTES, EXTENT_BYTES, RECENT, LegState, MirrorState, missing_tracker
-from replication.membership import Membership
+from replication.leg import BLOCK_BYTES, EXTENT_BYTES, RECENT, Leg, LegState, MirrorState, missing_tracker
+from replication.members import LegFacts
+from replication.membership import LegInfo, Membership
+from replication.mirror import Mirror
 from replication.reconcile import choose_source
 from replication.site import MirrorSettings
 from tests.replication.fakes import FakeKeeper, MemoryExtents, trackers_matching
@@ -789,5 +791,35 @@ def test_a_part_of_a_block_that_waited_while_the_mirror_was_shrunk_is_refused_an
             assert refused.value.errno == errno.EINVAL
             for member in mirror.members.values():
                 assert member.counters.read_errors == member.counters.failures == member.counters.reads == 0
+
+    run(body)
+
+
+def test_a_leg_that_falls_silent_while_a_mirror_begins_holds_it_up_for_the_timeout_where_another_one_goes_on() -> None:
+    """Its connection would be kept for an hour, where the primary has no leg itself."""
+
+    async def body() -> None:
+        rig = Rig(2, diskless=True)
+
+        async def falls_silent(info: LegInfo, membership: Membership) -> LegFacts:
+            await trio.lowlevel.checkpoint()
+            rig.nodes["b"].link.stalled = trio.Event()
+            return LegFacts(intact=True)
+
+        async with trio.open_nursery() as nursery:
+            for node in rig.nodes.values():
+                await nursery.start(node.run)
+                await node.keeper.accept(rig.record)
+
+            async def connect(info: LegInfo, membership: Membership) -> Leg:
+                return await rig.nodes[info.node].open(membership.term, primary=nursery)
+
+            mirror = Mirror("pool/vol", rig.record, rig.cluster, connect, facts=falls_silent)
+            with trio.fail_after(2), pytest.raises(OSError):  # the mirror's timeout is 1 s
+                await mirror.begin()
+            with trio.fail_after(4):
+                await mirror.begin()
+            assert mirror.started.is_set() and mirror.excluding == {"legb"}
+            nursery.cancel_scope.cancel()
 
     run(body)

@@ -10,8 +10,8 @@ import trio
 
 from replication.explain import Facts, explain
 from replication.leg import LegState
-from replication.membership import LegInfo, Membership, Term
-from replication.nbdleg import tells_all, unfenced
+from replication.membership import LegInfo, Membership, Term, decode, encode
+from replication.nbdleg import is_fenced, is_outside, tells_all, unfenced
 from replication.promotion import Forced, Promote, Refused, decide
 from replication.reconcile import choose_source
 from replication.voters import counts, in_sync_nodes, judge_successor
@@ -159,3 +159,22 @@ def test_a_new_server_is_compared_in_full() -> None:
         assert keeper_of(store).record.accepted is not None
 
     trio.run(main)
+
+
+def test_a_former_primary_that_has_neither_a_leg_nor_a_say_keeps_a_server_out_until_its_own_term_is_over() -> None:
+    by_c = ABN.next_term(TERM_2, "c", frozenset("ab"))
+    later = by_c.next_term(TERM_3, "a", frozenset("ab"))
+    assert unfenced(later, "a") == ("c",)
+    assert unfenced(decode(encode(later)), "a") == ("c",), "nothing but the history names it"
+    assert is_outside(later, "c") and not is_outside(later, "a")
+    # It isn't asked by each candidate: what ends its last term will do.
+    much_later = later.next_term(Term(7, "7" * 16), "a", frozenset("ab"))
+    for promised, fenced in ((None, False), (TERM_2, False), (TERM_3, True), (Term(7, "7" * 16), True)):
+        assert is_fenced(much_later, "c", promised) is fenced
+    assert not is_fenced(later.next_term(Term(7, "7" * 16), "b", frozenset("b")), "a", TERM_3)
+    demoted = by_c.next_epoch(primary=None, token="a")
+    assert unfenced(demoted.next_term(TERM_3, "a", frozenset("ab")), "a") == ()
+    # A node that had a say and is out of the mirror is gone: an operator has said so.
+    by_b = later.next_term(Term(4, "4" * 16), "b", frozenset("b"))
+    assert unfenced(by_b, "b") == ("a", "c")
+    assert unfenced(by_b.next_epoch(legs=by_b.legs_on("b"), voters=("b",)), "b") == ("c",)

@@ -218,3 +218,27 @@ def test_clients_of_a_mirror_without_a_leg_are_counted_and_it_is_listed_and_the_
             await exports.acquire("p/w")
 
     trio.run(main)
+
+
+@pytest.mark.parametrize("is_voter", [True, False])
+def test_a_node_that_became_a_voter_while_it_was_primary_keeps_its_promises_when_it_lets_the_mirror_go(
+    tmp_path: Path, is_voter: bool
+) -> None:
+    async def main() -> None:
+        _, node = mirrors(tmp_path, [])
+        mirror = DisklessMirror(tmp_path, Participation("p/v", 0.0, SERVED), node)
+        await node.own_voter.accept(SERVED)
+        await mirror.begin()
+        later = SERVED.next_epoch(voters=(*SERVED.voters, *("c" if is_voter else "")))
+        await node.own_voter.accept(later)  # as the record counts that this node writes
+        mirror._closing.set()
+        mirror._gone.set()
+        await mirror.forget()
+        again = KeptVoter("c", tmp_path, lambda mirror: [])
+        if is_voter:
+            assert (await again.state(MIRROR)).promised == SERVED.term
+        else:
+            with pytest.raises(OSError, match="knows nothing"):
+                await again.state(MIRROR)
+
+    trio.run(main)

@@ -6,13 +6,14 @@ import errno
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
 import trio.testing
 
 import terrace.localmirror
+import terrace.primary
 from replication.cluster import VoterState
 from replication.keeper import LegRecord
 from replication.membership import LegInfo, Options, Term
@@ -166,6 +167,7 @@ def test_who_cant_be_primary_as_its_leg_is_being_resynced_hears_how_to_reach_its
         (OSError(errno.ETIMEDOUT, "no route to host"), "volume mirror remove fast/vol b"),
         (VoterState("b", Term(1, "1" * 16), None), "hasn't promised yet"),
         (VoterState("b", TERM_2, None), None),
+        (OSError(errno.ENOENT, "it knows nothing of a mirror"), "volume mirror remove fast/vol b"),
     ],
 )
 def test_a_server_of_no_mirrors_is_left_out_until_who_was_primary_before_is_known_to_have_stopped(
@@ -266,3 +268,61 @@ def test_a_record_that_is_being_written_counts_for_whose_answers_are_needed(monk
     assert mirror._nodes_in_sync() == {"a"}
     served.records.attempts.append(both)
     assert mirror._nodes_in_sync() == {"a", "b"}
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_whoever_promotes_a_mirror_that_was_closed_or_has_failed_hears_it_at_once(
+    monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    async def main() -> None:
+        mirror = local_mirror(monkeypatch, MemoryStore(), LegRecord("a", accepted=first_record("ab", primary="b")))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(mirror.run)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            await mirror.close()
+        with trio.fail_after(1), pytest.raises(OSError, match="is being closed here"):
+            await mirror.promote(force=force)
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("is_cancelled", [True, False])
+def test_the_lease_is_given_back_when_nobody_takes_it_again(
+    monkeypatch: pytest.MonkeyPatch, is_cancelled: bool
+) -> None:
+    events: list[str] = []
+
+    class Held:
+        def may_serve(self, nodes: object) -> bool:
+            return True
+
+        def answered(self, node: str, begun: float) -> None:
+            pass
+
+        async def keep(self, newest: object, deposed: object) -> None:
+            try:
+                await trio.sleep_forever()
+            finally:
+                events.append("no longer kept")
+
+        async def release(self) -> None:
+            with trio.CancelScope(shield=True):
+                await trio.lowlevel.checkpoint()
+            events.append("given back")
+
+    async def serves(mirror: object) -> None:
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        while is_cancelled:
+            await trio.sleep(1)
+
+    async def main() -> None:
+        record = first_record("ab", options=Options(arbiter="etcd"))
+        mirror = local_mirror(monkeypatch, MemoryStore(), LegRecord("a", accepted=record))
+        cast(Any, mirror.volume).rotational = False
+        mirror._node.arbiter = SimpleNamespace(held=lambda mirror, lease_s: Held())  # type: ignore[assignment]
+        with trio.move_on_after(0.1):
+            await mirror._serve(record)
+        assert events == ["no longer kept", "given back"]
+
+    monkeypatch.setattr(terrace.primary.ServedMirror, "run", serves)
+    trio.run(main)

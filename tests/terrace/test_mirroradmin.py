@@ -12,8 +12,9 @@ import pytest
 import trio
 import trio.testing
 
-from replication.membership import LegInfo, Membership
-from terrace.mirroradmin import MirrorAdmin, Place
+from replication.leg import LegState
+from replication.membership import LegInfo, Membership, Options
+from terrace.mirroradmin import MirrorAdmin, Place, _last_record
 from tests.replication.stores import first_record
 
 
@@ -162,3 +163,66 @@ def test_an_export_is_no_second_leg_under_any_uri_since_two_connections_would_wr
         assert admin.told == []
 
     run(refused, check)
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_the_only_good_leg_is_not_removed_since_no_record_could_be_without_it(force: bool) -> None:
+    async def main() -> None:
+        served = Served(cast("Any", None))
+        served.membership = first_record("ab")
+        legs = [
+            SimpleNamespace(info=leg, state=LegState.UP_TO_DATE if leg.node == "b" else LegState.SYNCING)
+            for leg in served.membership.legs
+        ]
+        cast("Any", served).status = lambda: SimpleNamespace(legs=legs)
+        mirror: Any = SimpleNamespace(name="fast/vol")
+        with trio.fail_after(1), pytest.raises(OSError, match=r"has the only leg .* `terrace volume mirror promote"):
+            await Admin(served).remove(mirror, "b", force=force)
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize(("serves", "legs"), [(True, "ab"), (False, "ab"), (False, "a")])
+def test_who_only_believes_that_it_is_primary_has_nobody_forget_the_mirror_when_it_deletes_its_leg(
+    serves: bool, legs: str
+) -> None:
+    """Its record may be old: another node may have been promoted since, and serve it by what the arbiter has."""
+
+    async def main() -> None:
+        record = first_record(legs, options=Options(arbiter="etcd"))
+        admin = Admin(Served(cast("Any", None)))
+        admin._served.membership = record
+        done: list[str] = []
+
+        def does(what: str, answer: Any = None) -> Any:
+            async def call(*args: Any, **options: Any) -> Any:
+                await trio.lowlevel.checkpoint()
+                done.append(what)
+                return answer
+
+            return call
+
+        mirrors = cast("Any", admin.mirrors)
+        mirrors.own_voter = SimpleNamespace(retire=does("retire"), forget=does("forget"))
+        mirrors.delete_local = does("delete")
+        mirrors.forget_at_arbiter = does("forget at etcd", [])
+        mirror: Any = SimpleNamespace(
+            name="fast/vol", me="a", serves=serves, membership=record, mirror=admin._served if serves else None,
+            volume=SimpleNamespace(snapshots=[], open_count=0),
+        )  # fmt: skip
+        await admin.delete(mirror, snapshots=False, force=not serves)
+        others = ["leg.delete"] if serves else []
+        assert admin.asked == others
+        whole = serves or legs == "a"
+        assert done == (["delete", "forget", "forget at etcd"] if whole else ["retire", "delete"])
+
+    trio.run(main)
+
+
+def test_legs_are_deleted_by_the_last_record_that_was_written_whether_it_counts_or_not() -> None:
+    served = Served(cast("Any", None))
+    tried = served.membership.next_epoch()
+    served.records.attempts.append(tried)
+    assert _last_record(cast("Any", served)) == tried
+    served.membership = tried.next_epoch()
+    assert _last_record(cast("Any", served)) == served.membership
