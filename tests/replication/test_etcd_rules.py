@@ -47,6 +47,11 @@ def test_nothing_acknowledged_is_lost_and_nobody_else_acknowledges(first: int) -
     assert promotions > 15
 
 
+def test_nor_where_the_primary_may_be_a_node_with_neither_a_leg_nor_a_say() -> None:
+    promotions = sum(explore(seed, kind=EtcdWorld, without=True).promotions for seed in range(20))
+    assert promotions > 15
+
+
 CAUGHT_BY: dict[str, Callable[[], None]] = {
     "no-key": test_fake_etcd_cluster.test_the_fakes_leases_end_and_are_taken_over_as_those_of_the_real_one,
     "some-leg-answers": test_arbiter.test_a_primary_may_serve_while_etcd_or_all_legs_in_sync_answer,
