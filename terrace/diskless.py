@@ -32,6 +32,7 @@ import trio
 
 from replication.cluster import VoterState
 from replication.leg import Leg, LegStore, MirrorState
+from replication.lineage import are_apart
 from replication.membership import LegInfo, Membership, Term, decode, encode
 from replication.site import MirrorSettings
 from replication.voters import ask, in_sync_nodes
@@ -302,6 +303,9 @@ class DisklessMirror(MirrorPart):
             if self._record.primary != self._node.peers.node:
                 self.problem = self._deposed()
                 self._tell_problem(self.problem)
+            else:
+                # What is known here says that it is the primary still: whether it may go on, the next try finds out.
+                self.problem = OSError(errno.ESTALE, "its term was ended by a promise to another node")
 
     # -- whether this node is still it ---------------------------------------------------------------------------
 
@@ -336,11 +340,10 @@ class DisklessMirror(MirrorPart):
 
     async def _learn(self) -> None:
         """Whether others have a later record: then it is stored here too."""
-        newest = max(
-            (state.accepted for state in (await self._states()).values() if state.accepted is not None),
-            key=lambda record: record.place,
-            default=self._record,
-        )
+        records = {node: state.accepted for node, state in (await self._states()).items() if state.accepted is not None}
+        # The other side of a split brain isn't followed, whatever its number is: only an operator decides that.
+        same_side = [record for node, record in records.items() if not self._is_apart(record, node)]
+        newest = max(same_side, key=lambda record: record.place, default=self._record)
         if newest.place <= self._record.place:
             return
         self._record = newest
@@ -348,6 +351,9 @@ class DisklessMirror(MirrorPart):
         with contextlib.suppress(OSError):
             if (await self._node.own_voter.state(self.mirror_id)).accepted is not None:
                 await self._node.own_voter.accept(newest)
+
+    def _is_apart(self, theirs: Membership, node: str) -> bool:
+        return are_apart(self._record, "", theirs, next((leg.id for leg in theirs.legs_on(node)), ""))
 
     async def _states(self) -> dict[str, VoterState]:
         membership = self.membership

@@ -34,7 +34,7 @@ from terrace.exports import StoodFor
 from terrace.localmirror import LocalMirror
 from terrace.mirrors import Mirrors
 from terrace.mirrorsnapshots import MirrorSnapshots
-from terrace.primary import ASK_S, MirrorPart, ServedMirror, nodes_of
+from terrace.primary import ASK_S, MirrorPart, ServedMirror, nodes_of, nodes_of_mirror
 from terrace.snapshots import Clients, named
 from tiers import Pool, TierError, Volume
 
@@ -485,7 +485,7 @@ class MirrorAdmin:
     async def what_force_loses(self, mirror: MirrorPart) -> str:
         """A sentence; empty if no force is needed. Asks, and changes nothing."""
         membership = mirror.membership
-        nodes = tuple(dict.fromkeys((*membership.voters, *nodes_of(membership.legs))))
+        nodes = nodes_of_mirror(membership)
         states, failures = await ask(
             nodes,
             lambda node: self.mirrors.voter(node).state(membership.mirror),
@@ -577,6 +577,14 @@ class MirrorAdmin:
             (term.number for term in (state.promised, state.accepted and state.accepted.term) if term), default=0
         )
         if theirs >= mirror.membership.term.number:
+            if isinstance(mirror, DisklessMirror):
+                # It would take force, which only a node with a leg can use: this one would serve nothing any more.
+                raise TierError(
+                    errno.ENOTSUP,
+                    f"node {leg.node} has had a term as late as this one, so a node with a leg has to decide that: "
+                    f"`terrace volume mirror demote {mirror.name} --to NODE` with the one that is up to date, and "
+                    "discard it there",
+                )
             # Only a later term than theirs makes them let go; clients here are cut off for a moment.
             await mirror.begin_anew()
         mirror.compared_in_full.add(leg.id)

@@ -242,3 +242,35 @@ def test_a_node_that_became_a_voter_while_it_was_primary_keeps_its_promises_when
                 await again.state(MIRROR)
 
     trio.run(main)
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_node_without_a_leg_never_changes_to_the_other_side_of_a_split_brain_by_itself(
+    tmp_path: Path, number: int
+) -> None:
+    async def main() -> None:
+        _, node = mirrors(tmp_path, [])
+        ours = SERVED.next_term(TERM_2, "c", frozenset("ab"))
+        forced = SERVED.next_term(Term(number, "f" * 16), "b", frozenset("b"), "apart")
+        mirror = DisklessMirror(tmp_path, Participation("p/v", 0.0, ours), node)
+        await node.own_voter.accept(ours)
+        later = ours.next_epoch(in_sync=frozenset("a"))
+        records = {"a": later, "b": forced}
+
+        class OtherVoter:
+            def __init__(self, name: str) -> None:
+                self.name = name
+
+            async def state(self, mirror_id: str) -> VoterState:
+                await trio.lowlevel.checkpoint()
+                return said(self.name, records[self.name])
+
+        node.voter = OtherVoter
+        await mirror._learn()
+        assert mirror.membership == later and mirror.is_named_primary
+        assert (await node.own_voter.state(MIRROR)).accepted == later
+        records["a"] = later.next_term(Term(4, "4" * 16), "a", frozenset("a"))
+        await mirror._learn()
+        assert mirror.membership == records["a"]
+
+    trio.run(main)

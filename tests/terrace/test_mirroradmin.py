@@ -13,7 +13,8 @@ import trio
 import trio.testing
 
 from replication.leg import LegState
-from replication.membership import LegInfo, Membership, Options
+from replication.membership import LegInfo, Membership, Options, Term
+from terrace.diskless import DisklessMirror
 from terrace.mirroradmin import MirrorAdmin, Place, _last_record
 from tests.replication.stores import first_record
 
@@ -226,3 +227,29 @@ def test_legs_are_deleted_by_the_last_record_that_was_written_whether_it_counts_
     assert _last_record(cast("Any", served)) == tried
     served.membership = tried.next_epoch()
     assert _last_record(cast("Any", served)) == served.membership
+
+
+def test_a_primary_without_a_leg_is_never_ended_by_a_discard_that_it_could_not_carry_out() -> None:
+    class WithoutLeg(DisklessMirror):
+        name = "p/v"  # type: ignore[assignment]
+        membership = first_record("ab", primary="c")  # type: ignore[assignment]
+
+        def __init__(self) -> None:
+            pass
+
+        async def begin_anew(self) -> None:
+            pytest.fail("its clients are cut off")
+
+    class OtherVoter:
+        async def state(self, mirror: str) -> Any:
+            await trio.lowlevel.checkpoint()
+            return SimpleNamespace(promised=Term(1, "f" * 16), accepted=None)
+
+    async def main() -> None:
+        admin = Admin(Served(cast("Any", None)))
+        cast("Any", admin.mirrors).voter = lambda node: OtherVoter()
+        with pytest.raises(OSError, match="a node with a leg has to decide that") as refused:
+            await admin._discard(WithoutLeg(), LegInfo("b", "b", "fast/vol"))
+        assert refused.value.errno == errno.ENOTSUP and admin.asked == []
+
+    trio.run(main)
