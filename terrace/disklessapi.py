@@ -189,21 +189,24 @@ class DisklessApi:
         async def here(mirrors: Sequence[Mirror]) -> None:
             await trio.lowlevel.checkpoint()  # there is no leg here
 
-        await take_at_once({served: name}, here)
+        taken = await take_at_once({served: name}, here)
+        nodes = {leg.id: leg.place for leg in served.membership.legs}
         told = await self._ask(mirror, name)
         if told is None or not told[1]["snapshots"]:
             raise TierError(
                 errno.EHOSTUNREACH, f"{mirror.name}@{name} was taken, but {mirror.where()} can't be asked about it now"
             )
         self._mirrors.tell("snapshot", f"{mirror.name}@{name}", f"{mirror.name}@{name} was taken, on {mirror.where()}")
-        return self._snapshot(mirror, told[0], told[1]["snapshots"][-1])
+        lacking = {nodes.get(leg, leg): why for leg, why in taken[served].items()}
+        return self._snapshot(mirror, told[0], told[1]["snapshots"][-1]) | {"lacking": lacking}
 
     def _snapshot(self, mirror: DisklessMirror, leg: LegInfo, told: dict[str, Any]) -> dict[str, Any]:
-        """`on`: a node that has it, and under which name it is an export there."""
+        """`on`: a node that has it, and under which name it is an export there. What the others have isn't asked."""
         there = f"{leg.export}@{told['snapshot']}"
         return told | {
             "name": f"{mirror.name}@{told['snapshot']}",
             "volume": mirror.name,
+            "legs": None,
             "on": {"node": leg.node, "export": there},
         }
 

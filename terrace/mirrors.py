@@ -405,8 +405,9 @@ class Mirrors:
         judge_deletion(Order(node, order), self._known(mirror), whole=whole)
         if mirror.is_primary:
             raise OSError(errno.EBUSY, f"node {self.node} is primary of {name}: demote it first")
-        if mirror.volume.snapshots and not snapshots:
+        if mirror.volume_snapshots() and not snapshots:
             raise OSError(errno.ENOTEMPTY, f"{name} has snapshots")
+        snapshots = snapshots or bool(mirror.volume.snapshots)  # what a resync keeps is nobody's wish
         if not whole and self.node not in order.voters:
             await self.own_voter.retire(order)  # before its promise goes with the leg
         await self.delete_local(mirror, snapshots=snapshots)

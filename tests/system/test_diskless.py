@@ -344,7 +344,8 @@ def test_legs_come_and_go_and_the_volume_is_deleted_through_it(three: Three) -> 
     three.serve("l")
     with c.connect("l") as client:
         client.write(0, b"1" * MIB)
-        c.daemon.api("DELETE", "/v1/pools/p/volumes/l/mirror/legs/b")
+        done = c.daemon.api("DELETE", "/v1/pools/p/volumes/l/mirror/legs/b")
+        assert done["left"] == [], done
         client.write(MIB, b"2" * MIB)
         assert [leg["node"] for leg in c.mirror("l")["legs"]] == ["a"]
         c.daemon.api("POST", "/v1/pools/p/volumes/l/mirror/legs", {"node": "b"})
