@@ -121,6 +121,10 @@ def _lease_after_promise(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(KeptVoter, "heartbeat", heartbeat)
 
 
+def _lease_lost_by_a_restart(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(KeptVoter, "_by_majority", lambda self, mirror, file: False)
+
+
 def _no_lease(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(KeptVoter, "_judge_alive", lambda self, said, candidate: None)
     patch.setattr(replication.promotion, "_busy", lambda me, state: None)
@@ -209,6 +213,9 @@ MUTANTS: Mapping[str, Mutant] = {
     "intact-by-taking-part": Mutant("a leg that takes part after a reboot counts as intact", _intact_by_taking_part),
     "inconsistent-forgotten": Mutant("a leg in resync is taken for one in sync", _inconsistent_is_forgotten),
     "lease-after-promise": Mutant("a voter gives a lease to a primary that it has promised away", _lease_after_promise),
+    "lease-lost-by-restart": Mutant(
+        "a voter forgets by a restart that it has heard a primary whose record it missed", _lease_lost_by_a_restart
+    ),
     "no-lease": Mutant("a voter promises while the primary's lease lasts", _no_lease),
     "apart-forgotten": Mutant("a primary that a forced one knew nothing of is taken for its past", _apart_is_forgotten),
     "superseded-forgotten": Mutant("who was left behind by force goes on when it is alone", _superseded_is_forgotten),

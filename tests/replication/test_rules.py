@@ -37,6 +37,9 @@ CAUGHT_BY: dict[str, Callable[[], None]] = {
     ),
     "inconsistent-forgotten": (test_keeper.test_a_leg_that_rejoins_keeps_what_it_has_differently_until_it_is_in_sync),
     "lease-after-promise": in_home(test_voters.test_a_voter_promises_nothing_while_the_primary_may_serve),
+    "lease-lost-by-restart": in_home(
+        lambda home: test_voters.test_nor_does_its_restart_take_that_lease_from_it(home, "a")
+    ),
     "no-lease": in_home(test_voters.test_a_voter_promises_nothing_while_the_primary_may_serve),
     "one-number-ordered": (
         test_promotion.test_two_terms_of_one_number_have_no_order_and_who_has_heard_of_the_other_that_serves_needs_force
