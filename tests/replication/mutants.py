@@ -54,7 +54,7 @@ MUTANTS: dict[str, Plant] = {
     ),
     "legs aren't reconciled at the start": _instead(
         Mirror,
-        "begin",
+        "_make_equal",
         "await reconcile(",
         "await unequal(",
         unequal=_unequal,
