@@ -155,7 +155,7 @@ def test_a_leg_is_deleted_by_order_of_its_primary_and_its_promise_stays_unless_t
         pool.volume.mirror_record = LegRecord("b", promised=Term(7, "7" * 16), accepted=record).encode()
         pool.volume.snapshots = 2
         names = ["mine", "resync-20261130-120000"]
-        pool.snapshots = lambda volume: [SimpleNamespace(short_name=name) for name in names]  # type: ignore[attr-defined]
+        pool.snapshots = lambda volume: [SimpleNamespace(short_name=name) for name in names]  # type: ignore[method-assign,attr-defined]
         found = mirrors(pool, tmp_path)
         order = record.next_term(Term(7, "7" * 16), "a", frozenset("ac"))
         if not whole:
