@@ -23,7 +23,7 @@ from replication.replica import Replica, _Session
 from replication.resync import Resync
 from replication.returning import Returning
 from replication.voters import KeptVoter
-from terrace.localmirror import LocalMirror
+from terrace.primary import MirrorPart
 from tests.replication.mutants import MUTANTS as MIRRORS
 from tests.simulation.mutants import Plant, _all_of, _instead, _patched
 from tiers.volume import Volume
@@ -91,7 +91,7 @@ MUTANTS: Final[dict[str, Plant]] = {
         "",
     ),
     "a primary serves without a lease": _instead(
-        LocalMirror, "_may_serve", "return not self._needs_lease or self._lease.may_serve", "return True"
+        MirrorPart, "_may_serve", "return not self._needs_lease or self._lease.may_serve", "return True"
     ),
     "voters promise while the primary lives": _patched(KeptVoter, "_judge_alive", lambda self, said, candidate: None),
     # Sessions
