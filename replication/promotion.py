@@ -18,6 +18,10 @@ has heard of stands for it in these decisions, and if it is apart from that, in 
 
 And a leg to go on with: in sync by that record, and either intact, or compared with all others that are in sync.
 
+A record that was only tried may be the newest that was seen, though it is known now never to count: a leg that it calls
+in sync has promised, and has an older one. Whoever is out by it has everything still, and perhaps only there: legs in
+sync by the record that it was made from, or by another one made from that, are those to go on with (`_before`).
+
 `promote` first asks without promises (`Voter.state`), since each promise fences a primary that may be well, and
 only if that would do asks for them.
 """
@@ -127,13 +131,51 @@ def decide(
             other = apart[0] if own_side else me
             return _split(newest if own_side else beyond.get(me, newest), records[other], other)
         same_side = {node: state for node, state in heard.items() if not _is_apart(mine, records.get(node), node)}
-        return _force(me, term, same_side, unheard, mine, sorted(set(heard) - set(same_side)))
+        return _force(me, term, same_side, unheard, mine, mine, sorted(set(heard) - set(same_side)))
     usable = {node: state for node, state in heard.items() if node in ours or node not in records}
     left_out = dict.fromkeys(apart, "it has gone its own way, and has no say until that is decided")
-    refused = _judge(me, term, usable, {**unheard, **left_out}, newest, arbiter is not None)
+    base = _that_may_count(newest, usable, beyond, arbiter is not None)
+    refused = _judge(me, term, usable, {**unheard, **left_out}, base, newest, arbiter is not None)
     if isinstance(refused, Promote) or not force:
         return refused
-    return _force(me, term, usable, unheard, newest, apart)
+    return _force(me, term, usable, unheard, base, newest if arbiter is not None else base, apart)
+
+
+def _that_may_count(
+    newest: Membership, heard: Mapping[str, VoterState], beyond: Mapping[str, Membership], arbiter: bool
+) -> Membership:
+    """The newest record or, where that is known never to count, the one to go on from in its place; see the module.
+
+    With an arbiter, which has the newest one all the same, it is that one with other legs in sync.
+    """
+    base = newest
+    while (before := _before(base, heard, beyond)) is not None:
+        base = before
+    if base is newest or not arbiter:
+        return base
+    both = base.in_sync & newest.in_sync
+    kept = any(leg.id in both and leg.node in heard and not heard[leg.node].inconsistent for leg in newest.legs)
+    return replace(newest, in_sync=base.in_sync & newest.terrace_ids) if kept else newest
+
+
+def _before(tried: Membership, heard: Mapping[str, VoterState], beyond: Mapping[str, Membership]) -> Membership | None:
+    """What to go on from if `tried`, the newest that was seen, never counts; None: it may, or that isn't seen.
+
+    A primary makes its next record from the newest of its own that it knows to count, and acknowledges nothing that a
+    leg in sync by that one lacks until a later one counts. So that one, or the newest made from the same, tells who has
+    everything; unless a later record counts, and of that one of those who have promised would have told.
+    """
+    places = {node: state.accepted.place for node, state in heard.items() if state.accepted and node not in beyond}
+    is_tried_only = any(places.get(node, tried.place) < tried.place for node in in_sync_nodes(tried))
+    if not is_tried_only or tried.forced != "no" or len(tried.history) < 2:
+        return None
+    if rule_of(tried) == "majority" and not is_majority(heard, tried.voters):
+        return None
+    origin = tried.history[-2]
+    known = [state.accepted for state in heard.values() if state.accepted and state.accepted.place < tried.place]
+    beside = [one for one in known if one.term == tried.term and one.history[-2:-1] == (origin,)]
+    made_of = [one for one in known if one.generation == origin]
+    return max((*made_of, *beside), key=lambda one: one.place, default=None)
 
 
 def _outweighs(newest: Membership, ours: frozenset[str], others: Sequence[Membership]) -> bool:
@@ -173,8 +215,10 @@ def _judge(
     heard: Mapping[str, VoterState],
     unheard: Mapping[str, str],
     newest: Membership,
+    followed: Membership,
     arbiter: bool,
 ) -> Promote | Refused:
+    """By the record `newest`. What is made follows `followed`, which with an arbiter may have other legs in sync."""
     rule = "etcd" if arbiter else rule_of(newest)
     if rule == "etcd" and not arbiter:
         return Refused(f"the newest record should be in etcd, and isn't{_because(unheard)}")
@@ -213,7 +257,7 @@ def _judge(
         )
     sources = sorted(intact or legs, key=lambda leg: leg.node != me)
     in_sync = frozenset(leg.id for leg in legs)
-    return Promote(tuple(sources), newest.next_term(term, me, in_sync), newest, alone)
+    return Promote(tuple(sources), newest.next_term(term, me, in_sync), followed if arbiter else newest, alone)
 
 
 def _may_go_alone(me: str, heard: Mapping[str, VoterState], newest: Membership) -> bool:
@@ -235,6 +279,7 @@ def _force(
     heard: Mapping[str, VoterState],
     unheard: Mapping[str, str],
     base: Membership,
+    followed: Membership,
     apart: Sequence[str],
 ) -> Decision:
     """The operator takes this node's leg as it is."""
@@ -256,7 +301,7 @@ def _force(
     if rule_of(base) == "majority" and not is_majority(heard, base.voters):
         new = replace(new, voters=tuple(voter for voter in base.voters if voter in heard))
     sources = tuple(sorted((leg for leg in base.legs if leg.id in kept), key=lambda leg: leg.node != me))
-    return Forced(sources, new, base, may_lose=_may_lose(me, heard[me], base, frozenset(unheard) | set(apart)))
+    return Forced(sources, new, followed, may_lose=_may_lose(me, heard[me], base, frozenset(unheard) | set(apart)))
 
 
 def _may_lose(me: str, own: VoterState, base: Membership, others: frozenset[str]) -> str:

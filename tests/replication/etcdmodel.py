@@ -35,10 +35,10 @@ class EtcdWorld(World):
 
     arbiter = True
 
-    def __init__(self, seed: int, *, forces: bool) -> None:
+    def __init__(self, seed: int, *, forces: bool, without: bool = False) -> None:
         self.etcd = FakeEtcd()
         self.etcd_away = False
-        super().__init__(seed, forces=forces)
+        super().__init__(seed, forces=forces, without=without)
 
     async def begin(self) -> None:
         assert await EtcdCluster("a", self.etcd, self.nodes.cluster("a"))._swap(self.first, 0) is None

@@ -103,6 +103,10 @@ class Life:
         """How many there were."""
         return sum(self.counts[kind] for kind in set(FAULTS))
 
+    def losses(self) -> tuple[int, ...]:
+        """Changes when what was acknowledged may be gone: what was under way then proves nothing."""
+        return tuple(self.counts[kind] for kind in ("unflushed lost", "forgiven"))
+
     def trace(self, text: str) -> None:
         """Into the schedule, which a failure prints."""
         self.schedule.append(f"{trio.current_time():8.3f} {text}")
@@ -272,11 +276,11 @@ class Life:
     async def read(self, mirror: WatchedMirror, first: int, count: int) -> None:
         """Judged, unless it is answered by a process that is dead by then."""
         floors = self.judge.floors(first, count)
-        losses = self.counts["unflushed lost"], self.counts["forgiven"], self.counts["resizing"]
+        losses = *self.losses(), self.counts["resizing"]
         into = memoryview(bytearray(count * SECTOR))
         if not mirror.read_now(first * SECTOR, len(into), into):
             await mirror.read(first * SECTOR, len(into), into)
-        if losses != (self.counts["unflushed lost"], self.counts["forgiven"], self.counts["resizing"]):
+        if losses != (*self.losses(), self.counts["resizing"]):
             return
         if mirror.process.is_alive and self.is_judged(mirror):
             self.judge.read(first, into, floors, f"a read on {mirror.process.node.name} by {mirror.membership.place}")

@@ -233,10 +233,12 @@ class WatchedMirror(ServedMirror):
         place = place_of(self.membership.term.number, self.sequence + 1)
         fresh = judge.submitted(place, changes)
         writers = {leg.info.id for leg in self.writers}
+        losses = life.losses()
 
         def watched(error: OSError | None) -> None:
             if error is None and self.process.is_alive and life.is_judged(self):
-                judge.acknowledged(place, fresh)
+                # Else all who had it may have lost it while the word of it was on its way.
+                judge.acknowledged(place, fresh if life.losses() == losses else ())
                 self._check_in_sync(writers, self.batch_of.pop(place), place)
                 self._check_missing(fresh, writers, place)
             elif error is not None:
