@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -56,6 +57,8 @@ class Records:
         """Records of ours of which it isn't known whether they count."""
         self.wanted: dict[str, Any] = {}
         """What `reconfigure` wants in the record."""
+        self.renewal: Callable[[], Awaitable[Membership]] | None = None
+        """With all legs let go: what begins a later term (`replication.laterterm`). None again when all has begun."""
         self._commit_scope: trio.CancelScope | None = None
 
     def interrupt(self) -> None:
@@ -91,7 +94,9 @@ class Records:
         while self._site.end is None:
             if self._site.lost:
                 with contextlib.suppress(OSError):
+                    await self._renew()
                     await self._site.begin()
+                    self._end_renewal()
                     continue
                 await trio.sleep(self._retry_s)
                 continue
@@ -106,6 +111,23 @@ class Records:
                 with trio.move_on_after(delay):
                     await self._site.changed()
                 delay = min(delay * 2, 1.0)
+
+    async def _renew(self) -> None:
+        """Begin a later term, where that is wanted. If it can't be proven, the old one may go on."""
+        if self.renewal is None:
+            return
+        try:
+            record = await self.renewal()
+        except OSError as error:
+            log.warning("%s: no later term can be begun: %s", self._site.name, error.strerror)
+            return
+        self.attempts = []
+        self._adopt(record)
+
+    def _end_renewal(self) -> None:
+        if self.renewal is not None:
+            self.renewal = None
+            self._site.change()
 
     async def _commit(self, record: Membership) -> bool:
         self.attempts.append(record)

@@ -54,7 +54,7 @@ BEGIN = {
     "token-for-two": 45,
     "forks-harmless": 130,
     "superseded-forgotten": 180,
-    "retired-forgets": 235,
+    "retired-forgets": 500,
     "tried-counts": 50,
 }
 """Seeds shortly before one that does; if the rules change, a later one does."""

@@ -615,13 +615,6 @@ class Life:
                             await self.write(mirror, offset, self.judge.data(BLOCK_BYTES // SECTOR))
                         except OSError as error:
                             self.trace(f"operator: {error}")
-            if any(member.error and "has promised term" in str(member.error) for member in mirror.members.values()):
-                # Somebody has failed to become primary in a later term, and this leg has promised it all the same.
-                self.trace("operator: lets it begin a later term")
-                with contextlib.suppress(OSError), trio.move_on_after(5.0):
-                    await local.demote(mirror.process.node.name)
-                    await local.promote()
-                continue
             if self.branch is None or not self.is_judged(mirror):
                 continue
             for leg in mirror.membership.legs:
