@@ -544,6 +544,8 @@ def surroundings(rng: random.Random) -> Iterator[None]:
             stack.enter_context(patch(owner, name, new))
         for module in ("link", "replica", "stream"):
             stack.enter_context(mock.patch(f"replication.{module}.perf_counter", lambda: 0.0))
+        # The names of states that are kept tell the time of the wall's clock.
+        stack.enter_context(mock.patch("terrace.keptstate.time.strftime", lambda *about: "resync-20000101-000000"))
         stack.enter_context(mock.patch("secrets.token_hex", lambda count: rng.randbytes(count).hex()))
         stack.enter_context(mock.patch("secrets.randbits", rng.getrandbits))
         yield
