@@ -303,6 +303,14 @@ class LegKeeper:
                 f"{self._who} may have lost writes since it promised term {new.term.number}: its machine went down; "
                 "promote again",
             )
+        goes_on = in_sync and new.term == old.accepted.term and old.me in old.accepted.in_sync
+        if goes_on and not self.intact and not old.accepted.in_sync & old.accepted.terrace_ids <= new.in_sync:
+            # Who leaves may be the only one that has everything: the primary doesn't know yet what this one has lost.
+            # It will when it connects, makes all equal, and tries again. It isn't told that its term is over.
+            raise OSError(
+                errno.EBUSY,
+                f"{self._who} may have lost writes as its machine went down: no other one leaves before they are equal",
+            )
         if relation(new, old.accepted, old.me) is Relation.SPLIT_BRAIN:
             sides = both_histories(new, old.accepted, f"node {new.primary}", f"node {self.node}")
             raise OSError(

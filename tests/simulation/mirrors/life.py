@@ -488,6 +488,9 @@ class Life:
             return
         name = self.rng.choice(serving)._node.peers.node
         others = sorted(set(self.nodes) - {name})
+        if len(others) == 2 and self.rng.random() < 0.5:
+            await self.write_behind_a_promise(name, *self.rng.sample(others, 2))
+            return
         ways = {(other, name) for other in others}
         if self.rng.random() < 0.6:
             ways |= {(name, other) for other in others}
@@ -507,6 +510,46 @@ class Life:
                 await trio.sleep(0.05)
             await trio.sleep(self.rng.random() * self.rng.choice((0.0, 0.1, 1.0)))
         self.network.change(self.network.blocked - ways)
+        self.trace(f"{name} is connected again")
+
+    async def write_behind_a_promise(self, name: str, heir: str, third: str) -> None:
+        """The third node hears the primary again just when it has promised its heir a term, whose record is late."""
+
+        def promised() -> int:
+            process = self.nodes[third].process
+            files = [] if process is None else [one for one in process.own_voter._files.values() if one is not None]
+            terms = [one.promised for one in files]
+            if process is not None and process.local is not None:
+                terms.append(process.local.keeper.record.promised)
+            return max((term.number for term in terms if term is not None), default=0)
+
+        local, before = self.local_of(heir), promised()
+        if local is None or local.starting:
+            return
+        apart = {(name, heir), (heir, name)}
+        third_apart = {(name, third), (third, name)}
+        self.network.change(self.network.blocked | apart | third_apart)
+        async with trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def take_over() -> None:
+                with trio.move_on_after(3.0):
+                    await trio.sleep(0.5)
+                    while True:
+                        try:
+                            await local.promote()
+                            self.counts["taken over"] += 1
+                            return
+                        except OSError:
+                            await trio.sleep(0.03)
+
+            with trio.move_on_after(1.3):
+                while promised() <= before:
+                    await trio.sleep(0.002)
+                self.trace(f"{third} has promised {heir} a term, and hears {name} again")
+                self.network.change(self.network.blocked - third_apart | {(heir, third)})
+                await trio.sleep(0.2 + self.rng.random())
+            self.network.change(self.network.blocked - apart - third_apart - {(heir, third)})
         self.trace(f"{name} is connected again")
 
     async def interrupt_a_resync(self) -> None:

@@ -69,6 +69,9 @@ MUTANTS: Final[dict[str, Plant]] = {
     "a leg that lost its memory after it promised begins a term": _instead(
         LegKeeper, "_judge_leg", "if begins and not self.intact and", "if False and"
     ),
+    "a leg that lost its memory lets another one leave": _instead(
+        LegKeeper, "_judge_leg", "if goes_on and not self.intact and", "if False and"
+    ),
     "missing:* is dropped though a leg isn't in sync": _instead(
         LegKeeper, "_drop_trackers", "if leg.id not in new.in_sync", "if False"
     ),
@@ -76,6 +79,9 @@ MUTANTS: Final[dict[str, Plant]] = {
         LegKeeper, "accept", "inconsistent=(old.inconsistent or inconsistent) and not in_sync", "inconsistent=False"
     ),
     # Promotion
+    "a record that was only tried says who has all": _patched(
+        replication.promotion, "_before", lambda tried, heard, beyond: None
+    ),
     "a promotion needs no majority": _instead(
         replication.promotion, "_judge", 'rule == "majority" and not is_majority(heard, newest.voters)', "False"
     ),
