@@ -51,6 +51,7 @@ CLIENTS: Final = 2
 FAULTS: Final = (
     *("kill", "kill", "power", "power", "all killed", "all powered", "at an operation", "at an operation"),
     *("partition", "partition", "one way", "reset", "reset", "slow network", "stop"),
+    *("usurped", "usurped", "usurped", "power in a resync", "power in a resync"),
     *("refused writes", "refused writes", "failing reads", "slow disk", "rot"),
 )
 
@@ -496,8 +497,8 @@ class Life:
             ways |= {(name, other) for other in others}
         self.network.change(self.network.blocked | ways)
         heirs = [local for local in self.locals() if local._node.peers.node != name and not local.starting]
-        with trio.move_on_after(1.5 + self.rng.random()):
-            await trio.sleep(self.rng.random() * 0.9)
+        with trio.move_on_after(2.5 + self.rng.random()):
+            await trio.sleep(0.6 + self.rng.random() * 0.4)
             while heirs:
                 heir = self.rng.choice(heirs)
                 try:
@@ -533,8 +534,8 @@ class Life:
 
             @nursery.start_soon
             async def take_over() -> None:
-                with trio.move_on_after(3.0):
-                    await trio.sleep(0.5)
+                with trio.move_on_after(5.0):
+                    await trio.sleep(0.85)
                     while True:
                         try:
                             await local.promote()
@@ -543,7 +544,7 @@ class Life:
                         except OSError:
                             await trio.sleep(0.03)
 
-            with trio.move_on_after(1.3):
+            with trio.move_on_after(3.5):
                 while promised() <= before:
                     await trio.sleep(0.002)
                 self.trace(f"{third} has promised {heir} a term, and hears {name} again")
