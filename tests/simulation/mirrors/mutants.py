@@ -73,7 +73,7 @@ MUTANTS: Final[dict[str, Plant]] = {
         LegKeeper, "_judge_leg", "if goes_on and not self.intact and", "if False and"
     ),
     "missing:* is dropped though a leg isn't in sync": _instead(
-        LegKeeper, "_drop_trackers", "if leg.id not in new.in_sync", "if False"
+        LegKeeper, "_drop_trackers", "if leg.id not in accepted.in_sync", "if False"
     ),
     "a leg in resync is good enough": _instead(
         LegKeeper, "accept", "inconsistent=(old.inconsistent or inconsistent) and not in_sync", "inconsistent=False"
