@@ -162,6 +162,7 @@ class Mirror:
         self.edges = Edges(self, self.reading)
         self.flushes = CommonFlush(self)
         self.records = Records(self, cluster, retry_s=self.settings.retry_s)
+        self.records.prove = prove
         self.barriers = Barriers(self, self.flushes, self.records)
         self.returning = Returning(self, self.records, connect, facts, store, self.settings)
         self._later_term = LaterTerm(self, self.records, self.barriers, self.flushes, prove) if prove else None

@@ -357,13 +357,15 @@ async def promote(
     patience_s: float = 0.0,
     timeout_s: float = 2.0,
     heard_of: HeardOf | None = None,
+    own: Term | None = None,
 ) -> Decision:
     """Become primary of a mirror: the record is committed when this returns a `Promote`.
 
     `nodes`: all that may know of the mirror. `patience_s`: how long to wait for nodes that are silent; a primary that
     was restarted gives its timeout. `arbiter`: the truth is in etcd. `heard_of`: stores what supersedes our own record,
-    before anything is decided; not used with `force`, by which an operator has decided. Raises OSError: ETIMEDOUT if it
-    isn't known whether the record counts (then again, with another term), ESTALE if somebody else was faster.
+    before anything is decided; not used with `force`, by which an operator has decided. `own`: this node is primary in
+    that term, and goes on by itself: from a record of that term, or not at all. Raises OSError: ETIMEDOUT if it isn't
+    known whether the record counts (then again, with another term), ESTALE if somebody else was faster.
     """
     wait_s = max(timeout_s, patience_s)
     states, unheard = await _states(mirror, nodes, voter, wait_s)
@@ -387,6 +389,7 @@ async def promote(
         return Refused(forgotten(truth, later), frozenset(later) - {me})
     term = new_term(list(states.values()), truth)
     alive = [node for node, state in states.items() if state.primary_here and node != me]
+    _judge_own(own, *(one for node in alive if (one := states[node].accepted) is not None and _is_after(one, own)))
     if alive and not force:
         return Refused(
             f"node {alive[0]} is primary and alive: demote it there first, with `terrace volume mirror demote "
@@ -398,6 +401,7 @@ async def promote(
     would = decide(me, term, would_promise, unheard | busy, arbiter=truth, force=force)
     if not isinstance(would, Promote):
         return _while_alive(would, busy)
+    _judge_own(own, would.expected)
     # This node last: if another refuses, our own leg has fenced nobody.
     asked = tuple(node for node in states if node != me)
     promised, failures = await ask(
@@ -416,8 +420,20 @@ async def promote(
     decision = decide(me, term, promised, told, arbiter=truth, force=force)
     if not isinstance(decision, Promote):
         return _while_alive(decision, {node: told[node] for node in failures if failures[node].errno == errno.EBUSY})
+    _judge_own(own, decision.expected)
     await cluster.commit(decision.membership, expected=decision.expected)
     return decision
+
+
+def _is_after(record: Membership, own: Term | None) -> bool:
+    return own is not None and record.term.number > own.number
+
+
+def _judge_own(own: Term | None, *records: Membership) -> None:
+    """Raises OSError ESTALE if others have gone on since the term that this node goes on from by itself."""
+    for record in records:
+        if own is not None and record.term != own:
+            raise OSError(errno.ESTALE, f"others have gone on: there is the record {record.term.number}.{record.epoch}")
 
 
 def _while_alive(refused: Refused | SplitBrain, busy: Mapping[str, str]) -> Refused | SplitBrain:

@@ -59,6 +59,8 @@ class Records:
         """What `reconfigure` wants in the record."""
         self.renewal: Callable[[], Awaitable[Membership]] | None = None
         """With all legs let go: what begins a later term (`replication.laterterm`). None again when all has begun."""
+        self.prove: Callable[[], Awaitable[Membership]] | None = None
+        """What a renewal asks, where this primary may begin later terms by itself."""
         self._commit_scope: trio.CancelScope | None = None
 
     def interrupt(self) -> None:
@@ -95,9 +97,12 @@ class Records:
             if self._site.lost:
                 with contextlib.suppress(OSError):
                     await self._renew()
-                    await self._site.begin()
-                    self._end_renewal()
+                    if self._site.end is None:
+                        await self._site.begin()
+                        self._end_renewal()
                     continue
+                if self._is_refused():
+                    self.renewal = self.prove
                 await trio.sleep(self._retry_s)
                 continue
             record = self._desired()
@@ -120,9 +125,17 @@ class Records:
             record = await self.renewal()
         except OSError as error:
             log.warning("%s: no later term can be begun: %s", self._site.name, error.strerror)
+            if error.errno == errno.ESTALE:
+                self._site.depose(error)
             return
         self.attempts = []
         self._adopt(record)
+
+    def _is_refused(self) -> bool:
+        """Whether it can't begin since a leg in sync takes nothing of this term any more: another one has begun one, or
+        has failed to."""
+        members = [self._site.members[one] for one in self._site.membership.in_sync if one in self._site.members]
+        return any(m.leg is None and m.error is not None and m.error.errno == errno.ESTALE for m in members)
 
     def _end_renewal(self) -> None:
         if self.renewal is not None:

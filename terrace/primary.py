@@ -465,10 +465,10 @@ class MirrorPart(abc.ABC):
             self._told_state = MirrorState.FAULTED
             self._node.tell("mirror", self.name, f"mirror {self.name} can't be served here: {problem.strerror}")
 
-    async def _proven(self, *, force: bool, patience: bool = True) -> Membership:
+    async def _proven(self, *, force: bool, serving: Term | None = None) -> Membership:
         """The record with which this node is primary, which counts. Raises OSError.
 
-        `patience`: it has been primary before, and waits for the others after a restart.
+        `serving`: it serves in that term already, and goes on by itself; see `promote`.
         """
         membership = self.membership
         is_new, self._is_new = self._is_new, False
@@ -486,9 +486,10 @@ class MirrorPart(abc.ABC):
             self._node.cluster(membership),
             arbiter=membership.options.arbiter == "etcd",
             force=force,
-            patience_s=timeout_s if patience and membership.primary == self._node.peers.node else 0.0,
+            patience_s=timeout_s if serving is None and membership.primary == self._node.peers.node else 0.0,
             timeout_s=min(ASK_S, timeout_s),
             heard_of=self._node.own_voter.heard_of,
+            own=serving,
         )
         if not isinstance(decision, Promote):
             raise OSError(errno.EBUSY, decision.sentence + self.way_out())
@@ -506,7 +507,7 @@ class MirrorPart(abc.ABC):
 
     async def _in_later_term(self) -> Membership:
         """For a mirror that is served from here already. Raises OSError."""
-        return await self._proven(force=False, patience=False)
+        return await self._proven(force=False, serving=self.membership.term)
 
     async def _is_created(self, first: Membership) -> bool:
         """The arbiter, if there is one, knows a mirror that is just made. False: it knows a later record."""
