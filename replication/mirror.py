@@ -478,6 +478,8 @@ class Mirror:
         leg = member.leg
         assert leg is not None
         was = member.state
+        # By its own failure: what its resync was refused by another leg says nothing of this node.
+        is_fenced = leg.is_local and leg.failure is not None and leg.failure.errno == errno.ESTALE
         member.leg = None
         member.error = error
         member.ready = False
@@ -486,7 +488,7 @@ class Mirror:
         leg.close()
         member.become(LegState.STALE if was is LegState.SYNCING else LegState.OFFLINE)
         log.warning("%s: the leg on %s is out: %s", self.name, member.info.place, error)
-        if leg.is_local and error.errno == errno.ESTALE:
+        if is_fenced:
             self.depose(error)
         # Also of a leg that a record being written calls in sync: who hasn't stored that sees no leg leave by the next.
         self._remember(member)

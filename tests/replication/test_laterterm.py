@@ -17,6 +17,8 @@ DATA = bytes(range(256)) * (BLOCK_BYTES // 256)
 class Proof:
     """What `promotion.promote` does, at the rig's nodes; the first `refusals` times in vain."""
 
+    number = errno.EBUSY
+
     def __init__(self, refusals: int = 0, *, after_promises: bool = False) -> None:
         self.rig: Rig = None  # type: ignore[assignment]
         self.refusals = refusals
@@ -31,7 +33,7 @@ class Proof:
             for node in reversed(self.rig.nodes.values()):  # its own last
                 await node.keeper.promise(term)
         if refused:
-            raise OSError(errno.EBUSY, "node c was not heard")
+            raise OSError(self.number, "node c was not heard")
         record = self.rig.mirror.membership.next_term(term, "a", self.rig.mirror.membership.in_sync)
         await self.rig.cluster.commit(record, expected=self.rig.cluster.truth)
         return record
@@ -115,5 +117,35 @@ def test_who_was_promised_and_then_not_proven_goes_on_trying() -> None:
             await rig.whole()
             await mirror.write(0, memoryview(DATA))
             assert mirror.end is None and mirror.records.renewal is None
+
+    run(main)
+
+
+def test_a_primary_whose_last_leg_in_sync_refuses_its_term_begins_a_later_one() -> None:
+    async def main() -> None:
+        rig = rig_with(Proof())
+        async with rig.running() as mirror:
+            for node in "ac":
+                rig.nodes[node].store.failing = OSError(errno.EIO, "broken")
+            await mirror.write(0, memoryview(DATA))
+            await rig.until(lambda: mirror.membership.in_sync == {"legb"})
+            for node in "ac":
+                rig.nodes[node].store.failing = None
+            await rig.nodes["b"].keeper.promise(FAILED)
+            await rig.until(lambda: mirror.membership.term.number > FAILED.number and not mirror.lost)
+            await rig.whole()
+
+    run(main)
+
+
+def test_it_is_deposed_instead_where_others_have_gone_on() -> None:
+    async def main() -> None:
+        proof = Proof(refusals=1)
+        proof.number = errno.ESTALE
+        rig = rig_with(proof)
+        async with rig.running() as mirror:
+            await rig.nodes["c"].keeper.promise(FAILED)
+            await mirror.ended.wait()
+            assert mirror.end is not None and mirror.end.errno == errno.ESTALE
 
     run(main)

@@ -88,6 +88,22 @@ def test_who_is_out_by_a_record_that_never_counts_is_gone_on_with() -> None:
         assert isinstance(forced, Promote) and "a" in forced.membership.in_sync
 
 
+def test_who_goes_on_by_itself_does_so_from_its_own_term_only_and_asks_for_no_promise_else() -> None:
+    async def main() -> None:
+        nodes = Nodes("ab")
+        for node in nodes.all.values():
+            await node.voter.accept(AB)
+        asked = ("a", MIRROR, "ab", nodes.voter("a"), nodes.cluster("a"))
+        decision = await promote(*asked, own=AB.term)
+        assert isinstance(decision, Promote) and decision.membership.term.number == 2
+        with pytest.raises(OSError, match=r"others have gone on: there is the record 2\.0") as refused:
+            await promote(*asked, own=AB.term)
+        assert refused.value.errno == errno.ESTALE
+        assert all(node.keeper.record.promised == decision.membership.term for node in nodes.all.values())
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
 def test_records_that_were_tried_one_after_the_other_fall_back_to_what_all_were_made_from() -> None:
     abc = first_record("abc")
     tried = [abc.next_epoch(in_sync=frozenset("bc"))]
