@@ -8,6 +8,9 @@ Clients aren't disconnected, and nothing fails: they wait at a barrier while all
 for, the record made to count, and the legs connected and made equal as at any beginning. If the proof isn't had,
 nothing was promised as a rule, and the old term goes on; it is tried again after twice the time.
 
+The same is done where it is the last leg in sync that refuses, and nothing is served any more (`Records.govern`). A
+term is begun only from a record of the primary's own: where others have gone on since, it is deposed.
+
 The task that writes records (`replication.records`) does the middle of it, as nobody else may change the record.
 """
 
