@@ -65,6 +65,11 @@ class CommonFlush:
                 self._site.change()
         self._site.check()
 
+    async def until_idle(self) -> None:
+        """Until no client's flush is under way. While a barrier is held none begins."""
+        while self._flushing:
+            await self._site.changed()
+
     async def round(self) -> None:
         """One round, whoever else flushes; also while a barrier is held."""
         self._rounds_begun = number = self._rounds_begun + 1

@@ -259,7 +259,7 @@ class LegKeeper:
                 accepted=membership,
                 candidates=frozenset() if needed else old.candidates,
                 inconsistent=(old.inconsistent or inconsistent) and not in_sync,
-                doubtful=old.doubtful and not (in_sync and self._joins(membership)),
+                doubtful=old.doubtful and not (self._joins(membership) and membership.epoch > 0),
                 superseded=None if needed else old.superseded,
             )
             if record.inconsistent and not old.inconsistent:
@@ -293,13 +293,23 @@ class LegKeeper:
             raise OSError(errno.EINVAL, f"{self._who} is inconsistent: it can be in sync only after a resync")
         if old.accepted is None or discard:
             return
-        begins = in_sync and old.me in old.accepted.in_sync and new.term.number > old.accepted.term.number
+        # Also if it is out by a record that was only tried: none but its own primary brings it back by a resync.
+        stays = old.me in old.accepted.in_sync or new.epoch == 0
+        begins = in_sync and stays and new.term.number > old.accepted.term.number
         if begins and not self.intact and self._promised_here != new.term:
             # The candidate may have left out a leg that has everything, since this one had it too when it promised.
             raise OSError(
                 errno.ESTALE,
                 f"{self._who} may have lost writes since it promised term {new.term.number}: its machine went down; "
                 "promote again",
+            )
+        goes_on = in_sync and new.term == old.accepted.term and old.me in old.accepted.in_sync
+        if goes_on and not self.intact and not old.accepted.in_sync & old.accepted.terrace_ids <= new.in_sync:
+            # Who leaves may be the only one that has everything: the primary doesn't know yet what this one has lost.
+            # It will when it connects, makes all equal, and tries again. It isn't told that its term is over.
+            raise OSError(
+                errno.EBUSY,
+                f"{self._who} may have lost writes as its machine went down: no other one leaves before they are equal",
             )
         if relation(new, old.accepted, old.me) is Relation.SPLIT_BRAIN:
             sides = both_histories(new, old.accepted, f"node {new.primary}", f"node {self.node}")

@@ -24,7 +24,7 @@ A leg that is away is sought again, brought up to date (`replication.resync`), a
 This module owns the gate: whether a batch may be submitted, to whom, and who is told what became of it; which legs have
 failed; and the beginning. Each other idea has a module of its own, with a Protocol that says what it needs of the
 mirror: writes that wait (`edges`), reads that wait (`mirrorreads`), healing, common flushes (`commonflush`), records,
-legs that come back (`returning`), barriers.
+legs that come back (`returning`), barriers, and a later term where a leg can't come back in this one (`laterterm`).
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from replication.commonflush import CommonFlush
 from replication.edges import Edges
 from replication.healing import Healing
 from replication.inflight import EXTENT_SHIFT, Batch, InFlight, Locks, Outcome, touched
+from replication.laterterm import LaterTerm, Prove
 from replication.leg import (
     BLOCK_BYTES,
     RECENT,
@@ -101,6 +102,7 @@ class Mirror:
         facts: Callable[[LegInfo, Membership], Awaitable[LegFacts]] = _no_facts,
         may_serve: Callable[[], bool] = _yes,
         until_may_serve: Callable[[], Awaitable[None]] | None = None,
+        prove: Prove | None = None,
         description: str = "",
         rotational: bool = False,
         settings: MirrorSettings | None = None,
@@ -160,8 +162,10 @@ class Mirror:
         self.edges = Edges(self, self.reading)
         self.flushes = CommonFlush(self)
         self.records = Records(self, cluster, retry_s=self.settings.retry_s)
+        self.records.prove = prove
         self.barriers = Barriers(self, self.flushes, self.records)
         self.returning = Returning(self, self.records, connect, facts, store, self.settings)
+        self._later_term = LaterTerm(self, self.records, self.barriers, self.flushes, prove) if prove else None
 
     # -- the gate ----------------------------------------------------------------------------------------------------
 
@@ -474,6 +478,8 @@ class Mirror:
         leg = member.leg
         assert leg is not None
         was = member.state
+        # By its own failure: what its resync was refused by another leg says nothing of this node.
+        is_fenced = leg.is_local and leg.failure is not None and leg.failure.errno == errno.ESTALE
         member.leg = None
         member.error = error
         member.ready = False
@@ -482,7 +488,7 @@ class Mirror:
         leg.close()
         member.become(LegState.STALE if was is LegState.SYNCING else LegState.OFFLINE)
         log.warning("%s: the leg on %s is out: %s", self.name, member.info.place, error)
-        if leg.is_local and error.errno == errno.ESTALE:
+        if is_fenced:
             self.depose(error)
         # Also of a leg that a record being written calls in sync: who hasn't stored that sees no leg leave by the next.
         self._remember(member)
@@ -512,6 +518,20 @@ class Mirror:
         for member in self.members.values():
             if member.leg is not None:
                 self.drop(member, OSError(errno.EIO, "the leg that it was copied from is gone"))
+
+    def let_go(self) -> None:
+        """Of all legs, with nothing in flight and all of it durable: everything begins anew."""
+        assert not self.inflight.batches
+        self.lost = True
+        self.losses += 1
+        for member in self.members.values():
+            if member.leg is not None:
+                member.leg.close()
+                member.leg, member.ready = None, False
+                member.abandoned.set()
+                member.become(LegState.STALE if member.state is LegState.SYNCING else LegState.OFFLINE)
+        self.records.interrupt()
+        self.change()
 
     def _doom(self, error: OSError) -> None:
         """All in flight fails, now or when its legs have let go of it."""
@@ -735,6 +755,8 @@ class Mirror:
                 nursery.start_soon(self.flushes.now_and_then, self.settings.flush_every_s)
                 nursery.start_soon(self.returning.tend)
                 nursery.start_soon(self.healing.run)
+                if self._later_term is not None:
+                    nursery.start_soon(self._later_term.run)
                 await self.ended.wait()
                 nursery.cancel_scope.cancel()
         finally:

@@ -18,6 +18,10 @@ has heard of stands for it in these decisions, and if it is apart from that, in 
 
 And a leg to go on with: in sync by that record, and either intact, or compared with all others that are in sync.
 
+A record that was only tried may be the newest that was seen, though it is known now never to count: a leg that it calls
+in sync has promised, and has an older one. Whoever is out by it has everything still, and perhaps only there: legs in
+sync by the record that it was made from, or by another one made from that, are those to go on with (`_before`).
+
 `promote` first asks without promises (`Voter.state`), since each promise fences a primary that may be well, and
 only if that would do asks for them.
 """
@@ -127,13 +131,51 @@ def decide(
             other = apart[0] if own_side else me
             return _split(newest if own_side else beyond.get(me, newest), records[other], other)
         same_side = {node: state for node, state in heard.items() if not _is_apart(mine, records.get(node), node)}
-        return _force(me, term, same_side, unheard, mine, sorted(set(heard) - set(same_side)))
+        return _force(me, term, same_side, unheard, mine, mine, sorted(set(heard) - set(same_side)))
     usable = {node: state for node, state in heard.items() if node in ours or node not in records}
     left_out = dict.fromkeys(apart, "it has gone its own way, and has no say until that is decided")
-    refused = _judge(me, term, usable, {**unheard, **left_out}, newest, arbiter is not None)
+    base = _that_may_count(newest, usable, beyond, arbiter is not None)
+    refused = _judge(me, term, usable, {**unheard, **left_out}, base, newest, arbiter is not None)
     if isinstance(refused, Promote) or not force:
         return refused
-    return _force(me, term, usable, unheard, newest, apart)
+    return _force(me, term, usable, unheard, base, newest if arbiter is not None else base, apart)
+
+
+def _that_may_count(
+    newest: Membership, heard: Mapping[str, VoterState], beyond: Mapping[str, Membership], arbiter: bool
+) -> Membership:
+    """The newest record or, where that is known never to count, the one to go on from in its place; see the module.
+
+    With an arbiter, which has the newest one all the same, it is that one with other legs in sync.
+    """
+    base = newest
+    while (before := _before(base, heard, beyond)) is not None:
+        base = before
+    if base is newest or not arbiter:
+        return base
+    both = base.in_sync & newest.in_sync
+    kept = any(leg.id in both and leg.node in heard and not heard[leg.node].inconsistent for leg in newest.legs)
+    return replace(newest, in_sync=base.in_sync & newest.terrace_ids) if kept else newest
+
+
+def _before(tried: Membership, heard: Mapping[str, VoterState], beyond: Mapping[str, Membership]) -> Membership | None:
+    """What to go on from if `tried`, the newest that was seen, never counts; None: it may, or that isn't seen.
+
+    A primary makes its next record from the newest of its own that it knows to count, and acknowledges nothing that a
+    leg in sync by that one lacks until a later one counts. So that one, or the newest made from the same, tells who has
+    everything; unless a later record counts, and of that one of those who have promised would have told.
+    """
+    places = {node: state.accepted.place for node, state in heard.items() if state.accepted and node not in beyond}
+    is_tried_only = any(places.get(node, tried.place) < tried.place for node in in_sync_nodes(tried))
+    if not is_tried_only or tried.forced != "no" or len(tried.history) < 2:
+        return None
+    if rule_of(tried) == "majority" and not is_majority(heard, tried.voters):
+        return None
+    origin = tried.history[-2]
+    known = [state.accepted for state in heard.values() if state.accepted and state.accepted.place < tried.place]
+    beside = [one for one in known if one.term == tried.term and one.history[-2:-1] == (origin,)]
+    made_of = [one for one in known if one.generation == origin]
+    return max((*made_of, *beside), key=lambda one: one.place, default=None)
 
 
 def _outweighs(newest: Membership, ours: frozenset[str], others: Sequence[Membership]) -> bool:
@@ -173,8 +215,10 @@ def _judge(
     heard: Mapping[str, VoterState],
     unheard: Mapping[str, str],
     newest: Membership,
+    followed: Membership,
     arbiter: bool,
 ) -> Promote | Refused:
+    """By the record `newest`. What is made follows `followed`, which with an arbiter may have other legs in sync."""
     rule = "etcd" if arbiter else rule_of(newest)
     if rule == "etcd" and not arbiter:
         return Refused(f"the newest record should be in etcd, and isn't{_because(unheard)}")
@@ -213,7 +257,7 @@ def _judge(
         )
     sources = sorted(intact or legs, key=lambda leg: leg.node != me)
     in_sync = frozenset(leg.id for leg in legs)
-    return Promote(tuple(sources), newest.next_term(term, me, in_sync), newest, alone)
+    return Promote(tuple(sources), newest.next_term(term, me, in_sync), followed if arbiter else newest, alone)
 
 
 def _may_go_alone(me: str, heard: Mapping[str, VoterState], newest: Membership) -> bool:
@@ -235,6 +279,7 @@ def _force(
     heard: Mapping[str, VoterState],
     unheard: Mapping[str, str],
     base: Membership,
+    followed: Membership,
     apart: Sequence[str],
 ) -> Decision:
     """The operator takes this node's leg as it is."""
@@ -256,7 +301,7 @@ def _force(
     if rule_of(base) == "majority" and not is_majority(heard, base.voters):
         new = replace(new, voters=tuple(voter for voter in base.voters if voter in heard))
     sources = tuple(sorted((leg for leg in base.legs if leg.id in kept), key=lambda leg: leg.node != me))
-    return Forced(sources, new, base, may_lose=_may_lose(me, heard[me], base, frozenset(unheard) | set(apart)))
+    return Forced(sources, new, followed, may_lose=_may_lose(me, heard[me], base, frozenset(unheard) | set(apart)))
 
 
 def _may_lose(me: str, own: VoterState, base: Membership, others: frozenset[str]) -> str:
@@ -312,13 +357,15 @@ async def promote(
     patience_s: float = 0.0,
     timeout_s: float = 2.0,
     heard_of: HeardOf | None = None,
+    own: Term | None = None,
 ) -> Decision:
     """Become primary of a mirror: the record is committed when this returns a `Promote`.
 
     `nodes`: all that may know of the mirror. `patience_s`: how long to wait for nodes that are silent; a primary that
     was restarted gives its timeout. `arbiter`: the truth is in etcd. `heard_of`: stores what supersedes our own record,
-    before anything is decided; not used with `force`, by which an operator has decided. Raises OSError: ETIMEDOUT if it
-    isn't known whether the record counts (then again, with another term), ESTALE if somebody else was faster.
+    before anything is decided; not used with `force`, by which an operator has decided. `own`: this node is primary in
+    that term, and goes on by itself: from a record of that term, or not at all. Raises OSError: ETIMEDOUT if it isn't
+    known whether the record counts (then again, with another term), ESTALE if somebody else was faster.
     """
     wait_s = max(timeout_s, patience_s)
     states, unheard = await _states(mirror, nodes, voter, wait_s)
@@ -342,6 +389,7 @@ async def promote(
         return Refused(forgotten(truth, later), frozenset(later) - {me})
     term = new_term(list(states.values()), truth)
     alive = [node for node, state in states.items() if state.primary_here and node != me]
+    _judge_own(own, *(one for node in alive if (one := states[node].accepted) is not None and _is_after(one, own)))
     if alive and not force:
         return Refused(
             f"node {alive[0]} is primary and alive: demote it there first, with `terrace volume mirror demote "
@@ -353,6 +401,7 @@ async def promote(
     would = decide(me, term, would_promise, unheard | busy, arbiter=truth, force=force)
     if not isinstance(would, Promote):
         return _while_alive(would, busy)
+    _judge_own(own, would.expected)
     # This node last: if another refuses, our own leg has fenced nobody.
     asked = tuple(node for node in states if node != me)
     promised, failures = await ask(
@@ -371,8 +420,20 @@ async def promote(
     decision = decide(me, term, promised, told, arbiter=truth, force=force)
     if not isinstance(decision, Promote):
         return _while_alive(decision, {node: told[node] for node in failures if failures[node].errno == errno.EBUSY})
+    _judge_own(own, decision.expected)
     await cluster.commit(decision.membership, expected=decision.expected)
     return decision
+
+
+def _is_after(record: Membership, own: Term | None) -> bool:
+    return own is not None and record.term.number > own.number
+
+
+def _judge_own(own: Term | None, *records: Membership) -> None:
+    """Raises OSError ESTALE if others have gone on since the term that this node goes on from by itself."""
+    for record in records:
+        if own is not None and record.term != own:
+            raise OSError(errno.ESTALE, f"others have gone on: there is the record {record.term.number}.{record.epoch}")
 
 
 def _while_alive(refused: Refused | SplitBrain, busy: Mapping[str, str]) -> Refused | SplitBrain:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -56,6 +57,10 @@ class Records:
         """Records of ours of which it isn't known whether they count."""
         self.wanted: dict[str, Any] = {}
         """What `reconfigure` wants in the record."""
+        self.renewal: Callable[[], Awaitable[Membership]] | None = None
+        """With all legs let go: what begins a later term (`replication.laterterm`). None again when all has begun."""
+        self.prove: Callable[[], Awaitable[Membership]] | None = None
+        """What a renewal asks, where this primary may begin later terms by itself."""
         self._commit_scope: trio.CancelScope | None = None
 
     def interrupt(self) -> None:
@@ -91,8 +96,13 @@ class Records:
         while self._site.end is None:
             if self._site.lost:
                 with contextlib.suppress(OSError):
-                    await self._site.begin()
+                    await self._renew()
+                    if self._site.end is None:
+                        await self._site.begin()
+                        self._end_renewal()
                     continue
+                if self._is_refused():
+                    self.renewal = self.prove
                 await trio.sleep(self._retry_s)
                 continue
             record = self._desired()
@@ -106,6 +116,31 @@ class Records:
                 with trio.move_on_after(delay):
                     await self._site.changed()
                 delay = min(delay * 2, 1.0)
+
+    async def _renew(self) -> None:
+        """Begin a later term, where that is wanted. If it can't be proven, the old one may go on."""
+        if self.renewal is None:
+            return
+        try:
+            record = await self.renewal()
+        except OSError as error:
+            log.warning("%s: no later term can be begun: %s", self._site.name, error.strerror)
+            if error.errno == errno.ESTALE:
+                self._site.depose(error)
+            return
+        self.attempts = []
+        self._adopt(record)
+
+    def _is_refused(self) -> bool:
+        """Whether it can't begin since a leg in sync takes nothing of this term any more: another one has begun one, or
+        has failed to."""
+        members = [self._site.members[one] for one in self._site.membership.in_sync if one in self._site.members]
+        return any(m.leg is None and m.error is not None and m.error.errno == errno.ESTALE for m in members)
+
+    def _end_renewal(self) -> None:
+        if self.renewal is not None:
+            self.renewal = None
+            self._site.change()
 
     async def _commit(self, record: Membership) -> bool:
         self.attempts.append(record)

@@ -309,12 +309,12 @@ class DisklessMirror(MirrorPart):
 
     # -- whether this node is still it ---------------------------------------------------------------------------
 
-    async def _proven(self, *, force: bool) -> Membership:
+    async def _proven(self, *, force: bool, serving: Term | None = None) -> Membership:
         was_primary = self.is_named_primary
         await self._learn()
         if was_primary and not self.is_named_primary and not force:
             raise self._deposed()
-        self._record = await super()._proven(force=force)
+        self._record = await super()._proven(force=force, serving=serving)
         return self._record
 
     def _deposed(self) -> OSError:

@@ -430,6 +430,9 @@ class MirrorPart(abc.ABC):
             if self.problem is None or self.problem.strerror != left_behind.strerror:
                 self._node.tell("splitbrain", self.name, f"{self.name} can't be served here: {left_behind.strerror}")
             self.problem, still = left_behind, False
+        if mirror is not None and mirror.records.renewal is not None and self.problem is None:
+            # It has asked for a later term, and has come to neither that nor back to its own: so it goes on trying.
+            self.problem, restarts = mirror.end, True
         insists = restarts or self._insists or (self.problem is not None and self.problem.errno == FORGOTTEN)
         if self.problem is not None and insists and still:
             # It is the primary by all that is known, and only lacks a proof: others may come.
@@ -464,8 +467,11 @@ class MirrorPart(abc.ABC):
             self._told_state = MirrorState.FAULTED
             self._node.tell("mirror", self.name, f"mirror {self.name} can't be served here: {problem.strerror}")
 
-    async def _proven(self, *, force: bool) -> Membership:
-        """The record with which this node is primary, which counts. Raises OSError."""
+    async def _proven(self, *, force: bool, serving: Term | None = None) -> Membership:
+        """The record with which this node is primary, which counts. Raises OSError.
+
+        `serving`: it serves in that term already, and goes on by itself; see `promote`.
+        """
         membership = self.membership
         is_new, self._is_new = self._is_new, False
         own = is_new and membership.primary == self._node.peers.node and not force
@@ -482,15 +488,28 @@ class MirrorPart(abc.ABC):
             self._node.cluster(membership),
             arbiter=membership.options.arbiter == "etcd",
             force=force,
-            patience_s=timeout_s if membership.primary == self._node.peers.node else 0.0,
+            patience_s=timeout_s if serving is None and membership.primary == self._node.peers.node else 0.0,
             timeout_s=min(ASK_S, timeout_s),
             heard_of=self._node.own_voter.heard_of,
+            own=serving,
         )
         if not isinstance(decision, Promote):
             raise OSError(errno.EBUSY, decision.sentence + self.way_out())
         if isinstance(decision, Forced):
             self._node.tell("mirror", self.name, f"{self.name} was promoted by force. {decision.may_lose}")
         return decision.membership
+
+    def _renews(self, membership: Membership) -> bool:
+        """Whether it begins a later term by itself, for a leg that has promised one; see `replication.laterterm`.
+
+        Not with an arbiter, where a lease is kept for the term, nor without a leg here: there the promise of this node
+        ends what it serves.
+        """
+        return membership.options.arbiter == "legs" and self.store is not None
+
+    async def _in_later_term(self) -> Membership:
+        """For a mirror that is served from here already. Raises OSError."""
+        return await self._proven(force=False, serving=self.membership.term)
 
     async def _is_created(self, first: Membership) -> bool:
         """The arbiter, if there is one, knows a mirror that is just made. False: it knows a later record."""
@@ -525,6 +544,7 @@ class MirrorPart(abc.ABC):
                 facts=self._facts,
                 may_serve=self._may_serve,
                 until_may_serve=self._until_may_serve,
+                prove=self._in_later_term if self._renews(membership) else None,
                 description=f"mirror {membership.mirror[:8]}",
                 rotational=self.rotational,
                 settings=self._settings,

@@ -219,6 +219,10 @@ class World:
         self.cuts: set[frozenset[str]] = set()
         self.numbers = 0
         self.sessions: dict[tuple[Term, str], int] = {}
+        self.holders: dict[Term, frozenset[str]] = {}
+        """Legs that had all that was acknowledged when a term began, which no candidate is asked about."""
+        self.slow = random.Random(seed).choice([0.0, 0.0, 0.1])
+        """How often a leg fails though its node is well."""
         first_options = Options(timeout_s=1.0, lease_s=0.8, arbiter="etcd" if self.arbiter else "legs")
         self.first = first_record(legs, diskless=diskless, options=first_options)
         self.trace: Callable[[str], None] = lambda line: None
@@ -345,7 +349,7 @@ class World:
             )
         source = decision.sources[0].node
         record = decision.membership
-        self.oracle.judge_gone(decision.expected.in_sync, self.all[source].data)
+        self.oracle.judge_gone(self.holders.pop(record.term, decision.expected.in_sync), self.all[source].data)
         missing = self.oracle.required(record) - self.all[source].data
         if missing:
             raise Violated(f"{record.place}: node {me} goes on with the leg of {source}, which lacks {missing}")
@@ -358,6 +362,17 @@ class World:
         accepted = own.keeper.record.accepted
         if served and accepted is not None and record.primary == node and are_apart(accepted, me, record, node):
             self.oracle.heard[me] = record
+
+    def holding(self, newest: Membership) -> frozenset[str]:
+        """Legs that have all that was acknowledged: in sync by the newest record that may count.
+
+        One that a leg of its own hasn't stored doesn't.
+        """
+        kept = {name: node.keeper.record.accepted for name, node in self.all.items()}
+        for one in sorted((one for one in kept.values() if one is not None), key=lambda one: one.place, reverse=True):
+            if all((own := kept[leg]) is not None and own.place >= one.place for leg in one.in_sync):
+                return one.in_sync
+        return newest.in_sync
 
     def cluster(self, me: str) -> Committing:
         return Committing(self, me)
@@ -442,6 +457,8 @@ class World:
                 raise OSError(errno.ECONNRESET, "another process")
             if not node.keeper.allows(term):
                 raise OSError(errno.ESTALE, "fenced")
+            if self.slow and self.rng.random() < self.slow:
+                raise OSError(errno.EIO, "the disk is slow")
             what(node)
 
         try:
@@ -623,6 +640,8 @@ class Committing:
 
     async def commit(self, new: Membership, *, expected: Membership) -> None:
         sides = f"{new.place} by {self._node}, in sync {sorted(new.in_sync)}, primary {new.primary}"
+        if new.epoch == 0 and not self._world.forces:
+            self._world.holders[new.term] = self._world.holding(expected)
         if new.forced != "no":
             # From now on: should the answer be lost, it may still come to count.
             self._world.oracle.force(new, self._world.all[self._node].data, trio.current_time())

@@ -182,6 +182,10 @@ def _highest_place_wins(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(replication.promotion, "decide", decide)
 
 
+def _tried_counts(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(replication.promotion, "_before", lambda tried, heard, beyond: None)
+
+
 def _retired_forgets(patch: pytest.MonkeyPatch) -> None:
     async def retire(self: MemoryVoter, record: Membership) -> None:
         own = self._site.keeper.record
@@ -222,6 +226,7 @@ MUTANTS: Mapping[str, Mutant] = {
     "anybody-supersedes": Mutant("a fenced primary makes the one after it give up", _anybody_supersedes),
     "one-number-ordered": Mutant("of two terms of one number the one with more epochs wins", _one_number_has_an_order),
     "highest-place-wins": Mutant("a leg that was left behind outweighs a majority", _highest_place_wins),
+    "tried-counts": Mutant("a record that a leg in sync by it has never stored says who has all", _tried_counts),
     "retired-forgets": Mutant("a voter that was removed forgets what it has promised and stored", _retired_forgets),
     "obeys-anybody": Mutant("a leg is given up by order of a primary that is none any more", _obeys_anybody),
     "forks-harmless": Mutant("a split brain is resynced like a leg that was away", _forks_are_harmless),

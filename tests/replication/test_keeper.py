@@ -266,6 +266,53 @@ def test_a_leg_that_lost_its_memory_after_it_promised_begins_no_term() -> None:
     trio.run(main)
 
 
+def test_a_leg_that_is_out_by_a_record_that_never_counted_is_judged_like_one_in_sync_when_a_term_begins() -> None:
+    async def main() -> None:
+        for promised_before in (True, False):
+            keeper, _, record = await started()
+            await keeper.accept(record.next_epoch(in_sync=frozenset("b")))
+            if promised_before:
+                await keeper.prepare(TERM_2, "b")
+            again = restarted(keeper, "boot-2")
+            began = record.next_term(TERM_2, "b", frozenset("ab"))
+            if promised_before:
+                with pytest.raises(OSError, match="promote again"):
+                    await again.accept(began)
+                continue
+            await again.prepare(TERM_2, "b")
+            await again.take_part()
+            await again.accept(began)
+            assert not again.intact  # it has lost what it lost: nobody has made it equal to others yet
+            again.settled()
+            await again.accept(began)
+            assert again.intact
+
+    trio.run(main)
+
+
+def test_a_leg_that_lost_its_memory_lets_no_other_one_leave_before_they_are_equal() -> None:
+    async def main() -> None:
+        keeper, _, record = await started("ab", "b")
+        without_a = record.next_epoch(in_sync=frozenset("b"))
+        again = restarted(keeper, "boot-2")
+        for _ in range(2):
+            # By a call, as its session is over. EBUSY: the primary isn't deposed, and tries again.
+            with pytest.raises(OSError, match="no other one leaves before they are equal") as refused:
+                await again.accept(without_a)
+            assert refused.value.errno == errno.EBUSY and again.record.accepted == record
+            await again.take_part()
+        await again.accept(record.next_epoch())
+        again.settled()
+        await again.accept(record.next_epoch().next_epoch(in_sync=frozenset("b")))
+        # A process that is killed loses nothing, and it may always be left out itself.
+        keeper, _, record = await started("ab", "b")
+        await restarted(keeper).accept(record.next_epoch(in_sync=frozenset("b")))
+        keeper, _, record = await started("ab", "b")
+        await restarted(keeper, "boot-2").accept(record.next_epoch(in_sync=frozenset("a")))
+
+    trio.run(main)
+
+
 def test_a_leg_is_intact_after_a_kill_and_a_clean_close_and_not_after_another_boot() -> None:
     async def main() -> None:
         keeper, store, _ = await started("ab")

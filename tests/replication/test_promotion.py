@@ -63,6 +63,64 @@ def test_the_newest_record_decides_who_must_be_heard() -> None:
     assert decision.membership.in_sync == {"a"}
 
 
+def test_who_is_out_by_a_record_that_never_counts_is_gone_on_with() -> None:
+    """The primary a has dropped its own leg, and died before b stored that; b's machine went down before."""
+    for first in (AB, ABT, arbitrated(AB)):
+        without_a = first.next_epoch(in_sync=frozenset("b"))
+        arbiter = without_a if first.options.arbiter == "etcd" else None
+        weak = said("b", first, intact=False)
+        others = [said("t", without_a)] if first is ABT else []
+        for me in "ab":
+            decision = decide(me, TERM_2, heard(said("a", without_a), weak, *others), {}, arbiter=arbiter)
+            assert isinstance(decision, Promote) and [leg.node for leg in decision.sources] == ["a"]
+            assert decision.membership.in_sync == {"a", "b"} and decision.membership.place > without_a.place
+            # With an arbiter, which compares, what it has is followed.
+            assert decision.expected == (arbiter or first) and decision.membership.descends_from(decision.expected)
+            # It may count if b has stored it, or isn't heard: then what a has may be too little.
+            stored = dataclasses.replace(weak, accepted=without_a)
+            taken = decide(me, TERM_2, heard(said("a", without_a), stored, *others), {}, arbiter=arbiter)
+            assert isinstance(taken, Promote) and [leg.node for leg in taken.sources] == ["b"]
+        refused = decide("a", TERM_2, heard(said("a", without_a), *others), silent("b"), arbiter=arbiter)
+        assert isinstance(refused, Refused) and refused.must_hear == {"b"}
+        # By force it is no worse: what a has is kept.
+        states = heard(said("a", without_a), dataclasses.replace(weak, inconsistent=True), *others)
+        forced = decide("a", TERM_2, states, {}, arbiter=arbiter, force=True)
+        assert isinstance(forced, Promote) and "a" in forced.membership.in_sync
+
+
+def test_who_goes_on_by_itself_does_so_from_its_own_term_only_and_asks_for_no_promise_else() -> None:
+    async def main() -> None:
+        nodes = Nodes("ab")
+        for node in nodes.all.values():
+            await node.voter.accept(AB)
+        asked = ("a", MIRROR, "ab", nodes.voter("a"), nodes.cluster("a"))
+        decision = await promote(*asked, own=AB.term)
+        assert isinstance(decision, Promote) and decision.membership.term.number == 2
+        with pytest.raises(OSError, match=r"others have gone on: there is the record 2\.0") as refused:
+            await promote(*asked, own=AB.term)
+        assert refused.value.errno == errno.ESTALE
+        assert all(node.keeper.record.promised == decision.membership.term for node in nodes.all.values())
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_records_that_were_tried_one_after_the_other_fall_back_to_what_all_were_made_from() -> None:
+    abc = first_record("abc")
+    tried = [abc.next_epoch(in_sync=frozenset("bc"))]
+    tried.append(dataclasses.replace(abc, epoch=tried[0].epoch).next_epoch(in_sync=frozenset("c")))
+    weak = said("c", abc, intact=False)
+    decision = decide("b", TERM_2, heard(said("a", tried[1]), said("b", tried[0]), weak), {})
+    assert isinstance(decision, Promote) and [leg.node for leg in decision.sources] == ["b", "a"]
+    # Nobody has told of the record in between, so it isn't known who has everything: none but those of the newest.
+    unknown = tried[0].next_epoch(in_sync=frozenset("c"))
+    decision = decide("b", TERM_2, heard(said("a", unknown), said("b", abc), weak), {})
+    assert isinstance(decision, Promote) and [leg.node for leg in decision.sources] == ["c"]
+
+
+def arbitrated(record: Membership) -> Membership:
+    return dataclasses.replace(record, options=Options(arbiter="etcd"))
+
+
 def test_a_majority_must_have_promised_and_one_leg_in_sync_be_heard() -> None:
     decision = decide("b", TERM_2, heard(said("b", ABT)), silent("a", "t"))
     assert isinstance(decision, Refused) and decision.must_hear == {"a", "t"}

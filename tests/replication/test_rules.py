@@ -56,8 +56,9 @@ BEGIN = {
     "legs-without-majority": 60,
     "token-for-two": 45,
     "forks-harmless": 130,
-    "superseded-forgotten": 220,
-    "retired-forgets": 235,
+    "superseded-forgotten": 180,
+    "retired-forgets": 500,
+    "tried-counts": 50,
 }
 """Seeds shortly before one that does; if the rules change, a later one does."""
 

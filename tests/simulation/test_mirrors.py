@@ -39,7 +39,17 @@ def test_fixed_lives_break_no_promise_and_are_rich() -> None:
         print(f"seed {seed}")  # the last one shown is the one that failed
         seen += live(seed).counts
     assert seen["acknowledged"] > 400 and seen["reads"] > 200 and seen["inspected"] > 40
-    for happened in ("promotions", "demotions", "snapshots", "flushes", "kill", "power", "partition", "refused writes"):
+    for happened in (
+        "promotions",
+        "demotions",
+        "snapshots",
+        "flushes",
+        "kill",
+        "power",
+        "partition",
+        "refused writes",
+        "taken over",
+    ):
         assert seen[happened] > 0, happened
 
 
@@ -57,6 +67,12 @@ def test_the_same_seed_is_the_same_life_in_another_process() -> None:
     command = [sys.executable, "-m", "tests.simulation.mirrors", "--seed", "3"]
     one, other = (subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(2))
     assert "digest" in one and one == other
+
+
+def test_every_wrong_mirror_can_be_planted() -> None:
+    for plant in MUTANTS.values():
+        with plant():
+            pass  # LookupError if its passage isn't there any more
 
 
 @pytest.mark.parametrize("name", CAUGHT_BY)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import random
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -24,7 +25,7 @@ from unittest import mock
 import trio
 
 import replication.voters
-import terrace.localmirror
+import terrace.primary
 from replication.cluster import ClusterStore, Voter
 from replication.inflight import Batch
 from replication.keeper import LegKeeper, LegRecord
@@ -82,7 +83,37 @@ class SimPath:
         """Raises OSError while nobody is there to do it."""
         if self.home.is_off():
             raise OSError(errno.EIO, "the process is gone")
+        self.home.files.pop(self._path, None)  # the order of the files is that of their times
         self.home.files[self._path] = data
+
+    @property
+    def stem(self) -> str:
+        """As a path's."""
+        return PurePosixPath(self._path).stem
+
+    @property
+    def parent(self) -> SimPath:
+        """As a path's."""
+        return SimPath(self.home, str(PurePosixPath(self._path).parent))
+
+    def is_dir(self) -> bool:
+        """All directories are there."""
+        return True
+
+    def glob(self, pattern: str) -> list[SimPath]:
+        """Files below this one."""
+        return [SimPath(self.home, name) for name in self.home.files if PurePosixPath(name).match(pattern)]
+
+    def stat(self) -> os.stat_result:
+        """All of it is nothing but the time."""
+        return os.stat_result((0,) * 10, {"st_mtime_ns": list(self.home.files).index(self._path)})
+
+    def unlink(self) -> None:
+        """Raises FileNotFoundError."""
+        if self.home.is_off():
+            raise OSError(errno.EIO, "the process is gone")
+        if self.home.files.pop(self._path, None) is None:
+            raise FileNotFoundError(errno.ENOENT, self._path)
 
 
 class Home:
@@ -98,6 +129,7 @@ class SimPeers(Peers):
 
     def __init__(self, process: Process) -> None:
         self.node = process.node.name
+        self.traffic: dict[str, Any] = {}
         self._process = process
 
     async def connect(self, name: str, wanted: CallsOption | LegOption) -> Any:
@@ -194,17 +226,19 @@ class WatchedMirror(ServedMirror):
         self.told_started = False
         self.batch_of: dict[int, Batch] = {}
         self.was_in_sync: dict[str, Leg] = {}
-        super().__init__(*arguments, **options, settings=settings)
+        super().__init__(*arguments, **(options | {"settings": settings}))
 
     def submit(self, changes: list[Change], extents: Any, wide: Any, size: int, done: Done) -> None:
         life, judge = self.life, self.life.judge
         place = place_of(self.membership.term.number, self.sequence + 1)
         fresh = judge.submitted(place, changes)
         writers = {leg.info.id for leg in self.writers}
+        losses = life.losses()
 
         def watched(error: OSError | None) -> None:
             if error is None and self.process.is_alive and life.is_judged(self):
-                judge.acknowledged(place, fresh)
+                # Else all who had it may have lost it while the word of it was on its way.
+                judge.acknowledged(place, fresh if life.losses() == losses else ())
                 self._check_in_sync(writers, self.batch_of.pop(place), place)
                 self._check_missing(fresh, writers, place)
             elif error is not None:
@@ -345,7 +379,7 @@ class Node:
 
 
 class Process:
-    """A daemon, as a mirror sees it; implements `terrace.localmirror.Surroundings`."""
+    """A daemon, as a mirror sees it; implements `terrace.primary.Surroundings`."""
 
     def __init__(self, node: Node) -> None:
         self.node = node
@@ -501,14 +535,17 @@ def surroundings(rng: random.Random) -> Iterator[None]:
         stack.enter_context(simulated())
         patch = partial(mock.patch.object)
         for owner, name, new in (
-            (terrace.localmirror, "ServedMirror", WatchedMirror),
-            (terrace.localmirror, "PrimaryLease", _lease),
+            (terrace.primary, "ServedMirror", WatchedMirror),
+            (terrace.primary, "PrimaryLease", _lease),
             (replication.voters, "_store", _store),
+            (replication.voters, "_sync_directory", lambda path: None),
             (trio.to_thread, "run_sync", _inline),
         ):
             stack.enter_context(patch(owner, name, new))
         for module in ("link", "replica", "stream"):
             stack.enter_context(mock.patch(f"replication.{module}.perf_counter", lambda: 0.0))
+        # The names of states that are kept tell the time of the wall's clock.
+        stack.enter_context(mock.patch("terrace.keptstate.time.strftime", lambda *about: "resync-20000101-000000"))
         stack.enter_context(mock.patch("secrets.token_hex", lambda count: rng.randbytes(count).hex()))
         stack.enter_context(mock.patch("secrets.randbits", rng.getrandbits))
         yield

@@ -1,0 +1,97 @@
+"""A later term of the same primary: for a leg that has promised one to a candidate that came to nothing.
+
+Such a leg takes nothing of the primary's term any more, for good: its promise can't be taken back, since a record of
+the candidate's may still be on its way. Only a term above that one frees it. So when a leg that is wanted back has
+refused the primary's term for a while, the primary begins one, by the proof of any candidate (`promotion.promote`).
+
+Clients aren't disconnected, and nothing fails: they wait at a barrier while all legs are let go, the promises asked
+for, the record made to count, and the legs connected and made equal as at any beginning. If the proof isn't had,
+nothing was promised as a rule, and the old term goes on; it is tried again after twice the time.
+
+The same is done where it is the last leg in sync that refuses, and nothing is served any more (`Records.govern`). A
+term is begun only from a record of the primary's own: where others have gone on since, it is deposed.
+
+The task that writes records (`replication.records`) does the middle of it, as nobody else may change the record.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Final, Protocol
+
+import trio
+
+from replication.barriers import Barriers
+from replication.commonflush import CommonFlush
+from replication.membership import Membership
+from replication.records import Records
+from replication.site import Gate
+
+log = logging.getLogger("replication.mirror")
+
+Prove = Callable[[], Awaitable[Membership]]
+"""The record with which this node begins a later term, which counts. Raises OSError."""
+LONGEST_PAUSE_S: Final = 60.0
+
+
+class Renewed(Gate, Protocol):
+    """What it needs of the mirror."""
+
+    def let_go(self) -> None:
+        """Of all legs, with nothing in flight: everything begins anew."""
+
+
+class LaterTerm:
+    """See the module. `run` has to be run."""
+
+    def __init__(self, site: Renewed, records: Records, barriers: Barriers, flushes: CommonFlush, prove: Prove) -> None:
+        self._site = site
+        self._records = records
+        self._barriers = barriers
+        self._flushes = flushes
+        self._prove = prove
+        self._since: dict[str, float] = {}
+        """By the leg's id, since when it refuses."""
+
+    async def run(self) -> None:
+        """The task."""
+        pause_s = timeout_s = self._site.membership.options.timeout_s
+        while True:
+            await trio.sleep(timeout_s / 8)
+            timeout_s = self._site.membership.options.timeout_s
+            if not self._is_due(pause_s):
+                pause_s = pause_s if self._since else timeout_s
+                continue
+            try:
+                await self._begin(timeout_s)
+            except OSError as error:
+                log.warning("%s: no later term can be begun: %s", self._site.name, error.strerror)
+            self._since.clear()
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def _is_due(self, pause_s: float) -> bool:
+        """Whether a leg that the record doesn't call in sync has refused the term for so long."""
+        now, required = trio.current_time(), self._records.required()
+        for member in self._site.members.values():
+            refuses = member.leg is None and member.error is not None and member.error.errno == errno.ESTALE
+            if refuses and member.info.id not in required and member.info.kind == "terrace":
+                self._since.setdefault(member.info.id, now)
+            else:
+                self._since.pop(member.info.id, None)
+        return not self._site.shut and any(now - since >= pause_s for since in self._since.values())
+
+    async def _begin(self, timeout_s: float) -> None:
+        with trio.move_on_after(timeout_s) as patience:
+            async with self._barriers.barrier():
+                await self._flushes.until_idle()
+                await self._flushes.round()
+                if self._site.excluding or self._site.lost:
+                    return
+                patience.deadline = float("inf")
+                log.info("%s: a later term is begun, for a leg that has promised one", self._site.name)
+                self._records.renewal = self._prove
+                self._site.let_go()
+                while self._records.renewal is not None and self._site.end is None:
+                    await self._site.changed()
