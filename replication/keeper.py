@@ -311,6 +311,8 @@ class LegKeeper:
                 errno.EBUSY,
                 f"{self._who} may have lost writes as its machine went down: no other one leaves before they are equal",
             )
+        if in_sync and old.inconsistent and old.boot not in (None, self.boot):
+            raise OSError(errno.EBUSY, f"{self._who} may have lost what its resync wrote: its machine went down")
         if relation(new, old.accepted, old.me) is Relation.SPLIT_BRAIN:
             sides = both_histories(new, old.accepted, f"node {new.primary}", f"node {self.node}")
             raise OSError(

@@ -313,6 +313,22 @@ def test_a_leg_that_lost_its_memory_lets_no_other_one_leave_before_they_are_equa
     trio.run(main)
 
 
+def test_a_leg_whose_machine_went_down_in_its_resync_is_not_in_sync_by_the_record_of_its_end() -> None:
+    async def main() -> None:
+        for boot, may in (("boot-1", True), ("boot-2", False)):
+            keeper, _, record = await started("ab", "b")
+            without = record.next_epoch(in_sync=frozenset("a"))
+            await keeper.accept(without, inconsistent=True)
+            again, ends = restarted(keeper, boot), without.next_epoch(in_sync=frozenset("ab"))
+            if may:
+                await again.accept(ends)
+            else:
+                with pytest.raises(OSError, match="may have lost what its resync wrote"):
+                    await again.accept(ends)
+
+    trio.run(main)
+
+
 def test_a_leg_is_intact_after_a_kill_and_a_clean_close_and_not_after_another_boot() -> None:
     async def main() -> None:
         keeper, store, _ = await started("ab")

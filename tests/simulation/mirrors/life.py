@@ -153,7 +153,9 @@ class Life:
     def joins(self, mirror: WatchedMirror, info: LegInfo, *, is_local: bool) -> None:
         """A leg is in sync now: it has everything."""
         local, process = self.local_of(info.node), self.nodes[info.node].process
-        if local is not None and process is not None and (is_local or process.has_session):
+        if process is None or not (is_local or process.has_session):
+            return  # the one that has it has gone, with the word of its record still on its way
+        if local is not None:
             self.nodes[info.node].is_vulnerable = False
         if local is None or local.me != info.id or not self.is_judged(mirror) or self.rotten:
             return
