@@ -173,7 +173,7 @@ MUTANTS: Final[dict[str, Plant]] = {
 
 CAUGHT_BY: Final[dict[str, tuple[int, ...]]] = {
     "acknowledges before a record without the leg counts": tuple(range(12)),
-    "goes on writing while a leg is being excluded": (9, *range(12)),
+    "goes on writing while a leg is being excluded": (36, 114, *range(12)),
     "a leg takes records of older terms": (5, *range(30)),
     "missing:* is dropped though a leg isn't in sync": tuple(range(12)),
     "what was written recently is forgotten when a leg is excluded": (4, *range(12)),
@@ -182,7 +182,7 @@ CAUGHT_BY: Final[dict[str, tuple[int, ...]]] = {
     "parts of blocks are merged without a lock": tuple(range(12)),
     "reads don't wait": (5, *range(12)),
     "zeros aren't marked": tuple(range(12)),
-    "what is replayed after a crash isn't marked": (6, *range(12)),
-    "resync ignores what was touched": (6, *range(12)),
+    "what is replayed after a crash isn't marked": (21, 38, 69, 74),
+    "resync ignores what was touched": (17, 98, 109, *range(12)),
 }
 """Lives that catch some of them: the first did when this was written. The others are for `scripts/soak --plant`."""
