@@ -66,6 +66,9 @@ class LegRecord:
     """The last batch that it had when it was closed cleanly."""
     superseded: Membership | None = None
     """What this leg has heard of and not accepted, by which its own record is no ground to go on from any more."""
+    elsewhere: Term | None = None
+    """The last term in which another node was primary, by a record that this leg has accepted: what was known of the
+    volume here before it, in memory, is not to be relied on."""
 
     def encode(self) -> bytes:
         """As JSON in UTF-8."""
@@ -82,6 +85,7 @@ class LegRecord:
             if self.position is None
             else {"term": term_to_json(self.position.term), "sequence": self.position.sequence},
             "superseded": json.loads(encode(self.superseded)) if self.superseded else None,
+            "elsewhere": term_to_json(self.elsewhere),
         }
         return json.dumps(plain, separators=(",", ":"), sort_keys=True).encode()
 
@@ -108,6 +112,7 @@ class LegRecord:
                 doubtful=_of_type(plain["doubtful"], bool),
                 position=None if position is None else _position(position),
                 superseded=decode(json.dumps(superseded).encode()) if superseded is not None else None,
+                elsewhere=term_from_json(plain.get("elsewhere")),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise OSError(errno.EPROTO, f"a leg's record can't be understood: {error!r}") from None
@@ -261,6 +266,7 @@ class LegKeeper:
                 inconsistent=(old.inconsistent or inconsistent) and not in_sync,
                 doubtful=old.doubtful and not (self._joins(membership) and membership.epoch > 0),
                 superseded=None if needed else old.superseded,
+                elsewhere=old.elsewhere if membership.primary in (None, self.node) else membership.term,
             )
             if record.inconsistent and not old.inconsistent:
                 await self.before_overwritten()

@@ -6,6 +6,7 @@ each name that they are told, and there may be ten thousand. Any of them can be 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import heapq
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from typing import Protocol, cast
 import trio
 
 from nbd.export import Client, Export
+from replication.keeper import LegRecord
 from terrace.sizes import format_size
 from tiers import Pool, Snapshot, TierError, Volume
 from tiers.layout import BLOCK_BYTES
@@ -31,7 +33,8 @@ class ExportRecord:
     name: str
     """POOL/VOL or POOL/VOL@SNAP."""
     identity: str
-    """Never another export's. Another one when a rollback has put something else under the name."""
+    """Never another export's. Another one when a rollback has put something else under the name, or another node has
+    been primary of the mirror."""
     size_bytes: int
     allocated_bytes: int
     """At the last checkpoint, and before blocks were packed."""
@@ -44,12 +47,22 @@ def record_of(pool: Pool, export: Volume | Snapshot) -> ExportRecord:
     """What is told of an export of `pool`."""
     return ExportRecord(
         name=export.name,
-        identity=f"{pool.uuid}/{export.id}",
+        identity=_identity(pool, export),
         size_bytes=export.size_bytes,
         allocated_bytes=export.shown_blocks * BLOCK_BYTES,
         read_only=export.read_only,
         created_at=export.created_at,
     )
+
+
+def _identity(pool: Pool, export: Volume | Snapshot) -> str:
+    """A mirror that was served by another node in between is not what it was, for who holds something in memory."""
+    own = f"{pool.uuid}/{export.id}"
+    if isinstance(export, Volume) and export.mirror_record:
+        with contextlib.suppress(OSError):  # nobody can have an export whose record makes no sense
+            elsewhere = LegRecord.decode(export.mirror_record).elsewhere
+            return own if elsewhere is None else f"{own}/{elsewhere.number}-{elsewhere.id}"
+    return own
 
 
 def records_of(pool: Pool) -> list[ExportRecord]:

@@ -590,6 +590,10 @@ class MirrorAdmin:
         mirror.compared_in_full.add(leg.id)
         asked = {"leg": leg.id, "membership": _plain(mirror.membership)}
         await self.mirrors.peers.call(leg.node, "leg.discard", asked, CREATE_S)
+        served = mirror.mirror
+        if served is not None and leg.id in served.members:
+            served.members[leg.id].error = None  # else who follows the resync hears the reason that is gone now
+            served.change()
 
     async def verify(
         self, mirror: MirrorPart, progress: Callable[[int, int], None], *, full: bool, repair: bool

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from terrace.cli.context import VERSION, Context, pass_context
+from terrace.cli.mirrorbrief import served_elsewhere
 from terrace.cli.output import duration, output_option, patience, show_json, show_table
 from terrace.schema import interval_seconds
 from terrace.sizes import format_size
@@ -232,6 +233,7 @@ def _attach(context: Context, records: Records, called: str, arguments: list[str
                     f"detach {called}, then attach it again",
                 )
             return record.device, False
+        _require_served(context, called)
         try:
             with patience(f"Attaching {called}"):
                 return _start_keeper(context, records, called, arguments), True
@@ -239,6 +241,27 @@ def _attach(context: Context, records: Records, called: str, arguments: list[str
             # Another call is attaching it at this moment: then its device is ours too.
             if error.errno != errno.EBUSY or time.monotonic() > deadline_s:
                 raise
+
+
+def _require_served(context: Context, called: str) -> None:
+    """Raise AttachError where another node serves it; of all else the keeper tells."""
+    from terrace.attach.record import AttachError
+
+    pool, _, volume = called.partition("/")
+    if "@" in volume:
+        return
+    try:
+        with context.connect() as client:
+            mirror = client.get("pools", pool, "volumes", volume)["mirror"]
+    except click.ClickException:
+        return
+    elsewhere = served_elsewhere(mirror)
+    if elsewhere is not None:
+        raise AttachError(
+            errno.ENODEV,
+            f"{called} can't be attached {elsewhere.replace('none here: ', 'here: ')}; attach it there, or make this "
+            f"node the primary: terrace volume mirror promote {called}",
+        )
 
 
 def _require_as_asked(record: Record, read_only: bool, driver: Asked) -> None:

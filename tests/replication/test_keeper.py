@@ -40,11 +40,15 @@ async def started(legs: str = "abc", me: str = "a") -> tuple[LegKeeper, MemorySt
 
 def test_a_record_survives_its_encoding() -> None:
     own = first_record("ab")
-    record = LegRecord("a", TERM_2, own, frozenset({"b"}), True, "boot", True, Position(TERM_2, 7), own.next_epoch())
+    record = LegRecord(
+        "a", TERM_2, own, frozenset({"b"}), True, "boot", True, Position(TERM_2, 7), own.next_epoch(), TERM_2
+    )
     assert LegRecord.decode(record.encode()) == record
     earlier = json.loads(record.encode())
-    del earlier["superseded"]
-    assert LegRecord.decode(json.dumps(earlier).encode()) == dataclasses.replace(record, superseded=None)
+    del earlier["superseded"], earlier["elsewhere"]
+    assert LegRecord.decode(json.dumps(earlier).encode()) == dataclasses.replace(
+        record, superseded=None, elsewhere=None
+    )
     assert LegRecord.decode(LegRecord("a").encode()) == LegRecord("a")
 
 
@@ -106,6 +110,22 @@ def test_only_later_records_are_accepted_and_the_same_again() -> None:
             await keeper.accept(dataclasses.replace(later.next_epoch(), mirror="cd" * 16))
         await keeper.accept(later.next_term(TERM_2, "b", frozenset("ab")))
         assert not keeper.allows(record.term) and keeper.record.promised == TERM_2
+
+    trio.run(main)
+
+
+def test_a_leg_remembers_that_another_node_was_primary_and_not_that_its_own_was_anew() -> None:
+    async def main() -> None:
+        keeper, store, record = await started("ab")
+        demoted = record.next_epoch(primary=None)
+        for own in (demoted, demoted.next_term(TERM_2, "a", record.in_sync)):
+            await keeper.accept(own)
+        assert keeper.record.elsewhere is None
+        there = own.next_term(Term(3, "3" * 16), "b", record.in_sync)
+        for one in (there, there.next_epoch(), there.next_epoch(primary=None)):
+            await keeper.accept(dataclasses.replace(one, epoch=one.epoch + (one.primary is None)))
+        await keeper.accept(keeper.record.accepted.next_term(Term(4, "4" * 16), "a", record.in_sync))  # type: ignore[union-attr]
+        assert LegRecord.decode(store.record).elsewhere == Term(3, "3" * 16)
 
     trio.run(main)
 

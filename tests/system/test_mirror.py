@@ -64,6 +64,10 @@ class Node:
     def connect(self, volume: str = "v") -> Connection:
         return Connection(self.daemon.socket, f"p/{volume}")
 
+    def identity(self, volume: str) -> str:
+        """Of its export: whoever holds something in memory that belongs to it goes by that."""
+        return str(self.daemon.api("GET", f"/v1/pools/p/exports/{volume}")["identity"])
+
     def events(self) -> list[str]:
         return [event["text"] for event in self.daemon.api("GET", "/v1/events")]
 
@@ -164,6 +168,8 @@ def test_what_is_written_while_one_node_is_down_is_on_both_afterwards_and_either
         client.write(MIB, first)
     with pytest.raises(Refused, match="primary is node b"):
         a.connect()
+    refused = a.daemon.cli("attach", "p/v", status=1).stderr
+    assert "p/v can't be attached here: node b is the primary, and serves it; attach it there" in refused
     for node in (a, b):  # at the same place in the order of writes
         with node.connect("v@both") as snapshot:
             assert snapshot.read(2 * MIB, 2 * MIB) == second + bytes(MIB)
@@ -178,9 +184,11 @@ def test_a_primary_that_is_killed_goes_on_when_it_is_started_again(pair: Pair) -
     pair.create("w")
     with a.connect("w") as client:
         client.write(0, data)
+    identity = a.identity("w")
     a.daemon.kill()
     a.daemon.start()
     a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "w")
+    assert a.identity("w") == identity
     with a.connect("w") as client:
         assert client.read(0, MIB) == data
     assert a.mirror("w")["term"] == 2
@@ -206,6 +214,7 @@ def test_two_sides_that_have_both_written_are_a_split_brain_until_an_operator_gi
         client.write(0, b"a" * 4096)
         client.write(MIB, b"a" * 4096)
     a.wait_for({"a": "UpToDate", "b": "Stale"}, "s")
+    identity = a.identity("s")
     alone = a.daemon.cli("volume", "mirror", "verify", "p/s", status=1)
     assert "internal error" not in alone.stderr and "p/s" in alone.stderr
     a.daemon.kill()
@@ -224,8 +233,10 @@ def test_two_sides_that_have_both_written_are_a_split_brain_until_an_operator_gi
     with pytest.raises(Refused, match="can't be served"):
         a.connect("s")
     pair.both_online()
-    b.ask("resync", "s", node="a", discard=True)
+    followed = b.daemon.cli("volume", "mirror", "resync", "p/s", "a", "--discard", "--yes")
+    assert followed.stdout == "The leg of p/s on node a is UpToDate.\n"
     b.wait_for({"a": "UpToDate", "b": "UpToDate"}, "s")
+    assert a.identity("s") != identity, "a kernel that holds a filesystem of a's history must not go on with this"
     lines = b.daemon.cli("volume", "mirror", "verify", "p/s", "--full").stdout
     assert "equal" in lines
     with b.connect("s") as client:
