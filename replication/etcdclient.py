@@ -228,6 +228,8 @@ def _said(error: httpx.HTTPError) -> str:
     while found is not None:  # httpx wraps what the network said, and says nothing itself
         if isinstance(found, ssl.SSLError) and "ALERT" in (found.reason or ""):
             return f"TLS: it doesn't take our certificate, or wants one ({found.reason})"
+        if isinstance(found, trio.ClosedResourceError):
+            return "silent"  # the client was given up, by another request that it had not answered in time
         if isinstance(found, ssl.SSLError):
             return f"TLS: {getattr(found, 'verify_message', '') or found.reason or found}"
         if str(found):
