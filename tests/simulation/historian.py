@@ -195,13 +195,20 @@ class Historian:
             self.change = None
 
     async def _told_by_content(self, pool: Pool, change: Change) -> tuple[bool, bool]:
-        """A rollback that keeps nothing has left nothing but the content."""
+        """A rollback that keeps nothing has left nothing but the content, and a volume that counts as complete."""
         ((name, new),) = change.made.items()
-        found, unreadable = await read_what_can_be(pool.volume(name))
+        volume = pool.volume(name)
+        found, unreadable = await read_what_can_be(volume)
         answers = []
         for model in (self.driver.models[name], new):
             try:
-                copy.deepcopy(model).judge(found, everything=self.driver.everything, unreadable=unreadable)
+                copy.deepcopy(model).judge(
+                    found,
+                    everything=self.driver.everything,
+                    unreadable=unreadable,
+                    policy=volume.policy_name,
+                    filling=volume.filling,
+                )
             except OracleError:
                 answers.append(False)
             else:
