@@ -39,7 +39,7 @@ MIB = 1 << 20
 PARTS = ("load", "resync")
 POOL_SIZES = 4
 """A pool is so many times as large as a volume: a copy has place beside the leg, while an older one is cleared away."""
-RATE_SIZES = 8
+RATE_SIZES = 2
 WARM_PASSES = 3
 SETTLE_S = 600.0
 QEMU = "QEMU mirror"
