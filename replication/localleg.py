@@ -195,7 +195,6 @@ class LocalLeg:
                     # Before the nursery closes: nothing can be begun there then.
                     self._fail(OSError(errno.ECANCELED, f"the leg {self.info.export} was stopped"))
         finally:
-            self._fail(OSError(errno.ECANCELED, f"the leg {self.info.export} was stopped"))
             self._call_due()
 
     async def _apply_all(self) -> None:

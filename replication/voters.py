@@ -28,7 +28,6 @@ import contextlib
 import dataclasses
 import errno
 import json
-import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +36,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import trio
 
 from replication.cluster import Voter, VoterState
+from replication.durable import make_directory, remove_file, replace_file
 from replication.keeper import (
     LegKeeper,
     is_superseded,
@@ -260,7 +260,7 @@ class KeptVoter:
     async def forget(self, mirror: str) -> None:
         """The whole mirror is gone."""
         async with self._holding(mirror):
-            await trio.to_thread.run_sync(_remove, self._path(mirror))
+            await trio.to_thread.run_sync(remove_file, self._path(mirror))
             self._files.pop(mirror, None)
             self._lease.forget(mirror)
 
@@ -412,22 +412,9 @@ def _load(path: Path) -> _Kept | None:
 
 
 def _store(path: Path, data: bytes) -> None:
-    """Blocks. After a crash there is the old file or the new one; the new one after a return."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".new")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    _sync_directory(path.parent)
-    _sync_directory(path.parent.parent)
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
-        _sync_directory(path.parent)
+    """Blocks."""
+    make_directory(path.parent)
+    replace_file(path, data)
 
 
 def _forget_oldest(directory: Path, node: str) -> list[str]:
@@ -440,16 +427,8 @@ def _forget_oldest(directory: Path, node: str) -> list[str]:
                 retired.append((path.stat().st_mtime_ns, path))
     gone = [path for _, path in sorted(retired)[:-MAX_RETIRED]]
     for path in gone:
-        _remove(path)
+        remove_file(path)
     return [path.stem for path in gone]
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _names(directory: Path) -> list[str]:

@@ -22,7 +22,6 @@ import base64
 import errno
 import json
 import logging
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -33,6 +32,7 @@ import trio
 
 from replication.arbiter import FORGOTTEN, ArbitratedLease
 from replication.cluster import ClusterStore
+from replication.durable import replace_file
 from replication.etcd import EtcdCluster, EtcdLease
 from replication.membership import Membership
 from replication.voters import LegsCluster
@@ -276,9 +276,4 @@ def _load(path: Path) -> _Seen:
 
 def _store(path: Path, known: _Seen) -> None:
     """Blocks. After a crash there is the old file or the new one; the new one after a return."""
-    temporary = path.with_suffix(".new")
-    with temporary.open("w") as file:
-        json.dump({"version": FORMAT_VERSION, **asdict(known)}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    replace_file(path, json.dumps({"version": FORMAT_VERSION, **asdict(known)}).encode())

@@ -21,7 +21,6 @@ import contextlib
 import errno
 import json
 import logging
-import os
 import re
 import time
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from typing import Any, Final
 import trio
 
 from replication.cluster import VoterState
+from replication.durable import make_directory, remove_file, replace_file
 from replication.leg import Leg, LegStore, MirrorState
 from replication.lineage import are_apart
 from replication.membership import LegInfo, Membership, Term, decode, encode
@@ -117,30 +117,8 @@ def path_of(home: Path, mirror: str) -> Path:
 
 def store(path: Path, data: bytes) -> None:
     """Blocks. Durable on return."""
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-    beside = path.with_suffix(".new")
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    _sync(path.parent)
-    _sync(path.parent.parent)
-
-
-def remove(path: Path) -> None:
-    """Blocks. One that isn't there is no error."""
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
-        _sync(path.parent)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    make_directory(path.parent)
+    replace_file(path, data)
 
 
 class DisklessVolume:
@@ -268,7 +246,7 @@ class DisklessMirror(MirrorPart):
 
     async def unkeep(self) -> None:
         """Take back what `keep` has written."""
-        await trio.to_thread.run_sync(remove, path_of(self._home, self.mirror_id))
+        await trio.to_thread.run_sync(remove_file, path_of(self._home, self.mirror_id))
 
     async def forget(self) -> None:
         """End, and remove what is kept; not what a voter has to keep. Raises OSError."""

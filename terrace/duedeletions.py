@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any, Final
 
 import trio
 
+from replication.durable import replace_file
 from replication.membership import Membership, Term
 
 log = logging.getLogger("terraced")
@@ -94,7 +94,7 @@ class DueDeletions:
 
     async def _save(self, due: list[Due]) -> None:
         data = json.dumps({"version": VERSION, "due": [_plain(one) for one in due]}).encode()
-        await trio.to_thread.run_sync(_replace, self._path, data)
+        await trio.to_thread.run_sync(replace_file, self._path, data)
         self._due = due
 
     def _read(self) -> list[Due]:
@@ -143,20 +143,3 @@ def _due(plain: Any) -> Due:
     if not all(type(text) is str for text in (*texts, *names)):
         raise TypeError("a value of another kind")
     return Due(plain["mirror"], plain["leg"], plain["node"], Term(number, term_id), plain["epoch"], tuple(names))
-
-
-def _replace(path: Path, data: bytes) -> None:
-    beside = path.with_suffix(".new")
-    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        with os.fdopen(os.dup(fd), "wb") as file:
-            file.write(data)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    beside.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -13,9 +13,10 @@ import pytest
 import trio
 
 from replication.cluster import VoterState
+from replication.durable import remove_file
 from replication.membership import Membership, Term
 from replication.voters import KeptVoter, LegsCluster
-from terrace.diskless import DisklessMirror, Participation, path_of, remove, store, superseded
+from terrace.diskless import DisklessMirror, Participation, path_of, store, superseded
 from terrace.disklessmirrors import DisklessMirrors
 from terrace.exports import PoolExports
 from tests.replication.nodes import Nodes
@@ -33,8 +34,8 @@ def test_what_is_written_down_is_read_again_and_goes(tmp_path: Path) -> None:
     store(path, written.encode())
     assert Participation.decode(path.read_bytes()) == written
     assert [one.name for one in path.parent.iterdir()] == [path.name]
-    remove(path)
-    remove(path)
+    remove_file(path)
+    remove_file(path)
     assert list(path.parent.iterdir()) == []
 
 

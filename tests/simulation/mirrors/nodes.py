@@ -24,6 +24,7 @@ from unittest import mock
 
 import trio
 
+import replication.durable
 import replication.voters
 import terrace.primary
 from replication.cluster import ClusterStore, Voter
@@ -538,7 +539,7 @@ def surroundings(rng: random.Random) -> Iterator[None]:
             (terrace.primary, "ServedMirror", WatchedMirror),
             (terrace.primary, "PrimaryLease", _lease),
             (replication.voters, "_store", _store),
-            (replication.voters, "_sync_directory", lambda path: None),
+            (replication.durable, "sync_directory", lambda path: None),
             (trio.to_thread, "run_sync", _inline),
         ):
             stack.enter_context(patch(owner, name, new))
