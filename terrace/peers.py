@@ -234,7 +234,7 @@ class Peers:
                 async with trio.open_nursery() as nursery:
                     sock, received = await self.connect(peer.name, CallsOption(self.node))
                     calls = Calls(sock, received, peer=f"node {peer.name}", traffic=self.traffic[peer.name])
-                    nursery.start_soon(calls.run)
+                    nursery.start_soon(_until_ended, calls, nursery.cancel_scope)
                     try:
                         while True:
                             self._judge_hello(peer, await calls.call("node.hello", self.hello(), HELLO_TIMEOUT_S))
@@ -288,6 +288,13 @@ def _first(group: BaseExceptionGroup[OSError]) -> OSError:
         error = error.exceptions[0]
     assert isinstance(error, OSError)
     return error
+
+
+async def _until_ended(calls: Calls, scope: trio.CancelScope) -> None:
+    """Run the connection. Raises OSError as soon as it has ended by itself, so that another one is sought at once."""
+    await calls.run()
+    if calls.failure is not None and not scope.cancel_called:
+        raise OSError(calls.failure.errno, calls.failure.strerror)
 
 
 def judge_identity(identity: Identity | None, name: str, config: PeerConfig) -> str | None:

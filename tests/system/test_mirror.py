@@ -351,8 +351,7 @@ def test_a_leg_whose_record_cannot_be_understood_can_be_deleted_by_force_only(pa
     assert not any(volume["name"] == "p/d" for volume in b.daemon.api("GET", "/v1/pools/p/volumes"))
     b.daemon.api("POST", "/v1/pools/p/volumes", {"name": "d", "size": SIZE})  # the name is free again
     b.daemon.api("DELETE", "/v1/pools/p/volumes/d")
-    # Node a's connection has ended with b's daemon, and another one comes in a moment.
-    until(lambda: any(one["kind"] == "takeover" for one in b.daemon.api("GET", "/v1/status")["nbd"]["connections"]))
+    until(lambda: all(one["state"] == "Online" for one in pair.a.daemon.api("GET", "/v1/nodes")))
     assert len(pair.a.daemon.api("DELETE", "/v1/pools/p/volumes/d")["left"]) == 0
 
 
