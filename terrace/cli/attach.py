@@ -21,7 +21,6 @@ import click
 from terrace.cli.context import VERSION, Context, pass_context
 from terrace.cli.mirrorbrief import served_elsewhere
 from terrace.cli.output import duration, output_option, patience, show_json, show_table
-from terrace.schema import interval_seconds
 from terrace.sizes import format_size
 
 if TYPE_CHECKING:
@@ -42,6 +41,8 @@ class _Duration(click.ParamType[int]):
     name = "duration"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from terrace.schema import interval_seconds
+
         if isinstance(value, int):
             return value
         try:

@@ -6,32 +6,49 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from importlib import import_module
+from typing import Any, Final
 
 import click
 
-from terrace.cli.attach import attach, detach
-from terrace.cli.backup import backup
-from terrace.cli.completion import completion
 from terrace.cli.context import Context
-from terrace.cli.events import events
-from terrace.cli.metrics import metrics
-from terrace.cli.mount import mount
-from terrace.cli.node import node
 from terrace.cli.output import complain
-from terrace.cli.policy import policy
-from terrace.cli.pool import pool
-from terrace.cli.restore import restore
-from terrace.cli.snapshot import snapshot
-from terrace.cli.status import status
-from terrace.cli.tls import tls
-from terrace.cli.units import install_units
-from terrace.cli.upgrade import upgrade
-from terrace.cli.volume import volume
+
+_HOMES: Final = {
+    "attach": "attach",
+    "backup": "backup",
+    "completion": "completion",
+    "detach": "attach",
+    "events": "events",
+    "install-units": "units",
+    "metrics": "metrics",
+    "mount": "mount",
+    "node": "node",
+    "policy": "policy",
+    "pool": "pool",
+    "restore": "restore",
+    "snapshot": "snapshot",
+    "status": "status",
+    "tls": "tls",
+    "upgrade": "upgrade",
+    "volume": "volume",
+}
+"""The module below `terrace.cli` of each command. It is imported when the command is meant: all of them take as long as
+most commands do."""
 
 
 class Root(click.Group):
     """Turns every refusal into one line and an exit status; tracebacks are for bugs."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return sorted(_HOMES)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in _HOMES:
+            return None
+        module = import_module(f"terrace.cli.{_HOMES[name]}")
+        command: click.Command = getattr(module, name.replace("-", "_"))
+        return command
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *rest: Any, **options: Any) -> Any:
         options["standalone_mode"] = False
@@ -78,10 +95,3 @@ def root(context: click.Context, home: str | None) -> None:
     POOL/VOL@SNAP, over NBD too.
     """
     context.obj = Context(home)
-
-
-for command in (
-    *(pool, volume, snapshot, policy, backup, restore, attach, detach, mount, node),
-    *(status, events, metrics, upgrade, tls, install_units, completion),
-):
-    root.add_command(command)

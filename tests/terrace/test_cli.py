@@ -432,3 +432,12 @@ def test_a_table_of_thousands_of_rows_looks_like_a_short_one(capsys: pytest.Capt
     assert long[0] == short[0]
     assert long[2:5] == short[2:5]
     assert len(long) == 4002
+
+
+def test_a_command_begins_without_what_only_the_daemon_needs() -> None:
+    """These take half a second, for each command and each completion in a shell."""
+    heavy = ["numpy", "trio", "pydantic", "starlette", "tiers.pool", "replication"]
+    imports = "import sys, terrace.cli.root, terrace.cli.volume, terrace.apiclient"
+    code = f"{imports}; print([name for name in {heavy} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"

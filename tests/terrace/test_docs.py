@@ -74,8 +74,11 @@ def test_the_examples_of_configuration_are_good() -> None:
 
 
 def commands(group: click.Group, path: str) -> list[str]:
-    found = []
-    for name, command in group.commands.items():
+    found: list[str] = []
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
         deeper = f"{path} {name}"
         found += commands(command, deeper) if isinstance(command, click.Group) else [deeper]
     return found

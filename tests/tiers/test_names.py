@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tiers
 from tiers import TierError, validate_name, validate_volume_size
 
 
@@ -58,3 +59,10 @@ def test_bad_sizes_are_refused_with_the_nearest_good_one(size: int, nearest: int
     assert str(size) in str(caught.value)
     assert str(caught.value).endswith(f"nearest: {nearest}")
     assert validate_volume_size(nearest) == nearest
+
+
+def test_what_the_package_offers_is_there() -> None:
+    for name in tiers.__all__:
+        assert getattr(tiers, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'Pond'"):
+        _ = tiers.Pond
