@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import trio
 
 from replication.leg import BLOCK_BYTES, RECENT, RECENT_OLD, Change, Extents, Leg
@@ -81,17 +83,15 @@ async def differing(source: Leg, target: Leg, offset: int, length: int) -> list[
         return [(offset, length, False)]
     if sides[0] == sides[1]:
         return []
-    runs: list[tuple[int, int, bool]] = []
-    ours, theirs = (memoryview(side).cast("Q") for side in sides)
-    for block, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-        if mine != other:
-            at = offset + block * BLOCK_BYTES
-            size = min(BLOCK_BYTES, offset + length - at)
-            if runs and runs[-1][0] + runs[-1][1] == at and runs[-1][2] == (mine == 0):
-                runs[-1] = runs[-1][0], runs[-1][1] + size, runs[-1][2]
-            else:
-                runs.append((at, size, mine == 0))
-    return runs
+    ours, theirs = (np.frombuffer(side, np.uint64) for side in sides)
+    differ = ours != theirs
+    kinds = differ.astype(np.uint8) + (differ & (ours == 0))  # 0: equal, 1: data differ, 2: the source has nothing
+    edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
+    return [
+        (offset + first * BLOCK_BYTES, min(stop * BLOCK_BYTES, length) - first * BLOCK_BYTES, bool(kinds[first] == 2))
+        for first, stop in itertools.pairwise(edges)
+        if kinds[first]
+    ]
 
 
 @contextlib.contextmanager

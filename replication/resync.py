@@ -44,7 +44,10 @@ class ResyncSettings:
     floor_bytes_s: float = 16 << 20
     """Not slower than that, whatever clients suffer."""
     ceiling_bytes_s: float = math.inf
-    workers: int = 8
+    workers: int = 24
+    """So many pieces are under way at once: each waits for checks, and for its place behind the data of the others."""
+    workers_beside_clients: int = 8
+    """Not more while clients are busy, whose writes to this leg stand behind what was submitted before."""
     idle_s: float = 1.0
     """With no request for so long, clients are idle."""
     slower_from: float = 2.0
@@ -153,6 +156,7 @@ class Resync:
         self._done: list[tuple[int, int]] = []
         """Brought up to date since the last flush."""
         self._copied = 0
+        self._given_out = False
         self._flushing = trio.Lock()
         self.progress = Progress(began=trio.current_time())
 
@@ -172,8 +176,8 @@ class Resync:
                 nursery.start_soon(self._judge)
                 nursery.start_soon(self._watch)
                 async with trio.open_nursery() as workers:
-                    for _ in range(self._settings.workers):
-                        workers.start_soon(self._worker, work, again)
+                    for number in range(self._settings.workers):
+                        workers.start_soon(self._worker, number, work, again)
                 nursery.cancel_scope.cancel()
         await self._mark()
         self.progress.state = "flushing"
@@ -253,23 +257,27 @@ class Resync:
 
     # -- copying -----------------------------------------------------------------------------------------------------
 
-    async def _worker(self, work: Iterator[tuple[int, int]], again: deque[tuple[int, int, int]]) -> None:
+    async def _worker(self, number: int, work: Iterator[tuple[int, int]], again: deque[tuple[int, int, int]]) -> None:
         buffer = memoryview(bytearray(COPY_BYTES))
         while True:
+            while number >= self._settings.workers_beside_clients and not self._clients_are_idle():
+                if self._given_out:
+                    return
+                await trio.sleep(self._settings.judge_s)
             tries = 0
             if again:
                 offset, length, tries = again.popleft()
             else:
                 piece = next(work, None)
                 if piece is None:
+                    self._given_out = True
                     return
                 offset, length = piece
             touched = await self._bring(offset, length, tries, buffer)
             if touched is not None:
                 self.progress.retries += 1
                 again.extend(_anew(touched, offset + length, tries))
-            if self._copied >= self._settings.flush_bytes:
-                await self._flush()
+            await self._flush_if_due()
             await trio.lowlevel.checkpoint()
 
     async def _bring(self, offset: int, length: int, tries: int, buffer: memoryview) -> int | None:
@@ -300,8 +308,8 @@ class Resync:
                     self.progress.copied_bytes += count
                     self._copied += count
                     equal = self._equal(equal, (at + count) // EXTENT_BYTES * EXTENT_BYTES)
-                    if length > PIECE_BYTES and self._copied >= self._settings.flush_bytes:
-                        await self._flush()
+                    if length > PIECE_BYTES:
+                        await self._flush_if_due()
             self._equal(equal, offset + length)
         return None
 
@@ -312,6 +320,11 @@ class Resync:
         self._done.append((start, stop - start))
         self.progress.done_bytes += stop - start
         return stop
+
+    async def _flush_if_due(self) -> None:
+        """One worker flushes; the others go on meanwhile, as what they copy is for the next flush."""
+        if self._copied >= self._settings.flush_bytes and not self._flushing.locked():
+            await self._flush()
 
     async def _flush(self) -> None:
         """What is done is durable, and is missing no more."""
@@ -326,6 +339,9 @@ class Resync:
 
     # -- how fast ----------------------------------------------------------------------------------------------------
 
+    def _clients_are_idle(self) -> bool:
+        return trio.current_time() - self._site.client_at > self._settings.idle_s
+
     async def _judge(self) -> None:
         settings = self._settings
         before = self.progress.copied_bytes
@@ -333,7 +349,7 @@ class Resync:
             await trio.sleep(settings.judge_s)
             copied, before = self.progress.copied_bytes - before, self.progress.copied_bytes
             self._pace.judge(
-                idle=trio.current_time() - self._site.client_at > settings.idle_s,
+                idle=self._clients_are_idle(),
                 latency_s=self._site.latency_s,
                 measured_bytes_s=copied / settings.judge_s,
             )

@@ -371,8 +371,7 @@ def copy_rate(directory: Path, size_bytes: int, say: Callable[[str], None]) -> l
             b.cli("volume", "delete", "bench/copy", "--yes")
             a.cli("volume", "mirror", "remove", "bench/volume", "b", "--yes")
             start_s = time.monotonic()
-            a.cli("volume", "mirror", "add", "bench/volume", "b/bench")
-            wait_until_whole(a, "bench/volume")
+            a.cli("volume", "mirror", "add", "--wait", "bench/volume", "b/bench", timeout_s=SETTLE_S)
             resyncs.append(size_bytes / (time.monotonic() - start_s))
     finally:
         pair.stop()

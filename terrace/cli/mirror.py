@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from terrace.apiclient import ApiClient
 
 NONE = "There are no mirrors; terrace volume create POOL/VOL SIZE --mirror NODE makes one."
-_POLL_S = 0.3
+_FIRST_POLL_S = 0.02
+_LONGEST_POLL_S = 0.3
 _UNTIL = ("UpToDate",)
 
 
@@ -398,7 +399,7 @@ def _differences(report: dict[str, Any]) -> Iterator[str]:
 
 def _follow(client: ApiClient, volume: tuple[str, str], node: str) -> dict[str, Any]:
     """Show progress until the leg is up to date. Raises ClickException if it stays out."""
-    most = 0
+    most, pause = 0, _FIRST_POLL_S
     with patience(f"Resyncing {volume[0]}/{volume[1]} on {node}") as advance:
         while True:
             found: dict[str, Any] = client.get(*_path(volume))
@@ -415,7 +416,8 @@ def _follow(client: ApiClient, volume: tuple[str, str], node: str) -> dict[str, 
                 most = max(most, leg["to_sync_bytes"])
                 if most:
                     advance(most - leg["to_sync_bytes"], most)
-            time.sleep(_POLL_S)
+            time.sleep(pause)
+            pause = min(pause * 1.2, _LONGEST_POLL_S)
 
 
 def _leg(found: dict[str, Any], node: str) -> dict[str, Any]:

@@ -452,3 +452,42 @@ def test_what_a_leg_in_resync_got_and_lost_before_a_common_flush_is_brought_agai
                 nursery.cancel_scope.cancel()
 
     run(body)
+
+
+def test_less_is_under_way_at_once_while_clients_are_busy_and_it_ends_all_the_same() -> None:
+    async def body() -> None:
+        settings = ResyncSettings(workers=6, workers_beside_clients=2)
+        rig = Rig(2, in_sync=["lega"], settings=MirrorSettings(resync=settings))
+        rig.known = True
+        most: dict[str, int] = {}
+        now = "busy"  # or idle
+
+        async with rig.running() as mirror:
+            leg_b = rig.store("b")
+            checks = leg_b.checks
+
+            async def watched(offset: int, length: int) -> bytes:
+                most[now] = max(most.get(now, 0), len(mirror.inflight._watches))
+                await trio.sleep(0.2)
+                return await checks(offset, length)
+
+            leg_b.checks = watched  # type: ignore[method-assign]
+
+            async def client() -> None:
+                while now == "busy":
+                    mirror.client_at = trio.current_time()
+                    await trio.sleep(0.05)
+
+            for clients_are in ("busy", "idle"):
+                now = clients_are
+                rig.nodes["b"].link.cut()
+                await filled(rig, 7)
+                await trio.sleep(3)
+                rig.nodes["b"].link.mend()
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(client)
+                    await rig.whole()
+                    nursery.cancel_scope.cancel()
+        assert most == {"busy": 2, "idle": 6}
+
+    run(body)
