@@ -38,7 +38,7 @@ from typing import Any
 import trio
 
 from replication.leg import MISSING, RECENT, RECENT_OLD, Extents, LegStore, Position, missing_tracker
-from replication.lineage import Relation, both_histories, how_to_discard, relation, supersedes
+from replication.lineage import Relation, both_histories, how_to_discard, last_of_others, relation, supersedes
 from replication.membership import LegInfo, Membership, Term, decode, encode
 from replication.nbdleg import tells_all
 
@@ -67,8 +67,8 @@ class LegRecord:
     superseded: Membership | None = None
     """What this leg has heard of and not accepted, by which its own record is no ground to go on from any more."""
     elsewhere: Term | None = None
-    """The last term in which another node was primary, by a record that this leg has accepted: what was known of the
-    volume here before it, in memory, is not to be relied on."""
+    """The last term in which another node was primary, by a record that this leg has accepted, or by one that such a
+    record came from: what was known of the volume here before it, in memory, is not to be relied on."""
 
     def encode(self) -> bytes:
         """As JSON in UTF-8."""
@@ -266,7 +266,7 @@ class LegKeeper:
                 inconsistent=(old.inconsistent or inconsistent) and not in_sync,
                 doubtful=old.doubtful and not (self._joins(membership) and membership.epoch > 0),
                 superseded=None if needed else old.superseded,
-                elsewhere=old.elsewhere if membership.primary in (None, self.node) else membership.term,
+                elsewhere=last_of_others(membership, old.accepted or membership, self.node) or old.elsewhere,
             )
             if record.inconsistent and not old.inconsistent:
                 await self.before_overwritten()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 
-from replication.membership import Generation, Membership
+from replication.membership import Generation, Membership, Term
 
 
 class Relation(enum.Enum):
@@ -66,6 +66,19 @@ def since_common(ours: Membership, theirs: Membership) -> tuple[tuple[Generation
     common = set(ours.history) & set(theirs.history)
     newest = max(common, key=lambda one: (one.term.number, one.epoch), default=None)
     return _after(ours, newest), _after(theirs, newest)
+
+
+def last_of_others(new: Membership, known: Membership, node: str) -> Term | None:
+    """The last term in which another node than `node` was primary, by `new`, since it parted from `known`; None: none.
+
+    Also by records that the node never stored: what came of them may be all that it is given now.
+    """
+    since, _ = since_common(new, known)
+    if not set(new.history) & set(known.history):
+        # All that is remembered, which may be of before `known` was made: it has that in it.
+        since = tuple(one for one in since if (one.term.number, one.epoch) > known.place)
+    others = [one.term for one in (*since, new.generation) if one.primary not in (None, node)]
+    return max(others, key=lambda term: term.number, default=None)
 
 
 def _after(membership: Membership, common: Generation | None) -> tuple[Generation, ...]:

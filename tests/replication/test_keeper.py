@@ -3,14 +3,14 @@
 import dataclasses
 import errno
 import json
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import trio
 
 from replication.keeper import LegKeeper, LegRecord
 from replication.leg import EXTENT_BYTES, Position
-from replication.membership import Membership, Term
+from replication.membership import MAX_HISTORY, Membership, Term
 from tests.replication.stores import MemoryExtents, MemoryStore, first_record
 
 TERM_2 = Term(2, "2" * 16)
@@ -126,6 +126,38 @@ def test_a_leg_remembers_that_another_node_was_primary_and_not_that_its_own_was_
             await keeper.accept(dataclasses.replace(one, epoch=one.epoch + (one.primary is None)))
         await keeper.accept(keeper.record.accepted.next_term(Term(4, "4" * 16), "a", record.in_sync))  # type: ignore[union-attr]
         assert LegRecord.decode(store.record).elsewhere == Term(3, "3" * 16)
+
+    trio.run(main)
+
+
+def test_a_leg_that_was_away_while_another_node_was_primary_remembers_that_one_too() -> None:
+    async def main() -> None:
+        keeper, store, record = await started("abc")
+        there = record.next_term(TERM_2, "b", frozenset("bc"))
+        demoted = there.next_epoch().next_epoch(primary=None)
+        # The primary again, over the legs that have what b was given: the first that the leg here stores since.
+        await keeper.accept(demoted.next_term(Term(3, "3" * 16), "a", frozenset("bc")))
+        assert LegRecord.decode(store.record).elsewhere == TERM_2
+        own = keeper.record.accepted
+        assert own is not None
+        for _ in range(MAX_HISTORY + 1):  # what others have done is forgotten, and nobody has come since
+            own = own.next_epoch()
+        await keeper.accept(own)
+        assert keeper.record.elsewhere == TERM_2
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("forced", ["no", "fenced"])
+def test_who_was_primary_before_the_leg_was_seen_last_is_no_news_however_much_is_forgotten(forced: Any) -> None:
+    async def main() -> None:
+        there = first_record("abc").next_term(TERM_2, "b", frozenset("abc"), forced)
+        back = there.next_epoch(primary=None).next_term(Term(3, "3" * 16), "a", frozenset("abc"))
+        own = LegKeeper(MemoryStore(), LegRecord("a", accepted=back), node="a", boot="boot")
+        for _ in range(2 * MAX_HISTORY):
+            back = back.next_epoch()
+        await own.accept(back)
+        assert own.record.elsewhere is None
 
     trio.run(main)
 
