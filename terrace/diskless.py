@@ -18,6 +18,7 @@ more, and nobody here has promised anything: so it is asked for (`_look_out`).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import logging
@@ -31,8 +32,9 @@ import trio
 
 from replication.cluster import VoterState
 from replication.durable import make_directory, remove_file, replace_file
+from replication.keeper import term_from_json, term_to_json
 from replication.leg import Leg, LegStore, MirrorState
-from replication.lineage import are_apart
+from replication.lineage import are_apart, last_of_others
 from replication.membership import LegInfo, Membership, Term, decode, encode
 from replication.site import MirrorSettings
 from replication.voters import ask, in_sync_nodes
@@ -62,11 +64,14 @@ class Participation:
     | name | str | POOL/VOL, under which clients get it here |
     | since | float | seconds since the epoch |
     | membership | object | a record of the mirror, as `replication.membership.encode`; later ones are in HOME/voters |
+    | elsewhere | [int, str] or null | the last term before that record in which another node was primary |
     """
 
     name: str
     since_s: float
     membership: Membership
+    elsewhere: Term | None = None
+    """What was known of the mirror here before that term, in memory, is not to be relied on."""
 
     def encode(self) -> bytes:
         """For the file."""
@@ -75,6 +80,7 @@ class Participation:
             "name": self.name,
             "since": self.since_s,
             "membership": json.loads(encode(self.membership)),
+            "elsewhere": term_to_json(self.elsewhere),
         }
         return json.dumps(plain, sort_keys=True).encode()
 
@@ -93,7 +99,9 @@ class Participation:
             if type(since) not in (int, float):
                 raise ValueError(f"{since!r} is no time")
             require_name(plain["name"])
-            return Participation(plain["name"], float(since), decode(json.dumps(plain["membership"]).encode()))
+            membership = decode(json.dumps(plain["membership"]).encode())
+            elsewhere = term_from_json(plain.get("elsewhere"))  # not in what the first releases wrote
+            return Participation(plain["name"], float(since), membership, elsewhere)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise OSError(errno.EPROTO, f"it can't be understood: {error!r}") from None
 
@@ -207,8 +215,9 @@ class DisklessMirror(MirrorPart):
 
     @property
     def identity(self) -> str:
-        """See `ExportRecord`: the mirror's own, as long as it is served from here."""
-        return f"mirror/{self.mirror_id}"
+        """See `ExportRecord`."""
+        own, elsewhere = f"mirror/{self.mirror_id}", self.participation.elsewhere
+        return own if elsewhere is None else f"{own}/{elsewhere.number}-{elsewhere.id}"
 
     def where(self) -> str:
         """The nodes with legs, for sentences."""
@@ -292,8 +301,13 @@ class DisklessMirror(MirrorPart):
         await self._learn()
         if was_primary and not self.is_named_primary and not force:
             raise self._deposed()
-        self._record = await super()._proven(force=force, serving=serving)
-        return self._record
+        self._record = record = await super()._proven(force=force, serving=serving)
+        # Durable before clients get it under its identity, and of each term: a later one finds it in the history.
+        known = self.participation
+        elsewhere = last_of_others(record, known.membership, self._node.peers.node) or known.elsewhere
+        self.participation = dataclasses.replace(known, membership=record, elsewhere=elsewhere)
+        await self.keep()
+        return record
 
     def _deposed(self) -> OSError:
         record = self._record
@@ -394,7 +408,8 @@ def _candidates(states: dict[str, VoterState], nodes: frozenset[str]) -> str:
     return " or ".join(sorted(found - {""})) or "another node"
 
 
-def participation(name: str, membership: Membership) -> Participation:
-    """A new one, from now on. Raises OSError EINVAL for a name that is none."""
+def participation(name: str, membership: Membership, node: str) -> Participation:
+    """A new one of this node, from now on. Raises OSError EINVAL for a name that is none."""
     require_name(name)
-    return Participation(name, time.time(), membership)
+    others = [one.term for one in (*membership.history, membership.generation) if one.primary not in (None, node)]
+    return Participation(name, time.time(), membership, max(others, key=lambda term: term.number, default=None))

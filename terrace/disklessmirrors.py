@@ -179,7 +179,7 @@ class DisklessMirrors:
             mirror = self.of_mirror(membership.mirror)
             known = mirror is not None
             if mirror is None:
-                mirror = DisklessMirror(self._home, participation(name, membership), self._node)
+                mirror = DisklessMirror(self._home, participation(name, membership, self._node.peers.node), self._node)
                 await mirror.keep()
                 try:
                     await self._adopt(mirror)

@@ -16,9 +16,10 @@ from replication.cluster import VoterState
 from replication.durable import remove_file
 from replication.membership import Membership, Term
 from replication.voters import KeptVoter, LegsCluster
-from terrace.diskless import DisklessMirror, Participation, path_of, store, superseded
+from terrace.diskless import DisklessMirror, Participation, participation, path_of, store, superseded
 from terrace.disklessmirrors import DisklessMirrors
 from terrace.exports import PoolExports
+from terrace.primary import MirrorPart
 from tests.replication.nodes import Nodes
 from tests.replication.stores import MIRROR, first_record
 from tiers import TierError
@@ -28,11 +29,14 @@ TERM_2 = Term(2, "2" * 16)
 
 
 def test_what_is_written_down_is_read_again_and_goes(tmp_path: Path) -> None:
-    written = Participation("p/v", 12.5, SERVED)
+    written = Participation("p/v", 12.5, SERVED, TERM_2)
     path = path_of(tmp_path, MIRROR)
     store(path, written.encode())
     store(path, written.encode())
     assert Participation.decode(path.read_bytes()) == written
+    earlier = json.loads(written.encode())
+    del earlier["elsewhere"]
+    assert Participation.decode(json.dumps(earlier).encode()) == Participation("p/v", 12.5, SERVED)
     assert [one.name for one in path.parent.iterdir()] == [path.name]
     remove_file(path)
     remove_file(path)
@@ -49,6 +53,7 @@ def test_what_is_written_down_is_read_again_and_goes(tmp_path: Path) -> None:
         ({"since": "now"}, "can't be understood"),
         ({"membership": {}}, "can't be understood"),
         ({"membership": None}, "can't be understood"),
+        ({"elsewhere": [2]}, "can't be understood"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_a_sentence(changes: dict[str, Any], said: str) -> None:
@@ -217,6 +222,45 @@ def test_clients_of_a_mirror_without_a_leg_are_counted_and_it_is_listed_and_the_
             await exports.acquire("p/v")
         with pytest.raises(FileNotFoundError):
             await exports.acquire("p/w")
+
+    trio.run(main)
+
+
+def test_who_has_in_memory_what_was_before_another_node_was_primary_never_gets_what_came_of_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        _, node = mirrors(tmp_path, [])
+        seen = []
+        records: list[Membership] = []
+
+        async def proven(part: Any, **options: Any) -> Membership:
+            await trio.lowlevel.checkpoint()
+            return records.pop()
+
+        async def nobody(part: Any) -> dict[str, VoterState]:
+            await trio.lowlevel.checkpoint()
+            return {}
+
+        monkeypatch.setattr(MirrorPart, "_proven", proven)
+        monkeypatch.setattr(DisklessMirror, "_states", nobody)
+        by_a = first_record("ab", primary="a")
+        mirror = DisklessMirror(tmp_path, participation("p/v", by_a, "c"), node)
+        for number, who in ((2, "c"), (3, "c"), (4, "b"), (5, "c"), (6, "c")):
+            by_a = by_a.next_term(Term(number, f"{number}" * 16), who, frozenset("ab"))
+            if who == "c":
+                records.append(by_a)
+                await mirror._proven(force=True)
+                kept = Participation.decode(path_of(tmp_path, MIRROR).read_bytes())
+                again = DisklessMirror(tmp_path, kept, node)
+                assert again.identity == mirror.identity  # a daemon that is restarted goes on
+                seen.append(mirror.identity)
+        assert seen[0] == seen[1] != seen[2] == seen[3]
+        # Demoted here, and let go: the next time it is the same only if nobody else was primary in between.
+        ended = by_a.next_epoch(primary=None)
+        assert DisklessMirror(tmp_path, participation("p/v", ended, "c"), node).identity == seen[3]
+        ended = ended.next_term(Term(7, "7" * 16), "a", frozenset("ab")).next_epoch(primary=None)
+        assert DisklessMirror(tmp_path, participation("p/v", ended, "c"), node).identity != seen[3]
 
     trio.run(main)
 
