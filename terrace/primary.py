@@ -509,7 +509,11 @@ class MirrorPart(abc.ABC):
 
     async def _in_later_term(self) -> Membership:
         """For a mirror that is served from here already. Raises OSError."""
-        return await self._proven(force=False, serving=self.membership.term)
+        term = self.membership.term
+        record = await self._proven(force=False, serving=term)
+        # Nobody else was primary in between: who was known to write to NBD servers no more does so still.
+        self._fenced_nodes = {node: record.term for node, known in self._fenced_nodes.items() if known == term}
+        return record
 
     async def _is_created(self, first: Membership) -> bool:
         """The arbiter, if there is one, knows a mirror that is just made. False: it knows a later record."""

@@ -73,6 +73,20 @@ def test_a_mirror_of_one_leg_that_begins_again_writes_no_second_record_with_the_
     trio.run(main)
 
 
+def test_who_is_known_to_write_to_nbd_servers_no_more_is_so_in_a_later_term_of_the_same_primary(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def main() -> None:
+        record = first_record("a")
+        mirror = local_mirror(monkeypatch, MemoryStore(), LegRecord("a", record.term, record))
+        mirror.is_gone("c")  # an operator says so, of one that can't be heard
+        mirror._fenced_nodes["d"] = Term(0, "0" * 16)
+        later = await mirror._in_later_term()
+        assert later.term.number == 2 and mirror._fenced_nodes == {"c": later.term}
+
+    trio.run(main)
+
+
 def test_a_leg_that_the_next_primary_writes_to_is_never_declared_clean_by_the_last_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
