@@ -55,7 +55,7 @@ class KeptState:
         self._wanted = wanted
         self._stirred = trio.Event()
         self._is_early = False
-        """It is there, and the record that says why is still on its way."""
+        """It is there, or about to be, and the record that says why is still on its way."""
 
     def found(self) -> list[Snapshot]:
         """Oldest first."""
@@ -78,19 +78,25 @@ class KeptState:
         while name in taken:
             number += 1
             name = f"{base}-{number}"
+        # Before it can be seen, which is long before this returns: `run` may look in between.
+        before, self._is_early = self._is_early, True
         try:
             await self._pool.take_snapshots([(self._volume.short_name, name)])
         except OSError as error:
+            self._is_early = before
             why = "the pool is too full" if error.errno == errno.ENOSPC else str(error)
             self._tell(
                 "leg",
                 self._volume.name,
                 f"{self._volume.name} is resynced without keeping the state that it has now: {why}",
             )
+        except BaseException:
+            self._is_early = before
+            raise
         else:
-            self._is_early = True
             log.info("%s: kept as %s until it is resynced", self._volume.name, name)
-        self._stir()
+        finally:
+            self._stir()
 
     def served(self) -> None:
         """The record says that the leg is whole again."""

@@ -27,6 +27,8 @@ class OnePool:
     taken: list[Any] = field(default_factory=list)
     free: int = 100
     refusal: TierError | None = None
+    taking_s: float = 0.0
+    """From when one can be seen until it is durable."""
 
     def snapshots(self, volume: str) -> list[Any]:
         return list(self.taken)
@@ -40,6 +42,7 @@ class OnePool:
             raise self.refusal
         for volume, name in wanted:
             self.taken.append(SimpleNamespace(short_name=name, name=f"p/{volume}@{name}", held=False, open_count=0))
+        await trio.sleep(self.taking_s)
 
     async def delete_snapshots(self, wanted: Sequence[tuple[str, str]]) -> None:
         await trio.lowlevel.checkpoint()
@@ -181,6 +184,39 @@ def test_a_leg_whose_resync_fails_to_begin_again_and_again_keeps_but_the_newest_
             scene.store.save = save  # type: ignore[method-assign]
             await scene.begin()
             assert newest in scene.pool.taken and scene.pool.taken[-1] is not newest
+
+    run(main)
+
+
+def test_one_that_can_be_seen_while_it_is_taken_is_not_taken_for_an_old_one() -> None:
+    async def main() -> None:
+        scene = Scene()
+        await scene.begin()
+        await scene.end()
+        (old,) = scene.pool.taken
+        old.open_count = 1  # it stays, so that there is something to look at all the time
+        scene.pool.taking_s = 30
+        async with scene.running():
+            await scene.kept.take()
+            assert len(scene.pool.taken) == 2 and scene.pool.taken[0] is old
+            with trio.move_on_after(1):
+                await scene.kept.take()
+            await trio.sleep(60)  # given up: it is none of now any more than the one before
+            assert len(scene.pool.taken) == 2 and scene.pool.taken[0] is old
+
+    run(main)
+
+
+def test_one_whose_taking_was_given_up_goes_when_it_is_there_all_the_same() -> None:
+    async def main() -> None:
+        scene = Scene()
+        scene.pool.taking_s = 30
+        async with scene.running():
+            await trio.testing.wait_all_tasks_blocked()
+            with trio.move_on_after(1):
+                await scene.kept.take()
+            await trio.sleep(1)
+            assert scene.pool.taken == []
 
     run(main)
 
