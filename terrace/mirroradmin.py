@@ -31,6 +31,7 @@ from replication.verify import VerifyReport, verify
 from replication.voters import ask
 from terrace.diskless import DisklessMirror
 from terrace.exports import StoodFor
+from terrace.keptstate import is_kept_state
 from terrace.localmirror import LocalMirror
 from terrace.mirrors import Mirrors
 from terrace.mirrorsnapshots import MirrorSnapshots
@@ -151,6 +152,12 @@ class MirrorAdmin:
         if volume.filling:
             raise TierError(errno.EBUSY, f"{volume.name} is not complete; mirror it once what fills it has ended")
         require_whole_blocks(volume.name, volume.size_bytes)
+        if theirs := [one.name for one in pool.snapshots(volume.short_name) if is_kept_state(one.short_name)]:
+            raise TierError(
+                errno.EEXIST,
+                f"{theirs[0]} has a name that resyncs of mirrors give, and delete: rename it first, with `terrace "
+                f"snapshot rename`, or delete it",
+            )
         self.require_unused(volume, "be made a mirror of")
         await self._require_arbiter(options)
         mirror = await self._begin(pool, volume, options)

@@ -140,8 +140,7 @@ class MirrorSnapshots:
         """Snapshots (volume, name) of one instant, on every leg in sync: all, or none. Tells who lacks them."""
         for volume, name in wanted:
             validate_name("snapshot", name)
-            if is_kept_state(name) and pool.volume(volume).mirror_record:
-                raise TierError(errno.EINVAL, f"{name!r} is a name that resyncs give, and delete: choose another one")
+            _require_own_name(pool.volume(volume), name)
         if len({volume for volume, _ in wanted}) < len(wanted):
             raise TierError(errno.EINVAL, "a volume is named twice: one snapshot of it is enough")
         plain: list[tuple[str, str]] = []
@@ -308,6 +307,8 @@ class MirrorSnapshots:
     ) -> list[str]:
         """Rename, hold or release a snapshot on all legs. A sentence for each leg where a hold isn't changed."""
         found = pool.volume(volume)
+        if new_name is not None:
+            _require_own_name(found, new_name)
         mirror = self._leg_of(found)
         if mirror is None or local:
             await pool.change_snapshot(volume, name, new_name=new_name, held=held)
@@ -576,6 +577,12 @@ def _row_elsewhere(full_name: str, one: Elsewhere, legs: dict[str, list[str]]) -
     known = {"name": full_name, "volume": volume, "snapshot": name, "size_bytes": one.size_bytes}
     rest = {"created_at": one.created_at, "held": one.held, "open_count": one.open_count, "clones": []}
     return known | unknown | rest | {"legs": legs}
+
+
+def _require_own_name(volume: Volume, name: str) -> None:
+    """Whether a snapshot may be called so by people. Raises EINVAL."""
+    if is_kept_state(name) and volume.mirror_record:
+        raise TierError(errno.EINVAL, f"{name!r} is a name that resyncs give, and delete: choose another one")
 
 
 def _node(mirror: ServedMirror, leg: str) -> str:

@@ -17,6 +17,7 @@ from replication.membership import LegInfo, Membership, Options, Term
 from terrace.diskless import DisklessMirror
 from terrace.mirroradmin import MirrorAdmin, Place, _last_record
 from tests.replication.stores import first_record
+from tiers import TierError
 
 
 class Served:
@@ -251,5 +252,20 @@ def test_a_primary_without_a_leg_is_never_ended_by_a_discard_that_it_could_not_c
         with pytest.raises(OSError, match="a node with a leg has to decide that") as refused:
             await admin._discard(WithoutLeg(), LegInfo("b", "b", "fast/vol"))
         assert refused.value.errno == errno.ENOTSUP and admin.asked == []
+
+    trio.run(main)
+
+
+def test_a_volume_with_a_snapshot_that_a_resync_would_delete_becomes_no_mirror() -> None:
+    async def main() -> None:
+        async def never(served: Served, record: Membership) -> None:
+            raise AssertionError(record)
+
+        admin = Admin(Served(never))
+        volume: Any = SimpleNamespace(name="fast/vol", short_name="vol", filling=False, size_bytes=1 << 20)
+        mine = SimpleNamespace(name="fast/vol@resync-20261130-120000", short_name="resync-20261130-120000")
+        pool: Any = SimpleNamespace(name="fast", snapshots=lambda name: [mine])
+        with pytest.raises(TierError, match="vol@resync-20261130-120000 has a name that resyncs of mirrors give"):
+            await admin._add_first(pool, volume, Place("b"), Options())
 
     trio.run(main)

@@ -15,6 +15,7 @@ from replication.membership import Generation, LegInfo, Membership, Term
 from terrace.duedeletions import Due, DueDeletions
 from terrace.mirrorsnapshots import MirrorSnapshots
 from tests.replication.stores import first_record
+from tiers import TierError
 
 
 class Served:
@@ -97,5 +98,17 @@ def test_a_leg_on_an_nbd_server_is_not_told_as_a_node_without_the_snapshot(
 
         monkeypatch.setattr(terrace.mirrorsnapshots, "take_at_once", take)
         assert await scene.snapshots.take(scene.pool, [("v", "one")]) == {"v": {"b": "it is Offline"}}
+
+    trio.run(main)
+
+
+def test_nobody_gives_a_snapshot_of_a_mirror_a_name_that_resyncs_delete(tmp_path: Path) -> None:
+    async def main() -> None:
+        scene = Scene(tmp_path, first_record("ab"))
+        for local in (False, True):
+            with pytest.raises(TierError, match="resyncs give, and delete"):
+                await scene.snapshots.take(scene.pool, [("v", "resync-20261130-120000")], local=local)
+            with pytest.raises(TierError, match="resyncs give, and delete"):
+                await scene.snapshots.change(scene.pool, "v", "daily", new_name="resync-20261130-120000", local=local)
 
     trio.run(main)
