@@ -77,13 +77,15 @@ class DueDeletions:
             merged = Due(due.mirror, due.leg, due.node, due.term, due.epoch, names)
             await self._save([*(one for one in self._due if one not in earlier), merged])
 
-    async def drop(self, mirror: str, leg: str, names: Iterable[str] | None = None) -> None:
-        """These aren't due any more, or none of that leg. Raises OSError."""
+    async def drop(
+        self, mirror: str, leg: str, names: Iterable[str] | None = None, *, only: Due | None = None
+    ) -> None:
+        """These aren't due any more, or none of that leg: `only` where that is still what it was. Raises OSError."""
         async with self._lock:
             gone = None if names is None else set(names)
             changed = []
             for one in self._due:
-                if (one.mirror, one.leg) == (mirror, leg):
+                if (one.mirror, one.leg) == (mirror, leg) and only in (None, one):
                     left = () if gone is None else tuple(name for name in one.names if name not in gone)
                     if not left:
                         continue

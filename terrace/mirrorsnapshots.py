@@ -522,7 +522,11 @@ class MirrorSnapshots:
 
     async def _let_be(self, mirror: ServedMirror, due: Due) -> None:
         """Names of before another node was primary: they may be of other snapshots now."""
-        await self._forget(due)
+        try:
+            # What was asked for since then, of a leg that is still away, is due nevertheless.
+            await self._due.drop(due.mirror, due.leg, only=due)
+        except OSError as error:
+            log.warning("what %s owes can't be written down: %s", due.node, error)
         shown = ", ".join(due.names[:5]) + (", ..." if len(due.names) > 5 else "")
         self._mirrors.tell(
             "mirror",

@@ -62,6 +62,28 @@ def test_a_name_of_before_another_primary_is_not_owed_anew_with_a_later_one(tmp_
     trio.run(main)
 
 
+def test_what_is_asked_for_while_older_debts_are_given_up_is_owed(tmp_path: Path) -> None:
+    async def main() -> None:
+        first = first_record("abc")
+        scene = Scene(tmp_path, first)
+        for leg in "bc":
+            await scene.due.add(owes(first, leg, "old"))
+        now = first.next_term(Term(2, "b" * 16), "b", frozenset("abc")).next_epoch(primary=None)
+        scene.served.membership = now = now.next_term(Term(3, "c" * 16), "a", frozenset("a"))
+        drop = scene.due.drop
+
+        async def slow(mirror: str, leg: str, *names: Any, **only: Any) -> None:
+            if leg == "b" and leg in scene.owed():  # a disk that takes its time, and an operator who deletes meanwhile
+                await scene.snapshots._delete_elsewhere({}, {scene.served: {"c": {"new"}}}, remember=True)
+            await drop(mirror, leg, *names, **only)
+
+        scene.due.drop = slow  # type: ignore[method-assign]
+        await scene.snapshots._settle(scene.served)
+        assert scene.owed() == {"c": ("new",)}
+
+    trio.run(main)
+
+
 def test_a_leg_that_comes_back_while_a_snapshot_is_taken_does_not_owe_its_deletion(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
