@@ -6,7 +6,8 @@ HOME/snapshot-deletions.json, JSON in UTF-8, written beside and renamed into pla
 
 `term` and `epoch` are of the record in force when it was asked for. A name may be given again: what is due holds only
 for as long as no other node was primary since then, which the record's history tells (`holds`). A file that can't be
-understood is put aside (`.bad`) and told: what it owed stays on those legs, where `terrace snapshot list` shows it.
+understood, or read, is put aside (`.bad`) and told: what it owed stays on those legs, where `terrace snapshot list`
+shows it.
 """
 
 from __future__ import annotations
@@ -77,9 +78,7 @@ class DueDeletions:
             merged = Due(due.mirror, due.leg, due.node, due.term, due.epoch, names)
             await self._save([*(one for one in self._due if one not in earlier), merged])
 
-    async def drop(
-        self, mirror: str, leg: str, names: Iterable[str] | None = None, *, only: Due | None = None
-    ) -> None:
+    async def drop(self, mirror: str, leg: str, names: Iterable[str] | None = None, *, only: Due | None = None) -> None:
         """These aren't due any more, or none of that leg: `only` where that is still what it was. Raises OSError."""
         async with self._lock:
             gone = None if names is None else set(names)
@@ -101,18 +100,13 @@ class DueDeletions:
 
     def _read(self) -> list[Due]:
         try:
-            data = self._path.read_bytes()
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            self._tell("mirror", FILE_NAME, f"{self._path} can't be read: {error.strerror}")
-            return []
-        try:
-            found = json.loads(data)
+            found = json.loads(self._path.read_bytes())
             if found["version"] != VERSION:
                 raise ValueError(f"version {found['version']!r}")
             return [_due(one) for one in found["due"]]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             aside = self._path.with_suffix(".bad")
             with contextlib.suppress(OSError):  # it is told, and replaced by what is due next
                 self._path.replace(aside)

@@ -65,6 +65,15 @@ def test_a_file_that_cant_be_understood_is_put_aside_and_told(tmp_path: Path, da
     assert DueDeletions(tmp_path, silent)
 
 
+def test_a_file_that_cant_be_read_is_put_aside_and_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).mkdir()  # the read fails, whoever runs this
+    told: list[str] = []
+    kept = DueDeletions(tmp_path, lambda kind, subject, text: told.append(text))
+    assert len(told) == 1 and "snapshot list" in told[0]
+    trio.run(kept.add, due("one"))
+    assert (tmp_path / FILE_NAME).with_suffix(".bad").is_dir() and DueDeletions(tmp_path, silent)
+
+
 def test_a_name_means_the_deleted_snapshot_for_as_long_as_no_other_node_was_primary() -> None:
     record = first_record("ab")
     one = due("one", at=record)
