@@ -21,9 +21,9 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def remove_file(path: Path) -> None:
-    """Durable on return. One that isn't there is no error."""
+    """Durable on return. One that isn't there is no error: who removed it may have crashed before that was durable."""
+    path.unlink(missing_ok=True)
     with contextlib.suppress(FileNotFoundError):
-        path.unlink()
         sync_directory(path.parent)
 
 

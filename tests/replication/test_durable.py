@@ -34,3 +34,20 @@ def test_the_old_file_is_there_until_the_new_one_is_durable(tmp_path: Path, monk
     with pytest.raises(OSError, match="the disk is gone"):
         replace_file(path, b"new")
     assert path.read_bytes() == b"old"
+
+
+def test_a_file_that_is_gone_already_is_durably_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "one.json"
+    replace_file(path, b"old")
+    synced: list[int] = []
+
+    def failing(descriptor: int) -> None:
+        synced.append(descriptor)
+        raise OSError(5, "the disk is gone")
+
+    monkeypatch.setattr(os, "fsync", failing)
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is gone"):
+            remove_file(path)
+    assert len(synced) == 2
+    remove_file(tmp_path / "never" / "one.json")
