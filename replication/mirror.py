@@ -59,7 +59,7 @@ from replication.leg import (
 from replication.members import Connect, LegCounters, LegFacts, Member, MirrorStatus, readable
 from replication.membership import LegInfo, Membership
 from replication.mirrorreads import Reads
-from replication.reconcile import choose_source, reconcile
+from replication.reconcile import LegError, choose_source, reconcile, told_of
 from replication.records import Records
 from replication.returning import Returning
 from replication.site import MirrorSettings, Waits
@@ -591,7 +591,26 @@ class Mirror:
     # -- the beginning -----------------------------------------------------------------------------------------------
 
     async def begin(self) -> None:
-        """Connect the legs in sync, make them equal, open the gate. Raises OSError: it can't be proven what is true."""
+        """Connect the legs in sync, make them equal, open the gate. Raises OSError: it can't be proven what is true.
+
+        A leg that is there, and fails again while they are made equal, is one that isn't there: else a node whose disk
+        is broken, and which answers, would keep all others from being served.
+        """
+        failed: list[str] = []
+        unfit: OSError | None = None
+        while True:
+            left_out = frozenset(one for one in failed if failed.count(one) > 1)
+            try:
+                return await self._begin_without(left_out)
+            except LegError as error:
+                failed.append(error.leg.info.id)
+                unfit = error
+                if not self.membership.in_sync & self.membership.terrace_ids - {*left_out, error.leg.info.id}:
+                    raise
+            except OSError as error:
+                raise unfit if left_out and unfit is not None else error from None
+
+    async def _begin_without(self, left_out: frozenset[str]) -> None:
         # All of these have what was acknowledged, also those that a record leaves out that isn't known to count. But
         # whoever comes next may go on by that one: a leg that it has in sync, too, must be there, and stay.
         needed = self.membership.in_sync
@@ -599,7 +618,8 @@ class Mirror:
             needed &= attempt.in_sync
         # An NBD server proves nothing: a record without it comes next, and it gets what is recent by a resync.
         needed &= self.membership.terrace_ids
-        members = [self.members[leg_id] for leg_id in sorted(self.membership.in_sync & self.membership.terrace_ids)]
+        proof = self.membership.in_sync & self.membership.terrace_ids
+        members = [self.members[leg_id] for leg_id in sorted(proof - left_out)]
         timeout_s = self.membership.options.timeout_s
         until = trio.current_time() + timeout_s
         with trio.move_on_after(max(timeout_s, self.settings.first_leg_s)) as patience:
@@ -631,9 +651,11 @@ class Mirror:
                 nursery.cancel_scope.cancel()
             if refusal is not None:
                 raise refusal
-        except OSError:
+        except OSError as error:
             for member in here:
                 if member.leg is not None:
+                    if isinstance(error, LegError) and error.leg is member.leg:
+                        member.error = OSError(error.errno, error.strerror)
                     member.leg.close()
                     member.leg = None
             raise
@@ -661,7 +683,8 @@ class Mirror:
         others = [leg for leg in legs if leg is not source]
         size_bytes = max(record.size_bytes for record in (self.membership, *self.records.attempts))
         for leg in legs:
-            await fit(leg, size_bytes)
+            with told_of(leg):
+                await fit(leg, size_bytes)
         self._note_missing()  # of what is recent, before that is forgotten
         # A leg that is in sync and isn't here learns what it misses by the record that excludes it.
         all_here = self.records.required() <= {member.info.id for member in here}
@@ -670,7 +693,8 @@ class Mirror:
         self.sequence = await reconcile(source, others, self.sequence, self.size_bytes, forget=all_here, good=good)
         for leg in legs:
             # Durable with it is that the leg lacks nothing now, whatever it had lost (`LegKeeper.settled`).
-            await self._store_at(leg)
+            with told_of(leg):
+                await self._store_at(leg)
         self._check_all(legs)
 
     async def _watch_beginning(self, legs: Sequence[Leg]) -> None:
@@ -705,7 +729,7 @@ class Mirror:
     def _check_all(self, legs: Sequence[Leg]) -> None:
         for leg in legs:
             if leg.failure is not None:
-                raise OSError(leg.failure.errno, leg.failure.strerror)
+                raise LegError(leg, leg.failure)
 
     def _note_missing(self) -> None:
         """Before `recent` is forgotten: a leg that was being brought up to date may have lost that much of it."""
@@ -718,6 +742,7 @@ class Mirror:
         while True:
             try:
                 member.leg = await self._connect(member.info, self.membership)
+                member.error = None
                 member.abandoned = trio.Event()
                 return
             except OSError as error:

@@ -31,6 +31,25 @@ COMPARE_BYTES = 16 << 20
 and a disk that was just trimmed as a whole is all recent."""
 
 
+class LegError(OSError):
+    """What one leg has failed with."""
+
+    def __init__(self, leg: Leg, error: OSError) -> None:
+        super().__init__(error.errno, error.strerror)
+        self.leg = leg
+
+
+@contextlib.contextmanager
+def told_of(leg: Leg) -> Iterator[None]:
+    """An OSError within is that leg's."""
+    try:
+        yield
+    except LegError:
+        raise
+    except OSError as error:
+        raise LegError(leg, error) from error
+
+
 def choose_source(legs: Sequence[Leg], intact: frozenset[str], *, all_heard: bool) -> Leg:
     """A pure decision. Raises OSError ENODATA if it can't be proven that one of them has every acknowledged write."""
     by_nearness = sorted(legs, key=lambda leg: (not leg.is_local, leg.info.id))
@@ -70,7 +89,8 @@ async def differing(source: Leg, target: Leg, offset: int, length: int) -> list[
     sides: list[bytes] = [b"", b""]
 
     async def ask(side: int, leg: Leg) -> None:
-        sides[side] = await leg.checks(offset, length)
+        with told_of(leg):
+            sides[side] = await leg.checks(offset, length)
 
     try:
         with ungrouped():
@@ -128,11 +148,13 @@ async def reconcile(
     right.
     `forget`: these are all legs that a record calls in sync, so what is recent is forgotten. Else a record without
     those that aren't here comes next, and with it what is recent becomes what they miss. Nothing else is submitted
-    meanwhile. Raises OSError if the source fails; another leg that fails shows it itself.
+    meanwhile. Raises LegError, which says whose it is; another OSError for a block that no good leg can read.
     """
-    extents = await source.changed([RECENT, RECENT_OLD])
+    with told_of(source):
+        extents = await source.changed([RECENT, RECENT_OLD])
     for leg in others:
-        extents.update(await leg.changed([RECENT, RECENT_OLD]))
+        with told_of(leg):
+            extents.update(await leg.changed([RECENT, RECENT_OLD]))
     helpers = [leg for leg in others if leg.info.id in good]
     for offset, length in pieces(extents, size_bytes, COMPARE_BYTES):
         for leg in others:
@@ -147,7 +169,8 @@ async def reconcile(
                     sequence += 1
                     await submitted(leg, sequence, Change(at, count, data))
     for leg in (source, *others):
-        await leg.flush()
+        with told_of(leg):
+            await leg.flush()
     sequence += 1  # of the flush: 0 would say that nothing may be forgotten
     for _ in range(2):  # the first makes what is left of `recent` old
         for leg in (source, *others):
@@ -161,7 +184,8 @@ async def _read(leg: Leg, offset: int, length: int, into: memoryview) -> bool:
         await leg.read(offset, length, into)
     except OSError:
         if leg.failure is not None:
-            raise
+            with told_of(leg):
+                raise
         return False
     return True
 
@@ -201,4 +225,4 @@ async def submitted(leg: Leg, sequence: int, change: Change) -> None:
     leg.submit(sequence, [change], done)
     await event.wait()
     if outcome[0] is not None:
-        raise OSError(outcome[0].errno, outcome[0].strerror)
+        raise LegError(leg, outcome[0])

@@ -82,7 +82,7 @@ MUTANTS: dict[str, Plant] = {
         "if batch.refused is not None: break\n            if False:",
     ),
     "what a primary begins with is read before a record counts": _instead(
-        Mirror, "begin", "self._undecided = bool(self.excluding)", "pass"
+        Mirror, "_begin_without", "self._undecided = bool(self.excluding)", "pass"
     ),
     "what an NBD server has behind the end isn't missed when the mirror grows": _instead(
         Barriers, "_miss", 'self._on_all("grow", members, note)', "trio.lowlevel.checkpoint()"
