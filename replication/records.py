@@ -59,6 +59,8 @@ class Records:
         """What `reconfigure` wants in the record."""
         self.renewal: Callable[[], Awaitable[Membership]] | None = None
         """With all legs let go: what begins a later term (`replication.laterterm`). None again when all has begun."""
+        self._is_renewed = False
+        """It has begun one. All that is left is to begin with its legs, as often as that takes."""
         self.prove: Callable[[], Awaitable[Membership]] | None = None
         """What a renewal asks, where this primary may begin later terms by itself."""
         self._commit_scope: trio.CancelScope | None = None
@@ -102,7 +104,7 @@ class Records:
                         self._end_renewal()
                     continue
                 if self._is_refused():
-                    self.renewal = self.prove
+                    self.renewal, self._is_renewed = self.prove, False
                 await trio.sleep(self._retry_s)
                 continue
             record = self._desired()
@@ -119,7 +121,7 @@ class Records:
 
     async def _renew(self) -> None:
         """Begin a later term, where that is wanted. If it can't be proven, the old one may go on."""
-        if self.renewal is None:
+        if self.renewal is None or self._is_renewed:
             return
         try:
             record = await self.renewal()
@@ -128,7 +130,7 @@ class Records:
             if error.errno == errno.ESTALE:
                 self._site.depose(error)
             return
-        self.attempts = []
+        self.attempts, self._is_renewed = [], True
         self._adopt(record)
 
     def _is_refused(self) -> bool:
@@ -139,7 +141,7 @@ class Records:
 
     def _end_renewal(self) -> None:
         if self.renewal is not None:
-            self.renewal = None
+            self.renewal, self._is_renewed = None, False
             self._site.change()
 
     async def _commit(self, record: Membership) -> bool:

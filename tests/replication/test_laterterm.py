@@ -138,6 +138,33 @@ def test_a_primary_whose_last_leg_in_sync_refuses_its_term_begins_a_later_one() 
     run(main)
 
 
+def test_a_term_that_has_begun_is_enough_however_long_its_legs_take_to_be_equal() -> None:
+    async def main() -> None:
+        proof = Proof()
+        rig = rig_with(proof)
+        async with rig.running() as mirror:
+            await mirror.write(0, memoryview(DATA))
+            await rig.nodes["c"].keeper.promise(FAILED)
+            await rig.until(lambda: "legc" not in mirror.membership.in_sync)
+            is_broken, flush = True, rig.store("a").flush
+
+            async def fails() -> None:
+                await flush()
+                if mirror.lost and is_broken:
+                    raise OSError(errno.EIO, "broken")
+
+            for node in "ab":
+                rig.store(node).flush = fails  # type: ignore[method-assign]
+            await rig.until(lambda: bool(proof.asked_at))
+            await trio.sleep(30)
+            assert mirror.lost and len(proof.asked_at) == 1, "each would push one of before out of the history"
+            is_broken = False
+            await rig.whole()
+            assert len(proof.asked_at) == 1 and mirror.records.renewal is None
+
+    run(main)
+
+
 def test_it_is_deposed_instead_where_others_have_gone_on() -> None:
     async def main() -> None:
         proof = Proof(refusals=1)
