@@ -83,6 +83,8 @@ class MirrorSnapshots:
         self._mirrors = mirrors
         self._due = due
         self._settling = trio.Lock()
+        self._going: list[tuple[str, str]] = []
+        """Volumes' names and their snapshots' that are being deleted: what legs owe of that isn't written down yet."""
 
     # -- who does it ---------------------------------------------------------------------------------------------
 
@@ -140,7 +142,13 @@ class MirrorSnapshots:
         """Snapshots (volume, name) of one instant, on every leg in sync: all, or none. Tells who lacks them."""
         for volume, name in wanted:
             validate_name("snapshot", name)
-            _require_own_name(pool.volume(volume), name)
+            found = pool.volume(volume)
+            _require_own_name(found, name)
+            if (found.name, name) in self._going:
+                # Who is found to be away would get it now, and delete it as what it owes.
+                raise TierError(
+                    errno.EBUSY, f"{found.name}@{name} is being deleted at this moment: try again when that has ended"
+                )
         if len({volume for volume, _ in wanted}) < len(wanted):
             raise TierError(errno.EINVAL, "a volume is named twice: one snapshot of it is enough")
         plain: list[tuple[str, str]] = []
@@ -210,6 +218,15 @@ class MirrorSnapshots:
 
         `remember`: legs that are away are told when they are back. Raises TierError: ENOENT, EBUSY.
         """
+        going = [(pool.volume(volume).name, name) for volume, name in wanted]
+        self._going += going
+        try:
+            return await self._delete(pool, wanted, local=local, remember=remember)
+        finally:
+            for one in going:
+                self._going.remove(one)
+
+    async def _delete(self, pool: Pool, wanted: Sequence[tuple[str, str]], *, local: bool, remember: bool) -> list[str]:
         own: list[tuple[str, str]] = []
         elsewhere: dict[ServedMirror, dict[str, set[str]]] = {}
         """By leg: the names there."""

@@ -106,6 +106,44 @@ def test_a_leg_that_comes_back_while_a_snapshot_is_taken_does_not_owe_its_deleti
     trio.run(main)
 
 
+def test_what_is_taken_while_one_of_its_name_is_being_deleted_is_never_owed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A leg that was away for the deletion may be back for what is taken next."""
+
+    async def main() -> None:
+        scene = Scene(tmp_path, first_record("ab"))
+        there = [SimpleNamespace(short_name="one")]
+        scene.pool.name, scene.pool.snapshots = "p", lambda volume: list(there)
+        taken: list[str] = []
+
+        async def delete(wanted: Any) -> None:
+            there.clear()
+            await trio.lowlevel.checkpoint()
+            with pytest.raises(TierError, match="p/v@one is being deleted at this moment"):
+                await scene.snapshots.take(scene.pool, [("v", "one")])
+            await scene.snapshots.take(scene.pool, [("v", "two")])
+
+        async def take(names: Any, here: Any) -> Any:
+            await trio.lowlevel.checkpoint()
+            taken.extend(names.values())
+            return {mirror: {} for mirror in names}
+
+        async def ask(mirror: Any) -> Any:
+            await trio.lowlevel.checkpoint()
+            return {LegInfo("b", "b", "p/v"): None}
+
+        scene.pool.delete_snapshots = delete
+        monkeypatch.setattr(scene.snapshots, "_ask", ask)
+        monkeypatch.setattr(terrace.mirrorsnapshots, "take_at_once", take)
+        (left,) = await scene.snapshots.delete(scene.pool, [("v", "one")])
+        assert "deletes one" in left and scene.owed() == {"b": ("one",)} and taken == ["two"]
+        await scene.snapshots.take(scene.pool, [("v", "one")])
+        assert scene.owed() == {} and taken == ["two", "one"]
+
+    trio.run(main)
+
+
 def test_a_leg_on_an_nbd_server_is_not_told_as_a_node_without_the_snapshot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
