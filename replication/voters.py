@@ -570,7 +570,7 @@ class LegsCluster:
     ) -> None:
         """`voter`: of a node, by its name. `known`: nodes that may know of a mirror, this one included if it is one.
 
-        `timeout_s` bounds each method.
+        `timeout_s` bounds each round of questions: each method has one, and `newest` two where it has to.
         """
         self.node = node
         self._voter = voter
@@ -579,16 +579,22 @@ class LegsCluster:
 
     async def newest(self, mirror: str) -> Membership:
         """Raises OSError ETIMEDOUT, naming who must answer; ENOENT if all have answered and nobody knows it."""
+        states: dict[str, VoterState] = {}
+        failures: dict[str, OSError] = {}
         nodes = tuple(await self._known(mirror))
-        states, failures = await ask(
-            nodes, lambda node: self._voter(node).state(mirror), lambda states: False, timeout_s=self._timeout_s
-        )
-        records = {node: state.accepted for node, state in states.items() if state.accepted is not None}
-        if not records:
+        for _ in range(2):  # who came to the mirror since is named by those that were known
+            found, unheard = await ask(
+                nodes, lambda node: self._voter(node).state(mirror), lambda states: False, timeout_s=self._timeout_s
+            )
+            states, failures = states | found, failures | unheard
+            records = {node: state.accepted for node, state in states.items() if state.accepted is not None}
+            newest = max(records.values(), key=lambda one: one.place, default=None)
+            named = (*newest.voters, *sorted(in_sync_nodes(newest))) if newest is not None else ()
+            nodes = tuple(dict.fromkeys(node for node in named if node not in states and node not in failures))
+        if newest is None:
             if all(error.errno == errno.ENOENT for error in failures.values()):
                 raise OSError(errno.ENOENT, f"no node knows of a mirror {mirror}")
             raise OSError(errno.ETIMEDOUT, f"no voter of mirror {mirror} has answered: {_told(failures)}")
-        newest = max(records.values(), key=lambda one: one.place)
         stored = frozenset(node for node, record in records.items() if record == newest)
         if not counts(newest, None, stored):
             lacking = sorted(in_sync_nodes(newest) - stored) or sorted(set(newest.voters) - stored)

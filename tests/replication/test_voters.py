@@ -21,12 +21,14 @@ from replication.membership import Term
 from replication.voters import (
     Handler,
     KeptVoter,
+    LegsCluster,
     RemoteVoter,
     goes_first,
     handlers,
     state_from_json,
     state_to_json,
 )
+from tests.replication.nodes import Nodes
 from tests.replication.stores import MIRROR, MemoryStore, first_record
 
 TERM_2 = Term(2, "2" * 16)
@@ -414,3 +416,26 @@ def test_what_takes_from_a_primary_that_it_may_go_on_alone_is_stored_there_first
     assert goes_first("a", two.next_epoch(in_sync=frozenset("b")), two)
     assert not goes_first("a", two.next_epoch(in_sync=frozenset("a")), two)
     assert not goes_first("b", two.next_term(TERM_2, "b", frozenset("ab")), two)
+
+
+def test_what_counts_is_found_also_where_nodes_have_come_to_the_mirror_since() -> None:
+    async def main() -> None:
+        nodes = Nodes("abc", timeout_s=0.3)
+
+        async def at_first(mirror: str) -> tuple[str, ...]:
+            await trio.lowlevel.checkpoint()
+            return ("a", "b")
+
+        cluster = LegsCluster("a", nodes.voter("a"), at_first, timeout_s=0.3)
+        first = first_record("ab")
+        await cluster.create(first)
+        of_three = first_record("abc")
+        later = dataclasses.replace(first, legs=of_three.legs, voters=of_three.voters).next_epoch()
+        await cluster.commit(later, expected=first)
+        # The others go on without the primary of before.
+        taken = later.next_term(TERM_2, "b", frozenset("bc"))
+        for name in "bc":
+            await nodes.all[name].voter.accept(taken)
+        assert await cluster.newest(first.mirror) == taken
+
+    trio.run(main)
