@@ -74,12 +74,13 @@ class LaterTerm:
     def _is_due(self, pause_s: float) -> bool:
         """Whether a leg that the record doesn't call in sync has refused the term for so long."""
         now, required = trio.current_time(), self._records.required()
-        for member in self._site.members.values():
-            refuses = member.leg is None and member.error is not None and member.error.errno == errno.ESTALE
-            if refuses and member.info.id not in required and member.info.kind == "terrace":
-                self._since.setdefault(member.info.id, now)
-            else:
-                self._since.pop(member.info.id, None)
+        refusing = [
+            member.info.id
+            for member in self._site.members.values()
+            if member.leg is None and member.error is not None and member.error.errno == errno.ESTALE
+            if member.info.id not in required and member.info.kind == "terrace"
+        ]
+        self._since = {leg_id: self._since.get(leg_id, now) for leg_id in refusing}
         return not self._site.shut and any(now - since >= pause_s for since in self._since.values())
 
     async def _begin(self, timeout_s: float) -> None:

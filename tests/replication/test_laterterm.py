@@ -91,6 +91,23 @@ def test_a_leg_that_is_away_or_being_resynced_is_no_reason() -> None:
     run(main)
 
 
+def test_nor_is_one_that_has_refused_and_is_no_leg_any_more() -> None:
+    async def main() -> None:
+        proof = Proof()
+        rig = rig_with(proof)
+        async with rig.running() as mirror:
+            await rig.nodes["c"].keeper.promise(FAILED)
+            await rig.until(lambda: "legc" not in mirror.membership.in_sync)
+            error = mirror.members["legc"].error
+            await rig.until(lambda: mirror.members["legc"].error is not error)  # it was sought, and has refused
+            await trio.sleep(mirror.membership.options.timeout_s / 2)
+            await mirror.reconfigure(legs=tuple(leg for leg in mirror.membership.legs if leg.node != "c"))
+            await trio.sleep(20)
+            assert not proof.asked_at
+
+    run(main)
+
+
 def test_without_a_proof_the_old_term_goes_on_and_it_is_tried_again_less_and_less_often() -> None:
     async def main() -> None:
         proof = Proof(refusals=3)
