@@ -5,7 +5,8 @@ number stands for one place in the order of (term, sequence). What a primary had
 in the next term or is gone for ever, since the legs are made equal before anything is served. So
 
 - no sector is found older than an acknowledged write, or than what a read has returned before;
-- a batch is acknowledged only when each leg that didn't get it has its extents in `missing:ID` at all legs in sync;
+- a batch is acknowledged only when each leg that didn't get it has its extents in `missing:ID` at all legs in sync that
+  are on machines which have kept their memory since the legs were last equal;
 - a snapshot is one point of that order.
 
 Two things let the promise be weaker, and the judge knows them without asking the mirror:

@@ -792,19 +792,23 @@ class Life:
         for node in self.nodes.values():
             await self.nursery.start(node.start)
 
+    async def unrest(self) -> None:
+        """Everything before the peace."""
+        async with trio.open_nursery() as operators:
+            operators.start_soon(self.operator)
+            async with trio.open_nursery() as work:
+                for _ in range(CLIENTS):
+                    work.start_soon(self.client)
+                for _ in range(2):
+                    work.start_soon(self.trouble)
+            operators.cancel_scope.cancel()
+
     async def run(self) -> Life:
         """From the beginning to the end."""
         with trio.fail_after(LIFE_S):
             async with trio.open_nursery() as self.nursery:
                 await self.make()
-                async with trio.open_nursery() as operators:
-                    operators.start_soon(self.operator)
-                    async with trio.open_nursery() as work:
-                        for _ in range(CLIENTS):
-                            work.start_soon(self.client)
-                        for _ in range(2):
-                            work.start_soon(self.trouble)
-                    operators.cancel_scope.cancel()
+                await self.unrest()
                 mirror = await self.peace()
                 self.judge.check()
                 if mirror is not None:
@@ -814,11 +818,11 @@ class Life:
         return self
 
 
-def live(seed: int, **options: Any) -> Life:
+def live(seed: int, kind: type[Life] = Life, **options: Any) -> Life:
     """One life. Raises ViolationError, with the schedule as a note."""
     core = trio._core._run
     core._r.seed(seed)  # type: ignore[attr-defined]
-    life = Life(seed, **options)
+    life = kind(seed, **options)
     collecting = gc.isenabled()
     gc.disable()
     try:

@@ -258,15 +258,21 @@ class WatchedMirror(ServedMirror):
                 self.life.judge.found(f"{named(place)} is acknowledged without {leg_id}, in sync by the record")
 
     def _check_missing(self, fresh: Sequence[int], writers: set[str], place: int) -> None:
-        """Every leg in sync knows what others miss."""
+        """Every leg in sync knows what others miss.
+
+        But for one whose machine went down while its word that it has the batch was on its way: what it knew may be
+        gone with what it had. It counts for nothing until it is made equal to a leg that has both, and the marks come
+        with the blocks. If they didn't, it would bring others less than they miss, and these be found to differ.
+        """
         in_sync = self.membership.in_sync
         touched = extents_of(fresh)
         for info in self.membership.legs:
             if info.id in in_sync or info.id in writers:
                 continue
             for other in in_sync:
-                local = self.life.local_of(self.membership.leg(other).node)
-                if local is None:
+                node = self.membership.leg(other).node
+                local = self.life.local_of(node)
+                if local is None or self.life.nodes[node].is_vulnerable:
                     continue
                 known: set[int] = set()
                 for at, length in local.store.trackers.get(missing_tracker(info.id), ChangedExtents()).runs():
