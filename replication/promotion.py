@@ -390,6 +390,11 @@ async def promote(
     term = new_term(list(states.values()), truth)
     alive = [node for node, state in states.items() if state.primary_here and node != me]
     _judge_own(own, *(one for node in alive if (one := states[node].accepted) is not None and _is_after(one, own)))
+    mine = states[me].accepted if me in states else None
+    if mine is not None and mine.primary != me and _is_after(mine, own):
+        # Its leg here has been given to another primary: whether or not that one serves, this node doesn't any more. It
+        # would be refused for ever, as its own seeking keeps it alive in the eyes of the others.
+        _judge_own(own, mine)
     if alive and not force:
         return Refused(
             f"node {alive[0]} is primary and alive: demote it there first, with `terrace volume mirror demote "

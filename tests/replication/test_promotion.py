@@ -104,6 +104,27 @@ def test_who_goes_on_by_itself_does_so_from_its_own_term_only_and_asks_for_no_pr
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
+def test_who_goes_on_by_itself_does_not_when_its_own_leg_has_another_primary_whoever_promises() -> None:
+    """That one's record was stored at a and b, and not at itself; both others take a for alive."""
+
+    async def main() -> None:
+        nodes = Nodes("abc")
+        first = first_record("abc")
+        other = first.next_term(TERM_2, primary="c", in_sync=frozenset("bc"))
+        for node in nodes.all.values():
+            await node.voter.accept(first)
+        for name in "ab":
+            await nodes.all[name].voter.prepare(MIRROR, TERM_2, "c", force=True)
+            await nodes.all[name].voter.accept(other)
+        for name in "bc":
+            nodes.all[name].voter.heard(MIRROR)
+        with pytest.raises(OSError, match=r"others have gone on: there is the record 2\.0") as refused:
+            await promote("a", MIRROR, "abc", nodes.voter("a"), nodes.cluster("a"), own=first.term)
+        assert refused.value.errno == errno.ESTALE
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
 def test_records_that_were_tried_one_after_the_other_fall_back_to_what_all_were_made_from() -> None:
     abc = first_record("abc")
     tried = [abc.next_epoch(in_sync=frozenset("bc"))]
