@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import socket
 from contextlib import suppress
 from pathlib import Path
@@ -155,7 +156,8 @@ async def open_socket(address: Address, *, dead_after_s: float | None = None) ->
     try:
         found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError) as error:
-        raise OSError(errno.EHOSTUNREACH, f"can't find the host {host}: {error}") from None
+        why = error.strerror if isinstance(error, socket.gaierror) else error
+        raise OSError(errno.EHOSTUNREACH, f"can't find the host {host}: {why}") from None
     failed = OSError(errno.EHOSTUNREACH, f"the host {host} has no address")
     for family, _, _, _, target in found:
         try:
@@ -168,7 +170,7 @@ async def open_socket(address: Address, *, dead_after_s: float | None = None) ->
 async def _open_one(family: int, target: object, dead_after_s: float | None) -> socket.socket:
     sock = trio.socket.socket(family, socket.SOCK_STREAM)
     try:
-        await sock.connect(target)
+        await _connect(sock, target)
         own = socket.socket(sock.family, sock.type, sock.proto, fileno=sock.detach())
     except BaseException:
         sock.close()
@@ -181,6 +183,16 @@ async def _open_one(family: int, target: object, dead_after_s: float | None) -> 
         own.close()
         raise
     return own
+
+
+async def _connect(sock: trio.socket.SocketType, target: object) -> None:
+    """trio's own sentence names the address once more, as Python writes it; whoever hears of it knows which it was."""
+    try:
+        await sock.connect(target)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno)) from None
 
 
 def prepare(sock: socket.socket) -> None:

@@ -104,6 +104,8 @@ class Peer:
         self.state = PeerState.CONNECTING
         self.problem = ""
         """Why it isn't online; empty if it is."""
+        self.next_step = ""
+        """What an operator can do about that; empty where the problem says it, or nothing is known to help."""
         self.hello: dict[str, Any] = {}
         """What it said of itself last."""
         self.seen_at: float | None = None
@@ -124,7 +126,7 @@ class Peer:
             "home_id": self.hello.get("home_id"),
             "pools": self.hello.get("pools", []),
             "seen_at": self.seen_at,
-            "problem": self.problem,
+            "problem": f"{self.problem}; {self.next_step}" if self.next_step else self.problem,
         }
 
 
@@ -250,6 +252,7 @@ class Peers:
                 error = _first(group)
                 refused = error.errno in _REFUSALS
                 self._change(peer, PeerState.REFUSED if refused else PeerState.OFFLINE, error.strerror or str(error))
+                peer.next_step = _next_step(error, peer.name)
             await trio.sleep(pause_s * random.uniform(0.8, 1.2))  # else nodes that start together meet each other busy
             pause_s = min(LONGEST_PAUSE_S, pause_s * 2)
 
@@ -267,7 +270,7 @@ class Peers:
         peer.hello, peer.seen_at = answer, time.time()
 
     def _change(self, peer: Peer, state: PeerState, problem: str) -> None:
-        before, peer.state, peer.problem = peer.state, state, problem
+        before, peer.state, peer.problem, peer.next_step = peer.state, state, problem, ""
         if state is PeerState.ONLINE:
             peer.came.set()
         elif before is PeerState.ONLINE:
@@ -280,6 +283,16 @@ class Peers:
             self._tell("node", peer.name, f"node {peer.name} is {state.value.lower()}: {problem}")
         for call in list(self.on_change):
             call(peer)
+
+
+def _next_step(error: OSError, name: str) -> str:
+    """Towards a peer that can't be reached, by what the attempt came to."""
+    correct = f"correct the address under [peers.{name}]"
+    if error.errno == errno.ECONNREFUSED:
+        return f"start terraced there, or {correct}"
+    if error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT):
+        return f"start that host or mend the way there, or {correct}"
+    return ""
 
 
 def _first(group: BaseExceptionGroup[OSError]) -> OSError:

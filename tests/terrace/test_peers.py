@@ -97,7 +97,13 @@ def test_a_peer_that_answers_is_online_and_one_that_has_gone_offline_with_the_re
             nursery.start_soon(a.run)
             await until(lambda: peer.state is PeerState.OFFLINE)
             nursery.cancel_scope.cancel()
-        assert "refused" in peer.problem and peer.calls is None
+        assert peer.calls is None
+        assert peer.problem == f"127.0.0.1:{port}: Connection refused"
+        assert a.status()[1]["problem"] == (
+            f"127.0.0.1:{port}: Connection refused; start terraced there, or correct the address under [peers.b]"
+        )
+        with pytest.raises(OSError, match=f"node b can't be reached: 127.0.0.1:{port}: Connection refused$"):
+            await a.call("b", "node.hello", {})
 
     trio.run(main)
     assert told[0].startswith("node b is online") and "node b is offline" in told[-1]
