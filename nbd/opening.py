@@ -79,9 +79,11 @@ async def take_over(
 
 
 def peer_name(address: Address, export: str | None) -> str:
-    """For sentences. ``export``: None where it isn't about one."""
+    """For sentences. ``export``: None where it isn't about one, empty for the default one, which no name is said of."""
     host = str(address) if isinstance(address, Path) else f"{address[0]}:{address[1]}"
-    return host if export is None else f"{host}/{export}"
+    if not export:
+        return host
+    return f"{host}, export {export}" if isinstance(address, Path) else f"{host}/{export}"
 
 
 async def begin(

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from terrace.cli.context import Context, pass_context
+from terrace.cli.mirror import place_of
 from terrace.cli.node import show_nodes
 from terrace.cli.output import duration, output_option, show_facts, show_json, show_table
 from terrace.cli.pool import show_pools
@@ -45,7 +46,7 @@ def status(context: Context, output: str) -> None:
         show_nodes(found["nodes"])
     if found["mirrors"]:
         click.echo()
-        _show_mirrors(found["mirrors"])
+        show_status_of_mirrors(found["mirrors"])
     if nbd["connections"]:
         click.echo()
         rows = [
@@ -78,13 +79,14 @@ def _arbiter(found: dict[str, Any] | None) -> list[tuple[str, str]]:
     return [("Arbiter", f"{found['kind']} at {', '.join(found['endpoints'])}: {how}")]
 
 
-def _show_mirrors(mirrors: list[dict[str, Any]]) -> None:
+def show_status_of_mirrors(mirrors: list[dict[str, Any]]) -> None:
+    """A table with a line for each mirror."""
     rows = [(one["volume"], one["state"], one["role"], one["primary"] or "none", _legs(one)) for one in mirrors]
     show_table(("Mirror", "State", "Here", "Primary", "Legs"), rows)
 
 
 def _legs(mirror: dict[str, Any]) -> str:
-    return ", ".join(f"{leg['node']} {leg['state']}" for leg in mirror["legs"])
+    return ", ".join(f"{place_of(leg)} {leg['state']}" for leg in mirror["legs"])
 
 
 def _upgrade(found: dict[str, Any]) -> list[tuple[str, str]]:

@@ -6,12 +6,14 @@ import errno
 import itertools
 import math
 import os
+import socket
 import struct
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -417,6 +419,35 @@ def test_tcp_and_every_form_of_an_address_work() -> None:
                 pass
         async with serving(MemoryExport()) as served, connect(Path(served.listener.address)) as client:
             assert await client.read(0, 4) == bytes(4)
+
+    run(main)
+
+
+def test_who_cannot_be_reached_is_named_once_and_as_people_write_it(tmp_path: Path) -> None:
+    class NoNames(trio.abc.HostnameResolver):
+        async def getaddrinfo(self, *args: object) -> Any:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+        async def getnameinfo(self, *args: object) -> Any:
+            raise AssertionError("nobody asks for that")
+
+    async def main() -> None:
+        trio.socket.set_custom_hostname_resolver(NoNames())
+        (listener,) = await open_tcp("127.0.0.1", 0)
+        tcp = ("127.0.0.1", listener.port)
+        listener.close()
+        unix = tmp_path / "no.sock"
+        for address, export, said in (
+            (tcp, "e", f"127.0.0.1:{tcp[1]}/e: Connection refused"),
+            (tcp, "", f"127.0.0.1:{tcp[1]}: Connection refused"),
+            (unix, "e", f"{unix}, export e: No such file or directory"),
+            (unix, "", f"{unix}: No such file or directory"),
+            (("a.example", 1), "", "a.example:1: can't find the host a.example: Name or service not known"),
+        ):
+            with pytest.raises(OSError) as caught:
+                async with connect(address, export):
+                    pass
+            assert caught.value.strerror == said
 
     run(main)
 
