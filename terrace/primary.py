@@ -24,7 +24,7 @@ import trio
 from replication.arbiter import FORGOTTEN
 from replication.cluster import ClusterStore, Voter
 from replication.lease import PrimaryLease
-from replication.leg import Extents, Leg, LegState, LegStore, MirrorState
+from replication.leg import Extents, Leg, LegStore
 from replication.lineage import are_apart, both_histories, how_to_discard
 from replication.link import RemoteLeg, open_remote_leg
 from replication.localleg import LocalLeg
@@ -38,6 +38,7 @@ from replication.voters import KeptVoter, in_sync_nodes, rule_of
 from replication.wire import LegOption
 from terrace.arbiter import Arbiter, HeldLease
 from terrace.exports import StoodFor
+from terrace.mirrorevents import Changes, MirrorEvents
 from terrace.peers import Peers, Socket
 from tiers.changes import ChangedExtents
 
@@ -124,11 +125,7 @@ class MirrorPart(abc.ABC):
         self._needs_lease = False
         self._stirred = trio.Event()
         """Replaced when this node has ceased to be primary."""
-        self._told: dict[str, LegState] = {}
-        self._told_split: set[str] = set()
-        self._told_state: MirrorState | None = None
-        self._new: set[str] = set()
-        """Legs that were added and haven't been up to date yet, nor failed."""
+        self._events = MirrorEvents(node.peers.node)
         self._settled.set()
 
     def _begin_as_before(self) -> None:
@@ -462,11 +459,6 @@ class MirrorPart(abc.ABC):
             f"{how_to_discard(other, me)}; `terrace volume mirror promote {self.name} --force` here gives up theirs",
         )
 
-    def _tell_problem(self, problem: OSError) -> None:
-        if self._told_state is not MirrorState.FAULTED:
-            self._told_state = MirrorState.FAULTED
-            self._node.tell("mirror", self.name, f"mirror {self.name} can't be served here: {problem.strerror}")
-
     async def _proven(self, *, force: bool, serving: Term | None = None) -> Membership:
         """The record with which this node is primary, which counts. Raises OSError.
 
@@ -755,51 +747,24 @@ class MirrorPart(abc.ABC):
         await mirror.started.wait()
         self.starting = False
         self._settled.set()
-        self._told = {}
-        self._tell_changes(mirror, first=True)
+        self._tell(self._events.begun(self.name, mirror.status(), trio.current_time()))
         while True:
             with trio.move_on_after(WATCH_S):
                 await mirror.changed()
-            self._tell_changes(mirror)
+            self._tell(self._events.looked(self.name, mirror.status(), trio.current_time()))
             await trio.sleep(0.02)
 
-    def _tell_changes(self, mirror: ServedMirror, *, first: bool = False) -> None:
-        status = mirror.status()
-        term = status.membership.term.number
-        if first:
-            self._node.tell("mirror", self.name, f"node {self._node.peers.node} is primary of {self.name}, term {term}")
-        for leg in status.legs:
-            # A leg that is away is stale as soon as the record says so: then clients go on without it.
-            state = leg.state
-            if state is LegState.OFFLINE and leg.info.id not in status.membership.in_sync:
-                state = LegState.STALE
-            split = leg.error is not None and leg.error.startswith("split brain")
-            if split and leg.info.id not in self._told_split:
-                self._node.tell("splitbrain", self.name, f"the leg of {self.name} on node {leg.info.node}: {leg.error}")
-            self._told_split = self._told_split - {leg.info.id} | ({leg.info.id} if split else set())
-            before = self._told.get(leg.info.id)
-            if state is before:
-                continue
-            self._told[leg.info.id] = state
-            if before is None and not first and state is not LegState.UP_TO_DATE:
-                self._new.add(leg.info.id)
-            elif state is not LegState.SYNCING:
-                self._new.discard(leg.info.id)
-            if state is LegState.UP_TO_DATE:
-                self.compared_in_full.discard(leg.info.id)
-                if leg.info.id in self.nbd_sites:
-                    self.nbd_sites[leg.info.id].in_sync()
-            where = f"the leg of {self.name} on {'' if leg.info.kind == 'nbd' else 'node '}{leg.info.place}"
-            if before is None and ((first and state is LegState.UP_TO_DATE) or not first):
-                continue  # nothing has changed: it is well, or has just been added
-            why = f": {leg.error}" if leg.error else ""
-            self._node.tell("leg", self.name, f"{where} is {state.value}{why}")
-        wanting = {leg.info.id for leg in status.legs if leg.state is not LegState.UP_TO_DATE}
-        if status.state is MirrorState.DEGRADED and self._told_state is MirrorState.ONLINE and wanting <= self._new:
-            return  # it has got a leg, which can't be up to date yet: nothing that it had is missing
-        if status.state is not self._told_state:
-            self._told_state = status.state
-            self._node.tell("mirror", self.name, f"mirror {self.name} is {status.state.value}")
+    def _tell_problem(self, problem: OSError) -> None:
+        for kind, text in self._events.problem(self.name, problem.strerror or str(problem)):
+            self._node.tell(kind, self.name, text)
+
+    def _tell(self, changes: Changes) -> None:
+        for kind, text in changes.events:
+            self._node.tell(kind, self.name, text)
+        for leg in changes.in_sync:
+            self.compared_in_full.discard(leg)
+            if leg in self.nbd_sites:
+                self.nbd_sites[leg].in_sync()
 
 
 def _no_extents() -> Extents:

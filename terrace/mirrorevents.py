@@ -1,0 +1,114 @@
+"""Which events a primary tells of its mirror, from what it sees of it: each change once. Pure.
+
+The loss of a leg is one event. It is out of reach first (`Offline`), and left behind a moment later, when a record
+without it counts (`Stale`): only that is told, as clients go on from then on. Where no such record comes, as below
+quorum, what is told after `LOSS_S` is that it is out of reach, and later nothing more of that loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from replication.leg import LegState, MirrorState
+from replication.members import LegStatus, MirrorStatus
+
+LOSS_S: Final = 2.0
+"""So long a leg that is out of reach may take to be left behind; a record takes milliseconds as a rule."""
+
+
+@dataclass
+class Changes:
+    """What is to be told, as kind and text, in this order."""
+
+    events: list[tuple[str, str]] = field(default_factory=list)
+    in_sync: list[str] = field(default_factory=list)
+    """Ids of legs that are up to date now, and weren't when it was looked last."""
+
+
+class MirrorEvents:
+    """What has been told of one mirror by this node as its primary."""
+
+    def __init__(self, node: str) -> None:
+        self._node = node
+        self._seen: dict[str, LegState] = {}
+        self._told: dict[str, LegState] = {}
+        self._lost_at: dict[str, float] = {}
+        """Of legs whose loss isn't told yet."""
+        self._split: set[str] = set()
+        self._state: MirrorState | None = None
+        self._new: set[str] = set()
+        """Legs that were added and haven't been up to date yet, nor failed."""
+
+    def begun(self, name: str, status: MirrorStatus, now: float) -> Changes:
+        """This node is primary from now on."""
+        self._seen, self._told, self._lost_at = {}, {}, {}
+        term = status.membership.term.number
+        began = ("mirror", f"node {self._node} is primary of {name}, term {term}")
+        changes = self._look(name, status, now, first=True)
+        changes.events.insert(0, began)
+        return changes
+
+    def looked(self, name: str, status: MirrorStatus, now: float) -> Changes:
+        """It is seen so, at `now` in seconds."""
+        return self._look(name, status, now, first=False)
+
+    def problem(self, name: str, sentence: str) -> list[tuple[str, str]]:
+        """It can't be served here, though it should."""
+        if self._state is MirrorState.FAULTED:
+            return []
+        self._state = MirrorState.FAULTED
+        return [("mirror", f"mirror {name} can't be served here: {sentence}")]
+
+    def _look(self, name: str, status: MirrorStatus, now: float, *, first: bool) -> Changes:
+        changes = Changes()
+        for leg in status.legs:
+            in_sync = leg.info.id in status.membership.in_sync
+            self._look_at_leg(changes, name, leg, in_sync, now, first=first)
+        wanting = {leg.info.id for leg in status.legs if leg.state is not LegState.UP_TO_DATE}
+        if status.state is MirrorState.DEGRADED:
+            if self._state is MirrorState.ONLINE and wanting <= self._new:
+                return changes  # it has got a leg, which can't be up to date yet: nothing that it had is missing
+            if wanting and wanting <= self._lost_at.keys():
+                return changes  # the loss comes first
+        if status.state is not self._state:
+            self._state = status.state
+            changes.events.append(("mirror", f"mirror {name} is {status.state.value}"))
+        return changes
+
+    def _look_at_leg(
+        self, changes: Changes, name: str, leg: LegStatus, in_sync: bool, now: float, *, first: bool
+    ) -> None:
+        leg_id, state = leg.info.id, leg.state
+        if state is LegState.OFFLINE and not in_sync:
+            state = LegState.STALE  # as soon as the record says so: then clients go on without it
+        split = leg.error is not None and leg.error.startswith("split brain")
+        if split and leg_id not in self._split:
+            text = f"the leg of {name} on node {leg.info.node}: {leg.error}"
+            changes.events.append(("splitbrain", text))
+        self._split = self._split - {leg_id} | ({leg_id} if split else set())
+        if state is LegState.UP_TO_DATE and self._seen.get(leg_id) is not state:
+            changes.in_sync.append(leg_id)
+        self._seen[leg_id] = state
+
+        before = self._told.get(leg_id)
+        if state is LegState.OFFLINE and before is not LegState.OFFLINE:
+            if first:
+                before = self._told[leg_id] = LegState.UP_TO_DATE  # by the record
+            if before is not None and now - self._lost_at.setdefault(leg_id, now) < LOSS_S:
+                return
+        self._lost_at.pop(leg_id, None)
+        if state is before:
+            return
+        self._told[leg_id] = state
+        if before is None and not first and state is not LegState.UP_TO_DATE:
+            self._new.add(leg_id)
+        elif state is not LegState.SYNCING:
+            self._new.discard(leg_id)
+        if before is None and ((first and state is LegState.UP_TO_DATE) or not first):
+            return  # nothing has changed: it is well, or has just been added
+        if split or (before, state) == (LegState.OFFLINE, LegState.STALE):
+            return  # it has an event of its own; the same loss
+        where = f"the leg of {name} on {'' if leg.info.kind == 'nbd' else 'node '}{leg.info.place}"
+        why = f": {leg.error}" if leg.error else ""
+        changes.events.append(("leg", f"{where} is {state.value}{why}"))

@@ -1,0 +1,105 @@
+"""Each change of a mirror is one event."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from replication.leg import LegState, MirrorState
+from replication.members import LegCounters, LegStatus, MirrorStatus
+from terrace.mirrorevents import LOSS_S, MirrorEvents
+from tests.replication.stores import first_record
+
+AB = first_record("ab")
+ALONE = AB.next_epoch(in_sync=frozenset("a"))
+UP, OFFLINE, SYNCING = LegState.UP_TO_DATE, LegState.OFFLINE, LegState.SYNCING
+
+
+def status(b: LegState = UP, *, counts: bool = True, error: str | None = None) -> MirrorStatus:
+    """Of legs a and b; `counts`: the record has b in sync."""
+    record = AB if counts else ALONE
+    states = (UP, b)
+    legs = tuple(
+        LegStatus(info, state, 0.0, info.id == "a", 0, None, None if state is UP else error, None, LegCounters())
+        for info, state in zip(record.legs, states, strict=True)
+    )
+    state = MirrorState.ONLINE if b is UP else MirrorState.DEGRADED
+    return MirrorStatus(record, state, legs, None, None, 0, 0, 0, None, 0.0, 0.0, 0)
+
+
+class Told:
+    def __init__(self) -> None:
+        self.events = MirrorEvents("a")
+        self.now = 0.0
+
+    def begun(self, seen: MirrorStatus) -> list[str]:
+        return [text for _, text in self.events.begun("p/v", seen, self.now).events]
+
+    def looked(self, seen: MirrorStatus, after_s: float = 0.01) -> list[str]:
+        self.now += after_s
+        return [text for _, text in self.events.looked("p/v", seen, self.now).events]
+
+
+def test_the_loss_of_a_leg_is_one_event_that_says_that_writes_go_on_without_it() -> None:
+    told = Told()
+    assert told.begun(status()) == ["node a is primary of p/v, term 1", "mirror p/v is Online"]
+    assert told.looked(status(OFFLINE, error="gone")) == []
+    assert told.looked(status(OFFLINE, error="gone"), LOSS_S / 2) == []
+    lost = ["the leg of p/v on node b is Stale: gone", "mirror p/v is Degraded"]
+    assert told.looked(status(OFFLINE, counts=False, error="gone")) == lost
+    assert told.looked(status(OFFLINE, counts=False, error="gone"), 60.0) == []
+    assert told.looked(status(SYNCING, counts=False)) == ["the leg of p/v on node b is Syncing"]
+    assert told.looked(status()) == ["the leg of p/v on node b is UpToDate", "mirror p/v is Online"]
+    assert told.looked(status(OFFLINE, counts=False, error="gone")) == lost, "each loss is told"
+
+
+def test_a_leg_that_no_record_can_leave_behind_is_told_once_as_out_of_reach() -> None:
+    told = Told()
+    told.begun(status())
+    assert told.looked(status(OFFLINE, error="gone")) == []
+    lost = ["the leg of p/v on node b is Offline: gone", "mirror p/v is Degraded"]
+    assert told.looked(status(OFFLINE, error="gone"), LOSS_S + 0.1) == lost
+    assert told.looked(status(OFFLINE, error="gone"), 60.0) == []
+    assert told.looked(status(OFFLINE, counts=False, error="gone"), 60.0) == []
+    assert told.looked(status(SYNCING, counts=False)) == ["the leg of p/v on node b is Syncing"]
+
+
+def test_a_leg_that_is_not_there_when_a_primary_begins_is_one_event_too() -> None:
+    told = Told()
+    assert told.begun(status(OFFLINE, error="silent")) == ["node a is primary of p/v, term 1"]
+    lost = ["the leg of p/v on node b is Stale: silent", "mirror p/v is Degraded"]
+    assert told.looked(status(OFFLINE, counts=False, error="silent")) == lost
+    told = Told()
+    at_once = told.begun(status(OFFLINE, counts=False, error="silent"))
+    assert at_once == ["node a is primary of p/v, term 1", *lost]
+
+
+def test_a_leg_that_comes_back_before_its_loss_is_told_is_no_event() -> None:
+    told = Told()
+    told.begun(status())
+    assert told.looked(status(OFFLINE)) == [] and told.looked(status()) == []
+
+
+def test_a_new_leg_is_no_loss() -> None:
+    told = Told()
+    alone = dataclasses.replace(status(), legs=status().legs[:1])
+    assert told.begun(alone)[-1] == "mirror p/v is Online"
+    assert told.looked(status(SYNCING, counts=False)) == []
+    assert told.looked(status()) == ["the leg of p/v on node b is UpToDate"]
+    assert told.looked(status(OFFLINE, counts=False))[-1] == "mirror p/v is Degraded"
+
+
+def test_a_split_brain_is_told_as_one_and_a_problem_once() -> None:
+    told = Told()
+    told.begun(status())
+    split = status(OFFLINE, counts=False, error="split brain: two histories")
+    first = "the leg of p/v on node b: split brain: two histories"
+    assert told.looked(split) == [first, "mirror p/v is Degraded"] and told.looked(split) == []
+    assert told.events.problem("p/v", "why") == [("mirror", "mirror p/v can't be served here: why")]
+    assert told.events.problem("p/v", "why") == []
+
+
+def test_a_leg_that_is_up_to_date_again_is_named_for_who_has_to_forget_what_it_missed() -> None:
+    told = MirrorEvents("a")
+    assert told.begun("p/v", status(), 0.0).in_sync == ["a", "b"]
+    assert told.looked("p/v", status(SYNCING, counts=False), 1.0).in_sync == []
+    assert told.looked("p/v", status(), 2.0).in_sync == ["b"]
