@@ -32,6 +32,8 @@ class Facts:
     """The mirror's volume, POOL/VOL."""
     membership: Membership
     """The newest record that is known here."""
+    node: str = ""
+    """The node that explains, if it may have a voice among `voters`."""
     voters: Mapping[str, VoterState] = field(default_factory=dict)
     """What nodes have said, this one included."""
     unheard: Mapping[str, str] = field(default_factory=dict)
@@ -42,6 +44,8 @@ class Facts:
     """This node is the primary, and serves."""
     suspended: str | None = None
     """Why it lets writes wait or fail: below quorum, or without a lease."""
+    held: str | None = None
+    """Why writes wait for the moment, while it is served all the same."""
     progress: Mapping[str, Progress] = field(default_factory=dict)
     """By leg id."""
     away_s: Mapping[str, float] = field(default_factory=dict)
@@ -58,6 +62,8 @@ class Facts:
     """This node was primary until a promise for this term fenced it."""
     left_behind: str | None = None
     """The leg here is the other side of a split brain, and doesn't go on by itself: both histories, and the way out."""
+    leg_here: str = ""
+    """Id of the leg of this node, if it has one."""
 
 
 @dataclass(frozen=True)
@@ -68,22 +74,29 @@ class Explanation:
     """By leg id."""
     state: MirrorState
     paragraph: str
+    headline: str
+    """How the paragraph begins: what holds for the whole mirror."""
+    old: str | None
+    """That all this is what was known here when the primary was heard last, and when that was; None: it isn't."""
 
 
 def explain(facts: Facts) -> Explanation:
     """Judge the legs, the mirror, and say why."""
     legs = {leg.id: _leg_state(leg, facts) for leg in facts.membership.legs}
     served = (facts.serving or _primary_elsewhere(facts) is not None) and facts.suspended is None
+    old = _old(facts)
     if not served:
-        state = MirrorState.FAULTED
+        # Whether another node serves it can't be said where the primary isn't heard.
+        state = MirrorState.FAULTED if old is None else MirrorState.UNKNOWN
     elif all(one is LegState.UP_TO_DATE for one in legs.values()):
         state = MirrorState.ONLINE
     else:
         state = MirrorState.DEGRADED
-    sentences = [_headline(facts, state, legs), *_about_legs(facts, legs), _about_arbiter(facts, served)]
+    headline = _headline(facts, state, legs)
+    sentences = [headline, *_about_legs(facts, legs), _about_arbiter(facts, served)]
     if facts.left_behind is not None:
         sentences.append(f"The leg here is left out: {facts.left_behind.rstrip('.')}.")
-    return Explanation(legs, state, " ".join(one for one in sentences if one))
+    return Explanation(legs, state, " ".join(one for one in sentences if one), headline, old)
 
 
 def last_leg_on(node: str, legs: Iterable[tuple[str, LegState]]) -> str | None:
@@ -105,6 +118,19 @@ def last_leg_on(node: str, legs: Iterable[tuple[str, LegState]]) -> str | None:
 def _primary_elsewhere(facts: Facts) -> str | None:
     alive = [one.node for one in facts.voters.values() if one.primary_here and one.node not in facts.unheard]
     return alive[0] if alive else None
+
+
+def _old(facts: Facts) -> str | None:
+    """See `Explanation`."""
+    primary = facts.membership.primary
+    if primary is None or facts.serving or primary not in facts.unheard or _primary_elsewhere(facts) is not None:
+        return None
+    own = facts.voters.get(facts.node)
+    if own is None or own.heard_s is None:
+        when = "this is what was known here last, from before terraced was started"
+    else:
+        when = f"this is what was known here {_time(own.heard_s)} ago, when it was heard last"
+    return f"its primary, node {primary}, can't be asked ({facts.unheard[primary]}): {when}"
 
 
 def _leg_state(leg: LegInfo, facts: Facts) -> LegState:
@@ -146,9 +172,8 @@ def _headline(facts: Facts, state: MirrorState, legs: Mapping[str, LegState]) ->
     if facts.serving or here is not None:
         primary = here or record.primary
         count = sum(one is LegState.UP_TO_DATE for one in legs.values())
-        if state is MirrorState.ONLINE:
-            return f"{who}: node {primary} is primary, and all {len(legs)} legs have every acknowledged write."
-        return f"{who}: node {primary} is primary, and {count} of {len(legs)} legs have every acknowledged write."
+        have = f"all {len(legs)} legs" if state is MirrorState.ONLINE else f"{count} of {len(legs)} legs"
+        return f"{who}: node {primary} is primary, and {have} have every acknowledged write.{_held(facts)}"
     if facts.deposed is not None:
         return (
             f"{who} here: this node was primary until term {facts.deposed.number} was promised to another. Nothing "
@@ -158,8 +183,20 @@ def _headline(facts: Facts, state: MirrorState, legs: Mapping[str, LegState]) ->
         return f"{who}: {facts.decision.sentence}."
     if record.primary is None:
         return f"{who}: it was demoted cleanly, so nothing is in doubt, and no node exports it. {_token(record)}"
+    old = _old(facts)
+    what = old if old is not None else f"its primary, node {record.primary}, doesn't serve it"
     why = facts.decision.sentence if facts.decision is not None else _unproven(facts)
-    return f"{who}: its primary, node {record.primary}, doesn't serve it. {why[:1].upper()}{why[1:].rstrip('.')}."
+    return f"{who}: {what}. {why[:1].upper()}{why[1:].rstrip('.')}."
+
+
+def _held(facts: Facts) -> str:
+    """Behind the headline of a mirror that is served."""
+    if facts.held is None:
+        return ""
+    voters = facts.membership.voters
+    silent = any(node in facts.unheard or node not in facts.voters for node in voters)
+    change = f" {_quorum_change(facts)}" if silent and rule_of(facts.membership) != "all" else ""
+    return f" Writes wait now: {facts.held}.{change}"
 
 
 def _nodes_or_peers(facts: Facts) -> str:
@@ -236,6 +273,8 @@ def _about_legs(facts: Facts, legs: Mapping[str, LegState]) -> list[str]:
             sentences.append(f"{where} is left out: {facts.split[leg.id].rstrip('.')}.")
         elif state is LegState.SYNCING:
             sentences.append(f"{where} is in resync: {_resync(facts.progress[leg.id])}.")
+        elif state is LegState.OFFLINE and leg.node == facts.membership.primary and _old(facts) is not None:
+            continue  # that its node can't be asked, and why, comes first of all
         elif state is LegState.OFFLINE:
             misses = leg.id not in facts.membership.in_sync
             why = facts.errors.get(leg.id) or (facts.unheard.get(leg.node) if leg.kind == "terrace" else None)

@@ -48,6 +48,7 @@ class MirrorState(enum.Enum):
     ONLINE = "Online"  # every leg is up to date
     DEGRADED = "Degraded"  # serves, with fewer legs than it should have
     FAULTED = "Faulted"  # no leg may be served
+    UNKNOWN = "Unknown"  # at a node that isn't the primary, which can't be asked
 
 
 class Change(NamedTuple):

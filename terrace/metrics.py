@@ -118,7 +118,7 @@ def _here(families: _Families, mirror: MirrorPart) -> None:
 
 def _mirror(families: _Families, volume: str, status: MirrorStatus) -> None:
     """What its primary knows."""
-    states = [state.value for state in MirrorState]
+    states = [state.value for state in MirrorState if state is not MirrorState.UNKNOWN]  # which a primary never is
     families.states("terrace_mirror_state", "What the mirror can do.", states, status.state.value, volume=volume)
     gauges: tuple[tuple[str, str, float], ...] = (
         ("terrace_mirror_in_flight", "Batches of writes that aren't on all legs yet.", status.in_flight),

@@ -37,7 +37,6 @@ from terrace.apikit import Body, Progress, Stream, read_body, route
 from terrace.diskless import DisklessMirror
 from terrace.mirroradmin import Arbiters, MirrorAdmin, Place
 from terrace.mirrors import Mirrors
-from terrace.mirrorwords import explained
 from terrace.pools import Pools
 from terrace.primary import MirrorPart
 from tiers import TierError
@@ -157,12 +156,15 @@ class MirrorApi:
 
     async def explain_mirror(self, request: Request) -> Response:
         mirror = self._one(request)
-        found = await explained(self._mirrors, mirror)
-        nodes = {leg.id: leg.place for leg in mirror.membership.legs}
-        legs = {nodes[leg]: state.value for leg, state in found.legs.items() if leg in nodes}
-        kept = mirror.kept_state()
-        text = found.paragraph + (f" The last consistent state of the leg here is kept as {kept}." if kept else "")
-        return JSONResponse({"volume": mirror.name, "state": found.state.value, "legs": legs, "text": text})
+        found = await self._mirrors.explained(mirror)
+        legs = {leg["export"] if leg["kind"] == "nbd" else leg["node"]: leg["state"] for leg in found["legs"]}
+        sentences = [found["text"]]
+        if isinstance(mirror, DisklessMirror):
+            what = "serves it" if mirror.serves else "takes part in it"
+            sentences.append(f"Node {self._mirrors.node} {what} without a leg of its own.")
+        if (kept := mirror.kept_state()) is not None:
+            sentences.append(f"The last consistent state of the leg here is kept as {kept}.")
+        return JSONResponse({"volume": mirror.name, "state": found["state"], "legs": legs, "text": " ".join(sentences)})
 
     async def add_leg(self, request: Request) -> Response:
         body = await read_body(request, AddBody)

@@ -15,11 +15,12 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, Final, NoReturn, cast
 
 import trio
 
-from replication.cluster import ClusterStore, Voter
+from replication.cluster import ClusterStore, Voter, VoterState
+from replication.explain import Explanation
 from replication.keeper import LegKeeper, LegRecord
 from replication.leg import LegState, MirrorState
 from replication.members import MirrorStatus
@@ -35,13 +36,18 @@ from terrace.diskless import DisklessMirror
 from terrace.disklessmirrors import DisklessMirrors
 from terrace.localmirror import LocalMirror
 from terrace.mending import LegMender, heal_leg, read_block
+from terrace.mirrorwords import explained, known_record, newest_record
 from terrace.peers import Handler, Peers, Socket
 from terrace.pools import Pools
-from terrace.primary import MirrorPart, ServedMirror, boot_id, nodes_of_mirror
+from terrace.primary import ASK_S, MirrorPart, ServedMirror, boot_id, nodes_of_mirror
 from tiers import Pool, TierError, Volume
 
 log = logging.getLogger("terraced")
 
+STATUS_S: Final = 4.0
+"""So long a primary has to say how its mirror is; it asks the others for that, which takes `ASK_S`."""
+_PRIMARYS: Final = ("state", "waiting", "problem", "legs", "term", "epoch", "primary", "token", "voters")
+"""What of a mirror's status its primary knows better."""
 MOST_SNAPSHOTS = 1000
 """So many of a leg's, the newest, are told to another node."""
 
@@ -525,7 +531,12 @@ class Mirrors:
         await trio.lowlevel.checkpoint()
         if not found:
             raise OSError(errno.ENOENT, f"node {self.node} has no leg of that mirror open")
-        return self.local_status(found[0])
+        status = self.local_status(found[0])
+        name = params.get("name")
+        if isinstance(name, str) and found[0].serves:
+            said = explained(found[0], status, *await self._heard(found[0]), name=name)
+            status |= {"headline": said.headline, "text": said.paragraph}
+        return status
 
     async def _promote(self, node: str, params: dict[str, Any]) -> Any:
         """`volume` and `membership`: for a node that has no leg, and so knows neither."""
@@ -558,7 +569,7 @@ class Mirrors:
             "diskless": isinstance(mirror, DisklessMirror),
         }
         try:
-            membership = mirror.membership
+            membership = known_record(mirror)
         except OSError as error:
             return found | {
                 **{
@@ -578,7 +589,7 @@ class Mirrors:
         legs = (
             _served_legs(status)
             if status is not None
-            else [self._leg_of_record(mirror, leg) for leg in membership.legs]
+            else [self._leg_of_record(mirror, membership, leg) for leg in membership.legs]
         )
         for shown in legs:
             if isinstance(mirror, LocalMirror) and shown["id"] == mirror.me:
@@ -586,19 +597,15 @@ class Mirrors:
         role = "primary" if mirror.serves else "starting" if mirror.starting else "secondary"
         if role == "secondary" and isinstance(mirror, DisklessMirror):
             role = "none"
-        state = status.state.value if status is not None else "Unknown"
-        if mirror.problem is not None and not mirror.serves:
-            state = MirrorState.FAULTED.value
+        state = status.state if status is not None else MirrorState.UNKNOWN
+        if mirror.lease_over is not None or (mirror.problem is not None and not mirror.serves):
+            state = MirrorState.FAULTED
         return found | {
             "mirror": membership.mirror,
             "role": role,
-            "primary": membership.primary,
-            "term": membership.term.number,
-            "epoch": membership.epoch,
-            "token": membership.token,
-            "voters": list(membership.voters),
+            **_record_status(membership),
             "arbiter": self._arbiter_of(membership),
-            "state": state,
+            "state": state.value,
             "waiting": (status.waiting or mirror.lease_over) if status is not None else None,
             "problem": mirror.problem.strerror if mirror.problem is not None else None,
             "legs": legs,
@@ -613,9 +620,8 @@ class Mirrors:
             return {"kind": "etcd", "answers": False, "problem": UNCONFIGURED}
         return {"kind": "etcd", "answers": status["answers"], "problem": status["problem"]}
 
-    def _leg_of_record(self, mirror: MirrorPart, leg: LegInfo) -> dict[str, Any]:
+    def _leg_of_record(self, mirror: MirrorPart, membership: Membership, leg: LegInfo) -> dict[str, Any]:
         """A leg as a node that isn't primary knows it."""
-        membership = mirror.membership
         peer = self.peers.peers.get(leg.node)
         state = LegState.UNPROVEN if leg.id in membership.in_sync else LegState.STALE
         if membership.primary is None and leg.id in membership.in_sync:
@@ -629,25 +635,99 @@ class Mirrors:
         return _leg(leg, state.value)
 
     async def status(self, mirror: MirrorPart) -> dict[str, Any]:
-        """As the primary sees it, where that answers; else what is known here. JSON."""
+        """As the primary sees it, where that answers; else what is known here, which is said then. JSON."""
         own = self.local_status(mirror)
-        primary = own["primary"]
-        if own["role"] not in ("secondary", "none") or primary in (None, self.node):
+        if own["role"] in ("primary", "starting") or own["mirror"] is None:
             await trio.lowlevel.checkpoint()
             return own
-        try:
-            theirs = await self.peers.call(primary, "mirror.status", {"mirror": own["mirror"]}, 2.0)
-            known = ("state", "waiting", "problem", "legs", "term", "epoch", "primary", "token", "voters")
-            found = own | {key: theirs[key] for key in known}
-            if isinstance(mirror, LocalMirror):
-                for shown in found["legs"]:
-                    if shown["id"] == mirror.me:  # what this node has mended by itself, it alone knows
-                        shown["healed_blocks"] += mirror.volume.healed_blocks
-            # That this node was deposed is its own problem, and there is no leg here to be seen among the others.
-            return found | ({"problem": own["problem"] or found["problem"]} if own["diskless"] else {})
-        except (OSError, KeyError, TypeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "it gave no answer that is understood"
-            return own | {"problem": f"the primary, node {primary}, can't be asked: {why}"}
+        voices, unheard = await self._heard(mirror)
+        theirs = await self._primarys_status(mirror, voices)
+        if theirs is None:
+            return self._without_primary(own, mirror, voices, explained(mirror, own, voices, unheard))
+        return self._by_primary(own, mirror, theirs)
+
+    async def explained(self, mirror: MirrorPart) -> dict[str, Any]:
+        """As `status`, of which it has `volume`, `state` and `legs`, and why in sentences: `text`. JSON."""
+        own = self.local_status(mirror)
+        if own["mirror"] is None:
+            await trio.lowlevel.checkpoint()
+            return own | {"text": f"{mirror.name} is {own['state']}: {own['problem']}."}
+        voices, unheard = await self._heard(mirror)
+        if own["role"] == "starting":
+            found_out = f"whether node {self.node} may be its primary is being found out"
+            return own | {"text": _sentence(f"{mirror.name} is {own['state']}", found_out)}
+        if own["role"] == "primary":
+            return own | {"text": explained(mirror, own, voices, unheard).paragraph}
+        theirs = await self._primarys_status(mirror, voices, explain=True)
+        if theirs is None:
+            found = explained(mirror, own, voices, unheard)
+            return self._without_primary(own, mirror, voices, found) | {"text": found.paragraph}
+        shown = self._by_primary(own, mirror, theirs)
+        return shown | {"text": theirs["text"]}
+
+    async def _heard(self, mirror: MirrorPart) -> tuple[dict[str, VoterState], dict[str, str]]:
+        """What each node that may know of it says now, and why others don't. All are asked at once, none twice."""
+        record = known_record(mirror)
+        voices: dict[str, VoterState] = {}
+        unheard: dict[str, str] = {}
+
+        async def ask(node: str) -> None:
+            unheard[node] = f"no answer in {ASK_S:g} s"
+            with trio.move_on_after(ASK_S):
+                try:
+                    voices[node] = await self.voter(node).state(record.mirror)
+                    del unheard[node]
+                except OSError as error:
+                    unheard[node] = (error.strerror or str(error)).removeprefix(f"node {node} can't be reached: ")
+
+        async with trio.open_nursery() as nursery:
+            for node in dict.fromkeys((self.node, *nodes_of_mirror(mirror.membership), *nodes_of_mirror(record))):
+                nursery.start_soon(ask, node)
+        return voices, unheard
+
+    async def _primarys_status(
+        self, mirror: MirrorPart, voices: Mapping[str, VoterState], *, explain: bool = False
+    ) -> dict[str, Any] | None:
+        """Of the node that serves it; None if none does that can be heard."""
+        for node in (node for node, voice in voices.items() if voice.primary_here and node != self.node):
+            asked = {"mirror": known_record(mirror).mirror, "name": mirror.name if explain else None}
+            try:
+                theirs = await self.peers.call(node, "mirror.status", asked, STATUS_S)
+                if theirs["role"] == "primary" and (not explain or isinstance(theirs["text"], str)):
+                    return {key: theirs[key] for key in (*_PRIMARYS, *(("headline", "text") if explain else ()))}
+            except (OSError, KeyError, TypeError):
+                continue
+        return None
+
+    def _by_primary(self, own: dict[str, Any], mirror: MirrorPart, theirs: dict[str, Any]) -> dict[str, Any]:
+        found = own | {key: theirs[key] for key in _PRIMARYS}
+        if isinstance(mirror, LocalMirror):
+            for shown in found["legs"]:
+                if shown["id"] == mirror.me:  # what this node has mended by itself, it alone knows
+                    shown["healed_blocks"] += mirror.volume.healed_blocks
+        # That this node was deposed, or left behind, is its own problem: the primary has none.
+        if own["diskless"] or mirror.is_left_behind or mirror.is_named_primary:
+            found["problem"] = own["problem"] or found["problem"]
+        return found
+
+    def _without_primary(
+        self, own: dict[str, Any], mirror: MirrorPart, voices: Mapping[str, VoterState], found: Explanation
+    ) -> dict[str, Any]:
+        """The same that `explained` says."""
+        record = newest_record(mirror, voices)
+        legs = [self._leg_of_record(mirror, record, leg) for leg in record.legs]
+        for shown in legs:
+            shown["state"] = found.legs[shown["id"]].value
+        there = {shown["id"]: shown["healed_blocks"] for shown in own["legs"]}
+        for shown in legs:
+            shown["healed_blocks"] = there.get(shown["id"], 0)
+        shown_record = _record_status(record) if record is not known_record(mirror) else {}
+        problem = own["problem"]
+        if found.old is not None:
+            problem = (
+                f"{problem.rstrip('.')}. {_capital(found.old)}" if mirror.is_left_behind and problem else found.old
+            )
+        return own | shown_record | {"state": found.state.value, "legs": legs, "problem": problem}
 
     async def statuses(self) -> list[dict[str, Any]]:
         """Of all mirrors here, asked for at once, by name."""
@@ -684,6 +764,16 @@ async def _mend(mender: LegMender) -> None:
 def _mirror_of(mirror: LocalMirror) -> str | None:
     accepted = mirror.keeper.record.accepted
     return accepted.mirror if accepted is not None else None
+
+
+def _record_status(record: Membership) -> dict[str, Any]:
+    return {
+        "primary": record.primary,
+        "term": record.term.number,
+        "epoch": record.epoch,
+        "token": record.token,
+        "voters": list(record.voters),
+    }
 
 
 def _leg(leg: LegInfo, state: str) -> dict[str, Any]:
@@ -724,6 +814,14 @@ def _served_legs(status: MirrorStatus) -> list[dict[str, Any]]:
 
 def _membership(params: dict[str, Any]) -> Membership:
     return decode(json.dumps(params.get("membership")).encode())
+
+
+def _capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
+
+
+def _sentence(begin: str, end: str) -> str:
+    return f"{begin}: {end.rstrip('.')}."
 
 
 def _text(params: dict[str, Any], key: str) -> str:

@@ -1,63 +1,84 @@
-"""A mirror's state in sentences: `replication.explain` over what this node knows and can find out."""
+"""A mirror's state and sentences: `replication.explain` over what this node knows and what others have said of it.
+
+All that people read of a mirror at a node that doesn't serve it comes from here, so that no two commands differ.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
-import trio
-
+from replication.cluster import VoterState
 from replication.explain import Explanation, Facts, Progress, explain
+from replication.leg import MirrorState
+from replication.lineage import are_apart
+from replication.membership import Membership
 from replication.promotion import Refused
-from replication.voters import ask
-from terrace.diskless import DisklessMirror
-from terrace.mirrors import Mirrors
-from terrace.primary import MirrorPart, nodes_of_mirror
-
-ASK_S = 1.5
+from terrace.primary import MirrorPart
 
 
-async def explained(mirrors: Mirrors, mirror: MirrorPart) -> Explanation:
-    """What is wrong, what it waits for, and what would change it. Asks the voters; changes nothing."""
-    membership = mirror.membership
-    nodes = nodes_of_mirror(membership)
-    heard, failures = await ask(
-        nodes,
-        lambda node: mirrors.voter(node).state(membership.mirror),
-        lambda answers: len(answers) == len(nodes),
-        timeout_s=ASK_S,
-    )
-    status: dict[str, Any] = mirrors.local_status(mirror)
+def known_record(mirror: MirrorPart) -> Membership:
+    """The newest that this node knows, though its leg may not go by it. Raises OSError as `MirrorPart.membership`."""
+    return mirror.membership
+
+
+def newest_record(mirror: MirrorPart, voices: Mapping[str, VoterState]) -> Membership:
+    """As `known_record`, with what others have said; the other side of a split brain has no say in that."""
+    own = known_record(mirror)
+    said = [voice.accepted for voice in voices.values() if voice.accepted is not None]
+    same_side = [theirs for theirs in said if not are_apart(own, mirror.me, theirs, _leg_of_primary(theirs))]
+    return max([own, *same_side], key=lambda record: record.place)
+
+
+def _leg_of_primary(record: Membership) -> str:
+    legs = record.legs_on(record.primary) if record.primary is not None else record.legs
+    return legs[0].id if legs else ""
+
+
+def explained(
+    mirror: MirrorPart,
+    status: Mapping[str, Any],
+    voices: Mapping[str, VoterState],
+    unheard: Mapping[str, str],
+    *,
+    name: str | None = None,
+) -> Explanation:
+    """What is wrong, what it waits for, and what would change it.
+
+    `status`: as `Mirrors.local_status` has it. `voices`: what nodes have said just now, this one included; `unheard`:
+    why others haven't. `name`: what the mirror is called where it is read, if not here.
+    """
     served = mirror.mirror if mirror.serves else None
     legs = served.status().legs if served is not None else ()
-    progress = {
-        leg.info.id: Progress(leg.resync.done_bytes, leg.resync.total_bytes, leg.resync.eta_s)
-        for leg in legs
-        if leg.resync is not None and leg.state.value == "Syncing"
-    }
-    split = {leg.info.id: leg.error for leg in legs if leg.error is not None and leg.error.startswith("split brain")}
-    await trio.lowlevel.checkpoint()
     arbiter = status["arbiter"] if status["arbiter"] is not None and status["arbiter"]["kind"] == "etcd" else None
-    refusal = mirror.problem.strerror or "" if arbiter is not None and mirror.problem is not None else None
-    found = explain(
+    problem = mirror.problem.strerror if mirror.problem is not None and served is None else None
+    own_problem = problem if mirror.is_named_primary or arbiter is not None else None
+    # Whether what waits is only the next writes, or everything.
+    stands = status["state"] == MirrorState.FAULTED.value
+    return explain(
         Facts(
-            name=mirror.name,
-            membership=mirror.membership,
-            voters=heard,
-            unheard={node: error.strerror or str(error) for node, error in failures.items()},
+            name=name or mirror.name,
+            node=status["node"],
+            membership=newest_record(mirror, voices),
+            voters=voices,
+            unheard=unheard,
             connected=frozenset(leg.info.id for leg in legs if leg.state.value in ("UpToDate", "Syncing")),
             serving=served is not None,
-            suspended=status["waiting"],
-            progress=progress,
+            suspended=status["waiting"] if stands else None,
+            held=status["waiting"] if not stands else None,
+            progress={
+                leg.info.id: Progress(leg.resync.done_bytes, leg.resync.total_bytes, leg.resync.eta_s)
+                for leg in legs
+                if leg.resync is not None and leg.state.value == "Syncing"
+            },
             away_s={leg.info.id: leg.for_s for leg in legs if leg.state.value not in ("UpToDate", "Syncing")},
             errors={leg.info.id: leg.error for leg in legs if leg.error is not None and leg.info.kind == "nbd"},
-            split=split,
-            left_behind=mirror.problem.strerror if mirror.is_left_behind and mirror.problem is not None else None,
+            split={
+                leg.info.id: leg.error for leg in legs if leg.error is not None and leg.error.startswith("split brain")
+            },
+            left_behind=problem if mirror.is_left_behind else None,
+            leg_here=mirror.me,
             arbiter=arbiter["problem"] if arbiter is not None and not arbiter["answers"] else None,
-            decision=Refused(refusal) if refusal is not None and served is None else None,
+            decision=Refused(own_problem) if own_problem is not None else None,
         )
     )
-    if isinstance(mirror, DisklessMirror):
-        what = "serves it" if served is not None else "takes part in it"
-        found = replace(found, paragraph=f"{found.paragraph} Node {mirrors.node} {what} without a leg of its own.")
-    return found

@@ -71,16 +71,41 @@ def test_a_resync(progress: Progress, sentence: str) -> None:
 
 def test_unproven() -> None:
     found = explain(facts(AB, voters=said(AB, "b"), unheard={"a": "no route to host"}))
-    assert found.state is MirrorState.FAULTED and legs_of(found) == [LegState.OFFLINE, LegState.UNPROVEN]
+    assert found.state is MirrorState.UNKNOWN and legs_of(found) == [LegState.OFFLINE, LegState.UNPROVEN]
     assert found.paragraph == (
-        "fast/vol is Faulted: its primary, node a, doesn't serve it. Whether b has every acknowledged write can't be "
-        "proven without a: start a or mend the way there, or `mirror promote --force`, which may lose writes. The leg "
-        "on node a has been out of reach (no route to host)."
+        "fast/vol is Unknown: its primary, node a, can't be asked (no route to host): this is what was known here "
+        "last, from before terraced was started. Whether b has every acknowledged write can't be proven without a: "
+        "start a or mend the way there, or `mirror promote --force`, which may lose writes."
     )
     heard = explain(facts(AB, voters=said(AB, "a", "b")))
+    assert heard.state is MirrorState.FAULTED and heard.old is None
     assert "`mirror promote` on one of them makes it primary" in heard.paragraph
     weak = explain(facts(AB, voters=said(AB, "a", "b", intact=False, recent_bytes=4096)))
     assert "The leg on node b may have lost some of the last 4096 bytes" in weak.paragraph
+
+
+def test_what_is_known_while_the_primary_can_not_be_asked_is_old_and_it_is_said_how_old() -> None:
+    voters = said(AB, "b", heard_s=300.0)
+    found = explain(facts(AB, node="b", voters=voters, unheard={"a": "no route to host"}))
+    assert found.state is MirrorState.UNKNOWN and found.old == (
+        "its primary, node a, can't be asked (no route to host): this is what was known here 5 min ago, when it was "
+        "heard last"
+    )
+    assert found.paragraph.startswith(f"fast/vol is Unknown: {found.old}. Whether b has every acknowledged write")
+    # Who else is primary is known, then, and by that one.
+    voters |= said(AB, "c", primary_here=True)
+    assert explain(facts(AB, node="b", voters=voters, unheard={"a": "no route to host"})).old is None
+    demoted = AB.next_epoch(primary=None)
+    assert explain(facts(demoted, node="b", voters=said(demoted, "b"), unheard={"a": "no route"})).old is None
+
+
+def test_writes_that_wait_for_a_moment_are_told_and_the_mirror_is_served() -> None:
+    found = explain(facts(ALONE, serving=True, connected=frozenset("a"), held="a snapshot is made", voters=said(AB)))
+    assert found.state is MirrorState.DEGRADED
+    assert found.headline.endswith("1 of 2 legs have every acknowledged write. Writes wait now: a snapshot is made.")
+    majority = facts(ABT, serving=True, connected=frozenset("a"), held="no record", voters=said(ABT, "a"))
+    found = explain(dataclasses.replace(majority, unheard={"b": "silent", "t": "silent"}))
+    assert "Writes wait now: no record. It goes on when 1 more of b or t can be heard" in found.headline
 
 
 def test_a_split_brain_names_both_histories_and_what_decides_it() -> None:

@@ -125,7 +125,7 @@ def test_when_the_source_dies_in_a_resync_the_leg_has_its_last_consistent_state_
         b.daemon.start()
         until(lambda: b.daemon.log.read_text().count("p/r: kept as") > told)
         a.daemon.kill()
-        return b.leg("b", "r")["state"] == "Syncing"
+        return b.leg("b", "r")["state"] == "Stale"
 
     old = os.urandom(4 * MIB)
     for _ in range(5):

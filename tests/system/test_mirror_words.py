@@ -1,0 +1,69 @@
+"""What real daemons tell people of a mirror: each command the same, also where it isn't served."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from tests.system.test_mirror import Node, Pair, until
+from tests.system.test_mirror import pair as pair  # the fixture
+
+pytestmark = pytest.mark.system
+
+
+def told(node: Node, volume: str) -> dict[str, Any]:
+    """What a node shows of a mirror, which all its commands have to agree in; with what `explain` says as `text`."""
+    shown = node.mirror(volume)
+    (listed,) = (one for one in node.daemon.api("GET", "/v1/mirrors") if one["volume"] == shown["volume"])
+    (status,) = (one for one in node.daemon.api("GET", "/v1/status")["mirrors"] if one["volume"] == shown["volume"])
+    explained = node.daemon.api("GET", f"/v1/pools/p/volumes/{volume}/mirror/explain")
+    states = {leg["node"]: leg["state"] for leg in shown["legs"]}
+    for other in (listed, status):
+        assert states == {leg["node"]: leg["state"] for leg in other["legs"]}
+        assert all(other[key] == shown[key] for key in ("state", "primary", "role", "term", "epoch"))
+    assert (explained["state"], explained["legs"]) == (shown["state"], states)
+    assert f"p/{volume} is {shown['state']}:" in explained["text"]
+    return shown | {"text": explained["text"], "states": states}
+
+
+def of_any_age(sentence: str) -> str:
+    return re.sub(r"\b\d+ s ago", "N s ago", sentence)
+
+
+def test_while_the_primary_can_not_be_asked_all_commands_say_the_same_and_from_when_it_is(pair: Pair) -> None:
+    a, b = pair.a, pair.b
+    pair.create("k")
+    assert told(b, "k")["text"] == told(a, "k")["text"], "as the primary says it, wherever one asks"
+    a.daemon.kill()
+    until(lambda: b.daemon.api("GET", "/v1/nodes/a")["problem"].startswith(f"127.0.0.1:{a.port}: Connection refused"))
+    found = told(b, "k")
+    assert (found["state"], found["states"]) == ("Unknown", {"a": "Offline", "b": "Unproven"})
+    problem = of_any_age(found["problem"])
+    assert problem == (
+        f"its primary, node a, can't be asked (127.0.0.1:{a.port}: Connection refused): this is what was known here "
+        "N s ago, when it was heard last"
+    )
+    assert of_any_age(found["text"]).startswith(f"p/k is Unknown: {problem}. Whether b has every acknowledged write")
+    b.daemon.kill()
+    b.daemon.start()
+    until(lambda: "from before terraced was started" in told(b, "k")["problem"])
+    a.daemon.start()
+    pair.both_online()
+    a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "k")
+
+
+def test_a_leg_that_is_lost_is_one_event(pair: Pair) -> None:
+    a, b = pair.a, pair.b
+    pair.create("o")
+    until(lambda: "the leg of p/o on node b is UpToDate" in a.events())
+    begun = len(a.events())
+    b.daemon.kill()
+    a.wait_for({"a": "UpToDate", "b": "Stale"}, "o")
+    until(lambda: "mirror p/o is Degraded" in a.events()[begun:])
+    (lost,) = (text for text in a.events()[begun:] if text.startswith("the leg of p/o on node b is "))
+    assert lost.startswith("the leg of p/o on node b is Stale: p/o on b can't be reached since 1 s: ")
+    b.daemon.start()
+    pair.both_online()
+    a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "o")
