@@ -95,7 +95,7 @@ def explain(facts: Facts) -> Explanation:
     headline = _headline(facts, state, legs)
     sentences = [headline, *_about_legs(facts, legs), _about_arbiter(facts, served)]
     if facts.left_behind is not None:
-        sentences.append(f"The leg here is left out: {facts.left_behind.rstrip('.')}.")
+        sentences.insert(0, f"{facts.name} is not served here: {facts.left_behind.rstrip('.')}.")
     return Explanation(legs, state, " ".join(one for one in sentences if one), headline, old)
 
 
@@ -139,7 +139,7 @@ def _leg_state(leg: LegInfo, facts: Facts) -> LegState:
     unreachable = leg.id not in facts.connected if facts.serving else leg.node in facts.unheard
     if leg.kind == "nbd" and not facts.serving:
         unreachable = False  # only the primary talks to it
-    if leg.id in facts.split:
+    if leg.id in facts.split or (leg.id == facts.leg_here and facts.left_behind is not None):
         return LegState.STALE
     if leg.id in record.in_sync and (facts.serving or elsewhere):
         # Out of reach for less than the timeout: nothing was acknowledged without it yet.
@@ -185,6 +185,8 @@ def _headline(facts: Facts, state: MirrorState, legs: Mapping[str, LegState]) ->
         return f"{who}: it was demoted cleanly, so nothing is in doubt, and no node exports it. {_token(record)}"
     old = _old(facts)
     what = old if old is not None else f"its primary, node {record.primary}, doesn't serve it"
+    if facts.left_behind is not None:
+        return f"{who}: {what}."  # what could be done is said with that
     why = facts.decision.sentence if facts.decision is not None else _unproven(facts)
     return f"{who}: {what}. {why[:1].upper()}{why[1:].rstrip('.')}."
 
@@ -269,6 +271,8 @@ def _about_legs(facts: Facts, legs: Mapping[str, LegState]) -> list[str]:
         inconsistent = voice is not None and voice.inconsistent
         away = facts.away_s.get(leg.id)
         since = f" for {_time(away)}" if away is not None else ""
+        if leg.id == facts.leg_here and facts.left_behind is not None:
+            continue  # that comes first of all
         if leg.id in facts.split:
             sentences.append(f"{where} is left out: {facts.split[leg.id].rstrip('.')}.")
         elif state is LegState.SYNCING:

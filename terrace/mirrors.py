@@ -630,6 +630,8 @@ class Mirrors:
             return _leg(leg, state.value)  # only a primary talks to it
         if leg.id == mirror.me and isinstance(mirror, LocalMirror) and mirror.keeper.record.inconsistent:
             state = LegState.SYNCING
+        elif leg.id == mirror.me and mirror.is_left_behind:
+            state = LegState.STALE
         elif leg.node != self.node and (peer is None or peer.calls is None):
             state = LegState.OFFLINE
         return _leg(leg, state.value)
@@ -663,7 +665,11 @@ class Mirrors:
             found = explained(mirror, own, voices, unheard)
             return self._without_primary(own, mirror, voices, found) | {"text": found.paragraph}
         shown = self._by_primary(own, mirror, theirs)
-        return shown | {"text": theirs["text"]}
+        headline, text = theirs["headline"], theirs["text"]
+        if shown["problem"] is not None and not shown["diskless"]:
+            # Of the legs that headline says enough: this node's is what is told here.
+            return shown | {"text": f"{_sentence(f'{mirror.name} is not served here', shown['problem'])} {headline}"}
+        return shown | {"text": text}
 
     async def _heard(self, mirror: MirrorPart) -> tuple[dict[str, VoterState], dict[str, str]]:
         """What each node that may know of it says now, and why others don't. All are asked at once, none twice."""

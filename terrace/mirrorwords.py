@@ -19,6 +19,8 @@ from terrace.primary import MirrorPart
 
 def known_record(mirror: MirrorPart) -> Membership:
     """The newest that this node knows, though its leg may not go by it. Raises OSError as `MirrorPart.membership`."""
+    if mirror.is_left_behind and mirror.superseded is not None:
+        return mirror.superseded
     return mirror.membership
 
 

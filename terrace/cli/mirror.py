@@ -133,7 +133,7 @@ def _show(found: dict[str, Any], output: str) -> None:
     columns = ("Node", "Volume", "State", ">For", ">To sync", ">ETA", ">Queued", ">Healed", ">Snapshots")
     show_table(columns, rows, spare=(">Queued", ">Healed"))
     for leg in found["legs"]:
-        if leg["error"]:
+        if leg["error"] and not (found["problem"] and place_of(leg) == found["node"]):  # which says the same
             click.echo(f"\n{place_of(leg)}: {leg['error']}")
 
 

@@ -116,11 +116,13 @@ def test_a_split_brain_names_both_histories_and_what_decides_it() -> None:
     assert served.legs["b"] is LegState.STALE and f"The leg on node b is left out: {sentence}." in served.paragraph
 
 
-def test_who_was_left_behind_says_so_whoever_else_serves() -> None:
+def test_who_was_left_behind_says_so_first_whoever_else_serves() -> None:
     sentence = "split brain: node a has 1.1, and node b has 2.0"
     for voters in (said(AB, "b"), said(AB, "b") | said(AB, "a", primary_here=True)):
-        found = explain(facts(AB, voters=voters, left_behind=sentence))
-        assert found.paragraph.endswith(f"The leg here is left out: {sentence}.")
+        found = explain(facts(AB, node="b", voters=voters, unheard={}, left_behind=sentence, leg_here="b"))
+        assert found.paragraph.startswith(f"fast/vol is not served here: {sentence}. fast/vol is ")
+        assert found.legs["b"] is LegState.STALE and found.paragraph.count("split brain") == 1
+        assert "all 2 legs" not in found.paragraph
 
 
 def test_below_quorum() -> None:

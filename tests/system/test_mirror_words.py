@@ -54,6 +54,42 @@ def test_while_the_primary_can_not_be_asked_all_commands_say_the_same_and_from_w
     a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "k")
 
 
+def test_the_losing_side_of_a_split_brain_says_so_first_and_shows_who_is_primary(pair: Pair) -> None:
+    a, b = pair.a, pair.b
+    pair.create("l")
+    a.daemon.kill()
+    b.ask("promote", "l", force=True)
+    with b.connect("l") as client:
+        client.write(0, b"b" * 4096)
+    b.daemon.kill()
+    a.daemon.start()  # goes on by itself
+    a.wait_for({"a": "UpToDate", "b": "Stale"}, "l")
+    with a.connect("l") as client:
+        client.write(0, b"a" * 4096)
+    b.daemon.start()
+    pair.both_online()
+    until(lambda: "split brain" in str(b.mirror("l")["problem"]))
+    until(lambda: "split brain" in str(a.leg("b", "l")["error"]))
+    found = told(b, "l")
+    assert (found["state"], found["primary"], found["role"]) == ("Degraded", "a", "secondary")
+    assert found["states"] == {"a": "UpToDate", "b": "Stale"}
+    assert found["text"].startswith(f"p/l is not served here: {found['problem']}. p/l is Degraded: node a is primary")
+    assert "a (primary)" in b.daemon.cli("volume", "mirror", "list").stdout
+    assert "leg of a" in b.daemon.cli("volume", "list").stdout
+    a.daemon.kill()
+    until(lambda: told(b, "l")["state"] == "Unknown")
+    found = told(b, "l")
+    assert (found["primary"], found["states"]) == ("a", {"a": "Offline", "b": "Stale"})
+    assert found["text"].startswith("p/l is not served here: split brain: node a has ")
+    assert "p/l is Unknown: its primary, node a, can't be asked" in found["text"]
+    a.daemon.start()
+    pair.both_online()
+    a.wait_for({"a": "UpToDate", "b": "Stale"}, "l")
+    a.ask("resync", "l", node="b", discard=True)
+    a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "l")
+    assert told(b, "l")["text"] == told(a, "l")["text"]
+
+
 def test_a_leg_that_is_lost_is_one_event(pair: Pair) -> None:
     a, b = pair.a, pair.b
     pair.create("o")
