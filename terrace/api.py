@@ -89,7 +89,7 @@ from terrace.disklessapi import DisklessApi
 from terrace.events import Events
 from terrace.exports import find_export, record_of, records_of
 from terrace.metrics import CONTENT_TYPE, Metrics
-from terrace.mirroradmin import Arbiters, MirrorAdmin, require_whole_blocks
+from terrace.mirroradmin import Arbiters, MirrorAdmin
 from terrace.mirrorapi import MirrorApi, PlaceBody
 from terrace.mirrors import Mirrors
 from terrace.mirrorsnapshots import MirrorSnapshots, listed
@@ -457,12 +457,7 @@ class Api:
             if mirror is None:
                 await pool.resize_volume(name, body.size)
             else:
-                require_whole_blocks(f"{pool.name}/{name}", body.size)
-                served = await self._admin.served(mirror)
-                if body.size < now_bytes:
-                    # The leg here would refuse it when the others have done it already.
-                    self._admin.require_unused(mirror.volume, "shrink")
-                await served.resize(body.size)
+                await self._admin.resize(mirror, body.size)
             return JSONResponse(self._volume(pool, name))
 
     async def delete_volume(self, request: Request) -> Response:

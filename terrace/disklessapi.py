@@ -21,7 +21,7 @@ from replication.mirror import Mirror
 from replication.snapshots import take_at_once
 from terrace.apikit import Handler, ResizeBody, TakeBody, TakeOneBody, plain, read_body, require_shrink
 from terrace.diskless import DisklessMirror
-from terrace.mirroradmin import MirrorAdmin, require_whole_blocks
+from terrace.mirroradmin import MirrorAdmin
 from terrace.mirrors import Mirrors
 from tiers import TierError
 from tiers.names import validate_name
@@ -86,10 +86,7 @@ class DisklessApi:
         body = await read_body(request, ResizeBody)
         mirror = self._one(request)
         require_shrink(mirror.name, mirror.size_bytes, body)
-        require_whole_blocks(mirror.name, body.size)
-        if body.size < mirror.size_bytes:
-            self._admin.require_unused(mirror.stood_for, "shrink")
-        await (await self._admin.served(mirror)).resize(body.size)
+        await self._admin.resize(mirror, body.size)
         return JSONResponse(await self._volume(mirror))
 
     async def delete_volume(self, request: Request) -> Response:

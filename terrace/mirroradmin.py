@@ -602,6 +602,46 @@ class MirrorAdmin:
             served.members[leg.id].error = None  # else who follows the resync hears the reason that is gone now
             served.change()
 
+    async def resize(self, mirror: MirrorPart, size_bytes: int) -> None:
+        """Give all legs another size. Raises TierError ENOSPC for growing where the pool of a leg refuses it."""
+        require_whole_blocks(mirror.name, size_bytes)
+        served = await self.served(mirror)
+        if size_bytes < mirror.size_bytes:
+            # The leg here would refuse it when the others have done it already.
+            self.require_unused(mirror.stood_for, "shrink")
+        else:
+            await self._require_growth(mirror, served, size_bytes)
+        await served.resize(size_bytes)
+
+    async def _require_growth(self, mirror: MirrorPart, served: ServedMirror, size_bytes: int) -> None:
+        """A leg that couldn't grow with the others would be left behind, and never come back at its size."""
+        refusals: list[str] = []
+
+        async def one(leg: LegInfo) -> None:
+            asked = {"leg": leg.id, "size_bytes": size_bytes}
+            try:
+                if leg.node == self.mirrors.node:
+                    self.mirrors.require_growth(leg.id, size_bytes)
+                else:
+                    await self.mirrors.peers.call(leg.node, "leg.may_grow", asked, FIND_S)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    return  # who can't say it now is found to be lost by the resize itself
+                way_out = f"`terrace volume mirror remove {mirror.name} {leg.node}`"
+                if leg.id == mirror.me:  # which can't be removed at its primary
+                    way_out = f"`terrace volume mirror demote {mirror.name} --to NODE`, and remove this leg there"
+                refusals.append(
+                    f"the leg of {mirror.name} on node {leg.node} can't grow: {error.strerror}; or go on without that "
+                    f"leg: {way_out}"
+                )
+
+        async with trio.open_nursery() as nursery:
+            for leg in served.status().legs:
+                if leg.info.kind == "terrace" and leg.state in (LegState.UP_TO_DATE, LegState.SYNCING):
+                    nursery.start_soon(one, leg.info)
+        if refusals:
+            raise TierError(errno.ENOSPC, "; ".join(sorted(refusals)))
+
     async def verify(
         self, mirror: MirrorPart, progress: Callable[[int, int], None], *, full: bool, repair: bool
     ) -> dict[str, Any]:

@@ -324,6 +324,7 @@ class Mirrors:
             "leg.block": self._read_block,
             "leg.damaged": self._heal_leg,
             "leg.status": self._tell_leg,
+            "leg.may_grow": self._may_grow,
             "mirror.find": self._find,
             "mirror.judge": self._judge,
             "mirror.status": self._tell_status,
@@ -510,6 +511,21 @@ class Mirrors:
             found = next(one for one in plain(pool.status())["volumes"] if one["name"] == mirror.name)
             snapshots = await pool.snapshot_status(mirror.volume.short_name, params.get("snapshot"))
             return {"volume": found, "snapshots": list(map(plain, snapshots[-MOST_SNAPSHOTS:]))}
+
+    def require_growth(self, leg: str, size_bytes: int) -> None:
+        """Raises OSError ENOSPC where the pool of a leg here would refuse it that size; ENOENT."""
+        mirror = self.by_leg(leg)
+        if mirror is None:
+            raise OSError(errno.ENOENT, f"node {self.node} has no such leg open")
+        mirror.pool.require_growth(mirror.volume.short_name, size_bytes)
+
+    async def _may_grow(self, node: str, params: dict[str, Any]) -> Any:
+        size_bytes = params.get("size_bytes")
+        if type(size_bytes) is not int:
+            raise OSError(errno.EINVAL, "leg.may_grow: size_bytes is no whole number")
+        await trio.lowlevel.checkpoint()
+        self.require_growth(_text(params, "leg"), size_bytes)
+        return {}
 
     async def _find(self, node: str, params: dict[str, Any]) -> Any:
         """The mirror that has a leg here under that name, or that this node is primary of: {name, membership}."""

@@ -491,6 +491,13 @@ class Pool:
             hit("resize.durable")
             return volume
 
+    def require_growth(self, name: str, size_bytes: int) -> None:
+        """Raise what `resize_volume` would raise of a volume that is to have so much: ENOENT, EINVAL, ENOSPC."""
+        volume = self.volume(name)
+        validate_volume_size(size_bytes)
+        more = size_bytes - volume.size_bytes
+        self._require_commitment(more, f"{volume.name} with {format_size(more)} more")
+
     def _require_commitment(self, more_bytes: int, what: str) -> None:
         """Raise ENOSPC if all volumes together would have more than the limit lets be promised."""
         engine = self._engine

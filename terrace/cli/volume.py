@@ -11,7 +11,7 @@ from terrace.cli.attach import grow_device, require_detached
 from terrace.cli.context import POOL, SIZE, SNAPSHOT, VOLUME, Context, SizeCommand, confirm, pass_context
 from terrace.cli.heat import heat
 from terrace.cli.images import export_volume, import_image
-from terrace.cli.mirror import mirror
+from terrace.cli.mirror import mirror, place_of
 from terrace.cli.mirrorbrief import brief, served_elsewhere
 from terrace.cli.node import LEG_PLACE
 from terrace.cli.output import count, output_option, patience, percent, show_facts, show_json, uris_of
@@ -194,6 +194,14 @@ def show(context: Context, volume: tuple[str, str], output: str) -> None:
     )
 
 
+def warn_of_resync(mirror: dict[str, Any] | None) -> None:
+    """What a resize may cost, before it."""
+    legs = mirror["legs"] if mirror is not None and mirror["role"] == "primary" else []
+    for leg in legs:
+        if leg["state"] == "Syncing":
+            click.echo(f"The resync of the leg on {place_of(leg)} may have to begin again after this.", err=True)
+
+
 @volume.command(cls=SizeCommand)
 @click.argument("volume", type=VOLUME, metavar="POOL/VOL")
 @click.argument("size", type=SIZE)
@@ -206,6 +214,7 @@ def resize(context: Context, volume: tuple[str, str], size: int, shrink: bool, o
     if shrink:
         require_detached(context, f"{pool}/{name}", "shrunk")
     with context.connect() as client, patience(f"Resizing {pool}/{name}"):
+        warn_of_resync(client.get("pools", pool, "volumes", name)["mirror"])
         resized = client.request("PATCH", "pools", pool, "volumes", name, body={"size": size, "shrink": shrink})
         grow_device(context, resized["name"], resized["size_bytes"])
     if output == "json":

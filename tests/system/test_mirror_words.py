@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.system.test_mirror import Node, Pair, until
+from tests.system.daemon import ApiError
+from tests.system.test_mirror import SIZE, Node, Pair, until
 from tests.system.test_mirror import pair as pair  # the fixture
 
 pytestmark = pytest.mark.system
@@ -103,3 +104,29 @@ def test_a_leg_that_is_lost_is_one_event(pair: Pair) -> None:
     b.daemon.start()
     pair.both_online()
     a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "o")
+
+
+def test_a_mirror_that_can_not_grow_on_one_leg_names_it_and_keeps_it(pair: Pair) -> None:
+    a, b = pair.a, pair.b
+    pair.create("g")
+    config = b.daemon.config
+    b.daemon.kill()
+    b.daemon.config = config + "[pool]\novercommit_limit = 1\n"
+    b.daemon.start()
+    pair.both_online()
+    a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "g")
+    refused = a.daemon.cli("volume", "resize", "p/g", "400M", status=1).stderr
+    assert refused.startswith(
+        "Error: the leg of p/g on node b can't grow: p/g with 368 MiB more would be more than pool p"
+    )
+    assert refused.endswith("; or go on without that leg: `terrace volume mirror remove p/g b`\n")
+    assert a.legs("g") == {"a": "UpToDate", "b": "UpToDate"} and a.mirror("g")["size_bytes"] == SIZE
+    assert "40 MiB" in a.daemon.cli("volume", "resize", "p/g", "40M").stdout
+    a.daemon.cli("volume", "mirror", "demote", "p/g", "--to", "b")
+    with pytest.raises(ApiError, match="demote p/g --to NODE`, and remove this leg there"):
+        b.daemon.api("PATCH", "/v1/pools/p/volumes/g", {"size": 400 << 20})
+    b.daemon.kill()
+    b.daemon.config = config
+    b.daemon.start()
+    pair.both_online()
+    b.wait_for({"a": "UpToDate", "b": "UpToDate"}, "g")

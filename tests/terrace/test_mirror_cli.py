@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from terrace.cli.status import show_status_of_mirrors
+from terrace.cli.volume import warn_of_resync
 
 URI = "nbd+unix:///e?socket=/run/leg.sock"
 
@@ -52,3 +53,11 @@ def mirror(*legs: dict[str, Any], **more: Any) -> dict[str, Any]:
 def test_the_status_names_a_leg_on_an_nbd_server_by_its_uri(capsys: pytest.CaptureFixture[str]) -> None:
     show_status_of_mirrors([mirror(leg("a", "UpToDate"), leg("a", "Stale", uri=URI), state="Degraded")])
     assert f"a UpToDate, {URI} Stale" in capsys.readouterr().out
+
+
+def test_a_resize_says_before_that_a_resync_may_have_to_begin_again(capsys: pytest.CaptureFixture[str]) -> None:
+    warn_of_resync(mirror(leg("a", "UpToDate"), leg("b", "Syncing")))
+    assert capsys.readouterr().err == "The resync of the leg on b may have to begin again after this.\n"
+    for quiet in (None, mirror(leg("a", "UpToDate"), leg("b", "Stale"))):
+        warn_of_resync(quiet)
+    assert capsys.readouterr().err == ""
