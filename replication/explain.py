@@ -32,8 +32,6 @@ class Facts:
     """The mirror's volume, POOL/VOL."""
     membership: Membership
     """The newest record that is known here."""
-    node: str = ""
-    """The node that explains, if it may have a voice among `voters`."""
     voters: Mapping[str, VoterState] = field(default_factory=dict)
     """What nodes have said, this one included."""
     unheard: Mapping[str, str] = field(default_factory=dict)
@@ -77,7 +75,7 @@ class Explanation:
     headline: str
     """How the paragraph begins: what holds for the whole mirror."""
     old: str | None
-    """That all this is what was known here when the primary was heard last, and when that was; None: it isn't."""
+    """That all this is what was known when the primary was heard last, and when that was; None: it isn't."""
 
 
 def explain(facts: Facts) -> Explanation:
@@ -125,11 +123,12 @@ def _old(facts: Facts) -> str | None:
     primary = facts.membership.primary
     if primary is None or facts.serving or primary not in facts.unheard or _primary_elsewhere(facts) is not None:
         return None
-    own = facts.voters.get(facts.node)
-    if own is None or own.heard_s is None:
-        when = "this is what was known here last, from before terraced was started"
+    heard = {node: voice.heard_s for node, voice in facts.voters.items() if voice.heard_s is not None}
+    if heard:
+        node = min(heard, key=lambda one: heard[one])
+        when = f"this is what was known {_time(heard[node])} ago, when node {node} heard it last"
     else:
-        when = f"this is what was known here {_time(own.heard_s)} ago, when it was heard last"
+        when = "this is what was known last, from before terraced was started"
     return f"its primary, node {primary}, can't be asked ({facts.unheard[primary]}): {when}"
 
 

@@ -694,13 +694,14 @@ class Mirrors:
         unheard: dict[str, str] = {}
 
         async def ask(node: str) -> None:
-            unheard[node] = f"no answer in {ASK_S:g} s"
+            unheard[node] = "no answer"
             with trio.move_on_after(ASK_S):
                 try:
                     voices[node] = await self.voter(node).state(record.mirror)
                     del unheard[node]
                 except OSError as error:
-                    unheard[node] = (error.strerror or str(error)).removeprefix(f"node {node} can't be reached: ")
+                    why = (error.strerror or str(error)).removeprefix(f"node {node} can't be reached: ")
+                    unheard[node] = "no answer" if error.errno == errno.ETIMEDOUT else why
 
         async with trio.open_nursery() as nursery:
             for node in dict.fromkeys((self.node, *nodes_of_mirror(mirror.membership), *nodes_of_mirror(record))):

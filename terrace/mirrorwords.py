@@ -60,7 +60,6 @@ def explained(
     return explain(
         Facts(
             name=name or mirror.name,
-            node=status["node"],
             membership=newest_record(mirror, voices),
             voters=voices,
             unheard=unheard,

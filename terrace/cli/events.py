@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from terrace.cli.context import Context, pass_context
-from terrace.cli.output import output_option, show_json
+from terrace.cli.output import output_option, say, show_json
 
 _WAIT_S = 10
 
@@ -50,4 +50,4 @@ def _show(found: list[dict[str, Any]], output: str) -> None:
             click.echo(json.dumps(event))
             continue
         when = datetime.fromtimestamp(event["time"]).strftime("%Y-%m-%d %H:%M:%S")
-        click.echo(f"{click.style(when, dim=True)}  {event['kind']:<10}  {event['text']}")
+        say(event["text"], begin=f"{click.style(when, dim=True)}  {event['kind']:<10}  ")

@@ -10,7 +10,7 @@ import click
 
 from terrace.cli.context import VOLUME, Context, confirm, pass_context
 from terrace.cli.node import LEG, LEG_PLACE, NODE
-from terrace.cli.output import duration, output_option, patience, show_facts, show_json, show_table
+from terrace.cli.output import duration, output_option, patience, say, show_facts, show_json, show_table
 from terrace.sizes import format_size
 
 if TYPE_CHECKING:
@@ -68,10 +68,16 @@ def show_mirrors(found: list[dict[str, Any]]) -> None:
             rows.append(("", f"{one['primary']} (primary)", "-", "Diskless", "", "-", "-"))
         if not one["legs"]:
             rows.append((one["volume"], "-", "-", one["state"], format_size(one["size_bytes"]), "-", "-"))
-    show_table(("Mirror", "Node", "Pool", "State", ">Size", ">To sync", ">ETA"), rows, empty=NONE, spare=("Pool",))
+    show_table(
+        ("Mirror", "Node", "Pool", "State", ">Size", ">To sync", ">ETA"),
+        rows,
+        empty=NONE,
+        spare=("Pool", ">ETA", ">Size"),
+    )
     for one in found:
         for sentence in filter(None, (one["problem"], one["waiting"] and f"writes wait: {one['waiting']}")):
-            click.echo(f"\n{one['volume']}: {sentence}")
+            click.echo()
+            say(f"{one['volume']}: {sentence}")
 
 
 def shown_node(one: dict[str, Any], leg: dict[str, Any]) -> str:
@@ -131,10 +137,11 @@ def _show(found: dict[str, Any], output: str) -> None:
         for leg in found["legs"]
     ]
     columns = ("Node", "Volume", "State", ">For", ">To sync", ">ETA", ">Queued", ">Healed", ">Snapshots")
-    show_table(columns, rows, spare=(">Queued", ">Healed"))
+    show_table(columns, rows, spare=(">Queued", ">Healed", ">ETA", "Volume"))
     for leg in found["legs"]:
         if leg["error"] and not (found["problem"] and place_of(leg) == found["node"]):  # which says the same
-            click.echo(f"\n{place_of(leg)}: {leg['error']}")
+            click.echo()
+            say(f"{place_of(leg)}: {leg['error']}")
 
 
 def _snapshots(leg: dict[str, Any]) -> str:
@@ -162,7 +169,7 @@ def explain(context: Context, volume: tuple[str, str], output: str) -> None:
     if output == "json":
         show_json(found)
     else:
-        click.echo(found["text"])
+        say(found["text"])
 
 
 @mirror.command()

@@ -9,7 +9,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from terrace.cli.context import Context, ask, pass_context
-from terrace.cli.output import duration, output_option, patience, show_facts, show_json, show_table
+from terrace.cli.output import duration, output_option, patience, say, show_facts, show_json, show_table
 
 NO_NODES = (
     "This node has no name and so no peers; set name under [node] in the configuration, and [peers.NAME] for each of "
@@ -103,7 +103,8 @@ def show_nodes(found: list[dict[str, Any]]) -> None:
     show_table(("Node", "Address", "State", "Version", "Pools", "Last seen"), rows, empty=NO_NODES, spare=("Version",))
     for one in found:
         if one["problem"]:
-            click.echo(f"\n{one['name']} is {one['state'].lower()}: {one['problem']}")
+            click.echo()
+            say(f"{one['name']} is {one['state'].lower()}: {one['problem']}")
 
 
 def seen(one: dict[str, Any]) -> str:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -125,11 +128,39 @@ def show_table(
 
 
 def show_facts(facts: Sequence[tuple[str, object]]) -> None:
-    """Names and values below each other."""
+    """Names and values below each other; a sentence stays in the column of the values."""
     width = max(len(name) for name, _ in facts) + 3
     for name, value in facts:
         colour = STATE_STYLES.get(str(value), "").split(" ")[-1] or None
-        click.echo(click.style(name.ljust(width), dim=True) + click.style(str(value), fg=colour))
+        shown = _for_terminal(str(value), width)
+        click.echo(click.style(name.ljust(width), dim=True) + click.style(shown, fg=colour))
+
+
+def say(sentence: str, *, begin: str = "") -> None:
+    """Echo a sentence behind `begin`, below whose end its other lines stand. See `wrapped`."""
+    click.echo(begin + _for_terminal(sentence, len(click.unstyle(begin))))
+
+
+def _for_terminal(sentence: str, indent: int) -> str:
+    if not sys.stdout.isatty():
+        return sentence
+    return wrapped(sentence, shutil.get_terminal_size().columns, indent)
+
+
+def wrapped(sentence: str, width: int, indent: int = 0) -> str:
+    """Lines that end between words, all `indent` columns in, the first of which somebody has begun already.
+
+    What is in backticks is to be copied and run, so it stays in one line, as does a name that is longer than a line.
+    """
+    if indent + len(sentence) <= width:
+        return sentence
+    lines: list[str] = []
+    for word in re.findall(r"(?:`[^`]*`|\S)+", sentence):
+        if lines and indent + len(lines[-1]) + 1 + len(word) <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return f"\n{' ' * indent}".join(lines)
 
 
 def percent(part: float, whole: float) -> str:

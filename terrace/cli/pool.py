@@ -124,7 +124,8 @@ def show_pools(pools: Sequence[dict[str, Any]], title: str = "") -> None:
             )
         )
     columns = ("Pool", "State", ">Volumes", ">Nominal", ">Used", ">Available", ">Capacity", ">Use", "Scrub")
-    show_table(columns, rows, title=title, empty="There are no pools; terrace pool create makes one.")
+    empty = "There are no pools; terrace pool create makes one."
+    show_table(columns, rows, title=title, empty=empty, spare=(">Nominal", ">Volumes"))
     for found in pools:
         if found.get("error"):
             click.echo(f"{found['name']}: {found['error']}")

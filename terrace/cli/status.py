@@ -62,7 +62,8 @@ def status(context: Context, output: str) -> None:
             )
             for connection in nbd["connections"]
         ]
-        show_table(("Export", "Client", ">Reads", ">Writes", ">Flushes", ">Errors", ">Read", ">Written"), rows)
+        columns = ("Export", "Client", ">Reads", ">Writes", ">Flushes", ">Errors", ">Read", ">Written")
+        show_table(columns, rows, spare=(">Flushes", ">Reads", ">Writes"))
 
 
 def _export(connection: dict[str, Any]) -> str:
@@ -82,7 +83,7 @@ def _arbiter(found: dict[str, Any] | None) -> list[tuple[str, str]]:
 def show_status_of_mirrors(mirrors: list[dict[str, Any]]) -> None:
     """A table with a line for each mirror."""
     rows = [(one["volume"], one["state"], one["role"], one["primary"] or "none", _legs(one)) for one in mirrors]
-    show_table(("Mirror", "State", "Here", "Primary", "Legs"), rows)
+    show_table(("Mirror", "State", "Here", "Primary", "Legs"), rows, spare=("Primary",))
 
 
 def _legs(mirror: dict[str, Any]) -> str:

@@ -73,7 +73,7 @@ def test_unproven() -> None:
     found = explain(facts(AB, voters=said(AB, "b"), unheard={"a": "no route to host"}))
     assert found.state is MirrorState.UNKNOWN and legs_of(found) == [LegState.OFFLINE, LegState.UNPROVEN]
     assert found.paragraph == (
-        "fast/vol is Unknown: its primary, node a, can't be asked (no route to host): this is what was known here "
+        "fast/vol is Unknown: its primary, node a, can't be asked (no route to host): this is what was known "
         "last, from before terraced was started. Whether b has every acknowledged write can't be proven without a: "
         "start a or mend the way there, or `mirror promote --force`, which may lose writes."
     )
@@ -86,17 +86,17 @@ def test_unproven() -> None:
 
 def test_what_is_known_while_the_primary_can_not_be_asked_is_old_and_it_is_said_how_old() -> None:
     voters = said(AB, "b", heard_s=300.0)
-    found = explain(facts(AB, node="b", voters=voters, unheard={"a": "no route to host"}))
+    found = explain(facts(AB, voters=voters, unheard={"a": "no route to host"}))
     assert found.state is MirrorState.UNKNOWN and found.old == (
-        "its primary, node a, can't be asked (no route to host): this is what was known here 5 min ago, when it was "
-        "heard last"
+        "its primary, node a, can't be asked (no route to host): this is what was known 5 min ago, when node b heard "
+        "it last"
     )
     assert found.paragraph.startswith(f"fast/vol is Unknown: {found.old}. Whether b has every acknowledged write")
     # Who else is primary is known, then, and by that one.
     voters |= said(AB, "c", primary_here=True)
-    assert explain(facts(AB, node="b", voters=voters, unheard={"a": "no route to host"})).old is None
+    assert explain(facts(AB, voters=voters, unheard={"a": "no route to host"})).old is None
     demoted = AB.next_epoch(primary=None)
-    assert explain(facts(demoted, node="b", voters=said(demoted, "b"), unheard={"a": "no route"})).old is None
+    assert explain(facts(demoted, voters=said(demoted, "b"), unheard={"a": "no route"})).old is None
 
 
 def test_writes_that_wait_for_a_moment_are_told_and_the_mirror_is_served() -> None:
@@ -119,7 +119,7 @@ def test_a_split_brain_names_both_histories_and_what_decides_it() -> None:
 def test_who_was_left_behind_says_so_first_whoever_else_serves() -> None:
     sentence = "split brain: node a has 1.1, and node b has 2.0"
     for voters in (said(AB, "b"), said(AB, "b") | said(AB, "a", primary_here=True)):
-        found = explain(facts(AB, node="b", voters=voters, unheard={}, left_behind=sentence, leg_here="b"))
+        found = explain(facts(AB, voters=voters, unheard={}, left_behind=sentence, leg_here="b"))
         assert found.paragraph.startswith(f"fast/vol is not served here: {sentence}. fast/vol is ")
         assert found.legs["b"] is LegState.STALE and found.paragraph.count("split brain") == 1
         assert "all 2 legs" not in found.paragraph

@@ -43,8 +43,8 @@ def test_while_the_primary_can_not_be_asked_all_commands_say_the_same_and_from_w
     assert (found["state"], found["states"]) == ("Unknown", {"a": "Offline", "b": "Unproven"})
     problem = of_any_age(found["problem"])
     assert problem == (
-        f"its primary, node a, can't be asked (127.0.0.1:{a.port}: Connection refused): this is what was known here "
-        "N s ago, when it was heard last"
+        f"its primary, node a, can't be asked (127.0.0.1:{a.port}: Connection refused): this is what was known "
+        "N s ago, when node b heard it last"
     )
     assert of_any_age(found["text"]).startswith(f"p/k is Unknown: {problem}. Whether b has every acknowledged write")
     b.daemon.kill()

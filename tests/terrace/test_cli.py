@@ -15,7 +15,7 @@ import pytest
 import trio
 from click.testing import CliRunner, Result
 
-from terrace.cli.output import duration, show_table, speed_text
+from terrace.cli.output import duration, show_table, speed_text, wrapped
 from terrace.cli.pool import _one_option_each
 from terrace.cli.root import root
 from terrace.home import Home
@@ -396,6 +396,17 @@ def test_a_time_has_at_most_two_units_and_none_that_is_zero_at_its_end(seconds: 
 def test_the_speed_beside_a_bar_is_in_the_units_of_its_sizes() -> None:
     assert speed_text(38 << 20, 66.0) == "38 MiB/s, ETA 1 min 6 s"
     assert speed_text(1000.0, None) == "1000 B/s"
+
+
+def test_a_sentence_is_wrapped_between_words_and_a_command_in_it_is_not() -> None:
+    sentence = "decide whose writes are lost: `terrace volume mirror resync p/v b --discard` on a"
+    assert wrapped(sentence, 80) == sentence.replace(" on a", " on\na")
+    assert wrapped(sentence, 40, 2) == (
+        "decide whose writes are lost:\n  `terrace volume mirror resync p/v b --discard`\n  on a"
+    )
+    assert wrapped(sentence, 81) == wrapped(sentence, 200) == sentence
+    name = "nbd+unix:///export?socket=/run/a/path/that/is/longer/than/the/line"
+    assert wrapped(f"at {name}: no", 30) == f"at\n{name}:\nno"
 
 
 def test_a_table_that_fits_no_terminal_goes_on_in_the_next_line_and_cuts_no_name(
