@@ -239,7 +239,7 @@ class Peers:
                     nursery.start_soon(_until_ended, calls, nursery.cancel_scope)
                     try:
                         while True:
-                            self._judge_hello(peer, await calls.call("node.hello", self.hello(), HELLO_TIMEOUT_S))
+                            self._judge_hello(peer, await self._exchange_hellos(calls))
                             if peer.calls is None:
                                 peer.calls, pause_s = calls, FIRST_PAUSE_S
                                 self._change(peer, PeerState.ONLINE, "")
@@ -255,6 +255,15 @@ class Peers:
                 peer.next_step = _next_step(error, peer.name)
             await trio.sleep(pause_s * random.uniform(0.8, 1.2))  # else nodes that start together meet each other busy
             pause_s = min(LONGEST_PAUSE_S, pause_s * 2)
+
+    async def _exchange_hellos(self, calls: Calls) -> Any:
+        """Raises OSError; where the connection has failed, why, and not what became of this call by that."""
+        try:
+            return await calls.call("node.hello", self.hello(), HELLO_TIMEOUT_S)
+        except OSError:
+            if calls.failure is None:
+                raise
+            raise OSError(calls.failure.errno, calls.failure.strerror) from None
 
     def _judge_hello(self, peer: Peer, answer: Any) -> None:
         """Raises OSError EPERM if it is somebody else."""

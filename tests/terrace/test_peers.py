@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -107,6 +108,26 @@ def test_a_peer_that_answers_is_online_and_one_that_has_gone_offline_with_the_re
 
     trio.run(main)
     assert told[0].startswith("node b is online") and "node b is offline" in told[-1]
+
+
+def test_a_peer_that_falls_silent_is_offline_with_that_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("terrace.peers.HELLO_S", 0.05)
+    told: list[str] = []
+
+    async def main() -> None:
+        b = peers_of(tmp_path / "b", config_of("b", a=1))
+        async with serving(b) as port, trio.open_nursery() as nursery:
+            a = peers_of(tmp_path / "a", config_of("a", b=port), told)
+            nursery.start_soon(a.run)
+            await until(lambda: a.peers["b"].state is PeerState.ONLINE)
+            calls = a.peers["b"].calls
+            assert calls is not None
+            calls._fail(OSError(errno.ETIMEDOUT, "node b has been silent for 5 s"))
+            await until(lambda: len(told) > 1)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    assert told[1] == "node b is offline: node b has been silent for 5 s"
 
 
 @pytest.mark.parametrize(
