@@ -127,7 +127,7 @@ class MirrorApi:
         if found is None:
             self._mirrors.peers.peer(name)
             raise AssertionError("a peer that has no status")
-        return JSONResponse(found | {"legs": self._mirrors.legs_on(name)})
+        return JSONResponse(found | {"legs": await self._mirrors.legs_on(name)})
 
     async def drain_node(self, request: Request) -> Response:
         body = await read_body(request, DrainBody)

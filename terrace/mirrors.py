@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn, cast
@@ -764,17 +764,19 @@ class Mirrors:
                 nursery.start_soon(ask, mirror)
         return [found[name] for name in sorted(found)]
 
-    def legs_on(self, node: str) -> list[dict[str, Any]]:
-        """Legs that a node has, of the mirrors that this one has a part in. JSON."""
-        return list(self._legs_on(node))
-
-    def _legs_on(self, node: str) -> Iterator[dict[str, Any]]:
-        for mirror in self.all():
-            status = self.local_status(mirror)
-            for leg in status["legs"]:
-                if leg["node"] == node and leg["kind"] == "terrace":
-                    role = "primary" if status["primary"] == node else "secondary"
-                    yield {"volume": mirror.name, "pool": leg["pool"], "role": role, "state": leg["state"]}
+    async def legs_on(self, node: str) -> list[dict[str, Any]]:
+        """Legs that a node has, of the mirrors that this one has a part in, as their primaries see them. JSON."""
+        return [
+            {
+                "volume": status["volume"],
+                "pool": leg["pool"],
+                "role": "primary" if status["primary"] == node else "secondary",
+                "state": leg["state"],
+            }
+            for status in await self.statuses()
+            for leg in status["legs"]
+            if leg["node"] == node and leg["kind"] == "terrace"
+        ]
 
 
 async def _mend(mender: LegMender) -> None:

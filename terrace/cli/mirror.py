@@ -137,7 +137,7 @@ def _show(found: dict[str, Any], output: str) -> None:
         for leg in found["legs"]
     ]
     columns = ("Node", "Volume", "State", ">For", ">To sync", ">ETA", ">Queued", ">Healed", ">Snapshots")
-    show_table(columns, rows, spare=(">Queued", ">Healed", ">ETA", "Volume"))
+    show_table(columns, rows, spare=(">Queued", ">Healed", ">ETA", "Volume", ">Snapshots"))
     for leg in found["legs"]:
         if leg["error"] and not (found["problem"] and place_of(leg) == found["node"]):  # which says the same
             click.echo()

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar
 
 import click
 
@@ -46,9 +46,10 @@ def output_option(command: CommandT) -> CommandT:
 
 
 def complain(sentence: str) -> None:
-    """An error on one line, and without what a name from elsewhere could do to a terminal."""
+    """An error on one line, or as many as a terminal needs, and without what a name from elsewhere could do to it."""
     line = "".join(char if char.isprintable() else " " for char in sentence)
-    click.echo(f"Error: {' '.join(line.split())}", err=True)
+    text = f"Error: {' '.join(line.split())}"
+    click.echo(_for_terminal(text, 0, sys.stderr), err=True)
 
 
 def show_json(value: object) -> None:
@@ -141,8 +142,9 @@ def say(sentence: str, *, begin: str = "") -> None:
     click.echo(begin + _for_terminal(sentence, len(click.unstyle(begin))))
 
 
-def _for_terminal(sentence: str, indent: int) -> str:
-    if not sys.stdout.isatty():
+def _for_terminal(sentence: str, indent: int, stream: TextIO | None = None) -> str:
+    stream = sys.stdout if stream is None else stream
+    if stream is None or stream.closed or not stream.isatty():
         return sentence
     return wrapped(sentence, shutil.get_terminal_size().columns, indent)
 

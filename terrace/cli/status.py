@@ -82,12 +82,18 @@ def _arbiter(found: dict[str, Any] | None) -> list[tuple[str, str]]:
 
 def show_status_of_mirrors(mirrors: list[dict[str, Any]]) -> None:
     """A table with a line for each mirror."""
-    rows = [(one["volume"], one["state"], one["role"], one["primary"] or "none", _legs(one)) for one in mirrors]
+    rows = []
+    for one in mirrors:
+        first, *others = _legs(one)
+        rows.append((one["volume"], one["state"], one["role"], one["primary"] or "none", first))
+        rows += [("", "", "", "", leg) for leg in others]
     show_table(("Mirror", "State", "Here", "Primary", "Legs"), rows, spare=("Primary",))
 
 
-def _legs(mirror: dict[str, Any]) -> str:
-    return ", ".join(f"{place_of(leg)} {leg['state']}" for leg in mirror["legs"])
+def _legs(mirror: dict[str, Any]) -> list[str]:
+    """In lines: those on nodes in one, and each on an NBD server, whose URI may be long, in its own."""
+    nodes = [f"{place_of(leg)} {leg['state']}" for leg in mirror["legs"] if leg["kind"] == "terrace"]
+    return [", ".join(nodes)] + [f"{place_of(leg)} {leg['state']}" for leg in mirror["legs"] if leg["kind"] == "nbd"]
 
 
 def _upgrade(found: dict[str, Any]) -> list[tuple[str, str]]:

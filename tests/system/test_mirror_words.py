@@ -25,6 +25,10 @@ def told(node: Node, volume: str) -> dict[str, Any]:
         assert states == {leg["node"]: leg["state"] for leg in other["legs"]}
         assert all(other[key] == shown[key] for key in ("state", "primary", "role", "term", "epoch"))
     assert (explained["state"], explained["legs"]) == (shown["state"], states)
+    for name in ("a", "b"):
+        legs = {leg["volume"]: leg for leg in node.daemon.api("GET", f"/v1/nodes/{name}")["legs"]}
+        role = "primary" if name == shown["primary"] else "secondary"
+        assert (legs[shown["volume"]]["state"], legs[shown["volume"]]["role"]) == (states[name], role)
     assert f"p/{volume} is {shown['state']}:" in explained["text"]
     return shown | {"text": explained["text"], "states": states}
 

@@ -51,8 +51,11 @@ def mirror(*legs: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def test_the_status_names_a_leg_on_an_nbd_server_by_its_uri(capsys: pytest.CaptureFixture[str]) -> None:
-    show_status_of_mirrors([mirror(leg("a", "UpToDate"), leg("a", "Stale", uri=URI), state="Degraded")])
-    assert f"a UpToDate, {URI} Stale" in capsys.readouterr().out
+    legs = (leg("a", "UpToDate"), leg("a", "Stale", uri=URI), leg("b", "UpToDate"))
+    show_status_of_mirrors([mirror(*legs, state="Degraded")])
+    first, second = (line.split() for line in capsys.readouterr().out.splitlines()[2:])
+    assert first == ["p/v", "Degraded", "primary", "a", "a", "UpToDate,", "b", "UpToDate"]
+    assert second == [URI, "Stale"]
 
 
 def test_a_resize_says_before_that_a_resync_may_have_to_begin_again(capsys: pytest.CaptureFixture[str]) -> None:
