@@ -702,6 +702,8 @@ class Mirrors:
                 except OSError as error:
                     why = (error.strerror or str(error)).removeprefix(f"node {node} can't be reached: ")
                     unheard[node] = "no answer" if error.errno == errno.ETIMEDOUT else why
+                    if node == self.node:
+                        del unheard[node]  # it is here, though it has nothing to say
 
         async with trio.open_nursery() as nursery:
             for node in dict.fromkeys((self.node, *nodes_of_mirror(mirror.membership), *nodes_of_mirror(record))):
@@ -715,10 +717,8 @@ class Mirrors:
         for node in (node for node, voice in voices.items() if voice.primary_here and node != self.node):
             asked = {"mirror": known_record(mirror).mirror, "name": mirror.name if explain else None}
             try:
-                theirs = await self.peers.call(node, "mirror.status", asked, STATUS_S)
-                if theirs["role"] == "primary" and (not explain or isinstance(theirs["text"], str)):
-                    return {key: theirs[key] for key in (*_PRIMARYS, *(("headline", "text") if explain else ()))}
-            except (OSError, KeyError, TypeError):
+                return _judge_status(await self.peers.call(node, "mirror.status", asked, STATUS_S), explain=explain)
+            except OSError:
                 continue
         return None
 
@@ -789,6 +789,18 @@ async def _mend(mender: LegMender) -> None:
 def _mirror_of(mirror: LocalMirror) -> str | None:
     accepted = mirror.keeper.record.accepted
     return accepted.mirror if accepted is not None else None
+
+
+def _judge_status(theirs: Any, *, explain: bool) -> dict[str, Any]:
+    """What a primary has said of its mirror. Raises OSError EPROTO for what is no such thing, or not a primary's."""
+    wanted = (*_PRIMARYS, *(("headline", "text") if explain else ()))
+    legs = theirs.get("legs") if isinstance(theirs, dict) else None
+    if not isinstance(legs, list) or theirs.get("role") != "primary" or not theirs.keys() >= {*wanted}:
+        raise OSError(errno.EPROTO, "that is no status of a mirror of its primary")
+    shape = _leg(LegInfo("", "", ""), "").keys()
+    if not all(isinstance(leg, dict) and leg.keys() >= shape and type(leg["healed_blocks"]) is int for leg in legs):
+        raise OSError(errno.EPROTO, "there are no legs of a mirror in that")
+    return {key: theirs[key] for key in wanted}
 
 
 def _record_status(record: Membership) -> dict[str, Any]:

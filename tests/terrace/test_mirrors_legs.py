@@ -12,9 +12,9 @@ import pytest
 import trio
 
 from replication.keeper import LegRecord
-from replication.membership import Term, encode
+from replication.membership import LegInfo, Term, encode
 from terrace.mirroradmin import MirrorAdmin
-from terrace.mirrors import Mirrors
+from terrace.mirrors import _PRIMARYS, Mirrors, _judge_status, _leg
 from tests.replication.stores import first_record
 
 
@@ -217,3 +217,18 @@ def test_a_leg_whose_deletion_is_cancelled_goes_on(tmp_path: Any) -> None:
             nursery.cancel_scope.cancel()
 
     trio.run(main)
+
+
+def test_what_is_no_status_of_a_primary_is_not_shown_as_one() -> None:
+    legs = [_leg(LegInfo("l", "a", "p/v"), "UpToDate")]
+    good: dict[str, Any] = dict.fromkeys(_PRIMARYS) | {"role": "primary", "legs": legs}
+    assert _judge_status(good, explain=False)["legs"] == legs
+    said = good | {"headline": "It is.", "text": "It is. So it is."}
+    assert _judge_status(said, explain=True)["text"] == "It is. So it is."
+    bad: list[Any] = [None, [], {}, good | {"role": "secondary"}, good | {"legs": None}, good | {"legs": [{}]}]
+    bad += [good | {"legs": [legs[0] | {"healed_blocks": "x"}]}, {key: good[key] for key in good if key != "term"}]
+    for theirs in bad:
+        with pytest.raises(OSError, match=r"no (status|legs) of a mirror"):
+            _judge_status(theirs, explain=False)
+    with pytest.raises(OSError, match="no status of a mirror"):
+        _judge_status(good, explain=True)
