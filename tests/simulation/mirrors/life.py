@@ -731,7 +731,7 @@ class Life:
                         local.compared_in_full.add(leg.id)
                     except OSError as error:
                         self.trace(f"operator: {error}")
-        for name in sorted(self.refused):
+        for name in sorted(self.refused | self.unread):  # a pool may take no writes before a restart
             self.trace(f"operator: restarts {name}")
             await self.stop(self.nodes[name])
 
