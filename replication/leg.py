@@ -118,11 +118,8 @@ class Leg(Protocol):
     def silent_since(self) -> float | None:
         """trio's clock when it should have begun to answer what it hasn't yet; None if it owes nothing."""
 
-    def submit(self, sequence: int, changes: Sequence[Change], done: Done, *, within: bool = False) -> None:
-        """Apply these; `done(None)` when the leg's kernel has them. Never waits; the caller bounds `queued_bytes`.
-
-        `within`: the caller doesn't mind if that is called from within this call.
-        """
+    def submit(self, sequence: int, changes: Sequence[Change], done: Done) -> None:
+        """Apply these; `done(None)` when the leg's kernel has them. Never waits; the caller bounds `queued_bytes`."""
 
     def read_now(self, offset: int, length: int, into: memoryview) -> bool:
         """As `nbd.export.Export.read_now`; a leg on a peer always says False."""

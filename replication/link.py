@@ -167,7 +167,7 @@ class RemoteLeg:
 
     # --- changes ---
 
-    def submit(self, sequence: int, changes: Sequence[Change], done: Done, *, within: bool = False) -> None:
+    def submit(self, sequence: int, changes: Sequence[Change], done: Done) -> None:
         """See `Leg`. Sequences grow."""
         if self._failure is not None:
             self._doom([done])

@@ -122,7 +122,7 @@ class LocalLeg:
 
     # -- changes -----------------------------------------------------------------------------------------------------
 
-    def submit(self, sequence: int, changes: Sequence[Change], done: Done, *, within: bool = False) -> None:
+    def submit(self, sequence: int, changes: Sequence[Change], done: Done) -> None:
         if self.failure is not None:
             # Whether or not `run` is still there.
             trio.lowlevel.current_trio_token().run_sync_soon(done, self.failure)
@@ -136,10 +136,7 @@ class LocalLeg:
                 return
             if taken == len(changes):
                 self._applied = sequence
-                if within:
-                    done(None)
-                else:
-                    self._call_later(done, None)
+                self._call_later(done, None)
                 return
             changes = changes[taken:]
         copies = [

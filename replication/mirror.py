@@ -306,11 +306,8 @@ class Mirror:
         batch.extents = extents
         batch.wide = wide
         self.inflight.add(batch)
-        # The legs on peers say later that they have it, so that it isn't complete within this call: the local one needs
-        # no task of its own then.
-        within = len(writers) > 1
         for leg in writers:
-            leg.submit(sequence, changes, batch, within=within)
+            leg.submit(sequence, changes, batch)
 
     def _completed(self, batch: Batch) -> None:
         """Each leg has said what became of it."""

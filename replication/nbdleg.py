@@ -399,7 +399,7 @@ class NbdLeg:
 
     # -- changes -----------------------------------------------------------------------------------------------------
 
-    def submit(self, sequence: int, changes: Sequence[Change], done: Done, *, within: bool = False) -> None:
+    def submit(self, sequence: int, changes: Sequence[Change], done: Done) -> None:
         """See `Leg`. Sequences grow."""
         if self.failure is not None:
             self._doom([done])

@@ -61,10 +61,6 @@ class Stream:
         self._backlog: deque[memoryview] = deque()
         self._wake = trio.Event()
         self._push = self._sock.send
-        self._tells_end = isinstance(sock, socket.socket)
-        """With TLS there may be more, decrypted already, after a receive that didn't fill its buffer."""
-        self._is_empty = False
-        """Whether the last receive took all that there was: then another one would most likely be in vain."""
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -143,21 +139,15 @@ class Stream:
         while True:
             if self.broken is not None:
                 raise self.broken
-            if self._is_empty:
-                self._is_empty = False
-                await self._wait(trio.lowlevel.wait_readable)
-                self.woke_at = perf_counter()
-                continue
             try:
                 count = self._sock.recv_into(into)
+                self.traffic.received_bytes += count
+                return count
             except BlockingIOError:
-                self._is_empty = True
-                continue
+                await self._wait(trio.lowlevel.wait_readable)
+                self.woke_at = perf_counter()
             except OSError as error:
                 raise self.broken or _named(error, self.peer) from None
-            self.traffic.received_bytes += count
-            self._is_empty = self._tells_end and count < len(into)
-            return count
 
     async def rest(self) -> None:
         """Let others go before whoever receives."""

@@ -450,7 +450,7 @@ class FakeLeg:
     def silent_since(self) -> float | None:
         return min([*(began for _, _, began in self._owed.values()), *self._calls], default=None)
 
-    def submit(self, sequence: int, changes: Sequence[Change], done: Done, *, within: bool = False) -> None:
+    def submit(self, sequence: int, changes: Sequence[Change], done: Done) -> None:
         if self.failure is not None:
             trio.lowlevel.current_trio_token().run_sync_soon(done, self.failure)
             return
