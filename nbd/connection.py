@@ -13,10 +13,8 @@ One writer
 
 Acknowledged later
     Where the export is an ``AcknowledgesLater``, a pass's writes, and its trims, are handed over as a batch
-    (``nbd.later``), which counts as in flight; in two, if nothing is, so that the client prepares its
-    next requests while the export works on what is left. Its replies are packed and sent from within
-    the task in which the export is done with it; only if the socket is full, or FUA wants a flush, is
-    there a task for that.
+    (``nbd.later``), which counts as in flight. Its replies are packed and sent from within the task in which the export
+    is done with it; only if the socket is full, or FUA wants a flush, is there a task for that.
 
 Memory
     The inbox and the arena (a ``Bench``) belong to the connection only while it has work; waiting
@@ -123,8 +121,6 @@ SMALL_LEFTOVER_BYTES: Final = 4096
 
 SLICE_S: Final = 0.0015
 """So long one connection may work before the others get their turn."""
-LEAST_PART: Final = 4
-"""A pass's writes are halved only if each half has so many: a batch costs as much as three of its requests."""
 SPIN_TRIES: Final = 40
 """Empty recv() calls (about 0.7 us each) before waiting: a client that waits for our reply usually
 has its next request here sooner than epoll could tell."""
@@ -797,19 +793,7 @@ class Connection:
             used += len(reply)
 
         if writes:
-            half = len(writes) // 2
-            if self._later is None or self._later.busy or half < LEAST_PART:
-                used = self._write_batch(writes, cookies, fua, syncs, used)
-            else:
-                # In one batch, the client would have nothing to do until all of them are acknowledged, and the export
-                # nothing while the client prepares as many again.
-                first = [index for index in fua if index < half]
-                rest = [index - half for index in fua if index >= half]
-                used = self._write_batch(writes[:half], cookies[:half], first, syncs, used)
-                if self._parked:
-                    self._park(writes[half:], cookies[half:], rest)
-                else:
-                    used = self._write_batch(writes[half:], cookies[half:], rest, syncs, used)
+            used = self._write_batch(writes, cookies, fua, syncs, used)
         if trims:
             used = self._trim_batch(trims, trim_cookies, used)
         if syncs:
@@ -854,10 +838,13 @@ class Connection:
                 arena[used : used + len(reply)] = reply
                 return used + len(reply)
             done = False
-        if not done:
-            self._park(writes, cookies, fua)
-            return used
         marked = frozenset(fua)
+        if not done:
+            self._parked = [
+                (cookie, offset, data, index in marked)
+                for index, (cookie, (offset, data)) in enumerate(zip(cookies, writes, strict=True))
+            ]
+            return used
         length = 0
         for _, data in writes:
             length += len(data)
@@ -867,14 +854,6 @@ class Connection:
             cookies = [cookie for index, cookie in enumerate(cookies) if index not in marked]
             writes = [write for index, write in enumerate(writes) if index not in marked]
         return pack_successes(self._session, arena, used, cookies, writes)
-
-    def _park(self, writes: list[tuple[int, memoryview]], cookies: list[int], fua: list[int]) -> None:
-        """They are to be waited for, one after the other, behind those that already are."""
-        marked = frozenset(fua)
-        self._parked += [
-            (cookie, offset, data, index in marked)
-            for index, (cookie, (offset, data)) in enumerate(zip(cookies, writes, strict=True))
-        ]
 
     def _trim_batch(self, trims: list[tuple[int, int]], cookies: list[int], used: int) -> int:
         """Trim a pass's ranges at once, or give each a task; returns how much of the arena is used."""

@@ -69,11 +69,6 @@ class Later:
             raise errors[0]
         return True
 
-    @property
-    def busy(self) -> bool:
-        """Whether something was handed over that isn't acknowledged yet."""
-        return bool(self._batches)
-
     def _begun(self, batch: Batch, accepted: bool) -> bool:
         if accepted:
             self._batches.add(batch)
