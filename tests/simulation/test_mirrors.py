@@ -102,10 +102,8 @@ class WordOnItsWay(Life):
         async with trio.open_nursery() as nursery:
             self.network.change({("b", "a")})
             nursery.start_soon(self.write, mirror, 3 * EXTENT_BYTES, self.judge.data(8))
-            await trio.lowlevel.checkpoint()
-            while (local := self.local_of("b")) is None or local.replica.applied != mirror.sequence:
+            while not self.knows("b", 3):
                 await trio.sleep(0.001)
-            assert self.knows("b", 3)
             assert b.machine is not None
             b.machine.rng = AllLost(0)
             await b.kill(power=True)
