@@ -308,7 +308,7 @@ class Mirrored:
     @property
     def leg_count(self) -> int:
         """Of all that have to be up to date."""
-        return len(self.names)
+        return len(self.copies())
 
     def create(self, nodes: Nodes, size_bytes: int) -> None:
         for name in self.names:

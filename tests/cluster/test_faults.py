@@ -72,7 +72,7 @@ def test_a_node_that_comes_back_with_an_older_state_is_found(tmp_path: Path) -> 
             load.stop()
 
 
-@pytest.mark.parametrize(("profile", "seed"), [("two", 1), ("three", 2), ("etcd", 1)])
+@pytest.mark.parametrize(("profile", "seed"), [("two", 1), ("three", 2), ("etcd", 1), ("diskless", 1)])
 def test_no_fault_costs_an_acknowledged_byte_or_shows_a_stale_one(profile: str, seed: int, tmp_path: Path) -> None:
     outcome = run(seed, profile, 4.0, tmp_path)
     print("\n".join(outcome.story.lines))
