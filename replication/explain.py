@@ -49,7 +49,7 @@ class Facts:
     away_s: Mapping[str, float] = field(default_factory=dict)
     """By leg id: for how long it has been out of reach or out of sync."""
     errors: Mapping[str, str] = field(default_factory=dict)
-    """By leg id: why the primary isn't connected to it."""
+    """By leg id: why the primary isn't connected to it, as the leg has said, or the way there."""
     split: Mapping[str, str] = field(default_factory=dict)
     """By leg id: the sentence of its split brain."""
     decision: Refused | SplitBrain | None = None
@@ -280,7 +280,15 @@ def _about_legs(facts: Facts, legs: Mapping[str, LegState]) -> list[str]:
             continue  # that its node can't be asked, and why, comes first of all
         elif state is LegState.OFFLINE:
             misses = leg.id not in facts.membership.in_sync
-            why = facts.errors.get(leg.id) or (facts.unheard.get(leg.node) if leg.kind == "terrace" else None)
+            unheard = facts.unheard.get(leg.node) if leg.kind == "terrace" else None
+            why = facts.errors.get(leg.id) if unheard is None else unheard
+            if why is not None and leg.kind == "terrace" and unheard is None and voice is not None:
+                # Its node answers: the leg is out for a reason of its own.
+                sentences.append(
+                    f"{where} has been left out{since}: {why.rstrip('.')}"
+                    + ("; it misses writes, and is resynced when that is mended." if misses else ".")
+                )
+                continue
             why = f" ({why})" if why else ""
             sentences.append(
                 f"{where} has been out of reach{since}{why}"

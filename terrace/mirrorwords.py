@@ -73,7 +73,7 @@ def explained(
                 if leg.resync is not None and leg.state.value == "Syncing"
             },
             away_s={leg.info.id: leg.for_s for leg in legs if leg.state.value not in ("UpToDate", "Syncing")},
-            errors={leg.info.id: leg.error for leg in legs if leg.error is not None and leg.info.kind == "nbd"},
+            errors={leg.info.id: leg.error for leg in legs if leg.error is not None},
             split={
                 leg.info.id: leg.error for leg in legs if leg.error is not None and leg.error.startswith("split brain")
             },

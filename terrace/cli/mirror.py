@@ -75,9 +75,19 @@ def show_mirrors(found: list[dict[str, Any]]) -> None:
         spare=("Pool", ">ETA", ">Size"),
     )
     for one in found:
-        for sentence in filter(None, (one["problem"], one["waiting"] and f"writes wait: {one['waiting']}")):
+        waiting = one["waiting"] and f"writes wait: {one['waiting']}"
+        for sentence in filter(None, (one["problem"], waiting, *_why_out(one))):
             click.echo()
             say(f"{one['volume']}: {sentence}")
+
+
+def _why_out(one: dict[str, Any]) -> list[str]:
+    """A sentence for each leg that is out, with the reason that it gave."""
+    return [
+        f"{place_of(leg)}: {leg['error']}"
+        for leg in one["legs"]
+        if leg["error"] and not (one["problem"] and place_of(leg) == one["node"])  # which says the same
+    ]
 
 
 def shown_node(one: dict[str, Any], leg: dict[str, Any]) -> str:
@@ -138,10 +148,9 @@ def _show(found: dict[str, Any], output: str) -> None:
     ]
     columns = ("Node", "Volume", "State", ">For", ">To sync", ">ETA", ">Queued", ">Healed", ">Snapshots")
     show_table(columns, rows, spare=(">Queued", ">Healed", ">ETA", "Volume", ">Snapshots"))
-    for leg in found["legs"]:
-        if leg["error"] and not (found["problem"] and place_of(leg) == found["node"]):  # which says the same
-            click.echo()
-            say(f"{place_of(leg)}: {leg['error']}")
+    for sentence in _why_out(found):
+        click.echo()
+        say(sentence)
 
 
 def _snapshots(leg: dict[str, Any]) -> str:

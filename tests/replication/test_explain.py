@@ -55,6 +55,19 @@ def test_a_leg_that_is_away() -> None:
     assert stale.legs["b"] is LegState.STALE and "misses writes for 3 s; it is resynced when" in stale.paragraph
 
 
+def test_a_leg_that_its_node_refuses_is_left_out_for_the_reason_that_it_gave_and_is_not_called_out_of_reach() -> None:
+    found = explain(
+        facts(
+            ALONE, serving=True, connected=frozenset("a"), voters=said(ALONE, "a", "b"), away_s={"b": 300.0},
+            errors={"b": "the pool sm is full"},
+        )
+    )  # fmt: skip
+    assert found.paragraph.endswith(
+        "The leg on node b has been left out for 5 min: the pool sm is full; it misses writes, and is resynced when "
+        "that is mended."
+    )
+
+
 @pytest.mark.parametrize(
     ("progress", "sentence"),
     [

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from terrace.cli.mirror import show_mirrors
 from terrace.cli.status import show_status_of_mirrors
 from terrace.cli.volume import warn_of_resync
 
@@ -64,3 +65,10 @@ def test_a_resize_says_before_that_a_resync_may_have_to_begin_again(capsys: pyte
     for quiet in (None, mirror(leg("a", "UpToDate"), leg("b", "Stale"))):
         warn_of_resync(quiet)
     assert capsys.readouterr().err == ""
+
+
+def test_the_list_of_mirrors_says_of_a_leg_that_is_out_the_reason_that_it_gave(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    show_mirrors([mirror(leg("a", "UpToDate"), leg("b", "Stale", error="the pool sm is full"), state="Degraded")])
+    assert capsys.readouterr().out.splitlines()[-1] == "p/v: b: the pool sm is full"
