@@ -2,6 +2,9 @@
 
 There is one task for each member. It connects where nobody is connected, tells the leg that it is inconsistent from now
 on (durably), lets it have every new batch, and runs its resync; then the leg is ready, and a record with it is wanted.
+
+Each attempt that comes to nothing doubles the wait before the next. Being in sync ends that only when it has lasted: a
+leg whose pool is full may have room for what it missed, and none for what clients write next.
 """
 
 from __future__ import annotations
@@ -61,10 +64,19 @@ class Returning:
                 await self._site.changed()
 
     async def _tend_one(self, member: Member) -> None:
-        delay = self._settings.retry_s
+        settings = self._settings
+        delay, up_since = settings.retry_s, None
         while self._site.members.get(member.info.id) is member and self._site.end is None:
+            if member.state is LegState.UP_TO_DATE:
+                up_since = member.since
+            elif up_since is not None:
+                has_stayed, up_since = member.since - up_since >= settings.stay_s, None
+                delay = settings.retry_s if has_stayed else delay
+                if not has_stayed:
+                    await trio.sleep(delay)
+                    delay = min(delay * 2, settings.retry_max_s)
+                    continue
             if member.leg is not None or self._site.shut or member.info.id in self._records.required():
-                delay = self._settings.retry_s if member.state is LegState.UP_TO_DATE else delay
                 await self._site.changed()
                 continue
             try:
@@ -79,7 +91,7 @@ class Returning:
                 if member.state is LegState.UP_TO_DATE:
                     continue
             await trio.sleep(delay)
-            delay = min(delay * 2, self._settings.retry_max_s)
+            delay = min(delay * 2, settings.retry_max_s)
 
     async def admit(self, leg: Leg) -> None:
         """Bring a leg up to date and put it into the record. Returns when it is in sync, or has failed."""

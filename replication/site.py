@@ -26,6 +26,8 @@ class MirrorSettings:
     retry_s: float = 0.05
     """The first wait before a leg is sought again, or a record committed again; it doubles."""
     retry_max_s: float = 5.0
+    stay_s: float = 5.0
+    """So long a leg has to have been in sync for that to end its waits, when it is lost again."""
     first_leg_s: float = 0.0
     """So long a beginning waits for its first leg, where that is longer than the timeout: for a primary that has
     no leg itself, and so nothing to go on with."""

@@ -3,6 +3,10 @@
 The loss of a leg is one event. It is out of reach first (`Offline`), and left behind a moment later, when a record
 without it counts (`Stale`): only that is told, as clients go on from then on. Where no such record comes, as below
 quorum, what is told after `LOSS_S` is that it is out of reach, and later nothing more of that loss.
+
+A leg that is tried again and fails again, as one whose pool is full, has one event until it fails for another reason:
+what comes back is told when it has lasted. That is at once for a leg in sync, a moment for a resync; and longer for
+both where the leg was lost again, for the same reason, soon after it had been back.
 """
 
 from __future__ import annotations
@@ -15,6 +19,11 @@ from replication.members import LegStatus, MirrorStatus
 
 LOSS_S: Final = 2.0
 """So long a leg that is out of reach may take to be left behind; a record takes milliseconds as a rule."""
+RESYNC_S: Final = 2.0
+"""So long a resync lasts before it is told; one that comes to nothing does so sooner as a rule."""
+REPEATED_S: Final = 60.0
+"""A leg that is lost again, for the same reason, within this time is told as back when that has lasted so long."""
+_OUT: Final = (LegState.OFFLINE, LegState.STALE)
 
 
 @dataclass
@@ -35,6 +44,12 @@ class MirrorEvents:
         self._told: dict[str, LegState] = {}
         self._lost_at: dict[str, float] = {}
         """Of legs whose loss isn't told yet."""
+        self._lost_by: dict[str, tuple[str | None, float]] = {}
+        """Why, and when last: of legs whose loss was told, or goes on."""
+        self._repeats: set[str] = set()
+        """Legs that were lost again for the same reason, soon after they had been back."""
+        self._back_at: dict[str, float] = {}
+        """Of legs that are back, or are tried again, and whose loss is what was told last: since when."""
         self._split: set[str] = set()
         self._state: MirrorState | None = None
         self._new: set[str] = set()
@@ -43,6 +58,7 @@ class MirrorEvents:
     def begun(self, name: str, status: MirrorStatus, now: float) -> Changes:
         """This node is primary from now on."""
         self._seen, self._told, self._lost_at = {}, {}, {}
+        self._lost_by, self._back_at, self._repeats = {}, {}, set()
         term = status.membership.term.number
         began = ("mirror", f"node {self._node} is primary of {name}, term {term}")
         changes = self._look(name, status, now, first=True)
@@ -71,6 +87,8 @@ class MirrorEvents:
                 return changes  # it has got a leg, which can't be up to date yet: nothing that it had is missing
             if wanting and wanting <= self._lost_at.keys():
                 return changes  # the loss comes first
+        if status.state is MirrorState.ONLINE and any(leg.info.id in self._back_at for leg in status.legs):
+            return changes  # it is told with the leg
         if status.state is not self._state:
             self._state = status.state
             changes.events.append(("mirror", f"mirror {name} is {status.state.value}"))
@@ -98,6 +116,14 @@ class MirrorEvents:
             if before is not None and now - self._lost_at.setdefault(leg_id, now) < LOSS_S:
                 return
         self._lost_at.pop(leg_id, None)
+        if state in _OUT:
+            was_back = self._back_at.pop(leg_id, None) is not None
+            if was_back or before not in _OUT:
+                is_as_before = self._note_loss(leg, now)
+                if before in _OUT and not is_as_before:
+                    before = LegState.SYNCING  # it was, though that wasn't told
+        elif before in _OUT and not self._has_lasted(leg_id, state, now):
+            return
         if state is before:
             return
         self._told[leg_id] = state
@@ -112,3 +138,22 @@ class MirrorEvents:
         where = f"the leg of {name} on {'' if leg.info.kind == 'nbd' else 'node '}{leg.info.place}"
         why = f": {leg.error}" if leg.error else ""
         changes.events.append(("leg", f"{where} is {state.value}{why}"))
+
+    def _note_loss(self, leg: LegStatus, now: float) -> bool:
+        """It is lost now; whether for the same reason as the last time."""
+        reason, at = self._lost_by.get(leg.info.id, (None, -REPEATED_S))
+        is_as_before = reason is not None and leg.error == reason
+        self._lost_by[leg.info.id] = leg.error, now
+        self._repeats.discard(leg.info.id)
+        if is_as_before and now - at < REPEATED_S:
+            self._repeats.add(leg.info.id)
+        return is_as_before
+
+    def _has_lasted(self, leg_id: str, state: LegState, now: float) -> bool:
+        """Whether a leg, whose loss was told last, has been back for so long that this is told."""
+        since = self._back_at.setdefault(leg_id, now)
+        bound_s = RESYNC_S if state is LegState.SYNCING else 0.0
+        if now - since < (REPEATED_S if leg_id in self._repeats else bound_s):
+            return False
+        del self._back_at[leg_id]
+        return True

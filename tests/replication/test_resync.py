@@ -491,3 +491,29 @@ def test_less_is_under_way_at_once_while_clients_are_busy_and_it_ends_all_the_sa
         assert most == {"busy": 2, "idle": 6}
 
     run(body)
+
+
+def test_a_leg_that_is_lost_again_as_soon_as_it_is_in_sync_is_tried_again_ever_more_seldom() -> None:
+    """A pool that has room for what the leg missed, and not for what clients write next."""
+
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            store = rig.store("b")
+            for _ in range(600):
+                is_up = rig.state("b") is LegState.UP_TO_DATE
+                store.failing = OSError(errno.ENOSPC, "the pool is full") if is_up else None
+                await mirror.write(0, block(7))
+                await trio.sleep(0.1)
+            assert 8 <= member(rig, "b").counters.resyncs <= 20, "a minute; in the end it is tried every 5 s"
+            store.failing = None
+            await rig.whole()
+            await trio.sleep(10)
+            rig.nodes["b"].link.cut()
+            rig.nodes["b"].link.mend()
+            await mirror.write(0, block(8))
+            began = trio.current_time()
+            await rig.whole()
+            assert trio.current_time() - began < 1, "it had come to stay"
+
+    run(body)

@@ -391,7 +391,7 @@ class World:
                 return LegFacts(intact=intact[info.id], known=True)
 
             settings = MirrorSettings(
-                queue_bytes=256 << 10, flush_every_s=0.1, retry_max_s=0.2,
+                queue_bytes=256 << 10, flush_every_s=0.1, retry_max_s=0.2, stay_s=0.0,
                 resync=ResyncSettings(floor_bytes_s=1 << 20, flush_bytes=128 << 10, workers=2),
             )  # fmt: skip
             while True:

@@ -6,12 +6,12 @@ import dataclasses
 
 from replication.leg import LegState, MirrorState
 from replication.members import LegCounters, LegStatus, MirrorStatus
-from terrace.mirrorevents import LOSS_S, MirrorEvents
+from terrace.mirrorevents import LOSS_S, REPEATED_S, RESYNC_S, MirrorEvents
 from tests.replication.stores import first_record
 
 AB = first_record("ab")
 ALONE = AB.next_epoch(in_sync=frozenset("a"))
-UP, OFFLINE, SYNCING = LegState.UP_TO_DATE, LegState.OFFLINE, LegState.SYNCING
+UP, OFFLINE, SYNCING, STALE = LegState.UP_TO_DATE, LegState.OFFLINE, LegState.SYNCING, LegState.STALE
 
 
 def status(b: LegState = UP, *, counts: bool = True, error: str | None = None) -> MirrorStatus:
@@ -47,7 +47,8 @@ def test_the_loss_of_a_leg_is_one_event_that_says_that_writes_go_on_without_it()
     lost = ["the leg of p/v on node b is Stale: gone", "mirror p/v is Degraded"]
     assert told.looked(status(OFFLINE, counts=False, error="gone")) == lost
     assert told.looked(status(OFFLINE, counts=False, error="gone"), 60.0) == []
-    assert told.looked(status(SYNCING, counts=False)) == ["the leg of p/v on node b is Syncing"]
+    assert told.looked(status(SYNCING, counts=False)) == []
+    assert told.looked(status(SYNCING, counts=False), RESYNC_S) == ["the leg of p/v on node b is Syncing"]
     assert told.looked(status()) == ["the leg of p/v on node b is UpToDate", "mirror p/v is Online"]
     assert told.looked(status(OFFLINE, counts=False, error="gone")) == lost, "each loss is told"
 
@@ -60,7 +61,8 @@ def test_a_leg_that_no_record_can_leave_behind_is_told_once_as_out_of_reach() ->
     assert told.looked(status(OFFLINE, error="gone"), LOSS_S + 0.1) == lost
     assert told.looked(status(OFFLINE, error="gone"), 60.0) == []
     assert told.looked(status(OFFLINE, counts=False, error="gone"), 60.0) == []
-    assert told.looked(status(SYNCING, counts=False)) == ["the leg of p/v on node b is Syncing"]
+    assert told.looked(status(SYNCING, counts=False)) == []
+    assert told.looked(status(SYNCING, counts=False), RESYNC_S) == ["the leg of p/v on node b is Syncing"]
 
 
 def test_a_leg_that_is_not_there_when_a_primary_begins_is_one_event_too() -> None:
@@ -103,3 +105,32 @@ def test_a_leg_that_is_up_to_date_again_is_named_for_who_has_to_forget_what_it_m
     assert told.begun("p/v", status(), 0.0).in_sync == ["a", "b"]
     assert told.looked("p/v", status(SYNCING, counts=False), 1.0).in_sync == []
     assert told.looked("p/v", status(), 2.0).in_sync == ["b"]
+
+
+def test_a_leg_that_is_tried_again_and_fails_again_is_one_event_until_the_reason_changes() -> None:
+    told = Told()
+    told.begun(status())
+    full = "the pool sm is full"
+    assert told.looked(status(OFFLINE, counts=False, error=full))[0] == f"the leg of p/v on node b is Stale: {full}"
+    for _ in range(100):
+        assert told.looked(status(SYNCING, counts=False), 5.0) == []
+        assert told.looked(status(STALE, counts=False, error=full)) == []
+    assert told.looked(status(SYNCING, counts=False), 5.0) == []
+    read_only = ["the leg of p/v on node b is Stale: the pool sm is read-only"]
+    assert told.looked(status(STALE, counts=False, error="the pool sm is read-only")) == read_only
+    back = ["the leg of p/v on node b is UpToDate", "mirror p/v is Online"]
+    assert told.looked(status(), 5.0) == back, "a loss for another reason isn't told as repeated"
+
+
+def test_a_leg_that_is_lost_each_time_that_it_is_in_sync_is_soon_told_no_more_until_it_has_come_to_stay() -> None:
+    told = Told()
+    told.begun(status())
+    seen: list[str] = []
+    for _ in range(100):
+        seen += told.looked(status(OFFLINE, counts=False, error="full"), 5.0)
+        seen += told.looked(status(SYNCING, counts=False), 5.0)
+        seen += told.looked(status(), 0.1)
+    stale = ["the leg of p/v on node b is Stale: full", "mirror p/v is Degraded"]
+    back = ["the leg of p/v on node b is UpToDate", "mirror p/v is Online"]
+    assert seen == [*stale, *back, *stale]
+    assert told.looked(status(), REPEATED_S) == back

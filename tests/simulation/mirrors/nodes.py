@@ -220,6 +220,7 @@ class WatchedMirror(ServedMirror):
             queue_bytes=256 << 10,
             flush_every_s=0.4,
             retry_max_s=0.4,
+            stay_s=0.0,
             resync=ResyncSettings(floor_bytes_s=4 << 20, flush_bytes=128 << 10, workers=2),
         )
         self.process = RUNNING.get()
