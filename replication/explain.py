@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from replication.cluster import VoterState
-from replication.leg import LegState, MirrorState
+from replication.leg import LegState, MirrorState, mirror_state
 from replication.membership import LegInfo, Membership, Term
 from replication.promotion import Refused, SplitBrain
 from replication.voters import in_sync_nodes, is_majority, rule_of
@@ -83,13 +83,9 @@ def explain(facts: Facts) -> Explanation:
     legs = {leg.id: _leg_state(leg, facts) for leg in facts.membership.legs}
     served = (facts.serving or _primary_elsewhere(facts) is not None) and facts.suspended is None
     old = _old(facts)
-    if not served:
-        # Whether another node serves it can't be said where the primary isn't heard.
-        state = MirrorState.FAULTED if old is None else MirrorState.UNKNOWN
-    elif all(one is LegState.UP_TO_DATE for one in legs.values()):
-        state = MirrorState.ONLINE
-    else:
-        state = MirrorState.DEGRADED
+    # Whether another node serves it can't be said where the primary isn't heard.
+    known = served or old is None
+    state = mirror_state(legs.values(), is_served=served) if known else MirrorState.UNKNOWN
     headline = _headline(facts, state, legs)
     sentences = [headline, *_about_legs(facts, legs), _about_arbiter(facts, served)]
     if facts.left_behind is not None:

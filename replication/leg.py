@@ -47,8 +47,18 @@ class MirrorState(enum.Enum):
 
     ONLINE = "Online"  # every leg is up to date
     DEGRADED = "Degraded"  # serves, with fewer legs than it should have
-    FAULTED = "Faulted"  # no leg may be served
+    FAULTED = "Faulted"  # nothing is served: no leg may be, or this node may not, as its lease is over
     UNKNOWN = "Unknown"  # at a node that isn't the primary, which can't be asked
+
+
+def mirror_state(legs: Iterable[LegState], *, is_served: bool) -> MirrorState:
+    """Of a mirror whose state is known. The one rule, for whoever says it: commands, events, metrics.
+
+    `is_served`: reads are answered. Writes may wait for a moment all the same, until a leg is left behind.
+    """
+    if not is_served:
+        return MirrorState.FAULTED
+    return MirrorState.ONLINE if all(leg is LegState.UP_TO_DATE for leg in legs) else MirrorState.DEGRADED
 
 
 class Change(NamedTuple):

@@ -53,7 +53,7 @@ from replication.leg import (
     Leg,
     LegState,
     LegStore,
-    MirrorState,
+    mirror_state,
     missing_tracker,
 )
 from replication.members import Connect, LegCounters, LegFacts, Member, MirrorStatus, readable
@@ -71,6 +71,10 @@ MASK: Final = BLOCK_BYTES - 1
 
 def _yes() -> bool:
     return True
+
+
+def _never_lapsed() -> str | None:
+    return None
 
 
 async def _no_facts(info: LegInfo, membership: Membership) -> LegFacts:
@@ -102,6 +106,7 @@ class Mirror:
         facts: Callable[[LegInfo, Membership], Awaitable[LegFacts]] = _no_facts,
         may_serve: Callable[[], bool] = _yes,
         until_may_serve: Callable[[], Awaitable[None]] | None = None,
+        lapsed: Callable[[], str | None] = _never_lapsed,
         prove: Prove | None = None,
         description: str = "",
         rotational: bool = False,
@@ -133,6 +138,8 @@ class Mirror:
         self._facts = facts
         self.may_serve = may_serve
         self._until_may_serve = until_may_serve
+        self._lapsed = lapsed
+        """Why `may_serve` says no, for people."""
         now = trio.current_time()
         self.members: dict[str, Member] = {info.id: Member(info, now) for info in membership.legs}
         self.writers: tuple[Leg, ...] = ()
@@ -801,12 +808,8 @@ class Mirror:
         given = self.batches, self.written_bytes
         legs = tuple(member.status(now, given) for member in self.members.values())
         waited_s, longest_s = self.waits.so_far()
-        if self.end is not None or self.lost:
-            state = MirrorState.FAULTED
-        elif all(leg.state is LegState.UP_TO_DATE for leg in legs):
-            state = MirrorState.ONLINE
-        else:
-            state = MirrorState.DEGRADED
+        lapsed = self._lapsed()
+        is_served = self.end is None and not self.lost and lapsed is None
         waiting = None
         if self.lost and self.end is None:
             waiting = "no leg in sync is connected"
@@ -815,9 +818,11 @@ class Mirror:
             waiting = f"a record without the leg on {places} doesn't count yet"
         elif self.barriers.held:
             waiting = "a snapshot or a resize is being made"
+        elif self.end is None:
+            waiting = lapsed
         return MirrorStatus(
             membership=self.membership,
-            state=state,
+            state=mirror_state((leg.state for leg in legs), is_served=is_served),
             legs=legs,
             waiting=waiting,
             deposed=None if self.end is None else self.end.strerror,

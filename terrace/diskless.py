@@ -33,7 +33,7 @@ import trio
 from replication.cluster import VoterState
 from replication.durable import make_directory, remove_file, replace_file
 from replication.keeper import term_from_json, term_to_json
-from replication.leg import Leg, LegStore, MirrorState
+from replication.leg import Leg, LegStore
 from replication.lineage import are_apart, last_of_others
 from replication.membership import LegInfo, Membership, Term, decode, encode
 from replication.site import MirrorSettings
@@ -368,7 +368,7 @@ class DisklessMirror(MirrorPart):
         """With no leg at hand: whether that is because another node is primary."""
         while True:
             await trio.sleep(LOOK_S)
-            if mirror.status().state is not MirrorState.FAULTED or mirror.ended.is_set():
+            if not mirror.lost or mirror.ended.is_set():
                 continue
             membership = mirror.membership
             states = await self._states()

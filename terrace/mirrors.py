@@ -614,7 +614,7 @@ class Mirrors:
         if role == "secondary" and isinstance(mirror, DisklessMirror):
             role = "none"
         state = status.state if status is not None else MirrorState.UNKNOWN
-        if mirror.lease_over is not None or (mirror.problem is not None and not mirror.serves):
+        if mirror.problem is not None and not mirror.serves:
             state = MirrorState.FAULTED
         return found | {
             "mirror": membership.mirror,
@@ -622,7 +622,7 @@ class Mirrors:
             **_record_status(membership),
             "arbiter": self._arbiter_of(membership),
             "state": state.value,
-            "waiting": (status.waiting or mirror.lease_over) if status is not None else None,
+            "waiting": status.waiting if status is not None else None,
             "problem": mirror.problem.strerror if mirror.problem is not None else None,
             "legs": legs,
         }

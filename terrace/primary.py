@@ -540,6 +540,7 @@ class MirrorPart(abc.ABC):
                 facts=self._facts,
                 may_serve=self._may_serve,
                 until_may_serve=self._until_may_serve,
+                lapsed=lambda: self.lease_over,
                 prove=self._in_later_term if self._renews(membership) else None,
                 description=f"mirror {membership.mirror[:8]}",
                 rotational=self.rotational,

@@ -453,6 +453,27 @@ def test_nothing_is_read_or_written_without_the_lease() -> None:
     run(body)
 
 
+def test_a_mirror_whose_lease_is_over_is_faulted_and_one_whose_writes_wait_for_a_record_is_degraded() -> None:
+    async def body() -> None:
+        lapsed: str | None = None
+        rig = Rig(2, lapsed=lambda: lapsed)
+        async with rig.running() as mirror:
+            assert (mirror.status().state, mirror.status().waiting) == (MirrorState.ONLINE, None)
+            lapsed = "a majority of the voters has not answered this node lately"
+            assert (mirror.status().state, mirror.status().waiting) == (MirrorState.FAULTED, lapsed)
+            lapsed = None
+            rig.cluster.quorum = False
+            rig.nodes["b"].link.cut()
+            mirror.write_later([(0, block(1))], Told())
+            await rig.until(lambda: bool(mirror.excluding))
+            waiting = "a record without the leg on b doesn't count yet"
+            assert (mirror.status().state, mirror.status().waiting) == (MirrorState.DEGRADED, waiting)
+            lapsed = "a majority of the voters has not answered this node lately"
+            assert (mirror.status().state, mirror.status().waiting) == (MirrorState.FAULTED, waiting)
+
+    run(body)
+
+
 def test_a_resize_is_on_every_leg_and_in_the_record() -> None:
     async def body() -> None:
         rig = Rig(2)
