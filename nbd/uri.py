@@ -59,6 +59,12 @@ def parse_uri(uri: str) -> tuple[Address, str]:
     return target.address, target.export
 
 
+def export_of(uri: str) -> tuple[Address, str]:
+    """Where it is, and its name there; the same for all URIs of an export. Raises OSError as ``parse_target``."""
+    target = parse_target(uri)
+    return target.address, target.export
+
+
 def parse_target(uri: str) -> Target:
     """Raises OSError with a sentence: EINVAL; EPROTONOSUPPORT for a type of TLS that isn't spoken."""
     try:

@@ -14,13 +14,14 @@ from __future__ import annotations
 import errno
 import json
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import trio
 
-from nbd.uri import parse_target
+from nbd.uri import export_of, parse_target
 from replication.explain import last_leg_on
 from replication.keeper import LegRecord
 from replication.leg import BLOCK_BYTES, LegState
@@ -84,7 +85,7 @@ class MirrorAdmin:
         """A new volume with a leg at each place. When it fails nothing is left behind, but what a record may have."""
         require_whole_blocks(f"{pool.name}/{name}", size_bytes)
         self._judge_places(places)
-        await self._require_arbiter(options)
+        await self._require_arbiter(options, f"{pool.name}/{name}", "made")
         volume = await pool.create_volume(name, size_bytes, policy)
         mirror: LocalMirror | None = None
         try:
@@ -159,7 +160,7 @@ class MirrorAdmin:
                 f"snapshot rename`, or delete it",
             )
         self.require_unused(volume, "be made a mirror of")
-        await self._require_arbiter(options)
+        await self._require_arbiter(options, volume.name, "mirrored")
         mirror = await self._begin(pool, volume, options)
         try:
             await self._add_legs(mirror, [place])
@@ -323,23 +324,28 @@ class MirrorAdmin:
     async def remove(self, mirror: MirrorPart, node: str, *, force: bool) -> dict[str, Any]:
         """Take a node's leg out, and delete its volume; says what is left there. A mirror of one leg ends to be one.
 
-        `node`: or the URI of an NBD server, where nothing is deleted.
+        `node`: or a URI of an NBD server, where nothing is deleted. `voter`: it was a tie-breaker, and isn't any more.
         """
         served = await self.served(mirror)
         membership = served.membership
-        await self._require_arbiter(membership.options)
-        going = [leg for leg in membership.legs if leg.place == node]
-        if not going and node in membership.voters:
+        going = [leg for leg in membership.legs if _is_same(leg, Place(node))]
+        is_voter = not going and node in membership.voters
+        was_primary = not going and not is_voter and node in unfenced(membership, self.mirrors.node)
+        if not going and not is_voter and not was_primary:
+            self._require_known(mirror, membership, node)
+        await self._require_arbiter(membership.options, mirror.name, "changed")
+        done: dict[str, Any] = {"removed": [], "left": [], "mirrored": True, "voter": is_voter}
+        if is_voter:
             await served.reconfigure(voters=tuple(voter for voter in membership.voters if voter != node))
             self.mirrors.tell("mirror", mirror.name, f"node {node} is no tie-breaker of {mirror.name} any more")
-            return {"removed": [], "left": await self._forget_at([node], served.membership), "mirrored": True}
+            return done | {"left": await self._forget_at([node], served.membership)}
         if not going:
             await trio.lowlevel.checkpoint()
-            if node in unfenced(membership, self.mirrors.node):
+            if was_primary:
                 # It was primary without a leg or a say, so no record can say that it is gone: this term goes by it.
                 mirror.is_gone(node)
                 self.mirrors.tell("mirror", mirror.name, f"node {node}, once primary of {mirror.name}, is gone")
-            return {"removed": [], "left": [], "mirrored": True}
+            return done
         if node == self.mirrors.node:
             raise TierError(
                 errno.EBUSY,
@@ -376,7 +382,18 @@ class MirrorAdmin:
             left += await self.mirrors.forget_at_arbiter(record)
             mirrored = False
             await self._forget_at((*tie_breakers, self.mirrors.node), served.membership, whole=True)
-        return {"removed": [leg.export for leg in going], "left": left, "mirrored": mirrored}
+        return done | {"removed": [leg.export for leg in going], "left": left, "mirrored": mirrored}
+
+    def _require_known(self, mirror: MirrorPart, membership: Membership, node: str) -> None:
+        """What has no leg any more is no error, as it may be asked for again; but it must be one that could have had
+        one. Raises TierError ENOENT with the legs that there are."""
+        if is_uri(node) or node == self.mirrors.node or node in self.mirrors.peers.peers:
+            return
+        legs = ", ".join(leg.place for leg in membership.legs)
+        raise TierError(
+            errno.ENOENT,
+            f"{mirror.name} has no leg on {node}, which is no node that this one knows either: it has legs on {legs}",
+        )
 
     async def _require_no_more_snapshots(self, mirror: LocalMirror, going: Sequence[LegInfo]) -> None:
         """The snapshots of a leg go with it: none that no leg here has may go unsaid."""
@@ -462,6 +479,8 @@ class MirrorAdmin:
 
     async def promote(self, mirror: MirrorPart, *, force: bool) -> None:
         """Let this node be primary."""
+        if not mirror.serves and mirror.accepted is not None:
+            await self._require_arbiter(mirror.membership.options, mirror.name, "promoted")
         await mirror.promote(force=force)
 
     async def promote_diskless(self, volume: str, source: str, *, name: str, force: bool) -> DisklessMirror:
@@ -527,7 +546,7 @@ class MirrorAdmin:
             # Before this node has ceased to be it: that one may serve it without a leg, or may not.
             await self.mirrors.peers.call(to, "mirror.judge", asked, FIND_S)
         if mirror.serves:
-            await self._require_arbiter(membership.options)
+            await self._require_arbiter(membership.options, mirror.name, "demoted")
             if not force:
                 self.require_unused(mirror.stood_for, "demote")
             served = await self.served(mirror)
@@ -556,7 +575,7 @@ class MirrorAdmin:
     async def resync(self, mirror: MirrorPart, node: str, *, discard: bool, full: bool) -> None:
         """Have a leg brought up to date now. `discard`: what was written there, in a split brain, is given up."""
         served = await self.served(mirror)
-        leg = next((leg for leg in served.membership.legs if leg.place == node), None)
+        leg = next((leg for leg in served.membership.legs if _is_same(leg, Place(node))), None)
         if leg is None or leg.id == mirror.me:
             raise TierError(
                 errno.EINVAL,
@@ -741,22 +760,27 @@ class MirrorAdmin:
             return await mirror.serving()
         raise mirror.refusal()
 
-    async def _require_arbiter(self, options: Options) -> None:
-        """Else what needs a record would wait for it, and hold others up. Raises OSError with a sentence."""
+    async def _require_arbiter(self, options: Options, name: str, what: str) -> None:
+        """Else what needs a record would wait for it, and hold others up. Before anything is changed.
+
+        `what` of the mirror `name` can't be done then. Raises OSError with a sentence.
+        """
         if options.arbiter == "etcd":
-            await self.mirrors.arbiter.require()
+            with _unchanged(name, what):
+                await self.mirrors.arbiter.require()
 
     async def _arbiters(self, mirror: MirrorPart) -> Membership | None:
         """The arbiter's record; None if there is none, or no arbiter. Raises OSError."""
         membership = mirror.membership
         if membership.options.arbiter != "etcd":
             return None
-        try:
-            return await self.mirrors.cluster(membership).newest(membership.mirror)
-        except OSError as error:
-            if error.errno != errno.ENOENT:
-                raise
-            return None
+        with _unchanged(mirror.name, "promoted"):
+            try:
+                return await self.mirrors.cluster(membership).newest(membership.mirror)
+            except OSError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+                return None
 
     def _judge_places(self, places: Sequence[Place]) -> None:
         if not self.mirrors.node:
@@ -777,8 +801,7 @@ class MirrorAdmin:
             else:
                 self.mirrors.peers.peer(place.node)
             if any(
-                one.node == place.node
-                or (one.is_nbd and place.is_nbd and _export_of(one.node) == _export_of(place.node))
+                one.node == place.node or (one.is_nbd and place.is_nbd and export_of(one.node) == export_of(place.node))
                 for one in places[:index]
             ):
                 raise TierError(errno.EINVAL, f"{_named(place)} is named twice: one leg in a place is what helps")
@@ -800,6 +823,19 @@ class MirrorAdmin:
             raise TierError(
                 errno.EBUSY, f"can't {what} {volume.name}, which is in use by {shown}: disconnect them first"
             )
+
+
+@contextmanager
+def _unchanged(name: str, what: str) -> Iterator[None]:
+    """The arbiter is asked in there, before anything is done to the mirror: an error says that, and the next step."""
+    try:
+        yield
+    except OSError as error:
+        raise TierError(
+            error.errno or errno.EIO,
+            f"{name} can't be {what} without its arbiter: {error.strerror or error}. Nothing has changed: see to etcd "
+            "(`terrace status` shows whether it answers this node), then try again",
+        ) from None
 
 
 async def _which_count(served: ServedMirror, legs: Sequence[LegInfo]) -> tuple[set[str], set[str]]:
@@ -862,13 +898,7 @@ def _is_same(leg: LegInfo, place: Place) -> bool:
     """Whether there is such a leg already; an export may be named by several URIs."""
     if leg.kind == "terrace" or not place.is_nbd:
         return leg.place == place.node
-    return _export_of(leg.export) == _export_of(place.node)
-
-
-def _export_of(uri: str) -> tuple[Any, str]:
-    """Where it is, and its name there; the same for all URIs of an export."""
-    target = parse_target(uri)
-    return target.address, target.export
+    return export_of(leg.export) == export_of(place.node)
 
 
 def _named(place: Place) -> str:

@@ -11,7 +11,7 @@ POST   /v1/pools/P/volumes/V/mirror/legs           {node, pool?, voter?, arbiter
                                                        one; voter: no leg, only a say; arbiter: legs or etcd. A node
                                                        may be an NBD URI here and below, percent-encoded in paths: a
                                                        leg on any NBD server
-DELETE /v1/pools/P/volumes/V/mirror/legs/N[?force=1]   tells {removed, left, mirrored}
+DELETE /v1/pools/P/volumes/V/mirror/legs/N[?force=1]   tells {removed, left, mirrored, voter}
 POST   /v1/pools/P/volumes/V/mirror/promote        {force?, dry_run?, from?, name?}; dry_run tells {may_lose}; from: a
                                                        node that has a leg, where this one has none, and name: what it
                                                        is to be called here, if not P/V

@@ -249,7 +249,9 @@ def remove(context: Context, volume: tuple[str, str], node: str, force: bool, ye
         show_json(done)
         return
     name = f"{volume[0]}/{volume[1]}"
-    if not done["removed"]:
+    if done.get("voter"):
+        click.echo(f"Node {node} is no voter of {name} any more.")
+    elif not done["removed"]:
         click.echo(f"{name} has no leg on {node}.")
     else:
         click.echo(f"{name} has no leg on {node} any more" + ("." if done["mirrored"] else ", and is a plain volume."))
@@ -436,8 +438,16 @@ def _follow(client: ApiClient, volume: tuple[str, str], node: str) -> dict[str, 
             pause = min(pause * 1.2, _LONGEST_POLL_S)
 
 
+def _is_at(leg: dict[str, Any], place: str) -> bool:
+    if leg["kind"] != "nbd" or "://" not in place:
+        return place_of(leg) == place
+    from nbd.uri import export_of  # only few commands need it
+
+    return export_of(leg["export"]) == export_of(place)
+
+
 def _leg(found: dict[str, Any], node: str) -> dict[str, Any]:
-    leg = next((leg for leg in found["legs"] if place_of(leg) == node), None)
+    leg = next((leg for leg in found["legs"] if _is_at(leg, node)), None)
     if leg is None:
         raise click.ClickException(f"{found['volume']} has no leg on {node}; terrace volume mirror add makes one")
     return dict(leg)

@@ -324,6 +324,7 @@ def test_what_is_wrong_is_refused_in_a_sentence_and_leaves_nothing_behind(pair: 
         "removed": ["p/x"],
         "left": [],
         "mirrored": False,
+        "voter": False,
     }
     assert a.daemon.api("GET", "/v1/pools/p/volumes/x")["mirror"] is None
     with pytest.raises(ApiError, match="not mirrored"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from terrace.cli.mirror import show_mirrors
+from terrace.cli.mirror import _leg, show_mirrors
 from terrace.cli.status import show_status_of_mirrors
 from terrace.cli.volume import warn_of_resync
 
@@ -72,3 +72,10 @@ def test_the_list_of_mirrors_says_of_a_leg_that_is_out_the_reason_that_it_gave(
 ) -> None:
     show_mirrors([mirror(leg("a", "UpToDate"), leg("b", "Stale", error="the pool sm is full"), state="Degraded")])
     assert capsys.readouterr().out.splitlines()[-1] == "p/v: b: the pool sm is full"
+
+
+def test_a_leg_on_an_nbd_server_is_found_by_any_uri_of_its_export() -> None:
+    found = mirror(leg("a", "UpToDate"), leg("a", "Stale", uri="nbd://nas/db"))
+    for uri in ("nbd://nas/db", "nbd://nas:10809/db"):
+        assert _leg(found, uri)["state"] == "Stale"
+    assert _leg(found, "a")["state"] == "UpToDate"

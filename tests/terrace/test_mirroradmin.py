@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -44,7 +45,7 @@ class Admin(MirrorAdmin):
         self.asked: list[str] = []
         self.told: list[str] = []
 
-        async def call(node: str, method: str, params: dict[str, Any], timeout_s: float) -> Any:
+        async def call(node: str, method: str, params: dict[str, Any], timeout_s: float = 0.0) -> Any:
             await trio.lowlevel.checkpoint()
             self.asked.append(method)
             return {"export": "fast/vol"}
@@ -267,5 +268,90 @@ def test_a_volume_with_a_snapshot_that_a_resync_would_delete_becomes_no_mirror()
         pool: Any = SimpleNamespace(name="fast", snapshots=lambda name: [mine])
         with pytest.raises(TierError, match="vol@resync-20261130-120000 has a name that resyncs of mirrors give"):
             await admin._add_first(pool, volume, Place("b"), Options())
+
+    trio.run(main)
+
+
+class Silent:
+    """An etcd that doesn't answer."""
+
+    async def require(self) -> None:
+        await trio.lowlevel.checkpoint()
+        raise OSError(errno.ETIMEDOUT, "etcd has not answered within 2 s (silent)")
+
+
+@pytest.mark.parametrize("what", ["promote", "demote", "remove"])
+def test_what_can_not_be_done_without_etcd_names_the_volume_and_says_that_nothing_has_changed(what: str) -> None:
+    async def main() -> None:
+        served = Served(cast("Any", None))
+        served.membership = first_record("ab", options=Options(arbiter="etcd"))
+        admin = Admin(served)
+        cast("Any", admin.mirrors).arbiter = Silent()
+        mirror: Any = SimpleNamespace(
+            name="p/dm", membership=served.membership, accepted=served.membership, serves=what != "promote"
+        )
+        said = (
+            r"^p/dm can't be \w+ without its arbiter: etcd has not answered within 2 s .*\. Nothing has changed: see to"
+        )
+        with pytest.raises(TierError) as refused:
+            if what == "promote":
+                await admin.promote(mirror, force=False)
+            elif what == "demote":
+                await admin.demote(mirror, to=None, force=False)
+            else:
+                await admin.remove(mirror, "b", force=False)
+        assert re.search(said, str(refused.value.strerror)) and refused.value.errno == errno.ETIMEDOUT
+        assert admin.asked == [] and admin.told == []
+
+    trio.run(main)
+
+
+def test_a_node_that_can_have_no_leg_is_not_removed_and_the_legs_are_named() -> None:
+    async def main() -> None:
+        served = Served(cast("Any", None))
+        served.membership = first_record("ab")
+        admin = Admin(served)
+        cast("Any", admin.mirrors.peers).peers = {"c": None}
+        mirror: Any = SimpleNamespace(name="p/dm")
+        with pytest.raises(TierError, match=r"p/dm has no leg on zz, .*: it has legs on a, b$") as refused:
+            await admin.remove(mirror, "zz", force=False)
+        assert refused.value.errno == errno.ENOENT
+        done = await admin.remove(mirror, "c", force=False)
+        assert done == {"removed": [], "left": [], "mirrored": True, "voter": False}, "it may have been done before"
+
+    trio.run(main)
+
+
+def test_a_voter_that_is_removed_is_told_as_one() -> None:
+    async def counts(served: Served, record: Membership) -> None:
+        await trio.lowlevel.checkpoint()
+        served.membership = record
+
+    async def check(admin: Admin) -> None:
+        admin._served.membership = replace(first_record("ab"), voters=("a", "b", "t"))
+        mirror: Any = SimpleNamespace(name="p/dm")
+        assert (await admin.remove(mirror, "t", force=False))["voter"]
+        assert admin._served.membership.voters == ("a", "b") and admin.asked == ["mirror.forget"]
+
+    run(counts, check)
+
+
+@pytest.mark.parametrize("uri", ["nbd://nas/db", "nbd://nas:10809/db", "nbd://nas/%64b"])
+def test_a_leg_on_an_nbd_server_is_removed_and_resynced_by_any_uri_of_its_export(uri: str) -> None:
+    async def main() -> None:
+        record = first_record("a")
+        leg = LegInfo("n", "a", "nbd://nas/db", "nbd")
+        served = Served(cast("Any", None))
+        served.membership = replace(record, legs=(*record.legs, leg))
+        failed: list[Any] = []
+        member = SimpleNamespace(leg=object(), state=LegState.STALE, error=None)
+        more = cast("Any", served)
+        more.members, more.leg_failed = {"n": member}, lambda leg, error: failed.append(leg)
+        mirror: Any = SimpleNamespace(name="p/dm", me="a", compared_in_full=set())
+        await Admin(served).resync(mirror, uri, discard=False, full=True)
+        assert mirror.compared_in_full == {"n"} and failed == [member.leg]
+        more.status = lambda: SimpleNamespace(legs=[])
+        with pytest.raises(TierError, match="has the only leg"):  # so it was found
+            await Admin(served).remove(mirror, uri, force=True)
 
     trio.run(main)
