@@ -71,7 +71,7 @@ class DaemonExports:
             sock, terms = await attach(await self.address(), name)
         except FileNotFoundError:
             if await self.is_gone(name, identity):
-                raise gone(name) from None
+                raise gone(name, identity, await self._identity_now(name)) from None
             raise
         try:
             # Now that the daemon counts us as a client nothing else can come under this name without a cut.
@@ -81,8 +81,14 @@ class DaemonExports:
             raise
         if now.identity != identity:
             sock.close()
-            raise gone(name)
+            raise gone(name, identity, now.identity)
         return sock, terms
+
+    async def _identity_now(self, name: str) -> str | None:
+        try:
+            return (await self.export(name)).identity
+        except OSError:
+            return None
 
     async def is_gone(self, name: str, identity: str) -> bool:
         """Whether its pool is open, and it isn't there: it won't come back. Not if nobody can tell."""
@@ -133,8 +139,17 @@ class DaemonExports:
         raise error
 
 
-def gone(name: str) -> GoneError:
-    """That export won't come back."""
+def gone(name: str, was: str, now: str | None) -> GoneError:
+    """The export of the identity `was` won't come back. `now`: of what has its name, if that is known."""
+    if now is not None and was != now and was.split("/")[:2] == now.split("/")[:2]:
+        # The same volume (`ExportRecord`): it is a mirror.
+        return GoneError(
+            errno.ESTALE,
+            f"another node has been the primary of {name} while it was in use here, so what is in memory here is "
+            "older than what it has: unmount it, `terrace detach --force` it or close it, and attach or open it anew "
+            f"where it is served now (`terrace volume mirror explain {name}`). What was written here and not flushed, "
+            "and what a promotion by force gave up, is lost",
+        )
     return GoneError(
         errno.ESTALE,
         f"{name} was deleted or rolled back while it was in use here: detach or close it, check what the "

@@ -385,8 +385,9 @@ class _Watch:
                 )
             try:
                 terms = await describe(self._order.address, self._order.name)
-                if (await self._exports.export(self._order.name)).identity != self._identity:
-                    await self._give_up(gone(self._order.name))
+                now = (await self._exports.export(self._order.name)).identity
+                if now != self._identity:
+                    await self._give_up(gone(self._order.name, self._identity, now))
                     return
                 if terms.size_bytes != self._size_bytes:
                     await trio.to_thread.run_sync(

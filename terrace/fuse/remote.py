@@ -153,6 +153,13 @@ class DaemonFile:
         self.size_bytes = terms.size_bytes
         return sock, terms
 
+    async def _gone(self) -> GoneError:
+        try:
+            now = (await self._exports.export(self.record.name)).identity
+        except OSError:
+            now = None
+        return gone(self.record.name, self.record.identity, now)
+
     async def _is_gone(self) -> bool:
         return await self._exports.is_gone(self.record.name, self.record.identity)
 
@@ -256,13 +263,13 @@ class DaemonFile:
                         await self._exports.address(), self.record.name, contexts=[_ALLOCATION]
                     ) as client:
                         if await self._is_gone():
-                            raise gone(self.record.name)
+                            raise await self._gone()
                         return await self._seek_with(client, offset, data)
                 except OSError as error:
                     if error.errno in (errno.ENXIO, errno.ESTALE, errno.EIO):
                         raise
                     if isinstance(error, FileNotFoundError) and await self._is_gone():
-                        raise gone(self.record.name) from None
+                        raise await self._gone() from None
                     await trio.sleep(PAUSE_S)
         raise OSError(errno.ETIMEDOUT, f"nobody could tell the extents of {self.record.name} for {PATIENCE_S:g} s")
 

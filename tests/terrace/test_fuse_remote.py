@@ -183,3 +183,25 @@ def test_another_export_under_the_name_is_not_opened() -> None:
                 await trio.sleep(0.001)
 
     run(test)
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        ("pool/3/2-aa", "another node has been the primary of mem while it was in use here"),
+        ("pool/4", "was deleted or"),
+    ],
+)
+def test_who_used_a_mirror_of_which_another_node_was_primary_since_hears_that_and_not_that_it_was_deleted(
+    now: str, said: str
+) -> None:
+    async def test() -> None:
+        async with serving(MemoryExport(size_bytes=SIZE)) as served:
+            directory = Directory(served.listener, served.exports.exports["mem"])
+            directory.identity = now
+            with pytest.raises(GoneError, match=said):
+                await directory.connect("mem", "pool/3")
+            while served.server.status().connections:
+                await trio.sleep(0.001)
+
+    run(test)
