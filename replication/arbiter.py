@@ -70,5 +70,5 @@ def forgotten(there: Membership | None, later: Mapping[str, Membership]) -> str:
     return (
         f"etcd has {has}, and node {node} has {record.term.number}.{record.epoch}, which was in etcd before: its "
         "data were lost or restored from an older backup, or it isn't the etcd that was asked before. Bring that one "
-        f"back; if it is gone for good, `mirror promote --force` on node {node} writes its record there"
+        f"back; if it is gone for good, `terrace volume mirror promote --force` on node {node} writes its record there"
     )

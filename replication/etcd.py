@@ -278,7 +278,7 @@ class _Keys:
             raise OSError(
                 errno.EPROTO,
                 f"the key {self.prefix}/{mirror}/membership in etcd has no record of this mirror: {error.strerror}; "
-                "find out who has written it, delete it, and `mirror promote --force`",
+                "find out who has written it, delete it, and `terrace volume mirror promote --force`",
             ) from None
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from replication.cluster import VoterState
 from replication.leg import LegState, MirrorState, mirror_state
 from replication.membership import LegInfo, Membership, Term
 from replication.promotion import Refused, SplitBrain
 from replication.voters import in_sync_nodes, is_majority, rule_of
+
+_ANY_IN_SYNC: Final = "`terrace volume mirror promote` on a node with a leg in sync makes it primary"
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,8 @@ def _headline(facts: Facts, state: MirrorState, legs: Mapping[str, LegState]) ->
     if facts.deposed is not None:
         return (
             f"{who} here: this node was primary until term {facts.deposed.number} was promised to another. Nothing "
-            f"that it acknowledged is lost by that; `mirror list` on {_nodes_or_peers(facts)} says who is primary now."
+            f"that it acknowledged is lost by that; `terrace volume mirror list` on {_nodes_or_peers(facts)} says who "
+            "is primary now."
         )
     if isinstance(facts.decision, SplitBrain):
         return f"{who}: {facts.decision.sentence}."
@@ -203,13 +207,13 @@ def _nodes_or_peers(facts: Facts) -> str:
 
 def _token(record: Membership) -> str:
     if rule_of(record) != "all":
-        return "`mirror promote` on a node with a leg in sync makes it primary."
+        return f"{_ANY_IN_SYNC}."
     if record.token is not None:
         return (
-            f"Node {record.token} holds the token: `mirror promote` there works without the others. Any other node "
-            f"must hear {_and(sorted(in_sync_nodes(record)))} first."
+            f"Node {record.token} holds the token: `terrace volume mirror promote` there works without the others. Any "
+            f"other node must hear {_and(sorted(in_sync_nodes(record)))} first."
         )
-    return f"No node holds a token: `mirror promote` must hear {_and(sorted(in_sync_nodes(record)))}."
+    return f"No node holds a token: `terrace volume mirror promote` must hear {_and(sorted(in_sync_nodes(record)))}."
 
 
 def _unproven(facts: Facts) -> str:
@@ -220,18 +224,18 @@ def _unproven(facts: Facts) -> str:
         heard = set(facts.voters) - set(facts.unheard)
         if not is_majority(heard, record.voters):
             return f"below quorum: {_quorum_change(facts)}"
-        return "a majority of the voters can be heard: `mirror promote` on a node with a leg in sync makes it primary"
+        return f"a majority of the voters can be heard: {_ANY_IN_SYNC}"
     if rule_of(record) == "etcd":
         if facts.arbiter is not None:
             return f"the arbiter, etcd, can't be asked: {facts.arbiter}"
-        return "`mirror promote` on a node with a leg in sync makes it primary once the lease of the last one is over"
+        return f"{_ANY_IN_SYNC} once the lease of the last one is over"
     if silent:
         return (
             f"whether {_and([node for node in needed if node not in silent] or ['what can be heard'])} "
             f"has every acknowledged write can't be proven without {_and(silent)}: start {_and(silent)} or mend "
-            "the way there, or `mirror promote --force`, which may lose writes"
+            "the way there, or `terrace volume mirror promote --force`, which may lose writes"
         )
-    return "all nodes with a leg in sync can be heard: `mirror promote` on one of them makes it primary"
+    return "all nodes with a leg in sync can be heard: `terrace volume mirror promote` on one of them makes it primary"
 
 
 def _quorum_change(facts: Facts) -> str:

@@ -341,6 +341,11 @@ class MirrorSnapshots:
                     f"{found.name}@{name} can't be renamed while node {', '.join(away)} is away, which may have it "
                     "too: try again when it is back",
                 )
+            if any(one.short_name == new_name for one in mirror.volume_snapshots()):
+                raise TierError(
+                    errno.EEXIST,
+                    f"there is a snapshot {found.name}@{new_name} already: choose another name, or delete it first",
+                )
             taken = [leg.node for leg, snapshots in states.items() if snapshots and new_name in snapshots]
             if taken:
                 raise TierError(

@@ -253,8 +253,7 @@ def show_volumes(volumes: Sequence[dict[str, Any]], empty: str) -> None:
             volume["name"],
             *([shown_state(volume) or "-"] if unfilled else []),
             format_size(volume["size_bytes"]),
-            format_size(volume["referenced_bytes"]),  # of a clone, and so after a rollback, most is not its own
-            percent(volume["referenced_bytes"], volume["size_bytes"]),
+            *shown_mapped(volume),
             volume["open_count"] or "-",
             volume["snapshots"] or "-",
             shown_policy(volume),
@@ -267,6 +266,17 @@ def show_volumes(volumes: Sequence[dict[str, Any]], empty: str) -> None:
     last = [*(["Origin"] * clones), *(["Mirror"] * mirrored)]
     columns = ("Volume", *state, ">Size", ">Mapped", ">Use", ">Clients", ">Snapshots", "Policy", *last)
     show_table(columns, rows, empty=empty, spare=(">Use", ">Clients"))
+
+
+def shown_mapped(volume: dict[str, Any]) -> tuple[str, str]:
+    """What a volume shows, of a clone, and so after a rollback, most of it not its own; and the share of its size.
+
+    What has no leg here is what the node of a leg has told lately, if anything.
+    """
+    mirror, mapped_bytes = volume.get("mirror"), volume["referenced_bytes"]
+    if mirror and mirror["diskless"] and not mapped_bytes:
+        return "-", "-"
+    return format_size(mapped_bytes), percent(mapped_bytes, volume["size_bytes"])
 
 
 def shown_state(volume: dict[str, Any], *, remedy: bool = False) -> str:

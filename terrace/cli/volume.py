@@ -14,9 +14,9 @@ from terrace.cli.images import export_volume, import_image
 from terrace.cli.mirror import mirror, place_of
 from terrace.cli.mirrorbrief import brief, served_elsewhere
 from terrace.cli.node import LEG_PLACE
-from terrace.cli.output import count, output_option, patience, percent, show_facts, show_json, uris_of
+from terrace.cli.output import count, output_option, patience, show_facts, show_json, uris_of
 from terrace.cli.policy import POLICY
-from terrace.cli.pool import show_volumes, shown_policy, shown_state
+from terrace.cli.pool import show_volumes, shown_mapped, shown_policy, shown_state
 from terrace.sizes import format_size
 
 
@@ -175,13 +175,13 @@ def show(context: Context, volume: tuple[str, str], output: str) -> None:
     if output == "json":
         show_json(found | {"uris": uris})
         return
-    size_bytes, mapped_bytes = found["size_bytes"], found["referenced_bytes"]
+    size_bytes, (mapped, share) = found["size_bytes"], shown_mapped(found)
     show_facts(
         [
             ("Volume", found["name"]),
             *([("State", shown_state(found, remedy=True))] if found["filling"] else []),
             ("Size", f"{format_size(size_bytes)} ({size_bytes} bytes)"),
-            ("Mapped", f"{format_size(mapped_bytes)} ({percent(mapped_bytes, size_bytes)})" + _own(found)),
+            ("Mapped", "-" if mapped == "-" else f"{mapped} ({share})" + _own(found)),
             *([("Origin", _origin(found))] if found["origin"] else []),
             ("Snapshots", found["snapshots"]),
             ("Policy", shown_policy(found, remedy=True)),

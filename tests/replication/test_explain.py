@@ -88,11 +88,11 @@ def test_unproven() -> None:
     assert found.paragraph == (
         "fast/vol is Unknown: its primary, node a, can't be asked (no route to host): this is what was known "
         "last, from before terraced was started. Whether b has every acknowledged write can't be proven without a: "
-        "start a or mend the way there, or `mirror promote --force`, which may lose writes."
+        "start a or mend the way there, or `terrace volume mirror promote --force`, which may lose writes."
     )
     heard = explain(facts(AB, voters=said(AB, "a", "b")))
     assert heard.state is MirrorState.FAULTED and heard.old is None
-    assert "`mirror promote` on one of them makes it primary" in heard.paragraph
+    assert "`terrace volume mirror promote` on one of them makes it primary" in heard.paragraph
     weak = explain(facts(AB, voters=said(AB, "a", "b", intact=False, recent_bytes=4096)))
     assert "The leg on node b may have lost some of the last 4096 bytes" in weak.paragraph
 
@@ -168,7 +168,7 @@ def test_deposed() -> None:
     assert found.state is MirrorState.FAULTED
     assert found.paragraph.startswith(
         "fast/vol is Faulted here: this node was primary until term 4 was promised to another. Nothing that it "
-        "acknowledged is lost by that; `mirror list` on node b says who is primary now."
+        "acknowledged is lost by that; `terrace volume mirror list` on node b says who is primary now."
     )
 
 
@@ -178,12 +178,12 @@ def test_demoted_says_who_holds_the_token() -> None:
     assert legs_of(found) == [LegState.UP_TO_DATE] * 2
     assert found.paragraph == (
         "fast/vol is Faulted: it was demoted cleanly, so nothing is in doubt, and no node exports it. Node b holds the "
-        "token: `mirror promote` there works without the others. Any other node must hear a and b first."
+        "token: `terrace volume mirror promote` there works without the others. Any other node must hear a and b first."
     )
     nobody = explain(facts(AB.next_epoch(primary=None), voters=said(AB, "a", "b")))
-    assert "No node holds a token: `mirror promote` must hear a and b." in nobody.paragraph
+    assert "No node holds a token: `terrace volume mirror promote` must hear a and b." in nobody.paragraph
     majority = explain(facts(ABT.next_epoch(primary=None), voters=said(ABT, "a", "b")))
-    assert "`mirror promote` on a node with a leg in sync makes it primary." in majority.paragraph
+    assert "`terrace volume mirror promote` on a node with a leg in sync makes it primary." in majority.paragraph
 
 
 def test_an_nbd_leg_is_called_by_its_address() -> None:
@@ -235,8 +235,9 @@ def test_a_mirror_that_waits_for_etcd() -> None:
 def test_a_mirror_whose_primary_is_gone_and_that_etcd_decides_about() -> None:
     unheard = {"a": "no route to host"}
     found = explain(facts(WITH_ETCD, unheard=unheard, voters=said(WITH_ETCD, "b")))
-    assert "`mirror promote` on a node with a leg in sync makes it primary once the lease of the last one is over" in (
-        found.paragraph
+    assert (
+        "`terrace volume mirror promote` on a node with a leg in sync makes it primary once the lease of the last "
+        "one is over" in (found.paragraph)
     )
     found = explain(facts(WITH_ETCD, unheard=unheard, voters=said(WITH_ETCD, "b"), arbiter="silent"))
     assert "The arbiter, etcd, can't be asked: silent." in found.paragraph

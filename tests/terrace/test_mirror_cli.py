@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from terrace.cli.mirror import _leg, show_mirrors
+from terrace.cli.pool import shown_mapped
 from terrace.cli.status import show_status_of_mirrors
 from terrace.cli.volume import warn_of_resync
 
@@ -79,3 +80,10 @@ def test_a_leg_on_an_nbd_server_is_found_by_any_uri_of_its_export() -> None:
     for uri in ("nbd://nas/db", "nbd://nas:10809/db"):
         assert _leg(found, uri)["state"] == "Stale"
     assert _leg(found, "a")["state"] == "UpToDate"
+
+
+def test_how_much_of_a_volume_is_mapped_is_not_said_to_be_nothing_where_it_is_unknown() -> None:
+    volume = {"size_bytes": 1 << 25, "referenced_bytes": 0}
+    assert shown_mapped(volume | {"mirror": mirror(diskless=True)}) == ("-", "-")
+    for here in (None, mirror()):
+        assert shown_mapped(volume | {"mirror": here})[0] == "0 B"

@@ -172,3 +172,24 @@ def test_nobody_gives_a_snapshot_of_a_mirror_a_name_that_resyncs_delete(tmp_path
                 await scene.snapshots.change(scene.pool, "v", "daily", new_name="resync-20261130-120000", local=local)
 
     trio.run(main)
+
+
+@pytest.mark.parametrize(("here", "said"), [("ab", r"p/v@two already: choose"), ("b", "p/v@two on node b already")])
+def test_a_rename_to_a_name_that_is_taken_says_where_it_is(tmp_path: Path, here: str, said: str) -> None:
+    async def main() -> None:
+        record = first_record("ab")
+        scene = Scene(tmp_path, record)
+
+        async def ask(mirror: Any) -> Any:
+            await trio.lowlevel.checkpoint()
+            return {leg: {"one", "two"} for leg in record.legs if leg.node == "b"}
+
+        scene.snapshots._ask = ask  # type: ignore[method-assign]
+        names = ["one", "two"] if "a" in here else ["one"]
+        local: Any = scene.snapshots._mirrors.of(None)  # type: ignore[arg-type]
+        local.volume_snapshots = lambda: [SimpleNamespace(short_name=name) for name in names]
+        scene.pool.snapshot = lambda volume, name: None
+        with pytest.raises(TierError, match=said):
+            await scene.snapshots.change(scene.pool, "v", "one", new_name="two")
+
+    trio.run(main)
