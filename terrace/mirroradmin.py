@@ -708,10 +708,7 @@ class MirrorAdmin:
             "equal": report.equal,
         }
         if not report.equal:
-            what = f"{report.differing_bytes} bytes differ, {report.repaired_bytes} of them were repaired"
-            if report.unreadable_bytes:
-                what += f"; {report.unreadable_bytes} can't be read, {report.healed_bytes} of them were healed"
-            self.mirrors.tell("mirror", mirror.name, f"the legs of {mirror.name} are not equal: {what}")
+            self.mirrors.tell("mirror", mirror.name, _found_by_verify(mirror.name, report))
         return found
 
     # -- a node --------------------------------------------------------------------------------------------------
@@ -853,6 +850,15 @@ async def _which_count(served: ServedMirror, legs: Sequence[LegInfo]) -> tuple[s
             await served.changed()
     counts = wanted & {leg.id for leg in served.membership.legs}
     return counts, (wanted & tried()) - counts
+
+
+def _found_by_verify(name: str, report: VerifyReport) -> str:
+    """Of legs that aren't equal, or can't be read."""
+    unreadable = f"{report.unreadable_bytes} bytes can't be read, {report.healed_bytes} of them were healed"
+    if not report.differing_bytes:
+        return f"not all of the legs of {name} can be read, and nothing that can be differs: {unreadable}"
+    what = f"{report.differing_bytes} bytes differ, {report.repaired_bytes} of them were repaired"
+    return f"the legs of {name} are not equal: {what}" + (f"; {unreadable}" if report.unreadable_bytes else "")
 
 
 def _last_record(served: ServedMirror) -> Membership:

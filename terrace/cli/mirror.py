@@ -402,10 +402,19 @@ def verify(context: Context, volume: tuple[str, str], full: bool, repair: bool, 
             + ("equal." if report["equal"] else "; ".join(_differences(report)) + ".")
         )
     if report["left_bytes"]:
-        raise click.ClickException(
-            f"the legs of {name} are not equal: --repair writes what the primary's leg has; what can't be read "
-            "`terrace pool scrub` names"
-        )
+        raise click.ClickException(_what_is_left(name, report))
+
+
+def _what_is_left(name: str, report: dict[str, Any]) -> str:
+    differs = report["differing_bytes"] > report["repaired_bytes"]
+    unreadable = report["unreadable_bytes"] - report["healed_bytes"]
+    if differs:
+        repair = f"the legs of {name} are not equal: --repair writes what the primary's leg has"
+        return repair + ("; what can't be read `terrace pool scrub` names" if unreadable else "")
+    return (
+        f"{unreadable} bytes of {name} can't be read, and nothing that can be differs: --repair has them from another "
+        "leg where one can read them; what is damaged `terrace pool scrub` names"
+    )
 
 
 def _differences(report: dict[str, Any]) -> Iterator[str]:

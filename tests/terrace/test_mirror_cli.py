@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from terrace.cli.mirror import _leg, show_mirrors
+from terrace.cli.mirror import _leg, _what_is_left, show_mirrors
 from terrace.cli.pool import shown_mapped
 from terrace.cli.status import show_status_of_mirrors
 from terrace.cli.volume import warn_of_resync
@@ -87,3 +87,9 @@ def test_how_much_of_a_volume_is_mapped_is_not_said_to_be_nothing_where_it_is_un
     assert shown_mapped(volume | {"mirror": mirror(diskless=True)}) == ("-", "-")
     for here in (None, mirror()):
         assert shown_mapped(volume | {"mirror": here})[0] == "0 B"
+
+
+def test_a_verify_that_found_nothing_but_what_can_not_be_read_does_not_say_that_the_legs_differ() -> None:
+    report = {"differing_bytes": 0, "repaired_bytes": 0, "unreadable_bytes": 8192, "healed_bytes": 4096}
+    assert _what_is_left("p/dm", report).startswith("4096 bytes of p/dm can't be read, and nothing that can be differs")
+    assert _what_is_left("p/dm", report | {"differing_bytes": 1}).startswith("the legs of p/dm are not equal: --repair")

@@ -15,8 +15,9 @@ import trio.testing
 
 from replication.leg import LegState
 from replication.membership import LegInfo, Membership, Options, Term
+from replication.verify import VerifyReport
 from terrace.diskless import DisklessMirror
-from terrace.mirroradmin import MirrorAdmin, Place, _last_record
+from terrace.mirroradmin import MirrorAdmin, Place, _found_by_verify, _last_record
 from tests.replication.stores import first_record
 from tiers import TierError
 
@@ -355,3 +356,13 @@ def test_a_leg_on_an_nbd_server_is_removed_and_resynced_by_any_uri_of_its_export
             await Admin(served).remove(mirror, uri, force=True)
 
     trio.run(main)
+
+
+def test_the_event_of_a_verify_says_that_legs_differ_only_where_they_do() -> None:
+    assert _found_by_verify("p/dm", VerifyReport(unreadable_bytes=4096)) == (
+        "not all of the legs of p/dm can be read, and nothing that can be differs: 4096 bytes can't be read, 0 of them "
+        "were healed"
+    )
+    assert _found_by_verify("p/dm", VerifyReport(differing_bytes=4096)) == (
+        "the legs of p/dm are not equal: 4096 bytes differ, 0 of them were repaired"
+    )
