@@ -158,8 +158,8 @@ def node(
         where = shlex.quote(str(into))
         click.echo(f"Copy what is in {where} to HOME/tls on that node; its keys belong to nobody else.")
     click.echo("For the configuration of its daemon:\n")
-    listen = called[0] if called else "0.0.0.0"
-    listen = f"[{listen}]" if ":" in listen else listen
+    # All addresses: a host's own name is often its loopback there.
+    listen = "[::]" if called and ":" in called[0] else "0.0.0.0"
     for line in (
         *("[nbd]", f'listen = ["{listen}:10809"]', "[nbd.tls]", 'mode = "required"', "[node]", f'name = "{name}"'),
         *("[peers.OTHER]", 'address = "HOST:10809"'),

@@ -181,3 +181,13 @@ def test_certificates_say_what_they_are_for(tmp_path: Path) -> None:
     server = x509.load_pem_x509_certificate((tmp_path / "tls" / "server-cert.pem").read_bytes())
     usage = server.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     assert list(usage) == [ExtendedKeyUsageOID.SERVER_AUTH]
+
+
+def test_a_node_is_told_to_listen_where_the_documentation_has_it_listen(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    tls(home, "init", "--name", "a.example")
+    said = tls(home, "node", "a", "--here", "--name", "a.example").output
+    documented = (Path(__file__).parents[2] / "docs" / "mirroring.md").read_text()
+    line = next(line for line in documented.splitlines() if line.startswith("listen = "))
+    assert line in [one.strip() for one in said.splitlines()]
+    assert parse_config("\n".join(one for one in said.splitlines() if one.startswith("  ")), "printed").node.name == "a"
