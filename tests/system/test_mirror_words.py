@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import time
 from typing import Any
 
 import pytest
 
 from tests.system.daemon import ApiError
-from tests.system.test_mirror import SIZE, Node, Pair, until
+from tests.system.test_mirror import MIB, SIZE, Node, Pair, until
 from tests.system.test_mirror import pair as pair  # the fixture
 
 pytestmark = pytest.mark.system
@@ -134,3 +136,31 @@ def test_a_mirror_that_can_not_grow_on_one_leg_names_it_and_keeps_it(pair: Pair)
     b.daemon.start()
     pair.both_online()
     b.wait_for({"a": "UpToDate", "b": "UpToDate"}, "g")
+
+
+def test_a_leg_whose_pool_is_full_is_one_event_and_all_commands_say_why_it_is_out(pair: Pair) -> None:
+    a, b = pair.a, pair.b
+    pair.both_online()
+    device = {"path": str(b.daemon.home / "small"), "tier": "fast", "size": 64 * MIB}
+    b.daemon.api("POST", "/v1/pools", {"name": "sm", "devices": [device]})
+    body = {"name": "f", "size": 128 * MIB, "mirror": [{"node": "b", "pool": "sm"}], "timeout_s": 1.0}
+    a.daemon.api("POST", "/v1/pools/p/volumes", body)
+    a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "f")
+    begun = len(a.events())
+    with a.connect("f") as client:
+        for at in range(0, 128 * MIB, MIB):
+            client.write(at, os.urandom(MIB))
+        began = time.monotonic()
+        while time.monotonic() - began < 15:
+            client.write(0, os.urandom(4096))
+            time.sleep(0.05)
+    why = "the pool sm is full"
+    until(lambda: why in str(a.leg("b", "f")["error"]))
+    said = a.daemon.api("GET", "/v1/pools/p/volumes/f/mirror/explain")["text"]
+    assert "The leg on node b has been left out for " in said and why in said
+    for command in ("list", "show"):
+        name = ["p/f"] if command == "show" else []
+        assert why in a.daemon.cli("volume", "mirror", command, *name).stdout
+    of_the_leg = [text for text in a.events()[begun:] if text.startswith("the leg of p/f on node b is ")]
+    assert of_the_leg == [text for text in of_the_leg if why in text] and len(of_the_leg) == 1
+    a.daemon.api("DELETE", "/v1/pools/p/volumes/f?snapshots=1")
