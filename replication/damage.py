@@ -6,7 +6,8 @@ of the writes. So it tells the primary, a bounded batch at a time, which reads a
 (`replication.healing`), and answers what became of it. Whoever is primary is asked, this node itself too.
 
 What wasn't healed stays noted, by extents, and is told again: after growing pauses while nobody can heal it, as there
-is no primary, it can't be reached, or this leg isn't in sync; and an hour later where no leg has it. All is in memory:
+is no primary, it can't be reached, or this leg isn't in sync; and an hour later where no leg has it, or the map of
+this one is damaged. All is in memory:
 after a restart the next scrub finds it again, and the list of lost blocks is the pool's.
 """
 
@@ -30,7 +31,7 @@ RETRY_MAX_S: Final = 30.0
 HOPELESS_RETRY_S: Final = 3600.0
 
 Done = tuple[int, int, int, int]
-"""(offset, length, blocks that were written anew, blocks that no leg has)."""
+"""(offset, length, blocks that were written anew, blocks that can't be: no leg has them, or a damaged map)."""
 Ranges = Sequence[tuple[int, int]]
 Ask = Callable[[Ranges], Awaitable[list[Done]]]
 """Have a batch healed by the primary. Raises OSError if that can't be now."""
@@ -66,7 +67,7 @@ class Damage:
 
     @property
     def hopeless(self) -> int:
-        """How many extents have blocks that no leg has."""
+        """How many extents have blocks that can't be healed: no leg has them, or the map here is damaged."""
         return self._hopeless.count
 
     async def run(self) -> None:

@@ -7,6 +7,10 @@ writers wait, nothing is in flight there, and what another leg has is submitted 
 write is ever undone.
 
 What no leg can read stays as it is, and is remembered in `unmendable`, for who tells operators.
+
+Nothing is written where a leg can't read its *map*. A write there would be taken, and the next checkpoint, which has to
+merge it into the damaged page, would fail: that ends all writes to the pool, and with them the legs of all its mirrors.
+Such a range is remembered in `map_damage`; the way out is a new leg (`new_leg`).
 """
 
 from __future__ import annotations
@@ -34,11 +38,11 @@ LOST_CHECK: Final = b"\xff" * 8
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of healing a range of one leg: how many blocks were written anew, and which ones no leg can read."""
+    """Of healing a range of one leg: how many blocks were written anew, and which ones were not."""
 
     healed_blocks: int
     left: tuple[tuple[int, int], ...]
-    """(offset, length) in bytes."""
+    """(offset, length) in bytes: what no leg can read, or what lies below a damaged page of this leg's map."""
 
 
 class Healed(Gate, Protocol):
@@ -63,6 +67,9 @@ class Healing:
         self.healed_blocks = 0
         self.unmendable: dict[int, None] = {}
         """Offsets of blocks that no leg could read when that was tried last."""
+        self.map_damage: dict[str, dict[int, None]] = {}
+        """By leg id: offsets of extents for which its map couldn't be read when that was tried last, so that nothing is
+        written there."""
         self._bad: dict[tuple[str, int, int], None] = {}
         """(leg, offset, length) that it couldn't read and another one could."""
 
@@ -123,7 +130,14 @@ class Healing:
             first, last = max(at, start), min(at + EXTENT_BYTES, stop)
             async with self._site.locks.holding(first, last - first):
                 await self._site.inflight.settle(first, last - first)
-                for begin, size in _runs(await self._unreadable(member, first, last - first)):
+                try:
+                    bad = await self._unreadable(member, first, last - first)
+                except _MapDamagedError as error:
+                    self._no_map(member, at, error)
+                    left.append((first, last - first))
+                    continue
+                self.map_damage.get(member.info.id, {}).pop(at, None)
+                for begin, size in _runs(bad):
                     healed += await self._rewrite(member, begin, size, left)
             for block in [one for one in self.unmendable if first <= one < last and (one, BLOCK_BYTES) not in left]:
                 del self.unmendable[block]  # or written since
@@ -147,6 +161,16 @@ class Healing:
         left.append((offset, length))
         return 0
 
+    def _no_map(self, member: Member, extent: int, error: _MapDamagedError) -> None:
+        """Nothing is written into this extent of a leg."""
+        known = self.map_damage.setdefault(member.info.id, {})
+        if extent not in known and len(known) < MAX_UNMENDABLE:
+            if not known:
+                what = map_is_damaged(self._site.name, member.info.node)
+                log.error("%s at %d: nothing is written there (%s)", what, extent, error)
+            known[extent] = None
+            self._site.change()
+
     def nowhere(self, offset: int) -> None:
         """No leg could read the block there."""
         if offset not in self.unmendable and len(self.unmendable) < MAX_UNMENDABLE:
@@ -155,14 +179,14 @@ class Healing:
             self._site.change()
 
     async def _unreadable(self, member: Member, offset: int, length: int) -> list[int]:
-        """Offsets of blocks, in order."""
+        """Offsets of blocks, in order. Raises _MapDamagedError if the leg's map can't be read there."""
         leg = member.leg
         if leg is None or await _reads(leg, offset, length) or leg.failure is not None:
             return []
+        # After a lost device that is nearly all, and by halves each block would be read twice.
+        found = await _lost(member, leg, offset, length)
         if length <= BLOCK_BYTES:
             return [offset]
-        # After a lost device that is nearly all, and by halves each block would be read twice.
-        found = await _lost(leg, offset, length)
         if found:
             for begin, size in _runs(sorted({*range(offset, offset + length, BLOCK_BYTES)} - set(found))):
                 found += await self._unreadable(member, begin, size)
@@ -180,13 +204,46 @@ async def _reads(leg: Leg, offset: int, length: int) -> bool:
     return True
 
 
-async def _lost(leg: Leg, offset: int, length: int) -> list[int]:
-    """Offsets of blocks that the leg's map knows as lost."""
+class _MapDamagedError(Exception):
+    """The map of a leg can't be read in a range."""
+
+
+async def _lost(member: Member, leg: Leg, offset: int, length: int) -> list[int]:
+    """Offsets of blocks that the leg's map knows as lost. Raises _MapDamagedError."""
+    if member.info.kind == "nbd":
+        return []  # it has no map, and its checks are those of what is read
     try:
         checks = await leg.checks(offset, length)
-    except OSError:
-        return []  # a damaged map, or a leg that has no checks: then by reading
+    except OSError as error:
+        if leg.failure is not None:
+            return []
+        raise _MapDamagedError(error.strerror or str(error)) from None
     return [offset + at * BLOCK_BYTES for at in range(len(checks) // 8) if checks[at * 8 : at * 8 + 8] == LOST_CHECK]
+
+
+async def has_map(member: Member, offset: int, length: int) -> bool:
+    """Whether the map of this leg can be read there, as far as it has one."""
+    try:
+        if member.leg is not None:
+            await _lost(member, member.leg, offset, length)
+    except _MapDamagedError:
+        return False
+    return True
+
+
+def map_is_damaged(name: str, node: str) -> str:
+    """Begins a sentence about a leg."""
+    return f"the map of the leg of {name} on node {node} is damaged"
+
+
+def new_leg(name: str, node: str, *, is_primarys: bool, others: int) -> str:
+    """The next step for a leg whose map is damaged, where so many other ones with a node are up to date."""
+    if not others:
+        return "no other leg is up to date, so this one is needed: copy what can be read to another pool"
+    anew = f"`terrace volume mirror remove {name} {node}`, then `terrace volume mirror add {name} {node}`"
+    if is_primarys:
+        return f"`terrace volume mirror demote {name} --to NODE` first, and on that NODE {anew}"
+    return f"make that leg anew: {anew}"
 
 
 def _runs(offsets: Iterable[int]) -> list[tuple[int, int]]:

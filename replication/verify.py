@@ -8,7 +8,8 @@ a mebibyte at a time.
 Legs differ for a moment wherever a batch is in flight. So what differs is looked at again by single extents, with their
 writers waiting and nothing in flight there; only what differs then is reported. With `repair` the block of the first
 leg that can read it is written to the others; the first one is where reads come from. Legs that can't read it get it
-anew (`replication.healing`). A block that is lost on a leg, as its map knows, can't be read there, `full` or not.
+anew (`replication.healing`). A block that is lost on a leg, as its map knows, can't be read there, `full` or not; nor
+can what lies below a damaged page of its map, where nothing is written either.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 import xxhash
 
-from replication.healing import LOST_CHECK
+from replication.healing import LOST_CHECK, has_map
 from replication.inflight import EXTENT_SHIFT
 from replication.leg import BLOCK_BYTES, EXTENT_BYTES, Leg
 from replication.reconcile import COMPARE_BYTES, PIECE_BYTES, ungrouped
@@ -47,6 +48,8 @@ class VerifyReport:
     unreadable: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     """By leg id: (offset, length) of what couldn't be read there."""
     unreadable_bytes: int = 0
+    map_damaged: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    """By leg id: (offset, length) of extents that have such bytes because the leg's map can't be read there."""
     repaired_bytes: int = 0
     """Of those that differed."""
     healed_bytes: int = 0
@@ -144,7 +147,12 @@ async def _suspects(members: list[Member], offset: int, length: int, seed: int |
 async def _fingerprints(leg: Leg, offset: int, length: int, seed: int | None) -> list[bytes]:
     """One for each extent; empty if it can't be read. `offset` is at an extent's beginning."""
     if seed is None:
-        checks = await leg.checks(offset, length)
+        try:
+            checks = await leg.checks(offset, length)
+        except OSError:
+            if leg.failure is not None:
+                raise
+            return [b""] * -(-length // EXTENT_BYTES)
         step = EXTENT_BYTES // BLOCK_BYTES * 8
         extents = [checks[at : at + step] for at in range(0, len(checks), step)]
         return [b"" if LOST_CHECK in one else one for one in extents]
@@ -171,6 +179,9 @@ async def _judge(
                 sides[member.info.id] = [await _block(_leg(member), at, report, member) for at in blocks]
             else:
                 sides[member.info.id] = await _known(_leg(member), blocks, report, member)
+        no_map = {m.info.id for m in members if b"" in sides[m.info.id] and not await has_map(m, offset, length)}
+        for leg_id in no_map:
+            _add(report.map_damaged, leg_id, offset, length)
         for index, at in enumerate(blocks):
             there = {member.info.id: member for member in members if sides[member.info.id][index]}
             checks = {leg_id: sides[leg_id][index] for leg_id in there}
@@ -178,8 +189,9 @@ async def _judge(
             report.differing_bytes += BLOCK_BYTES * len(wrong)
             for leg_id in wrong:
                 _add(report.differing, leg_id, at)
-            if repair and wrong and await _repair(mirror, list(there.values()), checks, at, report):
-                report.repaired_bytes += BLOCK_BYTES * len(wrong)
+            sound = [leg_id for leg_id in wrong if leg_id not in no_map]
+            if repair and sound and await _repair(mirror, list(there.values()), checks, at, report, no_map):
+                report.repaired_bytes += BLOCK_BYTES * len(sound)
     if repair:
         for leg_id, ranges in report.unreadable.items():
             for at, size in ranges:
@@ -188,10 +200,12 @@ async def _judge(
                     report.healed_bytes += BLOCK_BYTES * await mirror.heal(leg_id, start, stop - start)
 
 
-async def _repair(mirror: Mirror, there: list[Member], checks: dict[str, bytes], at: int, report: VerifyReport) -> bool:
+async def _repair(
+    mirror: Mirror, there: list[Member], checks: dict[str, bytes], at: int, report: VerifyReport, no_map: set[str]
+) -> bool:
     """Write the block of the first leg that can read it where another one differs; whether that was done.
 
-    Its writers wait.
+    Its writers wait. `no_map`: ids of legs to which nothing is written there.
     """
     data = memoryview(bytearray(BLOCK_BYTES))
     for source in there:
@@ -204,14 +218,19 @@ async def _repair(mirror: Mirror, there: list[Member], checks: dict[str, bytes],
             del checks[source.info.id]
             continue
         right = checks[source.info.id]
-        others = [member for member in there if checks.get(member.info.id, right) != right]
+        others = [m for m in there if checks.get(m.info.id, right) != right and m.info.id not in no_map]
         return all([await mirror.copy_to(member, at, data) for member in others])
     return False
 
 
 async def _known(leg: Leg, blocks: range, report: VerifyReport, member: Member) -> list[bytes]:
-    """The checks of blocks; empty for one that is lost."""
-    checks = await leg.checks(blocks.start, blocks.stop - blocks.start)
+    """The checks of blocks; empty for one that is lost, or of which the map can't be read."""
+    try:
+        checks = await leg.checks(blocks.start, blocks.stop - blocks.start)
+    except OSError:
+        if leg.failure is not None:
+            raise
+        checks = LOST_CHECK * len(blocks)
     found = [checks[at : at + 8] for at in range(0, len(checks), 8)]
     for at, check in zip(blocks, found, strict=True):
         if check == LOST_CHECK:
@@ -236,9 +255,9 @@ def _note_unreadable(report: VerifyReport, member: Member, offset: int) -> None:
     _add(report.unreadable, member.info.id, offset)
 
 
-def _add(ranges: dict[str, list[tuple[int, int]]], leg_id: str, offset: int) -> None:
+def _add(ranges: dict[str, list[tuple[int, int]]], leg_id: str, offset: int, length: int = BLOCK_BYTES) -> None:
     found = ranges.setdefault(leg_id, [])
     if found and sum(found[-1]) == offset:
-        found[-1] = found[-1][0], found[-1][1] + BLOCK_BYTES
+        found[-1] = found[-1][0], found[-1][1] + length
     elif len(found) < MAX_RANGES:
-        found.append((offset, BLOCK_BYTES))
+        found.append((offset, length))

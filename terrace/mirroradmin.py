@@ -23,6 +23,7 @@ import trio
 
 from nbd.uri import export_of, parse_target
 from replication.explain import last_leg_on
+from replication.healing import map_is_damaged, new_leg
 from replication.keeper import LegRecord
 from replication.leg import BLOCK_BYTES, LegState
 from replication.membership import MAX_LEGS, LegInfo, Membership, Options, Term, decode, encode
@@ -705,11 +706,21 @@ class MirrorAdmin:
             "left_bytes": report.left_bytes,
             "differing": ranges(report.differing),
             "unreadable": ranges(report.unreadable),
+            "map_damaged": ranges(report.map_damaged),
+            "next_steps": [self._next_step(mirror, served, leg) for leg in report.map_damaged],
             "equal": report.equal,
         }
         if not report.equal:
             self.mirrors.tell("mirror", mirror.name, _found_by_verify(mirror.name, report))
         return found
+
+    def _next_step(self, mirror: MirrorPart, served: ServedMirror, leg_id: str) -> str:
+        """A sentence about a leg whose map is damaged."""
+        legs = [leg for leg in served.status().legs if leg.info.kind == "terrace"]
+        node = next((leg.info.node for leg in legs if leg.info.id == leg_id), leg_id)
+        others = sum(leg.state is LegState.UP_TO_DATE for leg in legs if leg.info.id != leg_id)
+        step = new_leg(mirror.name, node, is_primarys=node == self.mirrors.node, others=others)
+        return f"{map_is_damaged(mirror.name, node)}, and nothing is written there: {step}"
 
     # -- a node --------------------------------------------------------------------------------------------------
 

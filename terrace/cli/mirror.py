@@ -395,12 +395,15 @@ def verify(context: Context, volume: tuple[str, str], full: bool, repair: bool, 
     else:
         rows = [(one["node"], "differs", one["offset"], one["length"]) for one in report["differing"]]
         rows += [(one["node"], "unreadable", one["offset"], one["length"]) for one in report["unreadable"]]
+        rows += [(one["node"], "map damaged", one["offset"], one["length"]) for one in report.get("map_damaged", [])]
         if rows:
             show_table(("Node", "What", ">From byte", ">Bytes"), rows)
         click.echo(
             f"{format_size(report['compared_bytes'])} of {name} compared on {', '.join(report['compared'])}: "
             + ("equal." if report["equal"] else "; ".join(_differences(report)) + ".")
         )
+    if report.get("next_steps"):
+        raise click.ClickException("; ".join(report["next_steps"]))
     if report["left_bytes"]:
         raise click.ClickException(_what_is_left(name, report))
 

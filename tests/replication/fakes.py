@@ -115,6 +115,8 @@ class MemoryLegStore:
         """Offsets of blocks that can't be read until they are written anew."""
         self.lost: set[int] = set()
         """The same, and known to be so without a read."""
+        self.no_map: set[int] = set()
+        """Numbers of extents for which the map is damaged; the next checkpoint after a write there would fail."""
         self.failing: OSError | None = None
         """What each change fails with."""
         self.stuck: trio.Event | None = None
@@ -254,9 +256,16 @@ class MemoryLegStore:
     def _check_readable(self, offset: int, length: int) -> None:
         if self.is_off:
             raise OSError(errno.EIO, "the machine is off")
+        self._has_map(offset, length)
         for block in (*self.bad, *self.lost):
             if offset < block + BLOCK_BYTES and block < offset + length:
                 raise OSError(errno.EIO, f"{self.export_name}: the block at {block} is damaged")
+
+    def _has_map(self, offset: int, length: int) -> None:
+        if self.no_map and not self.no_map.isdisjoint(
+            range(offset // EXTENT_BYTES, -(-(offset + length) // EXTENT_BYTES))
+        ):
+            raise OSError(errno.EIO, f"{self.export_name}: a page of the map at {offset} is damaged")
 
     async def write(self, offset: int, data: memoryview | bytes) -> None:
         await self._pause()
@@ -293,6 +302,7 @@ class MemoryLegStore:
     async def checks(self, offset: int, length: int) -> bytes:
         await self._pause()
         self._usable()
+        self._has_map(offset, length)
         found = bytearray()
         for at in range(offset, offset + length, BLOCK_BYTES):
             block = bytes(self.image[at : at + BLOCK_BYTES])
@@ -303,6 +313,7 @@ class MemoryLegStore:
     async def mapped(self, offset: int, length: int) -> list[tuple[int, int]]:
         await self._pause()
         self._usable()
+        self._has_map(offset, length)
         stop = min(offset + length, len(self.image))
         found: list[tuple[int, int]] = []
         for at in range(offset // BLOCK_BYTES * BLOCK_BYTES, stop, BLOCK_BYTES):

@@ -24,6 +24,7 @@ from replication.damage import (
 )
 from replication.healing import Healing
 from replication.leg import BLOCK_BYTES, EXTENT_BYTES, LegState
+from replication.verify import verify
 from tests.replication.fakes import MemoryExtents, run_seeded
 from tests.replication.rig import SIZE, Rig, run
 from tests.simulation.mutants import _instead
@@ -362,3 +363,65 @@ def test_answers_that_are_none_are_refused(body: Any) -> None:
         judge_done(body, [(0, 4096)])
     assert refused.value.errno == errno.EPROTO
     assert judge_done([[0, 10, 1, 2]], [(0, 4096)]) == [(0, 4096, 1, 2)]
+
+
+# -- a damaged map -----------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_written_where_a_leg_cannot_read_its_map_and_that_is_remembered_not_counted_as_healed() -> None:
+    """The store's next checkpoint would fail over it, and take the legs of all mirrors in its pool with it."""
+
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            content = await filled(rig)
+            rig.store("b").no_map = {1, 2}
+            rig.store("b").bad = {0, 3 * EXTENT_BYTES}
+            sequence = mirror.sequence
+            outcome = await mirror.healing.mend("legb", 0, len(content))
+            assert outcome.healed_blocks == 2 and mirror.sequence == sequence + 2, "the bad blocks beside it"
+            assert outcome.left == ((EXTENT_BYTES, EXTENT_BYTES), (2 * EXTENT_BYTES, EXTENT_BYTES))
+            assert list(mirror.healing.map_damage["legb"]) == [EXTENT_BYTES, 2 * EXTENT_BYTES]
+            assert await mirror.heal("legb", EXTENT_BYTES, BLOCK_BYTES) == 0 and mirror.sequence == sequence + 2
+            assert not mirror.healing.unmendable
+            rig.store("b").no_map = set()
+            await mirror.healing.mend("legb", 0, len(content))
+            assert not mirror.healing.map_damage["legb"]
+
+    run(body)
+
+
+def test_a_read_that_meets_a_damaged_map_here_is_answered_and_writes_nothing_here() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            content = await filled(rig)
+            rig.store("a").no_map = {1}
+            sequence = mirror.sequence
+            assert await read(rig, EXTENT_BYTES, EXTENT_BYTES) == content[EXTENT_BYTES : 2 * EXTENT_BYTES]
+            await rig.until(lambda: list(mirror.healing.map_damage.get("lega", {})) == [EXTENT_BYTES])
+            assert mirror.sequence == sequence
+
+    run(body)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_verify_goes_on_at_a_damaged_map_reports_its_range_and_repairs_only_elsewhere(full: bool) -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            content = await filled(rig)
+            rig.store("b").no_map = {1}
+            rig.store("b").image[:BLOCK_BYTES] = bytes(BLOCK_BYTES)
+            rig.store("b").image[2 * EXTENT_BYTES : 2 * EXTENT_BYTES + BLOCK_BYTES] = bytes(BLOCK_BYTES)
+            sequence = mirror.sequence
+            report = await verify(mirror, full=full, repair=True)
+            assert report.finished and report.unreadable == {"legb": [(EXTENT_BYTES, EXTENT_BYTES)]}
+            assert report.map_damaged == {"legb": [(EXTENT_BYTES, EXTENT_BYTES)]}
+            assert (report.differing_bytes, report.repaired_bytes) == (2 * BLOCK_BYTES, 2 * BLOCK_BYTES)
+            assert (report.healed_bytes, report.left_bytes) == (0, EXTENT_BYTES)
+            assert mirror.sequence == sequence + 2
+            rig.store("b").no_map = set()
+            assert bytes(rig.store("b").image[: len(content)]) == content
+
+    run(body)

@@ -1,0 +1,91 @@
+"""Two real daemons mirror a volume, and a page of one leg's map is damaged: nothing makes that worse than it is."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.system.daemon import Daemon
+from tests.system.test_healing import hand_over
+from tests.system.test_mirror import Node, Pair, free_port
+from tests.system.test_scrub import flip
+from tests.tiers.test_check import place_of_page
+from tiers import Pool
+
+pytestmark = pytest.mark.system
+MIB = 1 << 20
+DATA = random.Random(1).randbytes(3 * MIB)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    ports = {name: free_port() for name in "ab"}
+    nodes = {}
+    for name, other in ("ab", "ba"):
+        config = (
+            f'[node]\nname = "{name}"\nlisten = ["127.0.0.1:{ports[name]}"]\n'
+            f'[peers.{other}]\naddress = "127.0.0.1:{ports[other]}"\nplaintext = true\n'
+        )
+        nodes[name] = Node(name, Daemon(tmp_path / name, config), ports[name])
+    pair = Pair(nodes["a"], nodes["b"], tmp_path)
+    try:
+        for node in nodes.values():
+            node.daemon.start()
+            make_pool(node)
+        pair.both_online()
+        pair.create()
+        with pair.a.connect() as client:
+            client.write(0, DATA)
+            for _ in range(4):  # what was written since the last two common flushes is compared when a leg is back
+                client.flush()
+        yield pair
+    finally:
+        for node in nodes.values():
+            node.daemon.kill()
+
+
+def make_pool(node: Node) -> None:
+    device = {"path": str(node.daemon.home / "device"), "tier": "fast", "size": 96 * MIB}
+    node.daemon.api("POST", "/v1/pools", {"name": "p", "devices": [device]})
+
+
+def damage_leaf(pair: Pair, node: Node, index: int) -> None:
+    """Of the map of the leg there; the node is restarted, so that it has no copy of it in memory."""
+    assert node.daemon.stop() == 0
+
+    async def find() -> tuple[Path, int]:
+        async with Pool.open(node.daemon.home / "pools" / "p") as pool:
+            return await place_of_page(pool.volume("v"), 0, index)
+
+    path, at = trio.run(find)
+    flip(path, at + 1000)
+    node.daemon.start()
+    pair.both_online()
+    pair.a.wait_for({"a": "UpToDate", "b": "UpToDate"})
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_repair_writes_nothing_below_a_damaged_page_and_names_the_way_to_a_new_leg(pair: Pair, full: bool) -> None:
+    a, b = pair.a, pair.b
+    damage_leaf(pair, b, 1)
+    options = ["--repair", *(["--full"] if full else [])]
+    said = a.daemon.cli("volume", "mirror", "verify", "p/v", *options, status=1)
+    assert " ".join(said.stderr.split()).removeprefix("Error: ").rstrip(".") == (
+        "the map of the leg of p/v on node b is damaged, and nothing is written there: make that leg anew: `terrace "
+        "volume mirror remove p/v b`, then `terrace volume mirror add p/v b`"
+    )
+    assert "map damaged" in said.stdout and "0 of them are healed" in said.stdout
+    b.daemon.api("POST", "/v1/pools/p/checkpoint")
+    assert b.daemon.api("GET", "/v1/pools/p")["state"] == "online"
+    assert a.legs() == {"a": "UpToDate", "b": "UpToDate"}
+    a.daemon.cli("volume", "mirror", "remove", "p/v", "b", "--yes")
+    a.daemon.cli("volume", "mirror", "add", "p/v", "b")
+    a.wait_for({"a": "UpToDate", "b": "UpToDate"})
+    assert "equal." in a.daemon.cli("volume", "mirror", "verify", "p/v", "--full").stdout
+    hand_over(a, b, "v")
+    with b.connect() as client:
+        assert client.read(0, len(DATA)) == DATA
