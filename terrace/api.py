@@ -343,7 +343,8 @@ class Api:
         return JSONResponse(self._summary(self._pools.slot(request.path_params["pool"])))
 
     async def delete_pool(self, request: Request) -> Response:
-        await self._pools.delete(request.path_params["pool"])
+        force = request.query_params.get("force") in ("1", "true")
+        await self._pools.delete(request.path_params["pool"], force=force)
         return Response(status_code=HTTPStatus.NO_CONTENT)
 
     async def open_pool(self, request: Request) -> Response:

@@ -177,6 +177,24 @@ class Mirrors:
             if self._nursery is not None:
                 self._nursery.start_soon(mirror.close)
 
+    async def giving_up(self, pool: Pool) -> None:
+        """A pool that takes no writes is about to be destroyed, with its legs. Raises OSError.
+
+        What others need to go on without them is done before: a primary leaves its own leg out, by a record, and
+        promises are kept.
+        """
+        for mirror in [one for one in self._mirrors.values() if one.pool is pool]:
+            if mirror.mirror is not None and mirror.serves:
+                await _leave_out(mirror.mirror, mirror.me)
+            if mirror.accepted is not None:
+                await self.own_voter.retire(mirror.membership)  # before its promise goes with the leg
+            self.tell(
+                "leg",
+                mirror.name,
+                f"the leg of {mirror.name} here is given up with pool {pool.name}; at its primary: `terrace volume "
+                f"mirror remove {mirror.name} {self.node}`, and `add` when there is a pool for it",
+            )
+
     async def close(self) -> None:
         """All end, cleanly; the pools can be closed then."""
         async with trio.open_nursery() as nursery:
@@ -777,6 +795,17 @@ class Mirrors:
             for leg in status["legs"]
             if leg["node"] == node and leg["kind"] == "terrace"
         ]
+
+
+async def _leave_out(served: ServedMirror, me: str) -> None:
+    """Have a record without the leg here, if another one is in sync: who is promoted then needn't wait for this one."""
+    leg = served.members[me].leg if me in served.members else None
+    if leg is None or not any(m.is_proof for m in served.members.values() if m.info.id != me):
+        return
+    served.leg_failed(leg, OSError(errno.ENODEV, "its pool is given up"))
+    with trio.move_on_after(STATUS_S):
+        while me in served.membership.in_sync:
+            await served.changed()
 
 
 async def _mend(mender: LegMender) -> None:

@@ -56,6 +56,9 @@ class Watcher(Protocol):
     def gone(self, pool: Pool) -> None:
         """It has failed. Synchronous."""
 
+    async def giving_up(self, pool: Pool) -> None:
+        """It is about to be closed and destroyed, with what is his in it. Raises OSError if that can't be."""
+
 
 class Pools:
     """Made by `open_pools`. Every refusal is an OSError whose text is a sentence."""
@@ -219,21 +222,31 @@ class Pools:
                 errno.EBUSY, f"pool {slot.name!r} is in use: clients have {', '.join(in_use)}; detach first"
             )
 
-    async def delete(self, name: str) -> None:
+    async def delete(self, name: str, *, force: bool = False) -> None:
         """Close the pool and destroy it with all its volumes. The device files stay.
 
-        EBUSY while anybody uses it, and while a snapshot is held: that it can't be deleted holds here too.
+        EBUSY while anybody uses it, and while it has legs of mirrors, or a snapshot is held: that these can't go
+        without a word to the others, or at all, holds here too. With `force` not where it takes no writes any
+        more: then none of them can be deleted or released before, and nothing else would lead out of that.
         """
         slot = self.slot(name)
         if slot.pool is not None:
             self._require_unused(slot)
-            if mirrored := [volume.name for volume in slot.pool.volumes() if volume.mirror_record]:
-                raise TierError(
-                    errno.EBUSY,
-                    f"pool {name!r} has legs of mirrors, {', '.join(mirrored[:5])}: `terrace volume delete` or "
-                    "`terrace volume mirror remove` first, so that the others know that these are gone",
+            mirrored = [volume.name for volume in slot.pool.volumes() if volume.mirror_record]
+            is_stuck = slot.pool.status().state == "read-only"
+            force = force and is_stuck
+            if mirrored and not force:
+                way_out = (
+                    "`terrace volume delete` or `terrace volume mirror remove` first, so that the others know that "
+                    "these are gone"
                 )
-            if held := [snapshot.name for snapshot in slot.pool.snapshots() if snapshot.held]:
+                if is_stuck:
+                    way_out = (
+                        "it takes no writes any more, so these can't be deleted before: `terrace pool delete "
+                        f"{name} --force` says which mirrors lose a leg, and deletes it with them"
+                    )
+                raise TierError(errno.EBUSY, f"pool {name!r} has legs of mirrors, {', '.join(mirrored[:5])}: {way_out}")
+            if not force and (held := [snapshot.name for snapshot in slot.pool.snapshots() if snapshot.held]):
                 more = f" and {len(held) - 1} more snapshot{'s' * (len(held) > 2)}" if len(held) > 1 else ""
                 raise TierError(
                     errno.EBUSY,
@@ -243,6 +256,8 @@ class Pools:
         if slot.users or (slot.pool is None and slot.error is None):
             raise TierError(errno.EBUSY, f"pool {name!r} is in use: an operation on it is running; try again later")
         with _occupied(slot):
+            if slot.pool is not None and self.watcher is not None:
+                await self.watcher.giving_up(slot.pool)
             await self._retire(slot)
             try:
                 await self._engine.destroy(slot.directory)

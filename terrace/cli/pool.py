@@ -498,20 +498,42 @@ def _follow(client: ApiClient, name: str, found: dict[str, Any]) -> dict[str, An
 
 @pool.command()
 @click.argument("name", type=POOL)
+@click.option("--force", is_flag=True, help="Where it takes no writes any more: with its legs of mirrors too.")
 @click.option("-y", "--yes", is_flag=True, help="Don't ask.")
 @output_option
 @pass_context
-def delete(context: Context, name: str, yes: bool, output: str) -> None:
+def delete(context: Context, name: str, force: bool, yes: bool, output: str) -> None:
     """Delete a pool and all its volumes. Its device files stay, without their labels."""
     with context.connect() as client:
         volumes = client.get("pools", name).get("volumes", [])
+        legs = []
+        if force:
+            mirrored = [one["name"].partition("/")[2] for one in volumes if one.get("mirror") is not None]
+            legs = [_lost_leg(client.get("pools", name, "volumes", volume, "mirror")) for volume in mirrored]
+            for line in legs:
+                click.echo(line, err=True)
         snapshots = sum(volume["snapshots"] for volume in volumes)
         losses = f" and its {count(len(volumes), 'volume')}" if volumes else ""
         losses += f" with {count(snapshots, 'snapshot')}" if snapshots else ""
         confirm(f"Delete pool {name}{losses} for good?", yes=yes)
         with patience(f"Deleting pool {name}"):
-            client.request("DELETE", "pools", name)
+            client.request("DELETE", "pools", name, query={"force": "1"} if force else None)
     if output == "json":
-        show_json({"deleted": name})
+        show_json({"deleted": name, **({"legs": legs} if force else {})})
     else:
         click.echo(f"Pool {name} is deleted.")
+        if legs:
+            click.echo(
+                "Of each mirror that lost its leg here, at the primary (if that was here, promote another node first): "
+                "`terrace volume mirror remove POOL/VOL NODE`, and `add` when there is a pool here again."
+            )
+
+
+def _lost_leg(mirror: dict[str, Any]) -> str:
+    """What a mirror is without its leg here, as far as that is known."""
+    others = [leg for leg in mirror["legs"] if leg["kind"] == "terrace" and leg["node"] != mirror["node"]]
+    good = [leg["node"] for leg in others if leg["state"] == "UpToDate"]
+    known = "" if mirror["state"] != "Unknown" else ", by what was known here last"
+    if good:
+        return f"{mirror['volume']}: its leg here is lost; another one is up to date on node {', '.join(good)}{known}."
+    return f"{mirror['volume']}: its leg here is lost, AND NO OTHER ONE IS KNOWN TO BE UP TO DATE{known}."

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import trio
 
-from tests.system.daemon import Daemon
+from tests.system.daemon import ApiError, Daemon
 from tests.system.test_healing import hand_over
 from tests.system.test_mirror import Node, Pair, free_port
 from tests.system.test_scrub import flip
@@ -89,3 +91,60 @@ def test_a_repair_writes_nothing_below_a_damaged_page_and_names_the_way_to_a_new
     hand_over(a, b, "v")
     with b.connect() as client:
         assert client.read(0, len(DATA)) == DATA
+
+
+def test_a_pool_that_takes_no_writes_is_deleted_with_its_legs_and_these_are_made_anew(pair: Pair) -> None:
+    a, b = pair.a, pair.b
+    for here, other in ((b, a), (a, b)):
+        pair.create("w")
+        assert "--force" not in here.daemon.cli("pool", "delete", "p", "--yes", status=1).stderr
+        refused = here.daemon.cli("pool", "delete", "p", "--force", "--yes", status=1).stderr
+        assert "terrace volume mirror remove" in " ".join(refused.split()), "a pool that works needs no force"
+        kill_pool(pair, here)
+        refused = " ".join(here.daemon.cli("pool", "delete", "p", "--yes", status=1).stderr.split())
+        assert "it takes no writes any more" in refused and "`terrace pool delete p --force`" in refused
+        with a.connect() as client:
+            client.write(0, DATA[:4096])  # the leg here is out; that of the other mirror may still count as in sync
+        asked = here.daemon.cli("pool", "delete", "p", "--force", status=2).stderr
+        for volume in ("p/v", "p/w"):
+            assert f"{volume}: its leg here is lost; another one is up to date on node {other.name}" in asked
+        assert "terrace volume mirror remove" in here.daemon.cli("pool", "delete", "p", "--force", "--yes").stdout
+        if here is a:
+            for volume in ("v", "w"):
+                promote(b, volume)
+        (here.daemon.home / "device").unlink()
+        make_pool(here)
+        for volume in ("v", "w"):
+            other.daemon.cli("volume", "mirror", "remove", f"p/{volume}", here.name, "--yes")
+            other.daemon.cli("volume", "mirror", "add", f"p/{volume}", here.name)
+            other.wait_for({"a": "UpToDate", "b": "UpToDate"}, volume)
+        with other.connect() as client:
+            assert client.read(0, len(DATA)) == DATA
+        if here is b:
+            other.daemon.api("DELETE", "/v1/pools/p/volumes/w")
+
+
+def promote(node: Node, volume: str) -> None:
+    """When the primary that is gone has been silent for long enough."""
+    deadline_s = time.monotonic() + 15
+    while True:
+        try:
+            node.ask("promote", volume)
+            return
+        except ApiError as error:
+            assert error.errno == "EBUSY" and time.monotonic() < deadline_s, error
+            time.sleep(0.2)
+
+
+def kill_pool(pair: Pair, node: Node) -> None:
+    """A client writes below a damaged page of the leg there."""
+    damage_leaf(pair, node, 1)
+    with pair.a.connect() as client:
+        client.write(MIB, DATA[MIB : MIB + 4096])
+        client.flush()
+    deadline_s = time.monotonic() + 20
+    while node.daemon.api("GET", "/v1/pools/p")["state"] != "read-only":
+        with contextlib.suppress(ApiError):
+            node.daemon.api("POST", "/v1/pools/p/checkpoint")
+        assert time.monotonic() < deadline_s, node.daemon.tail()
+        time.sleep(0.1)

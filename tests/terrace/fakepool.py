@@ -336,6 +336,8 @@ class FakePool:
     def __init__(self, directory: Path, settings: PoolSettings) -> None:
         self._directory = directory
         self.settings = settings
+        self.problem: str | None = None
+        """Why it takes no writes any more."""
         catalog = json.loads((directory / "fake.json").read_text())
         self.name: str = catalog["name"]
         self.uuid: str = catalog["uuid"]
@@ -792,8 +794,8 @@ class FakePool:
         known = {
             "name": self.name,
             "uuid": self.uuid,
-            "state": "online",
-            "problem": None,
+            "state": "read-only" if self.problem else "online",
+            "problem": self.problem,
             "checkpoint_failure": None,
             "given_up": self._given_up,
             "block_size": BLOCK_BYTES,

@@ -14,7 +14,7 @@ from trio.testing import MockClock
 
 from terrace.pools import Pools, open_pools
 from tests.terrace.fakepool import FakePool
-from tiers import DeviceSpec, PoolSettings, TierError
+from tiers import DeviceSpec, Pool, PoolSettings, TierError
 from tiers.policy import DEFAULT
 
 
@@ -113,5 +113,41 @@ def test_a_pool_that_fails_while_its_deletion_waits_in_vain_is_not_brought_back(
             with pytest.raises(TierError, match="its device is on fire"):
                 pools.pool("p")
             ended.set()
+
+    with_a_pool(tmp_path, body)
+
+
+class _Watcher:
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def opened(self, pool: Pool) -> None: ...
+
+    def gone(self, pool: Pool) -> None: ...
+
+    async def closing(self, pool: Pool) -> None:
+        await trio.lowlevel.checkpoint()
+        self.calls.append("closing")
+
+    async def giving_up(self, pool: Pool) -> None:
+        await trio.lowlevel.checkpoint()
+        self.calls.append("giving up")
+
+
+def test_a_pool_with_legs_is_deleted_by_force_alone_and_only_if_it_takes_no_writes(tmp_path: Path) -> None:
+    async def body(pools: Pools) -> None:
+        pools.watcher = watcher = _Watcher()
+        pool = cast(FakePool, pools.pool("p"))
+        volume = await pool.create_volume("v", 1 << 20)
+        volume.mirror_record = b"a leg's"
+        for force in (False, True):
+            with pytest.raises(TierError, match="mirror remove` first"):
+                await pools.delete("p", force=force)
+        pool.problem = "its checkpoints fail"
+        with pytest.raises(TierError, match="`terrace pool delete p --force`"):
+            await pools.delete("p")
+        assert pools.pool("p") is cast(Any, pool) and watcher.calls == []
+        await pools.delete("p", force=True)
+        assert pools.slots() == [] and watcher.calls == ["giving up", "closing"]
 
     with_a_pool(tmp_path, body)
