@@ -4,6 +4,9 @@ What was read is on all legs when it is returned: a read that overlaps a batch i
 fail-over could take back what was read. It fails where the batch was refused and isn't settled. A leg that can't read
 what another one can is healed (`replication.healing`).
 
+Where no leg that could tell has a readable map, all is said to be data: that is true of holes too, and whoever reads
+there finds out which bytes can't be had. So a damaged map ends nobody's walk over a volume.
+
 An NBD server is read only where no Terrace leg in sync can, and only what a leg's checksums prove is taken from it: it
 has none of its own, and may have been changed or replaced by anybody.
 """
@@ -24,6 +27,11 @@ from replication.members import Member, readable
 from replication.nbdleg import checks_of
 from replication.site import Gate
 
+LEAF_BYTES: Final = 1 << 20
+"""So much is told to be data at a time where no map can be read; a leaf of the engine's maps covers it."""
+MOST_PIECES: Final = 256
+"""So often legs are asked for one answer, which may be about a part of the range: below a page that is no leaf much may
+be damaged."""
 PROVEN_TRIES: Final = 4
 """So often a read of an NBD server is tried, if writes come in between."""
 
@@ -174,7 +182,9 @@ class Reads:
                 found.append((size, flags))
 
         at = looked = offset
-        while looked < offset + length and len(found) <= limit:
+        asked = 0
+        while looked < offset + length and len(found) <= limit and asked < MOST_PIECES:
+            asked += 1
             mapped = await self._mapped_any(looked, offset + length - looked)
             for start, size in mapped:
                 begin, stop = max(start, at), min(start + size, offset + length)
@@ -183,14 +193,17 @@ class Reads:
                     add(stop - begin, 0)
                     at = stop
             looked = max(looked + 1, sum(mapped[-1])) if mapped else offset + length
-        if looked >= offset + length:
-            add(offset + length - at, STATE_HOLE | STATE_ZERO)
+        add(min(looked, offset + length) - at, STATE_HOLE | STATE_ZERO)
         return found[:limit]
 
     async def _mapped_any(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """As `Leg.mapped`, maybe of a part from `offset` on, in whole blocks: a leg on a peer takes nothing else."""
+        stop = -(-(offset + length) // BLOCK_BYTES) * BLOCK_BYTES
+        offset = offset // BLOCK_BYTES * BLOCK_BYTES
         while True:
             await self._site.admitted(reading=True)
-            damaged: OSError | None = None
+            length = stop - offset
+            is_damaged = False
             for member in readable(self._site.members.values()):
                 leg = member.leg
                 if leg is None or member.info.kind == "nbd":  # of whose holes nothing is proven
@@ -201,15 +214,18 @@ class Reads:
                     if leg.failure is None:
                         if error.errno == errno.ENOTSUP:
                             return [(offset, length)]
-                        damaged = error  # a page of its map; another leg has its own
+                        is_damaged = True  # a page of its map; another leg has its own
                     else:
                         self._site.look()
                     continue
                 # A leg that was dropped meanwhile may be behind by now.
                 if member.leg is leg and member.state is LegState.UP_TO_DATE:
                     return mapped
-            if damaged is not None:
-                raise damaged
+            if is_damaged:
+                leaf_end = offset // LEAF_BYTES * LEAF_BYTES + LEAF_BYTES
+                if stop <= leaf_end:
+                    return [(offset, length)]
+                stop = max(leaf_end, (offset + length // 2) // LEAF_BYTES * LEAF_BYTES)  # what is before it can be told
             await trio.lowlevel.checkpoint()
 
 

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 import trio
 
 from nbd.wire import STATE_HOLE, STATE_ZERO
-from replication.leg import BLOCK_BYTES
+from replication.leg import BLOCK_BYTES, EXTENT_BYTES
 from replication.mirror import Mirror
-from tests.replication.rig import Rig, run
+from replication.mirrorreads import LEAF_BYTES
+from tests.replication.rig import SIZE, Rig, run
 
 HOLE = STATE_HOLE | STATE_ZERO
 
@@ -74,6 +75,43 @@ def test_what_is_mapped_is_told_by_another_leg_where_the_local_map_is_damaged() 
 
             leg.mapped = damaged  # type: ignore[method-assign]
             assert await mirror.extents(0, 2 * BLOCK_BYTES, 9) == [(BLOCK_BYTES, 0), (BLOCK_BYTES, HOLE)]
+
+    run(body)
+
+
+def test_a_range_that_is_not_in_whole_blocks_is_told_by_another_leg_too() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            await mirror.write(0, bytes([1]) * 2 * BLOCK_BYTES)
+            rig.store("a").no_map = {0}
+            remote = mirror.members["legb"].leg
+            assert remote is not None
+            mapped = remote.mapped
+
+            async def aligned(offset: int, length: int) -> list[tuple[int, int]]:
+                if (offset | length) % BLOCK_BYTES:  # as `replication.wire.read_range` judges
+                    raise OSError(errno.EINVAL, "whole blocks only")
+                return await mapped(offset, length)
+
+            remote.mapped = aligned  # type: ignore[method-assign]
+            told = await mirror.extents(100, 3 * BLOCK_BYTES, 9)
+            assert told == [(2 * BLOCK_BYTES - 100, 0), (BLOCK_BYTES + 100, HOLE)]
+
+    run(body)
+
+
+def test_where_no_leg_can_read_its_map_all_of_that_leaf_is_data_and_the_rest_is_told_as_it_is() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            await mirror.write(5 * BLOCK_BYTES, bytes([1]) * BLOCK_BYTES)
+            for node in "ab":
+                rig.store(node).no_map = {LEAF_BYTES // EXTENT_BYTES + 1}
+            assert await mirror.extents(0, SIZE, 9) == [
+                (5 * BLOCK_BYTES, HOLE), (BLOCK_BYTES, 0), (LEAF_BYTES - 6 * BLOCK_BYTES, HOLE),
+                (LEAF_BYTES, 0), (SIZE - 2 * LEAF_BYTES, HOLE),
+            ]  # fmt: skip
 
     run(body)
 
