@@ -59,6 +59,8 @@ class Facts:
     """Why no node could become primary when it was tried last."""
     arbiter: str | None = None
     """Why the arbiter doesn't answer this node, where the mirror has one."""
+    map_damage: Mapping[str, str] = field(default_factory=dict)
+    """By leg id: the sentence about its damaged map, with the next step."""
     deposed: Term | None = None
     """This node was primary until a promise for this term fenced it."""
     left_behind: str | None = None
@@ -90,7 +92,8 @@ def explain(facts: Facts) -> Explanation:
     known = served or old is None
     state = mirror_state(legs.values(), is_served=served) if known else MirrorState.UNKNOWN
     headline = _headline(facts, state, legs)
-    sentences = [headline, *_about_legs(facts, legs), _about_arbiter(facts, served)]
+    damage = [f"{text[:1].upper()}{text[1:]}." for text in facts.map_damage.values()]
+    sentences = [headline, *_about_legs(facts, legs), *damage, _about_arbiter(facts, served)]
     if facts.left_behind is not None:
         sentences.insert(0, f"{facts.name} is not served here: {facts.left_behind.rstrip('.')}.")
     return Explanation(legs, state, " ".join(one for one in sentences if one), headline, old)

@@ -133,7 +133,7 @@ class Healing:
                 try:
                     bad = await self._unreadable(member, first, last - first)
                 except _MapDamagedError as error:
-                    self._no_map(member, at, error)
+                    self.no_map(member, at, str(error))
                     left.append((first, last - first))
                     continue
                 self.map_damage.get(member.info.id, {}).pop(at, None)
@@ -161,13 +161,13 @@ class Healing:
         left.append((offset, length))
         return 0
 
-    def _no_map(self, member: Member, extent: int, error: _MapDamagedError) -> None:
-        """Nothing is written into this extent of a leg."""
+    def no_map(self, member: Member, extent: int, why: str) -> None:
+        """The map of a leg can't be read for the extent that begins there: nothing is written into it."""
         known = self.map_damage.setdefault(member.info.id, {})
         if extent not in known and len(known) < MAX_UNMENDABLE:
             if not known:
                 what = map_is_damaged(self._site.name, member.info.node)
-                log.error("%s at %d: nothing is written there (%s)", what, extent, error)
+                log.error("%s at %d: nothing is written there (%s)", what, extent, why)
             known[extent] = None
             self._site.change()
 

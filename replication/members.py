@@ -86,6 +86,8 @@ class MirrorStatus:
     longest_wait_s: float
     """How long a batch of writes ever took, or the gate was ever shut."""
     unmendable_blocks: int
+    map_damaged: frozenset[str] = frozenset()
+    """Ids of legs whose map is known to be damaged somewhere, so that nothing is healed there."""
 
 
 class Member:

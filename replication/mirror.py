@@ -833,4 +833,5 @@ class Mirror:
             waited_s=waited_s,
             longest_wait_s=longest_s,
             unmendable_blocks=len(self.healing.unmendable),
+            map_damaged=frozenset(leg_id for leg_id, extents in self.healing.map_damage.items() if extents),
         )

@@ -179,9 +179,12 @@ async def _judge(
                 sides[member.info.id] = [await _block(_leg(member), at, report, member) for at in blocks]
             else:
                 sides[member.info.id] = await _known(_leg(member), blocks, report, member)
-        no_map = {m.info.id for m in members if b"" in sides[m.info.id] and not await has_map(m, offset, length)}
-        for leg_id in no_map:
-            _add(report.map_damaged, leg_id, offset, length)
+        no_map: set[str] = set()
+        for member in members:
+            if b"" in sides[member.info.id] and not await has_map(member, offset, length):
+                no_map.add(member.info.id)
+                mirror.healing.no_map(member, offset, "found by a verify")
+                _add(report.map_damaged, member.info.id, offset, length)
         for index, at in enumerate(blocks):
             there = {member.info.id: member for member in members if sides[member.info.id][index]}
             checks = {leg_id: sides[leg_id][index] for leg_id in there}

@@ -22,6 +22,7 @@ import trio
 from replication.damage import Damage, Done, Ranges, heal_told, judge_done, judge_ranges
 from replication.leg import BLOCK_BYTES
 from terrace.localmirror import LocalMirror
+from terrace.mirrorwords import about_map
 from terrace.peers import Peers
 from terrace.primary import MirrorPart, ServedMirror, Tell
 from tiers.layout import check_of
@@ -50,6 +51,7 @@ class LegMender:
         self._told = _Counted()
         self._served: ServedMirror | None = None
         self._unmendable: set[int] = set()
+        self._map_damaged: frozenset[str] = frozenset()
 
     # -- what the engine asks ------------------------------------------------------------------------------------
 
@@ -124,6 +126,7 @@ class LegMender:
                 self._note_lost()
             self._tell_healed()
             self._tell_unmendable()
+            self._tell_map_damage()
             await trio.sleep(WATCH_S)
 
     def _note_lost(self) -> None:
@@ -144,6 +147,7 @@ class LegMender:
             self._served = served
             self._told.forget()
             self._unmendable = set()
+            self._map_damaged = frozenset()
         for leg in served.status().legs:
             count = self._told.due(leg.info.id, leg.counters.healed_blocks)
             if count:
@@ -167,6 +171,16 @@ class LegMender:
             "damage", name,
             f"no leg of {name} can read {ranges_in_words(fresh)}: restore them from a backup, or write them anew",
         )  # fmt: skip
+
+    def _tell_map_damage(self) -> None:
+        served = self._mirror.mirror
+        if served is None:
+            return
+        status = served.status()
+        for leg_id in sorted(status.map_damaged - self._map_damaged):
+            name = self._mirror.name
+            self._tell("damage", name, about_map(name, self._peers.node, status, leg_id))
+        self._map_damaged = status.map_damaged
 
 
 class _Counted:

@@ -23,7 +23,6 @@ import trio
 
 from nbd.uri import export_of, parse_target
 from replication.explain import last_leg_on
-from replication.healing import map_is_damaged, new_leg
 from replication.keeper import LegRecord
 from replication.leg import BLOCK_BYTES, LegState
 from replication.membership import MAX_LEGS, LegInfo, Membership, Options, Term, decode, encode
@@ -37,6 +36,7 @@ from terrace.keptstate import is_kept_state
 from terrace.localmirror import LocalMirror
 from terrace.mirrors import Mirrors
 from terrace.mirrorsnapshots import MirrorSnapshots
+from terrace.mirrorwords import about_map
 from terrace.primary import ASK_S, MirrorPart, ServedMirror, nodes_of, nodes_of_mirror
 from terrace.snapshots import Clients, named
 from tiers import Pool, TierError, Volume
@@ -694,6 +694,7 @@ class MirrorAdmin:
                 for offset, length in pieces
             ]
 
+        seen = served.status()
         found = {
             "volume": mirror.name,
             "full": full,
@@ -707,20 +708,12 @@ class MirrorAdmin:
             "differing": ranges(report.differing),
             "unreadable": ranges(report.unreadable),
             "map_damaged": ranges(report.map_damaged),
-            "next_steps": [self._next_step(mirror, served, leg) for leg in report.map_damaged],
+            "next_steps": [about_map(mirror.name, self.mirrors.node, seen, leg) for leg in report.map_damaged],
             "equal": report.equal,
         }
         if not report.equal:
             self.mirrors.tell("mirror", mirror.name, _found_by_verify(mirror.name, report))
         return found
-
-    def _next_step(self, mirror: MirrorPart, served: ServedMirror, leg_id: str) -> str:
-        """A sentence about a leg whose map is damaged."""
-        legs = [leg for leg in served.status().legs if leg.info.kind == "terrace"]
-        node = next((leg.info.node for leg in legs if leg.info.id == leg_id), leg_id)
-        others = sum(leg.state is LegState.UP_TO_DATE for leg in legs if leg.info.id != leg_id)
-        step = new_leg(mirror.name, node, is_primarys=node == self.mirrors.node, others=others)
-        return f"{map_is_damaged(mirror.name, node)}, and nothing is written there: {step}"
 
     # -- a node --------------------------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ from terrace.diskless import DisklessMirror
 from terrace.disklessmirrors import DisklessMirrors
 from terrace.localmirror import LocalMirror
 from terrace.mending import LegMender, heal_leg, read_block
-from terrace.mirrorwords import explained, known_record, newest_record
+from terrace.mirrorwords import about_map, explained, known_record, newest_record
 from terrace.peers import Handler, Peers, Socket
 from terrace.pools import Pools
 from terrace.primary import ASK_S, MirrorPart, ServedMirror, boot_id, nodes_of_mirror
@@ -621,7 +621,7 @@ class Mirrors:
         served = mirror.mirror
         status = served.status() if served is not None and mirror.serves else None
         legs = (
-            _served_legs(status)
+            _served_legs(status, mirror.name, self.node)
             if status is not None
             else [self._leg_of_record(mirror, membership, leg) for leg in membership.legs]
         )
@@ -860,7 +860,7 @@ def _leg(leg: LegInfo, state: str) -> dict[str, Any]:
     }
 
 
-def _served_legs(status: MirrorStatus) -> list[dict[str, Any]]:
+def _served_legs(status: MirrorStatus, name: str, node: str) -> list[dict[str, Any]]:
     found = []
     for leg in status.legs:
         state = leg.state
@@ -874,6 +874,8 @@ def _served_legs(status: MirrorStatus) -> list[dict[str, Any]]:
             shown["eta_s"] = progress.eta_s
         shown |= {"for_s": leg.for_s, "queued_bytes": leg.queued_bytes, "error": leg.error}
         shown["healed_blocks"] = leg.counters.healed_blocks
+        if leg.info.id in status.map_damaged:
+            shown["map_damage"] = about_map(name, node, status, leg.info.id)
         found.append(shown)
     return found
 

@@ -10,8 +10,10 @@ from typing import Any
 
 from replication.cluster import VoterState
 from replication.explain import Explanation, Facts, Progress, explain
-from replication.leg import MirrorState
+from replication.healing import map_is_damaged, new_leg
+from replication.leg import LegState, MirrorState
 from replication.lineage import are_apart
+from replication.members import MirrorStatus
 from replication.membership import Membership
 from replication.promotion import Refused
 from terrace.primary import MirrorPart
@@ -22,6 +24,15 @@ def known_record(mirror: MirrorPart) -> Membership:
     if mirror.is_left_behind and mirror.superseded is not None:
         return mirror.superseded
     return mirror.membership
+
+
+def about_map(name: str, here: str, status: MirrorStatus, leg_id: str) -> str:
+    """A sentence about a leg whose map is damaged, with the next step. `here`: this node, the primary."""
+    legs = [leg for leg in status.legs if leg.info.kind == "terrace"]
+    node = next((leg.info.node for leg in legs if leg.info.id == leg_id), leg_id)
+    others = sum(leg.state is LegState.UP_TO_DATE for leg in legs if leg.info.id != leg_id)
+    step = new_leg(name, node, is_primarys=node == here, others=others)
+    return f"{map_is_damaged(name, node)}, and nothing is written there: {step}"
 
 
 def newest_record(mirror: MirrorPart, voices: Mapping[str, VoterState]) -> Membership:
@@ -51,7 +62,8 @@ def explained(
     why others haven't. `name`: what the mirror is called where it is read, if not here.
     """
     served = mirror.mirror if mirror.serves else None
-    legs = served.status().legs if served is not None else ()
+    seen = served.status() if served is not None else None
+    legs = seen.legs if seen is not None else ()
     arbiter = status["arbiter"] if status["arbiter"] is not None and status["arbiter"]["kind"] == "etcd" else None
     problem = mirror.problem.strerror if mirror.problem is not None and served is None else None
     own_problem = problem if mirror.is_named_primary or arbiter is not None else None
@@ -76,6 +88,11 @@ def explained(
             errors={leg.info.id: leg.error for leg in legs if leg.error is not None},
             split={
                 leg.info.id: leg.error for leg in legs if leg.error is not None and leg.error.startswith("split brain")
+            },
+            map_damage={
+                leg.info.id: about_map(name or mirror.name, status["node"], seen, leg.info.id)
+                for leg in legs
+                if seen is not None and leg.info.id in seen.map_damaged
             },
             left_behind=problem if mirror.is_left_behind else None,
             leg_here=mirror.me,

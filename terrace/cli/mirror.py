@@ -151,6 +151,10 @@ def _show(found: dict[str, Any], output: str) -> None:
     for sentence in _why_out(found):
         click.echo()
         say(sentence)
+    for leg in found["legs"]:
+        if leg.get("map_damage"):
+            click.echo()
+            say(f"{place_of(leg)}: {leg['map_damage']}.")
 
 
 def _snapshots(leg: dict[str, Any]) -> str:

@@ -241,3 +241,10 @@ def test_a_mirror_whose_primary_is_gone_and_that_etcd_decides_about() -> None:
     )
     found = explain(facts(WITH_ETCD, unheard=unheard, voters=said(WITH_ETCD, "b"), arbiter="silent"))
     assert "The arbiter, etcd, can't be asked: silent." in found.paragraph
+
+
+def test_a_leg_with_a_damaged_map_is_named_with_the_next_step_though_it_is_up_to_date() -> None:
+    damage = {"b": "the map of the leg of fast/vol on node b is damaged: make it anew"}
+    found = explain(facts(AB, serving=True, connected=frozenset("ab"), voters=said(AB, "a", "b"), map_damage=damage))
+    assert found.state is MirrorState.ONLINE
+    assert found.paragraph.endswith("write. The map of the leg of fast/vol on node b is damaged: make it anew.")

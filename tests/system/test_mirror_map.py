@@ -13,7 +13,7 @@ import trio
 
 from tests.system.daemon import ApiError, Daemon
 from tests.system.test_healing import hand_over
-from tests.system.test_mirror import Node, Pair, free_port
+from tests.system.test_mirror import Node, Pair, free_port, until
 from tests.system.test_scrub import flip
 from tests.tiers.test_check import place_of_page
 from tiers import Pool
@@ -81,6 +81,11 @@ def test_a_repair_writes_nothing_below_a_damaged_page_and_names_the_way_to_a_new
         "volume mirror remove p/v b`, then `terrace volume mirror add p/v b`"
     )
     assert "map damaged" in said.stdout and "0 of them are healed" in said.stdout
+    way_out = "make that leg anew: `terrace volume mirror remove p/v b`"
+    until(lambda: any(way_out in text for text in a.events()))
+    for verb in ("show", "explain"):
+        for node in (a, b):
+            assert way_out in " ".join(node.daemon.cli("volume", "mirror", verb, "p/v").stdout.split()), verb
     b.daemon.api("POST", "/v1/pools/p/checkpoint")
     assert b.daemon.api("GET", "/v1/pools/p")["state"] == "online"
     assert a.legs() == {"a": "UpToDate", "b": "UpToDate"}
