@@ -60,9 +60,9 @@ class Barriers:
         """How many there are: the gate is shut."""
 
     @contextlib.asynccontextmanager
-    async def barrier(self) -> AsyncIterator[None]:
-        """No batch is in flight, and none begins."""
-        await self._site.admitted()
+    async def barrier(self, *, leased: bool = True) -> AsyncIterator[None]:
+        """No batch is in flight, and none begins. `leased`: see `Gate.admitted`."""
+        await self._site.admitted(leased=leased)
         self.held += 1
         self._site.change()
         try:

@@ -8,8 +8,9 @@ Clients aren't disconnected, and nothing fails: they wait at a barrier while all
 for, the record made to count, and the legs connected and made equal as at any beginning. If the proof isn't had,
 nothing was promised as a rule, and the old term goes on; it is tried again after twice the time.
 
-The same is done where it is the last leg in sync that refuses, and nothing is served any more (`Records.govern`). A
-term is begun only from a record of the primary's own: where others have gone on since, it is deposed.
+The same is done where it is the last leg in sync that refuses, and nothing is served any more (`Records.govern`), and
+where so many voters have promised a later term that there is no lease any more, though no leg may refuse. A term is
+begun only from a record of the primary's own: where others have gone on since, it is deposed.
 
 The task that writes records (`replication.records`) does the middle of it, as nobody else may change the record.
 """
@@ -39,6 +40,9 @@ LONGEST_PAUSE_S: Final = 60.0
 class Renewed(Gate, Protocol):
     """What it needs of the mirror."""
 
+    lease_is_refused: Callable[[], bool]
+    """Whether so many voters have promised a later term that this one can't be served any more."""
+
     def let_go(self) -> None:
         """Of all legs, with nothing in flight: everything begins anew."""
 
@@ -53,7 +57,7 @@ class LaterTerm:
         self._flushes = flushes
         self._prove = prove
         self._since: dict[str, float] = {}
-        """By the leg's id, since when it refuses."""
+        """By the leg's id, or empty for the voters, since when it refuses."""
 
     async def run(self) -> None:
         """The task."""
@@ -72,7 +76,7 @@ class LaterTerm:
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     def _is_due(self, pause_s: float) -> bool:
-        """Whether a leg that the record doesn't call in sync has refused the term for so long."""
+        """Whether a leg that the record doesn't call in sync has refused the term for so long, or the voters have."""
         now, required = trio.current_time(), self._records.required()
         refusing = [
             member.info.id
@@ -80,12 +84,15 @@ class LaterTerm:
             if member.leg is None and member.error is not None and member.error.errno == errno.ESTALE
             if member.info.id not in required and member.info.kind == "terrace"
         ]
+        if self._site.lease_is_refused():
+            refusing.append("")
         self._since = {leg_id: self._since.get(leg_id, now) for leg_id in refusing}
         return not self._site.shut and any(now - since >= pause_s for since in self._since.values())
 
     async def _begin(self, timeout_s: float) -> None:
         with trio.move_on_after(timeout_s) as patience:
-            async with self._barriers.barrier():
+            # Without a lease as well: these voters may be the ones that refuse it.
+            async with self._barriers.barrier(leased=False):
                 await self._flushes.until_idle()
                 await self._flushes.round()
                 if self._site.excluding or self._site.lost:

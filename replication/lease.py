@@ -71,6 +71,7 @@ class PrimaryLease:
         self._lease_s = lease_s * (1 - DRIFT)
         self._voters = tuple(voters)
         self._begun: dict[str, float] = {}
+        self._refused: set[str] = set()
 
     def begin(self) -> float:
         """A round of heartbeats begins: what is to be given to `answered`."""
@@ -80,6 +81,17 @@ class PrimaryLease:
         """A voter, this node itself for instance, has answered the heartbeat that began then."""
         if node in self._voters:
             self._begun[node] = max(begun, self._begun.get(node, begun))
+            self._refused.discard(node)
+
+    def refused(self, node: str) -> None:
+        """A voter has promised a later term: it answers no heartbeat of this one any more."""
+        if node in self._voters:
+            self._refused.add(node)
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether so many have that there will be no lease in this term any more."""
+        return len(self._voters) - len(self._refused) < len(self._voters) // 2 + 1
 
     def renewed(self, begun: float) -> None:
         """etcd, which stands for all voters, has renewed the lease in a call that began then."""

@@ -77,6 +77,10 @@ def _never_lapsed() -> str | None:
     return None
 
 
+def _no() -> bool:
+    return False
+
+
 async def _no_facts(info: LegInfo, membership: Membership) -> LegFacts:
     await trio.lowlevel.checkpoint()
     return LegFacts()
@@ -105,6 +109,7 @@ class Mirror:
         store: LegStore | None = None,
         facts: Callable[[LegInfo, Membership], Awaitable[LegFacts]] = _no_facts,
         may_serve: Callable[[], bool] = _yes,
+        lease_is_refused: Callable[[], bool] = _no,
         until_may_serve: Callable[[], Awaitable[None]] | None = None,
         lapsed: Callable[[], str | None] = _never_lapsed,
         prove: Prove | None = None,
@@ -137,6 +142,7 @@ class Mirror:
         self._store = store
         self._facts = facts
         self.may_serve = may_serve
+        self.lease_is_refused = lease_is_refused
         self._until_may_serve = until_may_serve
         self._lapsed = lapsed
         """Why `may_serve` says no, for people."""
@@ -217,11 +223,11 @@ class Mirror:
         if self.end is not None:
             raise OSError(self.end.errno, self.end.strerror)
 
-    async def admitted(self, *, reading: bool = False) -> None:
+    async def admitted(self, *, reading: bool = False, leased: bool = True) -> None:
         """Until a request may go on. True at this very moment: no checkpoint between it and the use of that."""
         while True:
             self.check()
-            if not self.may_serve():
+            if leased and not self.may_serve():
                 if self._until_may_serve is not None:
                     await self._until_may_serve()
                 else:

@@ -86,5 +86,8 @@ class Gate(Protocol):
     def check(self) -> None:
         """Raises `end`, if there is one."""
 
-    async def admitted(self, *, reading: bool = False) -> None:
-        """Until a request may go on. True at this very moment: no checkpoint between it and the use of that."""
+    async def admitted(self, *, reading: bool = False, leased: bool = True) -> None:
+        """Until a request may go on. True at this very moment: no checkpoint between it and the use of that.
+
+        `leased`: False for what answers no client, and changes nothing for any: it needs no lease.
+        """

@@ -539,6 +539,7 @@ class MirrorPart(abc.ABC):
                 store=self.store,
                 facts=self._facts,
                 may_serve=self._may_serve,
+                lease_is_refused=lambda: self._needs_lease and self._lease.is_refused,
                 until_may_serve=self._until_may_serve,
                 lapsed=lambda: self.lease_over,
                 prove=self._in_later_term if self._renews(membership) else None,
@@ -610,7 +611,9 @@ class MirrorPart(abc.ABC):
         async def one(node: str) -> None:
             try:
                 await self._node.voter(node).heartbeat(membership.mirror, membership.term)
-            except OSError:
+            except OSError as error:
+                if error.errno == errno.ESTALE:
+                    lease.refused(node)
                 return
             lease.answered(node, begun)
             if held is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 
+import pytest
 import trio
 
 from replication.leg import BLOCK_BYTES
@@ -74,6 +75,37 @@ def test_a_leg_that_refuses_the_term_is_back_within_bounded_time_and_clients_onl
             assert mirror.end is None and not rig.mirror.ended.is_set()
             nursery.cancel_scope.cancel()
         assert rig.store("a").image == rig.store("b").image == rig.store("c").image
+
+    run(main)
+
+
+@pytest.mark.parametrize("who_refuses", ["a leg too", "voters alone"])
+def test_voters_that_have_promised_a_later_term_keep_a_primary_from_being_served_no_longer_than_that(
+    who_refuses: str,
+) -> None:
+    """They answer no heartbeat any more, so that there is no lease: the barrier mustn't wait for one."""
+
+    async def main() -> None:
+        proof = Proof()
+        refuse = False
+
+        def is_refused() -> bool:
+            return refuse and rig.mirror.membership.term.number <= FAILED.number
+
+        rig = proof.rig = Rig(
+            3, prove=proof, may_serve=lambda: not is_refused(), lease_is_refused=is_refused,
+        )  # fmt: skip
+        async with rig.running() as mirror:
+            await mirror.write(0, memoryview(DATA))
+            if who_refuses == "a leg too":
+                await rig.nodes["c"].keeper.promise(FAILED)
+                await rig.until(lambda: "legc" not in mirror.membership.in_sync)
+            refuse = True
+            began = trio.current_time()
+            await mirror.write(BLOCK_BYTES, memoryview(DATA))
+            assert mirror.membership.term.number > FAILED.number
+            assert trio.current_time() - began < 4 * mirror.membership.options.timeout_s
+            await rig.whole()
 
     run(main)
 

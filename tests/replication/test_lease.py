@@ -56,3 +56,14 @@ def test_no_majority_can_promise_while_a_primary_serves() -> None:
             clock.now += rng.random()
             free = [name for name in names if voters[name].left_s("m", 1.0, since_start=True) <= 0]
             assert not (lease.may_serve and 2 * len(free) > len(names)), f"seed {seed}"
+
+
+def test_a_lease_that_so_many_voters_refuse_that_no_majority_is_left_is_told_until_they_answer() -> None:
+    lease = PrimaryLease(2.0, ("a", "b", "c"), Clock())
+    lease.refused("b")
+    lease.refused("stranger")
+    assert not lease.is_refused
+    lease.refused("c")
+    assert lease.is_refused
+    lease.answered("c", lease.begin())  # in a later term
+    assert not lease.is_refused
