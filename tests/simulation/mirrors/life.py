@@ -725,9 +725,13 @@ class Life:
                 process = self.nodes[leg.node].process
                 if leg.id not in mirror.membership.in_sync and process is not None and process.local is not None:
                     self.trace(f"operator: discards {leg.node}")
+                    keeper = process.local.keeper
                     try:
-                        await process.local.keeper.prepare(mirror.membership.term, mirror.process.node.name)
-                        await process.local.keeper.accept(mirror.membership, inconsistent=True, discard=True)
+                        if keeper.record.promised is not None and not keeper.allows(local.membership.term):
+                            with trio.move_on_after(5.0):
+                                await local.begin_anew()  # as the command does
+                        await keeper.prepare(local.membership.term, mirror.process.node.name)
+                        await keeper.accept(local.membership, inconsistent=True, discard=True)
                         local.compared_in_full.add(leg.id)
                     except OSError as error:
                         self.trace(f"operator: {error}")
