@@ -162,8 +162,9 @@ class Etcd:
         try:
             return await client.send(request)
         except (trio.ClosedResourceError, trio.BrokenResourceError, RuntimeError) as error:
-            # A client that was closed by a call beside this one.
-            raise httpx.HTTPError(str(error) or type(error).__name__) from None
+            # A client that was closed by a call beside this one, which it had not answered in time.
+            said = "silent" if isinstance(error, trio.ClosedResourceError) else str(error) or type(error).__name__
+            raise httpx.HTTPError(said) from None
 
     async def _authenticate(self, endpoint: str, login: EtcdLogin) -> str:
         password = await trio.to_thread.run_sync(login.password)
