@@ -11,6 +11,7 @@ in a volume of a pool here, `terrace.diskless` has none, and so only legs on oth
 from __future__ import annotations
 
 import abc
+import contextlib
 import errno
 import logging
 import secrets
@@ -491,18 +492,18 @@ class MirrorPart(abc.ABC):
             self._node.tell("mirror", self.name, f"{self.name} was promoted by force. {decision.may_lose}")
         return decision.membership
 
-    def _renews(self, membership: Membership) -> bool:
+    def _renews(self) -> bool:
         """Whether it begins a later term by itself, for a leg that has promised one; see `replication.laterterm`.
 
-        Not with an arbiter, where a lease is kept for the term, nor without a leg here: there the promise of this node
-        ends what it serves.
+        Not without a leg here: there the promise of this node ends what it serves.
         """
-        return membership.options.arbiter == "legs" and self.store is not None
+        return self.store is not None
 
     async def _in_later_term(self) -> Membership:
         """For a mirror that is served from here already. Raises OSError."""
         term = self.membership.term
-        record = await self._proven(force=False, serving=term)
+        async with self._held.changing if self._held is not None else contextlib.nullcontext():
+            record = await self._proven(force=False, serving=term)
         # Nobody else was primary in between: who was known to write to NBD servers no more does so still.
         self._fenced_nodes = {node: record.term for node, known in self._fenced_nodes.items() if known == term}
         return record
@@ -539,10 +540,10 @@ class MirrorPart(abc.ABC):
                 store=self.store,
                 facts=self._facts,
                 may_serve=self._may_serve,
-                lease_is_refused=lambda: self._needs_lease and self._lease.is_refused,
+                lease_is_refused=lambda: self._held is None and self._needs_lease and self._lease.is_refused,
                 until_may_serve=self._until_may_serve,
                 lapsed=lambda: self.lease_over,
-                prove=self._in_later_term if self._renews(membership) else None,
+                prove=self._in_later_term if self._renews() else None,
                 description=f"mirror {membership.mirror[:8]}",
                 rotational=self.rotational,
                 settings=self._settings,

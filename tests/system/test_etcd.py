@@ -197,6 +197,28 @@ def test_a_primary_that_stood_still_answers_nothing_that_is_old(trio_of: Trio) -
     b.wait_for({"a": "UpToDate", "b": "UpToDate"}, "z")
 
 
+def test_a_leg_that_has_promised_a_term_to_a_node_that_etcd_refused_comes_back_by_itself(trio_of: Trio) -> None:
+    a, b = trio_of.a, trio_of.b
+    trio_of.make("l")
+    before = a.mirror("l")["term"]
+    assert a.daemon.process is not None
+    with a.connect("l") as client:
+        client.write(0, b"1" * 4096)
+        a.daemon.process.send_signal(signal.SIGSTOP)
+        try:
+            refused = ""
+            while "alive by its lease in etcd" not in refused:  # b's leg is free of a after 0.5 s, etcd after 2 s
+                with pytest.raises(ApiError) as caught:
+                    b.ask("promote", "l")
+                refused = caught.value.message
+        finally:
+            a.daemon.process.send_signal(signal.SIGCONT)
+        until(lambda: a.mirror("l")["term"] > before)
+        a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "l")
+        assert client.read(0, 4096) == b"1" * 4096
+        client.write(4096, b"2" * 4096)
+
+
 def test_an_etcd_that_was_restored_from_an_older_backup_is_told_and_decides_nothing(
     trio_of: Trio, tmp_path: Path
 ) -> None:
