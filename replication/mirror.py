@@ -694,7 +694,9 @@ class Mirror:
         proof = self.membership.in_sync & self.membership.terrace_ids
         source = choose_source(legs, frozenset(intact), all_heard=len(legs) == len(proof))
         others = [leg for leg in legs if leg is not source]
-        size_bytes = max(record.size_bytes for record in (self.membership, *self.records.attempts))
+        # The record that is wanted next, too: the last leg in sync may have been lost while legs were grown for it.
+        sizes = [record.size_bytes for record in (self.membership, *self.records.attempts)]
+        size_bytes = max(*sizes, self.records.wanted.get("size_bytes", 0))
         for leg in legs:
             with told_of(leg):
                 await fit(leg, size_bytes)

@@ -43,6 +43,12 @@ class WithServer(Mirrored):
         asked = host.command("nbdinfo", "--size", f"nbd://{self._address}:{PORT}")
         return subprocess.run(asked, capture_output=True, check=False).returncode == 0
 
+    def whole(self, nodes: Nodes) -> str | None:
+        assert self._process is not None
+        ended = self._process.poll()
+        assert ended is None, f"the NBD server ended by itself, with status {ended}"
+        return super().whole(nodes)
+
     def disks(self) -> list[dict[str, str]]:
         return [{"node": f"nbd://{self._address}:{PORT}"}]
 

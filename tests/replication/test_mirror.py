@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from typing import Any
 from unittest import mock
@@ -15,6 +16,7 @@ from replication.members import LegFacts
 from replication.membership import LegInfo, Membership
 from replication.mirror import Mirror
 from replication.reconcile import choose_source
+from replication.resync import ResyncSettings
 from replication.site import MirrorSettings
 from tests.replication.fakes import FakeKeeper, MemoryExtents, trackers_matching
 from tests.replication.rig import SIZE, TERM, Rig, Told, run, with_options
@@ -889,3 +891,33 @@ def test_a_leg_that_falls_silent_while_a_mirror_begins_holds_it_up_for_the_timeo
             nursery.cancel_scope.cancel()
 
     run(body)
+
+
+def test_a_leg_that_was_lost_while_it_should_grow_has_the_size_of_the_record_when_all_begins_anew() -> None:
+    """It was the only one in sync; the other one has grown."""
+
+    async def main() -> None:
+        slowly = MirrorSettings(resync=ResyncSettings(ceiling_bytes_s=1 << 20, workers=1))
+        rig = Rig(2, in_sync=["lega"], settings=slowly)
+        rig.known = False
+        rig.store("a").image[:] = b"x" * SIZE
+        async with rig.running() as mirror:
+            await rig.until(lambda: rig.state("b") is LegState.SYNCING)
+            resize, failed = rig.store("a").resize, False
+
+            async def fails_once(size_bytes: int) -> None:
+                nonlocal failed
+                if size_bytes > SIZE and not failed:
+                    failed = True
+                    await trio.sleep(0.1)
+                    raise OSError(errno.EIO, "its disk is broken for a moment")
+                await resize(size_bytes)
+
+            rig.store("a").resize = fails_once  # type: ignore[method-assign]
+            with contextlib.suppress(OSError):
+                await mirror.resize(2 * SIZE)
+            await rig.whole()
+            assert failed
+            assert rig.store("a").size_bytes == rig.store("b").size_bytes == mirror.size_bytes
+
+    run(main)
