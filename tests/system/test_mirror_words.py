@@ -117,6 +117,7 @@ def test_a_mirror_that_can_not_grow_on_one_leg_names_it_and_keeps_it(pair: Pair)
     pair.create("g")
     config = b.daemon.config
     b.daemon.kill()
+    until(lambda: a.legs("g")["b"] != "UpToDate")  # else it may be taken for whole before a notices anything
     b.daemon.config = config + "[pool]\novercommit_limit = 1\n"
     b.daemon.start()
     pair.both_online()
