@@ -19,21 +19,18 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Final, Protocol
 
 import trio
 
 from replication.barriers import Barriers
 from replication.commonflush import CommonFlush
-from replication.membership import Membership
 from replication.records import Records
 from replication.site import Gate
 
 log = logging.getLogger("replication.mirror")
 
-Prove = Callable[[], Awaitable[Membership]]
-"""The record with which this node begins a later term, which counts. Raises OSError."""
 LONGEST_PAUSE_S: Final = 60.0
 
 
@@ -50,12 +47,11 @@ class Renewed(Gate, Protocol):
 class LaterTerm:
     """See the module. `run` has to be run."""
 
-    def __init__(self, site: Renewed, records: Records, barriers: Barriers, flushes: CommonFlush, prove: Prove) -> None:
+    def __init__(self, site: Renewed, records: Records, barriers: Barriers, flushes: CommonFlush) -> None:
         self._site = site
         self._records = records
         self._barriers = barriers
         self._flushes = flushes
-        self._prove = prove
         self._since: dict[str, float] = {}
         """By the leg's id, or empty for the voters, since when it refuses."""
 
@@ -99,7 +95,7 @@ class LaterTerm:
                     return
                 patience.deadline = float("inf")
                 log.info("%s: a later term is begun, for a leg that has promised one", self._site.name)
-                self._records.renewal = self._prove
+                self._records.renewal = self._records.prove
                 self._site.let_go()
                 while self._records.renewal is not None and self._site.end is None:
                     await self._site.changed()

@@ -43,7 +43,7 @@ from replication.commonflush import CommonFlush
 from replication.edges import Edges
 from replication.healing import Healing
 from replication.inflight import EXTENT_SHIFT, Batch, InFlight, Locks, Outcome, touched
-from replication.laterterm import LaterTerm, Prove
+from replication.laterterm import LaterTerm
 from replication.leg import (
     BLOCK_BYTES,
     RECENT,
@@ -60,7 +60,7 @@ from replication.members import Connect, LegCounters, LegFacts, Member, MirrorSt
 from replication.membership import LegInfo, Membership
 from replication.mirrorreads import Reads
 from replication.reconcile import LegError, choose_source, reconcile, told_of
-from replication.records import Records
+from replication.records import Prove, Records
 from replication.returning import Returning
 from replication.site import MirrorSettings, Waits
 
@@ -178,7 +178,7 @@ class Mirror:
         self.records.prove = prove
         self.barriers = Barriers(self, self.flushes, self.records)
         self.returning = Returning(self, self.records, connect, facts, store, self.settings)
-        self._later_term = LaterTerm(self, self.records, self.barriers, self.flushes, prove) if prove else None
+        self._later_term = LaterTerm(self, self.records, self.barriers, self.flushes) if prove else None
 
     # -- the gate ----------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,9 @@ from replication.site import Gate
 
 log = logging.getLogger("replication.mirror")
 
+Prove = Callable[[], Awaitable[Membership]]
+"""The record with which this node begins a later term, which counts. Raises OSError."""
+
 
 class Recorded(Gate, Protocol):
     """What writing records needs of the mirror."""
@@ -57,11 +60,11 @@ class Records:
         """Records of ours of which it isn't known whether they count."""
         self.wanted: dict[str, Any] = {}
         """What `reconfigure` wants in the record."""
-        self.renewal: Callable[[], Awaitable[Membership]] | None = None
+        self.renewal: Prove | None = None
         """With all legs let go: what begins a later term (`replication.laterterm`). None again when all has begun."""
         self._is_renewed = False
         """It has begun one. All that is left is to begin with its legs, as often as that takes."""
-        self.prove: Callable[[], Awaitable[Membership]] | None = None
+        self.prove: Prove | None = None
         """What a renewal asks, where this primary may begin later terms by itself."""
         self._commit_scope: trio.CancelScope | None = None
 
