@@ -135,20 +135,23 @@ class EtcdCluster:
     async def _swap(self, new: Membership, revision: int, *, unless_primary: bool = False) -> Membership | None:
         """None: done. Else the record that is there instead."""
         key, holder = self._keys.of(new.mirror, "membership"), self._keys.of(new.mirror, "primary")
-        compare = [{"key": key, "target": "MOD", "result": "EQUAL", "mod_revision": str(revision)}]
+        unchanged = {"key": key, "target": "MOD", "result": "EQUAL", "mod_revision": str(revision)}
         failure = [{"request_range": {"key": key}}, {"request_range": {"key": holder}}]
         success: list[dict[str, Any]] = [{"request_put": {"key": key, "value": _base64(encode(new))}}]
+        conditions: list[list[dict[str, Any]]] = [[]]
         if unless_primary:
-            compare.append({"key": holder, "target": "CREATE", "result": "EQUAL", "create_revision": "0"})
-            # A candidate that was primary itself may have left its key behind.
+            absent = {"key": holder, "target": "CREATE", "result": "EQUAL", "create_revision": "0"}
+            # A candidate that is primary, or was, may have its key there. It is left: a lease that goes on must not be
+            # without it, or another candidate's record gets in while that is relied upon.
             own = {"key": holder, "target": "VALUE", "result": "EQUAL", "value": _base64(self.node.encode())}
-            delete = [{"request_delete_range": {"key": holder}}]
-            await self._etcd.call("kv/txn", {"compare": [own], "success": delete})
+            conditions = [[absent], [own], [absent]]  # it may end in between
         elif new.forced != "no":
             success.append({"request_delete_range": {"key": holder}})
-        answer = await self._etcd.call("kv/txn", {"compare": compare, "success": success, "failure": failure})
-        if answer.get("succeeded"):
-            return None
+        for condition in conditions:
+            compare = [unchanged, *condition]
+            answer = await self._etcd.call("kv/txn", {"compare": compare, "success": success, "failure": failure})
+            if answer.get("succeeded"):
+                return None
         membership, primary = _ranges(answer, 2)
         there, now = self._keys.record(membership, new.mirror)
         if now == revision and primary.get("kvs"):

@@ -228,8 +228,8 @@ class HeldLease(ArbitratedLease):
         self.problem: OSError | None = None
         """Why it wasn't renewed there last."""
         self.changing = trio.Lock()
-        """Held by who writes a later term of this primary: that needs the key to be free, and a renewal by the record
-        that it takes the place of would end this node as primary."""
+        """Held by who writes a later term of this primary: a renewal by the record that it takes the place of would end
+        this node as primary."""
 
     async def keep(self, newest: Callable[[], Membership], deposed: Callable[[OSError], None]) -> None:
         """The task: renew it until another term counts. Raises OSError EUCLEAN: etcd has forgotten."""

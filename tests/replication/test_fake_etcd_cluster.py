@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
+import trio.testing
 
 from replication.etcd import EtcdCluster, EtcdLease
 from replication.membership import Options, Term
@@ -42,6 +43,27 @@ def clusters() -> Clusters:
         yield FakeWorld()
 
     return begin
+
+
+def test_a_primary_that_begins_a_later_term_is_at_no_time_without_its_key() -> None:
+    """It relies on its lease meanwhile: if another one's record got in, it would answer what is old."""
+
+    async def main() -> None:
+        world = FakeWorld()
+        first = first_record("abc", options=world.options)
+        await world.cluster("a").create(first)
+        lease = EtcdLease("a", world.etcd, MIRROR, 3.0)
+        await lease.renew(first)
+        later = first.next_term(Term(2, "2" * 16), "a", frozenset("abc"))
+        await world.cluster("a").commit(later, expected=first)
+        theirs = later.next_term(Term(3, "3" * 16), "b", frozenset("abc"))
+        with pytest.raises(OSError, match="node a is primary and alive"):
+            await world.cluster("b").commit(theirs, expected=later)
+        await lease.renew(later)
+        await trio.sleep(3.1)  # without it nobody is kept out
+        await world.cluster("b").commit(theirs, expected=later)
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
 def test_the_fakes_leases_end_and_are_taken_over_as_those_of_the_real_one() -> None:
