@@ -195,6 +195,11 @@ def is_superseded(
     return supersedes(record, legs[0].id if legs else "", own, leg_id, served=served)
 
 
+def still_superseded(known: Membership | None, accepted: Membership) -> Membership | None:
+    """What was heard of, where a record that is accepted is no answer to it: one of a term before it."""
+    return known if known is not None and known.term.number > accepted.term.number else None
+
+
 class LegKeeper:
     """The record of one local leg; see the module."""
 
@@ -265,7 +270,7 @@ class LegKeeper:
                 candidates=frozenset() if needed else old.candidates,
                 inconsistent=(old.inconsistent or inconsistent) and not in_sync,
                 doubtful=old.doubtful and not (self._joins(membership) and membership.epoch > 0),
-                superseded=None if needed else old.superseded,
+                superseded=still_superseded(old.superseded, membership) if needed else old.superseded,
                 elsewhere=last_of_others(membership, old.accepted or membership, self.node) or old.elsewhere,
             )
             if record.inconsistent and not old.inconsistent:

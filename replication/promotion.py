@@ -13,7 +13,8 @@ when a record counts):
   what counts (see `replication.voters`, "the order").
 
 A node that has heard of a record that supersedes its own (`replication.lineage.supersedes`) keeps it, durably, until it
-accepts one, or an operator promotes it by force: it doesn't go on from its own any more, whoever can be heard. What it
+accepts one of a term as late, by which an operator has decided at the latest: it doesn't go on from its own any more,
+whoever can be heard. What it
 has heard of stands for it in these decisions, and if it is apart from that, in a split brain, it has no say.
 
 And a leg to go on with: in sync by that record, and either intact, or compared with all others that are in sync.

@@ -42,6 +42,7 @@ from replication.keeper import (
     is_superseded,
     judge_accept,
     judge_prepare,
+    still_superseded,
     term_from_json,
     term_to_json,
 )
@@ -209,7 +210,8 @@ class KeptVoter:
                     await self._judge_room()
                 before = file or _Kept()
                 if judge_accept(before.promised, before.accepted, membership, f"node {self.node}"):
-                    await self._keep(membership.mirror, _Kept(membership.term, membership))
+                    superseded = still_superseded(before.superseded, membership)
+                    await self._keep(membership.mirror, _Kept(membership.term, membership, superseded=superseded))
 
     async def _judge_room(self) -> None:
         """Whether there may be one more mirror in the home. Raises OSError ENOSPC."""

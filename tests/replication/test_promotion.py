@@ -458,6 +458,31 @@ def test_who_has_only_missed_a_promotion_by_force_does_not_go_on_alone_either() 
     run(what)
 
 
+def test_what_a_primary_that_was_left_behind_writes_lets_nobody_forget_what_it_has_heard_of() -> None:
+    async def what(nodes: Nodes) -> None:
+        a, b, c = nodes.all.values()
+        record = first_record("abc")
+        await nodes.cluster("a").create(record)
+        a.up = c.up = False
+        forced = await promoted(nodes, "b", force=True)
+        assert isinstance(forced, Forced)
+        a.up = c.up = a.primary = b.primary = True
+        assert not isinstance(await promoted(nodes, "c"), Promote)  # it hears of both
+        b.up = False
+        after = record.next_epoch(in_sync=frozenset("ac"))
+        await nodes.cluster("a").commit(after, expected=record)
+        c.restart()
+        a.restart()
+        await trio.sleep(2 * record.options.lease_s)
+        decision = await promoted(nodes, "c")
+        assert isinstance(decision, SplitBrain), "b serves, and only an operator decides"
+        assert c.keeper.record.accepted == after and c.keeper.record.superseded == forced.membership
+        assert isinstance(await promoted(nodes, "c", force=True), Forced)
+        assert c.keeper.record.superseded is None
+
+    run(what, "abc")
+
+
 def test_a_primary_that_was_fenced_makes_nobody_give_up() -> None:
     async def what(nodes: Nodes) -> None:
         a, b = nodes.all["a"], nodes.all["b"]

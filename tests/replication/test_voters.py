@@ -233,6 +233,8 @@ def test_a_tie_breaker_keeps_in_its_home_what_supersedes_its_record(tmp_path: Pa
         later = FIRST.next_term(TERM_2, "b", frozenset("b"))
         await voter.heard_of(later, "b", served=False)
         assert (await tie_breaker(tmp_path).state(MIRROR)).superseded == later
+        await voter.accept(FIRST.next_epoch())  # of who was left behind
+        assert (await tie_breaker(tmp_path).state(MIRROR)).superseded == later
         await voter.accept(later)
         assert (await tie_breaker(tmp_path).state(MIRROR)).superseded is None
 
