@@ -37,6 +37,7 @@ from terrace.localmirror import LocalMirror
 from terrace.mirrors import Mirrors
 from terrace.mirrorsnapshots import MirrorSnapshots
 from terrace.mirrorwords import about_map
+from terrace.oneatatime import OneAtATime
 from terrace.primary import ASK_S, MirrorPart, ServedMirror, nodes_of, nodes_of_mirror
 from terrace.snapshots import Clients, named
 from tiers import Pool, TierError, Volume
@@ -77,6 +78,7 @@ class MirrorAdmin:
         self.mirrors = mirrors
         self.snapshots = snapshots
         self._clients = clients
+        self._one_at_a_time = OneAtATime()
 
     # -- legs ----------------------------------------------------------------------------------------------------
 
@@ -87,6 +89,14 @@ class MirrorAdmin:
         require_whole_blocks(f"{pool.name}/{name}", size_bytes)
         self._judge_places(places)
         await self._require_arbiter(options, f"{pool.name}/{name}", "made")
+        async with self._one_at_a_time.changing(f"{pool.name}/{name}"):
+            mirror = await self._create(pool, name, size_bytes, policy, places, options)
+        self.mirrors.tell("mirror", mirror.name, f"{mirror.name} was made, mirrored to {_nodes(places)}")
+        return mirror
+
+    async def _create(
+        self, pool: Pool, name: str, size_bytes: int, policy: str, places: Sequence[Place], options: Options
+    ) -> LocalMirror:
         volume = await pool.create_volume(name, size_bytes, policy)
         mirror: LocalMirror | None = None
         try:
@@ -101,7 +111,6 @@ class MirrorAdmin:
                     await self.mirrors.delete_local(mirror)
                     await self.mirrors.forget_at_arbiter(record)
             raise
-        self.mirrors.tell("mirror", volume.name, f"{volume.name} was made, mirrored to {_nodes(places)}")
         return mirror
 
     async def add(
@@ -109,6 +118,12 @@ class MirrorAdmin:
     ) -> LocalMirror:
         """One more leg, of a volume that is mirrored or not; only for one that isn't an `arbiter` may be chosen."""
         self._judge_places([place])
+        async with self._one_at_a_time.changing(volume.name):
+            return await self._add(pool, volume, place, options, arbiter)
+
+    async def _add(
+        self, pool: Pool, volume: Volume, place: Place, options: Options, arbiter: Arbiters | None
+    ) -> LocalMirror:
         mirror = self.mirrors.of(volume)
         if mirror is None:
             return await self._add_first(pool, volume, place, replace(options, arbiter=arbiter or "legs"))
@@ -120,7 +135,7 @@ class MirrorAdmin:
                 "a mirror: remove its other legs (`terrace volume mirror remove`), which leaves a plain volume, then "
                 f"add one with --arbiter {arbiter}",
             )
-        await self.extend(mirror, place)
+        await self._extend(mirror, place)
         return mirror
 
     async def extend(self, mirror: MirrorPart, place: Place) -> None:
@@ -132,6 +147,10 @@ class MirrorAdmin:
                 f"`terrace volume mirror demote {mirror.name} --to NODE`, and add the leg from there",
             )
         self._judge_places([place])
+        async with self._one_at_a_time.changing(mirror.name):
+            await self._extend(mirror, place)
+
+    async def _extend(self, mirror: MirrorPart, place: Place) -> None:
         if any(_is_same(leg, place) for leg in mirror.membership.legs):
             return
         if len(mirror.membership.legs) >= MAX_LEGS:
@@ -144,8 +163,10 @@ class MirrorAdmin:
         served = await self.served(mirror)
         if node != self.mirrors.node:
             self.mirrors.peers.peer(node)
-        membership = served.membership
-        if node not in membership.voters:
+        async with self._one_at_a_time.changing(mirror.name):
+            membership = served.membership
+            if node in membership.voters:
+                return mirror
             await served.reconfigure(voters=(*membership.voters, node))
             self.mirrors.tell("mirror", mirror.name, f"node {node} is a tie-breaker of {mirror.name} now")
         return mirror
@@ -206,6 +227,10 @@ class MirrorAdmin:
         return mirror
 
     async def _add_legs(self, mirror: MirrorPart, places: Sequence[Place]) -> None:
+        with self._one_at_a_time.claiming(mirror.name, [place.node for place in places if place.is_nbd]):
+            await self._add_claimed(mirror, places)
+
+    async def _add_claimed(self, mirror: MirrorPart, places: Sequence[Place]) -> None:
         served = await self.served(mirror)
         membership = served.membership
         made: list[LegInfo] = []
@@ -327,6 +352,10 @@ class MirrorAdmin:
 
         `node`: or a URI of an NBD server, where nothing is deleted. `voter`: it was a tie-breaker, and isn't any more.
         """
+        async with self._one_at_a_time.changing(mirror.name):
+            return await self._remove(mirror, node, force=force)
+
+    async def _remove(self, mirror: MirrorPart, node: str, *, force: bool) -> dict[str, Any]:
         served = await self.served(mirror)
         membership = served.membership
         going = [leg for leg in membership.legs if _is_same(leg, Place(node))]
@@ -369,6 +398,7 @@ class MirrorAdmin:
             )
         if not force and isinstance(mirror, LocalMirror):
             await self._require_no_more_snapshots(mirror, going)
+        membership = served.membership
         legs = tuple(leg for leg in membership.legs if leg.id not in ids)
         tie_breakers = [voter for voter in membership.voters if voter not in nodes_of(membership.legs)]
         await served.reconfigure(legs=legs, voters=tuple(dict.fromkeys((*nodes_of(legs), *tie_breakers))))
@@ -625,6 +655,19 @@ class MirrorAdmin:
     async def resize(self, mirror: MirrorPart, size_bytes: int) -> None:
         """Give all legs another size. Raises TierError ENOSPC for growing where the pool of a leg refuses it."""
         require_whole_blocks(mirror.name, size_bytes)
+        was_bytes = mirror.size_bytes
+        # Beside changes of its legs: it is another field of the record.
+        async with self._one_at_a_time.changing(f"the size of {mirror.name}"):
+            if mirror.size_bytes not in (was_bytes, size_bytes):
+                # It was judged by the size that it had: what was to grow it would shrink it now.
+                raise TierError(
+                    errno.EBUSY,
+                    f"{mirror.name} has got another size meanwhile, {mirror.size_bytes} bytes: resize it again if that "
+                    "isn't what it is to have",
+                )
+            await self._resize(mirror, size_bytes)
+
+    async def _resize(self, mirror: MirrorPart, size_bytes: int) -> None:
         served = await self.served(mirror)
         if size_bytes < mirror.size_bytes:
             # The leg here would refuse it when the others have done it already.
