@@ -694,12 +694,13 @@ class Mirror:
         proof = self.membership.in_sync & self.membership.terrace_ids
         source = choose_source(legs, frozenset(intact), all_heard=len(legs) == len(proof))
         others = [leg for leg in legs if leg is not source]
-        # The record that is wanted next, too: the last leg in sync may have been lost while legs were grown for it.
-        sizes = [record.size_bytes for record in (self.membership, *self.records.attempts)]
-        size_bytes = max(*sizes, self.records.wanted.get("size_bytes", 0))
+        size_bytes = max(record.size_bytes for record in (self.membership, *self.records.attempts))
         for leg in legs:
             with told_of(leg):
                 await fit(leg, size_bytes)
+                # For the record that is wanted next, too: the last leg in sync may have been lost while legs were grown
+                # for it. From that size on, as there: what a leg has behind it must not be seen again.
+                await fit(leg, max(size_bytes, self.records.wanted.get("size_bytes", 0)))
         self._note_missing()  # of what is recent, before that is forgotten
         # A leg that is in sync and isn't here learns what it misses by the record that excludes it.
         all_here = self.records.required() <= {member.info.id for member in here}

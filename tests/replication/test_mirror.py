@@ -921,3 +921,42 @@ def test_a_leg_that_was_lost_while_it_should_grow_has_the_size_of_the_record_whe
             assert rig.store("a").size_bytes == rig.store("b").size_bytes == mirror.size_bytes
 
     run(main)
+
+
+def test_what_a_leg_has_behind_the_end_is_not_seen_when_it_was_lost_before_it_grew() -> None:
+    """A shrink that was given up has left it there; the leg is the only one in sync, and all begins anew."""
+
+    async def main() -> None:
+        slowly = MirrorSettings(resync=ResyncSettings(ceiling_bytes_s=1 << 20, workers=1))
+        rig = Rig(2, in_sync=["lega"], settings=slowly)
+        rig.known = False
+        rig.store("a").image[:] = b"x" * SIZE
+        async with rig.running() as mirror:
+            await rig.until(lambda: rig.state("b") is LegState.SYNCING)
+            resize, does = rig.store("a").resize, "hangs"
+
+            async def ends_badly(size_bytes: int) -> None:
+                nonlocal does
+                if does == "hangs":
+                    await trio.sleep_forever()
+                if does == "fails":
+                    does = "works"
+                    await trio.sleep(0.1)
+                    raise OSError(errno.EIO, "its disk is broken for a moment")
+                await resize(size_bytes)
+
+            rig.store("a").resize = ends_badly  # type: ignore[method-assign]
+            with trio.move_on_after(1):
+                await mirror.resize(SIZE // 2)
+            assert mirror.size_bytes == SIZE // 2 and rig.store("a").size_bytes == SIZE
+            does = "fails"
+            with contextlib.suppress(OSError):
+                await mirror.resize(SIZE)
+            await rig.whole()
+            assert does == "works" and mirror.size_bytes == SIZE
+            into = memoryview(bytearray(SIZE // 2))
+            await mirror.read(SIZE // 2, SIZE // 2, into)
+            assert into == bytes(SIZE // 2)
+        assert rig.store("a").image == rig.store("b").image
+
+    run(main)
