@@ -10,7 +10,8 @@ nothing was promised as a rule, and the old term goes on; it is tried again afte
 
 The same is done where it is the last leg in sync that refuses, and nothing is served any more (`Records.govern`), and
 where so many voters have promised a later term that there is no lease any more, though no leg may refuse. A term is
-begun only from a record of the primary's own: where others have gone on since, it is deposed.
+begun only from a record of the primary's own, of this term or of a later one that wasn't heard to count: where others
+have gone on since, it is deposed.
 
 The task that writes records (`replication.records`) does the middle of it, as nobody else may change the record.
 """

@@ -365,7 +365,8 @@ async def promote(
     `nodes`: all that may know of the mirror. `patience_s`: how long to wait for nodes that are silent; a primary that
     was restarted gives its timeout. `arbiter`: the truth is in etcd. `heard_of`: stores what supersedes our own record,
     before anything is decided; not used with `force`, by which an operator has decided. `own`: this node is primary in
-    that term, and goes on by itself: from a record of that term, or not at all. Raises OSError: ETIMEDOUT if it isn't
+    that term, and goes on by itself: from a record of that term, or of a later one that it has begun itself and of
+    which it doesn't know whether it counts, or not at all. Raises OSError: ETIMEDOUT if it isn't
     known whether the record counts (then again, with another term), ESTALE if somebody else was faster.
     """
     wait_s = max(timeout_s, patience_s)
@@ -390,12 +391,12 @@ async def promote(
         return Refused(forgotten(truth, later), frozenset(later) - {me})
     term = new_term(list(states.values()), truth)
     alive = [node for node, state in states.items() if state.primary_here and node != me]
-    _judge_own(own, *(one for node in alive if (one := states[node].accepted) is not None and _is_after(one, own)))
+    _judge_own(me, own, *(one for node in alive if (one := states[node].accepted) is not None and _is_after(one, own)))
     mine = states[me].accepted if me in states else None
     if mine is not None and mine.primary != me and _is_after(mine, own):
         # Its leg here has been given to another primary: whether or not that one serves, this node doesn't any more. It
         # would be refused for ever, as its own seeking keeps it alive in the eyes of the others.
-        _judge_own(own, mine)
+        _judge_own(me, own, mine)
     if alive and not force:
         return Refused(
             f"node {alive[0]} is primary and alive: demote it there first, with `terrace volume mirror demote "
@@ -407,7 +408,7 @@ async def promote(
     would = decide(me, term, would_promise, unheard | busy, arbiter=truth, force=force)
     if not isinstance(would, Promote):
         return _while_alive(would, busy)
-    _judge_own(own, would.expected)
+    _judge_own(me, own, would.expected)
     # This node last: if another refuses, our own leg has fenced nobody.
     asked = tuple(node for node in states if node != me)
     promised, failures = await ask(
@@ -426,7 +427,7 @@ async def promote(
     decision = decide(me, term, promised, told, arbiter=truth, force=force)
     if not isinstance(decision, Promote):
         return _while_alive(decision, {node: told[node] for node in failures if failures[node].errno == errno.EBUSY})
-    _judge_own(own, decision.expected)
+    _judge_own(me, own, decision.expected)
     await cluster.commit(decision.membership, expected=decision.expected)
     return decision
 
@@ -435,10 +436,16 @@ def _is_after(record: Membership, own: Term | None) -> bool:
     return own is not None and record.term.number > own.number
 
 
-def _judge_own(own: Term | None, *records: Membership) -> None:
-    """Raises OSError ESTALE if others have gone on since the term that this node goes on from by itself."""
+def _judge_own(me: str, own: Term | None, *records: Membership) -> None:
+    """Raises OSError ESTALE if others have gone on since the term that this node goes on from by itself.
+
+    A later one of its own is no other: it has begun that from this one, and doesn't know whether it counts.
+    """
     for record in records:
-        if own is not None and record.term != own:
+        if own is None or record.term == own:
+            continue
+        since = [one for one in record.history if one.term.number >= own.number]
+        if own not in [one.term for one in since] or any(one.primary != me for one in since if one.term != own):
             raise OSError(errno.ESTALE, f"others have gone on: there is the record {record.term.number}.{record.epoch}")
 
 

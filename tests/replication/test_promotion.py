@@ -24,6 +24,7 @@ from replication.promotion import (
     new_term,
     promote,
 )
+from replication.voters import LegsCluster
 from tests.replication.nodes import Nodes
 from tests.replication.stores import MIRROR, first_record, leg
 
@@ -88,7 +89,7 @@ def test_who_is_out_by_a_record_that_never_counts_is_gone_on_with() -> None:
         assert isinstance(forced, Promote) and "a" in forced.membership.in_sync
 
 
-def test_who_goes_on_by_itself_does_so_from_its_own_term_only_and_asks_for_no_promise_else() -> None:
+def test_who_goes_on_by_itself_does_so_from_its_own_terms_only_and_asks_for_no_promise_else() -> None:
     async def main() -> None:
         nodes = Nodes("ab")
         for node in nodes.all.values():
@@ -96,10 +97,42 @@ def test_who_goes_on_by_itself_does_so_from_its_own_term_only_and_asks_for_no_pr
         asked = ("a", MIRROR, "ab", nodes.voter("a"), nodes.cluster("a"))
         decision = await promote(*asked, own=AB.term)
         assert isinstance(decision, Promote) and decision.membership.term.number == 2
-        with pytest.raises(OSError, match=r"others have gone on: there is the record 2\.0") as refused:
-            await promote(*asked, own=AB.term)
-        assert refused.value.errno == errno.ESTALE
-        assert all(node.keeper.record.promised == decision.membership.term for node in nodes.all.values())
+        theirs = decision.membership.next_epoch(primary=None).next_term(Term(3, "3" * 16), "b", AB.in_sync)
+        back = theirs.next_epoch(primary=None).next_term(Term(4, "4" * 16), "a", AB.in_sync)
+        for number, record in ((3, theirs), (4, back)):
+            for node in nodes.all.values():
+                await node.voter.accept(record)
+            with pytest.raises(OSError, match=rf"others have gone on: there is the record {number}\.0") as refused:
+                await promote(*asked, own=AB.term)
+            assert refused.value.errno == errno.ESTALE
+            assert all(node.keeper.record.promised == record.term for node in nodes.all.values())
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+@pytest.mark.parametrize("stored", ["ab", "b", "a"])
+def test_who_does_not_know_whether_its_later_term_counts_goes_on_from_that_one(stored: str) -> None:
+    """It would be deposed by its own record, and each of its clients with it."""
+
+    async def main() -> None:
+        nodes = Nodes("ab")
+        for node in nodes.all.values():
+            await node.voter.accept(AB)
+        asked = ("a", MIRROR, "ab", nodes.voter("a"))
+
+        class Doubtful(LegsCluster):
+            async def commit(self, new: Membership, *, expected: Membership) -> None:
+                for name in stored:
+                    await nodes.all[name].voter.accept(new)
+                raise OSError(errno.ETIMEDOUT, "not all have answered")
+
+        doubtful = Doubtful("a", nodes.voter("a"), nodes.known, timeout_s=1.0)
+        for number in (2, 3):
+            with pytest.raises(OSError, match="not all have answered"):
+                await promote(*asked, doubtful, own=AB.term)
+            assert nodes.all[stored[-1]].keeper.record.accepted.term.number == number  # type: ignore[union-attr]
+        decision = await promote(*asked, nodes.cluster("a"), own=AB.term)
+        assert isinstance(decision, Promote) and decision.membership.term.number == 4
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
