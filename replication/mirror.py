@@ -698,9 +698,10 @@ class Mirror:
         for leg in legs:
             with told_of(leg):
                 await fit(leg, size_bytes)
-                # For the record that is wanted next, too: the last leg in sync may have been lost while legs were grown
-                # for it. From that size on, as there: what a leg has behind it must not be seen again.
-                await fit(leg, max(size_bytes, self.records.wanted.get("size_bytes", 0)))
+        # For the record that is wanted next, too: the last leg in sync may have been lost while legs were grown for it.
+        # From the size before that on, as there: what a leg has behind it must not be seen again.
+        if (wanted_bytes := self.records.wanted.get("size_bytes", 0)) > size_bytes:
+            await self._grow_for(wanted_bytes, legs)
         self._note_missing()  # of what is recent, before that is forgotten
         # A leg that is in sync and isn't here learns what it misses by the record that excludes it.
         all_here = self.records.required() <= {member.info.id for member in here}
@@ -712,6 +713,16 @@ class Mirror:
             with told_of(leg):
                 await self._store_at(leg)
         self._check_all(legs)
+
+    async def _grow_for(self, size_bytes: int, legs: Sequence[Leg]) -> None:
+        """A leg that is well and refuses it ends the wish: nobody else may be there to begin with. Raises OSError."""
+        for leg in legs:
+            try:
+                await fit(leg, size_bytes)
+            except OSError as error:
+                if leg.failure is None:
+                    self.records.refuse("size_bytes", error)
+                raise LegError(leg, error) from error
 
     async def _watch_beginning(self, legs: Sequence[Leg]) -> None:
         """A leg that falls silent is let go, so that it is begun anew without it, where another one goes on.

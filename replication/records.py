@@ -60,6 +60,8 @@ class Records:
         """Records of ours of which it isn't known whether they count."""
         self.wanted: dict[str, Any] = {}
         """What `reconfigure` wants in the record."""
+        self._refused: dict[str, OSError] = {}
+        """Of that, what can't be had, and why."""
         self.renewal: Prove | None = None
         """With all legs let go: what begins a later term (`replication.laterterm`). None again when all has begun."""
         self._is_renewed = False
@@ -230,14 +232,23 @@ class Records:
             self._site.release(None)
         self._site.change()
 
+    def refuse(self, name: str, error: OSError) -> None:
+        """This can't be had, and no record with it was tried: who waits for it hears why."""
+        del self.wanted[name]
+        self._refused[name] = error
+        self._site.change()
+
     async def reconfigure(self, **changes: Any) -> None:
         """Write a record with other fields (`legs`, `voters`, `options`, `size_bytes`); returns when it counts."""
         self._site.check()
+        self._refused = {name: error for name, error in self._refused.items() if name not in changes}
         self.wanted |= changes
         self._site.change()
         try:
             while not all(getattr(self._site.membership, name) == value for name, value in changes.items()):
                 self._site.check()
+                for refused in [self._refused[name] for name in changes if name in self._refused]:
+                    raise OSError(refused.errno, refused.strerror)
                 await self._site.changed()
         finally:
             # Who has given up waiting doesn't want it any more. What was tried already may come to count all the same.

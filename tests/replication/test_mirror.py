@@ -960,3 +960,35 @@ def test_what_a_leg_has_behind_the_end_is_not_seen_when_it_was_lost_before_it_gr
         assert rig.store("a").image == rig.store("b").image
 
     run(main)
+
+
+def test_a_mirror_whose_only_leg_in_sync_can_not_grow_is_served_at_its_old_size_and_the_resize_is_refused() -> None:
+    """The other leg has grown, and the one in sync was lost at that: nobody else could be waited for."""
+
+    async def main() -> None:
+        slowly = MirrorSettings(resync=ResyncSettings(ceiling_bytes_s=1 << 20, workers=1))
+        rig = Rig(2, in_sync=["lega"], settings=slowly)
+        rig.known = False
+        rig.store("a").image[:] = b"x" * SIZE
+        async with rig.running() as mirror:
+            await rig.until(lambda: rig.state("b") is LegState.SYNCING)
+            resize = rig.store("a").resize
+
+            async def is_full(size_bytes: int) -> None:
+                if size_bytes > SIZE:
+                    await trio.sleep(0.1)
+                    raise OSError(errno.ENOSPC, "the pool is full")
+                await resize(size_bytes)
+
+            rig.store("a").resize = is_full  # type: ignore[method-assign]
+            with trio.fail_after(20), pytest.raises(OSError, match="the pool is full") as refused:
+                await mirror.resize(2 * SIZE)
+            assert refused.value.errno == errno.ENOSPC
+            into = memoryview(bytearray(BLOCK_BYTES))
+            with trio.fail_after(5):
+                await mirror.read(0, BLOCK_BYTES, into)
+            assert into == b"x" * BLOCK_BYTES
+            await rig.whole()
+            assert rig.store("a").size_bytes == rig.store("b").size_bytes == mirror.size_bytes == SIZE
+
+    run(main)
