@@ -32,6 +32,7 @@ from typing import Any, Final, Protocol
 from urllib.parse import SplitResult, urlsplit
 
 from replication.arbiter import FORGOTTEN, forgotten
+from replication.lineage import went_on_alone
 from replication.membership import Membership, decode, encode
 from replication.voters import LegsCluster, judge_successor
 
@@ -201,7 +202,8 @@ class EtcdLease:
     async def renew(self, newest: Membership) -> None:
         """Take, or keep, the key, for a lease from the beginning of this call on; see `replication.lease`.
 
-        `newest` is the primary's record that counts. Raises OSError ESTALE: another term counts. EBUSY: another node
+        `newest` is the primary's record that counts. Raises OSError ESTALE: another term counts. EAGAIN: this node has
+        begun a later one, of which it doesn't know that it counts. EBUSY: another node
         has the key. EUCLEAN: etcd has forgotten. ETIMEDOUT and all that `Etcd.call` raises.
         """
         if self._lease is not None and not await self._is_alive(self._lease):
@@ -247,6 +249,12 @@ class EtcdLease:
         if there is None or there.place < newest.place:
             raise OSError(FORGOTTEN, forgotten(there, {self.node: newest}))
         if there.term != newest.term:
+            if went_on_alone(there, newest.term, self.node):
+                # Nobody else's: whoever has begun it sees to it.
+                raise OSError(
+                    errno.EAGAIN,
+                    f"this node has begun term {there.term.number}, and has not heard yet whether that counts",
+                )
             raise OSError(
                 errno.ESTALE,
                 f"node {there.primary or 'nobody'} is primary by the record {there.term.number}.{there.epoch} in etcd",

@@ -81,6 +81,15 @@ def last_of_others(new: Membership, known: Membership, node: str) -> Term | None
     return max(others, key=lambda term: term.number, default=None)
 
 
+def went_on_alone(record: Membership, own: Term, node: str) -> bool:
+    """Whether `record` came from one of the term `own`, and none but `node` was primary in later ones.
+
+    As a primary does that begins a later term, and hasn't heard whether it counts.
+    """
+    since = [one for one in record.history if one.term.number >= own.number]
+    return own in [one.term for one in since] and all(one.primary == node for one in since if one.term != own)
+
+
 def _after(membership: Membership, common: Generation | None) -> tuple[Generation, ...]:
     history = membership.history or (membership.generation,)
     return history if common is None else history[history.index(common) + 1 :]

@@ -37,7 +37,7 @@ from typing import Protocol
 
 from replication.arbiter import behind, forgotten
 from replication.cluster import ClusterStore, Voter, VoterState
-from replication.lineage import Relation, both_histories, how_to_discard, relation, since_common
+from replication.lineage import Relation, both_histories, how_to_discard, relation, since_common, went_on_alone
 from replication.membership import Generation, LegInfo, Membership, Term
 from replication.voters import ask, in_sync_nodes, is_majority, rule_of
 
@@ -442,10 +442,7 @@ def _judge_own(me: str, own: Term | None, *records: Membership) -> None:
     A later one of its own is no other: it has begun that from this one, and doesn't know whether it counts.
     """
     for record in records:
-        if own is None or record.term == own:
-            continue
-        since = [one for one in record.history if one.term.number >= own.number]
-        if own not in [one.term for one in since] or any(one.primary != me for one in since if one.term != own):
+        if own is not None and record.term != own and not went_on_alone(record, own, me):
             raise OSError(errno.ESTALE, f"others have gone on: there is the record {record.term.number}.{record.epoch}")
 
 

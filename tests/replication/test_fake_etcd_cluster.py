@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -62,6 +63,33 @@ def test_a_primary_that_begins_a_later_term_is_at_no_time_without_its_key() -> N
         await lease.renew(later)
         await trio.sleep(3.1)  # without it nobody is kept out
         await world.cluster("b").commit(theirs, expected=later)
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_a_primary_is_not_deposed_by_its_own_later_term_of_which_it_does_not_know_whether_it_counts() -> None:
+    async def main() -> None:
+        world = FakeWorld()
+        first = first_record("abc", options=world.options)
+        await world.cluster("a").create(first)
+        lease = EtcdLease("a", world.etcd, MIRROR, 3.0)
+        await lease.renew(first)
+        later = first.next_term(Term(2, "2" * 16), "a", frozenset("abc"))
+        world.all["c"].up = False
+        with pytest.raises(OSError, match=r"record 2\.0 .* isn't stored") as refused:
+            await world.cluster("a").commit(later, expected=first)
+        assert refused.value.errno == errno.ETIMEDOUT
+        with pytest.raises(OSError, match="this node has begun term 2") as refused:
+            await lease.renew(first)
+        assert refused.value.errno == errno.EAGAIN, "ESTALE ends what it serves"
+        await lease.renew(later)
+        theirs = later.next_term(Term(3, "3" * 16), "b", frozenset("ab"))
+        await lease.release()
+        await world.cluster("b").commit(theirs, expected=later)
+        for mine in (first, later):
+            with pytest.raises(OSError, match="node b is primary by the record") as refused:
+                await lease.renew(mine)
+            assert refused.value.errno == errno.ESTALE
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
