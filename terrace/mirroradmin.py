@@ -15,7 +15,7 @@ import errno
 import json
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
@@ -214,7 +214,13 @@ class MirrorAdmin:
         own = LegRecord(me=leg, promised=term, accepted=record)
         # A volume can be seen while it is made durable, and whoever has it would write to it, and not to the mirror.
         self.require_unused(volume, "make a mirror of")
-        await pool.set_mirror(volume, own.encode(), {})
+        try:
+            await pool.set_mirror(volume, own.encode(), {})
+        except BaseException:
+            # The volume has it all the same, and nobody would serve it as what it says.
+            with trio.CancelScope(shield=True), suppress(OSError):
+                await pool.set_mirror(volume, b"", {})
+            raise
         mirror = self.mirrors.adopt(pool, volume, is_new=True)
         assert mirror is not None, "this node has a name, and wrote the record itself"
         try:

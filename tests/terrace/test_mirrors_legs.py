@@ -12,8 +12,8 @@ import pytest
 import trio
 
 from replication.keeper import LegRecord
-from replication.membership import LegInfo, Term, encode
-from terrace.mirroradmin import MirrorAdmin
+from replication.membership import LegInfo, Options, Term, encode
+from terrace.mirroradmin import MirrorAdmin, Place
 from terrace.mirrors import _PRIMARYS, Mirrors, _judge_status, _leg
 from tests.replication.stores import first_record
 
@@ -232,3 +232,30 @@ def test_what_is_no_status_of_a_primary_is_not_shown_as_one() -> None:
             _judge_status(theirs, explain=False)
     with pytest.raises(OSError, match="no status of a mirror"):
         _judge_status(good, explain=True)
+
+
+@pytest.mark.parametrize("how", ["fails", "is given up"])
+def test_a_volume_whose_first_record_is_not_durable_is_a_plain_volume_still(tmp_path: Any, how: str) -> None:
+    class Failing(OnePool):
+        async def set_mirror(self, volume: Any, record: bytes, trackers: Any = None) -> None:
+            volume.mirror_record = record  # as the engine: at once, and durable with a checkpoint
+            if record:
+                if how == "is given up":
+                    await trio.sleep_forever()
+                raise OSError(errno.EIO, "no checkpoint can be committed")
+            await trio.lowlevel.checkpoint()
+
+    async def main() -> None:
+        pool = Failing()
+        volume: Any = pool.volume
+        volume.filling = False
+        here = mirrors(pool, tmp_path)
+        here.peers = SimpleNamespace(node="b", peers={"c": None}, peer=lambda name: None)  # type: ignore[assignment]
+        admin = MirrorAdmin(here, lambda name: [], cast("Any", None))
+        with trio.move_on_after(0.05):
+            with pytest.raises(OSError, match="no checkpoint can be committed"):
+                await admin.add(cast("Any", pool), volume, Place("c"), Options())
+            assert how == "fails"
+        assert volume.mirror_record == b"" and here.is_exported(volume)
+
+    trio.run(main)
