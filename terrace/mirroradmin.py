@@ -265,7 +265,7 @@ class MirrorAdmin:
         leg = secrets.token_hex(8)
         if place.is_nbd:
             for other in self.mirrors.all():
-                legs = other.accepted.legs if other is not mirror and other.accepted is not None else ()
+                legs = _legs_by_any(other) if other is not mirror else []
                 if any(leg.kind == "nbd" and _is_same(leg, place) for leg in legs):
                     raise TierError(
                         errno.EBUSY,
@@ -917,6 +917,14 @@ def _found_by_verify(name: str, report: VerifyReport) -> str:
 def _last_record(served: ServedMirror) -> Membership:
     """The last one that was written: legs may have it, whether it has counted or not, and obey none that is older."""
     return max([served.membership, *served.records.attempts], key=lambda record: record.epoch)
+
+
+def _legs_by_any(mirror: MirrorPart) -> list[LegInfo]:
+    """Of a mirror, by its record here and by those of which it isn't known whether they count."""
+    records = [mirror.accepted] if mirror.accepted is not None else []
+    if mirror.mirror is not None:
+        records += [mirror.mirror.membership, *mirror.mirror.records.attempts]
+    return [leg for record in records for leg in record.legs]
 
 
 def _may_have_others(mirror: LocalMirror) -> bool:

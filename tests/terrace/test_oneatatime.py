@@ -12,7 +12,7 @@ import trio
 import trio.testing
 
 from replication.leg import LegState
-from replication.membership import Membership, Options
+from replication.membership import LegInfo, Membership, Options
 from terrace.mirroradmin import MirrorAdmin, Place
 from tests.replication.stores import first_record
 from tiers import TierError
@@ -49,7 +49,7 @@ class Part:
     def __init__(self, name: str, record: Membership) -> None:
         self.name = name
         self.short_name = name.partition("/")[2]
-        self.served = Served(record)
+        self.served = self.mirror = Served(record)
         self.stood_for = SimpleNamespace(open_count=1, name=name)
 
     @property
@@ -197,6 +197,18 @@ def test_an_export_that_is_added_to_two_mirrors_becomes_a_leg_of_one_and_the_oth
         assert len(admin.parts[f"fast/{winner}"].membership.legs) == 3
         await admin.remove(admin.parts[f"fast/{winner}"], "nbd://nas/db", force=True)  # type: ignore[arg-type]
         await admin.extend(admin.parts[f"fast/{loser}"], Place("nbd://nas/db"))  # type: ignore[arg-type]
+
+    both(what)
+
+
+def test_an_export_that_a_mirror_may_have_by_a_record_in_doubt_is_left_to_it() -> None:
+    async def what(admin: Admin) -> None:
+        one, other = admin.part("fast/one"), admin.part("fast/other")
+        tried = one.membership.next_epoch(legs=(*one.membership.legs, LegInfo("n", "a", "nbd://nas/db", "nbd")))
+        one.served.records.attempts.append(tried)
+        with pytest.raises(OSError, match="nbd://nas:10809/db is a leg of fast/one") as refused:
+            await admin.extend(other, Place("nbd://nas:10809/db"))
+        assert refused.value.errno == errno.EBUSY and len(other.membership.legs) == 2
 
     both(what)
 
