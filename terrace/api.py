@@ -5,7 +5,7 @@
     POST   /v1/pools                          {name, devices: [{path, tier, size?}], force?}
     GET    /v1/pools/P                        one pool
     DELETE /v1/pools/P
-    POST   /v1/pools/P/open                   {truncate_log?}; try again to open a pool that failed
+    POST   /v1/pools/P/open                   {truncate_log?, give_up_map?}; try again to open a pool that failed
     POST   /v1/pools/P/grow                   {devices, force?}
     POST   /v1/pools/P/checkpoint
     POST   /v1/pools/P/check                  {full?}; streams {done_bytes, total_bytes} ..., then {report} or {error}
@@ -154,6 +154,7 @@ class CreatePoolBody(GrowBody):
 
 class OpenBody(Body):
     truncate_log: bool = False
+    give_up_map: bool = False
 
 
 class CheckBody(Body):
@@ -350,7 +351,9 @@ class Api:
     async def open_pool(self, request: Request) -> Response:
         body = await read_body(request, OpenBody)
         with explained():
-            pool = await self._pools.reopen(request.path_params["pool"], truncate_log=body.truncate_log)
+            pool = await self._pools.reopen(
+                request.path_params["pool"], truncate_log=body.truncate_log, give_up_map=body.give_up_map
+            )
         return JSONResponse(self._summary(self._pools.slot(pool.name)))
 
     async def grow_pool(self, request: Request) -> Response:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -175,16 +175,19 @@ class Pools:
         await self._open(slot)
         return self.pool(name)
 
-    async def reopen(self, name: str, *, truncate_log: bool = False) -> Pool:
+    async def reopen(self, name: str, *, truncate_log: bool = False, give_up_map: bool = False) -> Pool:
         """Try again to open a pool that failed; returns at once where it is open.
 
-        `truncate_log`: the operator gives up what the log holds behind its damage. A pool whose directory appeared
-        since the start (rebuilt from the devices of another host) is opened too.
+        `truncate_log`: the operator gives up what the log holds behind its damage. `give_up_map`: and what lies below
+        damaged pages of maps; a pool that is open is closed for that, EBUSY while anybody uses it. A pool whose
+        directory appeared since the start (rebuilt from the devices of another host) is opened too.
         """
         if name not in self._slots and name in {directory.name for directory in self._pool_directories()}:
             self._slots[name] = Slot(name, self._directory / name, error=TierError(errno.EIO, "it was not open yet"))
         slot = self.slot(name)
-        if slot.pool is None:
+        if give_up_map:
+            await self._open_without(slot, partial(self._open, slot, truncate_log=truncate_log, give_up_map=True))
+        elif slot.pool is None:
             if slot.error is None or slot.users:
                 raise TierError(errno.EBUSY, f"pool {name!r} is being opened or closed; try again in a moment")
             await self._open(slot, truncate_log=truncate_log)
@@ -197,21 +200,27 @@ class Pools:
         stays as it was.
         """
         slot = self.slot(name)
+        await self._open_without(slot, partial(self._open, slot, truncate_log=truncate_log, give_up=[device]))
+        self._events("device", device, f"{device} of pool {name} was given up as lost")
+        return self.pool(name)
+
+    async def _open_without(self, slot: Slot, opened: Callable[[], Awaitable[None]]) -> None:
+        """Open a pool that gives something up for that, and close it before; if it can't be, it stays as it was."""
         if slot.pool is not None:
             self._require_unused(slot)
         if slot.users or (slot.pool is None and slot.error is None):
-            raise TierError(errno.EBUSY, f"pool {name!r} is in use: an operation on it is running; try again later")
+            raise TierError(
+                errno.EBUSY, f"pool {slot.name!r} is in use: an operation on it is running; try again later"
+            )
         was_open = slot.pool is not None
         with _occupied(slot):
             await self._retire(slot)
-            await self._open(slot, truncate_log=truncate_log, give_up=[device])
+            await opened()
             refusal = slot.error if slot.pool is None else None
             if refusal is not None and was_open:
                 await self._open(slot)
         if refusal is not None:
             raise refusal
-        self._events("device", device, f"{device} of pool {name} was given up as lost")
-        return self.pool(name)
 
     @staticmethod
     def _require_unused(slot: Slot) -> None:
@@ -283,10 +292,13 @@ class Pools:
             for slot in self.slots():
                 nursery.start_soon(self._close, slot)
 
-    async def _open(self, slot: Slot, *, truncate_log: bool = False, give_up: Sequence[str] = ()) -> None:
+    async def _open(
+        self, slot: Slot, *, truncate_log: bool = False, give_up: Sequence[str] = (), give_up_map: bool = False
+    ) -> None:
         slot.error = None
         slot.close, slot.closed = trio.Event(), trio.Event()
-        await self._nursery.start(partial(self._run, slot, truncate_log=truncate_log, give_up=give_up))
+        opened = partial(self._run, slot, truncate_log=truncate_log, give_up=give_up, give_up_map=give_up_map)
+        await self._nursery.start(opened)
 
     async def _retire(self, slot: Slot) -> None:
         """Close the pool once the requests that have it in hand are answered; new ones don't find it.
@@ -333,6 +345,7 @@ class Pools:
         *,
         truncate_log: bool,
         give_up: Sequence[str],
+        give_up_map: bool,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """A pool's life. What it raises ends here, as the slot's error."""
@@ -344,6 +357,7 @@ class Pools:
                 settings=self._settings,
                 truncate_log=truncate_log,
                 give_up=give_up,
+                give_up_map=give_up_map,
                 events=self._events,
             )
             async with opening as pool:

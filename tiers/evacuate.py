@@ -46,9 +46,9 @@ from tiers.cleaner import Cleaner
 from tiers.device import Device
 from tiers.errors import TierError
 from tiers.failpoint import hit
-from tiers.kept import forget_index
-from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, FIRST_ADDRESS, MIB, SLOT_BITS, SLOT_MASK, check_of
-from tiers.maptree import BAD_PAGE, EMPTY_PAGE, FANOUT, FANOUT_BITS, ROOT_LEVEL, page_key, page_of, read_pages
+from tiers.layout import BLOCK_BYTES, BLOCK_SHIFT, FIRST_ADDRESS, MIB, SLOT_BITS
+from tiers.lostpages import give_up, read_past_cache, take_back
+from tiers.maptree import BAD_PAGE, EMPTY_PAGE, FANOUT, FANOUT_BITS, ROOT_LEVEL, page_key, read_pages
 from tiers.merge import Owner
 from tiers.mover import DamagedMapError, Mover, OutputFullError
 from tiers.record import Kind
@@ -462,30 +462,16 @@ class Evacuator:
                 continue
             segment.pins += 1
             try:
-                try:
-                    await read_pages(segments, [(address, check)], f"of {volume.name}")
-                    continue
-                except OSError:
-                    pass
-                try:
-                    data = await run.device.read_direct(segment.offset(address & SLOT_MASK), BLOCK_BYTES)
-                except OSError:
-                    data = bytearray()
+                await read_pages(segments, [(address, check)], f"of {volume.name}")
+                continue
+            except OSError:
+                page = await read_past_cache(segment, address, check)
             finally:
                 segment.pins -= 1
-            if check_of(data) == check:
-                segments.substitutes[address] = page_of(data)
+            if page is not None:
+                segments.substitutes[address] = page
                 continue
-            logger.error(
-                "%s: a page of its map (level %d, index %d) on %s can't be read; what was below it is lost",
-                volume.name,
-                level,
-                index,
-                run.device.path,
-            )
-            segments.substitutes[address] = BAD_PAGE
-            if level and isinstance(volume, Snapshot):
-                forget_index(volume.volume)
+            give_up(self._engine, volume, level, index, address)
             run.recount = True
             hit("evacuate.page_lost")
 
@@ -603,17 +589,7 @@ class Evacuator:
                 errno.EIO,
                 f"{run.device.path} can't be emptied: {why}; `terrace pool check {engine.pool_name}` tells more",
             )
-        await self._checkpointer.hold()
-        try:
-            for segment_id, count in leaks.live.items():
-                if count > 0:
-                    engine.segments.add_live(segment_id, -count)
-            for owner, count in leaks.mapped:
-                owner.tree.mapped_blocks -= count
-                if isinstance(owner, Snapshot):
-                    engine.lineage.recounted.add(owner)
-        finally:
-            self._checkpointer.let_go()
+        await take_back(engine, self._checkpointer, leaks)
         run.recount = False
         hit("evacuate.recounted")
 

@@ -276,7 +276,7 @@ async def read_pages(segments: SegmentTable, entries: Sequence[tuple[int, int]],
                     raise TierError(
                         errno.EIO,
                         f"a map page {what} on {device.path} at {offset} fails its checksum: "
-                        "run `terrace pool check --full`",
+                        "`terrace pool check` tells which others do, and with --give-up-map gives up what they name",
                     )
                 pages[i] = page_of(block)
     finally:

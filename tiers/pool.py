@@ -11,14 +11,16 @@ import logging
 import shutil
 import time
 import uuid as uuids
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import trio
 
+from tiers import lostpages
 from tiers.catalog import CATALOG_NAME, Catalog, DeviceRow, Position, State
 from tiers.changes import MAX_RECORD_BYTES, ChangedExtents, require_trackers
 from tiers.check import CheckReport, check_pool
@@ -57,6 +59,8 @@ from tiers.units import format_size
 from tiers.volume import Volume
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 STATUS_STEP = 50
 """Snapshots whose status is told before others have their turn: 1 ms."""
@@ -163,7 +167,7 @@ class PoolStatus:
     replayed_batches: int
     scrub: ScrubStatus
     given_up: str | None = None
-    """What `truncate_log` gave up when the pool was opened."""
+    """What `truncate_log` and `give_up_map` gave up when the pool was opened."""
     evacuations: list[EvacuationStatus] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)
     """Lost byte ranges by volume; the first of them."""
@@ -209,6 +213,7 @@ class Pool:
         self._growth = trio.Lock()  # of its own: it is what helps where a delete waits for room
         self.replayed_batches = 0
         self.given_up: str | None = None
+        self._lost_pages: Counter[str] = Counter()
 
     # -- making and ending -----------------------------------------------------------------------------------------
 
@@ -233,13 +238,15 @@ class Pool:
         settings: PoolSettings | None = None,
         truncate_log: bool = False,
         give_up: Collection[str] = (),
+        give_up_map: bool = False,
         events: Events = no_events,
         host: Host = REAL_HOST,
     ) -> AsyncIterator["Pool"]:
         """Recover the pool and serve it while the context lasts. Raises TierError naming what stands in the way.
 
         `give_up`: paths of devices that are gone for good, which the operator accepts. What was only there is lost; if
-        the pool can't be opened without one, it stays as it was. `events`: is told what operators should hear of.
+        the pool can't be opened without one, it stays as it was. `give_up_map`: map pages that can't be read are given
+        up with all below them (`tiers.lostpages`). `events`: is told what operators should hear of.
         """
         settings = settings or PoolSettings()
         with contextlib.ExitStack() as stack:
@@ -251,12 +258,23 @@ class Pool:
             devices = await offload(_open_devices, host, state, give_up)
             stack.callback(_close_devices, devices)
             pool = await _recover(
-                directory, state, devices, catalog, settings, host, offload, truncate_log=truncate_log, events=events
+                directory,
+                state,
+                devices,
+                catalog,
+                settings,
+                host,
+                offload,
+                truncate_log=truncate_log,
+                give_up_map=give_up_map,
+                events=events,
             )
             await offload(catalog.lay_ballast)
             await pool.scrubber.load()
             await pool.recorder.load()
             await offload(pool._engine.losses.load, directory, pool._engine.pool_uuid)
+            if give_up_map:
+                await pool._recount()
             if pool._engine.space.read_only is None:
                 await offload(_wipe_removed, host, pool._engine.removed_devices)
             pool.evacuator.resume()
@@ -319,16 +337,32 @@ class Pool:
 
     async def _checkpoint_alone(self) -> None:
         """A checkpoint while the pool's tasks don't run."""
+        await self._alone(self._checkpointer.checkpoint)
+
+    async def _recount(self) -> None:
+        """Count anew what given up map pages named, before the pool's tasks run."""
+        engine = self._engine
+        if engine.space.read_only is not None:
+            text = f"no map page was given up: {engine.space.read_only}"
+        else:
+            is_done = await self._alone(partial(lostpages.recount, engine, self._checkpointer))
+            await self._save_losses()
+            text = lostpages.in_words(self.name, self._lost_pages, recounted=is_done)
+        self.given_up = f"{self.given_up}; {text}" if self.given_up else text
+
+    async def _alone(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Something that makes checkpoints, while the pool's tasks don't run."""
         failure: OSError | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._engine.flusher.run)
             try:
-                await self._checkpointer.checkpoint()
+                found = await work()
             except OSError as error:
                 failure = error
             nursery.cancel_scope.cancel()
         if failure is not None:
             raise failure
+        return found
 
     # -- volumes -----------------------------------------------------------------------------------------------------
 
@@ -1194,6 +1228,7 @@ async def _recover(
     offload: Offload,
     *,
     truncate_log: bool,
+    give_up_map: bool,
     events: Events,
 ) -> Pool:
     position = state.position
@@ -1246,6 +1281,8 @@ async def _recover(
             "copy what you need and replace it"
         )
         return pool
+    if give_up_map:
+        pool._lost_pages = await lostpages.give_up_pages(engine)
     try:
         engine.log.start()
         hit("recovery.started")

@@ -17,7 +17,7 @@ _POLL_S = 0.2
 
 
 def check_offline(
-    home: Home, name: str, *, full: bool, truncate_log: bool, advance: Callable[[int, int], None]
+    home: Home, name: str, *, full: bool, truncate_log: bool, give_up_map: bool, advance: Callable[[int, int], None]
 ) -> dict[str, Any]:
     """Open the pool, check it and close it; the report as the API would give it. No daemon can start meanwhile."""
     directory = home.pools / name
@@ -25,8 +25,8 @@ def check_offline(
         raise TierError(errno.ENOENT, f"there is no pool {name!r} in {home.pools}, and no terraced runs on {home.path}")
 
     async def check() -> dict[str, Any]:
-        async with Pool.open(directory, truncate_log=truncate_log) as pool:
-            return await _report(pool, full=full, truncate_log=truncate_log, advance=advance)
+        async with Pool.open(directory, truncate_log=truncate_log, give_up_map=give_up_map) as pool:
+            return await _report(pool, full=full, gives_up=truncate_log or give_up_map, advance=advance)
 
     with home.locked():
         return trio.run(check)
@@ -83,12 +83,12 @@ def rebuild_offline(
     async def rebuild() -> dict[str, Any]:
         rebuilt = await rebuild_catalog(directory, name, devices, force=force, progress=advance)
         async with Pool.open(directory, truncate_log=truncate_log) as pool:
-            report = await _report(pool, full=full, truncate_log=truncate_log, advance=advance)
+            report = await _report(pool, full=full, gives_up=truncate_log, advance=advance)
         return report | {"rebuilt": dataclasses.asdict(rebuilt)}
 
     return trio.run(rebuild)
 
 
-async def _report(pool: Pool, *, full: bool, truncate_log: bool, advance: Callable[[int, int], None]) -> dict[str, Any]:
+async def _report(pool: Pool, *, full: bool, gives_up: bool, advance: Callable[[int, int], None]) -> dict[str, Any]:
     report = dataclasses.asdict(await pool.check(full, advance))
-    return report | ({"given_up": pool.status().given_up} if truncate_log else {})
+    return report | ({"given_up": pool.status().given_up} if gives_up else {})

@@ -346,7 +346,8 @@ def open_pool(context: Context, name: str, output: str) -> None:
 @click.argument("name", type=POOL)
 @click.option("--full", is_flag=True, help="Read and verify all data, not a sample.")
 @click.option("--truncate-log", is_flag=True, help="Where the log is damaged: what lies behind IS LOST.")
-@click.option("-y", "--yes", is_flag=True, help="Don't ask before truncating the log.")
+@click.option("--give-up-map", is_flag=True, help="Where pages of maps are damaged: what lies below IS LOST.")
+@click.option("-y", "--yes", is_flag=True, help="Don't ask before something is given up.")
 @click.option("--rebuild-catalog", is_flag=True, help="Where the catalog is lost: make it anew from the devices.")
 @click.option(
     "--device", "devices", type=click.Path(path_type=Path), multiple=True, metavar="DEV", help="A device of the pool."
@@ -359,6 +360,7 @@ def check(
     name: str,
     full: bool,
     truncate_log: bool,
+    give_up_map: bool,
     yes: bool,
     rebuild_catalog: bool,
     devices: tuple[Path, ...],
@@ -371,6 +373,9 @@ def check(
 
     With --rebuild-catalog makes the pool's catalog anew from its devices first: for a pool whose catalog is lost, or
     that comes from another host. No daemon may have the pool open.
+
+    With --give-up-map opens the pool anew, and gives up damaged pages of maps with all that lies below them: for a pool
+    that takes no writes since one of its maps is damaged. A first check, without it, tells which these are.
     """
     from terrace.apiclient import NotRunningError
 
@@ -378,6 +383,10 @@ def check(
         raise click.UsageError("--device and --force go with --rebuild-catalog")
     if truncate_log:
         confirm(f"Give up what the log of pool {name} holds behind its damage, for good?", yes=yes)
+    if give_up_map:
+        if rebuild_catalog:
+            raise click.UsageError("--give-up-map goes after --rebuild-catalog: check the pool again, with that alone")
+        confirm(f"Give up what lies below damaged pages of the maps in pool {name}, for good?", yes=yes)
     report: dict[str, Any] = {}
     given_up: dict[str, Any] = {}
     if rebuild_catalog:
@@ -391,8 +400,9 @@ def check(
     with patience(f"Checking pool {name}") as advance:
         try:
             with context.connect() as client:
-                if truncate_log:
-                    opened = client.request("POST", "pools", name, "open", body={"truncate_log": True})
+                if truncate_log or give_up_map:
+                    body = {"truncate_log": truncate_log, "give_up_map": give_up_map}
+                    opened = client.request("POST", "pools", name, "open", body=body)
                     given_up = {"given_up": opened.get("given_up")}
                 for line in client.stream("POST", "pools", name, "check", body={"full": full}):
                     if "report" in line:
@@ -402,7 +412,9 @@ def check(
         except NotRunningError:
             from terrace.cli.offline import check_offline
 
-            report = check_offline(context.home, name, full=full, truncate_log=truncate_log, advance=advance)
+            report = check_offline(
+                context.home, name, full=full, truncate_log=truncate_log, give_up_map=give_up_map, advance=advance
+            )
     return _show_report(name, report, output)
 
 

@@ -129,6 +129,24 @@ def test_a_pool_that_takes_no_writes_is_deleted_with_its_legs_and_these_are_made
             other.daemon.api("DELETE", "/v1/pools/p/volumes/w")
 
 
+def test_a_pool_that_gives_up_the_page_takes_writes_again_and_its_leg_is_healed(pair: Pair) -> None:
+    a, b = pair.a, pair.b
+    for here in (b, a):
+        kill_pool(pair, here)
+        said = here.daemon.cli("pool", "check", "p", status=1).stdout
+        assert "fails its checksum" in said and "--give-up-map" in said
+        assert "--yes" in here.daemon.cli("pool", "check", "p", "--give-up-map", status=2).stderr
+        said = here.daemon.cli("pool", "check", "p", "--give-up-map", "--yes", status=1).stdout
+        assert "1 damaged map page(s) were given up, 1 of p/v" in said
+        assert "blocks were lost" in said
+        a.wait_for({"a": "UpToDate", "b": "UpToDate"})
+        until(lambda here=here: not here.daemon.api("GET", "/v1/pools/p")["losses"])
+        assert "equal." in a.daemon.cli("volume", "mirror", "verify", "p/v", "--full").stdout
+        assert "is sound" in here.daemon.cli("pool", "check", "p", "--full").stdout
+        with a.connect() as client:
+            assert client.read(0, len(DATA)) == DATA
+
+
 def promote(node: Node, volume: str) -> None:
     """When the primary that is gone has been silent for long enough."""
     deadline_s = time.monotonic() + 15

@@ -401,6 +401,7 @@ class FakePool:
         settings: PoolSettings | None = None,
         truncate_log: bool = False,
         give_up: Sequence[str] = (),
+        give_up_map: bool = False,
         events: Callable[[str, str, str], None] = lambda kind, subject, text: None,
     ) -> AsyncIterator[FakePool]:
         await trio.lowlevel.checkpoint()

@@ -10,6 +10,7 @@ import trio
 
 from tiers import DeviceSpec, Pool, PoolSettings, TierError, Volume
 from tiers.layout import BLOCK_BYTES, MIB
+from tiers.snapshot import Snapshot
 
 QUIET = PoolSettings(checkpoint_interval_s=3600.0)
 """No checkpoint unless a test, or need, asks for one."""
@@ -73,7 +74,7 @@ async def open_refusal(home: Path) -> TierError:
     return await refusal(action)
 
 
-async def read(volume: Volume, offset: int, length: int) -> bytes:
+async def read(volume: Volume | Snapshot, offset: int, length: int) -> bytes:
     """Read through the slow path, which can do all."""
     into = bytearray(b"\xee" * length)
     await volume.read(offset, length, memoryview(into))

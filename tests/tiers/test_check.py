@@ -17,6 +17,7 @@ from tiers.layout import BAD, BLOCK_BYTES, MIB, SLOT_MASK
 from tiers.mover import put_moved
 from tiers.record import Op, encode_segment_header
 from tiers.segments import Segment
+from tiers.snapshot import Snapshot
 
 BLOCKS = 300
 ONE = "id = (SELECT id FROM segments WHERE kind = 1 AND live > 10 LIMIT 1)"
@@ -37,7 +38,7 @@ async def place_of(volume: Volume, index: int) -> tuple[Path, int]:
     return Path(segment.device.path), segment.offset(address & SLOT_MASK)
 
 
-async def place_of_page(volume: Volume, level: int, index: int) -> tuple[Path, int]:
+async def place_of_page(volume: Volume | Snapshot, level: int, index: int) -> tuple[Path, int]:
     """Where a map page lies."""
     if level < 4:
         await volume.tree.load(level + 1, [index >> 8])
