@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from tests.simulation.machine import Disk, Machine
+from tests.simulation.machine import Disk, Machine, PowerCutError
 from tests.simulation.medium import SECTOR, Medium
 from tests.simulation.oracle import BLOCK, Model, Op, OracleError, read_all, require_sound
 from tiers import Pool, PoolSettings, TierError, Volume
@@ -593,6 +593,81 @@ def _after(state: bytes, op: Op) -> bytes:
     content = bytearray(state)
     op.apply(content)
     return bytes(content)
+
+
+def map_damage(seed: int) -> int:
+    """Damaged map pages, writes below them, and an operator who gives the pages up, with power cuts meanwhile.
+
+    What lay below a page and wasn't written since is EIO, everything else is right; written anew all is sound. Returns
+    how many blocks were lost.
+    """
+    rng = random.Random(seed)
+    scene = Scene(seed, disks=rng.choice((ONE, TWO)), blocks=330)
+    scene.machine.cold_share = rng.choice((0.0, 0.5))
+    lost: set[int] = set()
+
+    async def main() -> None:
+        below: dict[Place, set[int]] = {}
+        async with scene.opened() as (pool, volume):
+            await scene.add_neighbour(pool)
+            layout = await _fill(scene, pool, volume)
+            scene.model.flushed(scene.model.mark)
+            for block in range(scene.size // BLOCK):
+                for page in (await path_of(volume, block))[0]:
+                    below.setdefault(page, set()).add(block)
+            for place in rng.sample(sorted(layout.pages), rng.randrange(1, 3)):
+                scene.damage(place, layout)
+            may_be_lost = set().union(*(below[place] for place in scene.hit))
+            for _ in range(rng.randrange(20)):
+                await scene.operation(volume, whole=True)
+                if rng.random() < 0.2:
+                    mark = scene.model.mark
+                    await volume.flush()
+                    scene.model.flushed(mark)
+            await scene.crash()
+        scene.restart(power_cut=rng.random() < 0.7)
+        everything = scene.everything
+        cuts = rng.randrange(3)
+        while True:
+            scene.machine.countdown = rng.randrange(1, 120) if cuts else None
+            cuts -= cuts > 0
+            try:
+                async with scene.machine.open(give_up_map=True) as pool:
+                    scene.machine.disarm()
+                    volume = pool.volume("v")
+                    found = bytearray(scene.size)
+                    for block in range(scene.size // BLOCK):
+                        into = memoryview(found)[block * BLOCK : (block + 1) * BLOCK]
+                        try:
+                            await volume.read(block * BLOCK, BLOCK, into)
+                        except TierError as error:
+                            require(error.errno == errno.EIO, f"block {block}: errno {error.errno}")
+                            lost.add(block)
+                    require(lost <= may_be_lost, f"lost, but not below the damage: {sorted(lost - may_be_lost)}")
+                    scene.model.judge(bytes(found), everything=everything, unreadable=lost)
+                    require(await read_all(pool.volume("w")) == scene.neighbour, "another volume has suffered")
+                    report = await pool.check(full=True)
+                    for problem in report.problems:
+                        require(problem.endswith("lost to a device error"), f"the pool isn't sound: {problem}")
+            except PowerCutError:
+                scene.restart(power_cut=True)
+            else:
+                break
+        async with scene.machine.open() as pool:
+            volume = pool.volume("v")
+            for block in sorted(lost):
+                try:
+                    await volume.read(block * BLOCK, BLOCK, memoryview(bytearray(BLOCK)))
+                except TierError:
+                    continue
+                raise OracleError(f"block {block} was lost, and is there again")
+            for block in range(scene.size // BLOCK):
+                await volume.write(block * BLOCK, scene.data(BLOCK))
+            await idle(pool)
+            await scene.require_sound(pool)
+
+    scene.machine.run(main)
+    return len(lost)
 
 
 def log_damage(seed: int) -> None:

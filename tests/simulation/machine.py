@@ -472,7 +472,12 @@ class Machine:
 
     @contextlib.asynccontextmanager
     async def open(
-        self, *, truncate_log: bool = False, settings: PoolSettings | None = None, give_up: Sequence[str] = ()
+        self,
+        *,
+        truncate_log: bool = False,
+        settings: PoolSettings | None = None,
+        give_up: Sequence[str] = (),
+        give_up_map: bool = False,
     ) -> AsyncIterator[Pool]:
         """`Pool.open` over the simulated devices. A crash ends the body by cancelling it."""
         opened = False
@@ -485,6 +490,7 @@ class Machine:
                         settings=settings or self.settings,
                         truncate_log=truncate_log,
                         give_up=give_up,
+                        give_up_map=give_up_map,
                         host=self,
                     ) as pool:
                         opened = True

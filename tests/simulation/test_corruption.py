@@ -16,6 +16,7 @@ from tests.simulation.corruption import (
     cleaning_damage,
     crash_damage,
     log_damage,
+    map_damage,
     rest_damage,
     write_damage,
 )
@@ -58,6 +59,15 @@ def test_a_log_that_was_damaged_is_refused_unless_it_looks_torn_and_truncation_g
     seed: int,
 ) -> None:
     run(log_damage, seed)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_map_pages_that_are_given_up_cost_what_lay_below_them_whatever_is_cut_in_the_middle(seed: int) -> None:
+    run(map_damage, seed)
+
+
+def test_most_of_these_worlds_lose_something() -> None:
+    assert sum(map_damage(seed) > 0 for seed in range(8)) >= 4
 
 
 @pytest.mark.parametrize("seed", range(16))
