@@ -179,7 +179,7 @@ class FileDevice(LabelledDevice):
             written = os.pwritev(self.fd, buffers, offset)
         except OSError as error:
             self.error_count += 1
-            raise TierError(error.errno or errno.EIO, f"writing {self.path} at {offset}: {error.strerror}") from error
+            raise TierError(_errno_of(error), f"writing {self.path} at {offset}: {error.strerror}") from error
         if written != expected:
             self.error_count += 1
             raise TierError(
@@ -242,7 +242,7 @@ class FileDevice(LabelledDevice):
             except OSError as error:
                 self.error_count += 1
                 raise TierError(
-                    error.errno or errno.EIO, f"reading {self.path} at {offset + done}: {error.strerror}"
+                    _errno_of(error), f"reading {self.path} at {offset + done}: {error.strerror}"
                 ) from error
             if count == 0:
                 raise TierError(errno.EIO, f"{self.path} ends at {offset + done}, inside a segment: it was truncated")
@@ -290,7 +290,7 @@ class FileDevice(LabelledDevice):
             await self._offload(os.fdatasync, self.fd)
         except OSError as error:
             self.error_count += 1
-            raise TierError(error.errno or errno.EIO, f"fdatasync of {self.path}: {error.strerror}") from error
+            raise TierError(_errno_of(error), f"fdatasync of {self.path}: {error.strerror}") from error
 
     def write_label(self, label: Label) -> None:
         """Write a newer label over the older copy; durable at the next `sync`."""
@@ -308,6 +308,11 @@ class FileDevice(LabelledDevice):
         os.close(fd)
         if direct_fd is not None:
             os.close(direct_fd)
+
+
+def _errno_of(error: OSError) -> int:
+    """As it is, but for ESTALE: an image on NFS says so that its server has lost it; a leg, that its term is over."""
+    return errno.EIO if error.errno in (None, errno.ESTALE) else error.errno
 
 
 def erase_labels(fd: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import trio
 
-from tests.tiers.helpers import QUIET, assert_sound, block, make_pool, read, run
+from tests.tiers.helpers import QUIET, assert_sound, block, fresh_pool, make_pool, read, refusal, run
 from tiers import DeviceSpec, Pool, TierError, Volume, checkpoint
 from tiers.device import FileDevice
 from tiers.layout import BLOCK_BYTES, LABEL_AREA_BYTES, MIB
@@ -251,5 +251,33 @@ def test_a_flush_round_that_dies_unexpectedly_fails_every_flusher_and_the_pool_a
         async with Pool.open(home, settings=QUIET) as pool:
             assert await read(pool.volume("v"), 0, BLOCK_BYTES) == block(1)
             await assert_sound(pool)
+
+    run(body)
+
+
+@pytest.mark.parametrize("call", ["preadv", "pwritev", "fdatasync"])
+def test_a_medium_never_says_estale_which_means_of_a_leg_that_its_term_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path) as pool:
+            device = pool._engine.devices[0]
+
+            def lost(*args: object) -> int:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+            async def ask() -> None:
+                if call == "preadv":
+                    await device.read(1 << 20, 4096)
+                elif call == "pwritev":
+                    device.write(device.label.size_bytes - 4096, [bytes(4096)])
+                else:
+                    await device.sync()
+
+            with monkeypatch.context() as patched:
+                patched.setattr(os, call, lost)
+                error = await refusal(ask)
+            assert error.errno == errno.EIO
+            assert os.strerror(errno.ESTALE) in str(error)
 
     run(body)
