@@ -331,6 +331,8 @@ class Resync:
         async with self._flushing:
             done, self._done, self._copied = self._done, [], 0
             await self._target.flush()
+            if self._member.leg is not self._target:
+                return  # lost in this very moment: what it got since the flush began was noted as missing anew
             if self._store is not None:
                 missing = self._store.trackers.get(missing_tracker(self._target.info.id))
                 if missing is not None:

@@ -115,6 +115,33 @@ def test_an_extent_is_missing_until_the_leg_has_made_it_durable() -> None:
     run(body)
 
 
+def test_what_a_leg_gets_during_a_flush_stays_missing_where_it_is_lost_as_the_flush_is_answered() -> None:
+    async def body() -> None:
+        settings = MirrorSettings(resync=ResyncSettings(ceiling_bytes_s=1 << 20), flush_every_s=1000)
+        rig = Rig(2, in_sync=["lega"], settings=settings)
+        rig.known = False
+        rig.store("a").image[:] = bytes([3]) * SIZE
+        async with rig.running() as mirror:
+            await rig.until(lambda: member(rig, "b").state is LegState.SYNCING)
+            target = member(rig, "b").leg
+            assert target is not None
+            flush = target.flush
+            told = Told()
+
+            async def lost_with_its_answer() -> None:
+                assert mirror.write_later([(0, block(9))], told)
+                await flush()
+                rig.nodes["b"].link.cut()  # the write is perhaps not durable there
+                mirror.look()
+
+            target.flush = lost_with_its_answer  # type: ignore[method-assign]
+            await rig.until(lambda: member(rig, "b").leg is not target)
+            assert told.outcomes == [None], "it was acknowledged"
+            assert 0 in trackers_matching(rig.store("a"), missing_tracker("legb"))
+
+    run(body)
+
+
 def test_batches_that_were_in_flight_when_a_leg_came_back_are_copied_to_it() -> None:
     async def body() -> None:
         rig = Rig(3, in_sync=["lega", "legb"])
