@@ -237,8 +237,18 @@ class Pools:
         EBUSY while anybody uses it, and while it has legs of mirrors, or a snapshot is held: that these can't go
         without a word to the others, or at all, holds here too. With `force` not where it takes no writes any
         more: then none of them can be deleted or released before, and nothing else would lead out of that.
+
+        EIO for one that isn't open, without `force`: whether it has any of these isn't known, and it may be whole but
+        for a device that is away for the moment.
         """
         slot = self.slot(name)
+        if slot.pool is None and slot.error is not None and not slot.users and not force:
+            raise TierError(
+                errno.EIO,
+                f"pool {name!r} is not open, so what would be lost with it isn't known ({slot.error}): see to that, "
+                f"then `terrace pool open {name}`; `terrace pool delete {name} --force` deletes it with whatever is in "
+                "it, legs of mirrors and held snapshots too",
+            )
         if slot.pool is not None:
             self._require_unused(slot)
             mirrored = [volume.name for volume in slot.pool.volumes() if volume.mirror_record]

@@ -510,16 +510,24 @@ def _follow(client: ApiClient, name: str, found: dict[str, Any]) -> dict[str, An
 
 @pool.command()
 @click.argument("name", type=POOL)
-@click.option("--force", is_flag=True, help="Where it takes no writes any more: with its legs of mirrors too.")
+@click.option("--force", is_flag=True, help="If it takes no writes, or can't be opened: with legs of mirrors, too.")
 @click.option("-y", "--yes", is_flag=True, help="Don't ask.")
 @output_option
 @pass_context
 def delete(context: Context, name: str, force: bool, yes: bool, output: str) -> None:
     """Delete a pool and all its volumes. Its device files stay, without their labels."""
     with context.connect() as client:
-        volumes = client.get("pools", name).get("volumes", [])
+        found = client.get("pools", name)
+        volumes = found.get("volumes", [])
+        is_unknown = found["state"] == "failed"
         legs = []
-        if force:
+        if force and is_unknown:
+            click.echo(
+                f"Pool {name} can't be opened ({found['error']}): what is in it isn't known. Whatever it is, it is "
+                "lost, legs of mirrors and held snapshots too.",
+                err=True,
+            )
+        elif force:
             mirrored = [one["name"].partition("/")[2] for one in volumes if one.get("mirror") is not None]
             legs = [_lost_leg(client.get("pools", name, "volumes", volume, "mirror")) for volume in mirrored]
             for line in legs:
@@ -531,12 +539,13 @@ def delete(context: Context, name: str, force: bool, yes: bool, output: str) -> 
         with patience(f"Deleting pool {name}"):
             client.request("DELETE", "pools", name, query={"force": "1"} if force else None)
     if output == "json":
-        show_json({"deleted": name, **({"legs": legs} if force else {})})
+        show_json({"deleted": name, **({"legs": None if is_unknown else legs} if force else {})})
     else:
         click.echo(f"Pool {name} is deleted.")
-        if legs:
+        if legs or is_unknown:
+            lost = "Of each mirror that lost its leg here" + (", if there is one" if is_unknown else "")
             click.echo(
-                "Of each mirror that lost its leg here, at the primary (if that was here, promote another node first): "
+                f"{lost}, at the primary (if that was here, promote another node first): "
                 "`terrace volume mirror remove POOL/VOL NODE`, and `add` when there is a pool here again."
             )
 

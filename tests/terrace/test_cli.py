@@ -208,7 +208,12 @@ def test_a_failed_pool_is_listed_with_its_reason_and_the_next_step(own_daemon: F
     assert "the device /x is gone" in cli.error("pool", "open", "bad")
     assert "the device /x is gone" in cli.error("volume", "create", "bad/v", "1M")
     assert cli.ok("volume", "list").startswith("There are no volumes")
-    assert cli.ok("pool", "delete", "bad", "--yes") == "Pool bad is deleted.\n"
+    refused = cli.error("pool", "delete", "bad", "--yes")
+    assert "the device /x is gone" in refused and "`terrace pool delete bad --force`" in refused
+    asked = cli.run("pool", "delete", "bad", "--force")
+    assert asked.exit_code == 2 and "what is in it isn't known" in asked.stderr and "--yes" in asked.stderr
+    deleted = cli.run("pool", "delete", "bad", "--force", "--yes", "-o", "json")
+    assert (deleted.exit_code, json.loads(deleted.stdout)) == (0, {"deleted": "bad", "legs": None})
     assert cli.ok("pool", "list").startswith("There are no pools")
 
 

@@ -151,3 +151,24 @@ def test_a_pool_with_legs_is_deleted_by_force_alone_and_only_if_it_takes_no_writ
         assert pools.slots() == [] and watcher.calls == ["giving up", "closing"]
 
     with_a_pool(tmp_path, body)
+
+
+def test_a_pool_that_is_not_open_is_deleted_by_force_alone_as_nobody_knows_what_is_in_it(tmp_path: Path) -> None:
+    async def body(pools: Pools) -> None:
+        directory = pools.slot("p").directory
+        (directory / "fail-later").write_text("its device is on fire")
+        while pools.slot("p").pool is not None:
+            await trio.sleep(0.1)
+        said = r"its device is on fire.*`terrace pool open p`; `terrace pool delete p --force` deletes it with whatever"
+        with pytest.raises(TierError, match=said) as refused:
+            await pools.delete("p")
+        assert refused.value.errno == errno.EIO and directory.exists()
+        (directory / "fail-later").unlink()
+        assert await pools.reopen("p") is pools.pool("p"), "nothing of it was touched"
+        (directory / "fail-later").write_text("its device is on fire")
+        while pools.slot("p").pool is not None:
+            await trio.sleep(0.1)
+        await pools.delete("p", force=True)
+        assert pools.slots() == [] and not directory.exists()
+
+    with_a_pool(tmp_path, body)
