@@ -423,10 +423,20 @@ class MirrorAdmin:
 
     def _require_known(self, mirror: MirrorPart, membership: Membership, node: str) -> None:
         """What has no leg any more is no error, as it may be asked for again; but it must be one that could have had
-        one. Raises TierError ENOENT with the legs that there are."""
-        if is_uri(node) or node == self.mirrors.node or node in self.mirrors.peers.peers:
-            return
+        one. Raises TierError ENOENT with the legs that there are.
+
+        Of a URI nobody knows that. Where there is a leg on another NBD server it is one that was mistyped, or was
+        removed before, which to believe by mistake leaves a leg there that was meant to go.
+        """
         legs = ", ".join(leg.place for leg in membership.legs)
+        if is_uri(node):
+            if not any(leg.kind == "nbd" for leg in membership.legs):
+                return
+            raise TierError(
+                errno.ENOENT, f"{mirror.name} has no leg {node}, nothing was removed: it has legs on {legs}"
+            )
+        if node == self.mirrors.node or node in self.mirrors.peers.peers:
+            return
         raise TierError(
             errno.ENOENT,
             f"{mirror.name} has no leg on {node}, which is no node that this one knows either: it has legs on {legs}",

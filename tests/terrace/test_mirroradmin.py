@@ -358,6 +358,23 @@ def test_a_leg_on_an_nbd_server_is_removed_and_resynced_by_any_uri_of_its_export
     trio.run(main)
 
 
+def test_a_uri_that_was_mistyped_is_not_told_as_removed_and_the_legs_are_named() -> None:
+    async def main() -> None:
+        record = first_record("a")
+        served = Served(cast("Any", None))
+        served.membership = replace(record, legs=(*record.legs, LegInfo("n", "a", "nbd://nas/db", "nbd")))
+        mirror: Any = SimpleNamespace(name="p/dm")
+        said = r"^p/dm has no leg nbd://nas/bd, nothing was removed: it has legs on a, nbd://nas/db$"
+        with pytest.raises(TierError, match=said) as refused:
+            await Admin(served).remove(mirror, "nbd://nas/bd", force=False)
+        assert refused.value.errno == errno.ENOENT
+        served.membership = record
+        done = await Admin(served).remove(mirror, "nbd://nas/db", force=False)
+        assert done["removed"] == [], "there is no other one that could have been meant: it was removed before"
+
+    trio.run(main)
+
+
 def test_the_event_of_a_verify_says_that_legs_differ_only_where_they_do() -> None:
     assert _found_by_verify("p/dm", VerifyReport(unreadable_bytes=4096)) == (
         "not all of the legs of p/dm can be read, and nothing that can be differs: 4096 bytes can't be read, 0 of them "
