@@ -47,6 +47,10 @@ class Facts:
     """Why it lets writes wait or fail: below quorum, or without a lease."""
     held: str | None = None
     """Why writes wait for the moment, while it is served all the same."""
+    is_lost: bool = False
+    """What it waits for is a leg in sync: none is connected."""
+    is_failing: bool = False
+    """What is `held` fails, by the option for below quorum."""
     progress: Mapping[str, Progress] = field(default_factory=dict)
     """By leg id."""
     away_s: Mapping[str, float] = field(default_factory=dict)
@@ -164,6 +168,8 @@ def _headline(facts: Facts, state: MirrorState, legs: Mapping[str, LegState]) ->
     record = facts.membership
     who = f"{facts.name} is {state.value}"
     here = _primary_elsewhere(facts)
+    if facts.is_lost and facts.serving:
+        return f"{who}: {_lost(facts)}"
     if facts.suspended is not None and facts.serving:
         what = "wait" if record.options.below_quorum == "suspend" else "fail"
         return (
@@ -193,6 +199,24 @@ def _headline(facts: Facts, state: MirrorState, legs: Mapping[str, LegState]) ->
     return f"{who}: {what}. {why[:1].upper()}{why[1:].rstrip('.')}."
 
 
+def _lost(facts: Facts) -> str:
+    """What a primary waits for that has no leg in sync: who has a say, or misses writes, doesn't help."""
+    record = facts.membership
+    good = in_sync_nodes(record)
+    others = sorted({leg.node for leg in record.legs if leg.kind == "terrace"} - good)
+    which = f"the leg on node {_or(sorted(good))} is back" if good else "a leg in sync is back"
+    forced = (
+        f" If that is gone for good, `terrace volume mirror promote --force` on node {_or(others)} goes on without "
+        "what the leg there misses."
+        if others
+        else ""
+    )
+    return (
+        f"its primary, node {record.primary}, has no leg in sync, so nothing is read or written. It goes on when "
+        f"{which}.{forced}"
+    )
+
+
 def _held(facts: Facts) -> str:
     """Behind the headline of a mirror that is served."""
     if facts.held is None:
@@ -200,7 +224,7 @@ def _held(facts: Facts) -> str:
     voters = facts.membership.voters
     silent = any(node in facts.unheard or node not in facts.voters for node in voters)
     change = f" {_quorum_change(facts)}" if silent and rule_of(facts.membership) != "all" else ""
-    return f" Writes wait now: {facts.held}.{change}"
+    return f" Writes {'fail' if facts.is_failing else 'wait'} now: {facts.held}.{change}"
 
 
 def _nodes_or_peers(facts: Facts) -> str:

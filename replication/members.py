@@ -88,6 +88,10 @@ class MirrorStatus:
     unmendable_blocks: int
     map_damaged: frozenset[str] = frozenset()
     """Ids of legs whose map is known to be damaged somewhere, so that nothing is healed there."""
+    is_lost: bool = False
+    """No leg in sync is connected, so nothing is read either; it begins anew when one is back."""
+    is_failing: bool = False
+    """Writes are not only waiting: they fail."""
 
 
 class Member:

@@ -854,4 +854,6 @@ class Mirror:
             longest_wait_s=longest_s,
             unmendable_blocks=len(self.healing.unmendable),
             map_damaged=frozenset(leg_id for leg_id, extents in self.healing.map_damage.items() if extents),
+            is_lost=self.lost and self.end is None,
+            is_failing=self.failing is not None and self.shut,
         )

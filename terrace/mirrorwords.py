@@ -79,6 +79,8 @@ def explained(
             serving=served is not None,
             suspended=status["waiting"] if stands else None,
             held=status["waiting"] if not stands else None,
+            is_lost=seen is not None and seen.is_lost,
+            is_failing=seen is not None and seen.is_failing,
             progress={
                 leg.info.id: Progress(leg.resync.done_bytes, leg.resync.total_bytes, leg.resync.eta_s)
                 for leg in legs

@@ -157,6 +157,27 @@ def test_below_quorum() -> None:
     assert "a majority of the voters can be heard" in explain(facts(ABT, voters=said(ABT, "b", "t"))).paragraph.lower()
 
 
+def test_a_primary_without_a_leg_in_sync_waits_for_that_and_not_for_a_quorum_nor_for_a_leg_that_misses_writes() -> None:
+    lost = facts(
+        ALONE, serving=True, suspended="no leg in sync is connected", is_lost=True, voters=said(ALONE, "a"),
+        unheard={"b": "silent"}, errors={"a": "the device is gone"}, away_s={"a": 5.0, "b": 60.0},
+    )  # fmt: skip
+    assert explain(lost).paragraph == (
+        "fast/vol is Faulted: its primary, node a, has no leg in sync, so nothing is read or written. It goes on when "
+        "the leg on node a is back. If that is gone for good, `terrace volume mirror promote --force` on node b goes "
+        "on without what the leg there misses. The leg on node a has been left out for 5 s: the device is gone. The "
+        "leg on node b has been out of reach for 60 s (silent); it misses writes, and is resynced when it is back."
+    )
+    both = dataclasses.replace(lost, membership=AB)
+    assert explain(both).headline.endswith("It goes on when the leg on node a or b is back.")
+
+
+def test_writes_that_fail_below_quorum_are_not_said_to_wait() -> None:
+    held = facts(ABT, serving=True, connected=frozenset("a"), held="no record", voters=said(ABT, "a"))
+    assert "Writes wait now: no record." in explain(held).headline
+    assert "Writes fail now: no record." in explain(dataclasses.replace(held, is_failing=True)).headline
+
+
 def test_inconsistent() -> None:
     found = explain(facts(ALONE, serving=True, connected=frozenset("ab"), voters=said(ALONE, "b", inconsistent=True)))
     assert found.legs["b"] is LegState.STALE

@@ -165,9 +165,11 @@ def test_below_quorum_writes_fail_where_the_mirror_says_so() -> None:
             with pytest.raises(OSError, match="below quorum") as failed:
                 await mirror.write(0, block(1))
             assert failed.value.errno == errno.EIO
+            assert mirror.status().is_failing and not mirror.status().is_lost
             rig.cluster.quorum = True
             rig.nodes["b"].link.mend()
             await rig.whole()
+            assert not mirror.status().is_failing
             await mirror.write(0, block(2))
             assert rig.store("b").image[0] == 2
 
@@ -311,8 +313,10 @@ def test_when_the_last_leg_fails_its_error_is_the_clients_and_the_mirror_begins_
             with pytest.raises(OSError, match="the pool is full") as failed:
                 await mirror.write(0, block(2))
             assert failed.value.errno == errno.ENOSPC
+            assert mirror.status().is_lost
             rig.store("a").failing = None
             await mirror.write(0, block(3))
+            assert not mirror.status().is_lost
             assert await read(rig, 0, BLOCK_BYTES) == bytes(block(3))
             rig.nodes["b"].link.mend()
             await rig.whole()
