@@ -25,7 +25,7 @@ import xxhash
 
 from replication.healing import LOST_CHECK, has_map
 from replication.inflight import EXTENT_SHIFT
-from replication.leg import BLOCK_BYTES, EXTENT_BYTES, Leg
+from replication.leg import BLOCK_BYTES, EXTENT_BYTES, Leg, LegState
 from replication.reconcile import COMPARE_BYTES, PIECE_BYTES, ungrouped
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ async def verify(
     for offset, length in _pieces(mirror, full):
         await trio.lowlevel.checkpoint()
         began = trio.current_time()
-        if _members(mirror) != members:
+        if set(_members(mirror)) != set(members):  # their order is that of nearness now, which changes
             raise OSError(errno.ENOTCONN, f"{mirror.name}: the legs in sync have changed; verify again")
         for at in await _suspects(members, offset, length, seed if full else None):
             await _judge(mirror, members, at, min(EXTENT_BYTES, mirror.size_bytes - at), report, full, repair)
@@ -109,7 +109,7 @@ def _members(mirror: Mirror) -> list[Member]:
 
 
 def _leg(member: Member) -> Leg:
-    if member.leg is None:
+    if member.leg is None or member.state is not LegState.UP_TO_DATE:
         raise OSError(errno.ENOTCONN, f"the leg on {member.info.node} is gone; verify again")
     return member.leg
 

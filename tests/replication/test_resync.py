@@ -326,6 +326,68 @@ def test_a_full_verify_finds_blocks_that_cant_be_read_and_repairs_them() -> None
     run(body)
 
 
+def test_a_verify_goes_on_where_only_the_order_of_the_legs_by_their_nearness_changes() -> None:
+    async def body() -> None:
+        rig = Rig(2, diskless=True)
+        async with rig.running() as mirror:
+            await filled(rig)
+            rig.store("b").image[0] ^= 1
+            before = [m.info.id for m in mirror.readable()]
+
+            async def read() -> None:
+                while True:
+                    await mirror.read(EXTENT_BYTES, BLOCK_BYTES, memoryview(bytearray(BLOCK_BYTES)))
+                    await trio.sleep(0.001)
+
+            async with trio.open_nursery() as clients:
+                clients.start_soon(read)
+                await trio.sleep(0.1)
+                rig.nodes[mirror.readable()[0].info.node].link.delay_s = 0.02
+                report = await verify(mirror, full=True, rate_bytes_s=SIZE)
+                clients.cancel_scope.cancel()
+            assert [m.info.id for m in mirror.readable()] != before
+            assert report.finished and report.differing_bytes == BLOCK_BYTES
+            assert sorted(report.compared) == sorted(before)
+
+    run(body)
+
+
+def test_a_leg_that_is_lost_while_an_extent_is_compared_and_is_being_brought_up_to_date_is_not_said_to_differ() -> None:
+    async def body() -> None:
+        rig = Rig(2, settings=MirrorSettings(flush_every_s=1000))
+        rig.known = False
+        async with rig.running() as mirror:
+            await mirror.flush()
+            await mirror.write(0, block(7))
+            rig.store("b").bad = {BLOCK_BYTES}  # so that this extent is looked at
+            source = member(rig, "a").leg
+            assert source is not None
+            reads = source.read
+
+            async def read(offset: int, length: int, into: memoryview) -> None:
+                await reads(offset, length, into)
+                if length == BLOCK_BYTES and member(rig, "b").counters.failures == 0:
+                    rig.nodes["b"].link.cut()
+                    await rig.until(lambda: member(rig, "b").leg is None)
+                    rig.store("b").image[:BLOCK_BYTES] = bytes(BLOCK_BYTES)  # its machine went down
+                    source.checks = never  # type: ignore[method-assign]
+                    rig.nodes["b"].link.mend()
+                    await rig.until(lambda: member(rig, "b").state is LegState.SYNCING)
+
+            async def never(offset: int, length: int) -> bytes:
+                await trio.sleep_forever()
+                return b""
+
+            source.read = read  # type: ignore[method-assign]
+            report = VerifyReport()
+            with pytest.raises(OSError) as refused:
+                await verify(mirror, full=True, report=report)
+            assert refused.value.errno == errno.ENOTCONN
+            assert not report.differing_bytes
+
+    run(body)
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_a_repair_goes_on_where_the_first_leg_cant_read_what_differs_or_has_lost_it(full: bool) -> None:
     async def body() -> None:
