@@ -133,6 +133,8 @@ class Healing:
                 try:
                     bad = await self._unreadable(member, first, last - first)
                 except _MapDamagedError as error:
+                    if last > self._site.size_bytes:
+                        break  # it was asked for what is behind its end now
                     self.no_map(member, at, str(error))
                     left.append((first, last - first))
                     continue
@@ -144,6 +146,9 @@ class Healing:
         if healed:
             member.counters.healed_blocks += healed
             self.healed_blocks += healed
+        if stop > self._site.size_bytes:  # the mirror was shrunk meanwhile: what is left of the range is looked at anew
+            again = await self._heal(member, offset, length)
+            return Outcome(healed + again.healed_blocks, again.left)
         return Outcome(healed, tuple(left))
 
     async def _rewrite(self, member: Member, offset: int, length: int, left: list[tuple[int, int]]) -> int:
@@ -157,6 +162,8 @@ class Healing:
         if length > BLOCK_BYTES:  # each of them may be there on some leg
             blocks = range(offset, offset + length, BLOCK_BYTES)
             return sum([await self._rewrite(member, block, BLOCK_BYTES, left) for block in blocks])
+        if offset + length > self._site.size_bytes:
+            return 0
         self.nowhere(offset)
         left.append((offset, length))
         return 0

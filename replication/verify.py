@@ -79,7 +79,7 @@ async def verify(
 ) -> VerifyReport:
     """Compare all legs in sync. `report` is filled while it goes on, for who shows progress.
 
-    Raises OSError ENOTCONN when fewer than two legs are in sync, or no longer are.
+    Raises OSError ENOTCONN when fewer than two legs are in sync, or no longer are; EAGAIN if the mirror is shrunk.
     """
     report = report if report is not None else VerifyReport()
     report.total_bytes = mirror.size_bytes
@@ -92,7 +92,7 @@ async def verify(
         if set(_members(mirror)) != set(members):  # their order is that of nearness now, which changes
             raise OSError(errno.ENOTCONN, f"{mirror.name}: the legs in sync have changed; verify again")
         for at in await _suspects(members, offset, length, seed if full else None):
-            await _judge(mirror, members, at, min(EXTENT_BYTES, mirror.size_bytes - at), report, full, repair)
+            await _judge(mirror, members, at, min(EXTENT_BYTES, offset + length - at), report, full, repair)
         report.done_bytes = min(offset + length, report.total_bytes)
         if rate_bytes_s is not None:
             await trio.sleep_until(began + length / rate_bytes_s)
@@ -112,6 +112,12 @@ def _leg(member: Member) -> Leg:
     if member.leg is None or member.state is not LegState.UP_TO_DATE:
         raise OSError(errno.ENOTCONN, f"the leg on {member.info.node} is gone; verify again")
     return member.leg
+
+
+def _require_size(mirror: Mirror, stop: int) -> None:
+    """What legs say of what is behind their end is no damage. Raises OSError EAGAIN."""
+    if stop > mirror.size_bytes:
+        raise OSError(errno.EAGAIN, f"{mirror.name}: the mirror was shrunk; verify again")
 
 
 def _pieces(mirror: Mirror, full: bool) -> Iterator[tuple[int, int]]:
@@ -172,6 +178,7 @@ async def _judge(
     """With the extent's writers waiting: what differs now does."""
     async with mirror.locks.holding(offset, length):
         await mirror.inflight.settle(offset, length)
+        _require_size(mirror, offset + length)
         blocks = range(offset, offset + length, BLOCK_BYTES)
         sides: dict[str, list[bytes]] = {}
         for member in members:
@@ -179,9 +186,11 @@ async def _judge(
                 sides[member.info.id] = [await _block(_leg(member), at, report, member) for at in blocks]
             else:
                 sides[member.info.id] = await _known(_leg(member), blocks, report, member)
+        _require_size(mirror, offset + length)
         no_map: set[str] = set()
         for member in members:
             if b"" in sides[member.info.id] and not await has_map(member, offset, length):
+                _require_size(mirror, offset + length)
                 no_map.add(member.info.id)
                 mirror.healing.no_map(member, offset, "found by a verify")
                 _add(report.map_damaged, member.info.id, offset, length)

@@ -253,6 +253,10 @@ class MemoryLegStore:
         self.read_bytes += length
         return True
 
+    def _within(self, offset: int, length: int) -> None:
+        if not 0 <= length <= len(self.image) - offset:
+            raise OSError(errno.EINVAL, f"{length} bytes at {offset} of {len(self.image)}")
+
     def _check_readable(self, offset: int, length: int) -> None:
         if self.is_off:
             raise OSError(errno.EIO, "the machine is off")
@@ -281,6 +285,7 @@ class MemoryLegStore:
 
     async def read(self, offset: int, length: int, into: memoryview) -> None:
         await self._pause()
+        self._within(offset, length)
         self._check_readable(offset, length)
         into[:] = self.image[offset : offset + length]
         self.read_bytes += length
@@ -301,6 +306,7 @@ class MemoryLegStore:
 
     async def checks(self, offset: int, length: int) -> bytes:
         await self._pause()
+        self._within(offset, length)
         self._usable()
         self._has_map(offset, length)
         found = bytearray()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import random
@@ -24,7 +25,7 @@ from replication.damage import (
 )
 from replication.healing import Healing
 from replication.leg import BLOCK_BYTES, EXTENT_BYTES, LegState
-from replication.verify import verify
+from replication.verify import VerifyReport, verify
 from tests.replication.fakes import MemoryExtents, run_seeded
 from tests.replication.rig import SIZE, Rig, run
 from tests.simulation.mutants import _instead
@@ -338,6 +339,64 @@ def test_ranges_that_are_none_are_refused(body: Any) -> None:
         judge_ranges(body, SIZE)
     assert refused.value.errno == errno.EPROTO
     assert judge_ranges([[SIZE - 4096, RANGE_BYTES]], SIZE) == [(SIZE - 4096, 4096)]
+
+
+@pytest.mark.parametrize("bad_on", ["b", "ab"])
+def test_what_is_healed_while_the_mirror_is_shrunk_is_neither_a_damaged_map_nor_lost_everywhere(bad_on: str) -> None:
+    async def body(after_s: float) -> bool:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            await filled(rig)
+            rig.nodes["b"].link.delay_s = 0.05
+            for node in bad_on:
+                rig.store(node).bad.update(range(EXTENT_BYTES, 4 * EXTENT_BYTES, BLOCK_BYTES))
+            outcomes = []
+
+            async def mend() -> None:
+                outcomes.append(await mirror.healing.mend("legb", EXTENT_BYTES, 3 * EXTENT_BYTES))
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(mend)
+                await trio.sleep(after_s)
+                is_early = not outcomes
+                await mirror.resize(EXTENT_BYTES)
+            assert not mirror.status().map_damaged
+            behind = [one for one in mirror.healing.unmendable if one >= EXTENT_BYTES]
+            assert not behind or bad_on == "ab", behind
+            for one in behind:
+                assert one < 2 * EXTENT_BYTES, "it was looked at before"
+            assert rig.state("b") is LegState.UP_TO_DATE
+            return is_early
+
+    for tenth in range(1, 12, 2):
+        assert run(lambda after_s=tenth / 10: body(after_s)) or tenth > 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_verify_while_the_mirror_is_shrunk_calls_nothing_damaged_that_is_not(full: bool) -> None:
+    async def body(after_s: float) -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            await filled(rig)
+            rig.nodes["b"].link.delay_s = 0.05
+            bad = set(range(0, 4 * EXTENT_BYTES, BLOCK_BYTES))
+            rig.store("b").lost.update(bad)
+            report = VerifyReport()
+
+            async def look() -> None:
+                with contextlib.suppress(OSError):
+                    await verify(mirror, full=full, report=report)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(look)
+                await trio.sleep(after_s)
+                await mirror.resize(EXTENT_BYTES)
+            assert not mirror.status().map_damaged and not report.map_damaged
+            assert not report.differing_bytes and report.unreadable_bytes <= len(bad) * BLOCK_BYTES
+            assert "lega" not in report.unreadable
+
+    for after_s in (0.05, 0.15, 0.25, 0.35, 1.1, 1.9):
+        run(lambda after_s=after_s: body(after_s))  # type: ignore[misc]
 
 
 def test_damage_behind_the_end_of_a_mirror_that_was_shrunk_holds_up_no_other() -> None:
