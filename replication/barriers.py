@@ -101,6 +101,7 @@ class Barriers:
         Raises OSError ENOSPC, and nothing has changed, where an NBD server has no room for it.
         """
         async with self.barrier():
+            self._site.inflight.resized()
             before = self._site.size_bytes
             grows = size_bytes > before
             for member in list(self._site.members.values()):

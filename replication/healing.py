@@ -155,9 +155,13 @@ class Healing:
         """Blocks of one extent, whose writers wait, on one leg; how many were written. What no leg has: `left`."""
         data = memoryview(bytearray(length))
         for source in [m for m in readable(self._site.members.values()) if m is not member]:
-            if await self._reads.read_from(source, offset, length, data):
+            with self._site.inflight.watching(offset, length) as watch:
+                is_read = await self._reads.read_from(source, offset, length, data)
+            if is_read:
                 if offset + length > self._site.size_bytes:
                     return 0  # shrunk meanwhile
+                if watch.resized:  # perhaps shrunk and grown again, which nothing of before survives
+                    return await self._rewrite(member, offset, length, left)
                 return length // BLOCK_BYTES * await self._site.copy_to(member, offset, data)
         if length > BLOCK_BYTES:  # each of them may be there on some leg
             blocks = range(offset, offset + length, BLOCK_BYTES)

@@ -104,14 +104,16 @@ class Batch:
 
 
 class Watch:
-    """Whether a batch has touched some extents since."""
+    """Whether a batch has touched some extents since, or what was behind an end may have been cut off."""
 
-    __slots__ = ("first", "stop", "touched")
+    __slots__ = ("first", "resized", "stop", "touched")
 
     def __init__(self, first: int, stop: int) -> None:
         self.first = first
         self.stop = stop
         self.touched = False
+        self.resized = False
+        """Then it counts as touched, though no leg was given anything."""
 
 
 class InFlight:
@@ -151,6 +153,11 @@ class InFlight:
         if batch.wide is not None:
             self.wide_count -= 1
         batch.wake()
+
+    def resized(self) -> None:
+        """What was read before may be what was cut off, and is zeros when there is room for it again."""
+        for watch in self._watches:
+            watch.touched = watch.resized = True
 
     def overlaps(self, offset: int, length: int) -> bool:
         """Whether a batch in flight changes something in these extents."""

@@ -249,11 +249,14 @@ class Resync:
             unknown.discard(offset, length)
         for offset, _ in pieces(unknown, site.size_bytes, EXTENT_BYTES):
             data = memoryview(bytearray(BLOCK_BYTES))
-            with site.inflight.watching(offset, BLOCK_BYTES) as watch:
-                await site.inflight.settle(offset, BLOCK_BYTES)
-                await site.read_for_copy(offset, BLOCK_BYTES, data)
-                if not watch.touched and not await site.copy_to(self._member, offset, data):
-                    raise OSError(errno.EIO, "the leg failed while it was brought up to date")
+            is_marked = False
+            while not is_marked:
+                with site.inflight.watching(offset, BLOCK_BYTES) as watch:
+                    await site.inflight.settle(offset, BLOCK_BYTES)
+                    await site.read_for_copy(offset, BLOCK_BYTES, data)
+                    if not watch.touched and not await site.copy_to(self._member, offset, data):
+                        raise OSError(errno.EIO, "the leg failed while it was brought up to date")
+                    is_marked = not watch.resized
 
     # -- copying -----------------------------------------------------------------------------------------------------
 

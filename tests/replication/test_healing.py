@@ -372,6 +372,32 @@ def test_what_is_healed_while_the_mirror_is_shrunk_is_neither_a_damaged_map_nor_
         assert run(lambda after_s=tenth / 10: body(after_s)) or tenth > 1  # type: ignore[misc]
 
 
+def test_what_was_read_before_the_mirror_was_shrunk_heals_nothing_after_it_has_grown_again() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            await filled(rig)
+            rig.store("b").bad = {EXTENT_BYTES}
+            source = mirror.members["lega"].leg
+            assert source is not None
+            reads = source.read
+
+            async def read(offset: int, length: int, into: memoryview) -> None:
+                await reads(offset, length, into)
+                if mirror.size_bytes == SIZE:
+                    source.read = reads  # type: ignore[method-assign]
+                    await mirror.resize(EXTENT_BYTES)
+                    await mirror.resize(SIZE)
+
+            source.read = read  # type: ignore[method-assign]
+            with trio.fail_after(60):
+                await mirror.heal("legb", EXTENT_BYTES, BLOCK_BYTES)
+            for node in "ab":
+                assert rig.store(node).image[EXTENT_BYTES:] == bytes(SIZE - EXTENT_BYTES), node
+
+    run(body)
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_a_verify_while_the_mirror_is_shrunk_calls_nothing_damaged_that_is_not(full: bool) -> None:
     async def body(after_s: float) -> None:

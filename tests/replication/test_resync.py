@@ -181,6 +181,39 @@ def test_writes_go_on_while_a_leg_is_brought_up_to_date_and_none_is_overwritten_
     run(body)
 
 
+def test_what_was_read_before_the_mirror_was_shrunk_is_not_copied_after_it_has_grown_again() -> None:
+    async def body() -> None:
+        rig = Rig(2, in_sync=["lega"], settings=MirrorSettings(resync=ResyncSettings(workers=1)))
+        rig.known = False
+        last = SIZE - EXTENT_BYTES
+        rig.store("a").image[last:] = bytes([3]) * EXTENT_BYTES
+        async with rig.running() as mirror:
+            source = member(rig, "a").leg
+            assert source is not None
+            resized: list[int] = []
+
+            def read_now(offset: int, length: int, into: memoryview) -> bool:
+                return False
+
+            reads = source.read
+
+            async def read(offset: int, length: int, into: memoryview) -> None:
+                await reads(offset, length, into)
+                if offset + length > last and not resized:
+                    resized.append(offset)
+                    await mirror.resize(last)
+                    await mirror.resize(SIZE)
+
+            source.read_now = read_now  # type: ignore[method-assign]
+            source.read = read  # type: ignore[method-assign]
+            await rig.whole()
+            assert resized
+            assert rig.store("a").image[last:] == bytes(EXTENT_BYTES)
+            assert rig.store("b").image == rig.store("a").image
+
+    run(body)
+
+
 def test_what_the_source_has_yet_to_apply_is_waited_for_before_it_is_copied() -> None:
     async def body() -> None:
         rig = Rig(2, in_sync=["lega"])
