@@ -96,7 +96,10 @@ class Healing:
         member = self._site.members.get(leg_id)
         if member is None or member.state is not LegState.UP_TO_DATE:
             return 0
-        blocks = (await self._heal(member, offset, length)).healed_blocks
+        try:
+            blocks = (await self._heal(member, offset, length)).healed_blocks
+        except OSError:
+            return 0  # below quorum: it waits for its next reader, or for a scrub
         self.tell(leg_id, offset, blocks)
         return blocks
 
@@ -120,6 +123,7 @@ class Healing:
         return outcome
 
     async def _heal(self, member: Member, offset: int, length: int) -> Outcome:
+        """Raises OSError EAGAIN where a write has failed below quorum, and it isn't decided whether it is there."""
         healed = 0
         left: list[tuple[int, int]] = []
         start = offset // BLOCK_BYTES * BLOCK_BYTES
@@ -129,7 +133,10 @@ class Healing:
         for at in range(start // EXTENT_BYTES * EXTENT_BYTES, stop, EXTENT_BYTES):
             first, last = max(at, start), min(at + EXTENT_BYTES, stop)
             async with self._site.locks.holding(first, last - first):
-                await self._site.inflight.settle(first, last - first)
+                try:  # whoever waits for the lock is to get the same error
+                    await self._site.inflight.settle_for_client(first, last - first)
+                except OSError as error:
+                    raise OSError(errno.EAGAIN, error.strerror) from None
                 try:
                     bad = await self._unreadable(member, first, last - first)
                 except _MapDamagedError as error:

@@ -177,7 +177,7 @@ async def _judge(
 ) -> None:
     """With the extent's writers waiting: what differs now does."""
     async with mirror.locks.holding(offset, length):
-        await mirror.inflight.settle(offset, length)
+        await mirror.inflight.settle_for_client(offset, length)  # who waits for the lock is to get the same error
         _require_size(mirror, offset + length)
         blocks = range(offset, offset + length, BLOCK_BYTES)
         sides: dict[str, list[bytes]] = {}

@@ -7,6 +7,7 @@ import errno
 import logging
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -159,7 +160,7 @@ def test_a_heal_without_its_lock_is_caught() -> None:
 
 
 def test_a_heal_that_does_not_wait_for_batches_in_flight_is_caught() -> None:
-    without = _instead(Healing, "_heal", "await self._site.inflight.settle(first, last - first)", "pass")
+    without = _instead(Healing, "_heal", "await self._site.inflight.settle_for_client(first, last - first)", "pass")
     with without(), pytest.raises((AssertionError, BaseExceptionGroup)):
         test_a_heal_waits_for_what_its_source_has_yet_to_apply()
 
@@ -370,6 +371,39 @@ def test_what_is_healed_while_the_mirror_is_shrunk_is_neither_a_damaged_map_nor_
 
     for tenth in range(1, 12, 2):
         assert run(lambda after_s=tenth / 10: body(after_s)) or tenth > 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("what", ["heal", "verify"])
+def test_who_heals_or_verifies_below_quorum_keeps_no_client_from_the_error_that_it_should_get(what: str) -> None:
+    async def body() -> None:
+        rig = Rig(3)
+        rig.record = rig.cluster.truth = replace(rig.record, options=replace(rig.record.options, below_quorum="fail"))
+        async with rig.running() as mirror:
+            await filled(rig)
+            rig.store("b").lost = {BLOCK_BYTES}
+            rig.cluster.quorum = False
+            rig.nodes["c"].link.cut()
+            with pytest.raises(OSError, match="below quorum"):
+                await mirror.write(0, block(2))
+            async with trio.open_nursery() as nursery:
+
+                async def look() -> None:
+                    with contextlib.suppress(OSError):
+                        await (mirror.heal("legb", 0, EXTENT_BYTES) if what == "heal" else verify(mirror))
+
+                nursery.start_soon(look)
+                await trio.sleep(0.5)
+                with trio.fail_after(5), pytest.raises(OSError, match="below quorum"):
+                    await mirror.write(100, b"a part of a block")
+                nursery.cancel_scope.cancel()
+            with pytest.raises(OSError, match="below quorum") as refused:
+                await mirror.healing.mend("legb", 0, EXTENT_BYTES)
+            assert refused.value.errno == errno.EAGAIN
+            rig.cluster.quorum = True
+            await rig.until(lambda: not mirror.shut)
+            assert await mirror.heal("legb", 0, EXTENT_BYTES) == 1
+
+    run(body)
 
 
 def test_what_was_read_before_the_mirror_was_shrunk_heals_nothing_after_it_has_grown_again() -> None:

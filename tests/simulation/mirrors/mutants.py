@@ -148,7 +148,7 @@ MUTANTS: Final[dict[str, Plant]] = {
         "_heal",
         "async with self._site.locks.holding(first, last - first):",
         "if True:",
-        "await self._site.inflight.settle(first, last - first)",
+        "await self._site.inflight.settle_for_client(first, last - first)",
         "pass",
     ),
     "a flush of the local leg is enough": _instead(
