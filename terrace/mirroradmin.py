@@ -620,7 +620,10 @@ class MirrorAdmin:
             await self.mirrors.diskless.forget(mirror)
 
     async def resync(self, mirror: MirrorPart, node: str, *, discard: bool, full: bool) -> None:
-        """Have a leg brought up to date now. `discard`: what was written there, in a split brain, is given up."""
+        """Have a leg brought up to date now. `discard`: what was written there, in a split brain, is given up.
+
+        Raises TierError EBUSY for `full` of the only leg in sync.
+        """
         served = await self.served(mirror)
         leg = next((leg for leg in served.membership.legs if _is_same(leg, Place(node))), None)
         if leg is None or leg.id == mirror.me:
@@ -640,6 +643,13 @@ class MirrorAdmin:
         elif member.leg is None and member.error is not None and member.error.errno == errno.EUCLEAN:
             raise TierError(errno.EUCLEAN, str(member.error.strerror))
         elif full:
+            if member.is_proof and not any(one.is_proof for one in served.members.values() if one is not member):
+                # It would be left out for that: then nothing is served, and what clients have under way fails.
+                raise TierError(
+                    errno.EBUSY,
+                    f"node {node} has the only leg of {mirror.name} that is up to date: there is none that it could be "
+                    "compared with; wait for the resync of another one",
+                )
             mirror.compared_in_full.add(leg.id)  # also of one that is away: when it is back
             if member.leg is not None:
                 served.leg_failed(member.leg, OSError(errno.ECANCELED, "an operator wants it compared in full"))

@@ -14,6 +14,7 @@ import trio
 import trio.testing
 
 from replication.leg import LegState
+from replication.members import Member
 from replication.membership import LegInfo, Membership, Options, Term
 from replication.verify import VerifyReport
 from terrace.diskless import DisklessMirror
@@ -345,7 +346,7 @@ def test_a_leg_on_an_nbd_server_is_removed_and_resynced_by_any_uri_of_its_export
         served = Served(cast("Any", None))
         served.membership = replace(record, legs=(*record.legs, leg))
         failed: list[Any] = []
-        member = SimpleNamespace(leg=object(), state=LegState.STALE, error=None)
+        member = SimpleNamespace(leg=object(), state=LegState.STALE, error=None, is_proof=False)
         more = cast("Any", served)
         more.members, more.leg_failed = {"n": member}, lambda leg, error: failed.append(leg)
         mirror: Any = SimpleNamespace(name="p/dm", me="a", compared_in_full=set())
@@ -371,6 +372,28 @@ def test_a_uri_that_was_mistyped_is_not_told_as_removed_and_the_legs_are_named()
         served.membership = record
         done = await Admin(served).remove(mirror, "nbd://nas/db", force=False)
         assert done["removed"] == [], "there is no other one that could have been meant: it was removed before"
+
+    trio.run(main)
+
+
+def test_the_only_leg_in_sync_is_not_left_out_to_be_compared_in_full() -> None:
+    async def main() -> None:
+        served = Served(cast("Any", None))
+        served.membership = first_record("ab")
+        members = {leg.id: Member(leg, 0.0) for leg in served.membership.legs}
+        failed: list[Any] = []
+        more = cast("Any", served)
+        more.members, more.leg_failed = members, lambda leg, error: failed.append(leg)
+        own, other = (members[leg.id] for leg in served.membership.legs)
+        own.state, other.state = LegState.SYNCING, LegState.UP_TO_DATE
+        own.leg = other.leg = cast("Any", object())
+        mirror: Any = SimpleNamespace(name="p/dm", me=own.info.id, compared_in_full=set())
+        with pytest.raises(TierError, match="node b has the only leg of p/dm that is up to date") as refused:
+            await Admin(served).resync(mirror, "b", discard=False, full=True)
+        assert refused.value.errno == errno.EBUSY and not failed and not mirror.compared_in_full
+        own.state = LegState.UP_TO_DATE
+        await Admin(served).resync(mirror, "b", discard=False, full=True)
+        assert failed == [other.leg] and mirror.compared_in_full == {other.info.id}
 
     trio.run(main)
 
