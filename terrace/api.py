@@ -517,12 +517,16 @@ class Api:
         return self._with_mirror(pool, found)
 
     def _with_mirror(self, pool: Pool, status: dict[str, Any]) -> dict[str, Any]:
-        """With `mirror`: what is known here of the mirror that it is a leg of, or null."""
+        """With `mirror`: what is known here of the mirror that it is a leg of, or null; and with `mirror_problem`, a
+        sentence, where it is a leg whose record can't be understood."""
         volume = pool.volume(status["name"].partition("/")[2])
-        mirror = None
-        with suppress(OSError):  # a record that can't be understood was told of
+        mirror, problem = None, None
+        try:
             mirror = self._mirrors.of(volume)
-        return status | {"mirror": self._mirrors.local_status(mirror) if mirror is not None else None}
+        except OSError as error:  # which was told as an event
+            problem = error.strerror
+        known = self._mirrors.local_status(mirror) if mirror is not None else None
+        return status | {"mirror": known, "mirror_problem": problem}
 
     def _tell(self, kind: str, subject: str, text: str) -> None:
         self._events.add(kind, subject, text)

@@ -528,8 +528,7 @@ def delete(context: Context, name: str, force: bool, yes: bool, output: str) -> 
                 err=True,
             )
         elif force:
-            mirrored = [one["name"].partition("/")[2] for one in volumes if one.get("mirror") is not None]
-            legs = [_lost_leg(client.get("pools", name, "volumes", volume, "mirror")) for volume in mirrored]
+            legs = _lost_legs(client, name, volumes)
             for line in legs:
                 click.echo(line, err=True)
         snapshots = sum(volume["snapshots"] for volume in volumes)
@@ -548,6 +547,20 @@ def delete(context: Context, name: str, force: bool, yes: bool, output: str) -> 
                 f"{lost}, at the primary (if that was here, promote another node first): "
                 "`terrace volume mirror remove POOL/VOL NODE`, and `add` when there is a pool here again."
             )
+
+
+def _lost_legs(client: ApiClient, pool_name: str, volumes: list[dict[str, Any]]) -> list[str]:
+    """A sentence for each of these that is a leg of a mirror."""
+    legs = []
+    for one in volumes:
+        if one.get("mirror") is not None:
+            legs.append(_lost_leg(client.get("pools", pool_name, "volumes", one["name"].partition("/")[2], "mirror")))
+        elif one.get("mirror_problem") is not None:
+            legs.append(
+                f"{one['name']}: it is a leg of a mirror that can't be used, and is lost; WHETHER ANOTHER ONE IS UP TO "
+                "DATE ISN'T KNOWN."
+            )
+    return legs
 
 
 def _lost_leg(mirror: dict[str, Any]) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import errno
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from terrace.api import Api
 from terrace.cli.mirror import _leg, _what_is_left, show_mirrors
-from terrace.cli.pool import shown_mapped
+from terrace.cli.pool import _lost_legs, shown_mapped
 from terrace.cli.status import show_status_of_mirrors
 from terrace.cli.volume import warn_of_resync
 
@@ -93,3 +96,36 @@ def test_a_verify_that_found_nothing_but_what_can_not_be_read_does_not_say_that_
     report = {"differing_bytes": 0, "repaired_bytes": 0, "unreadable_bytes": 8192, "healed_bytes": 4096}
     assert _what_is_left("p/dm", report).startswith("4096 bytes of p/dm can't be read, and nothing that can be differs")
     assert _what_is_left("p/dm", report | {"differing_bytes": 1}).startswith("the legs of p/dm are not equal: --repair")
+
+
+def test_each_leg_that_is_lost_with_its_pool_is_named_those_that_cannot_be_used_too() -> None:
+    asked: list[tuple[str, ...]] = []
+
+    class Client:
+        def get(self, *path: str) -> dict[str, Any]:
+            asked.append(path)
+            return mirror(leg("a", "Offline"), leg("b", "UpToDate"), state="Degraded")
+
+    volumes: list[dict[str, Any]] = [
+        {"name": "p/v", "mirror": {}, "mirror_problem": None},
+        {"name": "p/plain", "mirror": None, "mirror_problem": None},
+        {"name": "p/x", "mirror": None, "mirror_problem": "this node has no name any more"},
+    ]
+    assert _lost_legs(cast(Any, Client()), "p", volumes) == [
+        "p/v: its leg here is lost; another one is up to date on node b.",
+        "p/x: it is a leg of a mirror that can't be used, and is lost; WHETHER ANOTHER ONE IS UP TO DATE ISN'T KNOWN.",
+    ]
+    assert asked == [("pools", "p", "volumes", "v", "mirror")]
+
+
+def test_a_volume_that_is_a_leg_whose_record_cannot_be_understood_says_so() -> None:
+    def of(volume: str) -> None:
+        if volume == "x":
+            raise OSError(errno.EIO, "p/x is a leg of a mirror, and can't be used: garbage")
+
+    api = cast(Any, SimpleNamespace(_mirrors=SimpleNamespace(of=of)))
+    pool = cast(Any, SimpleNamespace(volume=lambda name: name))
+    broken = Api._with_mirror(api, pool, {"name": "p/x"})
+    assert broken["mirror"] is None and "can't be used: garbage" in broken["mirror_problem"]
+    plain = Api._with_mirror(api, pool, {"name": "p/v"})
+    assert plain["mirror"] is None and plain["mirror_problem"] is None
