@@ -4,7 +4,7 @@
     GET    /v1/pools                          every pool, failed ones with their error
     POST   /v1/pools                          {name, devices: [{path, tier, size?}], force?}
     GET    /v1/pools/P                        one pool
-    DELETE /v1/pools/P
+    DELETE /v1/pools/P[?force=1]              force: one that takes no writes any more or is not open, whatever is in it
     POST   /v1/pools/P/open                   {truncate_log?, give_up_map?}; try again to open a pool that failed
     POST   /v1/pools/P/grow                   {devices, force?}
     POST   /v1/pools/P/checkpoint
