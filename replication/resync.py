@@ -265,7 +265,9 @@ class Resync:
         while True:
             while number >= self._settings.workers_beside_clients and not self._clients_are_idle():
                 if self._given_out:
-                    return
+                    if not again:
+                        return
+                    break  # perhaps nobody else is left who would do it
                 await trio.sleep(self._settings.judge_s)
             tries = 0
             if again:

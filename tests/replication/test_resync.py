@@ -181,6 +181,40 @@ def test_writes_go_on_while_a_leg_is_brought_up_to_date_and_none_is_overwritten_
     run(body)
 
 
+@pytest.mark.parametrize("touched", [0, SIZE - EXTENT_BYTES])  # one of them is the second worker's
+def test_what_is_touched_is_copied_anew_also_by_a_worker_that_only_works_while_clients_are_idle(touched: int) -> None:
+    async def body() -> None:
+        resync = ResyncSettings(workers=2, workers_beside_clients=1, idle_s=0.2)
+        rig = Rig(2, settings=MirrorSettings(resync=resync))
+        last = SIZE - EXTENT_BYTES
+        async with rig.running() as mirror:
+            rig.nodes["b"].link.cut()
+            await mirror.write(0, block(7))
+            await mirror.write(last, block(8))
+            source = member(rig, "a").leg
+            assert source is not None
+            reads, is_touched = source.read, trio.Event()
+
+            async def read(offset: int, length: int, into: memoryview) -> None:
+                await reads(offset, length, into)
+                if offset == touched and not is_touched.is_set():
+                    await trio.sleep(0.1)  # the other worker has nothing left to do
+                    await mirror.write(touched + BLOCK_BYTES, block(9))
+                    is_touched.set()
+
+            def read_now(offset: int, length: int, into: memoryview) -> bool:
+                return False
+
+            source.read, source.read_now = read, read_now  # type: ignore[method-assign]
+            await trio.sleep(1)
+            rig.nodes["b"].link.mend()
+            await rig.whole()
+            assert is_touched.is_set()
+            assert rig.store("b").image == rig.store("a").image
+
+    run(body)
+
+
 def test_what_was_read_before_the_mirror_was_shrunk_is_not_copied_after_it_has_grown_again() -> None:
     async def body() -> None:
         rig = Rig(2, in_sync=["lega"], settings=MirrorSettings(resync=ResyncSettings(workers=1)))
