@@ -292,7 +292,9 @@ def test_a_promise_between_two_passes_is_seen_even_if_nobody_tells() -> None:
             here.keeper.on_fence.clear()
             here.keeper.promise(Term(5, "c" * 16))
             await primary.send(batch(1, data(0, 1)))
-            assert wire.read_error(await primary.expect(Type.ERROR)).errno == errno.ESTALE
+            frame = await primary.take()
+            assert frame is not None and frame.kind is Type.ERROR
+            assert wire.read_error(frame).errno == errno.ESTALE
             assert here.store.log == []
 
     run(body)

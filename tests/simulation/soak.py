@@ -26,6 +26,7 @@ from rich.text import Text
 
 from tests.cluster.schedule import PROFILES as NODE_PROFILES
 from tests.simulation.mirrors.mutants import MUTANTS
+from tests.simulation.mirrors.worlds import WORLDS
 from tests.simulation.mutants import PLANTS
 from tests.simulation.workload import PROFILES
 
@@ -91,6 +92,7 @@ def _clock(seconds: float) -> str:
 @click.option("--nodes", is_flag=True, help="Real nodes in network namespaces, under faults of the network and kills.")
 @click.option("--mirrors", is_flag=True, help="Simulated mirrors of two and three nodes, under faults of all kinds.")
 @click.option("--profile", type=click.Choice([*PROFILES, *NODE_PROFILES]), help="Only this kind of run.")
+@click.option("--world", type=click.Choice(list(WORLDS)), help="With --mirrors: in this world.")
 @click.option("--workers", type=click.IntRange(min=1), default=os.cpu_count(), show_default="one a core")
 @click.option("--plant", type=click.Choice([*PLANTS, *MUTANTS]), help="With this bug planted, which must be found.")
 def main(
@@ -101,12 +103,15 @@ def main(
     nodes: bool,
     mirrors: bool,
     profile: str | None,
+    world: str | None,
     workers: int,
     plant: str | None,
 ) -> None:
     """Crash and recover simulated pools, with fresh seeds, until time is up. Exit status 1 if a promise was broken."""
     if mirrors and (nodes or profile):
         raise click.UsageError("--mirrors is a kind of run of its own: leave --nodes and --profile out")
+    if world is not None and not mirrors:
+        raise click.UsageError("--world is one of simulated mirrors: give --mirrors too")
     if profile is not None and profile not in (NODE_PROFILES if nodes else PROFILES):
         there = ", ".join(NODE_PROFILES if nodes else PROFILES)
         raise click.UsageError(f"--profile {profile} is not for this kind of run: choose from {there}")
@@ -116,7 +121,11 @@ def main(
     first = random.SystemRandom().randrange(1 << 40) if seed is None else seed
     tally = Tally(first, minutes, cycles, seeds, "faults" if nodes or mirrors else "crashes")
     module = "tests.cluster" if nodes else "tests.simulation.mirrors" if mirrors else "tests.simulation"
-    options = [*(["--profile", profile] if profile else []), *(["--plant", plant] if plant else [])]
+    options = [
+        *(["--profile", profile] if profile else []),
+        *(["--world", world] if world else []),
+        *(["--plant", plant] if plant else []),
+    ]
     click.echo(f"seeds from {tally.first_seed} on, {workers} workers, for {minutes:g} minutes")
     try:
         trio.run(_soak, tally, workers, module, options)

@@ -12,20 +12,41 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import pytest
 import trio
 
 from replication.leg import EXTENT_BYTES, Extents, missing_tracker
+from tests.replication import test_keeper, test_replica
 from tests.simulation.mirrors.__main__ import first_line
 from tests.simulation.mirrors.life import Life, live
-from tests.simulation.mirrors.mutants import CAUGHT_BY, MUTANTS
+from tests.simulation.mirrors.mutants import CAUGHT_BY, CAUGHT_IN, MUTANTS
 from tests.simulation.mirrors.nodes import Node, WatchedMirror
+from tests.simulation.mirrors.worlds import WORLDS, AllLost
 
 FIXED = range(10)
 FRESH_CPU_S = 4.0
+RICH = {
+    "promises": ("promise lost", "taken over", "late writes"),
+    "durability": ("resync lost", "recent lost"),
+    "sizes": ("resized without",),
+}
+"""What must have happened in a few lives of each world."""
+CAUGHT_DIRECTLY: dict[str, Callable[[], None]] = {
+    "a promise fences no session": test_keeper.test_a_promise_is_durable_before_it_is_given_and_fences_lower_terms,
+    "a fenced session goes on": test_replica.test_a_promise_between_two_passes_is_seen_even_if_nobody_tells,
+    "recent is forgotten though a leg hasn't flushed": (
+        test_replica.test_recent_changes_are_forgotten_only_when_the_flush_that_covers_them_is_common
+    ),
+}
+"""No life has seen these, as another rule holds where one of them is broken.
+
+A session that was fenced is also cancelled, and a newer one waits until it has ended: only all of these together let
+two write (`older sessions go on beside newer ones`). A primary whose voters have promised a later term has lost its
+lease before, and its records are refused, so it acknowledges nothing by a session that wasn't fenced. And a flush that
+`recent` is forgotten by too early is one that this leg has done: only the last few batches of it aren't in another's.
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -66,18 +87,21 @@ def test_fresh_lives_break_no_promise() -> None:
     assert count
 
 
+@pytest.mark.parametrize("world", RICH)
+def test_worlds_of_their_own_break_no_promise_and_have_what_they_are_for(world: str) -> None:
+    seen: Counter[str] = Counter()
+    fresh = random.SystemRandom().randrange(1 << 40)
+    for seed in (0, fresh):
+        print(f"--world={world} --seed={seed}")
+        seen += live(seed, WORLDS[world]).counts
+    for happened in RICH[world]:
+        assert seen[happened] > 0, happened
+
+
 def test_the_same_seed_is_the_same_life_in_another_process() -> None:
     command = [sys.executable, "-m", "tests.simulation.mirrors", "--seed", "3"]
     one, other = (subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(2))
     assert "digest" in one and one == other
-
-
-class AllLost(random.Random):
-    """A power cut by this keeps nothing that wasn't synced."""
-
-    def choice(self, seq: Any) -> Any:
-        """The least."""
-        return seq[0]
 
 
 class WordOnItsWay(Life):
@@ -189,3 +213,23 @@ def test_a_mirror_that_is_wrong_is_caught(name: str) -> None:
                 print(f"seed {seed}: {first_line(error)}")
                 return
     raise AssertionError(f"{name}: not noticed")
+
+
+@pytest.mark.parametrize("name", CAUGHT_IN)
+def test_a_mirror_that_is_wrong_is_caught_in_the_world_that_is_made_for_it(name: str) -> None:
+    world, seeds = CAUGHT_IN[name]
+    with MUTANTS[name]():
+        for seed in seeds:
+            try:
+                live(seed, WORLDS[world])
+            except (AssertionError, OSError, trio.TooSlowError, BaseExceptionGroup) as error:
+                print(f"--world={world} --seed={seed}: {first_line(error)}")
+                return
+    raise AssertionError(f"{name}: not noticed")
+
+
+@pytest.mark.parametrize("name", CAUGHT_DIRECTLY)
+def test_what_two_rules_protect_from_is_caught_by_the_smallest_case_of_one(name: str) -> None:
+    CAUGHT_DIRECTLY[name]()
+    with MUTANTS[name](), pytest.raises((AssertionError, OSError, trio.TooSlowError, BaseExceptionGroup)):
+        CAUGHT_DIRECTLY[name]()

@@ -18,14 +18,16 @@ import click
 
 from tests.simulation.mirrors.life import Life, digest, live
 from tests.simulation.mirrors.mutants import MUTANTS
+from tests.simulation.mirrors.worlds import WORLDS
 
 
 @click.command()
 @click.option("--seed", type=int, required=True, help="Which life.")
 @click.option("--plant", type=click.Choice(list(MUTANTS)), help="With this bug, which must be found.")
+@click.option("--world", type=click.Choice(list(WORLDS)), default="life", help="In this world; see `worlds`.")
 @click.option("--stream", type=click.IntRange(min=1), hidden=True, help="For soak: every so many'th seed, for ever.")
 @click.option("--verbose", is_flag=True, help="Show what is logged, and the schedule also of a life that is well.")
-def main(seed: int, plant: str | None, stream: int | None, verbose: bool) -> None:
+def main(seed: int, plant: str | None, world: str, stream: int | None, verbose: bool) -> None:
     """Live one life of a mirror, and judge it. Exit status 1 if a promise was broken."""
     if os.environ.get("PYTHONHASHSEED") != "0":
         # The order of a set of strings is the process's own otherwise.
@@ -34,12 +36,12 @@ def main(seed: int, plant: str | None, stream: int | None, verbose: bool) -> Non
     with MUTANTS[plant]() if plant else contextlib.nullcontext():
         if stream is not None:
             for number in itertools.count(seed, stream):
-                _tell_of(number, plant)
+                _tell_of(number, plant, world)
         try:
-            life = live(seed)
+            life = live(seed, WORLDS[world])
         except Exception as error:
             traceback.print_exception(error)
-            click.echo(f"\nreplay: {command(seed, plant)}")
+            click.echo(f"\nreplay: {command(seed, plant, world)}")
             sys.exit(1)
     if verbose:
         click.echo("\n".join(life.schedule))
@@ -55,15 +57,16 @@ def told(life: Life) -> str:
     )
 
 
-def command(seed: int, plant: str | None) -> str:
+def command(seed: int, plant: str | None, world: str = "life") -> str:
     """What lives the same life again."""
-    return f"python -m tests.simulation.mirrors --seed={seed}" + (f" --plant='{plant}'" if plant else "")
+    elsewhere = f" --world={world}" if world != "life" else ""
+    return f"python -m tests.simulation.mirrors --seed={seed}{elsewhere}" + (f" --plant='{plant}'" if plant else "")
 
 
-def _tell_of(seed: int, plant: str | None) -> None:
-    _tell(begin=seed, replay=command(seed, plant))
+def _tell_of(seed: int, plant: str | None, world: str) -> None:
+    _tell(begin=seed, replay=command(seed, plant, world))
     try:
-        life = live(seed)
+        life = live(seed, WORLDS[world])
     except Exception as error:
         _tell(seed=seed, error=first_line(error))
     else:

@@ -59,6 +59,10 @@ FAULTS: Final = (
 class Life:
     """See the module. `await run()` raises ViolationError, or what was raised where nothing may be."""
 
+    kinds: tuple[str, ...] = FAULTS
+    """What `befall` is given, each as often as it is in here."""
+    shapes: tuple[str, ...] = ("3", "3", "3", "2", "2+1")
+
     def __init__(self, seed: int, *, faults: int = 6, operations: int = OPERATIONS) -> None:
         self.seed = seed
         self.rng = rng = random.Random(seed)
@@ -69,7 +73,7 @@ class Life:
         self.network = Network(rng)
         self.network.slowness = self.pace = rng.choice((0.5, 2.0, 8.0))
         self.schedule: list[str] = []
-        self.shape = rng.choice(("3", "3", "3", "2", "2+1"))
+        self.shape = rng.choice(self.shapes)
         legs = "abc" if self.shape == "3" else "ab"
         names = "ab" if self.shape == "2" else "abc"
         self.nodes = {
@@ -104,7 +108,7 @@ class Life:
     @property
     def faults_met(self) -> int:
         """How many there were."""
-        return sum(self.counts[kind] for kind in set(FAULTS))
+        return sum(self.counts[kind] for kind in set(self.kinds))
 
     def losses(self) -> tuple[int, ...]:
         """Changes when what was acknowledged may be gone: what was under way then proves nothing."""
@@ -398,35 +402,39 @@ class Life:
             with trio.move_on_after(0.5):
                 while not any(local.mirror is not None and local.mirror.inflight.batches for local in self.serving()):
                     await trio.sleep(0.001 + self.rng.random() * 0.003)
-            kind = self.rng.choice(FAULTS)
+            kind = self.rng.choice(self.kinds)
             self.counts[kind] += 1
             node = self.nodes[self.rng.choice(sorted(self.nodes))]
             self.trace(f"{kind} {node.name}")
-            if kind in ("kill", "power"):
-                await self.down([node], power=kind == "power")
-            elif kind in ("all killed", "all powered"):
-                some = list(self.nodes.values())
-                if self.rng.random() < 0.5:
-                    some.remove(node)
-                await self.down(some, power=kind == "all powered")
-            elif kind == "at an operation":
-                await self.down_at_an_operation(node)
-            elif kind in ("partition", "one way"):
-                await self.cut(node, one_way=kind == "one way")
-            elif kind == "reset":
-                self.network.reset(node.name, self.rng.choice(sorted(set(self.nodes) - {node.name})))
-            elif kind == "slow network":
-                self.network.slowness = self.rng.choice((10.0, 40.0, 150.0))
-                await trio.sleep(self.rng.random())
-                self.network.slowness = self.pace
-            elif kind == "stop":
-                await self.stop(node)
-            elif kind == "usurped":
-                await self.usurp()
-            elif kind == "power in a resync":
-                await self.interrupt_a_resync()
-            elif node.machine is not None:
-                await self.disk_fault(node, kind)
+            await self.befall(kind, node)
+
+    async def befall(self, kind: str, node: Node) -> None:
+        """One fault, from its beginning to its end."""
+        if kind in ("kill", "power"):
+            await self.down([node], power=kind == "power")
+        elif kind in ("all killed", "all powered"):
+            some = list(self.nodes.values())
+            if self.rng.random() < 0.5:
+                some.remove(node)
+            await self.down(some, power=kind == "all powered")
+        elif kind == "at an operation":
+            await self.down_at_an_operation(node)
+        elif kind in ("partition", "one way"):
+            await self.cut(node, one_way=kind == "one way")
+        elif kind == "reset":
+            self.network.reset(node.name, self.rng.choice(sorted(set(self.nodes) - {node.name})))
+        elif kind == "slow network":
+            self.network.slowness = self.rng.choice((10.0, 40.0, 150.0))
+            await trio.sleep(self.rng.random())
+            self.network.slowness = self.pace
+        elif kind == "stop":
+            await self.stop(node)
+        elif kind == "usurped":
+            await self.usurp()
+        elif kind == "power in a resync":
+            await self.interrupt_a_resync()
+        elif node.machine is not None:
+            await self.disk_fault(node, kind)
 
     async def down(self, nodes: list[Node], *, power: bool) -> None:
         """They go, and come back after a while."""

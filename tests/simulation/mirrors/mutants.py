@@ -34,6 +34,14 @@ async def _keep(leg: object, size_bytes: int) -> None:
     """No leg is made to fit."""
 
 
+UNFENCED: Final = _instead(
+    _Session,
+    "_check",
+    "if self.fence_error is not None:\n        raise self.fence_error\n    if not self._keeper.allows(self.term):",
+    "if False:",
+)
+
+
 MUTANTS: Final[dict[str, Plant]] = {
     **{
         name: MIRRORS[name]
@@ -102,11 +110,12 @@ MUTANTS: Final[dict[str, Plant]] = {
     ),
     "voters promise while the primary lives": _patched(KeptVoter, "_judge_alive", lambda self, said, candidate: None),
     # Sessions
-    "a fenced session goes on": _instead(
-        _Session,
-        "_check",
-        "if self.fence_error is not None:\n        raise self.fence_error\n    if not self._keeper.allows(self.term):",
-        "if False:",
+    "a fenced session goes on": UNFENCED,
+    "a promise fences no session": _patched(LegKeeper, "allows", lambda self, term: True),
+    "older sessions go on beside newer ones": _all_of(
+        _instead(_Session, "fence", "self._scope.cancel()", "pass"),
+        UNFENCED,
+        _instead(_Session, "run", "async with self._replica._turn:", "if True:"),
     ),
     "a replica says that it has a batch before it has": _instead(
         _Session,
@@ -185,4 +194,14 @@ CAUGHT_BY: Final[dict[str, tuple[int, ...]]] = {
     "what is replayed after a crash isn't marked": (21, 38, 69, 74),
     "resync ignores what was touched": (17, 98, 109, *range(12)),
 }
-"""Lives that catch some of them: the first did when this was written. The others are for `scripts/soak --plant`."""
+"""Lives that catch some of them: the first did when this was written."""
+
+CAUGHT_IN: Final[dict[str, tuple[str, tuple[int, ...]]]] = {
+    "a promise isn't durable": ("promises", (2, 8, 15, *range(20))),
+    "older sessions go on beside newer ones": ("promises", (3, 12, 15, *range(20))),
+    "extents leave the tracker before the flush": ("durability", (1, *range(30))),
+    "a leg forgets what is recent at each flush": ("durability", (2, 3, 5, *range(20))),
+    "a leg keeps the size that it has": ("sizes", (11, 7, 10, *range(20))),
+}
+"""Those that need a world of their own (`worlds`), and lives there. The others are for `scripts/soak --plant`, but for
+those that another rule protects from as well: `CAUGHT_DIRECTLY` in `test_mirrors`."""

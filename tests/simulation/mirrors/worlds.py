@@ -1,0 +1,310 @@
+"""Worlds of their own: random lives that are full of the events which a breach of one rule needs to be seen.
+
+In `life.Life` these are too seldom: a process that dies just after its promise, a machine that loses what a resync has
+just flushed, a leg that is away while the mirror grows. Each world has such an event among its faults, drawn from the
+life's own stream; so a world's seeds are its own, and no event that is added here changes what another world lives.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any, Final
+
+import trio
+
+from replication.leg import EXTENT_BYTES, LegState, missing_tracker
+from tests.simulation.mirrors.judge import SECTOR
+from tests.simulation.mirrors.life import EXTENTS, Life
+from tests.simulation.mirrors.nodes import Node, WatchedMirror
+
+PATIENCE_S: Final = 3.0
+
+
+class AllLost(random.Random):
+    """A power cut by this keeps nothing that wasn't synced."""
+
+    def choice(self, seq: Any) -> Any:
+        """The least."""
+        return seq[0]
+
+
+class World(Life):
+    """What the worlds have in common."""
+
+    def primary(self) -> WatchedMirror | None:
+        """A mirror that serves now."""
+        serving = self.serving()
+        mirror = self.rng.choice(serving).mirror if serving else None
+        return mirror if isinstance(mirror, WatchedMirror) else None
+
+    def follower(self, mirror: WatchedMirror) -> Node | None:
+        """Another node with a leg in sync."""
+        here = mirror.process.node.name
+        names = [leg.node for leg in mirror.membership.legs if leg.id in mirror.membership.in_sync]
+        names = [name for name in names if name != here and self.local_of(name) is not None]
+        return self.nodes[self.rng.choice(names)] if names else None
+
+    async def lose_all(self, node: Node) -> None:
+        """Its machine goes down, and what wasn't synced is gone; on return it is up again."""
+        machine = node.machine
+        if machine is None or node.process is None:
+            return
+        before, machine.rng = machine.rng, AllLost(0)
+        try:
+            await node.kill(power=True)
+        finally:
+            machine.rng = before
+        await trio.sleep(self.rng.random() * self.rng.choice((0.05, 0.5, 1.5)))
+        await self.up(node)
+
+    async def fill(self, mirror: WatchedMirror, first: int, count: int) -> None:
+        """A write into each of some extents, whoever refuses it."""
+        for extent in range(first, first + count):
+            with trio.move_on_after(1.0):
+                try:
+                    at = extent * EXTENT_BYTES
+                    if at < mirror.size_bytes:
+                        await self.write(mirror, at, self.judge.data(self.rng.choice((8, 64, EXTENT_BYTES // SECTOR))))
+                except OSError as error:
+                    self.trace(f"refused: {error}")
+
+
+class Promises(World):
+    """A process dies after its promise; and what a primary had sent before the promise arrives when others have gone
+    on."""
+
+    kinds = ("promise and kill", "promise and kill", "late writes", "late writes", "kill", "power", "usurped")
+    shapes = ("3",)
+
+    async def befall(self, kind: str, node: Node) -> None:
+        """See the class."""
+        if kind == "promise and kill":
+            await self.kill_behind_a_promise()
+        elif kind == "late writes":
+            await self.deliver_late()
+        else:
+            await super().befall(kind, node)
+
+    async def kill_behind_a_promise(self) -> None:
+        """A voter has promised, dies, and is up again, before the record comes for which it was asked: meanwhile it
+        hears nobody but the primary of before."""
+        mirror = self.primary()
+        if mirror is None:
+            return
+        name = mirror.process.node.name
+        heir, third = self.rng.sample(sorted(set(self.nodes) - {name}), 2)
+        local, its = self.local_of(heir), self.local_of(third)
+        machine = self.nodes[heir].machine
+        if local is None or its is None or local.starting or machine is None:
+            return
+        apart = {(name, heir), (heir, name)}
+        third_apart = {(name, third), (third, name)}
+        before = self.promised(third)
+        late_s = self.rng.choice((0.3, 0.6, 1.0))
+        self.network.change(self.network.blocked | apart | third_apart)
+
+        async def dawdle() -> None:
+            await trio.sleep(late_s)
+
+        async with trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def take_over() -> None:
+                with trio.move_on_after(6.0):
+                    await trio.sleep(0.85)
+                    while True:
+                        try:
+                            await local.promote()
+                            self.counts["taken over"] += 1
+                            return
+                        except OSError:
+                            await trio.sleep(0.03)
+
+            with trio.move_on_after(PATIENCE_S):
+                while self.promised(third) <= before:
+                    await trio.sleep(0.002)
+                machine.media[0].before_sync = dawdle  # its own promise comes last, and then the record
+                self.counts["promise lost"] += 1
+                with trio.CancelScope(shield=True):
+                    await self.nodes[third].kill(power=self.rng.random() < 0.2)
+                    await self.up(self.nodes[third])
+                self.trace(f"{third} has promised {heir} a term, was started again, and hears {name}")
+                self.network.change(self.network.blocked - third_apart)
+                with trio.move_on_after(late_s + 0.2):
+                    await self.fill(mirror, self.rng.randrange(EXTENTS), 1)
+            machine.media[0].before_sync = None
+            self.network.change(self.network.blocked - apart - third_apart)
+        self.trace(f"{name} is connected again")
+
+    def promised(self, node: str) -> int:
+        """The number of the term that its leg has promised."""
+        local = self.local_of(node)
+        record = None if local is None else local.keeper.record
+        return 0 if record is None or record.promised is None else record.promised.number
+
+    async def deliver_late(self) -> None:
+        """What the primary has sent is held up until another one serves."""
+        mirror = self.primary()
+        if mirror is None:
+            return
+        name = mirror.process.node.name
+        others = sorted(set(self.nodes) - {name})
+        heirs = [local for local in map(self.local_of, others) if local is not None and not local.starting]
+        if not heirs:
+            return
+        heir = self.rng.choice(heirs)
+        ways = {(name, other) for other in others}
+        self.network.change(self.network.blocked | ways)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.fill, mirror, self.rng.randrange(EXTENTS - 1), 2)
+            with trio.move_on_after(PATIENCE_S):
+                await trio.sleep(0.8)
+                while not heir.serves:
+                    try:
+                        await heir.promote()
+                        self.counts["taken over"] += 1
+                    except OSError:
+                        await trio.sleep(0.01)
+                await trio.sleep(self.rng.random() * self.rng.choice((0.02, 0.1, 0.5)))
+            self.network.change(self.network.blocked - ways)
+        self.trace(f"{name} is heard again")
+
+
+class Durability(World):
+    """A leg's machine goes down, and all that wasn't synced is lost, just when the primary counts on it."""
+
+    kinds = (
+        *("loses its resync", "loses its resync", "loses what is recent", "loses what is recent"),
+        *("slow disk", "kill", "power in a resync", "reset"),
+    )
+    shapes = ("3", "3", "2+1")
+
+    async def befall(self, kind: str, node: Node) -> None:
+        """See the class."""
+        if kind == "loses its resync":
+            await self.lose_a_resync()
+        elif kind == "loses what is recent":
+            await self.lose_what_is_recent()
+        else:
+            await super().befall(kind, node)
+
+    async def lose_a_resync(self) -> None:
+        """A leg that was away is brought much, and loses it when the first of it isn't missed any more."""
+        mirror = self.primary()
+        node = None if mirror is None else self.follower(mirror)
+        if mirror is None or node is None:
+            return
+        leg = f"leg-{node.name}"
+        await node.kill(power=False)
+        with trio.move_on_after(PATIENCE_S):
+            while leg in mirror.membership.in_sync:
+                await trio.sleep(0.02)
+        await self.fill(mirror, 0, EXTENTS)
+        slow_s = self.rng.choice((0.02, 0.2, 0.2))
+
+        async def dawdle() -> None:
+            await trio.sleep(slow_s)
+
+        if node.machine is not None:
+            node.machine.media[0].before_sync = dawdle  # else the record that it is in sync comes first, and syncs
+        await self.up(node)
+        with trio.move_on_after(PATIENCE_S):
+            most, left = 0, 1
+            while left >= most:
+                await trio.sleep(0.001)
+                local, member = self.local_of(mirror.process.node.name), mirror.members[leg]
+                extents = None if local is None else local.store.trackers.get(missing_tracker(leg))
+                if extents is not None and member.state is LegState.SYNCING:
+                    left = sum(length for _, length in extents.runs())
+                    most = max(most, left)
+                elif most:
+                    break
+            self.trace(f"{node.name} loses what its resync has brought")
+            self.counts["resync lost"] += 1
+            with trio.CancelScope(shield=True):
+                await self.lose_all(node)
+        self.mend(node)
+
+    async def lose_what_is_recent(self) -> None:
+        """A leg loses what it has taken while a common flush was under way, as soon as that has ended.
+
+        Nothing but `recent` at the others tells of that: its own was saved when it was empty, and what is lost isn't
+        replayed.
+        """
+        mirror = self.primary()
+        node = None if mirror is None else self.follower(mirror)
+        local = None if node is None else self.local_of(node.name)
+        if mirror is None or node is None or local is None:
+            return
+
+        async def dawdle() -> None:
+            await trio.sleep(0.1)
+
+        with trio.move_on_after(PATIENCE_S):
+            try:
+                await mirror.flush()
+                await mirror.flush()
+                await local.pool.checkpoint()
+                for one in self.nodes.values():
+                    if one.machine is not None:
+                        one.machine.media[0].before_sync = dawdle
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self.flush, mirror)
+                    await trio.sleep(0.02 + self.rng.random() * 0.05)
+                    await self.fill(mirror, self.rng.randrange(1, EXTENTS - 1), self.rng.randrange(1, 3))
+                await trio.sleep(self.rng.random() * self.rng.choice((0.0, 0.0, 0.01)))
+            except OSError as error:
+                self.trace(f"refused: {error}")
+            self.trace(f"{node.name} loses what is recent")
+            self.counts["recent lost"] += 1
+            with trio.CancelScope(shield=True):
+                await self.lose_all(node)
+        for one in self.nodes.values():
+            self.mend(one)
+
+    async def flush(self, mirror: WatchedMirror) -> None:
+        """Whoever refuses it."""
+        try:
+            await mirror.flush()
+        except OSError as error:
+            self.trace(f"refused: {error}")
+
+
+class Sizes(World):
+    """The mirror shrinks and grows while a leg is away, or while the nodes are cut off from each other."""
+
+    kinds = ("resized without", "resized without", "resized without", "kill", "partition", "usurped", "reset")
+    shapes = ("3", "3", "2+1")
+
+    async def befall(self, kind: str, node: Node) -> None:
+        """See the class."""
+        if kind == "resized without":
+            await self.resize_without()
+        else:
+            await super().befall(kind, node)
+
+    async def resize_without(self) -> None:
+        """A leg is away while the mirror gets another size, once or twice."""
+        mirror = self.primary()
+        node = None if mirror is None else self.follower(mirror)
+        if mirror is None or node is None:
+            return
+        leg = f"leg-{node.name}"
+        await node.kill(power=False)
+        with trio.move_on_after(PATIENCE_S):
+            while leg in mirror.membership.in_sync:
+                await trio.sleep(0.02)
+        for _ in range(self.rng.randrange(1, 3)):
+            sizes = [extents for extents in range(EXTENTS - 2, EXTENTS + 1) if extents << 16 != mirror.size_bytes]
+            try:
+                with trio.move_on_after(PATIENCE_S):
+                    await self.resize(mirror, self.rng.choice(sizes) * EXTENT_BYTES)
+                    self.counts["resized without"] += 1
+            except OSError as error:
+                self.trace(f"operator: {error}")
+            await self.fill(mirror, EXTENTS - 2, self.rng.randrange(3))
+        await self.up(node)
+
+
+WORLDS: Final[dict[str, type[Life]]] = {"life": Life, "promises": Promises, "durability": Durability, "sizes": Sizes}
+"""By their names, as `--world` takes them."""
