@@ -31,6 +31,7 @@ RICH = {
     "promises": ("promise lost", "taken over", "late writes"),
     "durability": ("resync lost", "recent lost"),
     "sizes": ("resized without",),
+    "anew": ("poisoned", "anew"),
 }
 """What must have happened in a few lives of each world."""
 CAUGHT_DIRECTLY: dict[str, Callable[[], None]] = {

@@ -42,7 +42,7 @@ from terrace.arbiter import Arbiter
 from terrace.config import EtcdConfig
 from terrace.localmirror import LocalMirror
 from terrace.peers import Peers
-from terrace.primary import ServedMirror, nodes_of_mirror
+from terrace.primary import MirrorPart, ServedMirror, nodes_of_mirror
 from tests.simulation.machine import Disk, Machine, PowerCutError
 from tests.simulation.mirrors.judge import extents_of, named, place_of
 from tests.simulation.mirrors.network import Network, SimSocket, simulated
@@ -275,6 +275,9 @@ class WatchedMirror(ServedMirror):
                 local = self.life.local_of(node)
                 if local is None or self.life.nodes[node].is_vulnerable:
                     continue
+                accepted = local.keeper.record.accepted
+                if accepted is not None and not accepted.has(info.id):
+                    continue  # a record may count by which that one is no leg any more; if not, it misses everything
                 known: set[int] = set()
                 for at, length in local.store.trackers.get(missing_tracker(info.id), ChangedExtents()).runs():
                     known.update(range(at // EXTENT_BYTES, (at + length) // EXTENT_BYTES))
@@ -323,8 +326,15 @@ class Node:
         self.ended = trio.Event()
         self.ended.set()
         if has_leg:
-            self.machine = Machine([Disk("fast", SEGMENTS)], seed=rng.getrandbits(30), settings=SETTINGS)
-            self.machine.pauses = rng.choice((0, 1))
+            self.renew()
+            self.is_vulnerable = False
+
+    def renew(self) -> None:
+        """It gets disks on which there is nothing, and has no leg. No process is on it."""
+        self.machine = Machine([Disk("fast", SEGMENTS)], seed=self.rng.getrandbits(30), settings=SETTINGS)
+        self.machine.pauses = self.rng.choice((0, 1))
+        self.accepted = None
+        self.is_vulnerable = True
 
     def clock(self) -> float:
         """Seconds since some time, at this machine's own speed."""
@@ -536,6 +546,19 @@ def _lease(lease_s: float, voters: Any) -> PrimaryLease:
     return PrimaryLease(lease_s, voters, RUNNING.get().node.clock)
 
 
+def _in_its_process(ask: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Who asks a mirror may be a client, and a lease for other voters is made on the way."""
+
+    def asked(part: Any) -> bool:
+        token = RUNNING.set(part._node)
+        try:
+            return ask(part)
+        finally:
+            RUNNING.reset(token)
+
+    return asked
+
+
 @contextlib.contextmanager
 def surroundings(rng: random.Random) -> Iterator[None]:
     """See the module."""
@@ -545,6 +568,7 @@ def surroundings(rng: random.Random) -> Iterator[None]:
         for owner, name, new in (
             (terrace.primary, "ServedMirror", WatchedMirror),
             (terrace.primary, "PrimaryLease", _lease),
+            (MirrorPart, "_may_serve", _in_its_process(MirrorPart._may_serve)),
             (replication.voters, "_store", _store),
             (replication.durable, "sync_directory", lambda path: None),
             (trio.to_thread, "run_sync", _inline),

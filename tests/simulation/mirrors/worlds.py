@@ -12,10 +12,12 @@ from typing import Any, Final
 
 import trio
 
+from replication.keeper import LegRecord
 from replication.leg import EXTENT_BYTES, LegState, missing_tracker
+from replication.membership import LegInfo
 from tests.simulation.mirrors.judge import SECTOR
 from tests.simulation.mirrors.life import EXTENTS, Life
-from tests.simulation.mirrors.nodes import Node, WatchedMirror
+from tests.simulation.mirrors.nodes import Node, WatchedMirror, make_leg
 
 PATIENCE_S: Final = 3.0
 
@@ -84,6 +86,17 @@ class Promises(World):
             await self.deliver_late()
         else:
             await super().befall(kind, node)
+
+    async def help(self) -> None:
+        """Also of a primary whose excluded legs have promised a later term, which came to nothing: it is in no position
+        to begin one, as nothing may be in flight for that, and nobody else while it lives. A restart of it helps."""
+        await super().help()
+        for local in self.serving():
+            name = local._node.peers.node
+            if local.mirror is not None and local.mirror.excluding and not local.mirror.may_serve():
+                self.trace(f"operator: restarts {name}")
+                self.counts["restarted"] += 1
+                await self.stop(self.nodes[name])
 
     async def kill_behind_a_promise(self) -> None:
         """A voter has promised, dies, and is up again, before the record comes for which it was asked: meanwhile it
@@ -306,5 +319,155 @@ class Sizes(World):
         await self.up(node)
 
 
-WORLDS: Final[dict[str, type[Life]]] = {"life": Life, "promises": Promises, "durability": Durability, "sizes": Sizes}
+class Anew(World):
+    """Syncs fail, which ends a pool for good: its leg is taken out, and made anew on other disks. So are sound ones."""
+
+    kinds = ("failing sync", "failing sync", "made anew", "kill", "power", "reset", "slow disk", "partition")
+    shapes = ("3", "3", "2+1")
+
+    def __init__(self, seed: int, **options: Any) -> None:
+        super().__init__(seed, **options)
+        self.turn = trio.Lock()
+        """One fault at a time: a second one may leave a pool that takes no writes as the only leg in sync."""
+        self.made = 0
+
+    async def befall(self, kind: str, node: Node) -> None:
+        """See the class."""
+        async with self.turn:
+            if kind == "failing sync":
+                await self.fail_a_sync(node)
+            elif kind == "made anew":
+                await self.replace(node)
+            else:
+                await super().befall(kind, node)
+
+    async def fail_a_sync(self, node: Node) -> None:
+        """Of a leg while all are in sync. What wasn't synced is gone, though its kernel shows it."""
+        with trio.move_on_after(PATIENCE_S):
+            while self.whole() is None:
+                await trio.sleep(0.02)
+        if node.machine is None or node.process is None or self.whole() is None:
+            return
+        medium = node.machine.media[0]
+
+        async def is_lost() -> None:
+            node.is_vulnerable = True
+            await trio.lowlevel.checkpoint()
+
+        medium.failing_syncs, medium.before_sync = 1, is_lost
+        with trio.move_on_after(PATIENCE_S):
+            while medium.failing_syncs:
+                await trio.sleep(0.005)
+        medium.before_sync = None
+        if medium.failing_syncs:
+            medium.failing_syncs = 0
+            return
+        self.counts["poisoned"] += 1
+        self.trace(f"a sync of {node.name} has failed")
+        await trio.sleep(self.rng.random() * self.rng.choice((0.0, 0.5, 2.0)))
+        if self.rng.random() < 0.3:
+            await node.kill(power=self.rng.random() < 0.5)
+            await self.up(node)
+        await self.replace(node)
+
+    async def replace(self, node: Node) -> None:
+        """What an operator does who reads in what state its pool is; again, until it is done."""
+        if node.machine is None:
+            return
+        with trio.move_on_after(20.0):
+            while True:
+                try:
+                    if await self.make_anew(node):
+                        self.counts["anew"] += 1
+                        return
+                except OSError as error:
+                    self.trace(f"operator: {error.strerror or error}")
+                await trio.sleep(0.1)
+
+    async def make_anew(self, node: Node) -> bool:
+        """Take its leg out, and add one on new disks: as the commands `remove` and `add` do. Raises OSError."""
+        mirror = self.primary()
+        if mirror is None:
+            if node.process is not None and self.takes_no_writes(node) and not any(o.starting for o in self.locals()):
+                # It can store no record, and others are promoted by none that leaves it out while it answers.
+                self.trace(f"operator: stops {node.name}")
+                await node.kill(power=False)
+                await trio.sleep(PATIENCE_S)
+            return False
+        others = [m.info.node for m in mirror.members.values() if m.state is LegState.UP_TO_DATE]
+        others = [name for name in others if name != node.name]
+        if not others:
+            return False
+        if mirror.process.node is node:
+            await self.hand_over(mirror, self.rng.choice(others))
+            return False
+        process = node.process
+        if process is None or not process.is_ready:
+            await self.up(node)
+            return False
+        record = mirror.membership
+        going = record.legs_on(node.name)
+        if going:
+            self.trace(f"operator: removes {going[0].id}")
+            voters = tuple(voter for voter in record.voters if voter != node.name)
+            await mirror.reconfigure(legs=tuple(leg for leg in record.legs if leg not in going), voters=voters)
+            await trio.sleep(self.rng.random() * 0.2)
+        await process.own_voter.retire(mirror.membership)  # before its promise goes with the leg
+        await node.kill(power=False)
+        self.made += 1
+        leg = f"leg-{node.name}{self.made}"
+        node.renew()
+        assert node.machine is not None
+        record = mirror.membership
+        async with node.machine.open() as pool:
+            made = LegRecord(leg, promised=record.term, accepted=record, inconsistent=True)
+            await make_leg(pool, made, mirror.size_bytes)
+        await self.up(node)
+        self.trace(f"operator: adds {leg}")
+        record = mirror.membership
+        voters = tuple(dict.fromkeys((*record.voters, node.name)))
+        await mirror.reconfigure(legs=(*record.legs, LegInfo(leg, node.name, "sim/v")), voters=voters)
+        return True
+
+    async def hand_over(self, mirror: WatchedMirror, heir: str) -> None:
+        """Demote, to one that is promoted. Raises OSError."""
+        here, there = self.local_of(mirror.process.node.name), self.local_of(heir)
+        if here is not None and there is not None:
+            self.trace(f"operator: hands over to {heir}")
+            with trio.move_on_after(PATIENCE_S):
+                await here.demote(heir)
+                await there.promote()
+                return
+            # It can't: while a record waits for a leg whose pool takes no writes nothing tells that this one is lost.
+            await mirror.process.node.kill(power=False)
+            with trio.move_on_after(PATIENCE_S):
+                await there.promote()
+
+    async def help(self) -> None:
+        """Also of a leg whose pool takes no writes."""
+        await super().help()
+        for node in self.nodes.values():
+            if self.takes_no_writes(node):
+                await self.replace(node)
+
+    def takes_no_writes(self, node: Node) -> bool:
+        """Its pool, for good."""
+        return node.machine is not None and any(row.poisoned for row in node.machine.state.devices)
+
+    async def compare(self, mirror: WatchedMirror) -> None:
+        """Without those that are no legs any more."""
+        for node in self.nodes.values():
+            local = self.local_of(node.name)
+            if local is not None and not mirror.membership.has(local.me):
+                await node.kill(power=False)
+        await super().compare(mirror)
+
+
+WORLDS: Final[dict[str, type[Life]]] = {
+    "life": Life,
+    "promises": Promises,
+    "durability": Durability,
+    "sizes": Sizes,
+    "anew": Anew,
+}
 """By their names, as `--world` takes them."""
