@@ -323,7 +323,7 @@ class Anew(World):
     """Syncs fail, which ends a pool for good: its leg is taken out, and made anew on other disks. So are sound ones."""
 
     kinds = ("failing sync", "failing sync", "made anew", "kill", "power", "reset", "slow disk", "partition")
-    shapes = ("3", "3", "2+1")
+    shapes = ("3",)  # of two legs one that is made anew leaves none but the other, which a second fault takes
 
     def __init__(self, seed: int, **options: Any) -> None:
         super().__init__(seed, **options)
@@ -351,16 +351,17 @@ class Anew(World):
         medium = node.machine.media[0]
 
         async def is_lost() -> None:
-            node.is_vulnerable = True
+            if self.whole() is None:
+                medium.failing_syncs = 0
+            node.is_vulnerable = node.is_vulnerable or medium.failing_syncs > 0
             await trio.lowlevel.checkpoint()
 
         medium.failing_syncs, medium.before_sync = 1, is_lost
         with trio.move_on_after(PATIENCE_S):
             while medium.failing_syncs:
                 await trio.sleep(0.005)
-        medium.before_sync = None
-        if medium.failing_syncs:
-            medium.failing_syncs = 0
+        medium.before_sync, medium.failing_syncs = None, 0
+        if not self.takes_no_writes(node):
             return
         self.counts["poisoned"] += 1
         self.trace(f"a sync of {node.name} has failed")
