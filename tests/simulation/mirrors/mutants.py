@@ -152,6 +152,9 @@ MUTANTS: Final[dict[str, Plant]] = {
             for module in (replication.barriers, replication.mirror, replication.returning)
         )
     ),
+    "who may work beside idle clients alone leaves touched pieces": _instead(
+        Resync, "_worker", "if not again:", "if True:"
+    ),
     "a leg is healed without a look at what is in flight": _instead(
         Healing,
         "_heal",
@@ -193,11 +196,12 @@ CAUGHT_BY: Final[dict[str, tuple[int, ...]]] = {
     "zeros aren't marked": tuple(range(12)),
     "what is replayed after a crash isn't marked": (21, 38, 69, 74),
     "resync ignores what was touched": (17, 98, 109, *range(12)),
+    "who may work beside idle clients alone leaves touched pieces": (7, 23, 27, 30),
 }
 """Lives that catch some of them: the first did when this was written."""
 
 CAUGHT_IN: Final[dict[str, tuple[str, tuple[int, ...]]]] = {
-    "a promise isn't durable": ("promises", (2, 8, 15, *range(20))),
+    "a promise isn't durable": ("promises", (24, 25, 32, 49)),
     "older sessions go on beside newer ones": ("promises", (3, 12, 15, *range(20))),
     "extents leave the tracker before the flush": ("durability", (1, *range(30))),
     "a leg forgets what is recent at each flush": ("durability", (2, 3, 5, *range(20))),

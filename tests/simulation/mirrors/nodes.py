@@ -221,7 +221,9 @@ class WatchedMirror(ServedMirror):
             flush_every_s=0.4,
             retry_max_s=0.4,
             stay_s=0.0,
-            resync=ResyncSettings(floor_bytes_s=4 << 20, flush_bytes=128 << 10, workers=2),
+            resync=ResyncSettings(
+                floor_bytes_s=4 << 20, flush_bytes=128 << 10, workers=3, workers_beside_clients=1, idle_s=0.1
+            ),
         )
         self.process = RUNNING.get()
         self.life = self.process.node.life
