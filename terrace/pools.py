@@ -339,7 +339,13 @@ class Pools:
 
     async def _end(self, slot: Slot, pool: Pool) -> None:
         if self.watcher is not None:
-            await self.watcher.closing(pool)
+            try:
+                await self.watcher.closing(pool)
+            except BaseException:
+                # As of a request while the daemon stops: whoever closes all of them has to find it.
+                if not slot.closed.is_set():
+                    slot.pool = pool
+                raise
         slot.close.set()
         await slot.closed.wait()
 

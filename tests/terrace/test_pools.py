@@ -118,20 +118,32 @@ def test_a_pool_that_fails_while_its_deletion_waits_in_vain_is_not_brought_back(
 
 
 class _Watcher:
-    def __init__(self) -> None:
+    def __init__(self, closing_s: float = 0) -> None:
         self.calls: list[str] = []
+        self._closing_s = closing_s
 
     def opened(self, pool: Pool) -> None: ...
 
     def gone(self, pool: Pool) -> None: ...
 
     async def closing(self, pool: Pool) -> None:
-        await trio.lowlevel.checkpoint()
+        await trio.sleep(self._closing_s)
         self.calls.append("closing")
 
     async def giving_up(self, pool: Pool) -> None:
         await trio.lowlevel.checkpoint()
         self.calls.append("giving up")
+
+
+def test_a_deletion_that_is_cancelled_while_mirrors_end_keeps_no_stop_of_the_daemon_waiting(tmp_path: Path) -> None:
+    async def body(pools: Pools) -> None:
+        pools.watcher = _Watcher(closing_s=5)  # as with a peer that is silent
+        with trio.move_on_after(3) as deleting:
+            await pools.delete("p")
+        assert deleting.cancelled_caught
+        # `open_pools` closes it now, or waits for it for ever.
+
+    with_a_pool(tmp_path, body)
 
 
 def test_a_pool_with_legs_is_deleted_by_force_alone_and_only_if_it_takes_no_writes(tmp_path: Path) -> None:
