@@ -192,6 +192,7 @@ class Connection:
         self._scope = trio.CancelScope()
         self._whole = trio.CancelScope()
         self._patience = trio.CancelScope()  # with what is under way, when the server is replaced
+        self._cut_at = math.inf  # the same, for what can be cut short
         self._waiting = False  # for the client, with nothing left to do
 
         self._bench: Bench | None = None
@@ -302,6 +303,7 @@ class Connection:
                         self._outbox.leave_by(trio.current_time() + self._limits.linger_s)
                     if self._later is not None:
                         await self._later.none_left()
+                    self._patience.deadline = min(self._patience.deadline, self._cut_at)
                 finally:
                     if self._later is not None:
                         # The nursery, into which an acknowledgement may start tasks, is surely open only to here.
@@ -381,15 +383,20 @@ class Connection:
         self._left = True
         self._whole.cancel()
 
-    def suspend(self, patience_s: float) -> None:
-        """Stop at a request boundary; what is under way, and a handshake, gets ``patience_s`` to end."""
+    def suspend(self, patience_s: float, later_s: float = 0.0) -> None:
+        """Stop at a request boundary; what is under way, and a handshake, gets ``patience_s`` to end.
+
+        ``later_s``, where that is longer: for what an export that acknowledges later has been given.
+        """
         if isinstance(self._outbox.sock, TlsSocket):
             # Its keys can't be handed over.
             self.drain(patience_s)
             return
         until = trio.current_time() + patience_s
         self._suspending = True
-        self._patience.deadline = min(self._patience.deadline, until)
+        self._cut_at = until
+        owed_until = max(until, trio.current_time() + later_s) if self._later else until
+        self._patience.deadline = min(self._patience.deadline, owed_until)
         if self.taken_over:
             self._scope.cancel()
         elif self.export_name is None:

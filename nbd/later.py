@@ -83,6 +83,10 @@ class Later:
         if not self._batches:
             self._none_left.set()
 
+    def __bool__(self) -> bool:
+        """Whether any isn't acknowledged yet."""
+        return bool(self._batches)
+
     async def none_left(self) -> None:
         """Wait until all are acknowledged, when no more are handed over."""
         while self._batches:

@@ -152,18 +152,21 @@ class Server:
         self.start_drain(grace_s)
         await self._over.wait()
 
-    async def suspend(self, patience_s: float) -> list[Suspended]:
+    async def suspend(self, patience_s: float, later_s: float = 0.0) -> list[Suspended]:
         """Stop accepting, and stop each client at a request boundary; returns when ``serve`` is done.
 
         What is under way gets ``patience_s`` to end; what doesn't is part of what is returned, for who goes on with
         the clients (``serve(..., resumed=...)``). The listeners stay open, and clients wait in their backlogs.
         Connections that can't be handed over are drained (those over TLS) or ended (those that were taken over).
+
+        What an export that acknowledges later has been given can't be part of that, as nothing of it is kept: it gets
+        ``later_s``, if that is longer; then its client is dropped.
         """
         assert not self._draining
         self._suspending = self._draining = True
         self._accepting.cancel()
         for connection in self._connections:
-            connection.suspend(patience_s)
+            connection.suspend(patience_s, later_s)
         with trio.move_on_after(patience_s + _STRAGGLING_S):
             await self._over.wait()
             return self._suspended

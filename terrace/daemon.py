@@ -406,7 +406,8 @@ class Service:
                 patience_s = self.config.nbd.drain_grace_s if stopping else PATIENCE_S
                 shutdown.begin(patience_s)
                 open_now = [pool.name for pool in self.pools.open_pools()]
-                left = Left(await server.suspend(patience_s), open_now, list(self.pools.policies), since_s)
+                suspended = await server.suspend(patience_s, 0.0 if stopping else mirrors.patience_s())
+                left = Left(suspended, open_now, list(self.pools.policies), since_s)
                 log.info("stopped %d clients for the next terraced", len(left.clients))
         return left
 

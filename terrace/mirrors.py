@@ -48,6 +48,8 @@ STATUS_S: Final = 4.0
 """So long a primary has to say how its mirror is; it asks the others for that, which takes `ASK_S`."""
 _PRIMARYS: Final = ("state", "waiting", "problem", "legs", "term", "epoch", "primary", "token", "voters")
 """What of a mirror's status its primary knows better."""
+LEAVE_OUT_S: Final = 1.0
+"""So long a record takes that leaves a leg out, as a rule."""
 MOST_SNAPSHOTS = 1000
 """So many of a leg's, the newest, are told to another node."""
 
@@ -194,6 +196,11 @@ class Mirrors:
                 f"the leg of {mirror.name} here is given up with pool {pool.name}; at its primary: `terrace volume "
                 f"mirror remove {mirror.name} {self.node}`, and `add` when there is a pool for it",
             )
+
+    def patience_s(self) -> float:
+        """Within that what clients have under way is acknowledged, though a leg may just have fallen silent."""
+        served = [mirror.mirror for mirror in self.all() if mirror.mirror is not None]
+        return max((one.membership.options.timeout_s + LEAVE_OUT_S for one in served), default=0.0)
 
     async def close(self) -> None:
         """All end, cleanly; the pools can be closed then."""

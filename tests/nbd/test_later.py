@@ -516,6 +516,33 @@ def test_what_is_acknowledged_within_the_patience_is_answered_and_the_connection
     run(test)
 
 
+def test_an_export_that_acknowledges_later_has_longer_for_that_than_what_can_be_handed_over() -> None:
+    async def test() -> None:
+        export = LaterExport()
+        async with attached(export) as (client, served):
+            await client.send(writes(client, range(1, 4)))
+            await settled()
+            export.hold = trio.Event()
+            await client.send(client.encode(wire.CMD_READ, 9, 0, 4096))
+            await settled()
+
+            async def acknowledge() -> None:
+                await trio.sleep(0.5)
+                export.acknowledge()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(acknowledge)
+                begun = trio.current_time()
+                left = await served.server.suspend(0.05, 30)
+            assert len(left) == 1
+            assert trio.current_time() - begun < 5, "what isn't owed keeps nobody waiting"
+            export.hold = None
+            await replace(served, left)
+            assert await replies(client, 4) == {1: 0, 2: 0, 3: 0, 9: 0}
+
+    run(test)
+
+
 def test_what_is_not_acknowledged_in_time_costs_the_connection_and_is_not_answered(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -87,9 +89,9 @@ class Pair:
                 assert time.monotonic() < deadline_s, node.daemon.api("GET", "/v1/nodes")
                 time.sleep(0.05)
 
-    def create(self, volume: str = "v") -> None:
+    def create(self, volume: str = "v", *, timeout_s: float = 1.0) -> None:
         self.both_online()
-        body = {"name": volume, "size": SIZE, "mirror": [{"node": "b"}], "timeout_s": 1.0}
+        body = {"name": volume, "size": SIZE, "mirror": [{"node": "b"}], "timeout_s": timeout_s}
         self.a.daemon.api("POST", "/v1/pools/p/volumes", body)
         self.a.wait_for({"a": "UpToDate", "b": "UpToDate"}, volume)
 
@@ -204,6 +206,34 @@ def test_who_is_connected_to_a_mirror_stays_so_over_an_upgrade(pair: Pair) -> No
         client.flush()
         assert client.read(0, 2 * MIB) == 2 * data
     pair.a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "u")
+
+
+def test_a_client_whose_write_waits_for_a_slow_leg_stays_connected_over_an_upgrade(pair: Pair) -> None:
+    pair.create("o", timeout_s=20.0)
+    data = os.urandom(4096)
+    b = pair.b.daemon.process
+    assert b is not None
+
+    def go_on() -> None:
+        """A second after the clients were stopped."""
+        until(lambda: "is loaded as process" in pair.a.daemon.log.read_text()[before:], 30)
+        time.sleep(1)
+        b.send_signal(signal.SIGCONT)
+
+    before = len(pair.a.daemon.log.read_text())
+    with pair.a.connect("o") as client:
+        b.send_signal(signal.SIGSTOP)
+        tasks = [threading.Thread(target=client.write, args=(0, data)), threading.Thread(target=go_on)]
+        for task in tasks:
+            task.start()
+        try:
+            pair.a.daemon.upgrade()
+        finally:
+            for task in tasks:
+                task.join()
+        assert client.read(0, 4096) == data
+    pair.both_online()
+    pair.a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "o")
 
 
 def test_two_sides_that_have_both_written_are_a_split_brain_until_an_operator_gives_one_up(pair: Pair) -> None:
