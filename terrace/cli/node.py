@@ -167,7 +167,7 @@ def drain(context: Context, name: str, to: str | None, dry_run: bool, output: st
         show_json(plan)
     else:
         for one in plan["demote"]:
-            click.echo(f"{one} {'would be' if dry_run else 'is'} demoted.")
+            click.echo(f"{one} {'would be' if plan['dry_run'] or plan['refused'] else 'is'} demoted.")
         if not plan["refused"]:
             click.echo(f"Node {name} {'would be' if dry_run and plan['demote'] else 'is'} ready to be taken down.")
     if plan["refused"]:

@@ -7,10 +7,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from click.testing import CliRunner
 
 from terrace.api import Api
+from terrace.cli.context import Context
 from terrace.cli.mirror import _leg, _what_is_left, show_mirrors
 from terrace.cli.pool import _lost_legs, shown_mapped
+from terrace.cli.root import root
 from terrace.cli.status import show_status_of_mirrors
 from terrace.cli.volume import warn_of_resync
 
@@ -129,3 +132,23 @@ def test_a_volume_that_is_a_leg_whose_record_cannot_be_understood_says_so() -> N
     assert broken["mirror"] is None and "can't be used: garbage" in broken["mirror_problem"]
     plain = Api._with_mirror(api, pool, {"name": "p/v"})
     assert plain["mirror"] is None and plain["mirror_problem"] is None
+
+
+class _Refusing:
+    """A control API whose node can't be drained."""
+
+    def __enter__(self) -> _Refusing:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def request(self, method: str, *path: str, body: dict[str, Any]) -> dict[str, Any]:
+        refused = ["p/w: its only leg that is up to date is here"]
+        return {"node": "a", "demote": ["p/v"], "refused": refused, "dry_run": body["dry_run"]}
+
+
+def test_a_drain_that_is_refused_says_of_no_mirror_that_it_was_demoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Context, "connect", lambda self: _Refusing())
+    result = CliRunner().invoke(root, ["node", "drain", "a"])
+    assert result.exit_code == 1
+    assert "p/v would be demoted." in result.output and "p/v is demoted" not in result.output
