@@ -233,8 +233,8 @@ class Records:
         self._site.change()
 
     def refuse(self, name: str, error: OSError) -> None:
-        """This can't be had, and no record with it was tried: who waits for it hears why."""
-        del self.wanted[name]
+        """This can't be had, and no record with it was tried: who waits for it, if anybody does still, hears why."""
+        self.wanted.pop(name, None)
         self._refused[name] = error
         self._site.change()
 
