@@ -14,7 +14,7 @@ import math
 import select
 import socket
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
@@ -205,17 +205,26 @@ class Server:
             listener.close()
 
     async def _resume(self, resumed: Sequence[Suspended], nursery: trio.Nursery) -> None:
-        """Go on with clients of an earlier server. All are known to the fence before the first does anything."""
+        """Go on with clients of an earlier server. An export that can't be had yet holds up its own clients only."""
+        by_export: dict[str, list[Suspended]] = {}
+        for one in resumed:
+            by_export.setdefault(one.export, []).append(one)
+        with trio.CancelScope(shield=True):  # a moment: what an export waits for is bounded
+            async with trio.open_nursery() as entering:
+                for clients in by_export.values():
+                    entering.start_soon(self._resume_export, clients, nursery)
+
+    async def _resume_export(self, resumed: Sequence[Suspended], nursery: trio.Nursery) -> None:
+        """The clients of one export: all are known to the fence before the first does anything."""
         everybody = trio.Event()
         try:
-            with trio.CancelScope(shield=True):  # a moment: nothing here waits for anybody
-                for one in resumed:
-                    connection = await self._entered(one)
-                    if connection is not None:
-                        self._know(connection)
-                        # Started here, for a task takes the context that its parent has when it starts it, and by that
-                        # exports tell clients apart.
-                        nursery.start_soon(self._go_on, connection, everybody)
+            for one in resumed:
+                connection = await self._entered(one)
+                if connection is not None:
+                    self._know(connection)
+                    # Started here, for a task takes the context that its parent has when it starts it, and by that
+                    # exports tell clients apart.
+                    nursery.start_soon(self._go_on, connection, everybody)
         finally:
             everybody.set()
 
@@ -395,6 +404,7 @@ async def serve(
     tls: TlsFiles | None = None,
     tls_required: bool = False,
     takeovers: Mapping[int, Takeover] = MappingProxyType({}),
+    known: Callable[[Server], None] = lambda server: None,
     task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve ``exports`` on ``listeners``, which it owns and closes, unless it is suspended.
@@ -405,11 +415,13 @@ async def serve(
 
     ``takeovers``: who takes connections over, by the option that asks for it (``nbd.takeover``).
 
-    ``server = await nursery.start(serve, exports, listeners)`` gives the ``Server``. Returns after
-    a drain; cancelling it drops all clients at once.
+    ``server = await nursery.start(serve, exports, listeners)`` gives the ``Server``, when all of ``resumed`` go on, or
+    are dropped; ``known`` is called with it before the first of them does. Returns after a drain; cancelling it drops
+    all clients at once.
     """
     if not listeners:
         raise OSError(errno.EINVAL, "the NBD server has no address to listen on")
     assert tls is not None or not tls_required
     server = Server(exports, listeners, limits or Limits(), tls, tls_required, takeovers)
+    known(server)
     await server._run(resumed, task_status)

@@ -367,8 +367,12 @@ class Service:
             through = MirrorSnapshots(mirrors, DueDeletions(self.home.path, self.events.add))
             handlers = {**mirrors.handlers(), **through.handlers()}
             takeovers = {OPT_TERRACE: NodeTakeover(peers, handlers, mirrors)} if peers.node else {}
-            server = await services.start(partial(serve, tls=self.tls, tls_required=required, takeovers=takeovers))
-            mirrors.drop_clients = server.disconnect
+
+            def known(server: nbd.server.Server) -> None:
+                mirrors.drop_clients = server.disconnect
+
+            serve = partial(serve, tls=self.tls, tls_required=required, takeovers=takeovers, known=known)
+            server = await services.start(serve)
             daemon = Daemon(self.home, listeners, server, self.stalls, self.upgrade, tls_required=required)
             shutdown = Shutdown()
             app = Api(self.pools, daemon, self.definitions, self.events, mirrors, through).app()

@@ -75,6 +75,37 @@ def test_an_idle_client_goes_on_with_the_next_server(form: str) -> None:
     run(test)
 
 
+def test_an_export_that_is_not_there_yet_keeps_only_its_own_clients_waiting() -> None:
+    async def test() -> None:
+        late, there = (MemoryExport(size_bytes=SIZE, name=name) for name in ("late", "there"))
+        async with serving(late, there) as served:
+            clients = [await served.connect() for _ in range(3)]
+            for client, name in zip(clients, ("late", "there", "late"), strict=True):
+                await client.go(name)
+            left = await served.server.suspend(1.0)
+            acquire, comes = served.exports.acquire, trio.Event()
+
+            async def wait_for_it(name: str, client: object = None) -> MemoryExport:
+                if name == "late":
+                    await comes.wait()
+                return await acquire(name, client)
+
+            served.exports.acquire = wait_for_it  # type: ignore[method-assign]
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(replace, served, left)
+                for client in clients:
+                    await client.send(request_bytes(wire.CMD_WRITE, 7, 0, data=b"x" * 512))
+                with trio.move_on_after(5):
+                    assert (await clients[1].reply()).cookie == 7
+                written = bytes(there.data[:512]), bytes(late.data[:512])
+                comes.set()  # whatever it is, or this test would not end
+                assert written == (b"x" * 512, bytes(512))
+                for client in (clients[0], clients[2]):
+                    assert (await client.reply()).cookie == 7
+
+    run(test)
+
+
 @pytest.mark.alone
 def test_suspending_an_idle_client_takes_no_time() -> None:
     async def test() -> None:
