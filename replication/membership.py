@@ -192,7 +192,7 @@ def decode(data: bytes) -> Membership:
             options=Options(**plain.pop("options")),
             **plain,
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise OSError(errno.EPROTO, f"a mirror's record can't be understood: {error}") from None
     except RecursionError:
         raise OSError(errno.EPROTO, "a mirror's record can't be understood: it is nested too deep") from None

@@ -33,6 +33,7 @@ def changed(path: list[Any], value: Any) -> bytes:
         (["term", "number"], "1"),
         (["history", 0, "term", "id"], {}),
         (["history", 0, "forced"], 1),
+        (["history", 0, "epoch"], float("inf")),
         (["voters"], [1, 2]),
         (["primary"], 7),
         (["epoch"], 0.5),
