@@ -284,7 +284,13 @@ class RemoteLeg:
     async def mapped(self, offset: int, length: int) -> list[tuple[int, int]]:
         """See `Leg`."""
         limit = wire.MAX_MAPPED * wire.RANGE.size
-        return wire.read_ranges(await self._ask(Type.MAPPED, wire.RANGE.pack(offset, length), limit=limit))
+        answer = await self._ask(Type.MAPPED, wire.RANGE.pack(offset, length), limit=limit)
+        try:
+            return wire.read_ranges(answer, offset, length)
+        except BreachError as breach:
+            error = BreachError(f"{self._name} sends {breach}")
+            self._fail(error)
+            raise _again(error) from None
 
     async def changed(self, trackers: Iterable[str]) -> Extents:
         """See `Leg`."""

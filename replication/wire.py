@@ -25,7 +25,7 @@ FLUSH           primary  none. All before it in the stream is to be durable
 FLUSHED_BY_ALL  primary  none. Batches up to `number` are durable at each leg; 0: forget nothing. Not answered
 READ            primary  RANGE; at most MAX_READ_BYTES. Answered with the data
 CHECKS          primary  RANGE; at most MAX_CHECKS_BYTES. Answered with 8 bytes for each block
-MAPPED          primary  RANGE. Answered with RANGEs, MAX_MAPPED at most
+MAPPED          primary  RANGE. Answered with RANGEs within it, in order, MAX_MAPPED at most
 CHANGED         primary  JSON: names of trackers. Answered with the union, encoded as the engine does
 ACCEPT          primary  a membership as `replication.membership` encodes it
 RESIZE          primary  u64, the size in bytes
@@ -394,11 +394,19 @@ def read_range(frame: Frame, size_bytes: int, longest: int | None = None) -> tup
     return offset, length
 
 
-def read_ranges(body: bytes | bytearray) -> list[tuple[int, int]]:
-    """An answer to MAPPED. Raises BreachError."""
+def read_ranges(body: bytes | bytearray, offset: int, length: int) -> list[tuple[int, int]]:
+    """An answer to MAPPED of that range: in order, within it, and about some of it. Raises BreachError."""
     if len(body) % RANGE.size:
         raise BreachError(f"an answer to MAPPED of {len(body)} bytes")
-    return [(offset, length) for offset, length in RANGE.iter_unpack(body)]
+    ranges = [(start, size) for start, size in RANGE.iter_unpack(body)]
+    at, stop = offset, offset + length
+    for start, size in ranges:
+        if not at <= start <= start + size <= stop:
+            raise BreachError(f"{size} bytes at {start} in an answer to MAPPED of {length} bytes at {offset}")
+        at = start + size
+    if at == offset:
+        raise BreachError(f"an answer to MAPPED of {length} bytes at {offset} that says nothing of it")
+    return ranges
 
 
 def pack_names(names: Iterable[str]) -> bytes:

@@ -271,6 +271,26 @@ def test_a_failed_request_is_answered_and_the_leg_goes_on() -> None:
     run(body)
 
 
+@pytest.mark.parametrize(
+    "ranges", [[], [(0, 0)], [(1 << 63, 4096)], [(0, 1 << 63)], [(8192, 4096), (0, 4096)], [(0, 8192), (4096, 8192)]]
+)
+def test_a_peer_that_cannot_be_right_of_what_is_mapped_loses_its_session(ranges: list[tuple[int, int]]) -> None:
+    async def body() -> None:
+        async with linked() as link:
+
+            async def mapped(offset: int, length: int) -> list[tuple[int, int]]:
+                await trio.lowlevel.checkpoint()
+                return ranges
+
+            link.store.mapped = mapped  # type: ignore[method-assign]
+            with pytest.raises(OSError, match="MAPPED") as raised:
+                await link.leg.mapped(0, 1 << 20)
+            assert raised.value.errno == errno.EPROTO
+            assert link.leg.failure is not None and "pool/vol on b" in str(link.leg.failure)
+
+    run(body)
+
+
 def test_a_higher_term_ends_the_leg_with_estale_and_an_idle_one_too() -> None:
     async def body() -> None:
         async with linked() as link:
