@@ -226,7 +226,8 @@ class Records:
             if gone.leg is not None:
                 gone.leg.close()
         members = self._site.members
-        self._site.excluding = {one for one in record.in_sync if one in members and members[one].leg is None}
+        # Also by those that were tried later: who goes on by one of them may do so with a leg that is gone here.
+        self._site.excluding = {one for one in self.required() if one in members and members[one].leg is None}
         if not self._site.excluding:
             self._site.failing = None
             self._site.release(None)

@@ -13,7 +13,7 @@ import trio
 from nbd.wire import STATE_HOLE, STATE_ZERO
 from replication.leg import BLOCK_BYTES, EXTENT_BYTES, RECENT, Leg, LegState, MirrorState, missing_tracker
 from replication.members import LegFacts
-from replication.membership import LegInfo, Membership
+from replication.membership import LegInfo, Membership, Options
 from replication.mirror import Mirror
 from replication.reconcile import choose_source
 from replication.resync import ResyncSettings
@@ -765,6 +765,52 @@ def test_a_mirror_begins_anew_with_a_leg_that_only_a_record_in_doubt_leaves_out(
             assert rig.store("a").image[0] == 2 and rig.store("a").image[BLOCK_BYTES] == 9
             assert rig.store("a").image == rig.store("b").image
             assert mirror.membership.in_sync == {"lega", "legb"} and not mirror.records.attempts
+
+    run(body)
+
+
+def test_nothing_is_written_without_a_leg_that_a_record_in_doubt_calls_in_sync_though_one_before_that_counts() -> None:
+    """A record without b was written, and one with c after it, of which it isn't known whether they count. c is lost,
+    and the first of the two is seen to count: c may still be who a later primary goes on with, by the second."""
+
+    async def body() -> None:
+        rig = Rig(3, in_sync=["lega", "legb"], options=Options(timeout_s=30.0))
+        rig.known = False
+        tried: list[Membership] = []
+        whole, is_whole = rig.cluster.commit, trio.Event()
+
+        async def commit(new: Membership, *, expected: Membership) -> None:
+            await trio.lowlevel.checkpoint()
+            if tried and expected == tried[0]:
+                await is_whole.wait()
+                return await whole(new, expected=expected)
+            tried.append(new)
+            if "legc" in new.in_sync:
+                await rig.nodes["c"].keeper.accept(new)
+            elif any("legc" in one.in_sync for one in tried):
+                rig.cluster.truth = tried[0]
+                raise OSError(errno.ESTALE, "a voter has promised a later term")
+            raise OSError(errno.ETIMEDOUT, "too few voters answer")
+
+        for node in "ab":
+            rig.store(node).image[0] = 5
+        rig.store("c").held = held = trio.Event()
+        rig.cluster.commit = commit  # type: ignore[method-assign]
+        async with rig.running() as mirror:
+            await rig.until(lambda: rig.state("c") is LegState.SYNCING)
+            rig.nodes["b"].link.cut()
+            await rig.until(lambda: bool(tried))
+            rig.store("c").held = None
+            held.set()
+            await rig.until(lambda: "legc" in tried[-1].in_sync)
+            rig.nodes["c"].link.cut()
+            await rig.until(lambda: mirror.membership == tried[0])
+            told = Told()
+            assert not mirror.write_later([(0, block(1))], told)
+            is_whole.set()
+            with trio.fail_after(60):
+                await mirror.write(0, block(1))
+            assert mirror.membership.in_sync == {"lega"} and not mirror.records.attempts
 
     run(body)
 
