@@ -563,6 +563,8 @@ class _Session:
             raise BreachError(f"a {kind.name} in the middle of batch {self._open}")
         elif kind is Type.FLUSHED_BY_ALL:
             self._replica.flushed_by_all(frame.number)
+        elif frame.number in self._since:
+            raise BreachError(f"the cookie {frame.number} is in use")
         elif kind in wire.ORDERED:
             await self._carry_out(frame)
         else:
@@ -612,8 +614,6 @@ class _Session:
         work: Callable[[], Awaitable[bytes | bytearray]]
         held = 0
         try:
-            if cookie in self._since:
-                raise BreachError(f"the cookie {cookie} is in use")
             if kind is Type.FLUSH:
                 self._replica.flush_begins()
                 work = self._flush

@@ -469,6 +469,8 @@ HALF = batch(1, data(0, 1, 1 << 20))[: wire.HEAD_BYTES + wire.ENTRY_BYTES + wire
         (BEGIN + wire.HEAD.pack(wire.WRITE_HEAD, 1, 1 << 31, 1), "are the most"),
         (BEGIN + pack(Type.CHANGED, 1, b"{"), "can't be understood"),
         (BEGIN + pack(Type.RESIZE, 1, b"1234"), "a body of 4 bytes"),
+        (BEGIN + pack(Type.FLUSH, 7) + pack(Type.FLUSH, 7), "7 is in use"),
+        (BEGIN + pack(Type.FLUSH, 7) + pack(Type.SNAPSHOT, 7, b"s"), "7 is in use"),
         (wire.pack_begin("other", resumes=True), "isn't known here"),
     ],
 )
