@@ -541,7 +541,9 @@ class Client:
 
     def _finish_all(self, answered: list[Pending]) -> None:
         for pending in answered:
-            self._finish(self._requests[pending.cookie])
+            # One that isn't there has failed with the connection, while its reply was on the way.
+            if (request := self._requests.get(pending.cookie)) is not None:
+                self._finish(request)
 
     def _finish(self, request: _Request) -> None:
         del self._requests[request.pending.cookie]
