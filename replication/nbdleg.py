@@ -191,11 +191,13 @@ class NbdSite:
         """What legs before this one sent."""
         self.empty_extents = empty_extents
         self._leg: NbdLeg | None = None
+        self._ahead: Ahead | None = None
         self._last: trio.Event | None = None
         self._opening = trio.Lock()
 
     def follow(self, ahead: Ahead) -> None:
         """The leg of this node is open from now on, and given each batch first. See the module."""
+        self._ahead = ahead  # also for a leg that is just being opened: the two often come back together
         if self._leg is not None:
             self._leg.follow(ahead)
 
@@ -220,14 +222,16 @@ class NbdSite:
             for extents in (self.recent, self.recent_old):
                 self.of_earlier.update(extents)
                 extents.clear()
-            leg = NbdLeg(self, ahead)
+            if self._ahead is not None and self._ahead.failure is None:
+                ahead = self._ahead
+            leg = self._leg = NbdLeg(self, ahead)
             ended = trio.Event()
             try:
                 await nursery.start(partial(leg.run, size_bytes, timeout_s, ended))
             except BaseException:
                 leg.close()
                 raise
-            self._last, self._leg = ended, leg
+            self._last = ended
             if self.server_bytes not in (None, leg.server_bytes):
                 self.was_resized = True
             self.server_bytes = leg.server_bytes
@@ -300,6 +304,8 @@ class NbdLeg:
         self._owing_since: float | None = None
         self._waiting: set[trio.CancelScope] = set()
         self._doomed: list[Done] = []
+        if ahead is not None:
+            ahead.on_applied.append(self._let_go)
 
     @property
     def is_local(self) -> bool:
@@ -328,9 +334,7 @@ class NbdLeg:
                 self.server_bytes = self._client.size_bytes
                 async with trio.open_nursery() as self._nursery:
                     self._nursery.start_soon(self._watch)
-                    if self._ahead is not None:
-                        self._ahead.on_applied.append(self._let_go)
-                        self._let_go()  # it may have failed meanwhile
+                    self._let_go()  # `ahead` may have failed meanwhile
                     is_made = True
                     task_status.started()
                     await self._failed.wait()

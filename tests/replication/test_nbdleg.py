@@ -166,6 +166,45 @@ def test_nothing_is_sent_that_the_leg_of_this_node_does_not_have() -> None:
     run(body)
 
 
+@pytest.mark.parametrize("waits", ["to be connected", "for the last one to end"])
+def test_nothing_is_sent_that_the_leg_of_this_node_does_not_have_though_that_was_opened_meanwhile(waits: str) -> None:
+    """When the leg of this node has failed, this one has too, and both are opened anew at the same time."""
+
+    async def body() -> None:
+        export, ahead, told = MemoryExport("", size_bytes=SIZE), FakeAhead(), Told()
+        async with serving(export) as served, trio.open_nursery() as nursery:
+            nbd, legs = site(served.uri("")), []
+
+            async def open_one() -> None:
+                legs.append(await nbd.open(nursery, SIZE, timeout_s=5.0, ahead=None))
+
+            if waits != "to be connected":
+                await open_one()
+                export.slow, export.hold = True, trio.Event()
+                legs[0].submit(1, [data(4096, 1)], told.of(1))
+                await until(lambda: export.running)
+                legs.pop().close()
+            nursery.start_soon(open_one)
+            await trio.lowlevel.checkpoint()
+            await trio.lowlevel.checkpoint()
+            assert not legs
+            nbd.follow(ahead)
+            if export.hold is not None:
+                export.hold.set()
+            await until(lambda: legs)
+            legs[0].submit(2, [data(0, 2)], told.of(2))
+            await trio.sleep(0.05)
+            assert told.done == [] and export.data[0] == 0
+            ahead.has = 2
+            ahead.tell()
+            await until(lambda: told.done == [2])
+            legs[0].close()
+            assert ahead.on_applied == []
+            nursery.cancel_scope.cancel()
+
+    run(body)
+
+
 def test_another_leg_of_a_server_begins_only_when_all_that_the_last_one_sent_is_answered(tmp_path: Path) -> None:
     async def body() -> None:
         async with server("nbdkit", tmp_path, SIZE) as there, trio.open_nursery() as nursery:
