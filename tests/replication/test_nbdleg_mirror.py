@@ -18,6 +18,7 @@ import trio
 from replication.leg import EXTENT_BYTES, LegState, MirrorState
 from replication.members import Member
 from replication.mirror import Mirror
+from replication.site import MirrorSettings
 from replication.snapshots import take_at_once
 from replication.verify import verify
 from tests.nbd.client import serving
@@ -199,6 +200,43 @@ def test_a_server_that_is_away_gets_only_what_it_missed() -> None:
         on.require_equal()
 
     played(body)
+
+
+def test_a_server_that_restarts_without_what_it_had_not_flushed_gets_that_again() -> None:
+    class Forgetful(MemoryExport):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self.durable = bytes(self.data)
+
+        async def flush(self) -> None:
+            await super().flush()
+            self.durable = bytes(self.data)
+
+    async def main() -> None:
+        export = Forgetful("", size_bytes=SIZE)
+        async with serving(export) as served:
+            rig = Rig(2, settings=MirrorSettings(flush_every_s=60.0))
+            with_server(rig, served.uri(""))
+            async with rig.running() as mirror:
+                on = Scene(rig, mirror, export)
+                await on.in_sync()
+                await mirror.write(0, os.urandom(4 * EXTENT_BYTES))
+                for _ in range(3):
+                    await mirror.flush()
+                for offset in (EXTENT_BYTES, 9 * EXTENT_BYTES):
+                    await mirror.write(offset, os.urandom(EXTENT_BYTES))
+                on.require_equal()
+                export.data[:] = export.durable
+                assert export.data != rig.store("a").image
+                served.server.disconnect("")
+                await mirror.write(20 * EXTENT_BYTES, os.urandom(EXTENT_BYTES))
+                await on.until(lambda: on.member.counters.failures == 1)
+                await on.in_sync()
+                on.require_equal()
+                assert on.member.resync is not None
+                assert on.member.resync.progress.total_bytes <= 4 * EXTENT_BYTES
+
+    run(main)
 
 
 def test_a_snapshot_leaves_the_leg_in_and_a_growth_needs_room_on_the_server() -> None:
