@@ -24,6 +24,10 @@ class Flushed(Gate, Protocol):
 
     sequence: int
     writers: tuple[Leg, ...]
+    losses: int
+    """How often it has begun anew, or will."""
+    breaks: int
+    """How often that was, or will be, without a leg that is known to have all that was acknowledged, flushed or not."""
 
     def leg_failed(self, leg: Leg, error: OSError) -> None:
         """It is out."""
@@ -71,10 +75,17 @@ class CommonFlush:
             await self._site.changed()
 
     async def round(self) -> None:
-        """One round, whoever else flushes; also while a barrier is held."""
+        """One round, whoever else flushes; also while a barrier is held. Another one if all begins anew meanwhile."""
+        breaks = self._site.breaks
+        while not await self._round(breaks):
+            while self._site.lost and self._site.end is None and self._site.breaks == breaks:
+                await self._site.changed()
+
+    async def _round(self, breaks: int) -> bool:
+        """False: all legs have been let go of, and nothing is lost by that."""
         self._rounds_begun = number = self._rounds_begun + 1
         sequence = self._site.sequence
-        writers = self._site.writers
+        writers, losses = self._site.writers, self._site.losses
         failed = False
 
         async def flush_one(leg: Leg) -> None:
@@ -88,13 +99,15 @@ class CommonFlush:
         async with trio.open_nursery() as nursery:
             for leg in writers:
                 nursery.start_soon(flush_one, leg)
-        while failed and self._site.excluding and self._site.end is None and not self._site.lost:
+        while failed and self._site.excluding and self._site.end is None and self._site.losses == losses:
             if self._site.failing is not None:
                 raise OSError(self._site.failing.errno, self._site.failing.strerror)
             await self._site.changed()
         self._site.check()
-        if self._site.lost:
+        if self._site.breaks != breaks:
             raise OSError(errno.EIO, f"{self._site.name}: the last leg in sync failed while it was flushed")
+        if self._site.lost or self._site.losses != losses:
+            return False
         if not self._site.excluding:
             # A leg that is gone and isn't excluded yet needs to be told of all this by `recent`.
             for leg in self._site.writers:
@@ -103,6 +116,7 @@ class CommonFlush:
             self._flushed_sequence = max(self._flushed_sequence, sequence)
             self._flushed_at = trio.current_time()
         self._rounds_done = max(self._rounds_done, number)
+        return True
 
     async def now_and_then(self, every_s: float) -> None:
         """The task."""

@@ -157,6 +157,8 @@ class Mirror:
         self.lost = True
         """No leg in sync is connected: everything begins anew."""
         self.losses = 0
+        self.breaks = 0
+        """How often it was that, or has begun anew, without a leg that is known to have all that was acknowledged."""
         self._undecided = False
         """Begun without a leg that the record calls in sync: what the others were made equal to isn't read before a
         record without it counts, as a primary that begins with that leg would take it back."""
@@ -167,6 +169,8 @@ class Mirror:
         """Legs that a record calls in sync, or may, and that are gone."""
         self._parked: list[Batch] = []
         """Done on all legs that are left, and waiting for a record without the one that is gone."""
+        self._holders: frozenset[str] = frozenset()
+        """With all legs let go: those, by their ids, that have all that is acknowledged or parked."""
         self._changed = trio.Event()
         """Replaced each time that something changes which tasks here may wait for."""
         self._room: trio.Event | None = None
@@ -527,14 +531,25 @@ class Mirror:
         log.error("%s: no leg in sync is left: %s; nothing is served until one is back", self.name, error)
         self.lost = True
         self.losses += 1
+        self.breaks += 1
+        self._holders = frozenset()
         self._doom(error)
         for member in self.members.values():
             if member.leg is not None:
                 self.drop(member, OSError(errno.EIO, "the leg that it was copied from is gone"))
 
+    def is_at_rest(self) -> bool:
+        """Whether nothing is in flight but what is on all legs that are left, and waits for a record."""
+        return len(self.inflight.batches) == len(self._parked)
+
     def let_go(self) -> None:
-        """Of all legs, with nothing in flight and all of it durable: everything begins anew."""
-        assert not self.inflight.batches
+        """Of all legs, at rest: everything begins anew.
+
+        What is parked stays so. When a leg that has it is what the others are made equal to, it is on all of them as it
+        was on those that were left; else it fails, as what is in flight does where the last leg in sync is lost.
+        """
+        assert self.is_at_rest()
+        self._holders = frozenset(m.info.id for m in self.members.values() if m.is_proof)
         self.lost = True
         self.losses += 1
         for member in self.members.values():
@@ -679,6 +694,9 @@ class Mirror:
         self.excluding = {leg_id for leg_id in self.records.required() if self.members[leg_id].leg is None}
         self._undecided = bool(self.excluding)
         self.started.set()
+        if not self.excluding:
+            self.failing = None
+            self.release(None)  # what was parked is on all of them
         self.change()
 
     async def _make_equal(self, here: Sequence[Member]) -> None:
@@ -693,6 +711,11 @@ class Mirror:
                 member.error = error
         proof = self.membership.in_sync & self.membership.terrace_ids
         source = choose_source(legs, frozenset(intact), all_heard=len(legs) == len(proof))
+        if source.info.id not in self._holders & intact:
+            # Before anything is copied: those that have it may be without it then, and make the others equal later.
+            self._holders = frozenset()
+            self.breaks += 1
+            self._doom(OSError(errno.EIO, f"{self.name}: it has begun anew, without a leg that is known to have this"))
         others = [leg for leg in legs if leg is not source]
         size_bytes = max(record.size_bytes for record in (self.membership, *self.records.attempts))
         for leg in legs:

@@ -58,6 +58,8 @@ class Records:
         self._retry_s = retry_s
         self.attempts: list[Membership] = []
         """Records of ours of which it isn't known whether they count."""
+        self.outdated = False
+        """The last one was refused, since a later term was promised, or a record of it is stored, somewhere."""
         self.wanted: dict[str, Any] = {}
         """What `reconfigure` wants in the record."""
         self._refused: dict[str, OSError] = {}
@@ -167,7 +169,8 @@ class Records:
         if cancelled:
             return True  # the next one is wanted at once
         assert error is not None
-        if error.errno == errno.ESTALE:
+        self.outdated = error.errno == errno.ESTALE
+        if self.outdated:
             try:
                 newest = await self._cluster.newest(self._site.membership.mirror)
             except OSError as unheard:
@@ -206,6 +209,7 @@ class Records:
     def _adopt(self, record: Membership) -> None:
         """It counts."""
         self._site.membership = record
+        self.outdated = False
         # What was tried later may be stored somewhere: the next record has to come after it.
         self.attempts = [attempt for attempt in self.attempts if attempt.epoch > record.epoch]
         if all(getattr(record, name) == value for name, value in self.wanted.items()):

@@ -87,17 +87,6 @@ class Promises(World):
         else:
             await super().befall(kind, node)
 
-    async def help(self) -> None:
-        """Also of a primary whose excluded legs have promised a later term, which came to nothing: it is in no position
-        to begin one, as nothing may be in flight for that, and nobody else while it lives. A restart of it helps."""
-        await super().help()
-        for local in self.serving():
-            name = local._node.peers.node
-            if local.mirror is not None and local.mirror.excluding and not local.mirror.may_serve():
-                self.trace(f"operator: restarts {name}")
-                self.counts["restarted"] += 1
-                await self.stop(self.nodes[name])
-
     async def kill_behind_a_promise(self) -> None:
         """A voter has promised, dies, and is up again, before the record comes for which it was asked: meanwhile it
         hears nobody but the primary of before."""
