@@ -64,6 +64,11 @@ class ClusterStore(Protocol):
     async def create(self, first: Membership) -> None:
         """The first record of a new mirror. EEXIST: it has another already."""
 
+    async def judge_candidate(self, mirror: str) -> None:
+        """Before any promise is asked for, since a promise fences a primary that may be well: whether no new term would
+        be made to count, whatever comes of the promises, but by force. Then it raises OSError EUCLEAN.
+        """
+
     async def commit(self, new: Membership, *, expected: Membership) -> None:
         """Make `new` the truth if `expected` still is: on return it survives, and everybody finds it.
 

@@ -94,6 +94,21 @@ class EtcdCluster:
             raise OSError(errno.EEXIST, f"etcd has a mirror {first.mirror} already")
         await self._legs.create(first)
 
+    async def judge_candidate(self, mirror: str) -> None:
+        """Raises OSError EUCLEAN where etcd has gone back, and its record may be outdated; ETIMEDOUT, EPROTO."""
+        _, revision = await self._read(mirror)
+        self._judge_floor(revision)
+
+    def _judge_floor(self, revision: int) -> None:
+        """Whether a new term may follow a record with that mod_revision."""
+        if revision <= self._floor():
+            raise OSError(
+                FORGOTTEN,
+                "etcd was restored from an older backup, as this node has seen, and may have lost a later record "
+                "of this mirror: start the node that was primary last; or promote with --force, which may lose "
+                "writes",
+            )
+
     async def commit(self, new: Membership, *, expected: Membership) -> None:
         """Raises OSError ESTALE, EBUSY (a new term, and the primary's lease lasts), EINVAL, ETIMEDOUT.
 
@@ -104,13 +119,8 @@ class EtcdCluster:
         if there != new:
             _judge_there(self.node, there, new, expected)
             begins = new.term != expected.term and new.forced == "no"
-            if begins and revision <= self._floor():
-                raise OSError(
-                    FORGOTTEN,
-                    "etcd was restored from an older backup, as this node has seen, and may have lost a later record "
-                    "of this mirror: start the node that was primary last; or promote with --force, which may lose "
-                    "writes",
-                )
+            if begins:
+                self._judge_floor(revision)
             there = await self._swap(new, revision, unless_primary=begins)
             if there is not None and there != new:
                 raise _others(there, expected)

@@ -24,7 +24,7 @@ in sync has promised, and has an older one. Whoever is out by it has everything 
 sync by the record that it was made from, or by another one made from that, are those to go on with (`_before`).
 
 `promote` first asks without promises (`Voter.state`), since each promise fences a primary that may be well, and
-only if that would do asks for them.
+only if that would do, and the store would take the record (`ClusterStore.judge_candidate`), asks for them.
 """
 
 from __future__ import annotations
@@ -367,7 +367,8 @@ async def promote(
     before anything is decided; not used with `force`, by which an operator has decided. `own`: this node is primary in
     that term, and goes on by itself: from a record of that term, or of a later one that it has begun itself and of
     which it doesn't know whether it counts, or not at all. Raises OSError: ETIMEDOUT if it isn't
-    known whether the record counts (then again, with another term), ESTALE if somebody else was faster.
+    known whether the record counts (then again, with another term), ESTALE if somebody else was faster, EUCLEAN if etcd
+    has gone back.
     """
     wait_s = max(timeout_s, patience_s)
     states, unheard = await _states(mirror, nodes, voter, wait_s)
@@ -409,6 +410,8 @@ async def promote(
     if not isinstance(would, Promote):
         return _while_alive(would, busy)
     _judge_own(me, own, would.expected)
+    if not force:
+        await cluster.judge_candidate(mirror)
     # This node last: if another refuses, our own leg has fenced nobody.
     asked = tuple(node for node in states if node != me)
     promised, failures = await ask(

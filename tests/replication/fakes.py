@@ -765,6 +765,9 @@ class FakeCluster:
         await trio.lowlevel.checkpoint()
         self.truth = first
 
+    async def judge_candidate(self, mirror: str) -> None:
+        await trio.lowlevel.checkpoint()
+
     async def commit(self, new: Membership, *, expected: Membership) -> None:
         await trio.lowlevel.checkpoint()
         if expected != self.truth:

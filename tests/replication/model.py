@@ -638,6 +638,9 @@ class Committing:
     async def create(self, first: Membership) -> None:
         await self._cluster.create(first)
 
+    async def judge_candidate(self, mirror: str) -> None:
+        await self._cluster.judge_candidate(mirror)
+
     async def commit(self, new: Membership, *, expected: Membership) -> None:
         sides = f"{new.place} by {self._node}, in sync {sorted(new.in_sync)}, primary {new.primary}"
         if new.epoch == 0 and not self._world.forces:

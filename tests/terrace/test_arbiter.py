@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from replication.arbiter import ArbitratedLease
 from replication.etcd import EtcdCluster, EtcdLease
 from replication.lease import DRIFT
 from replication.membership import Options, Term
+from replication.promotion import Promote, promote
 from terrace.arbiter import FILE, Arbiter, HeldLease
 from terrace.config import EtcdConfig
 from tests.replication.fakeetcd import FakeEtcd
@@ -57,6 +59,38 @@ def test_that_etcd_has_come_or_gone_is_told_once(tmp_path: Path) -> None:
         ]
 
     trio.run(main)
+
+
+def test_where_etcd_has_gone_back_nobody_is_asked_for_a_promise_but_by_force(tmp_path: Path) -> None:
+    """A promise would fence the primary that is well, for a record that is refused afterwards."""
+
+    async def main() -> None:
+        first = first_record("abc", options=Options(arbiter="etcd"))
+        etcd, nodes, told = FakeEtcd(), Nodes("abc", timeout_s=0.3), Told()
+        await EtcdCluster("a", etcd, nodes.cluster("a")).create(first)
+        backup = dict(etcd._values), etcd._revision
+        other = dataclasses.replace(first, mirror="cd" * 16)
+        other = dataclasses.replace(other, history=(other.generation,))
+        await EtcdCluster("a", etcd, nodes.cluster("a"))._swap(other, 0)
+        arbiter = arbiter_of(tmp_path, etcd, told, "b")
+        await arbiter.require()
+        await arbiter._save()
+        etcd._values, etcd._revision = backup
+        cluster = arbiter.cluster(nodes.cluster("b"))
+        await cluster.newest(MIRROR)  # sees it
+        await trio.sleep(10)  # nobody has been heard for a lease
+        for _ in range(2):
+            with pytest.raises(OSError, match="etcd was restored from an older backup") as refused:
+                # Its own record is that of etcd, so nobody is seen to have a later one.
+                await promote("b", MIRROR, "abc", nodes.voter("b"), cluster, arbiter=True, timeout_s=0.3)
+            assert refused.value.errno == errno.EUCLEAN
+        assert [nodes.all[name].keeper.record.promised for name in "abc"] == [first.term] * 3
+        second = first.next_epoch(in_sync=frozenset("ab"))
+        await EtcdCluster("a", etcd, nodes.cluster("a")).commit(second, expected=first)  # the primary goes on
+        found = await promote("b", MIRROR, "abc", nodes.voter("b"), cluster, arbiter=True, timeout_s=0.3)
+        assert isinstance(found, Promote)  # its record is new there
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0.05))
 
 
 def test_without_etcd_in_the_configuration_what_needs_it_says_so(tmp_path: Path) -> None:
