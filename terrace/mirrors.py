@@ -37,6 +37,7 @@ from terrace.disklessmirrors import DisklessMirrors
 from terrace.localmirror import LocalMirror
 from terrace.mending import LegMender, heal_leg, read_block
 from terrace.mirrorwords import about_map, explained, known_record, newest_record
+from terrace.oneatatime import OneAtATime
 from terrace.peers import Handler, Peers, Socket
 from terrace.pools import Pools
 from terrace.primary import ASK_S, MirrorPart, ServedMirror, boot_id, nodes_of_mirror
@@ -92,6 +93,8 @@ class Mirrors:
         self.drop_clients: Callable[[str], int] = lambda export: 0
         self._mirrors: dict[Volume, LocalMirror] = {}
         self._broken: dict[Volume, OSError] = {}
+        self._ending = OneAtATime()
+        """Of two that end a mirror here at once the first may fail, and begin it again: the second ends that one."""
         self._nursery: trio.Nursery | None = None
         self.diskless = DisklessMirrors(pools, home, self, self._live)
         self._callers = {name: RemoteVoter(name, PeerCaller(peers, name)) for name in peers.peers}
@@ -212,7 +215,8 @@ class Mirrors:
     async def forget(self, mirror: LocalMirror) -> None:
         """End one, cleanly."""
         await mirror.close()
-        self._mirrors.pop(mirror.volume, None)
+        if self._mirrors.get(mirror.volume) is mirror:
+            del self._mirrors[mirror.volume]
 
     # -- what there is -------------------------------------------------------------------------------------------
 
@@ -472,12 +476,15 @@ class Mirrors:
 
     async def delete_local(self, mirror: LocalMirror, *, snapshots: bool = False) -> None:
         """The leg's volume, whatever others may say."""
-        try:
-            await self.forget(mirror)
-            await mirror.pool.delete_volume(mirror.volume.short_name, snapshots=snapshots, mirrored=True)
-        except BaseException:
-            await self._begin_again(mirror)
-            raise
+        async with self._ending.changing(mirror.name):
+            try:
+                await self._end(mirror)
+                if mirror.volume.deleted:  # another one of that name may be there
+                    raise TierError(errno.ENOENT, f"{mirror.name} was deleted just now")
+                await mirror.pool.delete_volume(mirror.volume.short_name, snapshots=snapshots, mirrored=True)
+            except BaseException:
+                await self._begin_again(mirror)
+                raise
 
     async def delete_broken(self, pool: Pool, volume: Volume, *, snapshots: bool) -> None:
         """The volume of a leg that `is_broken`: nobody can be told, since it isn't known whose it is."""
@@ -487,19 +494,24 @@ class Mirrors:
     async def _begin_again(self, mirror: LocalMirror) -> None:
         """What was to end it has failed, or was cancelled, at any point: the leg must not be dead until a restart."""
         with trio.CancelScope(shield=True):
-            await self.forget(mirror)
-        if not mirror.volume.deleted:
+            await self._end(mirror)
+        if mirror.volume.mirror_record and not mirror.volume.deleted:
             self.adopt(mirror.pool, mirror.volume)
+
+    async def _end(self, mirror: LocalMirror) -> None:
+        """That one, or the one that stands for its volume by now."""
+        await self.forget(self._mirrors.get(mirror.volume, mirror))
 
     async def dissolve(self, mirror: LocalMirror) -> None:
         """The leg becomes a volume like any other, and its record is gone."""
-        try:
-            await self.forget(mirror)
-            await mirror.pool.set_mirror(mirror.volume, b"", {})
-        except BaseException:
-            if mirror.volume.mirror_record:
-                await self._begin_again(mirror)
-            raise
+        async with self._ending.changing(mirror.name):
+            try:
+                await self._end(mirror)
+                await mirror.pool.set_mirror(mirror.volume, b"", {})
+            except BaseException:
+                if mirror.volume.mirror_record:
+                    await self._begin_again(mirror)
+                raise
 
     async def _discard_leg(self, node: str, params: dict[str, Any]) -> Any:
         """An operator has decided at the primary that what was written here, and nowhere else, is given up."""

@@ -219,6 +219,52 @@ def test_a_leg_whose_deletion_is_cancelled_goes_on(tmp_path: Any) -> None:
     trio.run(main)
 
 
+@pytest.mark.parametrize("other", ["deletes it too", "dissolves it"])
+def test_of_two_that_end_a_leg_at_once_the_first_of_which_fails_nothing_is_left_of_the_mirror(
+    tmp_path: Any, other: str
+) -> None:
+    """The first begins it again, and the second must end that one."""
+
+    async def main() -> None:
+        pool = OnePool()
+        pool.volume.mirror_record = LegRecord("b", accepted=first_record("ab")).encode()
+        asked = 0
+
+        async def delete_volume(name: str, **how: Any) -> None:
+            nonlocal asked
+            asked += 1
+            await trio.sleep(0.01)
+            if asked == 1:
+                raise OSError(errno.EIO, "no checkpoint can be committed")
+            pool.volume.deleted = True
+
+        pool.delete_volume = delete_volume  # type: ignore[method-assign]
+        found = mirrors(pool, tmp_path)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(found.run)
+            mirror: Any = found.adopt(pool, pool.volume)  # type: ignore[arg-type]
+
+            async def first() -> None:
+                with pytest.raises(OSError, match="no checkpoint"):
+                    await found.delete_local(mirror)
+
+            async with trio.open_nursery() as both:
+                both.start_soon(first)
+                await trio.sleep(0.005)
+                if other == "deletes it too":
+                    both.start_soon(found.delete_local, mirror)
+                else:
+                    both.start_soon(found.dissolve, mirror)
+            assert found.all() == [] and found.by_leg("b") is None and not found._broken
+            if pool.volume.deleted:  # and a name that was given again since is nobody's
+                with pytest.raises(OSError, match="fast/vol was deleted just now") as refused:
+                    await found.delete_local(mirror)
+                assert (refused.value.errno, asked, found.all()) == (errno.ENOENT, 2, [])
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
 def test_what_is_no_status_of_a_primary_is_not_shown_as_one() -> None:
     legs = [_leg(LegInfo("l", "a", "p/v"), "UpToDate")]
     good: dict[str, Any] = dict.fromkeys(_PRIMARYS) | {"role": "primary", "legs": legs}
