@@ -164,7 +164,10 @@ MUTANTS: Final[dict[str, Plant]] = {
         "pass",
     ),
     "a flush of the local leg is enough": _instead(
-        CommonFlush, "round", "for leg in writers:\n            nursery", "for leg in writers[:1]:\n            nursery"
+        CommonFlush,
+        "_round",
+        "for leg in writers:\n            nursery",
+        "for leg in writers[:1]:\n            nursery",
     ),
     "the local leg applies out of order": _instead(
         LocalLeg, "submit", "if not self._queue:\n        try", "if True:\n        try"
