@@ -37,7 +37,7 @@ from replication.leg import Leg, LegStore
 from replication.lineage import are_apart, last_of_others
 from replication.membership import LegInfo, Membership, Term, decode, encode
 from replication.site import MirrorSettings
-from replication.voters import ask, in_sync_nodes
+from replication.voters import ask, in_sync_nodes, is_majority, rule_of
 from terrace.exports import ExportRecord, StoodFor
 from terrace.primary import ASK_S, MirrorPart, ServedMirror, Surroundings, nodes_of, nodes_of_mirror
 from tiers.names import validate_name
@@ -365,10 +365,12 @@ class DisklessMirror(MirrorPart):
             served.fence(OSError(errno.ESTALE, f"later term {term.number} promised to another primary"))
 
     async def _look_out(self, mirror: ServedMirror) -> None:
-        """With no leg at hand: whether that is because another node is primary."""
+        """With no leg at hand, or where no record without those that are gone counts: whether that is because another
+        node is primary, or was about to be."""
         while True:
             await trio.sleep(LOOK_S)
-            if not mirror.lost or mirror.ended.is_set():
+            is_stuck = mirror.lost or (mirror.excluding and mirror.records.outdated)
+            if not is_stuck or mirror.ended.is_set():
                 continue
             membership = mirror.membership
             states = await self._states()
@@ -383,9 +385,10 @@ class DisklessMirror(MirrorPart):
 
 
 def superseded(ours: Membership, states: dict[str, VoterState]) -> str | None:
-    """Why the term of `ours`, which lacks all its legs, can't go on by what others say; None: it may. Pure.
+    """Why the term of `ours`, which lacks legs, can't go on by what others say; None: it may. Pure.
 
     Not by one promise to another node alone: that may have come to nothing, and a leg come back that didn't give it.
+    But where a majority decides, and none is left, no record of this term counts any more.
     """
     records = [state.accepted for state in states.values() if state.accepted is not None]
     newest = max(records, key=lambda record: record.place, default=ours)
@@ -400,6 +403,10 @@ def superseded(ours: Membership, states: dict[str, VoterState]) -> str | None:
     }
     if needed <= later:
         return f"every leg in sync has promised a later term to {_candidates(states, needed)}"
+    if rule_of(ours) == "majority" and not is_majority(set(ours.voters) - later, ours.voters):
+        voters = frozenset(later) & set(ours.voters)
+        count = f"{len(voters)} of {len(set(ours.voters))} voters"
+        return f"{count} have promised a later term to {_candidates(states, voters)}"
     return None
 
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 import trio
+import trio.testing
 
 from replication.cluster import VoterState
 from replication.durable import remove_file
@@ -92,6 +93,39 @@ def test_a_term_without_its_legs_is_over_only_when_others_cant_take_it_back() ->
         ([said("a", taken.next_epoch(primary=None))], "nobody is primary since term 2"),
     ):
         assert superseded(SERVED, {state.node: state for state in states}) == over
+
+
+def test_where_a_majority_decides_a_term_is_over_when_none_is_left_for_it() -> None:
+    served = first_record("abd", primary="c")
+    told = "2 of 3 voters have promised a later term to b"
+    for promised, over in (("", None), ("b", None), ("ab", told)):
+        states = {node: said(node, served, TERM_2 if node in promised else None) for node in "abd"}
+        assert superseded(served, states) == over
+
+
+@pytest.mark.parametrize(("outdated", "ends"), [(True, True), (False, False)])
+def test_a_primary_without_a_leg_whose_record_is_refused_while_it_has_a_leg_finds_out_why(
+    outdated: bool, ends: bool
+) -> None:
+    """Else it would wait for good for a record that can't count, and nobody could be promoted while it does."""
+
+    async def main() -> None:
+        fenced: list[OSError] = []
+        served = first_record("abd", primary="c")
+        mirror: Any = SimpleNamespace(
+            lost=False, excluding={"a", "b"}, records=SimpleNamespace(outdated=outdated), ended=trio.Event(),
+            membership=served, fence=fenced.append,
+        )  # fmt: skip
+
+        async def states() -> dict[str, VoterState]:
+            await trio.lowlevel.checkpoint()
+            return {node: said(node, served, TERM_2 if node in "ab" else None) for node in "abd"}
+
+        with trio.move_on_after(1.5):
+            await DisklessMirror._look_out(cast("Any", SimpleNamespace(_states=states)), mirror)
+        assert [error.errno for error in fenced] == [errno.ESTALE] * ends
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
 def test_the_record_by_which_a_node_without_a_leg_is_primary_is_in_its_home_last_and_what_ends_it_first(
