@@ -139,12 +139,18 @@ class Life:
         if self.forcing == mirror.process.node.name:
             self.forcing, self.branch = None, mirror.membership.term
             self.judge.forgive()
+        self.alone(mirror)
+
+    def alone(self, mirror: WatchedMirror) -> None:
+        """If it may answer now, no other one may. A record that comes to count late begins a mirror without a lease."""
+        if self.branch is not None or rule_of(mirror.membership) == "all" or not mirror.may_serve():
+            return
         for node in self.nodes.values():
             local = node.process.local if node.process is not None and node.process.is_alive else None
             other = local.mirror if local is not None else None
-            if other is None or other is mirror or not local or not local.serves or self.branch is not None:
+            if other is None or other is mirror or not local or not local.serves:
                 continue
-            if "all" not in (rule_of(other.membership), rule_of(mirror.membership)) and other.may_serve():
+            if rule_of(other.membership) != "all" and other.may_serve():
                 self.judge.found(
                     f"{node.name} serves by {other.membership.place}, and so does {mirror.membership.place}"
                 )

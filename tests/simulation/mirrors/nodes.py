@@ -245,6 +245,7 @@ class WatchedMirror(ServedMirror):
                 judge.acknowledged(place, fresh if life.losses() == losses else ())
                 self._check_in_sync(writers, self.batch_of.pop(place), place)
                 self._check_missing(fresh, writers, place)
+                life.alone(self)
             elif error is not None:
                 judge.counts[f"refused: {errno.errorcode.get(error.errno or 0)}"] += 1
             done(error)
