@@ -32,6 +32,8 @@ class VoterState:
     recent_bytes: int = 0
     superseded: Membership | None = None
     """A record that it has heard of, and hasn't accepted, by which it must not go on from its own any more."""
+    no_writes: str | None = None
+    """Why its leg can store nothing now, not even a record that has it in sync: its disk has failed, or is full."""
 
 
 class Voter(Protocol):

@@ -176,6 +176,10 @@ class LegStore(Protocol):
     def size_bytes(self) -> int: ...
 
     @property
+    def no_writes(self) -> str | None:
+        """Why nothing is stored any more, for as long as the process lives at least; None where that isn't known."""
+
+    @property
     def record(self) -> bytes:
         """What `save` was given last, durable; empty if nothing."""
 

@@ -19,6 +19,10 @@ has heard of stands for it in these decisions, and if it is apart from that, in 
 
 And a leg to go on with: in sync by that record, and either intact, or compared with all others that are in sync.
 
+A leg that can store nothing, since its disk is dead or full, is no leg to go on with: its node has promised, by its
+home, but a record that has the leg in sync would never count. It is left out like one that isn't heard; and where it
+may be the only one that has everything, an intact one beside others that aren't, nobody goes on.
+
 A record that was only tried may be the newest that was seen, though it is known now never to count: a leg that it calls
 in sync has promised, and has an older one. Whoever is out by it has everything still, and perhaps only there: legs in
 sync by the record that it was made from, or by another one made from that, are those to go on with (`_before`).
@@ -155,7 +159,7 @@ def _that_may_count(
     if base is newest or not arbiter:
         return base
     both = base.in_sync & newest.in_sync
-    kept = any(leg.id in both and leg.node in heard and not heard[leg.node].inconsistent for leg in newest.legs)
+    kept = any(leg.id in both and leg.node in heard and _can_stay(heard[leg.node]) for leg in newest.legs)
     return replace(newest, in_sync=base.in_sync & newest.terrace_ids) if kept else newest
 
 
@@ -256,9 +260,26 @@ def _judge(
             f"and node {_named(silent)} may have them{_because(unheard, silent)}. {_change(silent)}",
             silent,
         )
+    unable = {leg.node: why for leg in legs if (why := heard[leg.node].no_writes) is not None}
+    stay = [leg for leg in legs if leg.node not in unable]
+    if unable and not (any(leg in intact for leg in stay) or (stay and not intact)):
+        # What was written last is only where nothing can be stored any more: no record with that leg would count.
+        lost = f", and node {_named(frozenset(leg.node for leg in stay), 'and')} may have lost writes" if stay else ""
+        return Refused(
+            f"only the leg on node {_named(frozenset(unable))} is known to have every acknowledged write, and it can "
+            f"store nothing{_because(unable)}{lost}. Mend that and restart terraced there; or promote another node "
+            "with --force, which may lose writes",
+            silent,
+        )
+    legs, intact = stay, [leg for leg in intact if leg in stay]
     sources = sorted(intact or legs, key=lambda leg: leg.node != me)
     in_sync = frozenset(leg.id for leg in legs)
     return Promote(tuple(sources), newest.next_term(term, me, in_sync), followed if arbiter else newest, alone)
+
+
+def _can_stay(state: VoterState) -> bool:
+    """Whether a record may call its leg in sync."""
+    return not state.inconsistent and state.no_writes is None
 
 
 def _may_go_alone(me: str, heard: Mapping[str, VoterState], newest: Membership) -> bool:
@@ -292,11 +313,13 @@ def _force(
             f"the leg of node {me} was being resynced: it is no state that the volume ever had, and force can't make "
             f"it one; it takes node {_named(in_sync_nodes(base) - {me})}"
         )
+    if (why := heard[me].no_writes) is not None:
+        return Refused(f"force takes the leg of node {me} as it is, and that can store nothing ({why})")
     fenced = in_sync_nodes(base) & set(heard)
     kept = {leg.id for leg in own}
     if kept & base.in_sync:
         kept &= base.in_sync
-        heard_legs = [leg for leg in base.legs if leg.node in heard and not heard[leg.node].inconsistent]
+        heard_legs = [leg for leg in base.legs if leg.node in heard and _can_stay(heard[leg.node])]
         kept |= {leg.id for leg in heard_legs if leg.id in base.in_sync and leg.kind == "terrace"}
     new = base.next_term(term, me, frozenset(kept), "fenced" if fenced else "apart")
     if rule_of(base) == "majority" and not is_majority(heard, base.voters):

@@ -145,22 +145,26 @@ class KeptVoter:
             judge_prepare(said.promised, term, f"node {self.node}")
             if not force:
                 self._judge_alive(said, candidate)
-            await self._promise(mirror, file, term, candidate)
+            no_writes = await self._promise(mirror, file, term, candidate)
             # A session may have stored a record while the promise waited for it: it counts, and none comes any more.
             now = await self._say(mirror, await self._file(mirror))
             candidates = said.candidates if now.accepted == said.accepted else frozenset()
-            return dataclasses.replace(now, promised=term, candidates=candidates)
+            return dataclasses.replace(now, promised=term, candidates=candidates, no_writes=now.no_writes or no_writes)
 
-    async def _promise(self, mirror: str, file: _Kept | None, term: Term, candidate: str) -> None:
+    async def _promise(self, mirror: str, file: _Kept | None, term: Term, candidate: str) -> str | None:
+        """Why a leg that is out couldn't store it, where the home has: so it can't store a record. Raises OSError."""
+        no_writes = None
         for keeper in self._legs(mirror):
             try:
                 await keeper.prepare(term, candidate)
             except OSError as error:
                 if error.errno in DECIDED or file is None or not _is_out(keeper.record.me, file.accepted):
                     raise
+                no_writes = error.strerror or str(error)
         if file is not None:
             candidates = file.candidates | ({candidate} if term != file.promised else frozenset())
             await self._keep(mirror, dataclasses.replace(file, promised=term, candidates=candidates))
+        return no_writes
 
     def _judge_alive(self, said: VoterState, candidate: str) -> None:
         accepted = said.accepted
@@ -327,6 +331,7 @@ class KeptVoter:
             inconsistent=any(one.record.inconsistent for one in voices),
             recent_bytes=sum(_recent_bytes(one) for one in voices),
             superseded=max((one for one in beyond if one), key=lambda one: one.place, default=None),
+            no_writes=next((why for one in keepers if (why := one.store.no_writes) is not None), None),
         )
 
     def _path(self, mirror: str) -> Path:
@@ -507,6 +512,7 @@ def state_from_json(plain: Any) -> VoterState:
             inconsistent=_typed(plain["inconsistent"], bool),
             recent_bytes=_typed(plain["recent_bytes"], int),
             superseded=decode(json.dumps(superseded).encode()) if superseded is not None else None,
+            no_writes=None if (why := plain.get("no_writes")) is None else _typed(why, str),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise OSError(errno.EPROTO, f"a voter's answer can't be understood: {error!r}") from None

@@ -42,6 +42,10 @@ class PoolLegStore:
         return self.volume.size_bytes
 
     @property
+    def no_writes(self) -> str | None:
+        return self._pool.no_writes
+
+    @property
     def record(self) -> bytes:
         return self.volume.mirror_record
 

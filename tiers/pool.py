@@ -994,6 +994,11 @@ class Pool:
         if engine.losses.changed:
             await engine.offload(engine.losses.save, self._directory, engine.losses.encoded(engine.pool_uuid))
 
+    @property
+    def no_writes(self) -> str | None:
+        """Why the pool takes no writes until it is opened again, or for good; None: it takes them."""
+        return self._engine.space.read_only
+
     def status(self) -> PoolStatus:
         """The numbers of the moment."""
         engine = self._engine

@@ -119,6 +119,7 @@ class MemoryLegStore:
         """Numbers of extents for which the map is damaged; the next checkpoint after a write there would fail."""
         self.failing: OSError | None = None
         """What each change fails with."""
+        self.no_writes: str | None = None
         self.stuck: trio.Event | None = None
         """Until it is set, no change, flush or read returns, and nothing is done at once."""
         self.is_hard = False

@@ -100,6 +100,7 @@ class Store:
         self.flush_gate = trio.Event()
         self.flush_gate.set()
         self.failing: OSError | None = None
+        self.no_writes: str | None = None
         self.log: list[Any] = []
         """Everything that was done, in order."""
         self.waiting = 0

@@ -66,14 +66,21 @@ class MemoryStore:
         self.durable: tuple[bytes, dict[str, bytes]] = (b"", {})
         self.saves = 0
         self.failing: str = ""
-        """"before", "after": the next save fails before or after it has become durable; "dead": all do, before."""
+        """"before", "after": the next save fails before or after it has become durable; "dead", "full": all do, before,
+        and a dead one is known to be that."""
+
+    @property
+    def no_writes(self) -> str | None:
+        return "the disk is dead" if self.failing == "dead" else None
 
     async def save(self, record: bytes, trackers: dict[str, Extents] | None = None) -> None:
-        failing, self.failing = self.failing, self.failing if self.failing == "dead" else ""
+        failing, self.failing = self.failing, self.failing if self.failing in ("dead", "full") else ""
         now = self.trackers if trackers is None else trackers
         self.trackers = now  # from the call on, however it ends
-        if failing in ("before", "dead"):
+        if failing in ("before", "dead", "full"):
             await trio.lowlevel.checkpoint()
+            if failing == "full":
+                raise OSError(errno.ENOSPC, "the pool is full")
             raise OSError(errno.EIO, "the disk has failed")
         self.durable = record, {name: one.encode() for name, one in now.items()}
         await trio.lowlevel.checkpoint()

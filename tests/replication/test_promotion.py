@@ -89,6 +89,47 @@ def test_who_is_out_by_a_record_that_never_counts_is_gone_on_with() -> None:
         assert isinstance(forced, Promote) and "a" in forced.membership.in_sync
 
 
+@pytest.mark.parametrize("me", ["a", "b"])
+def test_a_leg_that_can_store_nothing_is_left_out_where_another_one_has_everything(me: str) -> None:
+    """The primary a has dropped its own leg, whose disk is dead, and was restarted before b stored that."""
+    for first in (AB, ABT, arbitrated(AB)):
+        without_a = first.next_epoch(in_sync=frozenset("b"))
+        arbiter = without_a if first.options.arbiter == "etcd" else None
+        others = [said("t", first)] if first is ABT else []
+        for record in (without_a, first):
+            dead = said("a", record, no_writes="its disk is dead")
+            decision = decide(me, TERM_2, heard(dead, said("b", first), *others), {}, arbiter=arbiter)
+            assert isinstance(decision, Promote) and [leg.node for leg in decision.sources] == ["b"]
+            assert decision.membership.primary == me and decision.membership.in_sync == {"b"}
+            # None has lost less than the other: it is the same as if both were taken.
+            weak = [dataclasses.replace(dead, intact=False), said("b", first, intact=False)]
+            decision = decide(me, TERM_2, heard(*weak, *others), {}, arbiter=arbiter)
+            assert isinstance(decision, Promote) and decision.membership.in_sync == {"b"}
+
+
+def test_a_leg_that_can_store_nothing_is_not_left_out_where_it_may_be_the_only_one_with_everything() -> None:
+    dead = said("a", AB, no_writes="its disk is dead")
+    weak = said("b", AB, intact=False)
+    for me in "ab":
+        decision = decide(me, TERM_2, heard(dead, weak), {})
+        assert isinstance(decision, Refused)
+        assert decision.sentence == (
+            "only the leg on node a is known to have every acknowledged write, and it can store nothing (a: its disk "
+            "is dead), and node b may have lost writes. Mend that and restart terraced there; or promote another node "
+            "with --force, which may lose writes"
+        )
+    # By force without it, as no record with it would count; and never on it.
+    forced = decide("b", TERM_2, heard(dead, weak), {}, force=True)
+    assert isinstance(forced, Forced) and forced.membership.in_sync == {"b"}
+    refused = decide("a", TERM_2, heard(dead, weak), {}, force=True)
+    assert isinstance(refused, Refused) and "can store nothing (its disk is dead)" in refused.sentence
+    without_b = AB.next_epoch(in_sync=frozenset("a"))
+    alone = decide("b", TERM_2, heard(dataclasses.replace(dead, accepted=without_b), said("b", AB)), {})
+    assert isinstance(alone, Refused) and "only the leg on node a" in alone.sentence
+    both = decide("b", TERM_2, heard(dead, dataclasses.replace(weak, intact=True, no_writes="it is full")), {})
+    assert isinstance(both, Refused) and "only the leg on node a or b" in both.sentence
+
+
 def test_who_goes_on_by_itself_does_so_from_its_own_terms_only_and_asks_for_no_promise_else() -> None:
     async def main() -> None:
         nodes = Nodes("ab")

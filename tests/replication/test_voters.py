@@ -18,6 +18,7 @@ from replication.cluster import VoterState
 from replication.keeper import LegKeeper, LegRecord
 from replication.leg import Extents
 from replication.membership import Term
+from replication.promotion import Promote, promote
 from replication.voters import (
     Handler,
     KeptVoter,
@@ -346,6 +347,42 @@ def test_a_primary_whose_disk_is_dead_keeps_in_its_home_that_its_leg_is_out(tmp_
     trio.run(main)
 
 
+@pytest.mark.parametrize("failing", ["dead", "full"])
+def test_a_leg_that_its_node_has_left_out_and_that_can_store_nothing_holds_up_no_promotion(
+    tmp_path: Path, failing: str
+) -> None:
+    """Its node promises by its home; but a record with the leg in sync would never be stored there."""
+
+    async def main() -> None:
+        clock = Clock()
+        stores = {node: MemoryStore() for node in "abc"}
+        keepers = {node: LegKeeper(stores[node], LegRecord(node), node=node, boot="1") for node in "abc"}
+
+        def voter(node: str) -> KeptVoter:
+            return KeptVoter(node, tmp_path / node, lambda mirror: [keepers[node]], clock=clock)
+
+        voters = {node: voter(node) for node in "abc"}
+        record = first_record("abc")
+        for one in voters.values():
+            await one.accept(record)
+        stores["a"].failing = failing
+        await voters["a"].accept(record.next_epoch(in_sync=frozenset("bc")))  # and is killed: no other one has it
+        voters["a"] = voter("a")
+        clock.now += 10
+
+        async def known(mirror: str) -> str:
+            return "abc"
+
+        cluster = LegsCluster("b", voters.__getitem__, known, timeout_s=0.5)
+        decision = await promote("b", MIRROR, "abc", voters.__getitem__, cluster)
+        assert isinstance(decision, Promote)
+        assert decision.membership.in_sync == {"b", "c"}
+        said = await voters["a"].state(MIRROR)
+        assert (said.promised, said.accepted) == (decision.membership.term, decision.membership)
+
+    trio.run(main)
+
+
 def test_a_remote_voter_says_what_the_node_says(tmp_path: Path) -> None:
     async def main() -> None:
         clock = Clock()
@@ -392,7 +429,7 @@ def test_a_call_that_makes_no_sense_is_refused_with_a_sentence(
 
 
 def test_a_state_survives_its_encoding_and_nonsense_is_refused() -> None:
-    state = VoterState("b", TERM_2, FIRST, frozenset({"a"}), True, 1.5, False, True, 4096, FIRST.next_epoch())
+    state = VoterState("b", TERM_2, FIRST, frozenset({"a"}), True, 1.5, False, True, 4096, FIRST.next_epoch(), "full")
     plain = json.loads(json.dumps(state_to_json(state)))
     assert state_from_json(plain) == state
     for damage in ({"node": 1}, {"promised": [1]}, {"accepted": 1}, {"heard_s": "x"}, {"intact": 1}):

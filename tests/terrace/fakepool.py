@@ -338,6 +338,7 @@ class FakePool:
         self.settings = settings
         self.problem: str | None = None
         """Why it takes no writes any more."""
+        self.no_writes: str | None = None
         catalog = json.loads((directory / "fake.json").read_text())
         self.name: str = catalog["name"]
         self.uuid: str = catalog["uuid"]

@@ -378,11 +378,6 @@ class Anew(World):
         """Take its leg out, and add one on new disks: as the commands `remove` and `add` do. Raises OSError."""
         mirror = self.primary()
         if mirror is None:
-            if node.process is not None and self.takes_no_writes(node) and not any(o.starting for o in self.locals()):
-                # It can store no record, and others are promoted by none that leaves it out while it answers.
-                self.trace(f"operator: stops {node.name}")
-                await node.kill(power=False)
-                await trio.sleep(PATIENCE_S)
             return False
         others = [m.info.node for m in mirror.members.values() if m.state is LegState.UP_TO_DATE]
         others = [name for name in others if name != node.name]
