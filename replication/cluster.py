@@ -6,6 +6,7 @@ used through `ClusterStore`, so that a mirror can't tell them apart.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,6 +35,15 @@ class VoterState:
     """A record that it has heard of, and hasn't accepted, by which it must not go on from its own any more."""
     no_writes: str | None = None
     """Why its leg can store nothing now, not even a record that has it in sync: its disk has failed, or is full."""
+
+
+class NotStoredError(OSError):
+    """A record isn't stored wherever it has to be."""
+
+    def __init__(self, number: int, sentence: str, unable: Mapping[str, OSError]) -> None:
+        super().__init__(number, sentence)
+        self.unable = unable
+        """By node, what legs that the record has in sync have failed with: their disks, not the way there."""
 
 
 class Voter(Protocol):

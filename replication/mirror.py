@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Final
 
@@ -484,6 +484,22 @@ class Mirror:
             if member.leg is leg:
                 self.drop(member, leg.failure or error)
 
+    def legs_unable(self, unable: Mapping[str, OSError]) -> bool:
+        """Legs on these nodes can't store a record that has them in sync: they are out, if another one is left.
+
+        Whether any is.
+        """
+        if not any(m.is_proof and m.info.node not in unable for m in self.members.values()):
+            return False
+        failed = [
+            m
+            for m in self.members.values()
+            if m.leg is not None and (m.is_proof or m.ready) and m.info.kind == "terrace" and m.info.node in unable
+        ]
+        for member in failed:
+            self.drop(member, unable[member.info.node])
+        return bool(failed)
+
     def look(self) -> None:
         """Whether legs have failed."""
         for member in self.members.values():
@@ -858,7 +874,8 @@ class Mirror:
             waiting = "no leg in sync is connected"
         elif self.excluding:
             places = ", ".join(sorted(self.members[leg_id].info.place for leg_id in self.excluding))
-            waiting = f"a record without the leg on {places} doesn't count yet"
+            why = f": {self.records.problem.strerror}" if self.records.problem is not None else ""
+            waiting = f"a record without the leg on {places} doesn't count yet{why}"
         elif self.barriers.held:
             waiting = "a snapshot or a resize is being made"
         elif self.end is None:

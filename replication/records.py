@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
 import trio
 
-from replication.cluster import ClusterStore
+from replication.cluster import ClusterStore, NotStoredError
 from replication.leg import Leg, LegState
 from replication.members import Member
 from replication.membership import Membership
@@ -42,6 +42,12 @@ class Recorded(Gate, Protocol):
     def leg_failed(self, leg: Leg, error: OSError) -> None:
         """It is out."""
 
+    def legs_unable(self, unable: Mapping[str, OSError]) -> bool:
+        """Legs on these nodes can't store a record that has them in sync: they are out, if another one is left.
+
+        Whether any is.
+        """
+
     def depose(self, error: OSError) -> None:
         """Another node is primary, or will be."""
 
@@ -64,6 +70,8 @@ class Records:
         """What `reconfigure` wants in the record."""
         self._refused: dict[str, OSError] = {}
         """Of that, what can't be had, and why."""
+        self.problem: OSError | None = None
+        """Why the record that was tried last isn't known to count."""
         self.renewal: Prove | None = None
         """With all legs let go: what begins a later term (`replication.laterterm`). None again when all has begun."""
         self._is_renewed = False
@@ -182,6 +190,10 @@ class Records:
                 self._site.depose(error)
                 return False
         log.warning("%s: the record of which legs are in sync can't be written: %s", self._site.name, error)
+        self.problem = error
+        # While it waits for the record nothing is written or flushed that could tell that these have failed.
+        if isinstance(error, NotStoredError) and self._site.legs_unable(error.unable):
+            return True  # the next one, without them, is wanted at once
         if self._site.membership.options.below_quorum == "fail" and self._site.excluding:
             self._site.failing = OSError(errno.EIO, f"{self._site.name}: below quorum: {error.strerror}")
             self._site.fail_parked()
@@ -208,7 +220,7 @@ class Records:
 
     def _adopt(self, record: Membership) -> None:
         """It counts."""
-        self._site.membership = record
+        self._site.membership, self.problem = record, None
         self.outdated = False
         # What was tried later may be stored somewhere: the next record has to come after it.
         self.attempts = [attempt for attempt in self.attempts if attempt.epoch > record.epoch]

@@ -35,7 +35,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import trio
 
-from replication.cluster import Voter, VoterState
+from replication.cluster import NotStoredError, Voter, VoterState
 from replication.durable import make_directory, remove_file, replace_file
 from replication.keeper import (
     LegKeeper,
@@ -52,6 +52,8 @@ from replication.membership import Membership, Term, decode, encode
 FORMAT_VERSION = 1
 DECIDED = frozenset({errno.ESTALE, errno.EUCLEAN, errno.EINVAL, errno.EBUSY, errno.EPROTO})
 """Errors by which a voter has answered: asking again gives the same."""
+UNABLE = frozenset({errno.EROFS, errno.ENOSPC, errno.EIO})
+"""Errors of a voter whose disk has failed, or is full."""
 
 MAX_MIRRORS = 1024
 """So many mirrors a node may be a tie-breaker of. Files are made by the records of peers, and by nothing else."""
@@ -655,9 +657,11 @@ class LegsCluster:
         )
         if not enough(answers):
             decided = [error for error in failures.values() if error.errno in DECIDED]
-            number = decided[0].errno if decided else errno.ETIMEDOUT
-            raise OSError(
-                number, f"record {new.term.number}.{new.epoch} of mirror {new.mirror} isn't stored: {_told(failures)}"
+            number = (decided[0].errno if decided else None) or errno.ETIMEDOUT
+            raise NotStoredError(
+                number,
+                f"record {new.term.number}.{new.epoch} of mirror {new.mirror} isn't stored: {_told(failures)}",
+                _unable(new, failures),
             )
         if own and not own_first:
             await self._own(new)
@@ -676,9 +680,17 @@ class LegsCluster:
 
     async def _own(self, new: Membership) -> None:
         with trio.move_on_after(self._timeout_s):
-            await self._voter(self.node).accept(new)
-            return
+            try:
+                return await self._voter(self.node).accept(new)
+            except OSError as error:
+                unable = _unable(new, {self.node: error})
+                raise NotStoredError(error.errno or errno.EIO, error.strerror or str(error), unable) from None
         raise OSError(errno.ETIMEDOUT, f"node {self.node} didn't store the record within {self._timeout_s:g} s")
+
+
+def _unable(new: Membership, failures: Mapping[str, OSError]) -> dict[str, OSError]:
+    """Nodes whose legs are in sync by the record, and can't store it."""
+    return {node: failures[node] for node in in_sync_nodes(new) & set(failures) if failures[node].errno in UNABLE}
 
 
 def judge_successor(new: Membership, expected: Membership) -> None:

@@ -26,10 +26,12 @@ import trio
 import trio.testing
 import xxhash
 
+from replication.cluster import NotStoredError
 from replication.keeper import LegKeeper, LegRecord
 from replication.leg import BLOCK_BYTES, EXTENT_BYTES, RECENT, RECENT_OLD, Change, Done, Extents, missing_tracker
 from replication.localleg import LocalLeg, LocalSite
 from replication.membership import LegInfo, Membership, Term, decode, encode
+from replication.voters import UNABLE
 
 
 def run_seeded(seed: int, body: Callable[[], Awaitable[Any]]) -> Any:
@@ -787,7 +789,14 @@ class FakeCluster:
             with trio.move_on_after(self.timeout_s):
                 if node is not primary:
                     await node.link.travel()
-                await node.keeper.accept(new)
+                try:
+                    await node.keeper.accept(new)
+                except OSError as error:
+                    if error.errno not in UNABLE:
+                        raise
+                    raise NotStoredError(
+                        errno.ETIMEDOUT, f"the record isn't stored: {error.strerror}", {node.info.node: error}
+                    ) from None
                 done = True
             if not done or not node.is_up:
                 raise OSError(errno.ETIMEDOUT, f"node {node.info.node} doesn't answer")

@@ -139,7 +139,8 @@ def test_a_silent_leg_is_excluded_by_a_record_before_what_it_misses_is_acknowled
             await trio.sleep(3)
             assert told.outcomes == [], "acknowledged without a record"
             assert not mirror.write_later([(0, block(1))], Told())
-            assert mirror.status().waiting == "a record without the leg on c doesn't count yet"
+            waiting = "a record without the leg on c doesn't count yet: too few voters answer"
+            assert mirror.status().waiting == waiting
             rig.cluster.quorum = True
             await rig.until(lambda: bool(told.outcomes))
             assert told.outcomes == [None]
@@ -151,6 +152,60 @@ def test_a_silent_leg_is_excluded_by_a_record_before_what_it_misses_is_acknowled
             rig.nodes["c"].link.mend()
             await rig.whole()
             assert rig.store("c").image[0] == 1
+
+    run(body)
+
+
+@pytest.mark.parametrize("unable", ["a", "b"])
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC])
+def test_a_leg_that_cant_store_the_record_without_another_one_is_left_out_too(unable: str, number: int) -> None:
+    """Nothing is written or flushed meanwhile, which would fail at that leg."""
+
+    async def body() -> None:
+        rig = Rig(3)
+        async with rig.running() as mirror:
+            rig.nodes["c"].link.stall()
+            told = Told()
+            assert mirror.write_later([(0, block(1))], told)
+            rig.cluster.quorum = False
+            await rig.until(lambda: bool(mirror.excluding))
+            rig.store(unable).failing = OSError(number, "it takes no writes")
+            rig.cluster.quorum = True
+            left = "b" if unable == "a" else "a"
+            await rig.until(lambda: bool(told.outcomes))
+            assert told.outcomes == [None]
+            assert rig.cluster.truth.in_sync == {f"leg{left}"}
+            assert mirror.status().waiting is None
+            status = {leg.info.node: leg for leg in mirror.status().legs}
+            assert status[unable].state is LegState.STALE and status[unable].error == "it takes no writes"
+            assert bytes(await read(rig, 0, 4096)) == bytes(block(1))
+            rig.store(unable).failing = None
+            rig.nodes["c"].link.mend()
+            await rig.whole()
+            assert rig.store(unable).image[0] == rig.store("c").image[0] == 1
+
+    run(body)
+
+
+def test_the_last_leg_that_cant_store_the_record_without_another_one_stays_and_it_is_said_what_is_waited_for() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            rig.nodes["b"].link.stall()
+            told = Told()
+            assert mirror.write_later([(0, block(1))], told)
+            rig.cluster.quorum = False
+            await rig.until(lambda: bool(mirror.excluding))
+            rig.store("a").failing = OSError(errno.ENOSPC, "the pool is full")
+            rig.cluster.quorum = True
+            await trio.sleep(3)
+            assert rig.state("a") is LegState.UP_TO_DATE and not told.outcomes
+            assert mirror.status().waiting == (
+                "a record without the leg on b doesn't count yet: the record isn't stored: the pool is full"
+            )
+            rig.store("a").failing = None
+            await rig.until(lambda: bool(told.outcomes))
+            assert told.outcomes == [None] and mirror.status().waiting is None
 
     run(body)
 
@@ -472,7 +527,7 @@ def test_a_mirror_whose_lease_is_over_is_faulted_and_one_whose_writes_wait_for_a
             rig.nodes["b"].link.cut()
             mirror.write_later([(0, block(1))], Told())
             await rig.until(lambda: bool(mirror.excluding))
-            waiting = "a record without the leg on b doesn't count yet"
+            waiting = "a record without the leg on b doesn't count yet: too few voters answer"
             assert (mirror.status().state, mirror.status().waiting) == (MirrorState.DEGRADED, waiting)
             lapsed = "a majority of the voters has not answered this node lately"
             assert (mirror.status().state, mirror.status().waiting) == (MirrorState.FAULTED, waiting)

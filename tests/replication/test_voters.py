@@ -14,7 +14,7 @@ import trio
 import trio.testing
 
 from replication import voters
-from replication.cluster import VoterState
+from replication.cluster import NotStoredError, VoterState
 from replication.keeper import LegKeeper, LegRecord
 from replication.leg import Extents
 from replication.membership import Term
@@ -345,6 +345,32 @@ def test_a_primary_whose_disk_is_dead_keeps_in_its_home_that_its_leg_is_out(tmp_
         assert (await again.state(MIRROR)).accepted == out
 
     trio.run(main)
+
+
+def test_whose_leg_couldnt_store_a_record_is_told_and_who_wasnt_heard_isnt_one_of_them() -> None:
+    async def main() -> None:
+        nodes = Nodes("abc", timeout_s=0.5)
+        record = first_record("abc")
+        for node in nodes.all.values():
+            await node.voter.accept(record)
+        for unable, number, failing in (
+            ("b", errno.ETIMEDOUT, "full"),
+            ("b", errno.ETIMEDOUT, "dead"),
+            ("a", errno.ENOSPC, "full"),
+            ("a", errno.EIO, "dead"),
+            ("", errno.ETIMEDOUT, ""),
+        ):
+            nodes.all["c"].up = bool(failing)
+            if unable:
+                nodes.all[unable].store.failing = failing
+            record = record.next_epoch()
+            with pytest.raises(NotStoredError) as refused:
+                await nodes.cluster("a").commit(record, expected=first_record("abc"))
+            assert refused.value.errno == number and set(refused.value.unable) == set(unable)
+            if unable:
+                nodes.all[unable].store.failing = ""
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
 @pytest.mark.parametrize("failing", ["dead", "full"])

@@ -423,10 +423,6 @@ class Anew(World):
                 await here.demote(heir)
                 await there.promote()
                 return
-            # It can't: while a record waits for a leg whose pool takes no writes nothing tells that this one is lost.
-            await mirror.process.node.kill(power=False)
-            with trio.move_on_after(PATIENCE_S):
-                await there.promote()
 
     async def help(self) -> None:
         """Also of a leg whose pool takes no writes."""
