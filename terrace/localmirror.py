@@ -110,6 +110,7 @@ class LocalMirror(MirrorPart):
     async def _open_here(self, nursery: trio.Nursery, info: LegInfo, membership: Membership) -> Leg:
         # What a session of an earlier primary was just writing here must not land on what this one writes.
         await self.replica.fenced(membership.term)
+        await self.keeper.take_part()  # that may not have been possible when the term began
         leg = await self._site.open(nursery, info, membership.term)
         for site in self.nbd_sites.values():
             site.follow(leg)

@@ -522,7 +522,12 @@ class MirrorPart(abc.ABC):
 
     async def _serve(self, membership: Membership) -> None:
         """As primary of that term, until it ends."""
-        await self._take_part()
+        try:
+            await self._take_part()
+        except OSError as error:
+            if self.me in membership.in_sync:
+                raise
+            log.warning("%s: served without the leg here, which can store nothing: %s", self.name, error.strerror)
         async with trio.open_nursery() as nursery:
             self._lease = PrimaryLease(membership.options.lease_s, membership.voters)
             self._lease_voters = membership.voters

@@ -20,6 +20,7 @@ import trio
 from replication.leg import EXTENT_BYTES, Extents, missing_tracker
 from tests.replication import test_keeper, test_replica
 from tests.simulation.mirrors.__main__ import first_line
+from tests.simulation.mirrors.judge import SECTOR
 from tests.simulation.mirrors.life import Life, live
 from tests.simulation.mirrors.mutants import CAUGHT_BY, CAUGHT_IN, MUTANTS
 from tests.simulation.mirrors.nodes import Node, WatchedMirror
@@ -105,7 +106,95 @@ def test_the_same_seed_is_the_same_life_in_another_process() -> None:
     assert "digest" in one and one == other
 
 
-class WordOnItsWay(Life):
+class Scene(Life):
+    """What lives that are written down have in common."""
+
+    async def served_by(self, node: Node) -> WatchedMirror:
+        """Its mirror, once it serves."""
+        while True:
+            for local in self.serving():
+                if local._node.peers.node == node.name:
+                    assert isinstance(local.mirror, WatchedMirror)
+                    return local.mirror
+            await trio.sleep(0.01)
+
+    async def promote(self, node: Node) -> None:
+        """Until it works."""
+        while (local := self.local_of(node.name)) is not None and not local.serves:
+            try:
+                await local.promote()
+            except OSError as error:
+                self.trace(f"operator: {error.strerror or error}")
+                await trio.sleep(0.1)
+
+
+class DeadDisk(Scene):
+    """The primary's own disk fails a sync while it waits for a record without the others, of which b is heard again.
+
+    It goes on with b, which has everything, before its daemon is killed and after that. Then b is primary, and is away:
+    a doesn't go on in its place when it is started once more, though its leg says that it is primary.
+    """
+
+    shapes = ("3",)
+
+    async def unrest(self) -> None:
+        a, b, c = self.nodes.values()
+        mirror = await self.served_by(a)
+        await self.write(mirror, 0, self.judge.data(8))
+        await mirror.flush()
+        apart = {("a", "c"), ("c", "a")}
+        self.network.change(apart)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.write, mirror, EXTENT_BYTES, self.judge.data(8))
+            while not mirror.excluding:
+                await trio.sleep(0.001)
+            local = self.local_of("a")
+            assert a.machine is not None and local is not None
+            a.machine.media[0].failing_syncs = 1
+            while local.store.no_writes is None:
+                await trio.sleep(0.001)
+        assert mirror.membership.in_sync == {"leg-b"} and mirror.status().waiting is None
+        await a.kill(power=True)
+        await self.up(a)
+        mirror = await self.served_by(a)
+        assert mirror.membership.in_sync == {"leg-b"}
+        await self.write(mirror, 2 * EXTENT_BYTES, self.judge.data(8))
+        await self.read(mirror, 0, 3 * EXTENT_BYTES // SECTOR)
+        self.network.change(set())
+        while "leg-c" not in mirror.membership.in_sync:
+            await trio.sleep(0.01)
+        local = self.local_of("a")
+        assert local is not None
+        await local.demote("b")
+        self.nursery.start_soon(self.promote, b)
+        await self.served_by(b)
+        await a.kill(power=False)
+        await b.kill(power=False)
+        await self.up(a)
+        promised = self.promised(c)
+        await trio.sleep(10)
+        assert not self.serving() and self.promised(c) == promised
+        await self.up(b)
+        mirror = await self.served_by(b)
+        await self.read(mirror, 0, 3 * EXTENT_BYTES // SECTOR)
+
+    def promised(self, node: Node) -> int:
+        """The number of the term that its leg has promised."""
+        local = self.local_of(node.name)
+        assert local is not None and local.keeper.record.promised is not None
+        return local.keeper.record.promised.number
+
+    async def peace(self) -> WatchedMirror | None:
+        """Nothing mends such a disk."""
+        await trio.lowlevel.checkpoint()
+        return None
+
+
+def test_a_primary_whose_disk_is_dead_goes_on_with_other_legs_also_after_a_restart_until_another_is_primary() -> None:
+    assert live(2, DeadDisk).counts["promotions"] == 4
+
+
+class WordOnItsWay(Scene):
     """b's machine goes down while its word that it has a write, which c misses, is on its way to the primary, a.
 
     So a acknowledges what b neither has nor knows c to miss. a alone knows, and dies before it notices anything; then b
@@ -151,24 +240,6 @@ class WordOnItsWay(Life):
         while "leg-c" not in mirror.membership.in_sync:
             await trio.sleep(0.01)
         self.judge.check()
-
-    async def served_by(self, node: Node) -> WatchedMirror:
-        """Its mirror, once it serves."""
-        while True:
-            for local in self.serving():
-                if local._node.peers.node == node.name:
-                    assert isinstance(local.mirror, WatchedMirror)
-                    return local.mirror
-            await trio.sleep(0.01)
-
-    async def promote(self, node: Node) -> None:
-        """Until it works."""
-        while (local := self.local_of(node.name)) is not None and not local.serves:
-            try:
-                await local.promote()
-            except OSError as error:
-                self.trace(f"operator: {error.strerror or error}")
-                await trio.sleep(0.1)
 
     def missing_at(self, node: str) -> Extents:
         """What this node's leg knows c to miss."""
