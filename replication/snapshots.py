@@ -111,7 +111,8 @@ async def _take(
     for mirror in ordered:
         mirror.check()  # it may be another node's since: then this is no snapshot of the mirror
         if len(lacking[mirror]) == len(mirror.members):
-            why = "; ".join(f"{mirror.membership.leg(leg).node}: {why}" for leg, why in lacking[mirror].items())
+            left = {leg.id: leg.node for leg in mirror.membership.legs}  # one that lacks it may be none any more
+            why = "; ".join(f"{left[leg]}: {why}" for leg, why in lacking[mirror].items() if leg in left)
             raise OSError(errno.EIO, f"no leg of {mirror.name} has taken the snapshot ({why})")
     return lacking
 
