@@ -330,6 +330,14 @@ class _Walk:
                     f"segment {moment.ids[at]}: {moment.live[at]} blocks are counted as live, "
                     f"{self.found[at]} are mapped"
                 )
+            for segment, highest in zip(moment.segments, self._highest.tolist(), strict=True):
+                # Where all that is in it was deleted there is nothing to clean. The bytes there may be another's: of
+                # a segment that was put in its place before a crash, which took the header of that.
+                if segment.damaged and (highest or self.unread):
+                    report.problem(
+                        f"{segment.device.path} at {segment.base}: segment {segment.id} has a damaged header and "
+                        f"can't be cleaned"
+                    )
 
     async def _check_table(self) -> None:
         """The segment table must partition each device, and a free place must not be in use."""
@@ -345,11 +353,6 @@ class _Walk:
             if segment.live > written:
                 self._report.problem(
                     f"segment {segment.id}: {segment.live} blocks are counted as live, and {written} were written"
-                )
-            if segment.damaged:
-                self._report.problem(
-                    f"{segment.device.path} at {segment.base}: segment {segment.id} has a damaged header and "
-                    f"can't be cleaned"
                 )
         for device, free in self.moment.free:
             taken = places[device.index]

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from tests.tiers.helpers import QUIET, assert_sound, block, flip, fresh_pool, make_pool, read, refusal, run
-from tiers import Pool, Volume, check, maptree
+from tiers import Pool, Volume, check, checkpoint, maptree
 from tiers.layout import BAD, BLOCK_BYTES, MIB, SLOT_MASK
 from tiers.mover import put_moved
 from tiers.record import Op, encode_segment_header
@@ -398,6 +398,28 @@ def test_a_damaged_batch_header_is_named_by_the_full_check_and_only_where_data_d
             await pool.volume("v").trim(0, 4 * MIB)
             await pool.checkpoint()
             await assert_sound(pool)
+
+    run(body)
+
+
+def test_a_segment_that_cannot_be_cleaned_is_told_while_it_holds_anything_and_not_while_that_is_given_back(
+    tmp_path: Path,
+) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path) as pool:
+            segment, device = await sealed_place(pool, await pool.create_volume("v", 4 * MIB))
+            segment.damaged = True  # as the cleaner finds where another one's first batch lies since a crash
+            report = await pool.check(False)
+            assert report.problems == [
+                f"{device} at {segment.base}: segment {segment.id} has a damaged header and can't be cleaned"
+            ]
+            with mock.patch.object(checkpoint, "DEAD_PAGES_A_CHECKPOINT", 0):
+                await pool.volume("v").trim(0, 4 * MIB)
+                await pool.checkpoint()
+                assert segment.live, "what was trimmed counts until its pages are walked"
+                assert (await pool.check(False)).problems == []
+            await pool.checkpoint()
+            assert segment.id not in pool._engine.segments.by_id
 
     run(body)
 
