@@ -64,11 +64,11 @@ async def refusal(action: Callable[[], Awaitable[Any]]) -> TierError:
     raise AssertionError("nothing was refused")
 
 
-async def open_refusal(home: Path) -> TierError:
+async def open_refusal(home: Path, *, give_up_map: bool = False) -> TierError:
     """The TierError with which this pool refuses to open."""
 
     async def action() -> None:
-        async with Pool.open(home, settings=QUIET):
+        async with Pool.open(home, settings=QUIET, give_up_map=give_up_map):
             pass
 
     return await refusal(action)

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from tests.tiers.helpers import QUIET, assert_sound, block, flip, make_pool, read, refusal, run, settle
+from tests.tiers.helpers import QUIET, assert_sound, block, flip, make_pool, open_refusal, read, refusal, run, settle
 from tests.tiers.test_check import BLOCKS, filled, place_of_page
 from tiers import Pool, Volume, lostpages
 from tiers.device import FileDevice
@@ -189,13 +189,8 @@ def test_a_device_that_answers_nothing_costs_no_page_and_the_pool_stays_as_it_wa
     async def body() -> None:
         home = await make_pool(tmp_path)
         await damage(home, 0, 0, write=False)
-
-        async def opened() -> None:
-            async with Pool.open(home, settings=QUIET, give_up_map=True):
-                pass
-
         with direct_reads("the cable"):
-            error = await refusal(opened)
+            error = await open_refusal(home, give_up_map=True)
         assert error.errno == errno.EIO
         assert "can't be read at all" in str(error)
         assert "--lost" in str(error)
@@ -211,13 +206,8 @@ def test_more_pages_than_a_failing_medium_loses_are_not_given_up(tmp_path: Path)
     async def body() -> None:
         home = await make_pool(tmp_path)
         await damage(home, 0, 0, write=False)
-
-        async def opened() -> None:
-            async with Pool.open(home, settings=QUIET, give_up_map=True):
-                pass
-
         with mock.patch.object(lostpages, "MAX_GIVEN_UP", 0):
-            error = await refusal(opened)
+            error = await open_refusal(home, give_up_map=True)
         assert error.errno == errno.E2BIG
 
     run(body)

@@ -46,6 +46,18 @@ class World(Life):
         names = [name for name in names if name != here and self.local_of(name) is not None]
         return self.nodes[self.rng.choice(names)] if names else None
 
+    async def follower_away(self) -> tuple[WatchedMirror, Node] | None:
+        """The process of a follower is killed; returns when its leg is out, or patience is. None if there is none."""
+        mirror = self.primary()
+        node = None if mirror is None else self.follower(mirror)
+        if mirror is None or node is None:
+            return None
+        await node.kill(power=False)
+        with trio.move_on_after(PATIENCE_S):
+            while f"leg-{node.name}" in mirror.membership.in_sync:
+                await trio.sleep(0.02)
+        return mirror, node
+
     async def lose_all(self, node: Node) -> None:
         """Its machine goes down, and what wasn't synced is gone; on return it is up again."""
         machine = node.machine
@@ -192,15 +204,10 @@ class Durability(World):
 
     async def lose_a_resync(self) -> None:
         """A leg that was away is brought much, and loses it when the first of it isn't missed any more."""
-        mirror = self.primary()
-        node = None if mirror is None else self.follower(mirror)
-        if mirror is None or node is None:
+        if (pair := await self.follower_away()) is None:
             return
+        mirror, node = pair
         leg = f"leg-{node.name}"
-        await node.kill(power=False)
-        with trio.move_on_after(PATIENCE_S):
-            while leg in mirror.membership.in_sync:
-                await trio.sleep(0.02)
         await self.fill(mirror, 0, EXTENTS)
         slow_s = self.rng.choice((0.02, 0.2, 0.2))
 
@@ -287,15 +294,9 @@ class Sizes(World):
 
     async def resize_without(self) -> None:
         """A leg is away while the mirror gets another size, once or twice."""
-        mirror = self.primary()
-        node = None if mirror is None else self.follower(mirror)
-        if mirror is None or node is None:
+        if (pair := await self.follower_away()) is None:
             return
-        leg = f"leg-{node.name}"
-        await node.kill(power=False)
-        with trio.move_on_after(PATIENCE_S):
-            while leg in mirror.membership.in_sync:
-                await trio.sleep(0.02)
+        mirror, node = pair
         for _ in range(self.rng.randrange(1, 3)):
             sizes = [extents for extents in range(EXTENTS - 2, EXTENTS + 1) if extents << 16 != mirror.size_bytes]
             try:
