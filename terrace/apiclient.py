@@ -24,6 +24,8 @@ import httpx
 
 _SILENCE_S = 20.0
 """Silence after which a request asks whether the daemon lives."""
+_SLOW_S = 1.0
+"""After that somebody who waits for a change is told that it isn't done yet."""
 _PROBE_S = 10.0
 """What it gets to say so, and to take a connection at all."""
 
@@ -39,11 +41,22 @@ class NotRunningError(ApiError):
     """No daemon answers at the home's API socket."""
 
 
+class StoppedWaitingError(KeyboardInterrupt):
+    """Somebody no longer waits for the answer to a request that changes something: the daemon carries it out anyway."""
+
+    def __init__(self, path: tuple[str, ...]) -> None:
+        super().__init__()
+        self.path = path
+        """What was asked, without /v1."""
+
+
 class ApiClient:
     """A blocking client for one daemon. Every method raises ApiError."""
 
-    def __init__(self, api_socket: Path) -> None:
+    def __init__(self, api_socket: Path, *, slow: Callable[[tuple[str, ...]], None] | None = None) -> None:
+        """`slow` is called, once, with the path of a request that changes something and takes more than a second."""
         self._socket = api_socket
+        self._slow = slow
         # A look before the first request, for httpx doesn't keep the errno that tells why it could not connect.
         self._pid = 0
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -78,8 +91,12 @@ class ApiClient:
 
     def request(self, method: str, *path: str, body: object = None, query: dict[str, str] | None = None) -> Any:
         """The decoded answer to METHOD /v1/PATH; None where there is none. Parts of `path` are quoted."""
+        changes = method != "GET" and not (isinstance(body, dict) and body.get("dry_run"))
+        url = _url(path)
         try:
-            response = self._patiently(lambda: self._http.request(method, _url(path), json=body, params=query))
+            response = self._patiently(
+                lambda: self._http.request(method, url, json=body, params=query), path if changes else None
+            )
         except httpx.HTTPError as error:
             raise self._lost(error) from None
         if response.is_error:
@@ -113,8 +130,12 @@ class ApiClient:
         except httpx.HTTPError as error:
             raise self._lost(error) from None
 
-    def _patiently(self, call: Callable[[], httpx.Response]) -> httpx.Response:
-        """What `call` returns or raises, however long it takes, as long as the daemon lives."""
+    def _patiently(self, call: Callable[[], httpx.Response], change: tuple[str, ...] | None = None) -> httpx.Response:
+        """What `call` returns or raises, however long it takes, as long as the daemon lives.
+
+        `change`: the path, where it changes something. Raises StoppedWaitingError then in the place of
+        KeyboardInterrupt.
+        """
         outcome: queue.SimpleQueue[httpx.Response | Exception] = queue.SimpleQueue()
 
         def run() -> None:
@@ -124,15 +145,29 @@ class ApiClient:
                 outcome.put(error)
 
         threading.Thread(target=run, daemon=True).start()
+        try:
+            result = self._outcome(outcome, change)
+        except KeyboardInterrupt:
+            if change is None:
+                raise
+            raise StoppedWaitingError(change) from None
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def _outcome(
+        self, outcome: queue.SimpleQueue[httpx.Response | Exception], change: tuple[str, ...] | None
+    ) -> httpx.Response | Exception:
+        if change is not None and self._slow is not None:
+            try:
+                return outcome.get(timeout=_SLOW_S)
+            except queue.Empty:
+                self._slow(change)
         while True:
             try:
-                result = outcome.get(timeout=_SILENCE_S)
+                return outcome.get(timeout=_SILENCE_S)
             except queue.Empty:
                 self._require_alive()
-                continue
-            if isinstance(result, Exception):
-                raise result
-            return result
 
     def _require_alive(self) -> None:
         """Any answer will do. One that went away is left to the request itself, which notices at once."""

@@ -28,8 +28,9 @@ class Context:
     def connect(self) -> ApiClient:
         # httpx takes a good part of the time that a command takes; --help shouldn't pay it.
         from terrace.apiclient import ApiClient
+        from terrace.cli.waiting import tell_slow
 
-        return ApiClient(self.home.api_socket)
+        return ApiClient(self.home.api_socket, slow=tell_slow)
 
 
 pass_context = click.make_pass_decorator(Context)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from terrace.apiclient import ApiClient
 
 _PATIENCE_S = 1.0
+_watched: list[Console] = []
+"""Where `patience` is at work: its console."""
 _GAP = 3
 """Between the columns of a table."""
 _DRAWN_ROWS = 500
@@ -165,6 +167,17 @@ def wrapped(sentence: str, width: int, indent: int = 0) -> str:
     return f"\n{' ' * indent}".join(lines)
 
 
+def aside(sentence: str, *, always: bool) -> None:
+    """On standard error, if it is a terminal; where `patience` is at work only if `always`, above what that shows."""
+    from rich.text import Text
+
+    if _watched:
+        if always:
+            _watched[-1].print(Text(sentence), soft_wrap=True)
+    elif sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty():
+        click.echo(_for_terminal(sentence, 0, sys.stderr), err=True)
+
+
 def percent(part: float, whole: float) -> str:
     """`25 %`; a little is never 0 and nearly all is never 100."""
     if whole <= 0:
@@ -262,9 +275,11 @@ def patience(what: str) -> Iterator[Callable[[int, int], None]]:
             known.update(bar, completed=done_bytes, total=total_bytes)
 
     spin.start()
+    _watched.append(err)
     try:
         yield advance
     finally:
+        _watched.remove(err)
         spin.cancel()
         # Had it fired already, it is either drawing or about to; join tells which.
         spin.join()

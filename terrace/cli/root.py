@@ -66,8 +66,8 @@ class Root(click.Group):
         except click.ClickException as error:
             complain(error.format_message())
             status = 1
-        except click.Abort:
-            complain("stopped")
+        except click.Abort as abort:
+            complain(_stopped(abort))
             status = 1
         except OSError as error:
             failure, status = error, 1
@@ -82,6 +82,15 @@ class Root(click.Group):
             bare = type(failure) is OSError and failure.filename is None
             complain(f"writing to standard output: {failure.strerror}" if bare else str(failure))
         sys.exit(status)
+
+
+def _stopped(abort: click.Abort) -> str:
+    """What is said of Ctrl-C."""
+    from terrace.apiclient import StoppedWaitingError
+    from terrace.cli.waiting import stopped_waiting
+
+    cause = abort.__cause__
+    return stopped_waiting(cause.path) if isinstance(cause, StoppedWaitingError) else "stopped"
 
 
 @click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
