@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 NONE = "There are no mirrors; terrace volume create POOL/VOL SIZE --mirror NODE makes one."
 _FIRST_POLL_S = 0.02
 _LONGEST_POLL_S = 0.3
+_MOST_RANGES = 50
+"""People get so many of what a verify found."""
 _UNTIL = ("UpToDate",)
 
 
@@ -397,11 +399,15 @@ def verify(context: Context, volume: tuple[str, str], full: bool, repair: bool, 
     if output == "json":
         show_json(report)
     else:
-        rows = [(one["node"], "differs", one["offset"], one["length"]) for one in report["differing"]]
-        rows += [(one["node"], "unreadable", one["offset"], one["length"]) for one in report["unreadable"]]
-        rows += [(one["node"], "map damaged", one["offset"], one["length"]) for one in report.get("map_damaged", [])]
+        rows = [
+            row
+            for what, key in (("differs", "differing"), ("unreadable", "unreadable"), ("map damaged", "map_damaged"))
+            for row in _joined(what, report.get(key, []))
+        ]
         if rows:
-            show_table(("Node", "What", ">From byte", ">Bytes"), rows)
+            show_table(("Node", "What", ">From byte", ">Bytes"), rows[:_MOST_RANGES])
+        if len(rows) > _MOST_RANGES:
+            click.echo(f"and {len(rows) - _MOST_RANGES} more; -o json has all.")
         click.echo(
             f"{format_size(report['compared_bytes'])} of {name} compared on {', '.join(report['compared'])}: "
             + ("equal." if report["equal"] else "; ".join(_differences(report)) + ".")
@@ -409,17 +415,38 @@ def verify(context: Context, volume: tuple[str, str], full: bool, repair: bool, 
     if report.get("next_steps"):
         raise click.ClickException("; ".join(report["next_steps"]))
     if report["left_bytes"]:
-        raise click.ClickException(_what_is_left(name, report))
+        raise click.ClickException(_what_is_left(name, report, full=full, repair=repair))
 
 
-def _what_is_left(name: str, report: dict[str, Any]) -> str:
+def _joined(what: str, ranges: list[dict[str, Any]]) -> list[tuple[str, str, int, int]]:
+    """Rows (node, what, offset, length), those of each node in order; neighbouring ranges are one."""
+    rows: list[tuple[str, str, int, int]] = []
+    nodes = list(dict.fromkeys(one["node"] for one in ranges))
+    for one in sorted(ranges, key=lambda one: (nodes.index(one["node"]), one["offset"])):
+        node, offset, end = one["node"], one["offset"], one["offset"] + one["length"]
+        if rows and rows[-1][0] == node and rows[-1][2] + rows[-1][3] >= offset:
+            offset, end = rows[-1][2], max(end, rows[-1][2] + rows[-1][3])
+            rows.pop()
+        rows.append((node, what, offset, end - offset))
+    return rows
+
+
+def _what_is_left(name: str, report: dict[str, Any], *, full: bool, repair: bool) -> str:
+    again = f"`terrace volume mirror verify {name} --full --repair`"
     differs = report["differing_bytes"] > report["repaired_bytes"]
     unreadable = report["unreadable_bytes"] - report["healed_bytes"]
     if differs:
-        repair = f"the legs of {name} are not equal: --repair writes what the primary's leg has"
-        return repair + ("; what can't be read `terrace pool scrub` names" if unreadable else "")
+        if not full:
+            again = again.replace(" --full", "")
+        way_out = f"the legs of {name} are not equal: {again} writes what the primary's leg has"
+        return way_out + ("; what can't be read `terrace pool scrub` names" if unreadable else "")
+    if full and repair:
+        return (
+            f"{unreadable} bytes of {name} can't be read, and no other leg had them: write them anew or restore them; "
+            "what is damaged `terrace pool scrub` names"
+        )
     return (
-        f"{unreadable} bytes of {name} can't be read, and nothing that can be differs: --repair has them from another "
+        f"{unreadable} bytes of {name} can't be read, and nothing that can be differs: {again} has them from another "
         "leg where one can read them; what is damaged `terrace pool scrub` names"
     )
 

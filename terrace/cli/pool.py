@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from terrace.apiclient import ApiClient
 
 _POLL_S = 0.5
+_MOST_COUNTS = 20
+_COUNTS = re.compile(r"segment \d+: \d+ blocks are counted as live, .*")
 
 
 class DevicesCommand(click.Command):
@@ -435,11 +438,25 @@ def _show_report(name: str, report: dict[str, Any], output: str) -> int:
         found += f", {format_size(report['bytes_checked'])} of data verified"
         if "given_up" in report:
             click.echo(f"Pool {name}: {report['given_up'] or 'its log is whole, nothing was given up'}.")
-        for problem in report["problems"]:
+        for problem in _shortened(report["problems"]):
             click.echo(problem)
         verdict = "is sound" if report["ok"] else f"has {len(report['problems'])} problem(s)"
         click.echo(f"Pool {name} {verdict}: {found}.")
     return 0 if report["ok"] else 1
+
+
+def _shortened(problems: list[str]) -> list[str]:
+    """With few of those lines that follow from others, one for each segment: there may be thousands."""
+    shown, counts = [], 0
+    for problem in problems:
+        if _COUNTS.fullmatch(problem):
+            counts += 1
+            if counts > _MOST_COUNTS:
+                continue
+        shown.append(problem)
+    if counts > _MOST_COUNTS:
+        shown.append(f"and {counts - _MOST_COUNTS} more segments whose blocks are miscounted; -o json has them.")
+    return shown
 
 
 @pool.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from click.testing import CliRunner
 from terrace.api import Api
 from terrace.cli.context import Context
 from terrace.cli.mirror import _leg, _what_is_left, show_mirrors
-from terrace.cli.pool import _lost_legs, shown_mapped
+from terrace.cli.pool import _lost_legs, _show_report, shown_mapped
 from terrace.cli.root import root
 from terrace.cli.status import show_status_of_mirrors
 from terrace.cli.volume import warn_of_resync
@@ -97,8 +98,90 @@ def test_how_much_of_a_volume_is_mapped_is_not_said_to_be_nothing_where_it_is_un
 
 def test_a_verify_that_found_nothing_but_what_can_not_be_read_does_not_say_that_the_legs_differ() -> None:
     report = {"differing_bytes": 0, "repaired_bytes": 0, "unreadable_bytes": 8192, "healed_bytes": 4096}
-    assert _what_is_left("p/dm", report).startswith("4096 bytes of p/dm can't be read, and nothing that can be differs")
-    assert _what_is_left("p/dm", report | {"differing_bytes": 1}).startswith("the legs of p/dm are not equal: --repair")
+    left = _what_is_left("p/dm", report, full=False, repair=True)
+    assert left.startswith("4096 bytes of p/dm can't be read, and nothing that can be differs")
+    left = _what_is_left("p/dm", report | {"differing_bytes": 1}, full=False, repair=False)
+    assert left.startswith("the legs of p/dm are not equal: `terrace volume mirror verify p/dm --repair`")
+
+
+@pytest.mark.parametrize(("full", "repair"), [(False, False), (False, True), (True, False)])
+def test_what_can_not_be_read_needs_a_full_verify_that_repairs(full: bool, repair: bool) -> None:
+    report = {"differing_bytes": 0, "repaired_bytes": 0, "unreadable_bytes": 4096, "healed_bytes": 0}
+    left = _what_is_left("p/dm", report, full=full, repair=repair)
+    assert "`terrace volume mirror verify p/dm --full --repair` has them from another leg" in left
+
+
+def test_what_a_full_verify_could_not_repair_is_to_be_written_anew_or_restored() -> None:
+    report = {"differing_bytes": 0, "repaired_bytes": 0, "unreadable_bytes": 4096, "healed_bytes": 0}
+    left = _what_is_left("p/dm", report, full=True, repair=True)
+    assert "write them anew or restore them" in left and "--repair" not in left
+
+
+class _Verified:
+    """A control API with what a verify found: 4 KiB each, in `runs` of 3 neighbours, on nodes b and c."""
+
+    def __init__(self, runs: int) -> None:
+        offsets = [(run * 4 + block) * 4096 for run in range(runs) for block in range(3)]
+        self.report = {
+            "differing": [],
+            "unreadable": [{"node": node, "offset": at, "length": 4096} for at in offsets for node in ("b", "c")],
+            "compared_bytes": 1 << 25,
+            "compared": ["a", "b", "c"],
+            "equal": False,
+            "differing_bytes": 0,
+            "repaired_bytes": 0,
+            "unreadable_bytes": len(offsets) * 2 * 4096,
+            "healed_bytes": 0,
+            "left_bytes": len(offsets) * 2 * 4096,
+        }
+
+    def __enter__(self) -> _Verified:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def stream(self, method: str, *path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"report": self.report}]
+
+
+def _verify(monkeypatch: pytest.MonkeyPatch, found: _Verified, *options: str) -> str:
+    monkeypatch.setattr(Context, "connect", lambda self: found)
+    result = CliRunner().invoke(root, ["volume", "mirror", "verify", "p/v", "--full", *options])
+    assert result.exit_code == 1
+    return result.stdout
+
+
+def test_a_verify_shows_neighbouring_ranges_as_one_and_the_first_fifty(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = _verify(monkeypatch, _Verified(2)).splitlines()
+    assert [line.split() for line in lines[2:6]] == [
+        [node, "unreadable", str(at), "12288"] for node in ("b", "c") for at in (0, 16384)
+    ]
+    assert "more" not in "".join(lines)
+    lines = _verify(monkeypatch, _Verified(40)).splitlines()
+    assert sum("12288" in line for line in lines) == 50
+    assert "and 30 more; -o json has all." in lines
+
+
+def test_for_programs_a_verify_has_all_ranges_as_they_were_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = _Verified(40)
+    assert json.loads(_verify(monkeypatch, found, "-o", "json")) == found.report
+
+
+def test_a_check_shows_twenty_segments_that_are_miscounted_and_all_else(capsys: pytest.CaptureFixture[str]) -> None:
+    counts = [f"segment {id}: 37 blocks are counted as live, 36 are mapped" for id in range(25)]
+    report = {"volumes": 1, "blocks_mapped": 9, "bytes_checked": 0, "ok": False, "problems": [*counts, "p/v: damaged"]}
+    _show_report("p", report, "table")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:22] == [
+        *counts[:20],
+        "p/v: damaged",
+        "and 5 more segments whose blocks are miscounted; -o json has them.",
+    ]
+    assert "has 26 problem(s)" in lines[22]
+    _show_report("p", report, "json")
+    assert json.loads(capsys.readouterr().out)["problems"] == report["problems"]
+    _show_report("p", report | {"problems": counts[:20]}, "table")
+    assert "more" not in capsys.readouterr().out
 
 
 def test_each_leg_that_is_lost_with_its_pool_is_named_those_that_cannot_be_used_too() -> None:
