@@ -139,8 +139,11 @@ class DisklessMirrors:
 
     # -- taking part ---------------------------------------------------------------------------------------------
 
-    def judge(self, name: str, membership: Membership) -> None:
-        """Whether this node could take part under that name. Raises OSError EINVAL, EEXIST, ENOENT with a sentence."""
+    def judge(self, name: str, membership: Membership, *, asked_by: str = "") -> None:
+        """Whether this node could take part under that name. Raises OSError EINVAL, EEXIST, ENOENT with a sentence.
+
+        `asked_by`: a node that would hand it over, and calls it `name`; empty if this node is to be promoted.
+        """
         pool, _ = require_name(name)
         node = self._node.peers.node
         if not node:
@@ -158,16 +161,20 @@ class DisklessMirrors:
             )
         there = self.of_mirror(membership.mirror)
         if there is not None and there.name != name:
-            raise TierError(errno.EEXIST, f"this mirror is known here as {there.name} already: use that name")
+            way_out = _under(name, there.name, node, asked_by) if asked_by else "use that name"
+            where = f"on node {node}" if asked_by else "here"
+            raise TierError(errno.EEXIST, f"this mirror is known {where} as {there.name} already: {way_out}")
         if there is None and self._has_pool(pool):
             raise TierError(
                 errno.EEXIST,
-                f"node {node} has a pool {pool} itself, so it can't serve a mirror of other nodes as {name}: say "
-                "--as POOL/VOL, a name whose first part is no pool there",
+                f"node {node} has a pool {pool} itself, so it can't serve a mirror of other nodes as {name}: "
+                f"{_under(name, 'POOL/VOL', node, asked_by)}, a name whose first part is no pool there",
             )
         if there is None and name in self._mirrors:
             raise TierError(
-                errno.EEXIST, f"node {node} has another mirror that is called {name} here: say --as POOL/VOL"
+                errno.EEXIST,
+                f"node {node} has another mirror that is called {name} there: "
+                f"{_under(name, 'POOL/VOL', node, asked_by)}",
             )
         for other in nodes_of(membership.legs):
             self._node.peers.peer(other)
@@ -206,3 +213,10 @@ class DisklessMirrors:
 
 def _files(directory: Path) -> list[Path]:
     return sorted(directory.glob("*.json")) if directory.is_dir() else []
+
+
+def _under(name: str, own: str, node: str, asked_by: str) -> str:
+    """What has `node` serve what `asked_by` calls `name` as `own`: a demotion can't say how it is called there."""
+    if not asked_by:
+        return f"say --as {own}"
+    return f"on node {node}, run `terrace volume mirror promote {name} --from {asked_by} --as {own}`"

@@ -576,7 +576,7 @@ class Mirrors:
         membership = decode(json.dumps(params.get("membership")).encode())
         await trio.lowlevel.checkpoint()
         if not self.by_mirror(membership.mirror):
-            self.diskless.judge(_text(params, "volume"), membership)
+            self.diskless.judge(_text(params, "volume"), membership, asked_by=node)
         return {}
 
     async def _tell_status(self, node: str, params: dict[str, Any]) -> Any:

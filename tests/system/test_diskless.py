@@ -424,7 +424,9 @@ def test_what_is_wrong_is_refused_in_a_sentence_and_leaves_nothing_behind(three:
     unused(lambda: c.daemon.api("POST", "/v1/pools/q/volumes/y/mirror/demote", {}))
     with pytest.raises(ApiError, match=r"node c has a pool p itself.*--as"):
         c.ask("promote", "x", **{"from": "a"})
-    with pytest.raises(ApiError, match="node c has a pool p itself"):
+    with pytest.raises(
+        ApiError, match=r"node c has a pool p itself.*on node c, run `terrace volume mirror promote p/x --from b --as"
+    ):
         b.ask("demote", "x", to="c")
     c.daemon.api("DELETE", "/v1/pools/p")
     b.ask("promote", "x")

@@ -227,6 +227,8 @@ def test_a_name_must_be_nobody_elses_here_and_all_legs_nodes_be_peers(tmp_path: 
     ):
         with pytest.raises(OSError, match=why):
             found.judge(name, membership)
+    with pytest.raises(OSError, match="on node c, run `terrace volume mirror promote local/v --from a --as POOL/VOL`"):
+        found.judge("local/v", SERVED, asked_by="a")  # a demotion has no --as
     node.peers.node = ""
     with pytest.raises(OSError, match="this node has no name"):
         found.judge("p/v", SERVED)
