@@ -505,7 +505,7 @@ class MirrorAdmin:
         if whole:
             await self._forget_at((*tie_breakers, self.mirrors.node), record, whole=True)
             left += await self.mirrors.forget_at_arbiter(record)
-        self.mirrors.tell("mirror", name, f"{name} was deleted with its {len(others)} other legs")
+        self.mirrors.tell("mirror", name, f"{name} was deleted{_with_others(len(others))}")
         return {"deleted": name, "left": left}
 
     async def delete_broken(self, pool: Pool, volume: Volume, *, snapshots: bool) -> dict[str, Any]:
@@ -1001,3 +1001,8 @@ def require_whole_blocks(name: str, size_bytes: int) -> None:
             f"{name} can't be mirrored with {size_bytes} bytes: the size of a mirror is a multiple of {BLOCK_BYTES}, "
             f"such as {above}",
         )
+
+
+def _with_others(legs: int) -> str:
+    """` with its 2 other legs`; empty without one."""
+    return f" with its {'other leg' if legs == 1 else f'{legs} other legs'}" if legs else ""

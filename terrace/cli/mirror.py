@@ -230,7 +230,13 @@ def add(
     else:
         leg = _leg(found, node)
         there = "" if leg["kind"] == "nbd" else f"{leg['export']}, "
-        click.echo(f"{found['volume']} has a leg on {node}, {there}which is {leg['state']}.")
+        click.echo(f"{found['volume']} has a leg on {node}, {there}{_how_a_new_leg_is(found['volume'], leg)}.")
+
+
+def _how_a_new_leg_is(name: str, leg: dict[str, Any]) -> str:
+    if leg["state"] not in ("Stale", "Syncing"):
+        return f"which is {leg['state']}"
+    return f"which is being filled ({leg['state']}); `terrace volume mirror show {name}` tells how far it is"
 
 
 @mirror.command()

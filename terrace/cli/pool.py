@@ -540,8 +540,8 @@ def delete(context: Context, name: str, force: bool, yes: bool, output: str) -> 
         legs = []
         if force and is_unknown:
             click.echo(
-                f"Pool {name} can't be opened ({found['error']}): what is in it isn't known. Whatever it is, it is "
-                "lost, legs of mirrors and held snapshots too.",
+                f"Pool {name} can't be opened ({found['error']}): what is in it isn't known. Whatever it is goes "
+                "with it, legs of mirrors and held snapshots too.",
                 err=True,
             )
         elif force:
@@ -574,8 +574,8 @@ def _lost_legs(client: ApiClient, pool_name: str, volumes: list[dict[str, Any]])
             legs.append(_lost_leg(client.get("pools", pool_name, "volumes", one["name"].partition("/")[2], "mirror")))
         elif one.get("mirror_problem") is not None:
             legs.append(
-                f"{one['name']}: it is a leg of a mirror that can't be used, and is lost; WHETHER ANOTHER ONE IS UP TO "
-                "DATE ISN'T KNOWN."
+                f"{one['name']}: it is a leg of a mirror that can't be used, and goes with the pool; WHETHER ANOTHER "
+                "ONE IS UP TO DATE ISN'T KNOWN."
             )
     return legs
 
@@ -585,6 +585,7 @@ def _lost_leg(mirror: dict[str, Any]) -> str:
     others = [leg for leg in mirror["legs"] if leg["kind"] == "terrace" and leg["node"] != mirror["node"]]
     good = [leg["node"] for leg in others if leg["state"] == "UpToDate"]
     known = "" if mirror["state"] != "Unknown" else ", by what was known here last"
+    goes = f"{mirror['volume']}: its leg here goes with the pool"
     if good:
-        return f"{mirror['volume']}: its leg here is lost; another one is up to date on node {', '.join(good)}{known}."
-    return f"{mirror['volume']}: its leg here is lost, AND NO OTHER ONE IS KNOWN TO BE UP TO DATE{known}."
+        return f"{goes}; another one is up to date on node {', '.join(good)}{known}."
+    return f"{goes}, AND NO OTHER ONE IS KNOWN TO BE UP TO DATE{known}."

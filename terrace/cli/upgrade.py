@@ -12,7 +12,7 @@ from rich.status import Status
 
 from terrace.apiclient import ApiError
 from terrace.cli.context import Context, pass_context
-from terrace.cli.output import output_option, show_json
+from terrace.cli.output import count, output_option, show_json
 
 _PAUSE_S = 0.1
 _PATIENCE_S = 180.0
@@ -30,6 +30,7 @@ def upgrade(context: Context, force: bool, output: str) -> None:
     see a pause, usually well under a second; those over TLS are disconnected. If it fails the old process goes on.
     """
     with context.connect() as client:
+        before = client.get("status")["nbd"]["connections"]
         asked = client.request("POST", "upgrade", body={"force": force})
     with Status("starting the new terraced", console=Console(stderr=True)) as status:
         try:
@@ -43,7 +44,16 @@ def upgrade(context: Context, force: bool, output: str) -> None:
     click.echo(
         f"terraced {done['version']} (process {done['pid']}) has taken over from {how['from_version']} (process "
         f"{how['from_pid']}); {how['clients']} client{'s' * (how['clients'] != 1)} waited for {how['pause_s']:.2f} s."
+        + _cut_off(before)
     )
+
+
+def _cut_off(connections: list[dict[str, Any]]) -> str:
+    """A sentence on those of these that were over TLS, which no other process can go on with; empty without."""
+    over_tls = sum(bool(one["tls"]) and one["kind"] == "client" for one in connections)
+    if not over_tls:
+        return ""
+    return f" {count(over_tls, 'client')} over TLS {'was' if over_tls == 1 else 'were'} disconnected."
 
 
 def _wait(context: Context, asked: dict[str, Any], status: Status) -> dict[str, Any]:

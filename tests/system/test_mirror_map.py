@@ -112,7 +112,7 @@ def test_a_pool_that_takes_no_writes_is_deleted_with_its_legs_and_these_are_made
             client.write(0, DATA[:4096])  # the leg here is out; that of the other mirror may still count as in sync
         asked = here.daemon.cli("pool", "delete", "p", "--force", status=2).stderr
         for volume in ("p/v", "p/w"):
-            assert f"{volume}: its leg here is lost; another one is up to date on node {other.name}" in asked
+            assert f"{volume}: its leg here goes with the pool; another one is up to date on node {other.name}" in asked
         assert "terrace volume mirror remove" in here.daemon.cli("pool", "delete", "p", "--force", "--yes").stdout
         if here is a:
             for volume in ("v", "w"):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
+import re
 import socket
 import ssl
 import struct
@@ -21,7 +23,7 @@ from nbd.tls import client_context
 from terrace.certificates import make_authority, make_client, make_server
 from tests.nbd.certificates import DAY, Authority, Pair
 from tests.system.conftest import Run
-from tests.system.daemon import Daemon, environment
+from tests.system.daemon import Daemon, environment, orphans_come_to_us
 from tests.terrace.fakedaemon import command
 
 pytestmark = pytest.mark.system
@@ -178,6 +180,20 @@ def test_both_versions_of_tls_are_spoken(site: Site, version: ssl.TLSVersion) ->
         assert len(sock.recv(20)) == 20
         (connection,) = [one for one in site.daemon.api("GET", "/v1/status")["nbd"]["connections"] if one["tls"]]
         assert (connection["tls"], connection["subject"]) == (sock.version(), "CN=backup")
+
+
+def test_an_upgrade_tells_how_many_clients_over_tls_it_has_disconnected(site: Site) -> None:
+    with secured(site) as sock, orphans_come_to_us():
+        sock.sendall(struct.pack(">QII", 0x49484156454F5054, 3, 0))
+        assert len(sock.recv(20)) == 20
+        said = " ".join(site.daemon.cli("upgrade").stdout.split())
+        successor = re.search(r"\(process (\d+)\) has taken over", said)
+        assert successor is not None, said
+        site.daemon.follow(int(successor[1]))
+        assert said.endswith("s. 1 client over TLS was disconnected.")
+        with contextlib.suppress(OSError):  # however it ends
+            while sock.recv(4096):
+                pass
 
 
 def test_clients_without_tls_are_told_that_it_is_required(site: Site, tmp_path: Path) -> None:

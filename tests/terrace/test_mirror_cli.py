@@ -198,10 +198,43 @@ def test_each_leg_that_is_lost_with_its_pool_is_named_those_that_cannot_be_used_
         {"name": "p/x", "mirror": None, "mirror_problem": "this node has no name any more"},
     ]
     assert _lost_legs(cast(Any, Client()), "p", volumes) == [
-        "p/v: its leg here is lost; another one is up to date on node b.",
-        "p/x: it is a leg of a mirror that can't be used, and is lost; WHETHER ANOTHER ONE IS UP TO DATE ISN'T KNOWN.",
+        "p/v: its leg here goes with the pool; another one is up to date on node b.",
+        "p/x: it is a leg of a mirror that can't be used, and goes with the pool; WHETHER ANOTHER ONE IS UP TO DATE "
+        "ISN'T KNOWN.",
     ]
     assert asked == [("pools", "p", "volumes", "v", "mirror")]
+
+
+class _Added:
+    """A control API that adds a leg on b, which is in `state`."""
+
+    def __init__(self, state: str) -> None:
+        self.found = mirror(leg("a", "UpToDate"), leg("b", state))
+
+    def __enter__(self) -> _Added:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def request(self, method: str, *path: str, body: dict[str, Any]) -> dict[str, Any]:
+        return self.found
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ("Stale", "being filled (Stale); `terrace volume mirror show p/v` tells how far it is"),
+        ("Syncing", "being filled (Syncing); `terrace volume mirror show p/v` tells how far it is"),
+        ("UpToDate", "UpToDate"),
+        ("Offline", "Offline"),
+    ],
+)
+def test_of_a_leg_that_was_added_it_is_said_that_it_is_being_filled(
+    state: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Context, "connect", lambda self: _Added(state))
+    result = CliRunner().invoke(root, ["volume", "mirror", "add", "p/v", "b"])
+    assert result.output == f"p/v has a leg on b, p/v, which is {said}.\n"
 
 
 def test_a_volume_that_is_a_leg_whose_record_cannot_be_understood_says_so() -> None:
