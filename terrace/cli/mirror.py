@@ -465,7 +465,19 @@ def _differences(report: dict[str, Any]) -> Iterator[str]:
 
 
 def _follow(client: ApiClient, volume: tuple[str, str], node: str) -> dict[str, Any]:
-    """Show progress until the leg is up to date. Raises ClickException if it stays out."""
+    """Show progress until the leg is up to date. Raises ClickException if it stays out.
+
+    StoppedWaitingError in the place of KeyboardInterrupt, for the resync goes on.
+    """
+    from terrace.apiclient import StoppedWaitingError
+
+    try:
+        return _followed(client, volume, node)
+    except KeyboardInterrupt:
+        raise StoppedWaitingError(_path(volume)) from None
+
+
+def _followed(client: ApiClient, volume: tuple[str, str], node: str) -> dict[str, Any]:
     most, pause = 0, _FIRST_POLL_S
     with patience(f"Resyncing {volume[0]}/{volume[1]} on {node}") as advance:
         while True:

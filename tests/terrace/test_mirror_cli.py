@@ -17,6 +17,7 @@ from terrace.cli.pool import _lost_legs, _show_report, shown_mapped
 from terrace.cli.root import root
 from terrace.cli.status import show_status_of_mirrors
 from terrace.cli.volume import warn_of_resync
+from terrace.mirroradmin import _with_others
 
 URI = "nbd+unix:///e?socket=/run/leg.sock"
 
@@ -235,6 +236,22 @@ def test_of_a_leg_that_was_added_it_is_said_that_it_is_being_filled(
     monkeypatch.setattr(Context, "connect", lambda self: _Added(state))
     result = CliRunner().invoke(root, ["volume", "mirror", "add", "p/v", "b"])
     assert result.output == f"p/v has a leg on b, p/v, which is {said}.\n"
+
+
+def test_ctrl_c_at_a_resync_that_is_watched_says_that_it_may_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(_Added):
+        def get(self, *path: str) -> dict[str, Any]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Context, "connect", lambda self: Interrupted("Stale"))
+    for command in (["resync", "p/v", "b"], ["add", "p/v", "b", "--wait"]):
+        result = CliRunner().invoke(root, ["volume", "mirror", *command])
+        assert result.exit_code == 1
+        assert "may still be done; see `terrace volume mirror show p/v`" in result.output
+
+
+def test_a_mirror_that_was_deleted_is_told_with_as_many_other_legs_as_it_had() -> None:
+    assert [_with_others(legs) for legs in range(3)] == ["", " with its other leg", " with its 2 other legs"]
 
 
 def test_a_volume_that_is_a_leg_whose_record_cannot_be_understood_says_so() -> None:
