@@ -49,8 +49,11 @@ def upgrade(context: Context, force: bool, output: str) -> None:
 
 
 def _cut_off(connections: list[dict[str, Any]]) -> str:
-    """A sentence on those of these that were over TLS, which no other process can go on with; empty without."""
-    over_tls = sum(bool(one["tls"]) and one["kind"] == "client" for one in connections)
+    """A sentence on those of these that were over TLS, which no other process can go on with; empty without.
+
+    It is the daemon before that has told of them, which may be an older one.
+    """
+    over_tls = sum(bool(one.get("tls")) and one.get("kind", "client") == "client" for one in connections)
     if not over_tls:
         return ""
     return f" {count(over_tls, 'client')} over TLS {'was' if over_tls == 1 else 'were'} disconnected."

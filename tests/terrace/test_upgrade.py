@@ -20,6 +20,7 @@ import psutil
 import pytest
 import trio
 
+from terrace.cli.upgrade import _cut_off
 from terrace.handover import Successor
 from terrace.pools import Pools
 from terrace.upgrade import Upgrade
@@ -153,6 +154,11 @@ def test_the_command_says_who_took_over_from_whom_and_how_long_clients_waited(da
         daemon.follow(holder(daemon))
     assert re.search(rf'"pid": {pid_of(daemon)},', told.stdout) and re.search(rf'"from_pid": {before},', told.stdout)
     assert f"process {pid_of(daemon)}" in cli.ok("status")
+
+
+def test_clients_over_tls_are_counted_also_as_an_older_daemon_tells_of_them() -> None:
+    assert _cut_off([{"tls": ""}, {}, {"tls": "1.3", "kind": "takeover"}]) == ""
+    assert _cut_off([{"tls": "1.3"}, {"tls": "1.2", "kind": "client"}]) == " 2 clients over TLS were disconnected."
 
 
 def test_a_hangup_hands_over_too_and_a_second_daemon_is_refused_afterwards(daemon: FakeDaemon) -> None:
