@@ -47,6 +47,8 @@ class Facts:
     """Why it lets writes wait or fail: below quorum, or without a lease."""
     held: str | None = None
     """Why writes wait for the moment, while it is served all the same."""
+    held_by_leg: bool = False
+    """It is a leg that they wait for, whoever has a say."""
     is_lost: bool = False
     """What it waits for is a leg in sync: none is connected."""
     is_failing: bool = False
@@ -223,7 +225,9 @@ def _held(facts: Facts) -> str:
         return ""
     voters = facts.membership.voters
     silent = any(node in facts.unheard or node not in facts.voters for node in voters)
-    change = f" {_quorum_change(facts)}" if silent and rule_of(facts.membership) != "all" else ""
+    change = ""
+    if silent and not facts.held_by_leg and rule_of(facts.membership) != "all":
+        change = f" {_quorum_change(facts)}"
     return f" Writes {'fail' if facts.is_failing else 'wait'} now: {facts.held}.{change}"
 
 

@@ -92,6 +92,8 @@ class MirrorStatus:
     """No leg in sync is connected, so nothing is read either; it begins anew when one is back."""
     is_failing: bool = False
     """Writes are not only waiting: they fail."""
+    waits_for_leg: bool = False
+    """The gate is open: what waits is in flight, for a leg that is silent or slow (`replication.slowlegs`)."""
 
 
 class Member:

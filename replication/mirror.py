@@ -63,6 +63,7 @@ from replication.reconcile import LegError, choose_source, reconcile, told_of
 from replication.records import Prove, Records
 from replication.returning import Returning
 from replication.site import MirrorSettings, Waits
+from replication.slowlegs import waited_for
 
 log = logging.getLogger("replication.mirror")
 
@@ -880,11 +881,15 @@ class Mirror:
             waiting = "a snapshot or a resize is being made"
         elif self.end is None:
             waiting = lapsed
+        slow = None
+        if waiting is None and self.end is None:
+            batches = self.inflight.batches.values()
+            slow = waited_for(batches, self.members.values(), self.membership.options.timeout_s, now)
         return MirrorStatus(
             membership=self.membership,
             state=mirror_state((leg.state for leg in legs), is_served=is_served),
             legs=legs,
-            waiting=waiting,
+            waiting=waiting or slow,
             deposed=None if self.end is None else self.end.strerror,
             sequence=self.sequence,
             in_flight=len(self.inflight.batches),
@@ -896,4 +901,5 @@ class Mirror:
             map_damaged=frozenset(leg_id for leg_id, extents in self.healing.map_damage.items() if extents),
             is_lost=self.lost and self.end is None,
             is_failing=self.failing is not None and self.shut,
+            waits_for_leg=slow is not None,
         )

@@ -122,7 +122,7 @@ def _mirror(families: _Families, volume: str, status: MirrorStatus) -> None:
     families.states("terrace_mirror_state", "What the mirror can do.", states, status.state.value, volume=volume)
     gauges: tuple[tuple[str, str, float], ...] = (
         ("terrace_mirror_in_flight", "Batches of writes that aren't on all legs yet.", status.in_flight),
-        ("terrace_mirror_waiting", "Whether writes wait at the gate now.", float(status.waiting is not None)),
+        ("terrace_mirror_waiting", "Whether writes wait now.", float(status.waiting is not None)),
         (
             "terrace_mirror_longest_wait_seconds",
             "How long writes ever waited, for a record, or for the slowest leg.",

@@ -79,6 +79,7 @@ def explained(
             serving=served is not None,
             suspended=status["waiting"] if stands else None,
             held=status["waiting"] if not stands else None,
+            held_by_leg=seen is not None and seen.waits_for_leg,
             is_lost=seen is not None and seen.is_lost,
             is_failing=seen is not None and seen.is_failing,
             progress={

@@ -121,6 +121,13 @@ def test_writes_that_wait_for_a_moment_are_told_and_the_mirror_is_served() -> No
     assert "Writes wait now: no record. It goes on when 1 more of b or t can be heard" in found.headline
 
 
+def test_writes_that_wait_for_a_leg_go_on_by_that_leg_and_not_by_a_quorum() -> None:
+    slow = "the leg on node b has been silent for 3 s; it is left out after 30 s"
+    waits = facts(ABT, serving=True, connected=frozenset("ab"), held=slow, held_by_leg=True, voters=said(ABT, "a"))
+    found = explain(dataclasses.replace(waits, unheard={"b": "silent"}))
+    assert found.headline.endswith(f"all 2 legs have every acknowledged write. Writes wait now: {slow}.")
+
+
 def test_a_split_brain_names_both_histories_and_what_decides_it() -> None:
     sentence = "split brain: node a has 1.1, and node b has 2.0; `mirror resync --discard a`"
     refused = explain(facts(AB, voters=said(AB, "a", "b"), decision=SplitBrain((), (), "a", sentence)))

@@ -210,6 +210,41 @@ def test_the_last_leg_that_cant_store_the_record_without_another_one_stays_and_i
     run(body)
 
 
+def test_writes_that_wait_for_a_silent_leg_are_said_to_and_when_it_is_left_out_before_it_is() -> None:
+    async def body() -> None:
+        rig = Rig(2, options=Options(timeout_s=30.0))
+        async with rig.running() as mirror:
+            rig.nodes["b"].link.stall()
+            told = Told()
+            assert mirror.write_later([(0, block(1))], told)
+            await trio.sleep(0.9)
+            assert mirror.status().waiting is None, "each write takes a while"
+            await trio.sleep(2.1)
+            seen = mirror.status()
+            assert seen.waiting == "the leg on node b has been silent for 3 s; it is left out after 30 s"
+            assert seen.waits_for_leg and seen.state is MirrorState.ONLINE and not told.outcomes
+            rig.nodes["b"].link.resume()
+            await rig.until(lambda: bool(told.outcomes))
+            assert told.outcomes == [None] and mirror.status().waiting is None and not mirror.status().waits_for_leg
+
+    run(body)
+
+
+def test_a_silent_leg_that_no_other_one_can_go_on_without_is_not_said_to_be_left_out() -> None:
+    async def body() -> None:
+        rig = Rig(2, diskless=True, options=Options(timeout_s=30.0))
+        async with rig.running() as mirror:
+            for node in "bc":
+                rig.nodes[node].link.stall()
+            assert mirror.write_later([(0, block(1))], Told())
+            await trio.sleep(3)
+            waiting = mirror.status().waiting
+            assert waiting is not None
+            assert waiting.endswith("has been silent for 3 s, and no other leg is there to go on without it")
+
+    run(body)
+
+
 def test_below_quorum_writes_fail_where_the_mirror_says_so() -> None:
     async def body() -> None:
         rig = Rig(2)
