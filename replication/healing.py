@@ -189,6 +189,10 @@ class Healing:
             known[extent] = None
             self._site.change()
 
+    def opened_anew(self, member: Member) -> None:
+        """What was known of its map may be mended, as its pool was opened anew; who meets damage again says so."""
+        self.map_damage.pop(member.info.id, None)
+
     def nowhere(self, offset: int) -> None:
         """No leg could read the block there."""
         if offset not in self.unmendable and len(self.unmendable) < MAX_UNMENDABLE:

@@ -706,6 +706,7 @@ class Mirror:
             raise
         for member in here:
             member.error = None
+            self.healing.opened_anew(member)
             member.become(LegState.UP_TO_DATE)
         self.lost = False
         self.excluding = {leg_id for leg_id in self.records.required() if self.members[leg_id].leg is None}

@@ -15,6 +15,7 @@ from typing import Protocol
 import trio
 
 from replication.barriers import fit
+from replication.healing import Healing
 from replication.leg import Leg, LegState, LegStore
 from replication.members import Connect, LegFacts, Member
 from replication.membership import LegInfo, Membership
@@ -28,6 +29,7 @@ class Attended(Gate, Site, Protocol):
 
     reader: Leg | None
     """The local leg, if it may be read."""
+    healing: Healing
 
     def drop(self, member: Member, error: OSError) -> None:
         """Its leg is out."""
@@ -110,6 +112,7 @@ class Returning:
             leg.close()
             return
         member.leg = leg
+        self._site.healing.opened_anew(member)
         member.abandoned = abandoned = trio.Event()
         member.counters.resyncs += 1
         member.become(LegState.SYNCING)

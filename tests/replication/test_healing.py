@@ -524,6 +524,44 @@ def test_a_read_that_meets_a_damaged_map_here_is_answered_and_writes_nothing_her
     run(body)
 
 
+def test_damage_of_a_map_is_forgotten_when_its_leg_is_opened_anew_and_told_again_by_who_meets_some() -> None:
+    """Its way out is another one then than to remove the leg: its pool may have given up what was damaged."""
+
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            await filled(rig)
+            for _ in range(2):
+                rig.store("b").no_map = {1}
+                await mirror.heal("legb", EXTENT_BYTES, BLOCK_BYTES)
+                assert mirror.status().map_damaged == {"legb"}
+                rig.nodes["b"].link.cut()
+                rig.store("b").no_map = set()
+                await rig.until(lambda: rig.state("b") is LegState.STALE)
+                assert mirror.status().map_damaged == {"legb"}, "nothing is mended by being away"
+                rig.nodes["b"].link.mend()
+                await rig.whole()
+                assert not mirror.status().map_damaged
+
+    run(body)
+
+
+def test_damage_of_a_map_is_forgotten_when_everything_begins_anew() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            await filled(rig)
+            rig.store("b").no_map = {1}
+            await mirror.heal("legb", EXTENT_BYTES, BLOCK_BYTES)
+            mirror.let_go()
+            rig.store("b").no_map = set()
+            await rig.until(lambda: not mirror.lost)
+            await rig.whole()
+            assert not mirror.status().map_damaged
+
+    run(body)
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_verify_goes_on_at_a_damaged_map_reports_its_range_and_repairs_only_elsewhere(full: bool) -> None:
     async def body() -> None:
