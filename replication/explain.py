@@ -12,6 +12,8 @@ from replication.membership import LegInfo, Membership, Term
 from replication.promotion import Refused, SplitBrain
 from replication.voters import in_sync_nodes, is_majority, rule_of
 
+GIVE_UP_MAP: Final = "--give-up-map"
+"""In why a leg is out: its pool takes no writes, since a page of a map is damaged, and that is the way out."""
 _ANY_IN_SYNC: Final = "`terrace volume mirror promote` on a node with a leg in sync makes it primary"
 
 
@@ -315,9 +317,10 @@ def _about_legs(facts: Facts, legs: Mapping[str, LegState]) -> list[str]:
             why = facts.errors.get(leg.id) if unheard is None else unheard
             if why is not None and leg.kind == "terrace" and unheard is None and voice is not None:
                 # Its node answers: the leg is out for a reason of its own.
+                mended = f"done on node {leg.node}" if GIVE_UP_MAP in why else "mended"
                 sentences.append(
                     f"{where} has been left out{since}: {why.rstrip('.')}"
-                    + ("; it misses writes, and is resynced when that is mended." if misses else ".")
+                    + (f"; it misses writes, and is resynced when that is {mended}." if misses else ".")
                 )
                 continue
             why = f" ({why})" if why else ""

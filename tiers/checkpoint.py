@@ -31,7 +31,7 @@ import trio
 from tiers.catalog import Change, DeadRow, MarkRow, Position, SegmentRow, SnapshotRow, VolumeRow, device_row
 from tiers.changes import encode_trackers
 from tiers.copies import CopyWriter
-from tiers.errors import TierError
+from tiers.errors import TierError, ends_writing
 from tiers.failpoint import hit
 from tiers.layout import FIRST_ADDRESS
 from tiers.maptree import FANOUT, ROOT_LEVEL, Page, read_pages
@@ -136,10 +136,7 @@ class Checkpointer:
             return
         self._failures += 1
         if self._failures >= MAX_FAILURES:
-            space.read_only = (
-                f"the pool {self._engine.pool_name} takes no writes, since its checkpoints fail: {error}; "
-                "mend that and restart"
-            )
+            space.read_only = ends_writing(self._engine.pool_name, "its checkpoints fail", error)
             logger.error("%s", space.read_only)
 
     def needed(self) -> bool:

@@ -22,3 +22,24 @@ class NoRoomError(TierError):
 
     def __init__(self, message: str) -> None:
         super().__init__(errno.ENOSPC, message)
+
+
+class DamagedPageError(TierError):
+    """EIO: a page of a map fails its checksum."""
+
+    def __init__(self, damage: str) -> None:
+        super().__init__(
+            errno.EIO,
+            f"{damage}: `terrace pool check` tells which others do, and with --give-up-map gives up what they name",
+        )
+        self.damage = damage
+        """What is wrong, without what can be done."""
+
+
+def ends_writing(pool_name: str, since: str, error: OSError) -> str:
+    """Why a pool takes no writes any more, with one next step. `since`: what has failed with `error`."""
+    says = f"the pool {pool_name} takes no writes, since {since}"
+    if isinstance(error, DamagedPageError):
+        step = f"`terrace pool check {pool_name} --give-up-map` gives up what lies below such pages"
+        return f"{says}: {error.damage}; {step}, and the pool takes writes again"
+    return f"{says}: {error}; mend that and restart"

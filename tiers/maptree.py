@@ -13,7 +13,7 @@ bounded for all volumes together: a page that is used while the newer one fills 
 import errno
 from collections.abc import Iterable, Sequence
 
-from tiers.errors import TierError
+from tiers.errors import DamagedPageError, TierError
 from tiers.layout import BAD, BLOCK_BYTES, SLOT_MASK, check_of
 from tiers.segments import SegmentTable
 
@@ -273,11 +273,7 @@ async def read_pages(segments: SegmentTable, entries: Sequence[tuple[int, int]],
             for i, (offset, _), block in zip(positions, ranges, blocks, strict=True):
                 if check_of(block) != entries[i][1]:
                     segments.count_damage(entries[i][0])
-                    raise TierError(
-                        errno.EIO,
-                        f"a map page {what} on {device.path} at {offset} fails its checksum: "
-                        "`terrace pool check` tells which others do, and with --give-up-map gives up what they name",
-                    )
+                    raise DamagedPageError(f"a map page {what} on {device.path} at {offset} fails its checksum")
                 pages[i] = page_of(block)
     finally:
         for place in places.values():

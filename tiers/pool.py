@@ -28,7 +28,7 @@ from tiers.checkpoint import Checkpointer, Frozen
 from tiers.cleaner import Cleaner
 from tiers.device import Device, Offload
 from tiers.engine import Engine
-from tiers.errors import TierError
+from tiers.errors import TierError, ends_writing
 from tiers.evacuate import EvacuationStatus, Evacuator, Events, no_events
 from tiers.failpoint import hit
 from tiers.flatten import flatten
@@ -1294,10 +1294,7 @@ async def _recover(
         await pool._checkpoint_alone()
         hit("recovery.checkpointed")
     except OSError as error:
-        engine.space.read_only = (
-            f"the pool {state.pool_name} takes no writes, since the checkpoint after its recovery failed: {error}; "
-            "mend that and restart"
-        )
+        engine.space.read_only = ends_writing(state.pool_name, "the checkpoint after its recovery failed", error)
         logger.error("%s", engine.space.read_only)
     if result.batches:
         logger.info(

@@ -68,6 +68,13 @@ def test_a_leg_that_its_node_refuses_is_left_out_for_the_reason_that_it_gave_and
     )
 
 
+def test_a_leg_whose_pool_ended_writing_over_a_damaged_map_has_one_next_step() -> None:
+    why = "the pool p takes no writes; `terrace pool check p --give-up-map` gives up what lies below"
+    voters = said(ALONE, "a", "b")
+    found = explain(facts(ALONE, serving=True, connected=frozenset("a"), voters=voters, errors={"b": why}))
+    assert found.paragraph.endswith(f"{why}; it misses writes, and is resynced when that is done on node b.")
+
+
 @pytest.mark.parametrize(
     ("progress", "sentence"),
     [

@@ -133,6 +133,12 @@ def test_a_pool_that_gives_up_the_page_takes_writes_again_and_its_leg_is_healed(
     a, b = pair.a, pair.b
     for here in (b, a):
         kill_pool(pair, here)
+        with a.connect() as client:
+            client.write(0, DATA[:4096])  # the leg is out, if it wasn't before
+        until(lambda here=here: a.legs()[here.name] != "UpToDate")
+        said = " ".join(a.daemon.cli("volume", "mirror", "explain", "p/v").stdout.split())
+        assert "`terrace pool check p --give-up-map` gives up" in said, said
+        assert "mirror remove" not in said and "mirror demote" not in said and "restart" not in said, "one next step"
         said = here.daemon.cli("pool", "check", "p", status=1).stdout
         assert "fails its checksum" in said and "--give-up-map" in said
         assert "--yes" in here.daemon.cli("pool", "check", "p", "--give-up-map", status=2).stderr
@@ -140,6 +146,7 @@ def test_a_pool_that_gives_up_the_page_takes_writes_again_and_its_leg_is_healed(
         assert "1 damaged map page(s) were given up, 1 of p/v" in said
         assert "blocks were lost" in said
         a.wait_for({"a": "UpToDate", "b": "UpToDate"})
+        assert "is damaged" not in a.daemon.cli("volume", "mirror", "explain", "p/v").stdout
         until(lambda here=here: not here.daemon.api("GET", "/v1/pools/p")["losses"])
         assert "equal." in a.daemon.cli("volume", "mirror", "verify", "p/v", "--full").stdout
         assert "is sound" in here.daemon.cli("pool", "check", "p", "--full").stdout
