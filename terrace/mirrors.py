@@ -36,7 +36,7 @@ from terrace.diskless import DisklessMirror
 from terrace.disklessmirrors import DisklessMirrors
 from terrace.localmirror import LocalMirror
 from terrace.mending import LegMender, heal_leg, read_block
-from terrace.mirrorwords import about_map, explained, known_record, newest_record
+from terrace.mirrorwords import explained, known_record, map_notice, newest_record, writes_fail
 from terrace.oneatatime import OneAtATime
 from terrace.peers import Handler, Peers, Socket
 from terrace.pools import Pools
@@ -636,6 +636,7 @@ class Mirrors:
                     "arbiter": None,
                 },
                 **{"state": MirrorState.FAULTED.value, "waiting": None, "problem": error.strerror, "legs": []},
+                "writes_fail": False,
             }
         served = mirror.mirror
         status = served.status() if served is not None and mirror.serves else None
@@ -660,6 +661,7 @@ class Mirrors:
             "arbiter": self._arbiter_of(membership),
             "state": state.value,
             "waiting": status.waiting if status is not None else None,
+            "writes_fail": status is not None and writes_fail(status),
             "problem": mirror.problem.strerror if mirror.problem is not None else None,
             "legs": legs,
         }
@@ -760,7 +762,7 @@ class Mirrors:
         return None
 
     def _by_primary(self, own: dict[str, Any], mirror: MirrorPart, theirs: dict[str, Any]) -> dict[str, Any]:
-        found = own | {key: theirs[key] for key in _PRIMARYS}
+        found = own | {key: theirs[key] for key in (*_PRIMARYS, "writes_fail")}
         if isinstance(mirror, LocalMirror):
             for shown in found["legs"]:
                 if shown["id"] == mirror.me:  # what this node has mended by itself, it alone knows
@@ -848,7 +850,8 @@ def _judge_status(theirs: Any, *, explain: bool) -> dict[str, Any]:
     shape = _leg(LegInfo("", "", ""), "").keys()
     if not all(isinstance(leg, dict) and leg.keys() >= shape and type(leg["healed_blocks"]) is int for leg in legs):
         raise OSError(errno.EPROTO, "there are no legs of a mirror in that")
-    return {key: theirs[key] for key in wanted}
+    # A primary of an older release doesn't say it.
+    return {key: theirs[key] for key in wanted} | {"writes_fail": theirs.get("writes_fail") is True}
 
 
 def _record_status(record: Membership) -> dict[str, Any]:
@@ -893,8 +896,8 @@ def _served_legs(status: MirrorStatus, name: str, node: str) -> list[dict[str, A
             shown["eta_s"] = progress.eta_s
         shown |= {"for_s": leg.for_s, "queued_bytes": leg.queued_bytes, "error": leg.error}
         shown["healed_blocks"] = leg.counters.healed_blocks
-        if leg.info.id in status.map_damaged:
-            shown["map_damage"] = about_map(name, node, status, leg.info.id)
+        if notice := map_notice(name, node, status, leg):
+            shown["map_damage"] = notice
         found.append(shown)
     return found
 

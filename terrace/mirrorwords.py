@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from replication.cluster import VoterState
-from replication.explain import Explanation, Facts, Progress, explain
+from replication.explain import GIVE_UP_MAP, Explanation, Facts, Progress, explain
 from replication.healing import map_is_damaged, new_leg
 from replication.leg import LegState, MirrorState
 from replication.lineage import are_apart
-from replication.members import MirrorStatus
+from replication.members import LegStatus, MirrorStatus
 from replication.membership import Membership
 from replication.promotion import Refused
 from terrace.primary import MirrorPart
@@ -33,6 +33,27 @@ def about_map(name: str, here: str, status: MirrorStatus, leg_id: str) -> str:
     others = sum(leg.state is LegState.UP_TO_DATE for leg in legs if leg.info.id != leg_id)
     step = new_leg(name, node, is_primarys=node == here, others=others)
     return f"{map_is_damaged(name, node)}, and nothing is written there: {step}"
+
+
+def map_notice(name: str, here: str, status: MirrorStatus, leg: LegStatus) -> str | None:
+    """`about_map` where there is something to say of the map of this leg.
+
+    Not of one that is out for just that: why it is out names the next step already, and that is another one.
+    """
+    if leg.info.id not in status.map_damaged or (leg.error is not None and GIVE_UP_MAP in leg.error):
+        return None
+    return about_map(name, here, status, leg.info.id)
+
+
+def writes_fail(status: MirrorStatus) -> bool:
+    """Whether writes get EIO by the option for below quorum: what `MirrorStatus.waiting` says is why.
+
+    As `replication.explain`: below quorum is also where the lease is over, and not where no leg in sync is connected.
+    """
+    if status.waiting is None or status.is_lost:
+        return False
+    is_below = status.state is MirrorState.FAULTED and status.membership.options.below_quorum == "fail"
+    return status.is_failing or is_below
 
 
 def newest_record(mirror: MirrorPart, voices: Mapping[str, VoterState]) -> Membership:
@@ -93,9 +114,9 @@ def explained(
                 leg.info.id: leg.error for leg in legs if leg.error is not None and leg.error.startswith("split brain")
             },
             map_damage={
-                leg.info.id: about_map(name or mirror.name, status["node"], seen, leg.info.id)
+                leg.info.id: notice
                 for leg in legs
-                if seen is not None and leg.info.id in seen.map_damaged
+                if seen is not None and (notice := map_notice(name or mirror.name, status["node"], seen, leg))
             },
             left_behind=problem if mirror.is_left_behind else None,
             leg_here=mirror.me,

@@ -77,10 +77,15 @@ def show_mirrors(found: list[dict[str, Any]]) -> None:
         spare=("Pool", ">ETA", ">Size"),
     )
     for one in found:
-        waiting = one["waiting"] and f"writes wait: {one['waiting']}"
+        waiting = one["waiting"] and f"writes {_wait(one)}: {one['waiting']}"
         for sentence in filter(None, (one["problem"], waiting, *_why_out(one))):
             click.echo()
             say(f"{one['volume']}: {sentence}")
+
+
+def _wait(one: dict[str, Any]) -> str:
+    """What writes do that can't be done now."""
+    return "fail" if one.get("writes_fail") else "wait"  # a daemon of an older release doesn't say it
 
 
 def _why_out(one: dict[str, Any]) -> list[str]:
@@ -128,7 +133,7 @@ def _show(found: dict[str, Any], output: str) -> None:
             *_shown_arbiter(found["arbiter"]),
             ("Term", f"{found['term']}.{found['epoch']}"),
             *([("Next primary", found["token"])] if found["token"] else []),
-            *([("Writes wait", found["waiting"])] if found["waiting"] else []),
+            *([(f"Writes {_wait(found)}", found["waiting"])] if found["waiting"] else []),
             *([("Problem", found["problem"])] if found["problem"] else []),
             ("Id", found["mirror"]),
         ]

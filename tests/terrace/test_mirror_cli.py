@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from terrace.api import Api
 from terrace.cli.context import Context
-from terrace.cli.mirror import _leg, _what_is_left, show_mirrors
+from terrace.cli.mirror import _leg, _show, _what_is_left, show_mirrors
 from terrace.cli.pool import _lost_legs, _show_report, shown_mapped
 from terrace.cli.root import root
 from terrace.cli.status import show_status_of_mirrors
@@ -54,6 +54,7 @@ def mirror(*legs: dict[str, Any], **more: Any) -> dict[str, Any]:
         "arbiter": {"kind": "legs", "answers": None, "problem": None},
         "state": "Online",
         "waiting": None,
+        "writes_fail": False,
         "problem": None,
         "legs": list(legs),
     }
@@ -81,6 +82,19 @@ def test_the_list_of_mirrors_says_of_a_leg_that_is_out_the_reason_that_it_gave(
 ) -> None:
     show_mirrors([mirror(leg("a", "UpToDate"), leg("b", "Stale", error="the pool sm is full"), state="Degraded")])
     assert capsys.readouterr().out.splitlines()[-1] == "p/v: b: the pool sm is full"
+
+
+@pytest.mark.parametrize(("fails", "verb"), [(False, "wait"), (True, "fail")])
+def test_what_waits_below_quorum_and_what_fails_is_called_so(
+    capsys: pytest.CaptureFixture[str], fails: bool, verb: str
+) -> None:
+    found = mirror(leg("a", "UpToDate"), leg("b", "Offline"), waiting="no record counts", writes_fail=fails)
+    show_mirrors([found])
+    assert capsys.readouterr().out.splitlines()[-1] == f"p/v: writes {verb}: no record counts"
+    _show(found, "table")
+    assert [f"Writes {verb}", "no record counts"] in [
+        [text.strip() for text in line.split("  ", 1)] for line in capsys.readouterr().out.splitlines()
+    ]
 
 
 def test_a_leg_on_an_nbd_server_is_found_by_any_uri_of_its_export() -> None:

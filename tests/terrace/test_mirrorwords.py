@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
 from replication.cluster import VoterState
 from replication.leg import LegState, MirrorState
 from replication.members import LegCounters, LegStatus, MirrorStatus
-from terrace.mirrorwords import explained
+from replication.membership import Membership, Options
+from terrace.mirrorwords import explained, writes_fail
 from tests.replication.stores import first_record
 
 ALONE = first_record("ab").next_epoch(in_sync=frozenset("a"))
 
 
-def paragraph(error: str) -> str:
+def paragraph(error: str | None, **more: Any) -> str:
     """As node a serves the mirror without its leg on b, whose node answers."""
     states = {"a": LegState.UP_TO_DATE, "b": LegState.STALE}
     legs = tuple(
@@ -22,14 +24,39 @@ def paragraph(error: str) -> str:
                   LegCounters())
         for info in ALONE.legs
     )  # fmt: skip
-    status = MirrorStatus(ALONE, MirrorState.DEGRADED, legs, None, None, 0, 0, 0, None, 0.0, 0.0, 0)
+    status = MirrorStatus(ALONE, MirrorState.DEGRADED, legs, None, None, 0, 0, 0, None, 0.0, 0.0, 0, **more)
     part: Any = SimpleNamespace(
         name="p/v", me="a", mirror=SimpleNamespace(status=lambda: status), serves=True, problem=None, superseded=None,
         membership=ALONE, is_left_behind=False, is_named_primary=True,
     )  # fmt: skip
     voices = {node: VoterState(node, ALONE.term, ALONE) for node in "ab"}
-    return explained(part, {"state": status.state.value, "waiting": None, "arbiter": None}, voices, {}).paragraph
+    return explained(
+        part, {"state": status.state.value, "waiting": None, "arbiter": None, "node": "a"}, voices, {}
+    ).paragraph
 
 
 def test_the_reason_that_a_leg_gave_is_in_the_explanation_as_it_is_in_every_other_command() -> None:
     assert "The leg on node b has been left out for 5 s: the pool sm is full; it" in paragraph("the pool sm is full")
+
+
+def test_a_leg_that_is_out_for_its_damaged_map_has_one_next_step_and_any_other_damaged_one_is_made_anew() -> None:
+    out = "the pool p takes no writes; `terrace pool check p --give-up-map` gives up what lies below"
+    said = paragraph(out, map_damaged=frozenset("b"))
+    assert out in said and "mirror remove" not in said and "mirror demote" not in said and "mirror add" not in said
+    for error in ("no route to host", None):
+        assert "`terrace volume mirror remove p/v b`, then" in paragraph(error, map_damaged=frozenset("b"))
+
+
+def test_writes_fail_where_the_option_says_so_and_a_leg_in_sync_is_there() -> None:
+    failing = dataclasses.replace(ALONE, options=Options(below_quorum="fail"))
+
+    def status(record: Membership, state: MirrorState, **more: Any) -> MirrorStatus:
+        found = MirrorStatus(record, state, (), "no record counts", None, 0, 0, 0, None, 0.0, 0.0, 0)
+        return dataclasses.replace(found, **more)
+
+    assert writes_fail(status(failing, MirrorState.DEGRADED, is_failing=True))
+    assert not writes_fail(status(failing, MirrorState.DEGRADED)), "not tried yet, or a snapshot is made"
+    assert writes_fail(status(failing, MirrorState.FAULTED)), "its lease is over"
+    assert not writes_fail(status(failing, MirrorState.FAULTED, is_lost=True))
+    assert not writes_fail(status(ALONE, MirrorState.FAULTED))
+    assert not writes_fail(status(failing, MirrorState.ONLINE, waiting=None))
