@@ -76,6 +76,7 @@ class MirrorStatus:
     waiting: str | None
     """Why writes wait, or None."""
     deposed: str | None
+    """Why it ended here, or None."""
     sequence: int
     in_flight: int
     healed_blocks: int
@@ -92,6 +93,8 @@ class MirrorStatus:
     """No leg in sync is connected, so nothing is read either; it begins anew when one is back."""
     is_failing: bool = False
     """Writes are not only waiting: they fail."""
+    is_stopped: bool = False
+    """It ended as this node stopped serving it by itself, and may go on later."""
     waits_for_leg: bool = False
     """The gate is open: what waits is in flight, for a leg that is silent or slow (`replication.slowlegs`)."""
 

@@ -902,5 +902,6 @@ class Mirror:
             map_damaged=frozenset(leg_id for leg_id, extents in self.healing.map_damage.items() if extents),
             is_lost=self.lost and self.end is None,
             is_failing=self.failing is not None and self.shut,
+            is_stopped=self.end is not None and self.end.errno == errno.ESHUTDOWN,
             waits_for_leg=slow is not None,
         )

@@ -7,6 +7,10 @@ quorum, what is told after `LOSS_S` is that it is out of reach, and later nothin
 A leg that is tried again and fails again, as one whose pool is full, has one event until it fails for another reason:
 what comes back is told when it has lasted. That is at once for a leg in sync, a moment for a resync; and longer for
 both where the leg was lost again, for the same reason, soon after it had been back.
+
+That a mirror is `Faulted` is told when that has lasted for `FAULTED_S`: with new voters, as at its beginning, the
+primary has no lease before a majority has answered once. A clean demotion is told as one, and a daemon's stop not at
+all.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ LOSS_S: Final = 2.0
 """So long a leg that is out of reach may take to be left behind; a record takes milliseconds as a rule."""
 RESYNC_S: Final = 2.0
 """So long a resync lasts before it is told; one that comes to nothing does so sooner as a rule."""
+FAULTED_S: Final = 2.0
+"""So long a mirror is out of service before that is told."""
 REPEATED_S: Final = 60.0
 """A leg that is lost again, for the same reason, within this time is told as back when that has lasted so long."""
 _OUT: Final = (LegState.OFFLINE, LegState.STALE)
@@ -52,6 +58,9 @@ class MirrorEvents:
         """Of legs that are back, or are tried again, and whose loss is what was told last: since when."""
         self._split: set[str] = set()
         self._state: MirrorState | None = None
+        self._faulted_at: float | None = None
+        """Since when it is, where that isn't told yet."""
+        self._has_ended = False
         self._new: set[str] = set()
         """Legs that were added and haven't been up to date yet, nor failed."""
 
@@ -59,6 +68,7 @@ class MirrorEvents:
         """This node is primary from now on."""
         self._seen, self._told, self._lost_at = {}, {}, {}
         self._lost_by, self._back_at, self._repeats = {}, {}, set()
+        self._faulted_at, self._has_ended = None, False
         term = status.membership.term.number
         began = ("mirror", f"node {self._node} is primary of {name}, term {term}")
         changes = self._look(name, status, now, first=True)
@@ -78,6 +88,9 @@ class MirrorEvents:
 
     def _look(self, name: str, status: MirrorStatus, now: float, *, first: bool) -> Changes:
         changes = Changes()
+        if status.deposed is not None:
+            self._look_at_end(changes, name, status)
+            return changes
         for leg in status.legs:
             in_sync = leg.info.id in status.membership.in_sync
             self._look_at_leg(changes, name, leg, in_sync, now, first=first)
@@ -89,10 +102,30 @@ class MirrorEvents:
                 return changes  # the loss comes first
         if status.state is MirrorState.ONLINE and any(leg.info.id in self._back_at for leg in status.legs):
             return changes  # it is told with the leg
+        if status.state is not MirrorState.FAULTED:
+            self._faulted_at = None
+        elif status.state is not self._state:
+            self._faulted_at = now if self._faulted_at is None else self._faulted_at
+            if now - self._faulted_at < FAULTED_S:
+                return changes
         if status.state is not self._state:
             self._state = status.state
             changes.events.append(("mirror", f"mirror {name} is {status.state.value}"))
         return changes
+
+    def _look_at_end(self, changes: Changes, name: str, status: MirrorStatus) -> None:
+        """It is served from here no more, at once: nobody looks later on. The legs are let go of, not lost."""
+        if self._has_ended or status.is_stopped:
+            return
+        self._has_ended = True
+        self._state = MirrorState.FAULTED
+        if status.membership.primary is None:  # by a record that counts
+            token = status.membership.token
+            then = f": node {token} holds the token" if token is not None else ""
+            changes.events.append(("mirror", f"mirror {name} was demoted, and no node serves it now{then}"))
+        else:
+            why = status.deposed.removeprefix(f"{name}: ") if status.deposed is not None else ""
+            changes.events.append(("mirror", f"mirror {name} is {status.state.value}: {why}"))
 
     def _look_at_leg(
         self, changes: Changes, name: str, leg: LegStatus, in_sync: bool, now: float, *, first: bool

@@ -564,6 +564,8 @@ class MirrorPart(abc.ABC):
                     await mirror.run()
                     while_serving.cancel_scope.cancel()
             finally:
+                if mirror.started.is_set():  # `_watch` may have looked just before
+                    self._tell(self._events.looked(self.name, mirror.status(), trio.current_time()))
                 # Nobody takes it again meanwhile: a successor would have to wait for it to end.
                 if self._held is not None:
                     await self._held.release()

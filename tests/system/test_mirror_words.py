@@ -130,6 +130,9 @@ def test_a_mirror_that_can_not_grow_on_one_leg_names_it_and_keeps_it(pair: Pair)
     assert a.legs("g") == {"a": "UpToDate", "b": "UpToDate"} and a.mirror("g")["size_bytes"] == SIZE
     assert "40 MiB" in a.daemon.cli("volume", "resize", "p/g", "40M").stdout
     a.daemon.cli("volume", "mirror", "demote", "p/g", "--to", "b")
+    told = [text for text in a.events() if "p/g" in text]
+    assert "mirror p/g was demoted, and no node serves it now: node b holds the token" in told
+    assert not any("Faulted" in text or "Unproven" in text for text in told), told
     with pytest.raises(ApiError, match="demote p/g --to NODE`, and remove this leg there"):
         b.daemon.api("PATCH", "/v1/pools/p/volumes/g", {"size": 400 << 20})
     b.daemon.kill()

@@ -6,7 +6,7 @@ import dataclasses
 
 from replication.leg import LegState, MirrorState
 from replication.members import LegCounters, LegStatus, MirrorStatus
-from terrace.mirrorevents import LOSS_S, REPEATED_S, RESYNC_S, MirrorEvents
+from terrace.mirrorevents import FAULTED_S, LOSS_S, REPEATED_S, RESYNC_S, MirrorEvents
 from tests.replication.stores import first_record
 
 AB = first_record("ab")
@@ -134,3 +134,46 @@ def test_a_leg_that_is_lost_each_time_that_it_is_in_sync_is_soon_told_no_more_un
     back = ["the leg of p/v on node b is UpToDate", "mirror p/v is Online"]
     assert seen == [*stale, *back, *stale]
     assert told.looked(status(), REPEATED_S) == back
+
+
+FAULTED = dataclasses.replace(status(), state=MirrorState.FAULTED, waiting="a majority has not answered lately")
+
+
+def test_a_mirror_that_is_out_of_service_for_a_moment_as_with_new_voters_is_no_event() -> None:
+    told = Told()
+    assert told.begun(FAULTED) == ["node a is primary of p/v, term 1"]
+    assert told.looked(status(), FAULTED_S / 2) == ["mirror p/v is Online"]
+    for _ in range(3):
+        assert (
+            told.looked(FAULTED) == [] and told.looked(FAULTED, FAULTED_S * 0.9) == [] and told.looked(status()) == []
+        )
+
+
+def test_a_mirror_that_stays_out_of_service_is_told_once_and_so_is_that_it_is_back() -> None:
+    told = Told()
+    told.begun(status())
+    assert told.looked(FAULTED) == []
+    assert told.looked(FAULTED, FAULTED_S + 0.1) == ["mirror p/v is Faulted"]
+    assert told.looked(FAULTED, 60.0) == []
+    assert told.looked(status()) == ["mirror p/v is Online"]
+
+
+def test_a_clean_demotion_is_told_as_one_at_once_and_without_its_legs() -> None:
+    legs = tuple(dataclasses.replace(leg, state=LegState.UNPROVEN) for leg in status().legs)
+    ended = dataclasses.replace(status(), state=MirrorState.FAULTED, legs=legs, deposed="p/v: it was demoted")
+    for token, then in ((None, ""), ("b", ": node b holds the token")):
+        told = Told()
+        told.begun(status())
+        demoted = dataclasses.replace(ended, membership=AB.next_epoch(primary=None, token=token))
+        assert told.looked(demoted) == [f"mirror p/v was demoted, and no node serves it now{then}"]
+        assert told.looked(demoted, 60.0) == []
+        assert told.begun(status()) == ["node a is primary of p/v, term 1", "mirror p/v is Online"]
+    told = Told()
+    told.begun(status())
+    assert told.looked(ended) == ["mirror p/v is Faulted: it was demoted"], "by no record that counts"
+
+
+def test_that_the_daemon_stops_serving_a_mirror_is_no_event() -> None:
+    told = Told()
+    told.begun(status())
+    assert told.looked(dataclasses.replace(FAULTED, deposed="p/v: the mirror was stopped", is_stopped=True)) == []
