@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -110,6 +112,34 @@ def test_a_leg_that_is_lost_is_one_event(pair: Pair) -> None:
     b.daemon.start()
     pair.both_online()
     a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "o")
+
+
+def test_writes_that_hang_for_a_silent_leg_are_said_to_wait_for_it_until_it_is_left_out(pair: Pair) -> None:
+    a, b = pair.a, pair.b
+    pair.create("s", timeout_s=30.0)
+    process = b.daemon.process
+    assert process is not None
+    with a.connect("s") as client, ThreadPoolExecutor(1) as writer:
+        process.send_signal(signal.SIGSTOP)
+        try:
+            written = writer.submit(client.write, 0, b"x" * 4096)
+            until(lambda: a.mirror("s")["waiting"] is not None)
+            sentence = r"the leg on node b has been silent for \d+ s; it is left out after 30 s"
+            assert re.fullmatch(sentence, a.mirror("s")["waiting"])
+            assert not written.done() and a.mirror("s")["state"] == "Online"
+            for verb, begins in (
+                ("show", "Writes wait"),
+                ("list", "p/s: writes wait:"),
+                ("explain", "Writes wait now:"),
+            ):
+                name = [] if verb == "list" else ["p/s"]
+                said = " ".join(a.daemon.cli("volume", "mirror", verb, *name).stdout.split())
+                assert re.search(f"{begins} {sentence}", said), said
+        finally:
+            process.send_signal(signal.SIGCONT)
+        written.result(timeout=20)
+    until(lambda: a.mirror("s")["waiting"] is None)
+    a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "s")
 
 
 def test_a_mirror_that_can_not_grow_on_one_leg_names_it_and_keeps_it(pair: Pair) -> None:
