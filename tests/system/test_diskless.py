@@ -430,3 +430,20 @@ def test_what_is_wrong_is_refused_in_a_sentence_and_leaves_nothing_behind(three:
         b.ask("demote", "x", to="c")
     c.daemon.api("DELETE", "/v1/pools/p")
     b.ask("promote", "x")
+
+
+def test_a_tie_breaker_that_is_added_is_no_event_of_a_mirror_out_of_service_and_a_demotion_is_one_of_its_own(
+    three: Three,
+) -> None:
+    three.online()
+    a = three.a
+    body = {"name": "ev", "size": SIZE, "mirror": [{"node": "b"}], "timeout_s": TIMEOUT_S}
+    a.daemon.api("POST", "/v1/pools/p/volumes", body)
+    a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "ev")
+    a.daemon.api("POST", "/v1/pools/p/volumes/ev/mirror/legs", {"node": "c", "voter": True})
+    until(lambda: a.mirror("ev")["state"] == "Online" and len(a.mirror("ev")["voters"]) == 3)
+    time.sleep(1.0)
+    a.ask("demote", "ev")
+    told = [text for text in a.events() if "p/ev" in text]
+    assert any(text.startswith("mirror p/ev was demoted, and no node serves it now") for text in told), told
+    assert not any("Faulted" in text or "Unproven" in text for text in told), told
