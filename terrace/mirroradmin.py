@@ -12,6 +12,7 @@ names them all. A leg that is new is compared in full, which where all are empty
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,6 +40,7 @@ from terrace.mirrorsnapshots import MirrorSnapshots
 from terrace.mirrorwords import about_map
 from terrace.oneatatime import OneAtATime
 from terrace.primary import ASK_S, MirrorPart, ServedMirror, nodes_of, nodes_of_mirror
+from terrace.sameexports import SameExports
 from terrace.snapshots import Clients, named
 from tiers import Pool, TierError, Volume
 
@@ -79,6 +81,7 @@ class MirrorAdmin:
         self.snapshots = snapshots
         self._clients = clients
         self._one_at_a_time = OneAtATime()
+        self._exports = SameExports()
 
     # -- legs ----------------------------------------------------------------------------------------------------
 
@@ -87,7 +90,7 @@ class MirrorAdmin:
     ) -> LocalMirror:
         """A new volume with a leg at each place. When it fails nothing is left behind, but what a record may have."""
         require_whole_blocks(f"{pool.name}/{name}", size_bytes)
-        self._judge_places(places)
+        await self._judge_places(places)
         await self._require_arbiter(options, f"{pool.name}/{name}", "made")
         async with self._one_at_a_time.changing(f"{pool.name}/{name}"):
             mirror = await self._create(pool, name, size_bytes, policy, places, options)
@@ -117,7 +120,7 @@ class MirrorAdmin:
         self, pool: Pool, volume: Volume, place: Place, options: Options, *, arbiter: Arbiters | None = None
     ) -> LocalMirror:
         """One more leg, of a volume that is mirrored or not; only for one that isn't an `arbiter` may be chosen."""
-        self._judge_places([place])
+        await self._judge_places([place])
         async with self._one_at_a_time.changing(volume.name):
             return await self._add(pool, volume, place, options, arbiter)
 
@@ -146,13 +149,18 @@ class MirrorAdmin:
                 f"node {place.node} serves {mirror.name} without a leg: let a node with one be the primary, with "
                 f"`terrace volume mirror demote {mirror.name} --to NODE`, and add the leg from there",
             )
-        self._judge_places([place])
+        await self._judge_places([place])
         async with self._one_at_a_time.changing(mirror.name):
             await self._extend(mirror, place)
 
     async def _extend(self, mirror: MirrorPart, place: Place) -> None:
         if any(_is_same(leg, place) for leg in mirror.membership.legs):
             return
+        others = {leg.export: leg.export for leg in mirror.membership.legs if leg.kind == "nbd"}
+        if place.is_nbd and (other := await self._exports.same(place.node, others)) is not None:
+            raise TierError(
+                errno.EEXIST, f"{place.node} is the export {other}, which is a leg of {mirror.name} already"
+            )
         if len(mirror.membership.legs) >= MAX_LEGS:
             raise TierError(errno.EINVAL, f"{mirror.name} has {MAX_LEGS} legs, which is the most; remove one first")
         await self._add_legs(mirror, [place])
@@ -233,7 +241,8 @@ class MirrorAdmin:
         return mirror
 
     async def _add_legs(self, mirror: MirrorPart, places: Sequence[Place]) -> None:
-        with self._one_at_a_time.claiming(mirror.name, [place.node for place in places if place.is_nbd]):
+        exports = await self._exports.marks(place.node for place in places if place.is_nbd)
+        with self._one_at_a_time.claiming(mirror.name, exports):
             await self._add_claimed(mirror, places)
 
     async def _add_claimed(self, mirror: MirrorPart, places: Sequence[Place]) -> None:
@@ -264,14 +273,7 @@ class MirrorAdmin:
     async def _make_leg(self, mirror: MirrorPart, membership: Membership, place: Place) -> LegInfo:
         leg = secrets.token_hex(8)
         if place.is_nbd:
-            for other in self.mirrors.all():
-                legs = _legs_by_any(other) if other is not mirror else []
-                if any(leg.kind == "nbd" and _is_same(leg, place) for leg in legs):
-                    raise TierError(
-                        errno.EBUSY,
-                        f"{place.node} is a leg of {other.name}, and each would overwrite the other one's data: use "
-                        "another export",
-                    )
+            await self._require_no_others(mirror, place.node)
             await self._probe(mirror, membership, place.node)
             return LegInfo(leg, self.mirrors.node, place.node, "nbd")
         asked = {
@@ -290,6 +292,25 @@ class MirrorAdmin:
                 error.errno or errno.EIO, f"node {place.node} can't have a leg: {error.strerror or error}"
             ) from None
         return LegInfo(leg, place.node, str(answer["export"]))
+
+    async def _require_no_others(self, mirror: MirrorPart, uri: str) -> None:
+        """Raises EBUSY with the other mirror that has that export, however its URI is written."""
+        owners = {
+            leg.export: other.name
+            for other in self.mirrors.all()
+            if other is not mirror
+            for leg in _legs_by_any(other)
+            if leg.kind == "nbd"
+        }
+        taken = await self._exports.same(uri, {export: export for export in owners})
+        if taken is not None:
+            # A name may be what hides it.
+            same = "" if export_of(taken) == export_of(uri) else f", as {taken}"
+            raise TierError(
+                errno.EBUSY,
+                f"{uri} is a leg of {owners[taken]}{same}, and each would overwrite the other one's data: use another "
+                "export",
+            )
 
     async def _probe(self, mirror: MirrorPart, membership: Membership, uri: str) -> None:
         """Whether it can be a leg of that mirror. Raises TierError with a sentence."""
@@ -852,7 +873,7 @@ class MirrorAdmin:
                     raise
                 return None
 
-    def _judge_places(self, places: Sequence[Place]) -> None:
+    async def _judge_places(self, places: Sequence[Place]) -> None:
         if not self.mirrors.node:
             raise TierError(
                 errno.EINVAL,
@@ -870,11 +891,12 @@ class MirrorAdmin:
                 self._judge_uri(place)
             else:
                 self.mirrors.peers.peer(place.node)
-            if any(
-                one.node == place.node or (one.is_nbd and place.is_nbd and export_of(one.node) == export_of(place.node))
-                for one in places[:index]
-            ):
+            if any(one.node == place.node for one in places[:index]):
                 raise TierError(errno.EINVAL, f"{_named(place)} is named twice: one leg in a place is what helps")
+        marks = await self._exports.marks(place.node for place in places if place.is_nbd)
+        for uri, other in itertools.combinations(marks, 2):
+            if marks[uri] & marks[other]:
+                raise TierError(errno.EINVAL, f"{other} is the export {uri}: one leg in a place is what helps")
 
     def _judge_uri(self, place: Place) -> None:
         """Raises TierError EINVAL, EPROTONOSUPPORT with a sentence."""

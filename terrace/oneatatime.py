@@ -7,12 +7,12 @@ all legs and all voters. Who comes second waits, and then sees what is there. Ot
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Hashable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 
 import trio
 
-from nbd.uri import export_of
+from terrace.sameexports import Marks
 from tiers import TierError
 
 
@@ -22,8 +22,8 @@ class OneAtATime:
     def __init__(self) -> None:
         self._locks: dict[str, trio.Lock] = {}
         """Those that somebody has or waits for."""
-        self._claimed: dict[object, str] = {}
-        """Exports that are about to be legs, and of what."""
+        self._claimed: dict[Hashable, str] = {}
+        """Marks of exports that are about to be legs, and of what."""
 
     @asynccontextmanager
     async def changing(self, what: str) -> AsyncIterator[None]:
@@ -38,19 +38,22 @@ class OneAtATime:
                 self._locks.pop(what, None)
 
     @contextmanager
-    def claiming(self, name: str, uris: Iterable[str]) -> Iterator[None]:
-        """No other mirror takes these exports meanwhile. Raises TierError EBUSY with the one that does."""
-        exports = {export_of(uri): uri for uri in uris}
-        for export, uri in exports.items():
-            if export in self._claimed:
+    def claiming(self, name: str, exports: Mapping[str, Marks]) -> Iterator[None]:
+        """No other mirror takes these exports meanwhile. Raises TierError EBUSY with the one that does.
+
+        `exports`: by URI, as `terrace.sameexports.SameExports.marks` has them.
+        """
+        for uri, marks in exports.items():
+            for mark in marks & self._claimed.keys():
                 raise TierError(
                     errno.EBUSY,
-                    f"{uri} is just being made a leg of {self._claimed[export]}, and each would overwrite the other "
+                    f"{uri} is just being made a leg of {self._claimed[mark]}, and each would overwrite the other "
                     "one's data: use another export",
                 )
-        self._claimed |= dict.fromkeys(exports, name)
+        claimed = frozenset[Hashable]().union(*exports.values())
+        self._claimed |= dict.fromkeys(claimed, name)
         try:
             yield
         finally:
-            for export in exports:
-                del self._claimed[export]
+            for mark in claimed:
+                del self._claimed[mark]

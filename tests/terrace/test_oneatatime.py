@@ -14,6 +14,7 @@ import trio.testing
 from replication.leg import LegState
 from replication.membership import LegInfo, Membership, Options
 from terrace.mirroradmin import MirrorAdmin, Place
+from terrace.sameexports import SameExports
 from tests.replication.stores import first_record
 from tiers import TierError
 
@@ -88,6 +89,7 @@ class Admin(MirrorAdmin):
             require_growth=lambda leg, size_bytes: None,
         )
         super().__init__(mirrors, lambda name: [], SimpleNamespace())  # type: ignore[arg-type]
+        self._exports = SameExports(lambda host: [host])  # no resolver: that it takes long isn't what is tried here
 
     def part(self, name: str = "fast/vol", legs: str = "ab") -> Any:
         self.parts[name] = Part(name, first_record(legs))
@@ -209,6 +211,29 @@ def test_an_export_that_a_mirror_may_have_by_a_record_in_doubt_is_left_to_it() -
         with pytest.raises(OSError, match="nbd://nas:10809/db is a leg of fast/one") as refused:
             await admin.extend(other, Place("nbd://nas:10809/db"))
         assert refused.value.errno == errno.EBUSY and len(other.membership.legs) == 2
+
+    both(what)
+
+
+def test_an_export_is_a_leg_once_however_its_host_is_written() -> None:
+    async def what(admin: Admin) -> None:
+        one, other = admin.part("fast/one"), admin.part("fast/other")
+        ends = await at_once(
+            lambda: admin.extend(one, Place("nbd://127.0.0.1/db")),
+            lambda: admin.extend(other, Place("nbd://localhost/db")),
+        )
+        (refused,) = [end for end in ends if end is not None]
+        assert refused.errno == errno.EBUSY and "is just being made a leg of" in str(refused)
+        part, left = (other, one) if ends[1] is refused else (one, other)
+        again = "nbd://[::ffff:127.0.0.1]:10809/db"
+        with pytest.raises(OSError, match=f"is a leg of {left.name}, as nbd://") as taken:
+            await admin.extend(part, Place(again))
+        assert taken.value.errno == errno.EBUSY and len(part.membership.legs) == 2
+        with pytest.raises(OSError, match=f"is the export nbd://.*, which is a leg of {left.name} already"):
+            await admin.extend(left, Place(again))
+        assert len(left.membership.legs) == 3
+        with pytest.raises(OSError, match=r"nbd://LOCALHOST/x is the export nbd://127\.0\.0\.1/x: one leg"):
+            await admin._judge_places([Place("nbd://127.0.0.1/x"), Place("nbd://LOCALHOST/x")])
 
     both(what)
 
