@@ -54,6 +54,8 @@ class KeptState:
         self._is_inconsistent = is_inconsistent
         self._wanted = wanted
         self._stirred = trio.Event()
+        self._refused = ""
+        """Why none could be taken, as it was told last: a resync is tried again every few seconds."""
         self._is_early = False
         """It is there, or about to be, and the record that says why is still on its way."""
 
@@ -85,22 +87,25 @@ class KeptState:
         except OSError as error:
             self._is_early = before
             why = "the pool is too full" if error.errno == errno.ENOSPC else str(error)
-            self._tell(
-                "leg",
-                self._volume.name,
-                f"{self._volume.name} is resynced without keeping the state that it has now: {why}",
-            )
+            if why != self._refused:
+                self._refused = why
+                self._tell(
+                    "leg",
+                    self._volume.name,
+                    f"{self._volume.name} is resynced without keeping the state that it has now: {why}",
+                )
         except BaseException:
             self._is_early = before
             raise
         else:
+            self._refused = ""
             log.info("%s: kept as %s until it is resynced", self._volume.name, name)
         finally:
             self._stir()
 
     def served(self) -> None:
         """The record says that the leg is whole again."""
-        self._is_early = False
+        self._is_early, self._refused = False, ""
         self._stir()
 
     def _stir(self) -> None:

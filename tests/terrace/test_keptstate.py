@@ -136,6 +136,28 @@ def test_a_full_pool_is_told_and_keeps_no_leg_from_being_resynced() -> None:
     run(main)
 
 
+def test_why_none_can_be_taken_is_told_once_until_it_is_another_reason_or_has_worked() -> None:
+    async def main() -> None:
+        scene = Scene()
+
+        async def tries(refusal: TierError | None) -> int:
+            """How often it is told in a minute of attempts."""
+            before, scene.pool.refusal = len(scene.told), refusal
+            for _ in range(12):
+                await scene.kept.take()
+                await trio.sleep(5)
+            return len(scene.told) - before
+
+        read_only, full = TierError(errno.EROFS, "p takes no writes"), TierError(errno.ENOSPC, "p is too full")
+        assert [await tries(one) for one in (read_only, full, read_only)] == [1, 1, 1]
+        assert await tries(None) == 0 and await tries(read_only) == 1
+        await scene.begin()  # the leg becomes whole without
+        await scene.end()
+        assert await tries(read_only) == 1
+
+    run(main)
+
+
 def test_it_is_given_up_when_the_pool_fills_up_while_the_leg_is_resynced() -> None:
     async def main() -> None:
         scene = Scene()
