@@ -75,6 +75,10 @@ class Facts:
     """The leg here is the other side of a split brain, and doesn't go on by itself: both histories, and the way out."""
     leg_here: str = ""
     """Id of the leg of this node, if it has one."""
+    gone: frozenset[str] = frozenset()
+    """Of the nodes that weren't heard, those that have answered that they know nothing of it, with their pools open."""
+    delete_here: str = ""
+    """The command by which the leg here goes, if this node has one."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,8 @@ class Explanation:
     headline: str
     """How the paragraph begins: what holds for the whole mirror."""
     old: str | None
-    """That all this is what was known when the primary was heard last, and when that was; None: it isn't."""
+    """That all this is what was known when the primary was heard last, and when that was, or that nobody else has any
+    of it any more; None: neither."""
 
 
 def explain(facts: Facts) -> Explanation:
@@ -131,6 +136,8 @@ def _primary_elsewhere(facts: Facts) -> str | None:
 def _old(facts: Facts) -> str | None:
     """See `Explanation`."""
     primary = facts.membership.primary
+    if (orphaned := _orphaned(facts)) is not None:
+        return orphaned
     if primary is None or facts.serving or primary not in facts.unheard or _primary_elsewhere(facts) is not None:
         return None
     heard = {node: voice.heard_s for node, voice in facts.voters.items() if voice.heard_s is not None}
@@ -140,6 +147,20 @@ def _old(facts: Facts) -> str | None:
     else:
         when = "this is what was known last, from before terraced was started"
     return f"its primary, node {primary}, can't be asked ({facts.unheard[primary]}): {when}"
+
+
+def _orphaned(facts: Facts) -> str | None:
+    """That the leg here is all that is left of the mirror: it was taken out, or all was deleted, in its absence."""
+    others = {leg.node for leg in facts.membership.legs if leg.kind == "terrace" and leg.id != facts.leg_here}
+    if not facts.delete_here or not others or not others <= facts.gone or _primary_elsewhere(facts) is not None:
+        return None
+    nodes = sorted(others)
+    have = "have" if len(nodes) > 1 else "has"
+    return (
+        f"node {_and(nodes)} {have} none of this mirror any more, so the leg here is left over: it was removed, or the "
+        f"volume deleted, while it couldn't be reached. See there that what is wanted is there (`terrace volume list`)"
+        f"; `{facts.delete_here}` deletes it here"
+    )
 
 
 def _leg_state(leg: LegInfo, facts: Facts) -> LegState:
@@ -193,11 +214,11 @@ def _headline(facts: Facts, state: MirrorState, legs: Mapping[str, LegState]) ->
         )
     if isinstance(facts.decision, SplitBrain):
         return f"{who}: {facts.decision.sentence}."
-    if record.primary is None:
+    if record.primary is None and _orphaned(facts) is None:
         return f"{who}: it was demoted cleanly, so nothing is in doubt, and no node exports it. {_token(record)}"
     old = _old(facts)
     what = old if old is not None else f"its primary, node {record.primary}, doesn't serve it"
-    if facts.left_behind is not None:
+    if facts.left_behind is not None or _orphaned(facts) is not None:
         return f"{who}: {what}."  # what could be done is said with that
     why = facts.decision.sentence if facts.decision is not None else _unproven(facts)
     return f"{who}: {what}. {why[:1].upper()}{why[1:].rstrip('.')}."
@@ -311,6 +332,8 @@ def _about_legs(facts: Facts, legs: Mapping[str, LegState]) -> list[str]:
             sentences.append(f"{where} is in resync: {_resync(facts.progress[leg.id])}.")
         elif state is LegState.OFFLINE and leg.node == facts.membership.primary and _old(facts) is not None:
             continue  # that its node can't be asked, and why, comes first of all
+        elif state is LegState.OFFLINE and leg.node in facts.gone and _orphaned(facts) is not None:
+            continue  # the same
         elif state is LegState.OFFLINE:
             misses = leg.id not in facts.membership.in_sync
             unheard = facts.unheard.get(leg.node) if leg.kind == "terrace" else None

@@ -344,7 +344,9 @@ class MirrorAdmin:
                     await self.mirrors.peers.call(leg.node, "leg.delete", order | {"leg": leg.id}, DELETE_S)
             except (OSError, trio.TooSlowError) as error:
                 why = error.strerror if isinstance(error, OSError) else f"no answer in {DELETE_S:g} s"
-                more = " --snapshots" if isinstance(error, OSError) and error.errno == errno.ENOTEMPTY else ""
+                # Where nobody has answered it may have some, as the volume that it is a copy of.
+                has_some = snapshots or (isinstance(error, OSError) and error.errno == errno.ENOTEMPTY)
+                more = " --snapshots" if has_some else ""
                 left.append(
                     f"{leg.export} on node {leg.node} is still there ({why}); on that node: terrace volume delete "
                     f"{leg.export} --force{more}"

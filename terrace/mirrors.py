@@ -697,10 +697,10 @@ class Mirrors:
         if own["role"] in ("primary", "starting") or own["mirror"] is None:
             await trio.lowlevel.checkpoint()
             return own
-        voices, unheard = await self._heard(mirror)
+        voices, unheard, gone = await self._heard(mirror)
         theirs = await self._primarys_status(mirror, voices)
         if theirs is None:
-            return self._without_primary(own, mirror, voices, explained(mirror, own, voices, unheard))
+            return self._without_primary(own, mirror, voices, explained(mirror, own, voices, unheard, gone))
         return self._by_primary(own, mirror, theirs)
 
     async def explained(self, mirror: MirrorPart) -> dict[str, Any]:
@@ -709,7 +709,7 @@ class Mirrors:
         if own["mirror"] is None:
             await trio.lowlevel.checkpoint()
             return own | {"text": f"{mirror.name} is {own['state']}: {own['problem']}."}
-        voices, unheard = await self._heard(mirror)
+        voices, unheard, gone = await self._heard(mirror)
         if own["role"] == "starting":
             found_out = f"whether node {self.node} may be its primary is being found out"
             return own | {"text": _sentence(f"{mirror.name} is {own['state']}", found_out)}
@@ -717,7 +717,7 @@ class Mirrors:
             return own | {"text": explained(mirror, own, voices, unheard).paragraph}
         theirs = await self._primarys_status(mirror, voices, explain=True)
         if theirs is None:
-            found = explained(mirror, own, voices, unheard)
+            found = explained(mirror, own, voices, unheard, gone)
             return self._without_primary(own, mirror, voices, found) | {"text": found.paragraph}
         shown = self._by_primary(own, mirror, theirs)
         headline, text = theirs["headline"], theirs["text"]
@@ -726,11 +726,15 @@ class Mirrors:
             return shown | {"text": f"{_sentence(f'{mirror.name} is not served here', shown['problem'])} {headline}"}
         return shown | {"text": text}
 
-    async def _heard(self, mirror: MirrorPart) -> tuple[dict[str, VoterState], dict[str, str]]:
-        """What each node that may know of it says now, and why others don't. All are asked at once, none twice."""
+    async def _heard(self, mirror: MirrorPart) -> tuple[dict[str, VoterState], dict[str, str], frozenset[str]]:
+        """What each node that may know of it says now, and why others don't. All are asked at once, none twice.
+
+        Last those of them that know nothing of it, though the pool in which they had their leg is open.
+        """
         record = known_record(mirror)
         voices: dict[str, VoterState] = {}
         unheard: dict[str, str] = {}
+        ignorant: set[str] = set()
 
         async def ask(node: str) -> None:
             unheard[node] = "no answer"
@@ -743,11 +747,14 @@ class Mirrors:
                     unheard[node] = "no answer" if error.errno == errno.ETIMEDOUT else why
                     if node == self.node:
                         del unheard[node]  # it is here, though it has nothing to say
+                    elif error.errno == errno.ENOENT:
+                        ignorant.add(node)
 
         async with trio.open_nursery() as nursery:
             for node in dict.fromkeys((self.node, *nodes_of_mirror(mirror.membership), *nodes_of_mirror(record))):
                 nursery.start_soon(ask, node)
-        return voices, unheard
+        pools = {(leg.node, leg.export.partition("/")[0]) for leg in record.legs if leg.node in ignorant}
+        return voices, unheard, frozenset(node for node, pool in pools if self.peers.has_pool(node, pool))
 
     async def _primarys_status(
         self, mirror: MirrorPart, voices: Mapping[str, VoterState], *, explain: bool = False

@@ -16,6 +16,7 @@ from replication.lineage import are_apart
 from replication.members import LegStatus, MirrorStatus
 from replication.membership import Membership
 from replication.promotion import Refused
+from terrace.localmirror import LocalMirror
 from terrace.primary import MirrorPart
 
 
@@ -74,13 +75,15 @@ def explained(
     status: Mapping[str, Any],
     voices: Mapping[str, VoterState],
     unheard: Mapping[str, str],
+    gone: frozenset[str] = frozenset(),
     *,
     name: str | None = None,
 ) -> Explanation:
     """What is wrong, what it waits for, and what would change it.
 
     `status`: as `Mirrors.local_status` has it. `voices`: what nodes have said just now, this one included; `unheard`:
-    why others haven't. `name`: what the mirror is called where it is read, if not here.
+    why others haven't; `gone`: those of them that have said that they know nothing of it. `name`: what the mirror is
+    called where it is read, if not here.
     """
     served = mirror.mirror if mirror.serves else None
     seen = served.status() if served is not None else None
@@ -120,7 +123,16 @@ def explained(
             },
             left_behind=problem if mirror.is_left_behind else None,
             leg_here=mirror.me,
+            gone=gone,
+            delete_here=_deletion(mirror) if gone else "",
             arbiter=arbiter["problem"] if arbiter is not None and not arbiter["answers"] else None,
             decision=Refused(own_problem) if own_problem is not None else None,
         )
     )
+
+
+def _deletion(mirror: MirrorPart) -> str:
+    if not isinstance(mirror, LocalMirror):
+        return ""
+    more = " --snapshots" if mirror.volume.snapshots else ""
+    return f"terrace volume delete {mirror.name} --force{more}"

@@ -55,6 +55,29 @@ def test_a_leg_that_is_away() -> None:
     assert stale.legs["b"] is LegState.STALE and "misses writes for 3 s; it is resynced when" in stale.paragraph
 
 
+@pytest.mark.parametrize("record", [AB, ALONE, AB.next_epoch(primary=None)])
+def test_a_leg_of_which_all_others_know_nothing_is_called_left_over_and_how_it_goes_is_said(record: Membership) -> None:
+    about = facts(
+        record, voters=said(record, "b"), unheard={"a": "node a knows nothing of a mirror"}, leg_here="b",
+        gone=frozenset("a"), delete_here="terrace volume delete fast/vol --force --snapshots",
+    )  # fmt: skip
+    found = explain(about)
+    assert found.paragraph.startswith(
+        "fast/vol is Unknown: node a has none of this mirror any more, so the leg here is left over: it was removed, "
+        "or the volume deleted, while it couldn't be reached. See there that what is wanted is there (`terrace volume "
+        "list`); `terrace volume delete fast/vol --force --snapshots` deletes it here."
+    )
+    assert "promote" not in found.paragraph and "mend the way" not in found.paragraph
+    assert str(found.old) in found.paragraph
+    # One that only can't be asked may have all of it, and one that has said something isn't all there is.
+    for other in (
+        dataclasses.replace(about, gone=frozenset()),
+        dataclasses.replace(about, membership=first_record("abc")),
+        dataclasses.replace(about, voters=said(record, "b") | said(record, "a", primary_here=True), unheard={}),
+    ):
+        assert "left over" not in explain(other).paragraph
+
+
 def test_a_leg_that_its_node_refuses_is_left_out_for_the_reason_that_it_gave_and_is_not_called_out_of_reach() -> None:
     found = explain(
         facts(

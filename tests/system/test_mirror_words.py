@@ -63,6 +63,25 @@ def test_while_the_primary_can_not_be_asked_all_commands_say_the_same_and_from_w
     a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "k")
 
 
+def test_a_leg_that_was_removed_while_its_node_was_away_says_there_that_it_is_left_over_and_how_it_goes(
+    pair: Pair,
+) -> None:
+    a, b = pair.a, pair.b
+    pair.create("o")
+    b.daemon.kill()
+    done = a.daemon.api("DELETE", "/v1/pools/p/volumes/o/mirror/legs/b?force=1")
+    (left,) = done["left"]
+    assert left.endswith("on that node: terrace volume delete p/o --force --snapshots")
+    b.daemon.start()
+    pair.both_online()
+    until(lambda: "left over" in str(b.mirror("o")["problem"]))
+    text = b.daemon.api("GET", "/v1/pools/p/volumes/o/mirror/explain")["text"]
+    assert text.startswith("p/o is Unknown: node a has none of this mirror any more, so the leg here is left over")
+    assert "`terrace volume delete p/o --force` deletes it here" in text and "promote" not in text
+    b.daemon.api("DELETE", "/v1/pools/p/volumes/o?force=1&snapshots=1")
+    a.daemon.api("DELETE", "/v1/pools/p/volumes/o")
+
+
 def test_the_losing_side_of_a_split_brain_says_so_first_and_shows_who_is_primary(pair: Pair) -> None:
     a, b = pair.a, pair.b
     pair.create("l")
