@@ -396,7 +396,9 @@ class Config(Section):
             return home / node.certificate, home / node.key
         if node.name:
             beside = (home / tls.certificate).with_name("node-cert.pem"), (home / tls.key).with_name("node-key.pem")
-            if all(path.exists() for path in beside):
+            # Where there is neither, that of a node is what is missed: it needs no server's, unless one was named.
+            is_named = {"certificate", "key"} & tls.model_fields_set
+            if all(path.exists() for path in beside) or not (is_named or (home / tls.certificate).exists()):
                 return beside
         return home / tls.certificate, home / tls.key
 

@@ -468,7 +468,7 @@ async def _tls_files(home: Home, config: Config) -> TlsFiles | None:
                         *(files.certificate, config.node.name),
                     )
         except OSError as error:
-            raise _about_tls(error) from None
+            raise _about_tls(error, config) from None
         if complaint:
             log.warning(
                 "clients will refuse the certificate %s: %s; put another in its place (no restart is needed)",
@@ -482,11 +482,14 @@ def load_tls(home: Home, config: Config) -> TlsFiles | None:
     try:
         return config.tls_files(home.path)
     except OSError as error:
-        raise _about_tls(error) from None
+        raise _about_tls(error, config) from None
 
 
-def _about_tls(error: OSError) -> OSError:
-    return OSError(error.errno, f"TLS: {error.strerror}; see [nbd.tls] in the configuration")
+def _about_tls(error: OSError, config: Config) -> OSError:
+    step = "see [nbd.tls] in the configuration"
+    if error.errno == errno.ENOENT and config.node.name:
+        step = f"`terrace tls node {config.node.name}` makes a node's certificate and key, for its tls/; or {step}"
+    return OSError(error.errno, f"TLS: {error.strerror}; {step}")
 
 
 async def _require_fuse(mountpoint: Path) -> None:

@@ -65,6 +65,8 @@ class Legs(Protocol):
         """One session."""
 
 
+_OTHER_AUTHORITY: Final = ("self-signed", "self signed", "issuer", "signature failure", "verify the first certificate")
+"""In OpenSSL's words for a certificate that the authority which is asked has not signed."""
 _REFUSALS: Final = (errno.EACCES, errno.EKEYREJECTED, errno.EKEYEXPIRED, errno.EPROTO, errno.ENOTSUP, errno.EPERM)
 
 
@@ -213,7 +215,12 @@ class Peers:
             context = await trio.to_thread.run_sync(self._client_context, abandon_on_cancel=True)
         limits = ClientLimits(handshake_timeout_s=CONNECT_S, dead_after_s=HELLO_TIMEOUT_S)
         address = split_address(config.address)
-        sock, received = await take_over(address, OPT_TERRACE, wanted.encode(), limits=limits, tls=context)
+        try:
+            sock, received = await take_over(address, OPT_TERRACE, wanted.encode(), limits=limits, tls=context)
+        except OSError as error:
+            said = error.strerror or str(error)
+            step = _about_certificates(error, name, self._home / self._config.nbd.tls.ca) if context is not None else ""
+            raise OSError(error.errno, f"{said}; {step}" if step else said) from None
         try:
             if isinstance(sock, TlsSocket):
                 refusal = judge_identity(sock.peer, name, config)
@@ -306,6 +313,23 @@ def _next_step(error: OSError, name: str) -> str:
         return f"start terraced there, or {correct}"
     if error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT):
         return f"start that host or mend the way there, or {correct}"
+    return ""
+
+
+def _about_certificates(error: OSError, name: str, ca: Path) -> str:
+    """The next step where one of both doesn't accept the other one's certificate; ``ca``: this node's authority."""
+    said = error.strerror or ""
+    same = (
+        "all nodes need certificates of one authority: make those of both where its ca-key.pem is, with `terrace tls "
+        "node NAME`, and copy them into tls/ of each with its ca-cert.pem (`terrace tls show` on both tells whose they "
+        "are)"
+    )
+    if error.errno == errno.EKEYREJECTED and any(one in said for one in _OTHER_AUTHORITY):
+        return f"that of node {name} was not signed by the authority in {ca}: {same}"
+    if "peer refused: unknown ca" in said:
+        return f"the authority that node {name} goes by has not signed the certificate of this node: {same}"
+    if error.errno in (errno.EKEYREJECTED, errno.EKEYEXPIRED):
+        return f"make another for node {name} with `terrace tls node {name}`, and copy it into its tls/"
     return ""
 
 

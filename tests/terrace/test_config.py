@@ -319,3 +319,20 @@ def test_etcd_is_asked_where_the_file_says_and_as_whom(tmp_path: Path) -> None:
 def test_what_can_be_no_etcd_is_refused_and_no_secret_is_shown(text: str, said: str) -> None:
     (problem,) = problems("[etcd]\n" + text)
     assert said in problem and "hush" not in problem
+
+
+def test_a_node_without_any_certificate_is_asked_for_that_of_a_node_unless_it_named_a_servers(tmp_path: Path) -> None:
+    tls = '[nbd.tls]\nmode = "required"\n'
+    node = '[node]\nname = "a"\n'
+
+    def shown(text: str) -> str:
+        return parse_config(text, "test").certificate_and_key(tmp_path)[0].name
+
+    assert (shown(tls + node), shown(tls)) == ("node-cert.pem", "server-cert.pem")
+    assert shown(tls + 'certificate = "own.pem"\n' + node) == "own.pem"
+    (tmp_path / "tls").mkdir()
+    (tmp_path / "tls/server-cert.pem").touch()
+    assert shown(tls + node) == "server-cert.pem"
+    (tmp_path / "tls/node-cert.pem").touch()
+    (tmp_path / "tls/node-key.pem").touch()
+    assert shown(tls + node) == "node-cert.pem"

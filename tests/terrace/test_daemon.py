@@ -281,6 +281,10 @@ def test_the_configuration_can_be_checked_without_starting(tmp_path: Path, capfd
     bad.write_text('nbd.tls.mode = "required"\n')
     assert main(["--check-config", "--config", str(bad), "--home", str(tmp_path / "home")]) == 1
     assert f"{tmp_path}/home/tls/server-cert.pem can't be read" in capfd.readouterr().err
+    bad.write_text('nbd.tls.mode = "required"\nnode.name = "a"\n')
+    assert main(["--check-config", "--config", str(bad), "--home", str(tmp_path / "home")]) == 1
+    said = capfd.readouterr().err
+    assert f"{tmp_path}/home/tls/node-cert.pem can't be read" in said and "`terrace tls node a` makes" in said
     assert not (tmp_path / "home").exists()
 
 

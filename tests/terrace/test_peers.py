@@ -20,9 +20,10 @@ from nbd.tls import Identity
 from nbd.wire import OPT_TERRACE
 from replication.membership import Term
 from replication.wire import CallsOption, LegOption
+from terrace.certificates import make_authority, make_node
 from terrace.config import Config, parse_config
 from terrace.exports import PoolExports
-from terrace.peers import NodeTakeover, Peers, PeerState, Socket, home_id
+from terrace.peers import NodeTakeover, Peers, PeerState, Socket, _about_certificates, home_id
 
 
 class NoPools:
@@ -194,3 +195,70 @@ def test_a_home_keeps_its_id(tmp_path: Path) -> None:
     assert len(first) == 32 and home_id(tmp_path) == first
     (tmp_path / "node-id").write_text("rubbish")
     assert home_id(tmp_path) != first
+
+
+def _with_certificate(home: Path, authority: Path, name: str) -> None:
+    made = make_node(authority, name, [], 30, here=False)
+    (home / "tls").mkdir(parents=True)
+    for file in made.iterdir():
+        file.rename(home / "tls" / file.name)
+
+
+def test_a_peer_of_another_authority_is_refused_with_the_file_of_ours_and_what_to_do(tmp_path: Path) -> None:
+    for name in "ab":
+        make_authority(tmp_path / f"of-{name}", f"of {name}", 30)
+        _with_certificate(tmp_path / name, tmp_path / f"of-{name}", name)
+    told: list[str] = []
+
+    def config(name: str, peer: str, port: int) -> Config:
+        text = '[nbd]\nlisten = []\ntls.mode = "required"\n[node]\nname = "{}"\n[peers.{}]\naddress = "127.0.0.1:{}"\n'
+        return parse_config(text.format(name, peer, port), "test")
+
+    async def main() -> None:
+        ours = config("b", "a", 1)
+        takeover = NodeTakeover(peers_of(tmp_path / "b", ours), {}, NoLegs())
+        listeners = await open_tcp("127.0.0.1", 0)
+        async with trio.open_nursery() as nursery:
+            serve = partial(
+                nbd.server.serve, PoolExports(NoPools()), listeners, takeovers={OPT_TERRACE: takeover},  # type: ignore[arg-type]
+                tls=ours.tls_files(tmp_path / "b"), tls_required=True,
+            )  # fmt: skip
+            await nursery.start(serve)
+            a = peers_of(tmp_path / "a", config("a", "b", int(listeners[0].sock.getsockname()[1])), told)
+            nursery.start_soon(a.run)
+            await until(lambda: a.peers["b"].state is PeerState.REFUSED)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    (said,) = told
+    assert f"that of node b was not signed by the authority in {tmp_path}/a/tls/ca-cert.pem" in said
+    assert "with `terrace tls node NAME`" in said
+
+
+@pytest.mark.parametrize(
+    ("number", "said", "step"),
+    [
+        (
+            errno.EPROTO,
+            "h:1: the peer refused: unknown ca",
+            "node b goes by has not signed the certificate of",
+        ),
+        (
+            errno.EKEYREJECTED,
+            "not accepted: unable to get local issuer certificate",
+            "the authority in /h/ca.pem: all nodes",
+        ),
+        (
+            errno.EKEYEXPIRED,
+            "not accepted: certificate has expired",
+            "make another for node b with `terrace tls node b`",
+        ),
+        (errno.EKEYREJECTED, "not accepted: unsupported certificate purpose", "make another for node b"),
+    ],
+)
+def test_each_way_in_which_a_certificate_is_not_accepted_has_its_next_step(number: int, said: str, step: str) -> None:
+    assert step in _about_certificates(OSError(number, said), "b", Path("/h/ca.pem"))
+
+
+def test_what_has_to_do_with_no_certificate_has_no_step_about_one() -> None:
+    assert _about_certificates(OSError(errno.ECONNREFUSED, "Connection refused"), "b", Path("/h/ca.pem")) == ""
