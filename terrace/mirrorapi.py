@@ -5,6 +5,7 @@ GET    /v1/nodes/N                                 one of them, with the legs of
 POST   /v1/nodes/N/drain                           {to?, dry_run?}; only of this node: {demote, refused}
 GET    /v1/mirrors                                 all mirrors that this node has a part in, as their primaries see it
 GET    /v1/diskless                                first parts of the names of those that have no leg here
+GET    /v1/tiebreakers                             [{mirror, primary, legs}]: those that it only has a say in
 GET    /v1/pools/P/volumes/V/mirror                one of them
 GET    /v1/pools/P/volumes/V/mirror/explain        {state, legs, text}: what is wrong, what is waited for, what to do
 POST   /v1/pools/P/volumes/V/mirror/legs           {node, pool?, voter?, arbiter?}; one more leg, or the first but
@@ -39,6 +40,7 @@ from terrace.mirroradmin import Arbiters, MirrorAdmin, Place
 from terrace.mirrors import Mirrors
 from terrace.pools import Pools
 from terrace.primary import MirrorPart
+from terrace.tiebreakers import shown_vote
 from tiers import TierError
 
 
@@ -107,6 +109,7 @@ class MirrorApi:
             route("POST", "/v1/nodes/{node}/drain", self.drain_node),
             route("GET", "/v1/mirrors", self.list_mirrors),
             route("GET", "/v1/diskless", self.list_diskless),
+            route("GET", "/v1/tiebreakers", self.list_tiebreakers),
             route("GET", mirror, self.show_mirror),
             route("GET", f"{mirror}/explain", self.explain_mirror),
             route("POST", f"{mirror}/legs", self.add_leg),
@@ -139,6 +142,17 @@ class MirrorApi:
     async def list_diskless(self, request: Request) -> Response:
         return JSONResponse(self._mirrors.diskless.pools())
 
+    async def list_tiebreakers(self, request: Request) -> Response:
+        return JSONResponse([shown_vote(record) for record in await self._mirrors.votes()])
+
+    async def _shown(self, request: Request) -> MirrorPart:
+        """As `_one`, for what only shows it: where this node is but its tie-breaker, that is said."""
+        try:
+            return self._one(request)
+        except OSError as error:
+            await self._mirrors.tell_if_vote(request.path_params["pool"], request.path_params["volume"], error)
+            raise
+
     def _one(self, request: Request) -> MirrorPart:
         return self._mirrors.part(request.path_params["pool"], request.path_params["volume"])
 
@@ -146,7 +160,7 @@ class MirrorApi:
         return JSONResponse(await self._mirrors.status(mirror), status)
 
     async def show_mirror(self, request: Request) -> Response:
-        mirror = self._one(request)
+        mirror = await self._shown(request)
         found = await self._mirrors.status(mirror)
         counted = await self._admin.snapshots.counted(mirror)
         for leg in found["legs"]:
@@ -155,7 +169,7 @@ class MirrorApi:
         return JSONResponse(found)
 
     async def explain_mirror(self, request: Request) -> Response:
-        mirror = self._one(request)
+        mirror = await self._shown(request)
         found = await self._mirrors.explained(mirror)
         legs = {leg["export"] if leg["kind"] == "nbd" else leg["node"]: leg["state"] for leg in found["legs"]}
         sentences = [found["text"]]

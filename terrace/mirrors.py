@@ -41,6 +41,7 @@ from terrace.oneatatime import OneAtATime
 from terrace.peers import Handler, Peers, Socket
 from terrace.pools import Pools
 from terrace.primary import ASK_S, MirrorPart, ServedMirror, boot_id, nodes_of_mirror
+from terrace.tiebreakers import is_called, said_of, votes_of
 from tiers import Pool, TierError, Volume
 
 log = logging.getLogger("terraced")
@@ -267,6 +268,22 @@ class Mirrors:
         """As `by_mirror`, also without a leg here."""
         diskless = self.diskless.of_mirror(mirror_id)
         return [*self.by_mirror(mirror_id), *([diskless] if diskless is not None else [])]
+
+    async def votes(self) -> list[Membership]:
+        """The records of the mirrors that this node is a tie-breaker of, and has no other part in."""
+        taken = [_mirror_of(one) for one in self._mirrors.values()] + [one.mirror_id for one in self.diskless.all()]
+        return await votes_of(self.own_voter, filter(None, taken))
+
+    async def tell_if_vote(self, pool: str, volume: str, error: OSError) -> None:
+        """Raises ENOENT where `error` is that there is no such volume, and this node is a tie-breaker of one."""
+        if error.errno != errno.ENOENT or any(one.name == f"{pool}/{volume}" for one in self._volumes_of(pool)):
+            return
+        for record in await self.votes():
+            if is_called(record, name := f"{pool}/{volume}"):
+                raise TierError(errno.ENOENT, said_of(self.node, name, record)) from None
+
+    def _volumes_of(self, pool: str) -> list[Volume]:
+        return [volume for one in self.pools.open_pools() if one.name == pool for volume in one.volumes()]
 
     def is_exported(self, volume: Volume) -> bool:
         """Whether clients may have it from here."""

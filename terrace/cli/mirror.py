@@ -44,10 +44,23 @@ def list_mirrors(context: Context, output: str) -> None:
     """List the mirrors that this node has a leg of, or serves without one, with a line for each leg."""
     with context.connect() as client:
         found = client.get("mirrors")
+        votes = client.get("tiebreakers") if output != "json" else []
     if output == "json":
         show_json(found)
-    else:
+        return
+    if found or not votes:
         show_mirrors(found)
+    show_votes(votes, spaced=bool(found))
+
+
+def show_votes(votes: list[dict[str, Any]], *, spaced: bool = False) -> None:
+    """A sentence for each mirror that this node is but a tie-breaker of. `spaced`: something is shown above."""
+    for index, vote in enumerate(votes):
+        if spaced or index:
+            click.echo()
+        legs = ", ".join(f"{leg['export']} on node {leg['node']}" for leg in vote["legs"])
+        where = vote["primary"] or "one of these"
+        say(f"This node is a tie-breaker of the mirror of {legs}: `terrace volume mirror show` on {where} tells more.")
 
 
 def show_mirrors(found: list[dict[str, Any]]) -> None:

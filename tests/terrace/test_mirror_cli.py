@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from terrace.api import Api
 from terrace.cli.context import Context
-from terrace.cli.mirror import _leg, _show, _what_is_left, show_mirrors
+from terrace.cli.mirror import _leg, _show, _what_is_left, show_mirrors, show_votes
 from terrace.cli.pool import _lost_legs, _show_report, shown_mapped
 from terrace.cli.root import root
 from terrace.cli.status import show_status_of_mirrors
@@ -67,6 +67,16 @@ def test_the_status_names_a_leg_on_an_nbd_server_by_its_uri(capsys: pytest.Captu
     first, second = (line.split() for line in capsys.readouterr().out.splitlines()[2:])
     assert first == ["p/v", "Degraded", "primary", "a", "a", "UpToDate,", "b", "UpToDate"]
     assert second == [URI, "Stale"]
+
+
+def test_the_mirrors_of_a_tie_breaker_are_named_in_its_list(capsys: pytest.CaptureFixture[str]) -> None:
+    legs = [{"node": "a", "export": "p/db"}, {"node": "b", "export": "q/db"}]
+    show_votes([{"mirror": "0" * 32, "primary": "a", "legs": legs}])
+    said = " ".join(capsys.readouterr().out.split())
+    assert said == (
+        "This node is a tie-breaker of the mirror of p/db on node a, q/db on node b: `terrace volume mirror show` on a "
+        "tells more."
+    )
 
 
 def test_a_resize_says_before_that_a_resync_may_have_to_begin_again(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,9 @@ from replication.keeper import LegRecord
 from replication.membership import LegInfo, Options, Term, encode
 from terrace.mirroradmin import MirrorAdmin, Place
 from terrace.mirrors import _PRIMARYS, Mirrors, _judge_status, _leg
+from terrace.tiebreakers import shown_vote
 from tests.replication.stores import first_record
+from tiers import TierError
 
 
 class OneVolume(SimpleNamespace):
@@ -197,6 +199,37 @@ def test_a_tie_breaker_forgets_by_order_of_the_primary_only(tmp_path: Any) -> No
         await call("a", {"membership": json.loads(encode(without)), "whole": True})
         assert await found.own_voter.mirrors() == frozenset()
         await call("a", {"membership": json.loads(encode(without)), "whole": True})
+
+    trio.run(main)
+
+
+def test_a_tie_breaker_says_of_which_mirrors_it_is_one_and_where_to_ask(tmp_path: Any) -> None:
+    async def main() -> None:
+        pool = OnePool()
+        found = mirrors(pool, tmp_path)
+        missing = TierError(errno.ENOENT, "the pool p has no volume")
+        record = first_record("ac", diskless="b")
+        name = record.legs[0].export
+        here, _, volume = name.partition("/")
+        await found.tell_if_vote(here, volume, missing)  # it is none of any
+        await found.own_voter.accept(record)
+        assert await found.votes() == [record]
+        assert shown_vote(record) == {
+            "mirror": record.mirror,
+            "primary": "a",
+            "legs": [{"node": "a", "export": name}, {"node": "c", "export": name}],
+        }
+        with pytest.raises(
+            OSError, match=f"node b has no leg of {name}: it is a tie-breaker .* on node a, c; .* node a "
+        ):
+            await found.tell_if_vote(here, volume, missing)
+        await found.tell_if_vote(here, "other", missing)
+        await found.tell_if_vote(here, volume, TierError(errno.EBUSY, "the pool is being opened"))
+        pool.volume.name, pool.name = name, here  # a volume here that is called so
+        pool.volumes = lambda: [pool.volume]  # type: ignore[method-assign]
+        await found.tell_if_vote(here, volume, missing)
+        await found.own_voter.retire(record.next_epoch(voters=("a", "c")))
+        assert await found.votes() == []
 
     trio.run(main)
 
