@@ -67,6 +67,25 @@ def promote(node: Node, volume: str) -> None:
     node.wait_for({"a": "UpToDate", "b": "UpToDate"}, volume)
 
 
+def test_the_node_of_a_tie_breaker_says_of_which_mirror_it_is_one_and_where_to_ask(three: Three) -> None:
+    three.online()
+    a, b, c = three.all()
+    body = {"name": "t", "size": SIZE, "mirror": [{"node": "b"}], "timeout_s": TIMEOUT_S}
+    a.daemon.api("POST", "/v1/pools/p/volumes", body)
+    a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "t")
+    a.daemon.cli("volume", "mirror", "add", "p/t", "c", "--voter")
+    listed = " ".join(c.daemon.cli("volume", "mirror", "list").stdout.split())
+    assert "This node is a tie-breaker of the mirror of p/t on node a, p/t on node b:" in listed
+    for command in ("show", "explain"):
+        said = " ".join(c.daemon.cli("volume", "mirror", command, "p/t", status=1).stderr.split())
+        assert "node c has no leg of p/t: it is a tie-breaker of that mirror, which has legs on node a, b;" in said
+        assert "`terrace volume mirror show p/t` on node a tells more" in said
+    assert "tie-breaker" not in c.daemon.cli("volume", "mirror", "show", "p/none", status=1).stderr
+    assert b.daemon.api("GET", "/v1/tiebreakers") == []
+    a.daemon.api("DELETE", "/v1/pools/p/volumes/t")
+    assert "tie-breaker" not in c.daemon.cli("volume", "mirror", "list").stdout
+
+
 def unused(action: Callable[[], Any]) -> Any:
     """The daemon may not know yet that its client has left."""
     deadline_s = time.monotonic() + 5

@@ -189,6 +189,10 @@ def test_a_volume_gets_a_leg_on_a_server_and_loses_it_again(daemon: Daemon, leg:
     assert len(again["legs"]) == 2
     with pytest.raises(ApiError, match="is a leg of p/w"):
         create(daemon, "other", leg.uri)
+    link = leg.socket.with_name("link")
+    link.symlink_to(leg.socket)
+    with pytest.raises(ApiError, match="is a leg of p/w, as nbd"):
+        create(daemon, "other", f"nbd+unix:///?socket={link}")
     # What is told by node isn't told of the node that added it.
     taken = daemon.api("POST", "/v1/pools/p/snapshots", {"volumes": ["w"], "name": "one"})
     assert [one["lacking"] for one in taken] == [{}]
