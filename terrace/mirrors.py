@@ -36,7 +36,7 @@ from terrace.diskless import DisklessMirror
 from terrace.disklessmirrors import DisklessMirrors
 from terrace.localmirror import LocalMirror
 from terrace.mending import LegMender, heal_leg, read_block
-from terrace.mirrorwords import explained, known_record, map_notice, newest_record, writes_fail
+from terrace.mirrorwords import explained, known_record, map_notice, newest_record, removed_here, writes_fail
 from terrace.oneatatime import OneAtATime
 from terrace.peers import Handler, Peers, Socket
 from terrace.pools import Pools
@@ -794,6 +794,8 @@ class Mirrors:
         # That this node was deposed, or left behind, is its own problem: the primary has none.
         if own["diskless"] or mirror.is_left_behind or mirror.is_named_primary:
             found["problem"] = own["problem"] or found["problem"]
+        if not mirror.is_left_behind and (removed := removed_here(mirror, theirs)) is not None:
+            found["problem"] = removed
         return found
 
     def _without_primary(

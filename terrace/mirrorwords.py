@@ -131,6 +131,21 @@ def explained(
     )
 
 
+def removed_here(mirror: MirrorPart, theirs: Mapping[str, Any]) -> str | None:
+    """That the primary, which says `theirs`, has removed the leg here from the mirror in the absence of this node."""
+    if not isinstance(mirror, LocalMirror) or any(leg["id"] == mirror.me for leg in theirs["legs"]):
+        return None
+    # One that is being made isn't in the primary's record yet, nor in the one here.
+    own = mirror.membership
+    is_older = (own.term.number, own.epoch) < (theirs["term"], theirs["epoch"])
+    if not is_older or all(leg.id != mirror.me for leg in own.legs):
+        return None
+    return (
+        f"the leg here is left over: node {theirs['primary']} has removed it from the mirror while it couldn't be "
+        f"reached; `{_deletion(mirror)}` deletes it here"
+    )
+
+
 def _deletion(mirror: MirrorPart) -> str:
     if not isinstance(mirror, LocalMirror):
         return ""

@@ -12,9 +12,10 @@ import pytest
 import trio
 
 from replication.keeper import LegRecord
-from replication.membership import LegInfo, Options, Term, encode
+from replication.membership import LegInfo, Membership, Options, Term, encode
 from terrace.mirroradmin import MirrorAdmin, Place
 from terrace.mirrors import _PRIMARYS, Mirrors, _judge_status, _leg
+from terrace.mirrorwords import removed_here
 from terrace.tiebreakers import shown_vote
 from tests.replication.stores import first_record
 from tiers import TierError
@@ -199,6 +200,32 @@ def test_a_tie_breaker_forgets_by_order_of_the_primary_only(tmp_path: Any) -> No
         await call("a", {"membership": json.loads(encode(without)), "whole": True})
         assert await found.own_voter.mirrors() == frozenset()
         await call("a", {"membership": json.loads(encode(without)), "whole": True})
+
+    trio.run(main)
+
+
+def test_a_leg_that_a_later_record_does_not_have_is_left_over_and_one_that_is_being_made_is_not(tmp_path: Any) -> None:
+    async def main() -> None:
+        pool, record = OnePool(), first_record("abc")
+
+        async def status(accepted: Membership, epoch: int, legs: str) -> Any:
+            pool.volume.mirror_record = LegRecord("b", promised=record.term, accepted=accepted).encode()
+            pool.volume.snapshots = 0
+            found = mirrors(pool, tmp_path)
+            theirs = {"primary": "a", "term": 1, "epoch": epoch, "legs": [{"id": leg, "node": leg} for leg in legs]}
+            async with trio.open_nursery() as nursery:
+                await nursery.start(found.run)
+                mirror = found.adopt(pool, pool.volume)  # type: ignore[arg-type]
+                nursery.cancel_scope.cancel()
+            assert mirror is not None
+            return removed_here(mirror, theirs)
+
+        said = await status(record, record.epoch + 1, "ac")
+        assert said.startswith("the leg here is left over: node a has removed it from the mirror")
+        assert said.endswith("`terrace volume delete fast/vol --force` deletes it here")
+        assert await status(record, record.epoch + 1, "abc") is None
+        assert await status(record, record.epoch, "ac") is None
+        assert await status(first_record("ac"), record.epoch + 1, "ac") is None, "it is being made"
 
     trio.run(main)
 
