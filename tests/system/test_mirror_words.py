@@ -212,8 +212,9 @@ def test_a_leg_whose_pool_is_full_is_one_event_and_all_commands_say_why_it_is_ou
     said = a.daemon.api("GET", "/v1/pools/p/volumes/f/mirror/explain")["text"]
     assert "The leg on node b has been left out for " in said and why in said
     for command in ("list", "show"):
-        name = ["p/f"] if command == "show" else []
-        assert why in a.daemon.cli("volume", "mirror", command, *name).stdout
+        words = ("volume", "mirror", command, *(["p/f"] if command == "show" else []))
+        # Each time that its resync is tried again it is Syncing for a moment.
+        until(lambda words=words: why in a.daemon.cli(*words).stdout)  # type: ignore[misc]
     of_the_leg = [text for text in a.events()[begun:] if text.startswith("the leg of p/f on node b is ")]
     if of_the_leg[0].endswith("UpToDate"):
         del of_the_leg[0]  # that it was filled at first, which is told a moment later
