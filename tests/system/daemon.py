@@ -199,7 +199,7 @@ class Daemon:
         (self.port, *_) = [
             int(match[1])
             for uri in self.api("GET", "/v1/status")["nbd"]["uris"]
-            if (match := re.match(r"nbd://127\.0\.0\.1:(\d+)", uri))
+            if (match := re.match(r"nbds?://127\.0\.0\.1:(\d+)", uri))
         ] or [0]
 
     def kill(self) -> None:
