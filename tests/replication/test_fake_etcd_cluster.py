@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 from replication.etcd import EtcdCluster, EtcdLease
-from replication.membership import Options, Term
+from replication.membership import Membership, Options, Term
 from tests.replication.cluster_contract import *  # noqa: F403
 from tests.replication.cluster_contract import Clusters, World
 from tests.replication.fakeetcd import FakeEtcd
@@ -46,16 +46,21 @@ def clusters() -> Clusters:
     return begin
 
 
+async def before_a_later_term(world: FakeWorld) -> tuple[Membership, Membership, EtcdLease]:
+    """Node a is primary by the first record, and has its lease; the second one is of its next term."""
+    first = first_record("abc", options=world.options)
+    await world.cluster("a").create(first)
+    lease = EtcdLease("a", world.etcd, MIRROR, 3.0)
+    await lease.renew(first)
+    return first, first.next_term(Term(2, "2" * 16), "a", frozenset("abc")), lease
+
+
 def test_a_primary_that_begins_a_later_term_is_at_no_time_without_its_key() -> None:
     """It relies on its lease meanwhile: if another one's record got in, it would answer what is old."""
 
     async def main() -> None:
         world = FakeWorld()
-        first = first_record("abc", options=world.options)
-        await world.cluster("a").create(first)
-        lease = EtcdLease("a", world.etcd, MIRROR, 3.0)
-        await lease.renew(first)
-        later = first.next_term(Term(2, "2" * 16), "a", frozenset("abc"))
+        first, later, lease = await before_a_later_term(world)
         await world.cluster("a").commit(later, expected=first)
         theirs = later.next_term(Term(3, "3" * 16), "b", frozenset("abc"))
         with pytest.raises(OSError, match="node a is primary and alive"):
@@ -70,11 +75,7 @@ def test_a_primary_that_begins_a_later_term_is_at_no_time_without_its_key() -> N
 def test_a_primary_is_not_deposed_by_its_own_later_term_of_which_it_does_not_know_whether_it_counts() -> None:
     async def main() -> None:
         world = FakeWorld()
-        first = first_record("abc", options=world.options)
-        await world.cluster("a").create(first)
-        lease = EtcdLease("a", world.etcd, MIRROR, 3.0)
-        await lease.renew(first)
-        later = first.next_term(Term(2, "2" * 16), "a", frozenset("abc"))
+        first, later, lease = await before_a_later_term(world)
         world.all["c"].up = False
         with pytest.raises(OSError, match=r"record 2\.0 .* isn't stored") as refused:
             await world.cluster("a").commit(later, expected=first)

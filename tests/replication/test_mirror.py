@@ -1033,14 +1033,20 @@ def test_a_leg_that_falls_silent_while_a_mirror_begins_holds_it_up_for_the_timeo
     run(body)
 
 
+def filled_slowly() -> Rig:
+    """Two legs, of which a's alone is in sync and has data; b's is brought up to date as long as a test may need."""
+    slowly = MirrorSettings(resync=ResyncSettings(ceiling_bytes_s=1 << 20, workers=1))
+    rig = Rig(2, in_sync=["lega"], settings=slowly)
+    rig.known = False
+    rig.store("a").image[:] = b"x" * SIZE
+    return rig
+
+
 def test_a_leg_that_was_lost_while_it_should_grow_has_the_size_of_the_record_when_all_begins_anew() -> None:
     """It was the only one in sync; the other one has grown."""
 
     async def main() -> None:
-        slowly = MirrorSettings(resync=ResyncSettings(ceiling_bytes_s=1 << 20, workers=1))
-        rig = Rig(2, in_sync=["lega"], settings=slowly)
-        rig.known = False
-        rig.store("a").image[:] = b"x" * SIZE
+        rig = filled_slowly()
         async with rig.running() as mirror:
             await rig.until(lambda: rig.state("b") is LegState.SYNCING)
             resize, failed = rig.store("a").resize, False
@@ -1067,10 +1073,7 @@ def test_what_a_leg_has_behind_the_end_is_not_seen_when_it_was_lost_before_it_gr
     """A shrink that was given up has left it there; the leg is the only one in sync, and all begins anew."""
 
     async def main() -> None:
-        slowly = MirrorSettings(resync=ResyncSettings(ceiling_bytes_s=1 << 20, workers=1))
-        rig = Rig(2, in_sync=["lega"], settings=slowly)
-        rig.known = False
-        rig.store("a").image[:] = b"x" * SIZE
+        rig = filled_slowly()
         async with rig.running() as mirror:
             await rig.until(lambda: rig.state("b") is LegState.SYNCING)
             resize, does = rig.store("a").resize, "hangs"
@@ -1112,10 +1115,7 @@ def test_a_mirror_whose_only_leg_in_sync_can_not_grow_is_served_at_its_old_size_
     """
 
     async def main() -> None:
-        slowly = MirrorSettings(resync=ResyncSettings(ceiling_bytes_s=1 << 20, workers=1))
-        rig = Rig(2, in_sync=["lega"], settings=slowly)
-        rig.known = False
-        rig.store("a").image[:] = b"x" * SIZE
+        rig = filled_slowly()
         async with rig.running() as mirror:
             await rig.until(lambda: rig.state("b") is LegState.SYNCING)
             resize = rig.store("a").resize

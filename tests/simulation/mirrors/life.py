@@ -547,19 +547,7 @@ class Life:
         third_apart = {(name, third), (third, name)}
         self.network.change(self.network.blocked | apart | third_apart)
         async with trio.open_nursery() as nursery:
-
-            @nursery.start_soon
-            async def take_over() -> None:
-                with trio.move_on_after(5.0):
-                    await trio.sleep(0.85)
-                    while True:
-                        try:
-                            await local.promote()
-                            self.counts["taken over"] += 1
-                            return
-                        except OSError:
-                            await trio.sleep(0.03)
-
+            nursery.start_soon(self.take_over, local, 5.0)
             with trio.move_on_after(3.5):
                 while promised() <= before:
                     await trio.sleep(0.002)
@@ -568,6 +556,18 @@ class Life:
                 await trio.sleep(0.2 + self.rng.random())
             self.network.change(self.network.blocked - apart - third_apart - {(heir, third)})
         self.trace(f"{name} is connected again")
+
+    async def take_over(self, local: LocalMirror, within_s: float) -> None:
+        """Promote it when the lease of the primary before is over, as soon as that is possible."""
+        with trio.move_on_after(within_s):
+            await trio.sleep(0.85)
+            while True:
+                try:
+                    await local.promote()
+                    self.counts["taken over"] += 1
+                    return
+                except OSError:
+                    await trio.sleep(0.03)
 
     async def interrupt_a_resync(self) -> None:
         """The machine of a leg goes down that is just being brought up to date, or has just been."""

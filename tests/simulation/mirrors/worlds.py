@@ -121,19 +121,7 @@ class Promises(World):
             await trio.sleep(late_s)
 
         async with trio.open_nursery() as nursery:
-
-            @nursery.start_soon
-            async def take_over() -> None:
-                with trio.move_on_after(6.0):
-                    await trio.sleep(0.85)
-                    while True:
-                        try:
-                            await local.promote()
-                            self.counts["taken over"] += 1
-                            return
-                        except OSError:
-                            await trio.sleep(0.03)
-
+            nursery.start_soon(self.take_over, local, 6.0)
             with trio.move_on_after(PATIENCE_S):
                 while self.promised(third) <= before:
                     await trio.sleep(0.002)
