@@ -70,6 +70,9 @@ class Change(NamedTuple):
     """Valid only during the call that it is given to."""
     lasting: bool = False
     """The data stay as they are until `done` is called, so that they need not be copied."""
+    lost: bool = False
+    """Neither data nor zeros: nobody has what should be there, so reading it is EIO until it is written. Such a change
+    is a batch of its own, and for Terrace legs only."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +211,9 @@ class LegStore(Protocol):
 
     async def trim(self, offset: int, length: int) -> None:
         """Zeros afterwards, surely: unlike a hint."""
+
+    async def lose(self, offset: int, length: int) -> None:
+        """Reading any of these blocks is EIO afterwards, until it is written or trimmed."""
 
     async def read(self, offset: int, length: int, into: memoryview) -> None: ...
 

@@ -164,6 +164,8 @@ class LocalLeg:
                 stop += len(writes)
                 if not self._store.write_now(writes):
                     return taken
+            elif changes[taken].lost:
+                return taken
             else:
                 trims = []
                 for change in changes[taken:]:
@@ -245,7 +247,9 @@ class LocalLeg:
             tell()
 
     async def _apply(self, change: Change) -> None:
-        if change.data is None:
+        if change.lost:
+            await self._store.lose(change.offset, change.length)
+        elif change.data is None:
             await self._store.trim(change.offset, change.length)
         else:
             await self._store.write(change.offset, change.data)

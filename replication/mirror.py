@@ -394,8 +394,10 @@ class Mirror:
         """Zeros; without space, unless `no_hole`: then they are written as data."""
         await self.edges.write_zeroes(offset, length, no_hole=no_hole, fast=fast)
 
-    async def copy_to(self, member: Member, offset: int, data: memoryview | None, *, length: int = 0) -> bool:
-        """Submit bytes (None: zeros) to one leg only, in its order; whether it has them.
+    async def copy_to(
+        self, member: Member, offset: int, data: memoryview | None, *, length: int = 0, lost: bool = False
+    ) -> bool:
+        """Submit bytes (None: zeros, or `lost`) to one leg only, in its order; whether it has them.
 
         The caller has made sure that no batch has touched them since they were read: nothing waits before `submit`. It
         doesn't change the data before this returns.
@@ -405,7 +407,7 @@ class Mirror:
             return False
         outcome = Outcome()
         self.sequence += 1
-        change = Change(offset, length if data is None else len(data), data, lasting=True)
+        change = Change(offset, length if data is None else len(data), data, lasting=True, lost=lost)
         leg.submit(self.sequence, [change], outcome)
         try:
             await outcome.wait()

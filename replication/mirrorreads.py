@@ -25,6 +25,7 @@ from replication.inflight import InFlight
 from replication.leg import BLOCK_BYTES, Leg, LegState
 from replication.members import Member, readable
 from replication.nbdleg import checks_of
+from replication.reconcile import UnreadableError
 from replication.site import Gate
 
 LEAF_BYTES: Final = 1 << 20
@@ -78,7 +79,7 @@ class Reads:
                 return
 
     async def read_for_copy(self, offset: int, length: int, into: memoryview) -> None:
-        """From any leg in sync. Not a client's read."""
+        """From any leg in sync. Not a client's read. Raises UnreadableError for what none of them can read."""
         await self.read_any(offset, length, into, for_client=False)
 
     async def read_any(self, offset: int, length: int, into: memoryview, *, for_client: bool = True) -> None:
@@ -107,7 +108,7 @@ class Reads:
                     return
                 self._site.nowhere(offset // BLOCK_BYTES * BLOCK_BYTES)
                 what = f"{length:,} bytes at {offset:,}: {bad[0].error}"
-                raise OSError(errno.EIO, f"{self._site.name}: no leg can read {what}; write them anew, or restore them")
+                raise UnreadableError(f"{self._site.name}: no leg can read {what}; write them anew, or restore them")
             await trio.lowlevel.checkpoint()
 
     async def read_from(

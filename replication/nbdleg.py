@@ -409,6 +409,7 @@ class NbdLeg:
             self._doom([done])
             return
         assert changes and sequence > self._submitted, (sequence, self._submitted)
+        assert not changes[0].lost, "a server can't be told"
         self._submitted = sequence
         batch = _Batch(sequence, _joined(changes), done)
         for op in batch.ops:

@@ -17,6 +17,7 @@ import errno
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import trio
@@ -29,6 +30,13 @@ PIECE_BYTES = 1 << 20
 COMPARE_BYTES = 16 << 20
 """Of Terrace legs so much is compared at a time: 32 KiB of checks from each side. Clients wait while a primary begins,
 and a disk that was just trimmed as a whole is all recent."""
+
+
+class UnreadableError(OSError):
+    """EIO: no leg in sync can read a block, though each was there to be asked."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(errno.EIO, text)
 
 
 class LegError(OSError):
@@ -155,7 +163,7 @@ async def reconcile(
     for leg in others:
         with told_of(leg):
             extents.update(await leg.changed([RECENT, RECENT_OLD]))
-    helpers = [leg for leg in others if leg.info.id in good]
+    legs = _Legs([leg for leg in others if leg.info.id in good], others, forget)
     for offset, length in pieces(extents, size_bytes, COMPARE_BYTES):
         for leg in others:
             for start, size, hole in await differing(source, leg, offset, length):
@@ -164,8 +172,8 @@ async def reconcile(
                     if not hole:
                         data = memoryview(bytearray(count))
                         if not await _read(source, at, count, data):
-                            sequence = await _heal(source, helpers, sequence, at, count)
-                            await source.read(at, count, data)
+                            sequence = await _copy_blocks(source, leg, legs, sequence, at, count)
+                            continue
                     sequence += 1
                     await submitted(leg, sequence, Change(at, count, data))
     for leg in (source, *others):
@@ -190,27 +198,53 @@ async def _read(leg: Leg, offset: int, length: int, into: memoryview) -> bool:
     return True
 
 
-async def _heal(source: Leg, stand_ins: Sequence[Leg], sequence: int, offset: int, length: int) -> int:
-    """Write anew, on the source, the blocks that it can't read. Returns the last sequence that was used."""
+@dataclass(frozen=True)
+class _Legs:
+    """Who has what, where the source can't read a block."""
+
+    good: list[Leg]
+    """Each but the source has all that was acknowledged."""
+    others: Sequence[Leg]
+    are_all: bool
+    """No other leg is in sync."""
+
+
+async def _copy_blocks(source: Leg, target: Leg, legs: _Legs, sequence: int, offset: int, length: int) -> int:
+    """Block by block, as the source can't read some of them. Returns the last sequence that was used.
+
+    What another good leg can read is written anew at the source. What none of all legs can is lost for good, and so it
+    is lost at the target too: what it has there might be read later, and be older than what was acknowledged.
+    """
     data = memoryview(bytearray(BLOCK_BYTES))
     for at in range(offset, offset + length, BLOCK_BYTES):
-        if await _read(source, at, BLOCK_BYTES, data):
-            continue
-        for leg in stand_ins:
-            if await _read(leg, at, BLOCK_BYTES, data):
+        change = Change(at, BLOCK_BYTES, data)
+        if not await _read(source, at, BLOCK_BYTES, data):
+            stand_in = await _who_reads(legs.good, at, data)
+            if stand_in is not None:
                 sequence += 1
-                await submitted(source, sequence, Change(at, BLOCK_BYTES, data))
+                await submitted(source, sequence, change)
                 where = f"the block at {at} of the leg on {source.info.node}"
-                log.warning("%s couldn't be read, and is the one of %s now", where, leg.info.node)
-                break
-        else:
-            raise OSError(
-                errno.EIO,
-                f"the block at {at:,} of the leg on {source.info.node} can't be read, and no other leg certainly has "
-                "all that was acknowledged there: start the nodes of the other legs, or go on from another one with "
-                "`terrace volume mirror promote --force` there",
-            )
+                log.warning("%s couldn't be read, and is the one of %s now", where, stand_in.info.node)
+            elif legs.are_all and await _who_reads(legs.others, at, memoryview(bytearray(BLOCK_BYTES))) is None:
+                log.error("no leg can read the block at %s; write it anew, or restore it", at)
+                change = Change(at, BLOCK_BYTES, None, lost=True)
+            else:
+                raise OSError(
+                    errno.EIO,
+                    f"the block at {at:,} of the leg on {source.info.node} can't be read, and no other leg certainly "
+                    "has all that was acknowledged there: start the nodes of the other legs, or go on from another one "
+                    "with `terrace volume mirror promote --force` there",
+                )
+        sequence += 1
+        await submitted(target, sequence, change)
     return sequence
+
+
+async def _who_reads(legs: Sequence[Leg], offset: int, into: memoryview) -> Leg | None:
+    for leg in legs:
+        if await _read(leg, offset, len(into), into):
+            return leg
+    return None
 
 
 async def submitted(leg: Leg, sequence: int, change: Change) -> None:

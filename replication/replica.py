@@ -48,7 +48,7 @@ import trio
 
 from nbd.tls import TlsSocket
 from replication import wire
-from replication.leg import LegStore, Position
+from replication.leg import BLOCK_BYTES, LegStore, Position
 from replication.membership import Membership, Term
 from replication.recent import Recent
 from replication.stream import Inbox, Stream, Traffic, gone
@@ -443,7 +443,7 @@ class _Session:
             else:
                 await self._apply()
                 inbox.start += frame.size_bytes
-                await self._handle(frame)
+                await (self._lose(frame) if frame.kind is Type.LOST else self._handle(frame))
             if perf_counter() > stream.woke_at + SLICE_S:
                 await self._apply()
                 self._tell()
@@ -454,13 +454,13 @@ class _Session:
 
     def _judge_sequence(self, frame: Frame) -> None:
         if not self._begun:
-            raise BreachError("a WRITE before BEGIN")
+            raise BreachError(f"a {frame.kind.name} before BEGIN")
         last = self._ends[-1][1] if self._ends else self._replica.applied
         if self._open is not None:
             if frame.number != self._open:
-                raise BreachError(f"a WRITE of batch {frame.number} in the middle of {self._open}")
+                raise BreachError(f"a {frame.kind.name} of batch {frame.number} in the middle of {self._open}")
         elif last is not None and frame.number <= last:
-            raise BreachError(f"a WRITE of batch {frame.number} after {last}")
+            raise BreachError(f"a {frame.kind.name} of batch {frame.number} after {last}")
 
     async def _apply(self) -> None:
         """What was gathered, in order. The views are of the inbox, which nobody receives into meanwhile."""
@@ -480,6 +480,24 @@ class _Session:
             self._replica.applied = self._ends[-1][1]
             self._ends.clear()
         entries.clear()
+
+    async def _lose(self, frame: Frame) -> None:
+        """A batch by itself, in its place."""
+        self._judge_sequence(frame)
+        if self._open is not None:
+            raise BreachError(f"a LOST in the middle of batch {self._open}")
+        try:
+            offset, length = wire.read_range(frame, self._store.size_bytes, wire.MAX_LOST_BYTES)
+        except OSError as error:
+            raise BreachError(error.strerror or str(error)) from None  # it has no cookie by which it could be answered
+        self._check()
+        if not self._took_part:
+            await self._take_part()
+        for at in range(offset, offset + length, BLOCK_BYTES):
+            self._check()
+            await self._store.lose(at, BLOCK_BYTES)
+        self._replica.applied = frame.number
+        self._check()
 
     async def _be_alone(self) -> None:
         """Before anything but a record: a primary on this node, which was deposed, may be in the middle of a write."""

@@ -12,11 +12,17 @@ once, and what differs is copied by that; a batch into it has the rest of it com
 
 Extents leave the primary's tracker only after the leg has been flushed: what a power cut takes from it is still there.
 So a resync that was interrupted goes on where it was.
+
+**What no leg can read** is lost at this leg too, from then on, whatever it has there: that may be older than what was
+acknowledged. All else comes to be mirrored again, and the block is EIO until somebody writes it anew. If a leg should
+be able to read it later after all, that one's bytes heal the others, as ever. An NBD server can't be told that a block
+is lost: all else is copied to it, and it stays out of sync with that reason.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -25,12 +31,14 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
-from replication.inflight import InFlight, Locks
+from replication.inflight import InFlight, Locks, Watch
 from replication.leg import BLOCK_BYTES, EXTENT_BYTES, RECENT, RECENT_OLD, Extents, Leg, LegStore, missing_tracker
-from replication.reconcile import COMPARE_BYTES, PIECE_BYTES, cut, differing, pieces, ungrouped
+from replication.reconcile import COMPARE_BYTES, PIECE_BYTES, UnreadableError, cut, differing, pieces, ungrouped
 
 if TYPE_CHECKING:
     from replication.members import Member
+
+log = logging.getLogger("replication.mirror")
 
 MAX_TRIES: Final = 4
 COPY_BYTES: Final = 512 << 10
@@ -68,6 +76,8 @@ class Progress:
     done_bytes: int = 0
     """Compared, and copied where it differed."""
     copied_bytes: int = 0
+    lost_blocks: int = 0
+    """That no leg can read: they are lost at this leg, too."""
     retries: int = 0
     began: float = 0.0
     rate_bytes_s: float = 0.0
@@ -136,7 +146,9 @@ class Site(Protocol):
 
     async def read_for_copy(self, offset: int, length: int, into: memoryview) -> None: ...
 
-    async def copy_to(self, member: Member, offset: int, data: memoryview | None, *, length: int = 0) -> bool: ...
+    async def copy_to(
+        self, member: Member, offset: int, data: memoryview | None, *, length: int = 0, lost: bool = False
+    ) -> bool: ...
 
 
 class Resync:
@@ -157,6 +169,8 @@ class Resync:
         """Brought up to date since the last flush."""
         self._copied = 0
         self._given_out = False
+        self._left: list[int] = []
+        """Offsets of blocks that nobody can read and an NBD server can't be told of."""
         self._flushing = trio.Lock()
         self.progress = Progress(began=trio.current_time())
 
@@ -182,6 +196,18 @@ class Resync:
         await self._mark()
         self.progress.state = "flushing"
         await self._flush()
+        if self._left:
+            raise OSError(
+                errno.EIO,
+                f"{len(self._left):,} block(s), the first at {min(self._left):,}, can be read on no leg, and an NBD "
+                "server can't be told so: write them anew, or restore them, then it is brought up to date",
+            )
+        if self.progress.lost_blocks:
+            log.error(
+                "the leg on %s lacks %s block(s) too that no leg can read; write them anew, or restore them",
+                self._member.info.place,
+                f"{self.progress.lost_blocks:,}",
+            )
         self.progress.state = "done"
 
     def _work(self, todo: Extents) -> Iterator[tuple[int, int]]:
@@ -253,9 +279,9 @@ class Resync:
             while not is_marked:
                 with site.inflight.watching(offset, BLOCK_BYTES) as watch:
                     await site.inflight.settle(offset, BLOCK_BYTES)
-                    await site.read_for_copy(offset, BLOCK_BYTES, data)
-                    if not watch.touched and not await site.copy_to(self._member, offset, data):
-                        raise OSError(errno.EIO, "the leg failed while it was brought up to date")
+                    is_lost = not await self._can_read(offset, data)
+                    if not watch.touched:
+                        await self._give(offset, BLOCK_BYTES, None if is_lost else data, lost=is_lost)
                     is_marked = not watch.resized
 
     # -- copying -----------------------------------------------------------------------------------------------------
@@ -301,15 +327,17 @@ class Resync:
             for start, size, hole in await differing(self._source(), self._target, offset, length):
                 for at, count in cut(start, size, size if hole else COPY_BYTES):
                     await self._pace.take(count)
-                    data = None
-                    if not hole:
-                        data = buffer[:count]
-                        await site.read_for_copy(at, count, data)
-                    if watch.touched:
-                        return equal
-                    # No checkpoint between that and `submit`.
-                    if not await site.copy_to(self._member, at, data, length=count):
-                        raise OSError(errno.EIO, "the leg failed while it was brought up to date")
+                    data = None if hole else buffer[:count]
+                    try:
+                        if data is not None:
+                            await site.read_for_copy(at, count, data)
+                        if watch.touched:
+                            return equal
+                        # No checkpoint between that and `submit`.
+                        await self._give(at, count, data)
+                    except UnreadableError:
+                        if not await self._copy_blocks(at, count, buffer, watch):
+                            return equal
                     self.progress.copied_bytes += count
                     self._copied += count
                     equal = self._equal(equal, (at + count) // EXTENT_BYTES * EXTENT_BYTES)
@@ -317,6 +345,33 @@ class Resync:
                         await self._flush_if_due()
             self._equal(equal, offset + length)
         return None
+
+    async def _give(self, offset: int, length: int, data: memoryview | None, *, lost: bool = False) -> None:
+        if not await self._site.copy_to(self._member, offset, data, length=length, lost=lost):
+            raise OSError(errno.EIO, "the leg failed while it was brought up to date")
+
+    async def _can_read(self, offset: int, data: memoryview) -> bool:
+        """Whether the block can be had from any leg; `data` is filled with it then."""
+        try:
+            await self._site.read_for_copy(offset, BLOCK_BYTES, data)
+        except UnreadableError:
+            return False
+        return True
+
+    async def _copy_blocks(self, offset: int, length: int, buffer: memoryview, watch: Watch) -> bool:
+        """Block by block, as no leg can read some of them, which become lost here too. False: a batch came between."""
+        data = buffer[:BLOCK_BYTES]
+        for at in range(offset, offset + length, BLOCK_BYTES):
+            is_lost = not await self._can_read(at, data)
+            if watch.touched:
+                return False
+            if is_lost:
+                self.progress.lost_blocks += 1
+            if is_lost and self._member.info.kind == "nbd":
+                self._left.append(at)
+            else:
+                await self._give(at, BLOCK_BYTES, None if is_lost else data, lost=is_lost)
+        return True
 
     def _equal(self, start: int, stop: int) -> int:
         """What is between is brought up to date; where the next such range begins."""
@@ -343,6 +398,8 @@ class Resync:
                 if missing is not None:
                     for offset, length in done:
                         missing.discard(offset, length)
+                    for offset in self._left:
+                        missing.add(offset, BLOCK_BYTES)
 
     # -- how fast ----------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ Frame
        0    4 u32  MAGIC: "TRL" and the version, 1. An unknown version ends the session with a sentence
        4    2 u16  type (Type)
        6    2 u16  flags: MORE, others are 0
-       8    8 u64  number: a sequence (WRITE, DONE, FLUSHED_BY_ALL), a cookie (requests, their answers), else 0
+       8    8 u64  number: a sequence (WRITE, LOST, DONE, FLUSHED_BY_ALL), a cookie (requests, their answers), else 0
       16    4 u32  length of the body, at most MAX_BODY_BYTES
       20    4 u32  count: entries of a WRITE, errno of an ERROR (Linux's), 1 in an ACCEPT for `inconsistent`; else 0
       24    -      body
@@ -20,6 +20,8 @@ HELLO           replica  JSON: `Hello`. The first frame of a session, and sent o
 BEGIN           primary  JSON: {"line": 16 hex digits, "resumes": bool}. The answer to HELLO
 WRITE           primary  `count` entries, then the data of those that have some, in their order. MORE: the batch
                          goes on in another WRITE of the same sequence
+LOST            primary  RANGE; at most MAX_LOST_BYTES. A batch by itself, like a WRITE: no leg has what should be
+                         there, so these blocks are EIO for readers until they are written. Answered by DONE
 DONE            replica  none. All batches up to `number` are in the replica's kernel
 FLUSH           primary  none. All before it in the stream is to be durable
 FLUSHED_BY_ALL  primary  none. Batches up to `number` are durable at each leg; 0: forget nothing. Not answered
@@ -86,6 +88,8 @@ LONG_FRAME_BYTES: Final = 128 << 10
 ANSWER_BYTES: Final = 256 << 10
 """Most in one ANSWER frame."""
 MAX_READ_BYTES: Final = 1 << 20
+MAX_LOST_BYTES: Final = PIECE_BYTES
+"""In one LOST: each block is logged by itself."""
 MAX_CHECKS_BYTES: Final = 128 << 20
 MAX_MAPPED: Final = 16384
 MAX_TRACKERS: Final = 32
@@ -123,6 +127,7 @@ class Type(enum.IntEnum):
     ANSWER = 17
     ERROR = 18
     GOODBYE = 19
+    LOST = 20
 
 
 REQUESTS: Final = frozenset(
@@ -131,7 +136,15 @@ REQUESTS: Final = frozenset(
 """These have a cookie and are answered."""
 ORDERED: Final = frozenset({Type.ACCEPT, Type.RESIZE, Type.SNAPSHOT})
 """Of these: take effect in the stream's order, and are not repeated when they come again after a resumption."""
-FROM_PRIMARY: Final = REQUESTS | {Type.BEGIN, Type.WRITE, Type.FLUSHED_BY_ALL, Type.PING, Type.ERROR, Type.GOODBYE}
+FROM_PRIMARY: Final = REQUESTS | {
+    Type.BEGIN,
+    Type.WRITE,
+    Type.LOST,
+    Type.FLUSHED_BY_ALL,
+    Type.PING,
+    Type.ERROR,
+    Type.GOODBYE,
+}
 FROM_REPLICA: Final = frozenset(
     {Type.HELLO, Type.DONE, Type.PONG, Type.WORKING, Type.ANSWER, Type.ERROR},
 )
@@ -139,6 +152,7 @@ _LONGEST: Final[dict[Type, int]] = {
     Type.HELLO: 256 << 10,
     Type.BEGIN: 1000,
     Type.WRITE: MAX_BODY_BYTES,
+    Type.LOST: RANGE.size,
     Type.READ: RANGE.size,
     Type.CHECKS: RANGE.size,
     Type.MAPPED: RANGE.size,
@@ -160,6 +174,7 @@ def head_of(kind: Type, flags: int = 0) -> int:
 
 WRITE_HEAD: Final = head_of(Type.WRITE)
 WRITE_MORE_HEAD: Final = head_of(Type.WRITE, MORE)
+LOST_HEAD: Final = head_of(Type.LOST)
 DONE_HEAD: Final = head_of(Type.DONE)
 _TYPES: Final = {
     head_of(kind, flags): (kind, flags) for kind in Type for flags in ((0, MORE) if kind in _MAY_GO_ON else (0,))
@@ -278,6 +293,9 @@ def pack_batch(sequence: int, changes: Sequence[Change], buffers: Buffers) -> li
         assert data is not None
         head = HEAD.pack(WRITE_HEAD, sequence, ENTRY_BYTES + length, 1)
         return [head + ENTRY.pack(offset, length, DATA), data]
+    if changes[0].lost:
+        assert len(changes) == 1 and changes[0].length <= MAX_LOST_BYTES
+        return [HEAD.pack(LOST_HEAD, sequence, RANGE.size, 0) + RANGE.pack(changes[0].offset, changes[0].length)]
     if len(changes) <= MAX_ENTRIES:
         size = 0
         table: list[bytes] = []
@@ -383,7 +401,7 @@ def read_error(frame: Frame) -> OSError:
 
 
 def read_range(frame: Frame, size_bytes: int, longest: int | None = None) -> tuple[int, int]:
-    """(offset, length) of a READ, CHECKS or MAPPED. Raises OSError EINVAL, which answers it; BreachError."""
+    """(offset, length) of a READ, CHECKS, MAPPED or LOST. Raises OSError EINVAL, which answers it; BreachError."""
     if len(frame.body) != RANGE.size:
         raise BreachError(f"a {frame.kind.name} with a body of {len(frame.body)} bytes")
     offset, length = RANGE.unpack(frame.body)

@@ -24,6 +24,7 @@ class PoolLegStore:
         self.write_now = volume.write_now
         self.trim_now = volume.trim_now
         self.read_now = volume.read_now
+        self.lose = volume.lose
         self.read = volume.read
         self.flush = volume.flush
         self.checks = volume.checks

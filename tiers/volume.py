@@ -33,6 +33,7 @@ from tiers.errors import NoRoomError, TierError
 from tiers.extents import load_ahead
 from tiers.kept import KeptLeaves
 from tiers.layout import (
+    BAD,
     BLOCK_BYTES,
     BLOCK_MASK,
     BLOCK_SHIFT,
@@ -72,6 +73,8 @@ MAX_REWRITTEN = 64
 """So many blocks, each with an operation, a check and an old address, fit a header of one slot."""
 LONG_TRIM_BLOCKS = 16 * FANOUT
 """From here on what snapshots keep of an unmapped range takes more map pages than the weight of a range stands for."""
+LOST_BLOCK = b"lost".ljust(BLOCK_BYTES, b"\0")
+"""What is logged in place of a block that is lost. Nobody is ever given it."""
 MAX_TRIMS = 160
 """So many operations fit a header of one slot."""
 
@@ -953,6 +956,25 @@ class Volume(Reader):
         self._engine.log_room()
         self._append([self._unmap_word, block, count], [], [])
         self._engine.space.released()
+
+    async def lose(self, offset: int, length: int) -> None:
+        """Have whole blocks read as EIO until they are written: what they should hold can be had nowhere.
+
+        For a copy that has something else there. Snapshots keep what they have. Raises OSError: there is no room.
+        """
+        engine = self._engine
+        for block in range(offset >> BLOCK_SHIFT, offset + length >> BLOCK_SHIFT):
+            charge = await self._admission(block, 1)
+            self._require_alive()
+            # As a write, which is the volume's own, and which then is found damaged: a replay takes both or none that
+            # a flush has covered. No checkpoint of trio in between.
+            self._log_blocks([(block << BLOCK_SHIFT, LOST_BLOCK)], keep_zeroes=True)
+            engine.space.active_charge += charge
+            entry = self.active.get(block)
+            assert entry is not None
+            engine.append_record(Op.LOST, self.id, block, entry[0])
+            engine.relocate(self, block, entry[0], BAD, 0)
+            engine.losses.add(self.id, block)
 
     async def edge(self, block: int) -> tuple[Entry, bytes]:
         """A block's entry and the bytes that were read through it, to prepare a merge with."""

@@ -286,6 +286,12 @@ class MemoryLegStore:
         self._usable()
         self._apply(offset, length, None)
 
+    async def lose(self, offset: int, length: int) -> None:
+        await self._pause()
+        self._usable()
+        self._apply(offset, length, b"lost".ljust(BLOCK_BYTES) * (length // BLOCK_BYTES))
+        self.lost.update(range(offset, offset + length, BLOCK_BYTES))
+
     async def read(self, offset: int, length: int, into: memoryview) -> None:
         await self._pause()
         self._within(offset, length)
@@ -475,7 +481,7 @@ class FakeLeg:
             trio.lowlevel.current_trio_token().run_sync_soon(done, self.failure)
             return
         copies = [
-            Change(change.offset, change.length, None if change.data is None else memoryview(bytes(change.data)))
+            change if change.data is None else change._replace(data=memoryview(bytes(change.data)))
             for change in changes
         ]
         size = sum(change.length for change in copies if change.data is not None)

@@ -236,3 +236,26 @@ class LegContract:
                 assert image[0] == 39
 
         run(body)
+
+
+class TerraceLegContract(LegContract):
+    """Of a leg whose place is a pool: an NBD server can't be told that a block is lost. The store has `lost`."""
+
+    def test_blocks_are_lost_in_their_place_between_the_writes(self) -> None:
+        async def body() -> None:
+            async with self.opened() as rig:
+                told = Told()
+                for sequence in range(1, 60, 3):
+                    rig.leg.submit(sequence, [data(0, sequence, 4 * BLOCK_BYTES)], told.of(sequence))
+                    rig.leg.submit(sequence + 1, [Change(0, 3 * BLOCK_BYTES, None, lost=True)], told.of(sequence + 1))
+                    rig.leg.submit(
+                        sequence + 2, [data(BLOCK_BYTES, sequence), zeros(0, BLOCK_BYTES)], told.of(sequence + 2)
+                    )
+                rig.leg.submit(61, [Change(5 * BLOCK_BYTES, BLOCK_BYTES, None, lost=True)], told.of(61))
+                await until(lambda: len(told.calls) == 61)
+                assert told.done == [*range(1, 61), 61]
+                assert rig.store.lost == {2 * BLOCK_BYTES, 5 * BLOCK_BYTES}
+                image = await rig.image()
+                assert image[0] == 0 and image[BLOCK_BYTES] == image[3 * BLOCK_BYTES] == 58
+
+        run(body)

@@ -103,6 +103,8 @@ class Store:
         self.no_writes: str | None = None
         self.log: list[Any] = []
         """Everything that was done, in order."""
+        self.lost: set[int] = set()
+        """Offsets of blocks that can't be read until they are written."""
         self.waiting = 0
         self.passes = 0
 
@@ -127,6 +129,7 @@ class Store:
         assert offset % BLOCK_BYTES == 0 and len(data) % BLOCK_BYTES == 0 and offset + len(data) <= len(self.image)
         self.image[offset : offset + len(data)] = data
         self.log.append((offset, data[0], len(data)))
+        self.lost.difference_update(range(offset, offset + len(data), BLOCK_BYTES))
         for one in self.trackers.values():
             one.add(offset, len(data))
 
@@ -167,6 +170,11 @@ class Store:
     async def trim(self, offset: int, length: int) -> None:
         await self._wait()
         self._change(offset, bytes(length))
+
+    async def lose(self, offset: int, length: int) -> None:
+        await self._wait()
+        self._change(offset, b"!" * length)
+        self.lost.update(range(offset, offset + length, BLOCK_BYTES))
 
     async def read(self, offset: int, length: int, into: memoryview) -> None:
         await self._wait()

@@ -119,6 +119,9 @@ class MemoryStore:
     async def trim(self, offset: int, length: int) -> None:
         raise AssertionError
 
+    async def lose(self, offset: int, length: int) -> None:
+        raise AssertionError
+
     async def read(self, offset: int, length: int, into: memoryview) -> None:
         raise AssertionError
 

@@ -10,7 +10,7 @@ import trio
 from replication.leg import RECENT, RECENT_OLD
 from replication.localleg import LocalSite
 from tests.replication.fakes import FakeKeeper, FakeLeg, FakeLink, MemoryExtents, MemoryLegStore
-from tests.replication.leg_contract import LegContract, Rig
+from tests.replication.leg_contract import Rig, TerraceLegContract
 from tests.replication.linked import INFO, MEMBERSHIP, SIZE, TERM
 
 
@@ -20,7 +20,7 @@ def stored() -> tuple[MemoryLegStore, FakeKeeper]:
     return store, FakeKeeper(store, INFO.id)
 
 
-class TestLocalLeg(LegContract):
+class TestLocalLeg(TerraceLegContract):
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[Rig]:
         store, keeper = stored()
@@ -31,7 +31,7 @@ class TestLocalLeg(LegContract):
             nursery.cancel_scope.cancel()
 
 
-class TestALegBehindAFakeLink(LegContract):
+class TestALegBehindAFakeLink(TerraceLegContract):
     """The fake that the simulations use is held to the same contract."""
 
     @asynccontextmanager

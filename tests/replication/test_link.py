@@ -16,7 +16,7 @@ from nbd.tls import client_context, server_context
 from replication.link import RemoteLeg
 from replication.membership import Term
 from tests.nbd.certificates import Authority
-from tests.replication.leg_contract import LegContract, Rig
+from tests.replication.leg_contract import Rig, TerraceLegContract
 from tests.replication.linked import (
     INFO,
     MEMBERSHIP,
@@ -30,14 +30,14 @@ from tests.replication.linked import (
 )
 
 
-class TestRemoteLeg(LegContract):
+class TestRemoteLeg(TerraceLegContract):
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[Rig]:
         async with linked() as link:
             yield Rig(link.leg, link.store)
 
 
-class TestRemoteLegWhoseStoreWaits(LegContract):
+class TestRemoteLegWhoseStoreWaits(TerraceLegContract):
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[Rig]:
         async with linked() as link:
@@ -52,7 +52,7 @@ def contexts(tmp_path_factory: pytest.TempPathFactory) -> Contexts:
     return server_context(pair.certificate, pair.key), client_context(Path(authority.path))
 
 
-class TestRemoteLegOverTls(LegContract):
+class TestRemoteLegOverTls(TerraceLegContract):
     @pytest.fixture(autouse=True)
     def _with_tls(self, contexts: Contexts) -> None:
         self.contexts = contexts

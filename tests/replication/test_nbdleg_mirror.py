@@ -112,6 +112,28 @@ def test_without_a_terrace_leg_the_mirror_stops_though_the_server_lives_and_both
     played(body)
 
 
+def test_a_block_that_no_leg_can_read_keeps_only_itself_from_the_server_and_says_so() -> None:
+    async def body(on: Scene) -> None:
+        await on.mirror.write(0, os.urandom(8 * EXTENT_BYTES))
+        on.mirror.drop(on.member, OSError(errno.EIO, "away"))
+        await on.mirror.write(0, os.urandom(4 * EXTENT_BYTES))
+        on.rig.store("a").lost.update((4096, 2 * EXTENT_BYTES))
+        await on.until(lambda: "on no leg" in str(on.member.error))
+        assert "2 block(s), the first at 4,096, can be read on no leg" in str(on.member.error)
+        assert on.member.state is LegState.STALE
+        assert trackers_matching(on.rig.store("a"), "missing:nbd") >= {0, 2}
+        ours, theirs = bytearray(on.rig.store("a").image), bytearray(on.export.data)
+        for at in (4096, 2 * EXTENT_BYTES):
+            ours[at : at + 4096] = theirs[at : at + 4096] = bytes(4096)
+        assert ours == theirs
+        await on.mirror.write(4096, bytes(4096))
+        await on.mirror.trim(2 * EXTENT_BYTES, 4096)
+        await on.in_sync()
+        on.require_equal()
+
+    played(body)
+
+
 def test_no_record_has_the_server_alone_in_sync() -> None:
     async def body(on: Scene) -> None:
         seen = [on.rig.cluster.truth.in_sync]

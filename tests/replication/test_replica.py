@@ -440,6 +440,10 @@ def test_a_stopped_replica_serves_nobody() -> None:
     run(body)
 
 
+def lost(sequence: int, offset: int, length: int) -> bytes:
+    return pack(Type.LOST, sequence, wire.RANGE.pack(offset, length))
+
+
 HALF = batch(1, data(0, 1, 1 << 20))[: wire.HEAD_BYTES + wire.ENTRY_BYTES + wire.PIECE_BYTES]
 """The first frame of a batch that needs more."""
 
@@ -472,6 +476,13 @@ HALF = batch(1, data(0, 1, 1 << 20))[: wire.HEAD_BYTES + wire.ENTRY_BYTES + wire
         (BEGIN + pack(Type.FLUSH, 7) + pack(Type.FLUSH, 7), "7 is in use"),
         (BEGIN + pack(Type.FLUSH, 7) + pack(Type.SNAPSHOT, 7, b"s"), "7 is in use"),
         (wire.pack_begin("other", resumes=True), "isn't known here"),
+        (lost(1, 0, 4096), "a LOST before BEGIN"),
+        (BEGIN + batch(2, data(0, 1)) + lost(2, 0, 4096), "a LOST of batch 2 after 2"),
+        (BEGIN + HALF + lost(1, 0, 4096), "a LOST in the middle of batch 1"),
+        (BEGIN + lost(1, 0, 1 << 20), "a LOST of 1048576 bytes"),
+        (BEGIN + lost(1, 100, 4096), "whole blocks in it only"),
+        (BEGIN + lost(1, 1 << 40, 4096), "whole blocks in it only"),
+        (BEGIN + pack(Type.LOST, 1, b"short"), "a body of 5 bytes"),
     ],
 )
 def test_whoever_breaks_the_protocol_is_told_how_and_the_replica_lives(raw: bytes, says: str) -> None:
@@ -498,8 +509,9 @@ STREAM = BEGIN + b"".join(
         batch(4, data(0, 4, 1 << 20), data(0, 5)),
         pack(Type.READ, 2, wire.RANGE.pack(0, 8192)),
         pack(Type.SNAPSHOT, 3, b"s"),
+        lost(5, 8192, 8192),
         pack(Type.PING),
-        *(batch(number, data(number * 4096, number)) for number in range(5, 60)),
+        *(batch(number, data(number * 4096, number)) for number in range(6, 60)),
         pack(Type.FLUSHED_BY_ALL, 2),
     ]
 )
@@ -537,7 +549,9 @@ EXPECTED_LOG: list[Any] = [
     (512 << 10, 4, 512 << 10),
     (0, 5, 4096),
     ("snapshot", "s"),
-    *((number * 4096, number, 4096) for number in range(5, 60)),
+    (8192, ord("!"), 4096),
+    (12288, ord("!"), 4096),
+    *((number * 4096, number, 4096) for number in range(6, 60)),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import random
 from dataclasses import replace
 from unittest import mock
 
@@ -111,6 +112,67 @@ def test_an_extent_is_missing_until_the_leg_has_made_it_durable() -> None:
             for extent in set(range(SIZE // EXTENT_BYTES)) - left:
                 at = slice(extent * EXTENT_BYTES, (extent + 1) * EXTENT_BYTES)
                 assert rig.store("b")._durable[at] == rig.store("a").image[at]
+
+    run(body)
+
+
+LOST = {EXTENT_BYTES, EXTENT_BYTES + 3 * BLOCK_BYTES, 9 * EXTENT_BYTES}
+
+
+@pytest.mark.parametrize("is_in_the_map", [False, True])
+def test_what_no_leg_can_read_is_lost_at_the_leg_too_and_all_else_is_mirrored_again(is_in_the_map: bool) -> None:
+    async def body() -> None:
+        rig = Rig(3, in_sync=["lega", "legc"])
+        rig.known = False
+        image = b"".join(bytes([1 + n % 250]) * BLOCK_BYTES for n in range(SIZE // BLOCK_BYTES))
+        for node in "ac":
+            rig.store(node).image[:] = image
+            (rig.store(node).lost if is_in_the_map else rig.store(node).bad).update(LOST)
+        rig.store("a").bad.add(20 * EXTENT_BYTES)  # the other one has it
+        rig.store("b").image[EXTENT_BYTES : EXTENT_BYTES + BLOCK_BYTES] = block(9)  # from when the leg was away
+        async with rig.running() as mirror:
+            await rig.whole()
+            assert rig.store("b").lost == LOST
+            found = bytearray(rig.store("b").image)
+            for at in LOST:
+                with pytest.raises(OSError, match="no leg can read"):
+                    await mirror.read(at, BLOCK_BYTES, memoryview(bytearray(BLOCK_BYTES)))
+                found[at : at + BLOCK_BYTES] = image[at : at + BLOCK_BYTES]
+            assert found == image
+            progress = member(rig, "b").resync.progress  # type: ignore[union-attr]
+            assert progress.lost_blocks == 3 and mirror.status().unmendable_blocks == 3
+            # The way out is what it is without a mirror: write it anew.
+            for at in LOST:
+                await mirror.write(at, block(77))
+            assert not rig.store("b").lost
+            # And should it be readable on one of them after all, that heals the others.
+            rig.store("b").lost.add(0)
+            assert await mirror.heal("legb", 0, BLOCK_BYTES) == 1
+
+    run(body)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_writers_of_a_block_that_no_leg_can_read_are_never_undone_by_its_loss(seed: int) -> None:
+    async def body() -> None:
+        rng = random.Random(seed)
+        rig = Rig(2, in_sync=["lega"])
+        rig.known = False
+        rig.nodes["b"].link.delay_s = 0.002
+        rig.store("a").rng = rng
+        rig.store("a").image[:] = bytes([5]) * SIZE
+        rig.store("a").lost.update(range(0, SIZE, 2 * BLOCK_BYTES))
+        async with rig.running() as mirror:
+            await rig.until(lambda: member(rig, "b").state is LegState.SYNCING)
+            written = set()
+            while member(rig, "b").state is LegState.SYNCING:
+                at = rng.randrange(0, SIZE, BLOCK_BYTES)
+                written.add(at)
+                await mirror.write(at, block(99))
+                await trio.sleep(0.003)
+            await rig.whole()
+            assert rig.store("b").lost == rig.store("a").lost == set(range(0, SIZE, 2 * BLOCK_BYTES)) - written
+            assert written and all(rig.store("b").image[at] == 99 for at in written)
 
     run(body)
 
@@ -293,15 +355,18 @@ def test_several_legs_are_brought_up_to_date_at_once() -> None:
 
 def test_a_resync_without_progress_is_given_up_and_begun_again() -> None:
     async def body() -> None:
-        settings = ResyncSettings(stalled_s=2.0)
+        settings = ResyncSettings(stalled_s=2.0, ceiling_bytes_s=1 << 20)
         rig = Rig(2, in_sync=["lega"], settings=MirrorSettings(resync=settings))
         rig.known = False
         rig.store("a").image[:] = bytes([3]) * SIZE
-        rig.store("a").bad = {0}
         async with rig.running():
+            await rig.until(lambda: member(rig, "b").state is LegState.SYNCING)
+            rig.store("a").stuck = stuck = trio.Event()
             await rig.until(lambda: member(rig, "b").counters.failures > 0)
+            assert "made no progress for 2 s" in str(member(rig, "b").error)
             assert member(rig, "b").state is not LegState.UP_TO_DATE
-            rig.store("a").bad = set()
+            rig.store("a").stuck = None
+            stuck.set()
             await rig.whole()
             assert rig.store("b").image == rig.store("a").image
 

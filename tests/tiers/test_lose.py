@@ -1,0 +1,117 @@
+"""`Volume.lose`: a block that is EIO for its readers until it is written, while what snapshots have of it stays."""
+
+from __future__ import annotations
+
+import errno
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.simulation.machine import Disk, Machine
+from tests.tiers.helpers import QUIET, block, fresh_pool, read, run
+from tiers import Pool, Volume
+from tiers.extents import LOST_CHECK
+from tiers.layout import BLOCK_BYTES, MIB
+from tiers.snapshot import Snapshot
+
+
+async def found(volume: Volume | Snapshot, at: int) -> bytes | None:
+    """A block, by its number; None if it can't be read."""
+    try:
+        return await read(volume, at * BLOCK_BYTES, BLOCK_BYTES)
+    except OSError as error:
+        assert error.errno == errno.EIO
+        return None
+
+
+@pytest.mark.parametrize("writes_out", [False, True])
+def test_a_lost_block_is_an_error_until_it_is_written_and_snapshots_and_clones_keep_theirs(
+    tmp_path: Path, writes_out: bool
+) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path) as pool:
+
+            async def settled() -> None:
+                if writes_out:
+                    await pool.checkpoint()
+
+            volume = await pool.create_volume("v", 16 * MIB)
+            await volume.write(0, b"".join(map(block, range(8))))
+            (snapshot,) = await pool.take_snapshots([("v", "s")])
+            await settled()
+            await volume.lose(BLOCK_BYTES, 2 * BLOCK_BYTES)
+            await volume.lose(MIB, BLOCK_BYTES)  # a hole
+            await settled()
+            for at, wanted in enumerate([block(0), None, None, block(3)]):
+                assert await found(volume, at) == wanted
+                assert await found(snapshot, at) == block(at)
+            assert await found(volume, 256) is None and await found(volume, 257) == bytes(BLOCK_BYTES)
+            checks = memoryview(await volume.checks(0, 4 * BLOCK_BYTES)).cast("Q").tolist()
+            assert checks[1:3] == [LOST_CHECK] * 2 and LOST_CHECK not in (checks[0], checks[3])
+            assert [(loss.volume, loss.offset, loss.length) for loss in await pool.losses()] == [
+                ("p/v", BLOCK_BYTES, 2 * BLOCK_BYTES), ("p/v", MIB, BLOCK_BYTES),
+            ]  # fmt: skip
+            (later,) = await pool.take_snapshots([("v", "later")])
+            await settled()
+            await volume.write(BLOCK_BYTES, block(70))
+            await volume.trim(2 * BLOCK_BYTES, BLOCK_BYTES)
+            await settled()
+            assert await found(volume, 1) == block(70) and await found(volume, 2) == bytes(BLOCK_BYTES)
+            assert await found(later, 1) is None and await found(later, 2) is None
+            assert await found(snapshot, 1) == block(1)
+
+    run(body)
+
+
+def life(seed: int) -> int:
+    """Writes, trims, losses, snapshots and checkpoints, and between them the process dies; how many losses survived."""
+    machine = Machine((Disk("fast", 96),), seed=seed, settings=QUIET)
+    rng = random.Random(seed)
+    now: dict[int, bytes | None] = {}
+    kept: list[tuple[str, dict[int, bytes | None]]] = []
+    survived = 0
+
+    async def work(pool: Pool, volume: Volume) -> None:
+        nonlocal survived
+        for name, blocks in [("", now), *kept]:
+            holder = volume if not name else pool.snapshot("v", name)
+            for at in range(16):
+                wanted = blocks.get(at, bytes(BLOCK_BYTES))
+                assert await found(holder, at) == wanted, (seed, name, at)
+                survived += wanted is None
+        for step in range(rng.randrange(30)):
+            what, at = rng.choice(("write", "write", "lose", "trim", "checkpoint", "snapshot")), rng.randrange(16)
+            if what == "write":
+                now[at] = data = block(seed * 1000 + step)
+                await volume.write(at * BLOCK_BYTES, data)
+            elif what == "lose":
+                await volume.lose(at * BLOCK_BYTES, BLOCK_BYTES)
+                now[at] = None
+            elif what == "trim":
+                await volume.trim(at * BLOCK_BYTES, BLOCK_BYTES)
+                now.pop(at, None)
+            elif what == "checkpoint":
+                await pool.checkpoint()
+            elif len(kept) < 4:
+                kept.append((f"s{len(kept)}", dict(now)))
+                await pool.take_snapshots([("v", kept[-1][0])])
+        machine.off()
+
+    async def first() -> None:
+        async with machine.open() as pool:
+            await work(pool, await pool.create_volume("v", 4 * MIB))
+
+    async def again() -> None:
+        async with machine.open() as pool:
+            await work(pool, pool.volume("v"))
+
+    machine.run(first)
+    for _ in range(4):
+        machine.kill()
+        machine.run(again)
+    return survived
+
+
+def test_what_was_lost_is_lost_after_a_kill_too_and_only_that() -> None:
+    assert sum(life(seed) for seed in range(20)) > 100
