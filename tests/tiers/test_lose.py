@@ -11,6 +11,7 @@ import pytest
 from tests.simulation.machine import Disk, Machine
 from tests.tiers.helpers import QUIET, block, fresh_pool, read, run
 from tiers import Pool, Volume
+from tiers.changes import EXTENT_BYTES, ChangedExtents
 from tiers.extents import LOST_CHECK
 from tiers.layout import BLOCK_BYTES, MIB
 from tiers.snapshot import Snapshot
@@ -39,9 +40,11 @@ def test_a_lost_block_is_an_error_until_it_is_written_and_snapshots_and_clones_k
             volume = await pool.create_volume("v", 16 * MIB)
             await volume.write(0, b"".join(map(block, range(8))))
             (snapshot,) = await pool.take_snapshots([("v", "s")])
+            await pool.set_mirror(volume, b"", {"recent": ChangedExtents()})
             await settled()
             await volume.lose(BLOCK_BYTES, 2 * BLOCK_BYTES)
             await volume.lose(MIB, BLOCK_BYTES)  # a hole
+            assert list(volume.trackers["recent"].runs()) == [(0, EXTENT_BYTES), (MIB, EXTENT_BYTES)]
             await settled()
             for at, wanted in enumerate([block(0), None, None, block(3)]):
                 assert await found(volume, at) == wanted

@@ -68,7 +68,6 @@ CHANGES: dict[str, tuple[Callable[[Pool, Volume], object], list[tuple[int, int]]
     "zeros": (lambda _, v: v.write(MIB, bytes(MIB)), [(MIB, MIB)]),
     "write_zeroes": (lambda _, v: v.write_zeroes(MIB + 1, 2 * MIB, no_hole=False), [(MIB + 1, 2 * MIB)]),
     "no hole": (lambda _, v: v.write_zeroes(MIB + 1, MIB, no_hole=True), [(MIB + 1, MIB)]),
-    "lose": (lambda _, v: v.lose(MIB, 2 * BLOCK), [(MIB, 2 * BLOCK)]),
     "trim": (lambda _, v: v.trim(MIB, 5 * MIB), [(MIB, 5 * MIB)]),
     "shrink": (lambda p, v: p.resize_volume("v", 8 * MIB + 512, mirrored=True), [(8 * MIB, 8 * MIB)]),
     "grow": (lambda p, v: p.resize_volume("v", 64 * MIB, mirrored=True), []),
