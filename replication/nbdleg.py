@@ -26,8 +26,10 @@ Who is behind whom
 The end
     A leg that has failed or was closed begins nothing more, but what the server has not answered may still be carried
     out. So the connection is kept until all writes are answered or it breaks, and only then another leg of the same
-    server begins (`NbdSite`): a late write never lands on what was copied after it. Of a process that was killed nobody
-    waits for the answers: what is in sockets then lands while the new one starts.
+    server begins (`NbdSite`): a late write never lands on what was copied after it. Where the connection broke before
+    that, or the process was killed that had it, nobody knows when the server is done with what it had got. Then the
+    next leg begins once the server has been there for `timeout_s`: a server that was stopped, and goes on, has had so
+    long for what was left in its sockets.
 """
 
 from __future__ import annotations
@@ -179,7 +181,8 @@ class NbdSite:
     What was sent and not flushed by all legs (`Leg.flushed_by_all`) is what the server may have and others may lack.
     """
 
-    def __init__(self, info: LegInfo, empty_extents: Callable[[], Extents]) -> None:
+    def __init__(self, info: LegInfo, empty_extents: Callable[[], Extents], *, may_owe: bool = False) -> None:
+        """`may_owe`: another process may have written there lately."""
         self.info = info
         self.server_bytes: int | None = None
         """Its size, when it was seen last."""
@@ -189,6 +192,8 @@ class NbdSite:
         self.recent_old = empty_extents()
         self.of_earlier = empty_extents()
         """What legs before this one sent."""
+        self.may_owe = may_owe
+        """The server may still carry out what it was sent over a connection that nobody has any more."""
         self.empty_extents = empty_extents
         self._leg: NbdLeg | None = None
         self._ahead: Ahead | None = None
@@ -228,14 +233,24 @@ class NbdSite:
             ended = trio.Event()
             try:
                 await nursery.start(partial(leg.run, size_bytes, timeout_s, ended))
+                self._last = ended
+                if self.may_owe:
+                    await self._let_pass(leg, timeout_s)
             except BaseException:
                 leg.close()
                 raise
-            self._last = ended
             if self.server_bytes not in (None, leg.server_bytes):
                 self.was_resized = True
             self.server_bytes = leg.server_bytes
             return leg
+
+    async def _let_pass(self, leg: NbdLeg, timeout_s: float) -> None:
+        """What the server has of earlier connections. Raises OSError: it has gone meanwhile."""
+        with trio.move_on_after(timeout_s):
+            await leg.failed()
+        if leg.failure is not None:
+            raise OSError(leg.failure.errno, leg.failure.strerror)
+        self.may_owe = False
 
 
 class _Batch:
@@ -353,6 +368,10 @@ class NbdLeg:
     async def _watch(self) -> None:
         self._fail(await self._client.failed())
 
+    async def failed(self) -> None:
+        """Until it has."""
+        await self._failed.wait()
+
     def follow(self, ahead: Ahead) -> None:
         """From now on nothing is sent that `ahead` was given and doesn't have."""
         if self.failure is None:
@@ -464,6 +483,8 @@ class NbdLeg:
                 try:
                     await self._apply(op)
                 except OSError as error:
+                    if self._client.failure is not None:
+                        self._site.may_owe = True
                     self._fail(error)
                     return
                 if self.failure is not None:

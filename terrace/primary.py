@@ -537,6 +537,10 @@ class MirrorPart(abc.ABC):
                 self._held = self._node.arbiter.held(membership.mirror, membership.options.lease_s)
             self._lapsed_at = None
             nursery.start_soon(self._heartbeats)
+            if (membership.term.number, membership.epoch) != (1, 0):  # an earlier process may have written there
+                for info in membership.legs:
+                    if info.kind == "nbd" and info.id not in self.nbd_sites:
+                        self.nbd_sites[info.id] = NbdSite(info, _no_extents, may_owe=True)
             mirror = ServedMirror(
                 self.name,
                 membership,

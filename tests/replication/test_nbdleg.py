@@ -6,7 +6,7 @@ import errno
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,13 +14,13 @@ import pytest
 import trio
 
 from replication.leg import BLOCK_BYTES, EXTENT_BYTES
-from replication.nbdleg import probe
+from replication.nbdleg import NbdSite, probe
 from tests.nbd.client import serving
 from tests.nbd.memory import MemoryExport
 from tests.nbd.test_client_tls import make_pki
 from tests.replication.leg_contract import LegContract, Rig
 from tests.replication.linked import Told, data, run, until, zeros
-from tests.replication.nbdservers import KINDS, image_of, opened, server, site, started
+from tests.replication.nbdservers import KINDS, empty_extents, image_of, opened, server, site, started
 
 SIZE = 4 << 20
 
@@ -231,6 +231,78 @@ def test_another_leg_of_a_server_begins_only_when_all_that_the_last_one_sent_is_
             nursery.cancel_scope.cancel()
 
     run(body)
+
+
+class Straits:
+    """Connections to a server pass through here. What comes from a client can be held back, and comes late then, though
+    its connection has broken meanwhile: as in the sockets of a server that was stopped."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.is_shut = False
+        self.held_bytes = 0
+        self.late_s = 0.3
+
+    async def carry(self, client: trio.SocketStream) -> None:
+        """One connection."""
+        server = await trio.open_unix_socket(self.target)
+        async with client, server, trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def back() -> None:
+                with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                    async for answer in server:
+                        await client.send_all(answer)
+
+            async for part in client:
+                if self.is_shut:
+                    self.held_bytes = len(part)
+                    await client.aclose()
+                    await trio.sleep(self.late_s)
+                    await server.send_all(part)
+                    await trio.sleep(0.1)
+                    break
+                await server.send_all(part)
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("is_same_process", [True, False])
+def test_what_a_server_got_over_a_connection_that_broke_lands_before_another_leg_begins(
+    is_same_process: bool, tmp_path: Path
+) -> None:
+    async def body() -> None:
+        async with serving(MemoryExport("", size_bytes=SIZE)) as served, trio.open_nursery() as nursery:
+            straits = Straits(str(served.directory / "nbd.sock"))
+            listener = trio.SocketListener(await bound(tmp_path / "straits"))
+            nursery.start_soon(trio.serve_listeners, straits.carry, [listener])
+            nbd, told = site(f"nbd+unix:///?socket={tmp_path / 'straits'}"), Told()
+            first = await nbd.open(nursery, SIZE, timeout_s=0.5)
+            straits.is_shut = True
+            first.submit(1, [data(0, 1)], told.of(1))
+            await until(lambda: told.failed == [1])
+            straits.is_shut = False
+            assert straits.held_bytes > 4096
+            if not is_same_process:
+                nbd = NbdSite(nbd.info, empty_extents, may_owe=True)
+            second = await nbd.open(nursery, SIZE, timeout_s=0.5)
+            second.submit(2, [data(0, 2)], told.of(2))
+            await second.flush()
+            await trio.sleep(0.5)
+            assert (await image_of(served.uri("")))[0] == 2
+            second.close()
+            began = trio.current_time()
+            await nbd.open(nursery, SIZE, timeout_s=5.0)
+            assert trio.current_time() - began < 2, "all was answered: there is nothing to wait for"
+            nursery.cancel_scope.cancel()
+
+    run(body)
+
+
+async def bound(path: Path) -> trio.socket.SocketType:
+    listening = trio.socket.socket(trio.socket.AF_UNIX)
+    await listening.bind(str(path))
+    listening.listen(8)
+    return listening
 
 
 def test_a_read_of_a_server_that_says_nothing_ends_when_the_leg_is_given_up(tmp_path: Path) -> None:
