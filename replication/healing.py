@@ -6,7 +6,8 @@ may hold a lock of the extent; and the node of a leg itself, whose scrub finds d
 writers wait, nothing is in flight there, and what another leg has is submitted to the bad one in its order. So no newer
 write is ever undone.
 
-What no leg can read stays as it is, and is remembered in `unmendable`, for who tells operators.
+What no leg can read stays as it is, and is remembered in `unmendable`, for who tells operators. It is tried again now
+and then: a disk may have failed for a moment, and others may have been told meanwhile that the block is lost.
 
 Nothing is written where a leg can't read its *map*. A write there would be taken, and the next checkpoint, which has to
 merge it into the damaged page, would fail: that ends all writes to the pool, and with them the legs of all its mirrors.
@@ -21,6 +22,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+import trio
+
 from replication.inflight import InFlight, Locks
 from replication.leg import BLOCK_BYTES, EXTENT_BYTES, Leg, LegState
 from replication.members import Member, readable
@@ -32,6 +35,8 @@ log = logging.getLogger("replication.mirror")
 MAX_BAD: Final = 1024
 """So many ranges wait to be healed; another one waits for its next reader, or for a scrub."""
 MAX_UNMENDABLE: Final = 1024
+AGAIN_S: Final = 60.0
+"""So often what no leg could read is tried again."""
 LOST_CHECK: Final = b"\xff" * 8
 """In `Leg.checks`: the block is lost there, which needs no read to be known."""
 
@@ -81,12 +86,19 @@ class Healing:
 
     async def run(self) -> None:
         """The task."""
+        again_at = trio.current_time() + AGAIN_S
         while True:
             while self._bad:
                 leg_id, offset, length = next(iter(self._bad))
                 del self._bad[leg_id, offset, length]
                 await self.heal(leg_id, offset, length)
-            await self._site.changed()
+            with trio.move_on_at(again_at) as waiting:
+                await self._site.changed()
+            if waiting.cancelled_caught:
+                for offset in list(self.unmendable):
+                    for leg_id in list(self._site.members):
+                        await self.heal(leg_id, offset, BLOCK_BYTES)
+                again_at = trio.current_time() + AGAIN_S
 
     async def heal(self, leg_id: str, offset: int, length: int) -> int:
         """Write anew on one leg the blocks in this range that it can't read; how many. They come from another leg.

@@ -17,7 +17,7 @@ import errno
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import trio
@@ -25,6 +25,9 @@ import trio
 from replication.leg import BLOCK_BYTES, RECENT, RECENT_OLD, Change, Extents, Leg
 
 log = logging.getLogger("replication.mirror")
+
+REREAD_S = (0.2, 0.4, 0.8)
+"""Pauses before blocks that no leg could read are tried again."""
 
 PIECE_BYTES = 1 << 20
 COMPARE_BYTES = 16 << 20
@@ -207,19 +210,24 @@ class _Legs:
     others: Sequence[Leg]
     are_all: bool
     """No other leg is in sync."""
+    pauses_s: list[float] = field(default_factory=lambda: [*REREAD_S])
+    """That are left, before what can't be read is tried again: clients wait."""
 
 
 async def _copy_blocks(source: Leg, target: Leg, legs: _Legs, sequence: int, offset: int, length: int) -> int:
     """Block by block, as the source can't read some of them. Returns the last sequence that was used.
 
-    What another good leg can read is written anew at the source. What none of all legs can is lost for good, and so it
-    is lost at the target too: what it has there might be read later, and be older than what was acknowledged.
+    What another good leg can read is written anew at the source. What none of all legs can, though that is tried for a
+    moment, is lost at the target: what it has there might be read later, and be older than what was acknowledged.
     """
     data = memoryview(bytearray(BLOCK_BYTES))
     for at in range(offset, offset + length, BLOCK_BYTES):
         change = Change(at, BLOCK_BYTES, data)
-        if not await _read(source, at, BLOCK_BYTES, data):
-            stand_in = await _who_reads(legs.good, at, data)
+        stand_in = await _who_reads([source, *legs.good], at, data)
+        while stand_in is None and legs.pauses_s:
+            await trio.sleep(legs.pauses_s.pop(0))
+            stand_in = await _who_reads([source, *legs.good], at, data)
+        if stand_in is not source:
             if stand_in is not None:
                 sequence += 1
                 await submitted(source, sequence, change)

@@ -13,10 +13,11 @@ once, and what differs is copied by that; a batch into it has the rest of it com
 Extents leave the primary's tracker only after the leg has been flushed: what a power cut takes from it is still there.
 So a resync that was interrupted goes on where it was.
 
-**What no leg can read** is lost at this leg too, from then on, whatever it has there: that may be older than what was
-acknowledged. All else comes to be mirrored again, and the block is EIO until somebody writes it anew. If a leg should
-be able to read it later after all, that one's bytes heal the others, as ever. An NBD server can't be told that a block
-is lost: all else is copied to it, and it stays out of sync with that reason.
+**What no leg can read** is tried again, as a disk may fail for a moment; then it is lost at this leg too, whatever it
+has there: that may be older than what was acknowledged. All else comes to be mirrored again, and the block is EIO until
+somebody writes it anew, or a leg can read it after all: that is looked at now and then (`replication.healing`), and
+heals the others. An NBD server can't be told that a block is lost: all else is copied to it, and it stays out of sync
+with that reason.
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("replication.mirror")
 
 MAX_TRIES: Final = 4
+MAX_UNREAD: Final = 1 << 14
+"""So many blocks that no leg could read are remembered, to be tried again."""
+MAX_UNREAD_OF_NBD: Final = 1 << 20
+"""The same for an NBD server, to which all else is to be copied before it is left out for them."""
 COPY_BYTES: Final = 512 << 10
 """So much is read and submitted at a time: one frame of a leg session."""
 
@@ -63,6 +68,8 @@ class ResyncSettings:
     judge_s: float = 0.2
     flush_bytes: int = 64 << 20
     """So much is copied between two flushes; extents leave the tracker with each."""
+    reread_s: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    """Pauses before a block that no leg could read is tried again; then it is given up."""
     stalled_s: float = 30.0
     """Without progress for so long it is given up, and begun again."""
 
@@ -169,8 +176,10 @@ class Resync:
         """Brought up to date since the last flush."""
         self._copied = 0
         self._given_out = False
-        self._left: list[int] = []
-        """Offsets of blocks that nobody can read and an NBD server can't be told of."""
+        self._unread: dict[int, None] = {}
+        """Offsets of blocks that no leg could read."""
+        self._seeing = trio.Lock()
+        self._rereads = 0
         self._flushing = trio.Lock()
         self.progress = Progress(began=trio.current_time())
 
@@ -192,16 +201,11 @@ class Resync:
                 async with trio.open_nursery() as workers:
                     for number in range(self._settings.workers):
                         workers.start_soon(self._worker, number, work, again)
+                await self._see_to_unread()
                 nursery.cancel_scope.cancel()
         await self._mark()
         self.progress.state = "flushing"
         await self._flush()
-        if self._left:
-            raise OSError(
-                errno.EIO,
-                f"{len(self._left):,} block(s), the first at {min(self._left):,}, can be read on no leg, and an NBD "
-                "server can't be told so: write them anew, or restore them, then it is brought up to date",
-            )
         if self.progress.lost_blocks:
             log.error(
                 "the leg on %s lacks %s block(s) too that no leg can read; write them anew, or restore them",
@@ -273,15 +277,17 @@ class Resync:
         unknown = await self._source().changed(others)
         for offset, length in list((await self._target.changed(others)).runs()):
             unknown.discard(offset, length)
-        for offset, _ in pieces(unknown, site.size_bytes, EXTENT_BYTES):
+        for offset, length in pieces(unknown, site.size_bytes, EXTENT_BYTES):
             data = memoryview(bytearray(BLOCK_BYTES))
             is_marked = False
             while not is_marked:
-                with site.inflight.watching(offset, BLOCK_BYTES) as watch:
-                    await site.inflight.settle(offset, BLOCK_BYTES)
-                    is_lost = not await self._can_read(offset, data)
-                    if not watch.touched:
-                        await self._give(offset, BLOCK_BYTES, None if is_lost else data, lost=is_lost)
+                with site.inflight.watching(offset, length) as watch:
+                    await site.inflight.settle(offset, length)
+                    at = offset
+                    while not (is_read := await self._has(at, data)) and at + BLOCK_BYTES < offset + length:
+                        at += BLOCK_BYTES
+                    if not watch.touched:  # where no block of it can be read, nothing there can be made worse
+                        await self._give(at, BLOCK_BYTES, data if is_read else None, lost=not is_read)
                     is_marked = not watch.resized
 
     # -- copying -----------------------------------------------------------------------------------------------------
@@ -358,19 +364,64 @@ class Resync:
             return False
         return True
 
+    async def _has(self, offset: int, data: memoryview) -> bool:
+        """The same, or from the leg itself, which has all by now."""
+        if await self._can_read(offset, data):
+            return True
+        try:
+            await self._target.read(offset, BLOCK_BYTES, data)
+        except OSError:
+            return False
+        return True
+
     async def _copy_blocks(self, offset: int, length: int, buffer: memoryview, watch: Watch) -> bool:
-        """Block by block, as no leg can read some of them, which become lost here too. False: a batch came between."""
+        """Block by block, as no leg can read some, which are seen to at the end. False: a batch came between."""
         data = buffer[:BLOCK_BYTES]
         for at in range(offset, offset + length, BLOCK_BYTES):
-            is_lost = not await self._can_read(at, data)
+            is_read = await self._can_read(at, data)
             if watch.touched:
                 return False
-            if is_lost:
-                self.progress.lost_blocks += 1
-            if is_lost and self._member.info.kind == "nbd":
-                self._left.append(at)
+            if is_read:
+                await self._give(at, BLOCK_BYTES, data)
             else:
-                await self._give(at, BLOCK_BYTES, None if is_lost else data, lost=is_lost)
+                self._unread[at] = None
+        if len(self._unread) >= (MAX_UNREAD if self._member.info.kind == "terrace" else MAX_UNREAD_OF_NBD):
+            await self._see_to_unread()
+        return True
+
+    async def _see_to_unread(self) -> None:
+        """Blocks that no leg could read: tried again for a while, then given up. Raises OSError for an NBD server."""
+        async with self._seeing:
+            for pause_s in self._settings.reread_s:
+                if self._unread:
+                    await trio.sleep(pause_s)
+                for at in sorted(self._unread):
+                    await self._bring_block(at, gives_up=False)
+            if self._unread and self._member.info.kind == "nbd":
+                await self._flush()
+                raise OSError(
+                    errno.EIO,
+                    f"{len(self._unread):,} block(s), the first at {min(self._unread):,}, can be read on no leg, and "
+                    "an NBD server can't be told so: write them anew, or restore them, then it is brought up to date",
+                )
+            for at in sorted(self._unread):
+                while not await self._bring_block(at, gives_up=True):
+                    pass
+
+    async def _bring_block(self, offset: int, *, gives_up: bool) -> bool:
+        """Whether the leg has what can be had of it now; that it is lost, if it `gives_up`."""
+        site, data = self._site, memoryview(bytearray(BLOCK_BYTES))
+        self._rereads += 1
+        async with site.locks.holding(offset, BLOCK_BYTES):
+            with site.inflight.watching(offset, BLOCK_BYTES) as watch:
+                await site.inflight.settle(offset, BLOCK_BYTES)
+                if offset + BLOCK_BYTES <= site.size_bytes:
+                    is_lost = not await self._can_read(offset, data)
+                    if watch.touched or (is_lost and not gives_up):
+                        return False
+                    await self._give(offset, BLOCK_BYTES, None if is_lost else data, lost=is_lost)
+                    self.progress.lost_blocks += is_lost
+        self._unread.pop(offset, None)
         return True
 
     def _equal(self, start: int, stop: int) -> int:
@@ -398,7 +449,7 @@ class Resync:
                 if missing is not None:
                     for offset, length in done:
                         missing.discard(offset, length)
-                    for offset in self._left:
+                    for offset in self._unread:
                         missing.add(offset, BLOCK_BYTES)
 
     # -- how fast ----------------------------------------------------------------------------------------------------
@@ -424,7 +475,7 @@ class Resync:
         seen, since = -1, trio.current_time()
         while True:
             await trio.sleep(self._settings.stalled_s / 10)
-            now = self.progress.done_bytes + self.progress.copied_bytes
+            now = self.progress.done_bytes + self.progress.copied_bytes + self._rereads
             if now != seen:
                 seen, since = now, trio.current_time()
             elif trio.current_time() - since >= self._settings.stalled_s:

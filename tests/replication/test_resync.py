@@ -145,9 +145,61 @@ def test_what_no_leg_can_read_is_lost_at_the_leg_too_and_all_else_is_mirrored_ag
             for at in LOST:
                 await mirror.write(at, block(77))
             assert not rig.store("b").lost
-            # And should it be readable on one of them after all, that heals the others.
-            rig.store("b").lost.add(0)
-            assert await mirror.heal("legb", 0, BLOCK_BYTES) == 1
+
+    run(body)
+
+
+def test_a_disk_that_fails_for_a_moment_makes_no_loss_of_what_it_has() -> None:
+    async def body() -> None:
+        rig = Rig(2, in_sync=["lega"])
+        rig.known = False
+        rig.store("a").image[:] = bytes([5]) * SIZE
+        rig.store("a").bad.update(range(0, SIZE, 3 * BLOCK_BYTES))
+        async with rig.running() as mirror:
+            await rig.until(lambda: rig.store("b").image.count(5) > SIZE // 2)
+            await trio.sleep(1)
+            assert member(rig, "b").state is LegState.SYNCING
+            await mirror.write(0, block(6))
+            rig.store("a").bad.clear()
+            await rig.whole()
+            assert rig.store("a").image == rig.store("b").image and not rig.store("b").lost
+
+    run(body)
+
+
+def test_a_leg_keeps_what_it_has_where_it_is_only_told_what_third_legs_miss() -> None:
+    async def body() -> None:
+        rig = Rig(3)
+        async with rig.running() as mirror:
+            at = 5 * EXTENT_BYTES
+            await mirror.write(at, block(7))
+            await mirror.flush()
+            await trio.sleep(5)
+            for node in "bc":
+                rig.nodes[node].link.cut()
+            await mirror.write(at + BLOCK_BYTES, block(9))
+            rig.store("a").bad.add(at)  # which isn't different there
+            rig.nodes["b"].link.mend()
+            await rig.until(lambda: member(rig, "b").state is LegState.UP_TO_DATE)
+            assert not rig.store("b").lost and rig.store("b").image[at] == 7
+            assert 5 in trackers_matching(rig.store("b"), missing_tracker("legc"))
+
+    run(body)
+
+
+def test_what_was_given_up_and_can_be_read_after_all_heals_the_others() -> None:
+    async def body() -> None:
+        rig = Rig(2, in_sync=["lega"])
+        rig.known = False
+        rig.store("a").image[:] = bytes([5]) * SIZE
+        rig.store("a").bad.update((0, 7 * BLOCK_BYTES))
+        async with rig.running() as mirror:
+            await rig.whole()
+            assert rig.store("b").lost == {0, 7 * BLOCK_BYTES}
+            rig.store("a").bad.clear()
+            await trio.sleep(70)
+            assert not rig.store("b").lost and rig.store("a").image == rig.store("b").image
+            assert mirror.status().unmendable_blocks == 0
 
     run(body)
 
