@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import random
+from collections import Counter
 from dataclasses import replace
 from unittest import mock
 
@@ -145,6 +146,35 @@ def test_what_no_leg_can_read_is_lost_at_the_leg_too_and_all_else_is_mirrored_ag
             for at in LOST:
                 await mirror.write(at, block(77))
             assert not rig.store("b").lost
+
+    run(body)
+
+
+def test_a_write_that_comes_while_a_block_is_given_up_comes_after_that() -> None:
+    async def body() -> None:
+        rig = Rig(2, in_sync=["lega"])
+        rig.known = False
+        rig.store("a").image[:] = bytes([5]) * SIZE
+        rig.store("a").lost.update((0, 7 * BLOCK_BYTES))
+        async with rig.running() as mirror, trio.open_nursery() as writers:
+            read_for_copy = mirror.read_for_copy
+
+            async def read(offset: int, length: int, into: memoryview) -> None:
+                try:
+                    await read_for_copy(offset, length, into)
+                except OSError:
+                    tries[offset] += length == BLOCK_BYTES
+                    if tries[offset] == 2 + len(ResyncSettings().reread_s):  # the last one
+                        writers.start_soon(mirror.write, offset, block(99))
+                        await trio.sleep(0.1)
+                    raise
+
+            tries: Counter[int] = Counter()
+            with mock.patch.object(mirror, "read_for_copy", read):
+                await rig.whole()
+            assert rig.store("b").image[0] == rig.store("a").image[0] == 99
+            assert not rig.store("b").lost and not rig.store("a").lost
+            assert rig.store("a").image == rig.store("b").image
 
     run(body)
 

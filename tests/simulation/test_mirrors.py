@@ -18,7 +18,7 @@ import pytest
 import trio
 
 from replication.leg import EXTENT_BYTES, Extents, missing_tracker
-from tests.replication import test_keeper, test_replica
+from tests.replication import test_keeper, test_replica, test_resync
 from tests.simulation.mirrors.__main__ import first_line
 from tests.simulation.mirrors.judge import SECTOR
 from tests.simulation.mirrors.life import Life, live
@@ -41,8 +41,14 @@ CAUGHT_DIRECTLY: dict[str, Callable[[], None]] = {
     "recent is forgotten though a leg hasn't flushed": (
         test_replica.test_recent_changes_are_forgotten_only_when_the_flush_that_covers_them_is_common
     ),
+    "what can't be read for a moment is lost": (
+        test_resync.test_a_disk_that_fails_for_a_moment_makes_no_loss_of_what_it_has
+    ),
+    "what no leg can read undoes what was written meanwhile": (
+        test_resync.test_a_write_that_comes_while_a_block_is_given_up_comes_after_that
+    ),
 }
-"""No life has seen these, as another rule holds where one of them is broken.
+"""Few lives or none have seen these; the first ones as another rule holds where one of them is broken.
 
 A session that was fenced is also cancelled, and a newer one waits until it has ended: only all of these together let
 two write (`older sessions go on beside newer ones`). A primary whose voters have promised a later term has lost its

@@ -338,8 +338,12 @@ class Life:
         if not force:
             await local.promote()
             return
+        await self.promote_by_force(local)
+
+    async def promote_by_force(self, local: LocalMirror) -> None:
+        """Raises OSError."""
         self.judge.forgive()
-        self.forcing = name
+        self.forcing = name = local._node.peers.node
         try:
             await local.promote(force=True)
         finally:
@@ -747,6 +751,18 @@ class Life:
                         await keeper.prepare(local.membership.term, mirror.process.node.name)
                         await keeper.accept(local.membership, inconsistent=True, discard=True)
                         local.compared_in_full.add(leg.id)
+                    except OSError as error:
+                        self.trace(f"operator: {error}")
+        serving = self.serving()
+        if self.branch is not None and not any(
+            isinstance(one.mirror, WatchedMirror) and self.is_judged(one.mirror) for one in serving
+        ):
+            # A side that was left goes on by itself, and the one that counts was demoted meanwhile.
+            for local in self.locals():
+                if local not in serving and any(one.term == self.branch for one in local.membership.history):
+                    self.trace(f"operator: promote {local._node.peers.node} by force")
+                    try:
+                        return await self.promote_by_force(local)
                     except OSError as error:
                         self.trace(f"operator: {error}")
         for name in sorted(self.refused | self.unread):  # a pool may take no writes before a restart

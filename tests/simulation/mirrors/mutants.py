@@ -155,6 +155,17 @@ MUTANTS: Final[dict[str, Plant]] = {
     "who may work beside idle clients alone leaves touched pieces": _instead(
         Resync, "_worker", "if not again:", "if True:"
     ),
+    "what can't be read for a moment is lost": _instead(
+        Resync, "_see_to_unread", "in self._settings.reread_s", "in ()"
+    ),
+    "what no leg can read undoes what was written meanwhile": _instead(
+        Resync,
+        "_bring_block",
+        "async with site.locks.holding(offset, BLOCK_BYTES):",
+        "if True:",
+        "watch.touched or ",
+        "",
+    ),
     "a leg is healed without a look at what is in flight": _instead(
         Healing,
         "_heal",
