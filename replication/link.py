@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import secrets
 import socket
 from collections import deque
@@ -52,6 +53,8 @@ SLICE_S: Final = 0.0015
 """So long the receiver may work before others get their turn."""
 FIRST_PAUSE_S: Final = 0.02
 LONGEST_PAUSE_S: Final = 0.5
+SHORT_LIFE_S: Final = 1.0
+"""A connection that was lost before that isn't made again at once."""
 LONGEST_PING_S: Final = 1.0
 """A primary that has nothing to say is heard so often, whatever its timeout: the voters' lease counts on it."""
 
@@ -126,6 +129,8 @@ class RemoteLeg:
         self.hello: wire.Hello
         """What the replica said last when a session began."""
         self.resumptions = 0
+        self._resumed_at = -math.inf
+        self._haste_s = 0.0
         """How often the connection was lost and resumed."""
         self._name = f"{info.export} on {info.node}"
         self._connect = connect
@@ -515,6 +520,11 @@ class RemoteLeg:
         assert silent_since is not None
         deadline = max(silent_since + self._timeout_s, self._lost_at + min(1.0, self._timeout_s / 4))
         pause = FIRST_PAUSE_S
+        if self._lost_at - self._resumed_at > SHORT_LIFE_S:
+            self._haste_s = 0.0
+        else:  # it takes connections, and ends each at once
+            self._haste_s = min(max(2 * self._haste_s, FIRST_PAUSE_S), LONGEST_PAUSE_S)
+            await trio.sleep(min(self._haste_s, (deadline - self._lost_at) / 2))
         while True:
             stream: Stream | None = None
             with trio.move_on_at(deadline):
@@ -539,6 +549,7 @@ class RemoteLeg:
             stream.close()
             raise
         self.resumptions += 1
+        self._resumed_at = trio.current_time()
         self._lost_at = None
         log.info("%s: connected again, %d batches to send", self._name, len(self._batches))
         return stream

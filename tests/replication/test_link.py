@@ -88,6 +88,22 @@ def test_after_a_lost_connection_exactly_what_is_missing_is_sent_again_in_its_or
     run(body)
 
 
+def test_a_replica_that_ends_each_session_at_once_is_not_dialled_without_a_pause() -> None:
+    async def body() -> None:
+        async with linked() as link:
+            with trio.move_on_after(1.5):
+                seen = -1
+                while True:
+                    if link.leg.resumptions != seen:
+                        seen = link.leg.resumptions
+                        link.network.cut()
+                    await trio.sleep(0.001)
+            assert 3 <= link.leg.resumptions <= 9 and link.leg.failure is None
+            await link.leg.flush()
+
+    run(body)
+
+
 def test_what_was_applied_while_the_connection_was_gone_is_done_and_not_sent_again() -> None:
     async def body() -> None:
         async with linked() as link:
