@@ -129,9 +129,9 @@ class RemoteLeg:
         self.hello: wire.Hello
         """What the replica said last when a session began."""
         self.resumptions = 0
+        """How often the connection was lost and resumed."""
         self._resumed_at = -math.inf
         self._haste_s = 0.0
-        """How often the connection was lost and resumed."""
         self._name = f"{info.export} on {info.node}"
         self._connect = connect
         self._term = membership.term
