@@ -150,16 +150,26 @@ def _old(facts: Facts) -> str | None:
 
 
 def _orphaned(facts: Facts) -> str | None:
-    """That the leg here is all that is left of the mirror: it was taken out, or all was deleted, in its absence."""
+    """That the leg here is all that is left of the mirror: it was taken out, or all was deleted, in its absence.
+
+    Or what the others had was lost, and a pool of that name made anew: nobody but its operator knows that.
+    """
     others = {leg.node for leg in facts.membership.legs if leg.kind == "terrace" and leg.id != facts.leg_here}
     if not facts.delete_here or not others or not others <= facts.gone or _primary_elsewhere(facts) is not None:
         return None
     nodes = sorted(others)
     have = "have" if len(nodes) > 1 else "has"
+    voice = next((one for one in facts.voters.values() if facts.membership.legs_on(one.node)), None)
+    last = ""
+    if voice is None or not voice.inconsistent:  # else it is no state that the volume ever had, and nobody serves it
+        last = (
+            f"; if it is not, as that pool was lost and made anew, the leg here is the last one, and `terrace volume "
+            f"mirror promote {facts.name} --force` serves it"
+        )
     return (
         f"node {_and(nodes)} {have} none of this mirror any more, so the leg here is left over: it was removed, or the "
         f"volume deleted, while it couldn't be reached. See there that what is wanted is there (`terrace volume list`)"
-        f"; `{facts.delete_here}` deletes it here"
+        f": `{facts.delete_here}` then deletes it here{last}"
     )
 
 

@@ -444,6 +444,14 @@ class MirrorAdmin:
             await self._forget_at((*tie_breakers, self.mirrors.node), served.membership, whole=True)
         return done | {"removed": [leg.export for leg in going], "left": left, "mirrored": mirrored}
 
+    def nothing_to_remove(self, volume: Volume, node: str) -> dict[str, Any]:
+        """As `remove`, of a volume that isn't mirrored, as after the last removal. Raises TierError ENOENT."""
+        if not is_uri(node) and node != self.mirrors.node and node not in self.mirrors.peers.peers:
+            raise TierError(
+                errno.ENOENT, f"{volume.name} is not mirrored, and {node} is no node that this one knows either"
+            )
+        return {"removed": [], "left": [], "mirrored": False, "voter": False}
+
     def _require_known(self, mirror: MirrorPart, membership: Membership, node: str) -> None:
         """What has no leg any more is no error, as it may be asked for again; but it must be one that could have had
         one. Raises TierError ENOENT with the legs that there are.

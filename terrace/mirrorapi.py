@@ -197,7 +197,10 @@ class MirrorApi:
         node = request.path_params["node"]
         if (diskless := self._diskless(request)) is not None:
             return JSONResponse(await self._admin.remove(diskless, node, force=force))
-        with self._pools.using(request.path_params["pool"]):
+        with self._pools.using(request.path_params["pool"]) as pool:
+            volume = pool.volume(request.path_params["volume"])
+            if not volume.mirror_record:
+                return JSONResponse(self._admin.nothing_to_remove(volume, node))
             return JSONResponse(await self._admin.remove(self._one(request), node, force=force))
 
     def _diskless(self, request: Request) -> DisklessMirror | None:

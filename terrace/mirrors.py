@@ -342,7 +342,10 @@ class Mirrors:
         """Implements `terrace.peers.Legs`."""
         mirror = self.by_leg(option.leg)
         if mirror is None:
-            return f"node {self.node} has no leg {option.leg[:32]} open: see `terrace pool list` there"
+            return (
+                f"node {self.node} has no leg {option.leg[:32]} open: its pool isn't (`terrace pool list` there), or "
+                f"it was deleted there: then `terrace volume mirror remove` and `add` with {self.node} make another"
+            )
         return None
 
     async def serve(self, sock: Socket, received: bytes, option: LegOption) -> None:
@@ -371,6 +374,7 @@ class Mirrors:
             "leg.damaged": self._heal_leg,
             "leg.status": self._tell_leg,
             "leg.may_grow": self._may_grow,
+            "leg.gone": self._tell_gone,
             "mirror.find": self._find,
             "mirror.judge": self._judge,
             "mirror.status": self._tell_status,
@@ -392,25 +396,16 @@ class Mirrors:
             return {"export": there.name}
         pool = self._pool_for(params.get("pool"), _text(params, "like"))
         with self.pools.using(pool.name):
-            if any(volume.short_name == name for volume in pool.volumes()):
-                raise OSError(
-                    errno.EEXIST,
-                    f"node {self.node} has a volume {pool.name}/{name} already: name another pool, or delete or rename "
-                    "that volume first",
-                )
+            for volume in [one for one in pool.volumes() if one.short_name == name]:
+                await self._take_away(volume, Order(node, membership))
             policy = params.get("policy")
             known = policy if isinstance(policy, str) and policy in self.pools.policies else ""
-            volume = await pool.create_volume(name, size, known)
-            if volume.open_count:
-                # It could be seen while it was made durable. Whoever has it writes to it, and not to a mirror.
-                raise OSError(
-                    errno.EBUSY,
-                    f"a client of node {self.node} has opened {volume.name} while it was made a leg: disconnect it, "
-                    "and delete that volume",
-                )
             record = LegRecord(me=leg, accepted=membership, promised=membership.term, inconsistent=True)
+            # Whoever has asked may be gone at any point: a volume that is no leg yet would stay, and nobody knew why.
+            with trio.CancelScope(shield=True):
+                volume = await self._made_leg(pool, name, size, known, record)
             try:
-                await pool.set_mirror(volume, record.encode(), {})
+                await trio.lowlevel.checkpoint_if_cancelled()
             except BaseException:
                 with trio.CancelScope(shield=True):
                     await pool.delete_volume(name, mirrored=True)
@@ -418,6 +413,48 @@ class Mirrors:
             self.adopt(pool, volume)
         self.tell("leg", volume.name, f"{volume.name} was made as a leg of a mirror of node {node}")
         return {"export": volume.name}
+
+    async def _made_leg(self, pool: Pool, name: str, size: int, policy: str, record: LegRecord) -> Volume:
+        volume = await pool.create_volume(name, size, policy)
+        if volume.open_count:
+            # It could be seen while it was made durable. Whoever has it writes to it, and not to a mirror.
+            raise OSError(
+                errno.EBUSY,
+                f"a client of node {self.node} has opened {volume.name} while it was made a leg: disconnect it, "
+                "and delete that volume",
+            )
+        try:
+            await pool.set_mirror(volume, record.encode(), {})
+        except OSError:
+            await pool.delete_volume(name, mirrored=True)
+            raise
+        return volume
+
+    async def _take_away(self, volume: Volume, order: Order) -> None:
+        """A volume that is where a leg is to be made: deleted if it was made as a leg of that mirror, but never became
+        one, as that was broken off. Raises EEXIST, EPERM for any other one, which has data, or may have.
+        """
+        mirror = self._mirrors.get(volume)
+        if mirror is None or _mirror_of(mirror) != order.record.mirror or not mirror.keeper.record.inconsistent:
+            way_out = "delete or rename that volume first"
+            if volume.mirror_record:
+                more = " --snapshots" if volume.snapshots else ""
+                way_out = (
+                    f"if that leg of a mirror is left over, on node {self.node}: terrace volume delete {volume.name} "
+                    f"--force{more}"
+                )
+            raise OSError(
+                errno.EEXIST, f"node {self.node} has a volume {volume.name} already: name another pool, or {way_out}"
+            )
+        judge_deletion(order, self._known(mirror), whole=False)
+        if volume.snapshots:
+            raise OSError(
+                errno.EEXIST,
+                f"node {self.node} has a leg {volume.name} of this mirror that is left over, with snapshots: see "
+                f"whether they are wanted, then, on that node: terrace volume delete {volume.name} --force --snapshots",
+            )
+        await self.delete_local(mirror)
+        self.tell("leg", volume.name, f"{volume.name} was deleted: it was made as a leg, but never became one")
 
     async def _judge_arbiter(self, membership: Membership) -> None:
         """That this node asks the same arbiter as the primary, which has its record there. Raises OSError."""
@@ -580,6 +617,17 @@ class Mirrors:
         await trio.lowlevel.checkpoint()
         self.require_growth(_text(params, "leg"), size_bytes)
         return {}
+
+    async def _tell_gone(self, node: str, params: dict[str, Any]) -> Any:
+        """Whether a pool is open here and no volume is a leg of that mirror; returns {gone}.
+
+        By what the volumes say: a leg may be just ending, and one whose record can't be understood may be of it.
+        """
+        mirror, name = _text(params, "mirror"), _text(params, "pool")
+        await trio.lowlevel.checkpoint()
+        is_open = any(pool.name == name for pool in self.pools.open_pools())
+        records = [volume.mirror_record for volume in self.pools.open_volumes() if volume.mirror_record]
+        return {"gone": is_open and all(_is_of_another(record, mirror) for record in records)}
 
     async def _find(self, node: str, params: dict[str, Any]) -> Any:
         """The mirror that has a leg here under that name, or that this node is primary of: {name, membership}."""
@@ -746,12 +794,12 @@ class Mirrors:
     async def _heard(self, mirror: MirrorPart) -> tuple[dict[str, VoterState], dict[str, str], frozenset[str]]:
         """What each node that may know of it says now, and why others don't. All are asked at once, none twice.
 
-        Last those of them that know nothing of it, though the pool in which they had their leg is open.
+        Last those of them that have nothing of it any more, though the pool in which they had their leg is open.
         """
         record = known_record(mirror)
         voices: dict[str, VoterState] = {}
         unheard: dict[str, str] = {}
-        ignorant: set[str] = set()
+        gone: set[str] = set()
 
         async def ask(node: str) -> None:
             unheard[node] = "no answer"
@@ -764,14 +812,25 @@ class Mirrors:
                     unheard[node] = "no answer" if error.errno == errno.ETIMEDOUT else why
                     if node == self.node:
                         del unheard[node]  # it is here, though it has nothing to say
-                    elif error.errno == errno.ENOENT:
-                        ignorant.add(node)
+                    elif error.errno == errno.ENOENT and await self._is_gone(node, record):
+                        gone.add(node)
 
         async with trio.open_nursery() as nursery:
             for node in dict.fromkeys((self.node, *nodes_of_mirror(mirror.membership), *nodes_of_mirror(record))):
                 nursery.start_soon(ask, node)
-        pools = {(leg.node, leg.export.partition("/")[0]) for leg in record.legs if leg.node in ignorant}
-        return voices, unheard, frozenset(node for node, pool in pools if self.peers.has_pool(node, pool))
+        return voices, unheard, frozenset(gone)
+
+    async def _is_gone(self, node: str, record: Membership) -> bool:
+        """Whether a node that knows nothing of a mirror has lost nothing of it either: False where it can't say."""
+        pools = {leg.export.partition("/")[0] for leg in record.legs_on(node)}
+        try:
+            answers = [
+                await self.peers.call(node, "leg.gone", {"mirror": record.mirror, "pool": pool}, ASK_S)
+                for pool in sorted(pools)
+            ]
+        except OSError:
+            return False
+        return bool(answers) and all(isinstance(one, dict) and one.get("gone") is True for one in answers)
 
     async def _primarys_status(
         self, mirror: MirrorPart, voices: Mapping[str, VoterState], *, explain: bool = False
@@ -862,6 +921,15 @@ async def _mend(mender: LegMender) -> None:
         log.error("damage of a leg is no longer seen to, until terraced is restarted", exc_info=error)
 
 
+def _is_of_another(record: bytes, mirror: str) -> bool:
+    """Whether a leg's record is surely of another mirror."""
+    try:
+        accepted = LegRecord.decode(record).accepted
+    except OSError:
+        return False
+    return accepted is not None and accepted.mirror != mirror
+
+
 def _mirror_of(mirror: LocalMirror) -> str | None:
     accepted = mirror.keeper.record.accepted
     return accepted.mirror if accepted is not None else None
@@ -876,6 +944,8 @@ def _judge_status(theirs: Any, *, explain: bool) -> dict[str, Any]:
     shape = _leg(LegInfo("", "", ""), "").keys()
     if not all(isinstance(leg, dict) and leg.keys() >= shape and type(leg["healed_blocks"]) is int for leg in legs):
         raise OSError(errno.EPROTO, "there are no legs of a mirror in that")
+    if type(theirs["term"]) is not int or type(theirs["epoch"]) is not int:
+        raise OSError(errno.EPROTO, "there is no term of a mirror in that")
     # A primary of an older release doesn't say it.
     return {key: theirs[key] for key in wanted} | {"writes_fail": theirs.get("writes_fail") is True}
 

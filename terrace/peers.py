@@ -201,11 +201,6 @@ class Peers:
             raise OSError(errno.ENOTCONN, f"node {name} can't be reached: {peer.problem or 'no connection yet'}")
         return await peer.calls.call(method, params, timeout_s=timeout_s)
 
-    def has_pool(self, name: str, pool: str) -> bool:
-        """Whether that node has said lately that this pool is open there."""
-        peer = self.peers.get(name)
-        return peer is not None and peer.calls is not None and pool in peer.hello.get("pools", ())
-
     async def connect(self, name: str, wanted: CallsOption | LegOption) -> tuple[Socket, bytes]:
         """A connection to that node which is no longer NBD; the caller's. Raises OSError."""
         peer = self.peer(name)

@@ -35,10 +35,12 @@ def is_called(record: Membership, name: str) -> bool:
 
 def said_of(node: str, name: str, record: Membership) -> str:
     """What to tell who asks this node, the tie-breaker, for more."""
-    where = record.primary if record.primary is not None else next(iter(_nodes(record)), "with a leg")
+    # Each node calls it as its own leg is called, and one without a leg as nobody here knows.
+    legs = sorted((leg.node != record.primary, leg.node, leg.export) for leg in record.legs if leg.kind == "terrace")
+    more = f"; `terrace volume mirror show {legs[0][2]}` on node {legs[0][1]} tells more" if legs else ""
     return (
         f"node {node} has no leg of {name}: it is a tie-breaker of that mirror, which has legs on node "
-        f"{', '.join(_nodes(record))}; `terrace volume mirror show {name}` on node {where} tells more"
+        f"{', '.join(_nodes(record))}{more}"
     )
 
 

@@ -282,7 +282,7 @@ def remove(context: Context, volume: tuple[str, str], node: str, force: bool, ye
     if done.get("voter"):
         click.echo(f"Node {node} is no voter of {name} any more.")
     elif not done["removed"]:
-        click.echo(f"{name} has no leg on {node}.")
+        click.echo(f"{name} {'has no leg on ' + node if done['mirrored'] else 'is not mirrored'}: nothing was removed.")
     else:
         click.echo(f"{name} has no leg on {node} any more" + ("." if done["mirrored"] else ", and is a plain volume."))
     for sentence in done["left"]:

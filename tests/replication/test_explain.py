@@ -65,9 +65,13 @@ def test_a_leg_of_which_all_others_know_nothing_is_called_left_over_and_how_it_g
     assert found.paragraph.startswith(
         "fast/vol is Unknown: node a has none of this mirror any more, so the leg here is left over: it was removed, "
         "or the volume deleted, while it couldn't be reached. See there that what is wanted is there (`terrace volume "
-        "list`); `terrace volume delete fast/vol --force --snapshots` deletes it here."
+        "list`): `terrace volume delete fast/vol --force --snapshots` then deletes it here; if it is not, as that pool "
+        "was lost and made anew, the leg here is the last one, and `terrace volume mirror promote fast/vol --force` "
+        "serves it."
     )
-    assert "promote" not in found.paragraph and "mend the way" not in found.paragraph
+    assert "mend the way" not in found.paragraph
+    half = dataclasses.replace(about, voters=said(record, "b", inconsistent=True))
+    assert "promote" not in explain(half).paragraph, "a leg in the middle of a resync is served by nobody"
     assert str(found.old) in found.paragraph
     # One that only can't be asked may have all of it, and one that has said something isn't all there is.
     for other in (

@@ -324,6 +324,18 @@ def test_a_node_that_can_have_no_leg_is_not_removed_and_the_legs_are_named() -> 
     trio.run(main)
 
 
+def test_a_removal_that_is_asked_for_again_after_the_last_one_says_that_the_volume_is_not_mirrored() -> None:
+    admin = Admin(Served(cast("Any", None)))
+    cast("Any", admin.mirrors.peers).peers = {"b": None}
+    volume: Any = SimpleNamespace(name="p/dm")
+    for node in ("a", "b", "nbd://nas/export"):
+        done = admin.nothing_to_remove(volume, node)
+        assert done == {"removed": [], "left": [], "mirrored": False, "voter": False}
+    with pytest.raises(TierError, match="p/dm is not mirrored, and zz is no node that this one knows either") as found:
+        admin.nothing_to_remove(volume, "zz")
+    assert found.value.errno == errno.ENOENT
+
+
 def test_a_voter_that_is_removed_is_told_as_one() -> None:
     async def counts(served: Served, record: Membership) -> None:
         await trio.lowlevel.checkpoint()

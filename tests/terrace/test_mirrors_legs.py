@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -16,7 +18,7 @@ from replication.membership import LegInfo, Membership, Options, Term, encode
 from terrace.mirroradmin import MirrorAdmin, Place
 from terrace.mirrors import _PRIMARYS, Mirrors, _judge_status, _leg
 from terrace.mirrorwords import removed_here
-from terrace.tiebreakers import shown_vote
+from terrace.tiebreakers import said_of, shown_vote
 from tests.replication.stores import first_record
 from tiers import TierError
 
@@ -37,7 +39,7 @@ class OnePool:
             name="fast/vol", short_name="vol", open_count=open_count, mirror_record=b"", trackers={}, deleted=False,
             size_bytes=1 << 20, healed_blocks=0,
         )  # fmt: skip
-        for method in ("write_now", "trim_now", "read_now", "read", "flush", "checks", "mapped"):
+        for method in ("write_now", "trim_now", "read_now", "lose", "read", "flush", "checks", "mapped"):
             setattr(self.volume, method, trio.lowlevel.checkpoint)
 
     def pool(self, name: str) -> Any:
@@ -51,6 +53,9 @@ class OnePool:
 
     def volumes(self) -> list[Any]:
         return []
+
+    def open_volumes(self) -> list[Any]:
+        return self.volumes()
 
     def snapshots(self, volume: str) -> list[Any]:
         return []
@@ -82,6 +87,109 @@ def test_a_volume_that_a_client_has_opened_while_it_was_made_becomes_no_leg(tmp_
     with pytest.raises(OSError, match="has opened fast/vol") as refused:
         trio.run(mirrors(pool, tmp_path)._create_leg, "a", asked | {"size_bytes": 1 << 20})
     assert (refused.value.errno, pool.volume.mirror_record) == (errno.EBUSY, b"")
+
+
+@pytest.mark.parametrize(
+    ("has", "says"),
+    [
+        ("one that never became one", None),
+        ("one with data", "name another pool, or if that leg of a mirror is left over, on node b: "),
+        ("one of another mirror", "if that leg of a mirror is left over, on node b: terrace volume delete fast/vol"),
+        ("one that the mirror has", "doesn't obey: by the record that node a has sent it is a leg of the mirror"),
+        ("one with snapshots", "left over, with snapshots: see whether they are wanted, then, on that node: terrace"),
+        ("a volume", "node b has a volume fast/vol already: name another pool, or delete or rename that volume first"),
+    ],
+)
+def test_what_a_leg_that_was_broken_off_in_the_making_has_left_is_made_again_and_nothing_else_is_touched(
+    tmp_path: Any, has: str, says: str | None
+) -> None:
+    """Whose primary was killed between the volume and the record that has it as a leg."""
+
+    async def main() -> None:
+        pool, record = OnePool(), first_record("a")
+        accepted = replace(first_record("a"), mirror="f" * 32) if has == "one of another mirror" else record
+        own = LegRecord("old", promised=accepted.term, accepted=accepted, inconsistent=has != "one with data")
+        pool.volume.mirror_record = b"" if has == "a volume" else own.encode()
+        pool.volume.snapshots = int(has == "one with snapshots")
+        is_there, told = True, []
+
+        async def delete_volume(name: str, **how: Any) -> None:
+            nonlocal is_there
+            await trio.lowlevel.checkpoint()
+            is_there = False
+
+        pool.delete_volume = delete_volume  # type: ignore[method-assign]
+        pool.volumes = lambda: [pool.volume] if is_there else []  # type: ignore[method-assign]
+        if has == "one that the mirror has":
+            record = record.next_epoch(legs=(*record.legs, LegInfo("old", "b", "fast/vol")), voters=("a", "b"))
+        found = mirrors(pool, tmp_path)
+        found.tell = lambda kind, subject, text: told.append(text)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(found.run)
+            asked = {"membership": json.loads(encode(record)), "leg": "new", "volume": "vol", "like": "fast"}
+            call = partial(found.handlers()["leg.create"], "a", asked | {"size_bytes": 1 << 20})
+            if says is None:
+                assert await call() == {"export": "fast/vol"}
+                assert LegRecord.decode(pool.volume.mirror_record).me == "new" and not is_there
+                assert told[0] == "fast/vol was deleted: it was made as a leg, but never became one"
+            else:
+                with pytest.raises(OSError, match=says) as refused:
+                    await call()
+                assert refused.value.errno == (errno.EPERM if has == "one that the mirror has" else errno.EEXIST)
+                assert is_there and told == []
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("wait_s", [0.0, 0.01, 0.03])
+def test_a_leg_whose_making_is_broken_off_leaves_no_volume(tmp_path: Any, wait_s: float) -> None:
+    async def main() -> None:
+        pool, there = OnePool(), set()
+
+        async def create_volume(name: str, size_bytes: int, policy: str) -> Any:
+            there.add(name)
+            await trio.sleep(0.02)
+            return pool.volume
+
+        async def set_mirror(volume: Any, record: bytes, trackers: Any = None) -> None:
+            await trio.sleep(0.02)
+            volume.mirror_record = record
+
+        async def delete_volume(name: str, **how: Any) -> None:
+            await trio.lowlevel.checkpoint()
+            there.remove(name)
+
+        pool.create_volume, pool.set_mirror = create_volume, set_mirror  # type: ignore[method-assign]
+        pool.delete_volume = delete_volume  # type: ignore[method-assign]
+        asked = {"membership": json.loads(encode(first_record("a"))), "leg": "b", "volume": "vol", "like": "fast"}
+        with trio.move_on_after(wait_s) as scope:
+            await mirrors(pool, tmp_path)._create_leg("a", asked | {"size_bytes": 1 << 20})
+        assert scope.cancelled_caught and there == set()
+
+    trio.run(main)
+
+
+def test_a_node_says_that_a_mirror_is_gone_only_where_its_pool_is_open_and_no_volume_may_be_a_leg_of_it(
+    tmp_path: Any,
+) -> None:
+    """Else the last good leg would be called left over: where the other one's pool has failed, or it can't be used."""
+
+    async def main() -> None:
+        pool, record = OnePool(), first_record("ab")
+        pool.volumes = lambda: [pool.volume]  # type: ignore[method-assign]
+        call = mirrors(pool, tmp_path).handlers()["leg.gone"]
+        asked = {"mirror": record.mirror, "pool": "fast"}
+        other = LegRecord("b", accepted=replace(record, mirror="f" * 32)).encode()
+        for written, is_gone in (
+            (b"", True), (other, True), (LegRecord("b", accepted=record).encode(), False), (b"not understood", False),
+        ):  # fmt: skip
+            pool.volume.mirror_record = written
+            assert await call("a", asked) == {"gone": is_gone}
+        pool.volume.mirror_record = b""
+        assert await call("a", asked | {"pool": "slow"}) == {"gone": False}, "it isn't open"
+
+    trio.run(main)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +358,11 @@ def test_a_tie_breaker_says_of_which_mirrors_it_is_one_and_where_to_ask(tmp_path
             OSError, match=f"node b has no leg of {name}: it is a tie-breaker .* on node a, c; .* node a "
         ):
             await found.tell_if_vote(here, volume, missing)
+        second = replace(record.legs[1], export="q/w")  # each node calls it as its own leg
+        other = replace(record, legs=(record.legs[0], second))
+        assert said_of("b", "q/w", other).endswith(f"`terrace volume mirror show {name}` on node a tells more")
+        without = replace(other, primary="d")
+        assert said_of("b", "q/w", without).endswith(f"`terrace volume mirror show {name}` on node a tells more")
         await found.tell_if_vote(here, "other", missing)
         await found.tell_if_vote(here, volume, TierError(errno.EBUSY, "the pool is being opened"))
         pool.volume.name, pool.name = name, here  # a volume here that is called so
@@ -327,14 +440,15 @@ def test_of_two_that_end_a_leg_at_once_the_first_of_which_fails_nothing_is_left_
 
 def test_what_is_no_status_of_a_primary_is_not_shown_as_one() -> None:
     legs = [_leg(LegInfo("l", "a", "p/v"), "UpToDate")]
-    good: dict[str, Any] = dict.fromkeys(_PRIMARYS) | {"role": "primary", "legs": legs}
+    good: dict[str, Any] = dict.fromkeys(_PRIMARYS) | {"role": "primary", "legs": legs, "term": 1, "epoch": 0}
     assert _judge_status(good, explain=False)["legs"] == legs
     said = good | {"headline": "It is.", "text": "It is. So it is."}
     assert _judge_status(said, explain=True)["text"] == "It is. So it is."
     bad: list[Any] = [None, [], {}, good | {"role": "secondary"}, good | {"legs": None}, good | {"legs": [{}]}]
     bad += [good | {"legs": [legs[0] | {"healed_blocks": "x"}]}, {key: good[key] for key in good if key != "term"}]
+    bad += [good | {"term": "1"}, good | {"epoch": None}]
     for theirs in bad:
-        with pytest.raises(OSError, match=r"no (status|legs) of a mirror"):
+        with pytest.raises(OSError, match=r"no (status|legs|term) of a mirror"):
             _judge_status(theirs, explain=False)
     with pytest.raises(OSError, match="no status of a mirror"):
         _judge_status(good, explain=True)
