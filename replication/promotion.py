@@ -123,7 +123,7 @@ def decide(
         arbiter = None
     newest = max(known.values(), key=lambda one: one.place, default=None) if arbiter is None else arbiter
     if newest is None:
-        return Refused(f"no node has a record of the mirror{_because(unheard)}", frozenset(unheard))
+        return Refused(f"no node has given a record of the mirror{_because(unheard)}", frozenset(unheard))
     mine = records.get(me, newest)
     ours = frozenset(node for node, record in records.items() if not _is_apart(newest, record, node))
     apart = sorted(set(records) - ours)

@@ -618,6 +618,8 @@ class MirrorAdmin:
                 errno.EINVAL, f"node {to} is this one: `terrace volume mirror promote` makes it the primary"
             )
         membership = mirror.membership
+        if not mirror.serves and not mirror.starting and membership.primary not in (None, self.mirrors.node, to):
+            raise TierError(errno.EBUSY, f"node {membership.primary} is the primary of {mirror.name}: run this there")
         diskless_to = to is not None and to not in nodes_of(membership.legs)
         asked = {"mirror": membership.mirror, "volume": mirror.name, "membership": _plain(membership)}
         if to is not None and diskless_to:
@@ -642,8 +644,6 @@ class MirrorAdmin:
             await mirror.demote(to or (others[0] if len(others) == 1 else None if others else self.mirrors.node))
         elif mirror.starting:
             raise TierError(errno.EBUSY, f"{mirror.name} is being started; try again in a moment")
-        elif membership.primary not in (None, self.mirrors.node, to):
-            raise TierError(errno.EBUSY, f"node {membership.primary} is the primary of {mirror.name}: run this there")
         if to is not None:
             asked["membership"] = _plain(mirror.membership)
             await self.mirrors.peers.call(to, "mirror.promote", asked, HAND_OVER_S)

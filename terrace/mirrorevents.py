@@ -91,6 +91,7 @@ class MirrorEvents:
         if status.deposed is not None:
             self._look_at_end(changes, name, status)
             return changes
+        self._drop_removed({leg.info.id for leg in status.legs})
         for leg in status.legs:
             in_sync = leg.info.id in status.membership.in_sync
             self._look_at_leg(changes, name, leg, in_sync, now, first=first)
@@ -112,6 +113,15 @@ class MirrorEvents:
             self._state = status.state
             changes.events.append(("mirror", f"mirror {name} is {status.state.value}"))
         return changes
+
+    def _drop_removed(self, legs: set[str]) -> None:
+        """What is known of others than these, which come and go for as long as this node is primary."""
+        for leg_id in self._seen.keys() - legs:
+            for known in (self._seen, self._told, self._lost_at, self._lost_by, self._back_at):
+                known.pop(leg_id, None)
+        self._repeats &= legs
+        self._split &= legs
+        self._new &= legs
 
     def _look_at_end(self, changes: Changes, name: str, status: MirrorStatus) -> None:
         """It is served from here no more, at once: nobody looks later on. The legs are let go of, not lost."""

@@ -40,7 +40,7 @@ from terrace.mirrorwords import explained, known_record, map_notice, newest_reco
 from terrace.oneatatime import OneAtATime
 from terrace.peers import Handler, Peers, Socket
 from terrace.pools import Pools
-from terrace.primary import ASK_S, MirrorPart, ServedMirror, boot_id, nodes_of_mirror
+from terrace.primary import ASK_S, MirrorPart, ServedMirror, boot_id, nodes_of, nodes_of_mirror
 from terrace.tiebreakers import is_called, said_of, votes_of
 from tiers import Pool, TierError, Volume
 
@@ -270,9 +270,24 @@ class Mirrors:
         return [*self.by_mirror(mirror_id), *([diskless] if diskless is not None else [])]
 
     async def votes(self) -> list[Membership]:
-        """The records of the mirrors that this node is a tie-breaker of, and has no other part in."""
+        """The records of the mirrors that this node is a tie-breaker of, and has no other part in.
+
+        Without those of which all nodes with a leg say that it is gone: this one was away when it was deleted.
+        """
         taken = [_mirror_of(one) for one in self._mirrors.values()] + [one.mirror_id for one in self.diskless.all()]
-        return await votes_of(self.own_voter, filter(None, taken))
+        found = await votes_of(self.own_voter, filter(None, taken))
+        there: set[tuple[str, str]] = {(one.mirror, node) for one in found for node in nodes_of(one.legs)}
+
+        async def ask(record: Membership, node: str) -> None:
+            if await self._is_gone(node, record):
+                there.discard((record.mirror, node))
+
+        with trio.move_on_after(ASK_S):
+            async with trio.open_nursery() as nursery:
+                for record in found:
+                    for node in nodes_of(record.legs):
+                        nursery.start_soon(ask, record, node)
+        return [one for one in found if any((one.mirror, node) in there for node in nodes_of(one.legs))]
 
     async def tell_if_vote(self, pool: str, volume: str, error: OSError) -> None:
         """Raises ENOENT where `error` is that there is no such volume, and this node is a tie-breaker of one."""
@@ -665,6 +680,12 @@ class Mirrors:
         if params.get("membership") is None:
             raise OSError(errno.ENOENT, f"node {self.node} has no leg of that mirror open")
         membership = decode(json.dumps(params["membership"]).encode())
+        if membership.legs_on(self.node):
+            raise OSError(
+                errno.ENOENT,
+                f"node {self.node} doesn't have its leg of that mirror open: `terrace pool list` there says whether "
+                "its pool is; else it was deleted there",
+            )
         return self.local_status(await self.diskless.promote(_text(params, "volume"), membership, force=False))
 
     async def _demote(self, node: str, params: dict[str, Any]) -> Any:

@@ -323,6 +323,8 @@ def _about_certificates(error: OSError, name: str, ca: Path) -> str:
         return f"that of node {name} was not signed by the authority in {ca}: {same}"
     if "peer refused: unknown ca" in said:
         return f"the authority that node {name} goes by has not signed the certificate of this node: {same}"
+    if "peer refused: certificate expired" in said:
+        return "that of this node has expired: make another with `terrace tls node` and its name, and copy it into tls/"
     if error.errno in (errno.EKEYREJECTED, errno.EKEYEXPIRED):
         return f"make another for node {name} with `terrace tls node {name}`, and copy it into its tls/"
     return ""

@@ -336,6 +336,20 @@ def test_a_removal_that_is_asked_for_again_after_the_last_one_says_that_the_volu
     assert found.value.errno == errno.ENOENT
 
 
+def test_who_is_not_the_primary_asks_no_other_node_whether_it_could_be() -> None:
+    """What that one says then is of no use here: it may name a command that can't help either."""
+
+    async def main() -> None:
+        admin = Admin(Served(cast("Any", None)))
+        record = replace(first_record("abc"), primary="c", legs=first_record("ab").legs)
+        mirror: Any = SimpleNamespace(name="p/dm", membership=record, serves=False, starting=False)
+        with pytest.raises(TierError, match="node c is the primary of p/dm: run this there"):
+            await admin.demote(mirror, to="d", force=False)
+        assert admin.asked == []
+
+    trio.run(main)
+
+
 def test_a_voter_that_is_removed_is_told_as_one() -> None:
     async def counts(served: Served, record: Membership) -> None:
         await trio.lowlevel.checkpoint()

@@ -177,3 +177,16 @@ def test_that_the_daemon_stops_serving_a_mirror_is_no_event() -> None:
     told = Told()
     told.begun(status())
     assert told.looked(dataclasses.replace(FAULTED, deposed="p/v: the mirror was stopped", is_stopped=True)) == []
+
+
+def test_nothing_is_kept_of_a_leg_that_was_removed() -> None:
+    told = Told()
+    told.begun(status())
+    told.looked(status(OFFLINE, counts=False, error="gone"))
+    told.looked(status(SYNCING, counts=False))
+    both = status()
+    told.looked(dataclasses.replace(both, legs=both.legs[:1]))
+    events = told.events
+    for known in (events._seen, events._told, events._lost_at, events._lost_by, events._back_at, events._repeats):
+        assert "b" not in known  # type: ignore[operator]
+    assert "b" not in events._new | events._split

@@ -76,7 +76,11 @@ class OnePool:
 
 
 def mirrors(pool: OnePool, tmp_path: Any) -> Mirrors:
-    peers: Any = SimpleNamespace(node="b", peers={})
+    async def call(node: str, method: str, params: dict[str, Any], timeout_s: float = 0.0) -> Any:
+        await trio.lowlevel.checkpoint()
+        raise OSError(errno.ENOTCONN, f"node {node} can't be reached")
+
+    peers: Any = SimpleNamespace(node="b", peers={}, call=call)
     pools: Any = pool
     return Mirrors(pools, peers, tmp_path, lambda kind, subject, text: None)
 
@@ -168,6 +172,17 @@ def test_a_leg_whose_making_is_broken_off_leaves_no_volume(tmp_path: Any, wait_s
         assert scope.cancelled_caught and there == set()
 
     trio.run(main)
+
+
+def test_a_node_that_is_to_be_primary_and_has_lost_its_leg_says_that(
+    tmp_path: Any,
+) -> None:
+    record = first_record("ab")
+    asked = {"mirror": record.mirror, "volume": "fast/vol", "membership": json.loads(encode(record))}
+    with pytest.raises(
+        OSError, match="node b doesn't have its leg of that mirror open: `terrace pool list` there says"
+    ):
+        trio.run(mirrors(OnePool(), tmp_path)._promote, "a", asked)
 
 
 def test_a_node_says_that_a_mirror_is_gone_only_where_its_pool_is_open_and_no_volume_may_be_a_leg_of_it(
@@ -368,6 +383,18 @@ def test_a_tie_breaker_says_of_which_mirrors_it_is_one_and_where_to_ask(tmp_path
         pool.volume.name, pool.name = name, here  # a volume here that is called so
         pool.volumes = lambda: [pool.volume]  # type: ignore[method-assign]
         await found.tell_if_vote(here, volume, missing)
+        gone: dict[str, Any] = {"a": {"gone": True}, "c": {"gone": False}}
+
+        async def call(node: str, method: str, params: dict[str, Any], timeout_s: float = 0.0) -> Any:
+            await trio.lowlevel.checkpoint()
+            assert (method, params) == ("leg.gone", {"mirror": record.mirror, "pool": here})
+            return gone[node]
+
+        cast("Any", found.peers).call = call
+        for answer, votes in (({"gone": False}, [record]), ("no", [record]), ({"gone": True}, [])):
+            gone["c"] = answer
+            assert await found.votes() == votes, "it was deleted while this node was away"
+        gone["c"] = {"gone": False}
         await found.own_voter.retire(record.next_epoch(voters=("a", "c")))
         assert await found.votes() == []
 

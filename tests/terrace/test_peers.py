@@ -254,6 +254,7 @@ def test_a_peer_of_another_authority_is_refused_with_the_file_of_ours_and_what_t
             "make another for node b with `terrace tls node b`",
         ),
         (errno.EKEYREJECTED, "not accepted: unsupported certificate purpose", "make another for node b"),
+        (errno.EPROTO, "peer refused: certificate expired", "that of this node has expired: make another with"),
     ],
 )
 def test_each_way_in_which_a_certificate_is_not_accepted_has_its_next_step(number: int, said: str, step: str) -> None:
