@@ -404,7 +404,9 @@ class MirrorAdmin:
                 # It was primary without a leg or a say, so no record can say that it is gone: this term goes by it.
                 mirror.is_gone(node)
                 self.mirrors.tell("mirror", mirror.name, f"node {node}, once primary of {mirror.name}, is gone")
-            return done
+            elif not is_uri(node) and node != self.mirrors.node:
+                done |= await self._delete_left_over(mirror, membership, node, snapshots=force)
+            return done | await self._ended_if_alone(mirror, served, done["left"])
         if node == self.mirrors.node:
             raise TierError(
                 errno.EBUSY,
@@ -435,14 +437,35 @@ class MirrorAdmin:
         snapshots = force or isinstance(mirror, LocalMirror)
         left = await self._delete_legs(going, served.membership, snapshots=snapshots)
         self.mirrors.tell("mirror", mirror.name, f"the leg of {mirror.name} on {_named(Place(node))} was removed")
-        mirrored = True
-        if len(legs) == 1 and isinstance(mirror, LocalMirror) and not mirror.stood_for.open_count:
-            record = mirror.membership
-            await self.mirrors.dissolve(mirror)
-            left += await self.mirrors.forget_at_arbiter(record)
-            mirrored = False
-            await self._forget_at((*tie_breakers, self.mirrors.node), served.membership, whole=True)
-        return done | {"removed": [leg.export for leg in going], "left": left, "mirrored": mirrored}
+        done |= {"removed": [leg.export for leg in going]}
+        return done | await self._ended_if_alone(mirror, served, left)
+
+    async def _ended_if_alone(self, mirror: MirrorPart, served: ServedMirror, left: list[str]) -> dict[str, Any]:
+        """A mirror of one leg, here, that nobody uses is a plain volume afterwards. {left, mirrored}."""
+        record = served.membership
+        if len(record.legs) > 1 or not isinstance(mirror, LocalMirror) or mirror.stood_for.open_count:
+            return {"left": left, "mirrored": True}
+        tie_breakers = [voter for voter in record.voters if voter not in nodes_of(record.legs)]
+        await self.mirrors.dissolve(mirror)
+        left = left + await self.mirrors.forget_at_arbiter(record)
+        await self._forget_at((*tie_breakers, self.mirrors.node), record, whole=True)
+        return {"left": left, "mirrored": False}
+
+    async def _delete_left_over(
+        self, mirror: MirrorPart, record: Membership, node: str, *, snapshots: bool
+    ) -> dict[str, Any]:
+        """What a node has of a leg that the record has no more: its removal was broken off. {removed} or {left}."""
+        order = {"membership": _plain(record), "leg": "", "whole": False, "snapshots": snapshots}
+        try:
+            with trio.fail_after(DELETE_S):
+                answer = await self.mirrors.peers.call(node, "leg.delete", order, DELETE_S)
+        except (OSError, trio.TooSlowError) as error:
+            if isinstance(error, OSError) and error.errno == errno.EINVAL:
+                return {}  # of a release that is asked for a leg by its id only
+            why = error.strerror if isinstance(error, OSError) else f"no answer in {DELETE_S:g} s"
+            return {"left": [f"what node {node} may have of a leg of {mirror.name}, which is none any more ({why})"]}
+        deleted = answer.get("deleted") if isinstance(answer, dict) else None
+        return {"removed": [deleted] if isinstance(deleted, str) else []}
 
     def nothing_to_remove(self, volume: Volume, node: str) -> dict[str, Any]:
         """As `remove`, of a volume that isn't mirrored, as after the last removal. Raises TierError ENOENT."""

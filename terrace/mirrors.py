@@ -499,10 +499,15 @@ class Mirrors:
         raise OSError(errno.ENOENT, f"say which pool of node {self.node} is meant, as {self.node}/POOL: it has {names}")
 
     async def _delete_leg(self, node: str, params: dict[str, Any]) -> Any:
-        """The volume of a leg, by order of its primary. One that is gone already is no error; returns {deleted}."""
-        leg, order = _text(params, "leg"), _membership(params)
+        """The volume of a leg, by order of its primary. One that is gone already is no error; returns {deleted}.
+
+        Where no leg is named it is one of the mirror that is none any more, by the record of the order.
+        """
+        leg, order = "" if params.get("leg") == "" else _text(params, "leg"), _membership(params)
         whole, snapshots = params.get("whole") is True, params.get("snapshots") is True
         mirror = self.by_leg(leg)
+        if not leg:
+            mirror = next((one for one in self.by_mirror(order.mirror) if not order.has(one.me)), None)
         if mirror is None:
             await trio.lowlevel.checkpoint()
             return {"deleted": None}

@@ -135,10 +135,14 @@ def removed_here(mirror: MirrorPart, theirs: Mapping[str, Any]) -> str | None:
     """That the primary, which says `theirs`, has removed the leg here from the mirror in the absence of this node."""
     if not isinstance(mirror, LocalMirror) or any(leg["id"] == mirror.me for leg in theirs["legs"]):
         return None
-    # One that is being made isn't in the primary's record yet, nor in the one here.
     own = mirror.membership
+    if mirror.keeper.record.inconsistent and not own.has(mirror.me):
+        return (
+            f"the leg here is none of the mirror's: it is just being made, or that was broken off, and then `terrace "
+            f"volume mirror add` on node {theirs['primary']} makes it again, or `{_deletion(mirror)}` deletes it here"
+        )
     is_older = (own.term.number, own.epoch) < (theirs["term"], theirs["epoch"])
-    if not is_older or all(leg.id != mirror.me for leg in own.legs):
+    if not is_older and own.has(mirror.me):
         return None
     return (
         f"the leg here is left over: node {theirs['primary']} has removed it from the mirror while it couldn't be "

@@ -320,6 +320,22 @@ def test_a_node_that_can_have_no_leg_is_not_removed_and_the_legs_are_named() -> 
         assert refused.value.errno == errno.ENOENT
         done = await admin.remove(mirror, "c", force=False)
         assert done == {"removed": [], "left": [], "mirrored": True, "voter": False}, "it may have been done before"
+        assert admin.asked == ["leg.delete"], "or broken off"
+        for answer, result in (
+            ({"deleted": "p/dm"}, {"removed": ["p/dm"]}),
+            (OSError(errno.EINVAL, "leg is missing"), {}),
+            (OSError(errno.ENOTCONN, "away"), {"left": ["what node c may have of a leg of p/dm, which is none any more "
+                                                        "(away)"]}),
+        ):  # fmt: skip
+
+            async def call(node: str, method: str, params: Any, timeout_s: float, said: Any = answer) -> Any:
+                await trio.lowlevel.checkpoint()
+                if isinstance(said, OSError):
+                    raise said
+                return said
+
+            cast("Any", admin.mirrors.peers).call = call
+            assert (await admin.remove(mirror, "c", force=False)).items() >= result.items()
 
     trio.run(main)
 

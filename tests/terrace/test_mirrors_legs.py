@@ -236,6 +236,36 @@ def test_a_node_isnt_drained_of_the_last_leg_that_is_worth_something(states: dic
     trio.run(main)
 
 
+def test_what_a_removal_that_was_broken_off_has_left_is_deleted_where_no_leg_is_named(tmp_path: Any) -> None:
+    """Its primary was killed between the record and the deletion, and knows its id no more."""
+
+    async def main() -> None:
+        pool, record, deleted = OnePool(), first_record("ab"), []
+
+        async def delete_volume(name: str, **how: Any) -> None:
+            await trio.lowlevel.checkpoint()
+            pool.volume.deleted = True
+            deleted.append(name)
+
+        pool.delete_volume = delete_volume  # type: ignore[method-assign]
+        pool.volume.mirror_record = LegRecord("b", promised=record.term, accepted=record).encode()
+        pool.volume.snapshots = 0
+        without = record.next_epoch(legs=record.legs[:1], voters=("a",), in_sync=frozenset("a"))
+        found = mirrors(pool, tmp_path)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(found.run)
+            found.adopt(pool, pool.volume)  # type: ignore[arg-type]
+            call = partial(found.handlers()["leg.delete"], "a")
+            assert await call({"leg": "", "membership": json.loads(encode(record))}) == {"deleted": None}, "it is one"
+            assert deleted == []
+            assert await call({"leg": "", "membership": json.loads(encode(without))}) == {"deleted": "fast/vol"}
+            assert deleted == ["vol"]
+            assert await call({"leg": "", "membership": json.loads(encode(without))}) == {"deleted": None}
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
 @pytest.mark.parametrize("method", ["leg.delete", "leg.discard"])
 def test_who_is_not_the_primary_of_a_leg_by_a_record_as_new_as_its_own_deletes_and_discards_nothing(
     tmp_path: Any, method: str
@@ -331,8 +361,9 @@ def test_a_leg_that_a_later_record_does_not_have_is_left_over_and_one_that_is_be
     async def main() -> None:
         pool, record = OnePool(), first_record("abc")
 
-        async def status(accepted: Membership, epoch: int, legs: str) -> Any:
-            pool.volume.mirror_record = LegRecord("b", promised=record.term, accepted=accepted).encode()
+        async def status(accepted: Membership, epoch: int, legs: str, *, is_new: bool = False) -> Any:
+            own = LegRecord("b", promised=record.term, accepted=accepted, inconsistent=is_new)
+            pool.volume.mirror_record = own.encode()
             pool.volume.snapshots = 0
             found = mirrors(pool, tmp_path)
             theirs = {"primary": "a", "term": 1, "epoch": epoch, "legs": [{"id": leg, "node": leg} for leg in legs]}
@@ -348,7 +379,11 @@ def test_a_leg_that_a_later_record_does_not_have_is_left_over_and_one_that_is_be
         assert said.endswith("`terrace volume delete fast/vol --force` deletes it here")
         assert await status(record, record.epoch + 1, "abc") is None
         assert await status(record, record.epoch, "ac") is None
-        assert await status(first_record("ac"), record.epoch + 1, "ac") is None, "it is being made"
+        # It has the record that removed it, and its primary was killed before it said that it is to go.
+        assert await status(first_record("ac"), record.epoch, "ac") == said
+        being_made = await status(first_record("ac"), record.epoch, "ac", is_new=True)
+        assert being_made.startswith("the leg here is none of the mirror's: it is just being made, or that was broken")
+        assert await status(first_record("ac"), record.epoch, "abc", is_new=True) is None
 
     trio.run(main)
 
