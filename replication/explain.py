@@ -159,9 +159,9 @@ def _orphaned(facts: Facts) -> str | None:
         return None
     nodes = sorted(others)
     have = "have" if len(nodes) > 1 else "has"
-    voice = next((one for one in facts.voters.values() if facts.membership.legs_on(one.node)), None)
     last = ""
-    if voice is None or not voice.inconsistent:  # else it is no state that the volume ever had, and nobody serves it
+    # Else it is no state that the volume ever had, and nobody serves it. It may be no leg by the record here either.
+    if not any(voice.inconsistent for voice in facts.voters.values()):
         last = (
             f"; if it is not, as that pool was lost and made anew, the leg here is the last one, and `terrace volume "
             f"mirror promote {facts.name} --force` serves it"

@@ -406,7 +406,7 @@ class MirrorAdmin:
                 self.mirrors.tell("mirror", mirror.name, f"node {node}, once primary of {mirror.name}, is gone")
             elif not is_uri(node) and node != self.mirrors.node:
                 done |= await self._delete_left_over(mirror, membership, node, snapshots=force)
-            return done | await self._ended_if_alone(mirror, served, done["left"])
+            return done | await self._ended_if_alone(mirror, served, done["left"], node)
         if node == self.mirrors.node:
             raise TierError(
                 errno.EBUSY,
@@ -438,17 +438,23 @@ class MirrorAdmin:
         left = await self._delete_legs(going, served.membership, snapshots=snapshots)
         self.mirrors.tell("mirror", mirror.name, f"the leg of {mirror.name} on {_named(Place(node))} was removed")
         done |= {"removed": [leg.export for leg in going]}
-        return done | await self._ended_if_alone(mirror, served, left)
+        return done | await self._ended_if_alone(mirror, served, left, node)
 
-    async def _ended_if_alone(self, mirror: MirrorPart, served: ServedMirror, left: list[str]) -> dict[str, Any]:
-        """A mirror of one leg, here, that nobody uses is a plain volume afterwards. {left, mirrored}."""
+    async def _ended_if_alone(
+        self, mirror: MirrorPart, served: ServedMirror, left: list[str], removed: str
+    ) -> dict[str, Any]:
+        """A mirror of one leg, here, that nobody uses is a plain volume afterwards. {left, mirrored}.
+
+        `removed`: the node that has had a leg until now, and keeps its promise for as long as there is the mirror.
+        """
         record = served.membership
         if len(record.legs) > 1 or not isinstance(mirror, LocalMirror) or mirror.stood_for.open_count:
             return {"left": left, "mirrored": True}
         tie_breakers = [voter for voter in record.voters if voter not in nodes_of(record.legs)]
         await self.mirrors.dissolve(mirror)
         left = left + await self.mirrors.forget_at_arbiter(record)
-        await self._forget_at((*tie_breakers, self.mirrors.node), record, whole=True)
+        forget = [*tie_breakers, *([] if is_uri(removed) or removed in tie_breakers else [removed])]
+        await self._forget_at((*forget, self.mirrors.node), record, whole=True)
         return {"left": left, "mirrored": False}
 
     async def _delete_left_over(

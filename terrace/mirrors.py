@@ -450,7 +450,11 @@ class Mirrors:
         one, as that was broken off. Raises EEXIST, EPERM for any other one, which has data, or may have.
         """
         mirror = self._mirrors.get(volume)
-        if mirror is None or _mirror_of(mirror) != order.record.mirror or not mirror.keeper.record.inconsistent:
+        is_other = mirror is not None and _mirror_of(mirror) != order.record.mirror
+        if mirror is not None and is_other and await self._is_broken_off(mirror, order.caller):
+            await self._delete_broken_off(mirror)
+            return
+        if mirror is None or is_other or not mirror.keeper.record.inconsistent:
             way_out = "delete or rename that volume first"
             if volume.mirror_record:
                 more = " --snapshots" if volume.snapshots else ""
@@ -468,8 +472,18 @@ class Mirrors:
                 f"node {self.node} has a leg {volume.name} of this mirror that is left over, with snapshots: see "
                 f"whether they are wanted, then, on that node: terrace volume delete {volume.name} --force --snapshots",
             )
+        await self._delete_broken_off(mirror)
+
+    async def _is_broken_off(self, mirror: LocalMirror, node: str) -> bool:
+        """Whether it never became a leg, of a mirror that `node` made, and of which that has nothing any more."""
+        own = mirror.keeper.record
+        if own.accepted is None or not own.inconsistent or own.accepted.has(own.me) or mirror.volume.snapshots:
+            return False
+        return own.accepted.primary == node and await self._is_gone(node, own.accepted)
+
+    async def _delete_broken_off(self, mirror: LocalMirror) -> None:
         await self.delete_local(mirror)
-        self.tell("leg", volume.name, f"{volume.name} was deleted: it was made as a leg, but never became one")
+        self.tell("leg", mirror.name, f"{mirror.name} was deleted: it was made as a leg, but never became one")
 
     async def _judge_arbiter(self, membership: Membership) -> None:
         """That this node asks the same arbiter as the primary, which has its record there. Raises OSError."""

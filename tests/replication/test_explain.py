@@ -72,6 +72,8 @@ def test_a_leg_of_which_all_others_know_nothing_is_called_left_over_and_how_it_g
     assert "mend the way" not in found.paragraph
     half = dataclasses.replace(about, voters=said(record, "b", inconsistent=True))
     assert "promote" not in explain(half).paragraph, "a leg in the middle of a resync is served by nobody"
+    broken_off = dataclasses.replace(half, membership=first_record("a"))
+    assert "left over" in explain(broken_off).paragraph and "promote" not in explain(broken_off).paragraph
     assert str(found.old) in found.paragraph
     # One that only can't be asked may have all of it, and one that has said something isn't all there is.
     for other in (

@@ -220,3 +220,31 @@ def test_a_leg_whose_pool_is_full_is_one_event_and_all_commands_say_why_it_is_ou
         del of_the_leg[0]  # that it was filled at first, which is told a moment later
     assert len(of_the_leg) == 1 and why in of_the_leg[0]
     a.daemon.api("DELETE", "/v1/pools/p/volumes/f?snapshots=1")
+
+
+def test_a_removal_says_what_is_so_however_often_it_is_asked_for_and_leaves_no_promise_for_a_mirror_that_has_ended(
+    pair: Pair,
+) -> None:
+    a, b = pair.a, pair.b
+    pair.create("r")
+    kept = len(list((b.daemon.home / "voters").glob("*.json")))
+    done = {"left": [], "mirrored": False, "voter": False}
+    assert a.daemon.api("DELETE", "/v1/pools/p/volumes/r/mirror/legs/b") == done | {"removed": ["p/r"]}
+    assert a.daemon.api("DELETE", "/v1/pools/p/volumes/r/mirror/legs/b") == done | {"removed": []}
+    said = a.daemon.cli("volume", "mirror", "remove", "p/r", "b", "--yes").stdout
+    assert said == "p/r is not mirrored: nothing was removed.\n"
+    assert len(list((b.daemon.home / "voters").glob("*.json"))) == kept
+    a.daemon.api("DELETE", "/v1/pools/p/volumes/r")
+
+
+def test_a_volume_that_is_in_the_way_of_a_leg_is_told_and_leaves_nothing(pair: Pair) -> None:
+    a, b = pair.a, pair.b
+    pair.both_online()
+    b.daemon.cli("volume", "create", "p/z", "32M")  # what is no leg is in the way, and is told as what it is
+    body = {"name": "z", "size": SIZE, "mirror": [{"node": "b"}]}
+    with pytest.raises(ApiError, match="node b has a volume p/z already: name another pool, or delete or rename that"):
+        a.daemon.api("POST", "/v1/pools/p/volumes", body)
+    assert not any(one["name"] == "p/z" for one in a.daemon.api("GET", "/v1/pools/p/volumes"))
+    b.daemon.api("DELETE", "/v1/pools/p/volumes/z")
+    pair.create("z")
+    a.daemon.api("DELETE", "/v1/pools/p/volumes/z")
