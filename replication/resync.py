@@ -314,6 +314,8 @@ class Resync:
             if touched is not None:
                 self.progress.retries += 1
                 again.extend(_anew(touched, offset + length, tries))
+            if len(self._unread) >= (MAX_UNREAD if self._member.info.kind == "terrace" else MAX_UNREAD_OF_NBD):
+                await self._see_to_unread()  # not within `_bring`, which may hold a lock
             await self._flush_if_due()
             await trio.lowlevel.checkpoint()
 
@@ -385,8 +387,6 @@ class Resync:
                 await self._give(at, BLOCK_BYTES, data)
             else:
                 self._unread[at] = None
-        if len(self._unread) >= (MAX_UNREAD if self._member.info.kind == "terrace" else MAX_UNREAD_OF_NBD):
-            await self._see_to_unread()
         return True
 
     async def _see_to_unread(self) -> None:

@@ -179,6 +179,34 @@ def test_a_write_that_comes_while_a_block_is_given_up_comes_after_that() -> None
     run(body)
 
 
+def test_more_blocks_that_no_leg_can_read_than_are_remembered_are_given_up_beside_busy_writers() -> None:
+    async def body() -> None:
+        settings = ResyncSettings(workers=6, reread_s=(0.05,))
+        rig = Rig(2, in_sync=["lega"], settings=MirrorSettings(resync=settings))
+        rig.known = False
+        rig.store("a").image[:] = bytes([5]) * SIZE
+        bad = set(range(0, SIZE, 2 * BLOCK_BYTES))
+        rig.store("a").lost.update(bad)
+        async with rig.running() as mirror:
+            written: set[int] = set()
+
+            async def write(first: int) -> None:
+                for at in [*range(first, SIZE, 5 * BLOCK_BYTES)] * 3:
+                    written.add(at)
+                    await mirror.write(at, block(99))
+
+            with mock.patch("replication.resync.MAX_UNREAD", 8):
+                async with trio.open_nursery() as writers:
+                    for first in range(4):
+                        writers.start_soon(write, first * BLOCK_BYTES)
+                    await rig.whole()
+            assert rig.store("b").lost == rig.store("a").lost == bad - written
+            for at in set(range(0, SIZE, BLOCK_BYTES)) - rig.store("a").lost:
+                assert rig.store("a").image[at] == rig.store("b").image[at]
+
+    run(body)
+
+
 def test_a_disk_that_fails_for_a_moment_makes_no_loss_of_what_it_has() -> None:
     async def body() -> None:
         rig = Rig(2, in_sync=["lega"])
