@@ -75,6 +75,7 @@ LONG_TRIM_BLOCKS = 16 * FANOUT
 """From here on what snapshots keep of an unmapped range takes more map pages than the weight of a range stands for."""
 LOST_BLOCK = b"lost".ljust(BLOCK_BYTES, b"\0")
 """What is logged in place of a block that is lost. Nobody is ever given it."""
+LOST_CHECK = check_of(LOST_BLOCK)
 MAX_TRIMS = 160
 """So many operations fit a header of one slot."""
 
@@ -966,15 +967,20 @@ class Volume(Reader):
         for block in range(offset >> BLOCK_SHIFT, offset + length >> BLOCK_SHIFT):
             charge = await self._admission(block, 1)
             self._require_alive()
-            # As a write, which is the volume's own, and which then is found damaged: a replay takes both or none that
-            # a flush has covered. No checkpoint of trio in between.
-            self._log_blocks([(block << BLOCK_SHIFT, LOST_BLOCK)], keep_zeroes=True)
-            engine.space.active_charge += charge
-            entry = self.active.get(block)
-            assert entry is not None
-            engine.append_record(Op.LOST, self.id, block, entry[0])
-            engine.relocate(self, block, entry[0], BAD, 0)
+            # As a write, which is the volume's own, and which then is found damaged. Both in one batch: a crash leaves
+            # both or none, and nobody ever reads what was written. No checkpoint of trio from here on.
+            engine.log_room()
+            head = engine.log.head
+            address = head.id << SLOT_BITS | head.used + header_slots_for(2, 1)
+            ops = [self._write_word, block, 1]
+            lost = [Op.LOST << 56 | self.id, block, address]
+            logged_at = engine.log.append(ops + lost, [LOST_CHECK], [LOST_BLOCK])
+            assert logged_at == address
+            self.apply_batch(ops, [LOST_CHECK], address)
+            engine.relocate(self, block, address, BAD, 0)
             engine.losses.add(self.id, block)
+            engine.space.active_charge += charge
+            engine.appended()
 
     async def edge(self, block: int) -> tuple[Entry, bytes]:
         """A block's entry and the bytes that were read through it, to prepare a merge with."""
