@@ -25,7 +25,7 @@ from typing import Final, Protocol
 import trio
 
 from replication.inflight import InFlight, Locks
-from replication.leg import BLOCK_BYTES, EXTENT_BYTES, Leg, LegState
+from replication.leg import BLOCK_BYTES, EXTENT_BYTES, LOST_CHECK, Leg, LegState
 from replication.members import Member, readable
 from replication.mirrorreads import Reads
 from replication.site import Gate
@@ -37,8 +37,6 @@ MAX_BAD: Final = 1024
 MAX_UNMENDABLE: Final = 1024
 AGAIN_S: Final = 60.0
 """So often what no leg could read is tried again."""
-LOST_CHECK: Final = b"\xff" * 8
-"""In `Leg.checks`: the block is lost there, which needs no read to be known."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ RECENT: Final = "recent"
 RECENT_OLD: Final = "recent-old"
 """Names of trackers: what was written since the last flush that all legs have done is in one of the two."""
 MISSING: Final = "missing:"
+LOST_CHECK: Final = b"\xff" * 8
+"""In `Leg.checks`: the block is lost there, which needs no read to be known."""
 
 
 def missing_tracker(leg_id: str) -> str:

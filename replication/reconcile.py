@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import trio
 
-from replication.leg import BLOCK_BYTES, RECENT, RECENT_OLD, Change, Extents, Leg
+from replication.leg import BLOCK_BYTES, LOST_CHECK, RECENT, RECENT_OLD, Change, Extents, Leg
 
 log = logging.getLogger("replication.mirror")
 
@@ -233,6 +233,8 @@ async def _copy_blocks(source: Leg, target: Leg, legs: _Legs, sequence: int, off
                 await submitted(source, sequence, change)
                 where = f"the block at {at} of the leg on {source.info.node}"
                 log.warning("%s couldn't be read, and is the one of %s now", where, stand_in.info.node)
+            elif await check_at(target, at) == LOST_CHECK:
+                continue  # neither of the two hands out anything there: they are equal
             elif legs.are_all and await _who_reads(legs.others, at, memoryview(bytearray(BLOCK_BYTES))) is None:
                 log.error("no leg can read the block at %s; write it anew, or restore it", at)
                 change = Change(at, BLOCK_BYTES, None, lost=True)
@@ -253,6 +255,17 @@ async def _who_reads(legs: Sequence[Leg], offset: int, into: memoryview) -> Leg 
         if await _read(leg, offset, len(into), into):
             return leg
     return None
+
+
+async def check_at(leg: Leg, offset: int) -> bytes | None:
+    """Of one block; None where the leg can't say it. Raises OSError if the leg has failed."""
+    try:
+        return bytes(await leg.checks(offset, BLOCK_BYTES))
+    except OSError:
+        if leg.failure is not None:
+            with told_of(leg):
+                raise
+        return None
 
 
 async def submitted(leg: Leg, sequence: int, change: Change) -> None:

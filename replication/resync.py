@@ -33,8 +33,27 @@ from typing import TYPE_CHECKING, Final, Protocol
 import trio
 
 from replication.inflight import InFlight, Locks, Watch
-from replication.leg import BLOCK_BYTES, EXTENT_BYTES, RECENT, RECENT_OLD, Extents, Leg, LegStore, missing_tracker
-from replication.reconcile import COMPARE_BYTES, PIECE_BYTES, UnreadableError, cut, differing, pieces, ungrouped
+from replication.leg import (
+    BLOCK_BYTES,
+    EXTENT_BYTES,
+    LOST_CHECK,
+    RECENT,
+    RECENT_OLD,
+    Extents,
+    Leg,
+    LegStore,
+    missing_tracker,
+)
+from replication.reconcile import (
+    COMPARE_BYTES,
+    PIECE_BYTES,
+    UnreadableError,
+    check_at,
+    cut,
+    differing,
+    pieces,
+    ungrouped,
+)
 
 if TYPE_CHECKING:
     from replication.members import Member
@@ -417,12 +436,25 @@ class Resync:
                 await site.inflight.settle(offset, BLOCK_BYTES)
                 if offset + BLOCK_BYTES <= site.size_bytes:
                     is_lost = not await self._can_read(offset, data)
-                    if watch.touched or (is_lost and not gives_up):
+                    stays = is_lost and await self._stays(offset)
+                    if watch.touched or (is_lost and not stays and not gives_up):
                         return False
-                    await self._give(offset, BLOCK_BYTES, None if is_lost else data, lost=is_lost)
-                    self.progress.lost_blocks += is_lost
+                    if not stays:
+                        await self._give(offset, BLOCK_BYTES, None if is_lost else data, lost=is_lost)
+                        self.progress.lost_blocks += is_lost
         self._unread.pop(offset, None)
         return True
+
+    async def _stays(self, offset: int) -> bool:
+        """Whether the leg is to keep what it has of a block that no other one can read: it is lost there already, or
+        the map of one of them says by its checksum that it is what should be there."""
+        theirs = await check_at(self._target, offset)
+        if theirs in (None, LOST_CHECK):
+            return theirs is not None
+        for source in self._site.sources():
+            if source.info.kind == "terrace" and await check_at(source, offset) == theirs:
+                return True
+        return False
 
     def _equal(self, start: int, stop: int) -> int:
         """What is between is brought up to date; where the next such range begins."""

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Final
 import trio
 import xxhash
 
-from replication.healing import LOST_CHECK, has_map
+from replication.healing import has_map
 from replication.inflight import EXTENT_SHIFT
-from replication.leg import BLOCK_BYTES, EXTENT_BYTES, Leg, LegState
+from replication.leg import BLOCK_BYTES, EXTENT_BYTES, LOST_CHECK, Leg, LegState
 from replication.reconcile import COMPARE_BYTES, PIECE_BYTES, ungrouped
 
 if TYPE_CHECKING:

@@ -757,6 +757,26 @@ def test_a_block_that_no_leg_in_sync_can_read_keeps_nothing_else_from_being_serv
     run(body)
 
 
+def test_a_block_that_is_lost_on_the_legs_that_are_there_keeps_nobody_waiting_for_the_others() -> None:
+    async def body() -> None:
+        rig = Rig(3)
+        for node in "abc":
+            rig.nodes[node].keeper = FakeKeeper(rig.store(node), f"leg{node}")
+            await rig.nodes[node].keeper.accept(rig.record)
+            rig.store(node).write_now([(0, block(1, 3))])
+        rig.store("a").bad = {0}
+        rig.store("b").lost = {0}
+        rig.nodes["c"].link.cut()
+        async with rig.running() as mirror:
+            assert mirror.status().state is MirrorState.DEGRADED
+            assert await read(rig, BLOCK_BYTES, BLOCK_BYTES) == bytes(block(1))
+            rig.nodes["c"].link.mend()  # which has it, after all
+            await rig.whole()
+            assert await read(rig, 0, BLOCK_BYTES) == bytes(block(1))
+
+    run(body)
+
+
 def test_the_source_has_every_acknowledged_write_or_the_mirror_doesnt_start() -> None:
     class Named:
         def __init__(self, name: str, is_local: bool) -> None:

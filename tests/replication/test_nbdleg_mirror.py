@@ -12,6 +12,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from unittest import mock
+
 import pytest
 import trio
 
@@ -129,6 +131,29 @@ def test_a_block_that_no_leg_can_read_keeps_only_itself_from_the_server_and_says
         await on.mirror.write(4096, bytes(4096))
         await on.mirror.trim(2 * EXTENT_BYTES, 4096)
         await on.in_sync()
+        on.require_equal()
+
+    played(body)
+
+
+def test_a_block_that_is_written_while_nobody_could_read_it_keeps_the_server_out_no_more() -> None:
+    async def body(on: Scene) -> None:
+        await on.mirror.write(0, os.urandom(8 * EXTENT_BYTES))
+        on.mirror.drop(on.member, OSError(errno.EIO, "away"))
+        await on.mirror.write(0, os.urandom(4 * EXTENT_BYTES))
+        store = on.rig.store("a")
+        store.lost.add(0)
+        failures = on.member.counters.failures
+        left = on.rig.store("a").read
+
+        async def read(offset: int, length: int, into: memoryview) -> None:
+            if length == 4096 and offset == 3 * 4096 and store.lost:
+                await on.mirror.write(0, bytes([7]) * 4096)  # just after block 0 was found lost
+            await left(offset, length, into)
+
+        with mock.patch.object(store, "read", read), mock.patch.object(store, "read_now", lambda *_: False):
+            await on.in_sync()
+        assert on.member.counters.failures == failures
         on.require_equal()
 
     played(body)

@@ -848,3 +848,73 @@ def test_a_leg_that_is_lost_again_as_soon_as_it_is_in_sync_is_tried_again_ever_m
             assert trio.current_time() - began < 1, "it had come to stay"
 
     run(body)
+
+
+@pytest.mark.parametrize("where", ["first", "other"])
+def test_what_a_leg_has_by_the_map_of_one_in_sync_is_not_lost_there_though_nobody_else_can_read_it(where: str) -> None:
+    async def body() -> None:
+        rig = Rig(3, in_sync=["lega", "legc"])
+        rig.known = False
+        for node in "abc":
+            rig.store(node).image[:] = bytes([5]) * SIZE
+        if where == "other":  # the first one asked doesn't know any more what was there
+            rig.store("a").lost.add(EXTENT_BYTES)
+            rig.store("c").bad.add(EXTENT_BYTES)
+        else:
+            rig.store("a").bad.add(EXTENT_BYTES)
+            rig.store("c").lost.add(EXTENT_BYTES)
+        async with rig.running() as mirror:
+            await rig.whole()
+            into = memoryview(bytearray(BLOCK_BYTES))
+            await mirror.read(EXTENT_BYTES, BLOCK_BYTES, into)
+            assert into == bytes([5]) * BLOCK_BYTES and not rig.store("b").lost
+
+    run(body)
+
+
+def test_to_be_told_what_third_legs_miss_costs_a_leg_no_block_that_it_alone_can_read() -> None:
+    async def body() -> None:
+        rig = Rig(3)
+        async with rig.running() as mirror:
+            await filled(rig)
+            await mirror.flush()
+            await trio.sleep(5)
+            for node in "bc":
+                rig.nodes[node].link.cut()
+            data = block(7, 16)
+            await mirror.write(2 * EXTENT_BYTES, data)
+            for node in "b":  # it has it all the same, by a copy whose end nobody has heard
+                rig.store(node).image[2 * EXTENT_BYTES : 3 * EXTENT_BYTES] = data
+            rig.store("a").bad.add(2 * EXTENT_BYTES)
+            rig.nodes["b"].link.mend()
+            await rig.until(lambda: member(rig, "b").state is LegState.UP_TO_DATE)
+            assert 2 in trackers_matching(rig.store("b"), missing_tracker("legc"))
+            assert not rig.store("b").lost
+            into = memoryview(bytearray(BLOCK_BYTES))
+            await mirror.read(2 * EXTENT_BYTES, BLOCK_BYTES, into)
+            assert into == data[:BLOCK_BYTES]
+
+    run(body)
+
+
+def test_a_source_that_takes_its_time_for_each_block_that_it_cant_read_is_no_resync_without_progress() -> None:
+    async def body() -> None:
+        rig = Rig(2, in_sync=["lega"], settings=MirrorSettings(resync=ResyncSettings(stalled_s=2.0, workers=1)))
+        rig.known = False
+        store = rig.store("a")
+        store.image[:] = bytes([3]) * SIZE
+        store.bad.update(range(0, EXTENT_BYTES, BLOCK_BYTES))
+        read = store.read
+
+        async def slow(offset: int, length: int, into: memoryview) -> None:
+            if offset in store.bad:
+                await trio.sleep(0.2)
+            await read(offset, length, into)
+
+        with mock.patch.object(store, "read", slow), mock.patch.object(store, "read_now", lambda *_: False):
+            async with rig.running():
+                await rig.whole()
+                assert not member(rig, "b").counters.failures
+                assert len(rig.store("b").lost) == EXTENT_BYTES // BLOCK_BYTES
+
+    run(body)
