@@ -487,6 +487,9 @@ class NbdLeg:
                         self._site.may_owe = True
                     self._fail(error)
                     return
+                except trio.Cancelled:
+                    self._site.may_owe = True  # nobody waits for the answer
+                    raise
                 if self.failure is not None:
                     return
                 self._finish(op)

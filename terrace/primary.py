@@ -537,10 +537,11 @@ class MirrorPart(abc.ABC):
                 self._held = self._node.arbiter.held(membership.mirror, membership.options.lease_s)
             self._lapsed_at = None
             nursery.start_soon(self._heartbeats)
-            if (membership.term.number, membership.epoch) != (1, 0):  # an earlier process may have written there
+            if (membership.term.number, membership.epoch) != (1, 0):
+                # An earlier process may have written there, or another node that was primary since this one was.
                 for info in membership.legs:
-                    if info.kind == "nbd" and info.id not in self.nbd_sites:
-                        self.nbd_sites[info.id] = NbdSite(info, _no_extents, may_owe=True)
+                    if info.kind == "nbd":
+                        self.nbd_sites.setdefault(info.id, NbdSite(info, _no_extents)).may_owe = True
             mirror = ServedMirror(
                 self.name,
                 membership,
