@@ -7,6 +7,9 @@ It is taken by the leg itself, before its record says that it is inconsistent, a
 is in sync again. A crash in between leaves it there, and the next start looks. A pool that is too full to take it, or
 fills up while it is there, goes on without, with an event: that a leg becomes whole comes first. A leg that is new has
 no such state.
+
+Where the leg has lost blocks, as no leg could read them when it was resynced, the snapshot may be all that is left of
+these. Then it stays, until they are written or healed, or the pool needs the space.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import errno
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final, NoReturn
 
 import trio
@@ -28,12 +31,25 @@ TICK_S: Final = 1.0
 RETRY_S: Final = 10.0
 LOW_SHARE: Final = 0.05
 """With less of the pool free than that, the kept state is given up."""
+MAX_KEPT: Final = 4
+"""So many at most stay for what was lost: the oldest ones, which were taken before it was."""
 _NAME = re.compile(r"resync-[0-9]{8}-[0-9]{6}(-[0-9]+)?")
 
 
 def is_kept_state(name: str) -> bool:
     """Whether a snapshot has a name that only resyncs give."""
     return _NAME.fullmatch(name) is not None
+
+
+async def _nothing() -> int:
+    await trio.lowlevel.checkpoint()
+    return 0
+
+
+async def lost_bytes(pool: Pool, volume: Volume) -> int:
+    """So much of a volume can't be read for good. What is known of that survives a crash from then on."""
+    await pool.losses()  # asks the map, and saves
+    return sum(loss.length for loss in pool.losses_of(volume))
 
 
 class KeptState:
@@ -47,12 +63,18 @@ class KeptState:
         is_inconsistent: Callable[[], bool],
         *,
         wanted: bool = True,
+        lost: Callable[[], Awaitable[int]] = _nothing,
     ) -> None:
+        """`lost`: how many bytes of the volume are known to be lost."""
         self._pool = pool
         self._volume = volume
         self._tell = tell
         self._is_inconsistent = is_inconsistent
         self._wanted = wanted
+        self._lost = lost
+        self._stays = False
+        """That it does, for what was lost, was told."""
+        self._looked_at = -RETRY_S
         self._stirred = trio.Event()
         self._refused = ""
         """Why none could be taken, as it was told last: a resync is tried again every few seconds."""
@@ -120,6 +142,11 @@ class KeptState:
                 self._is_early = False
             if found := self.found():
                 if not self._is_inconsistent():
+                    if await self._lost() and not self._is_short():
+                        self._tell_stays(found[0])
+                        found, pause_s = found[MAX_KEPT:], RETRY_S
+                    else:
+                        self._stays = False
                     # Each attempt to begin takes one, and only the newest is of now.
                     if not await self._delete(found[:-1] if self._is_early else found):
                         pause_s = RETRY_S
@@ -133,10 +160,23 @@ class KeptState:
                         )
                     else:
                         pause_s = RETRY_S
+                elif trio.current_time() - self._looked_at >= RETRY_S:
+                    self._looked_at = trio.current_time()
+                    await self._lost()  # so that it is known after a crash, too
                 with trio.move_on_after(pause_s):
                     await stirred.wait()
             else:
                 await stirred.wait()
+
+    def _tell_stays(self, oldest: Snapshot) -> None:
+        if not self._stays:
+            self._stays = True
+            self._tell(
+                "leg",
+                self._volume.name,
+                f"{oldest.name} stays, the state of this leg before its resync: it may have what no leg could read; "
+                f"`terrace volume clone {oldest.name} {self._pool.name}/NAME` makes a volume of it",
+            )
 
     def _is_short(self) -> bool:
         used, capacity = self._pool.use()

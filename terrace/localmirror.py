@@ -11,6 +11,7 @@ declared clean, once nothing can write to it any more.
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import trio
 
@@ -20,7 +21,7 @@ from replication.localleg import LocalLeg, LocalSite
 from replication.membership import LegInfo, Membership
 from replication.replica import Replica
 from terrace.exports import StoodFor
-from terrace.keptstate import KeptState, is_kept_state
+from terrace.keptstate import KeptState, is_kept_state, lost_bytes
 from terrace.legstore import PoolLegStore
 from terrace.primary import MirrorPart, Surroundings
 from tiers import Pool, Snapshot, Volume
@@ -41,7 +42,9 @@ class LocalMirror(MirrorPart):
             self._store, LegRecord.decode(volume.mirror_record), node=node.peers.node, boot=node.boot
         )
         self.kept = KeptState(
-            pool, volume, node.tell, lambda: self.keeper.record.inconsistent, wanted=node.keep_before_resync
+            *(pool, volume, node.tell, lambda: self.keeper.record.inconsistent),
+            wanted=node.keep_before_resync,
+            lost=partial(lost_bytes, pool, volume),
         )
         self.keeper.before_overwritten = self.kept.take
         self.keeper.whole_again = self.kept.served

@@ -256,3 +256,35 @@ def test_where_it_isnt_wanted_none_is_taken() -> None:
 def test_what_people_call_their_snapshots_is_theirs(name: str) -> None:
     assert not is_kept_state(name)
     assert is_kept_state("resync-20261130-120000") and is_kept_state("resync-20261130-120000-2")
+
+
+def test_it_stays_while_the_leg_lacks_what_no_leg_could_read_and_the_pool_has_room() -> None:
+    async def main() -> None:
+        for ends_by in ("healed", "full"):
+            scene, lost = Scene(), 0
+
+            async def lost_bytes() -> int:
+                await trio.lowlevel.checkpoint()
+                return lost  # noqa: B023
+
+            scene.kept._lost = lost_bytes
+            async with scene.running():
+                for _ in range(6):  # each resync takes one
+                    await scene.begin()
+                    await trio.sleep(5)
+                    lost = 4096
+                    await scene.end()
+                    await trio.sleep(100)
+                    scene.membership = scene.keeper.record.accepted.next_epoch(in_sync=frozenset("a"))  # type: ignore[union-attr]
+                    if len(scene.pool.taken) == 1:
+                        oldest = scene.pool.taken[0].short_name
+                assert len(scene.pool.taken) == 4 and scene.pool.taken[0].short_name == oldest
+                assert len(scene.told) == 1 and f"p/v@{oldest} stays" in scene.told[0]
+                if ends_by == "healed":
+                    lost = 0
+                else:
+                    scene.pool.free = 4
+                await trio.sleep(20)
+                assert scene.pool.taken == []
+
+    run(main)

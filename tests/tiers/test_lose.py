@@ -121,7 +121,7 @@ def test_what_was_lost_is_lost_after_a_kill_too_and_only_that() -> None:
 
 
 def powerless_life(seed: int) -> int:
-    """Each block is written, lost, written, ...; the power is cut somewhere. How often one was found lost afterwards."""
+    """Blocks are written and lost, and the power is cut somewhere; how often one was found lost afterwards."""
     machine = Machine((Disk("fast", 96),), seed=seed, settings=QUIET)
     rng = random.Random(seed)
     since: dict[int, list[bytes | None]] = {at: [bytes(BLOCK_BYTES)] for at in range(8)}
@@ -147,9 +147,9 @@ def powerless_life(seed: int) -> int:
                 since[at].append(None)
                 await volume.lose(at * BLOCK_BYTES, BLOCK_BYTES)
             elif what == "flush":
-                now = {one: may[-1] for one, may in since.items()}
+                flushed = {one: may[-1:] for one, may in since.items()}
                 await volume.flush()
-                since.update({one: [held] for one, held in now.items()})
+                since.update(flushed)
             elif what == "checkpoint":
                 await pool.checkpoint()
             elif len(volume.snapshots) < 3:

@@ -1,0 +1,58 @@
+"""Two real daemons mirror a volume, and a block of it can be read nowhere: all else is mirrored, and what the other leg
+had there before isn't thrown away."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.system.nbdclient import Connection
+from tests.system.test_mirror import Node, Pair, until
+from tests.system.test_mirror_map import DATA, MIB, pair
+from tests.system.test_scrub import flip
+
+__all__ = ["pair"]
+pytestmark = pytest.mark.system
+LOST = (0, 64 << 10)
+
+
+def rot(node: Node, block: bytes) -> None:
+    """On its device."""
+    path = node.daemon.home / "device"
+    held = path.read_bytes()
+    assert held.count(block) == 1
+    flip(path, held.find(block) + 1000)
+
+
+def test_a_leg_that_comes_back_is_up_to_date_without_what_the_primary_can_read_no_more(pair: Pair) -> None:
+    a, b = pair.a, pair.b
+    b.daemon.kill()
+    new = random.Random(2).randbytes(MIB)
+    with a.connect() as client:
+        client.write(0, new)
+        client.flush()
+    until(lambda: a.legs()["b"] != "UpToDate")
+    for at in LOST:
+        rot(a, new[at : at + 4096])
+    b.daemon.start()
+    a.wait_for({"a": "UpToDate", "b": "UpToDate"})
+    until(lambda: any("no leg of p/v can read bytes 0-4095, 65536-69631" in text for text in a.events()))
+    until(lambda: any("stays, the state of this leg before its resync" in text for text in b.events()))
+    repair = a.daemon.cli("volume", "mirror", "verify", "p/v", "--full", "--repair", status=1)
+    assert "16384 bytes can't be read, 0 of them are healed" in " ".join(repair.stdout.split())
+    assert "the block was lost" in b.daemon.cli("pool", "check", "p", "--full", status=1).stdout
+    (kept,) = [one["snapshot"] for one in b.daemon.api("GET", "/v1/pools/p/snapshots")]
+    with Connection(b.daemon.socket, f"p/v@{kept}") as client:
+        assert client.read(0, len(DATA)) == DATA
+    with a.connect() as client:
+        assert client.read(4096, LOST[1] - 4096) == new[4096 : LOST[1]]
+        for at in LOST:
+            with pytest.raises(OSError):
+                client.read(at, 4096)
+            client.write(at, new[at : at + 4096])
+        client.flush()
+        assert client.read(0, MIB) == new
+    assert "equal." in a.daemon.cli("volume", "mirror", "verify", "p/v", "--full").stdout
+    for node in (a, b):
+        assert "is sound" in node.daemon.cli("pool", "check", "p", "--full").stdout
