@@ -24,6 +24,7 @@ from typing import Final, NoReturn
 import trio
 
 from tiers import Pool, Snapshot, Volume
+from tiers.layout import BAD, BLOCK_SHIFT
 
 log = logging.getLogger("terraced")
 
@@ -31,6 +32,7 @@ TICK_S: Final = 1.0
 RETRY_S: Final = 10.0
 LOW_SHARE: Final = 0.05
 """With less of the pool free than that, the kept state is given up."""
+PIECE_BLOCKS: Final = 4096
 MAX_KEPT: Final = 4
 """So many at most stay for what was lost: the oldest ones, which were taken before it was."""
 _NAME = re.compile(r"resync-[0-9]{8}-[0-9]{6}(-[0-9]+)?")
@@ -41,15 +43,24 @@ def is_kept_state(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-async def _nothing() -> int:
+async def _nothing(snapshot: Snapshot) -> bool:
     await trio.lowlevel.checkpoint()
-    return 0
+    return False
 
 
-async def lost_bytes(pool: Pool, volume: Volume) -> int:
-    """So much of a volume can't be read for good. What is known of that survives a crash from then on."""
+async def has_lost(pool: Pool, volume: Volume, snapshot: Snapshot) -> bool:
+    """Whether a snapshot has a block that its volume has lost. What is known of that survives a crash from then on."""
     await pool.losses()  # asks the map, and saves
-    return sum(loss.length for loss in pool.losses_of(volume))
+    for loss in pool.losses_of(volume):
+        first, stop = loss.offset >> BLOCK_SHIFT, loss.offset + loss.length >> BLOCK_SHIFT
+        for at in range(first, stop, PIECE_BLOCKS):
+            try:
+                addresses, _ = await snapshot.entries(at, min(PIECE_BLOCKS, stop - at))
+            except OSError:
+                continue  # a damaged page of its map
+            if any(address > BAD for address in addresses):
+                return True
+    return False
 
 
 class KeptState:
@@ -63,15 +74,15 @@ class KeptState:
         is_inconsistent: Callable[[], bool],
         *,
         wanted: bool = True,
-        lost: Callable[[], Awaitable[int]] = _nothing,
+        has_lost: Callable[[Snapshot], Awaitable[bool]] = _nothing,
     ) -> None:
-        """`lost`: how many bytes of the volume are known to be lost."""
+        """`has_lost`: whether a snapshot has what the volume has lost."""
         self._pool = pool
         self._volume = volume
         self._tell = tell
         self._is_inconsistent = is_inconsistent
         self._wanted = wanted
-        self._lost = lost
+        self._has_lost = has_lost
         self._stays = False
         """That it does, for what was lost, was told."""
         self._looked_at = -RETRY_S
@@ -142,13 +153,11 @@ class KeptState:
                 self._is_early = False
             if found := self.found():
                 if not self._is_inconsistent():
-                    if await self._lost() and not self._is_short():
-                        self._tell_stays(found[0])
-                        found, pause_s = found[MAX_KEPT:], RETRY_S
-                    else:
-                        self._stays = False
+                    stays = [] if self._is_short() else [one for one in found if await self._has_lost(one)][:MAX_KEPT]
+                    self._tell_stays(stays)
                     # Each attempt to begin takes one, and only the newest is of now.
-                    if not await self._delete(found[:-1] if self._is_early else found):
+                    over = [one for one in (found[:-1] if self._is_early else found) if one not in stays]
+                    if not await self._delete(over) or stays:
                         pause_s = RETRY_S
                 elif self._is_short():
                     if await self._delete(found):
@@ -162,15 +171,16 @@ class KeptState:
                         pause_s = RETRY_S
                 elif trio.current_time() - self._looked_at >= RETRY_S:
                     self._looked_at = trio.current_time()
-                    await self._lost()  # so that it is known after a crash, too
+                    await self._has_lost(found[0])  # so that it is known after a crash, too
                 with trio.move_on_after(pause_s):
                     await stirred.wait()
             else:
                 await stirred.wait()
 
-    def _tell_stays(self, oldest: Snapshot) -> None:
-        if not self._stays:
-            self._stays = True
+    def _tell_stays(self, stays: list[Snapshot]) -> None:
+        was, self._stays = self._stays, bool(stays)
+        if stays and not was:
+            oldest = stays[0]
             self._tell(
                 "leg",
                 self._volume.name,

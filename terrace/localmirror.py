@@ -21,7 +21,7 @@ from replication.localleg import LocalLeg, LocalSite
 from replication.membership import LegInfo, Membership
 from replication.replica import Replica
 from terrace.exports import StoodFor
-from terrace.keptstate import KeptState, is_kept_state, lost_bytes
+from terrace.keptstate import KeptState, has_lost, is_kept_state
 from terrace.legstore import PoolLegStore
 from terrace.primary import MirrorPart, Surroundings
 from tiers import Pool, Snapshot, Volume
@@ -44,7 +44,7 @@ class LocalMirror(MirrorPart):
         self.kept = KeptState(
             *(pool, volume, node.tell, lambda: self.keeper.record.inconsistent),
             wanted=node.keep_before_resync,
-            lost=partial(lost_bytes, pool, volume),
+            has_lost=partial(has_lost, pool, volume),
         )
         self.keeper.before_overwritten = self.kept.take
         self.keeper.whole_again = self.kept.served

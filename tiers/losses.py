@@ -85,14 +85,14 @@ class Losses:
         """Ask the maps of volumes and snapshots which of these blocks are lost still."""
         there = {volume.id: volume for volume in volumes}
         before = self._ranges
-        known = list(before.items())
+        known = {volume_id: list(zip(r.starts, r.ends, strict=True)) for volume_id, r in before.items()}
         fresh: dict[int, RangeSet] = {}
-        for volume_id, ranges in known:
+        for volume_id, ranges in known.items():
             volume = there.get(volume_id)
             if volume is None:
                 continue
             kept = fresh[volume_id] = RangeSet()
-            for start, end in list(zip(ranges.starts, ranges.ends, strict=True)):
+            for start, end in ranges:
                 at, stop = start, min(end, (volume.size_bytes - 1 >> BLOCK_SHIFT) + 1)
                 while at < stop:
                     count = min(PIECE_BLOCKS, stop - at)
@@ -104,7 +104,8 @@ class Losses:
                         if address == BAD:
                             kept.add(at + i, at + i + 1)
                     at += count
-        if self._ranges is not before or [(i, len(r)) for i, r in known] != [(i, len(r)) for i, r in before.items()]:
+        now = {volume_id: list(zip(r.starts, r.ends, strict=True)) for volume_id, r in before.items()}
+        if self._ranges is not before or now != known:
             return  # something came meanwhile: next time
         fresh = {volume_id: ranges for volume_id, ranges in fresh.items() if ranges}
         pairs = {volume_id: (r.starts, r.ends) for volume_id, r in fresh.items()}

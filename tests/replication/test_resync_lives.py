@@ -96,7 +96,7 @@ def life(seed: int) -> None:
             assert images[0] == images[1] == images[2], f"seed {seed}: legs in sync differ"
             for block, numbers in may_be.items():
                 found = images[0][block * BLOCK_BYTES]
-                is_lost = block * BLOCK_BYTES in lost  # as its source couldn't read it when each of the others came back
+                is_lost = block * BLOCK_BYTES in lost  # the source couldn't read it when others came back
                 assert is_lost or found in numbers, f"seed {seed}, block {block}: {found}, not {numbers}"
 
     run(body)

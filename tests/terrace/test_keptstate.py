@@ -263,11 +263,11 @@ def test_it_stays_while_the_leg_lacks_what_no_leg_could_read_and_the_pool_has_ro
         for ends_by in ("healed", "full"):
             scene, lost = Scene(), 0
 
-            async def lost_bytes() -> int:
+            async def has_lost(snapshot: Any) -> bool:
                 await trio.lowlevel.checkpoint()
-                return lost  # noqa: B023
+                return bool(lost)  # noqa: B023
 
-            scene.kept._lost = lost_bytes
+            scene.kept._has_lost = has_lost
             async with scene.running():
                 for _ in range(6):  # each resync takes one
                     await scene.begin()

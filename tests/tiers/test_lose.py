@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import random
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -13,7 +14,8 @@ from tests.tiers.helpers import QUIET, block, fresh_pool, read, run
 from tiers import Pool, Volume
 from tiers.changes import EXTENT_BYTES, ChangedExtents
 from tiers.extents import LOST_CHECK
-from tiers.layout import BLOCK_BYTES, MIB
+from tiers.layout import BAD, BLOCK_BYTES, MIB
+from tiers.losses import Losses
 from tiers.snapshot import Snapshot
 
 
@@ -173,3 +175,21 @@ def powerless_life(seed: int) -> int:
 
 def test_a_power_cut_leaves_a_block_lost_or_what_it_was_and_never_what_stood_in_for_it() -> None:
     assert sum(powerless_life(seed) for seed in range(30)) > 50
+
+
+def test_what_is_lost_while_the_list_is_asked_of_the_map_stays_on_the_list() -> None:
+    losses = Losses()
+    losses.add(1, 0)
+
+    class Asked:
+        id, name, size_bytes = 1, "p/v", MIB
+
+        async def entries(self, block: int, count: int) -> tuple[list[int], list[int]]:
+            losses.add(1, 7)
+            return [BAD] * count, [0] * count
+
+    async def body() -> None:
+        await losses.refresh([cast(Volume, Asked())])
+        assert [loss.offset for loss in losses.listed([cast(Volume, Asked())])] == [0, 7 * BLOCK_BYTES]
+
+    run(body)
