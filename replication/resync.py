@@ -402,6 +402,7 @@ class Resync:
             is_read = await self._can_read(at, data)
             if watch.touched:
                 return False
+            self._rereads += 1
             if is_read:
                 await self._give(at, BLOCK_BYTES, data)
             else:

@@ -899,7 +899,11 @@ def test_to_be_told_what_third_legs_miss_costs_a_leg_no_block_that_it_alone_can_
 
 def test_a_source_that_takes_its_time_for_each_block_that_it_cant_read_is_no_resync_without_progress() -> None:
     async def body() -> None:
-        rig = Rig(2, in_sync=["lega"], settings=MirrorSettings(resync=ResyncSettings(stalled_s=2.0, workers=1)))
+        rig = Rig(
+            2,
+            in_sync=["lega"],
+            settings=MirrorSettings(resync=ResyncSettings(stalled_s=2.0, workers=1, reread_s=(0.1,))),
+        )
         rig.known = False
         store = rig.store("a")
         store.image[:] = bytes([3]) * SIZE
