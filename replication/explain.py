@@ -69,6 +69,8 @@ class Facts:
     """Why the arbiter doesn't answer this node, where the mirror has one."""
     map_damage: Mapping[str, str] = field(default_factory=dict)
     """By leg id: the sentence about its damaged map, with the next step."""
+    unreadable: str = ""
+    """What no leg could read when that was tried last, in words."""
     deposed: Term | None = None
     """This node was primary until a promise for this term fenced it."""
     left_behind: str | None = None
@@ -106,6 +108,11 @@ def explain(facts: Facts) -> Explanation:
     state = mirror_state(legs.values(), is_served=served) if known else MirrorState.UNKNOWN
     headline = _headline(facts, state, legs)
     damage = [f"{text[:1].upper()}{text[1:]}." for text in facts.map_damage.values()]
+    if facts.unreadable:
+        damage.append(
+            f"But no leg could read {facts.unreadable}: restore them from a backup, or write them anew (a leg is asked "
+            "again each minute)."
+        )
     sentences = [headline, *_about_legs(facts, legs), *damage, _about_arbiter(facts, served)]
     if facts.left_behind is not None:
         sentences.insert(0, f"{facts.name} is not served here: {facts.left_behind.rstrip('.')}.")

@@ -179,6 +179,9 @@ async def reconcile(
                             continue
                     sequence += 1
                     await submitted(leg, sequence, Change(at, count, data))
+    if legs.lost:
+        what = f"{len(legs.lost):,} block(s), the first at {legs.lost[0]:,}"
+        log.error("no leg can read %s; write them anew, or restore them", what)
     for leg in (source, *others):
         with told_of(leg):
             await leg.flush()
@@ -210,6 +213,8 @@ class _Legs:
     others: Sequence[Leg]
     are_all: bool
     """No other leg is in sync."""
+    lost: list[int] = field(default_factory=list)
+    """Offsets of blocks that none of them can read."""
     pauses_s: list[float] = field(default_factory=lambda: [*REREAD_S])
     """That are left, before what can't be read is tried again: clients wait."""
 
@@ -236,7 +241,7 @@ async def _copy_blocks(source: Leg, target: Leg, legs: _Legs, sequence: int, off
             elif await check_at(target, at) == LOST_CHECK:
                 continue  # neither of the two hands out anything there: they are equal
             elif legs.are_all and await _who_reads(legs.others, at, memoryview(bytearray(BLOCK_BYTES))) is None:
-                log.error("no leg can read the block at %s; write it anew, or restore it", at)
+                legs.lost.append(at)
                 change = Change(at, BLOCK_BYTES, None, lost=True)
             else:
                 raise OSError(

@@ -14,7 +14,7 @@ import base64
 import binascii
 import errno
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final, NoReturn
 
 import trio
@@ -22,7 +22,7 @@ import trio
 from replication.damage import Damage, Done, Ranges, heal_told, judge_done, judge_ranges
 from replication.leg import BLOCK_BYTES
 from terrace.localmirror import LocalMirror
-from terrace.mirrorwords import about_map
+from terrace.mirrorwords import about_map, ranges_in_words
 from terrace.peers import Peers
 from terrace.primary import MirrorPart, ServedMirror, Tell
 from tiers.layout import check_of
@@ -35,7 +35,6 @@ WATCH_S: Final = 0.5
 LOST_S: Final = 2.0
 QUIET_S: Final = 10.0
 """Blocks that were healed are told once in this time, and counted together."""
-NAMED_RANGES: Final = 5
 
 
 class LegMender:
@@ -204,19 +203,6 @@ class _Counted:
         """The counters of legs begin anew, as the mirror does."""
         for key in [key for key in self._seen if key]:
             del self._seen[key]
-
-
-def ranges_in_words(offsets: Iterable[int]) -> str:
-    """Blocks at these offsets, in order, as ranges; the first few."""
-    runs: list[tuple[int, int]] = []
-    for offset in offsets:
-        if runs and runs[-1][1] == offset:
-            runs[-1] = runs[-1][0], offset + BLOCK_BYTES
-        else:
-            runs.append((offset, offset + BLOCK_BYTES))
-    named = ", ".join(f"{start}-{stop - 1}" for start, stop in runs[:NAMED_RANGES])
-    more = f" and {len(runs) - NAMED_RANGES} more ranges" if len(runs) > NAMED_RANGES else ""
-    return f"bytes {named}{more}"
 
 
 def _bytes_of(answer: Any) -> bytes | None:

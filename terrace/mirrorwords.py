@@ -5,19 +5,21 @@ All that people read of a mirror at a node that doesn't serve it comes from here
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
 
 from replication.cluster import VoterState
 from replication.explain import GIVE_UP_MAP, Explanation, Facts, Progress, explain
 from replication.healing import map_is_damaged, new_leg
-from replication.leg import LegState, MirrorState
+from replication.leg import BLOCK_BYTES, LegState, MirrorState
 from replication.lineage import are_apart
 from replication.members import LegStatus, MirrorStatus
 from replication.membership import Membership
 from replication.promotion import Refused
 from terrace.localmirror import LocalMirror
 from terrace.primary import MirrorPart
+
+NAMED_RANGES: Final = 5
 
 
 def known_record(mirror: MirrorPart) -> Membership:
@@ -121,6 +123,7 @@ def explained(
                 for leg in legs
                 if seen is not None and (notice := map_notice(name or mirror.name, status["node"], seen, leg))
             },
+            unreadable="" if served is None else ranges_in_words(sorted(served.healing.unmendable)),
             left_behind=problem if mirror.is_left_behind else None,
             leg_here=mirror.me,
             gone=gone,
@@ -155,3 +158,16 @@ def _deletion(mirror: MirrorPart) -> str:
         return ""
     more = " --snapshots" if mirror.volume.snapshots else ""
     return f"terrace volume delete {mirror.name} --force{more}"
+
+
+def ranges_in_words(offsets: Iterable[int]) -> str:
+    """Blocks at these offsets, in order, as ranges; the first few. Empty for none."""
+    runs: list[tuple[int, int]] = []
+    for offset in offsets:
+        if runs and runs[-1][1] == offset:
+            runs[-1] = runs[-1][0], offset + BLOCK_BYTES
+        else:
+            runs.append((offset, offset + BLOCK_BYTES))
+    named = ", ".join(f"{start}-{stop - 1}" for start, stop in runs[:NAMED_RANGES])
+    more = f" and {len(runs) - NAMED_RANGES} more ranges" if len(runs) > NAMED_RANGES else ""
+    return f"bytes {named}{more}" if runs else ""

@@ -307,6 +307,12 @@ def test_a_mirror_whose_primary_is_gone_and_that_etcd_decides_about() -> None:
     assert "The arbiter, etcd, can't be asked: silent." in found.paragraph
 
 
+def test_what_no_leg_can_read_is_named_though_all_are_up_to_date() -> None:
+    state = facts(AB, serving=True, connected=frozenset("ab"), voters=said(AB, "a", "b"), unreadable="bytes 0-4095")
+    assert "But no leg could read bytes 0-4095: restore them from a backup, or write" in explain(state).paragraph
+    assert "no leg could" not in explain(dataclasses.replace(state, unreadable="")).paragraph
+
+
 def test_a_leg_with_a_damaged_map_is_named_with_the_next_step_though_it_is_up_to_date() -> None:
     damage = {"b": "the map of the leg of fast/vol on node b is damaged: make it anew"}
     found = explain(facts(AB, serving=True, connected=frozenset("ab"), voters=said(AB, "a", "b"), map_damage=damage))

@@ -12,7 +12,8 @@ import pytest
 import trio
 import trio.testing
 
-from terrace.mending import QUIET_S, LegMender, heal_leg, ranges_in_words, read_block
+from terrace.mending import QUIET_S, LegMender, heal_leg, read_block
+from terrace.mirrorwords import ranges_in_words
 from tests.replication.fakes import MemoryExtents
 from tests.replication.stores import first_record
 from tests.terrace.helpers_mending import FakePeers
