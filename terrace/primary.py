@@ -691,7 +691,11 @@ class MirrorPart(abc.ABC):
 
     async def _connect_nbd(self, info: LegInfo, membership: Membership) -> Leg:
         await self._require_fenced(info, membership)
-        site = self.nbd_sites.setdefault(info.id, NbdSite(info, _no_extents))
+        site = self.nbd_sites.get(info.id)
+        if site is None:
+            # A leg that was removed may have been on this server, whatever its URI was.
+            may_owe = any(not membership.has(leg_id) for leg_id in self.nbd_sites)
+            site = self.nbd_sites[info.id] = NbdSite(info, _no_extents, may_owe=may_owe)
         return await site.open(
             *(self._servers, membership.size_bytes),
             timeout_s=membership.options.timeout_s,
