@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from tests.simulation.oracle import BLOCK, Model, Op, OracleError, read_what_can_be
+from tests.simulation.oracle import BLOCK, LOST, Model, Op, OracleError, lost_blocks, read_what_can_be
 from tiers import Pool, TierError
 from tiers.snapshot import DIFF_CONTEXT, Snapshot
 
@@ -58,6 +58,13 @@ class Version:
                 for at in range(offset // BLOCK * BLOCK, offset + len(data), BLOCK):
                     version.others.setdefault(at // BLOCK, []).append(bytes(state[at : at + BLOCK]))
         return version
+
+    def may_be_lost(self, offset: int, length: int) -> bool:
+        """Whether a block is or may be lost that a range touches."""
+        blocks = range(offset // BLOCK, -(-(offset + length) // BLOCK))
+        return bool(lost_blocks(self.content, offset, length)) or any(
+            LOST[: len(other)] == other for block in blocks for other in self.others.get(block, ())
+        )
 
     def judge(self, found: bytes | bytearray, *, offset: int = 0, unreadable: Collection[int] = ()) -> None:
         """These bytes, from a block's beginning on, were read. Raises OracleError unless they are what it holds."""
@@ -205,7 +212,7 @@ class Historian:
                 copy.deepcopy(model).judge(
                     found,
                     everything=self.driver.everything,
-                    unreadable=unreadable,
+                    unreadable=unreadable if self.driver.reads_may_fail else (),
                     policy=volume.policy_name,
                     filling=volume.filling,
                 )
@@ -227,12 +234,12 @@ class Historian:
         if snapshot.size_bytes != len(version.content):
             raise OracleError(f"{snapshot.name} has {snapshot.size_bytes} bytes, expected {len(version.content)}")
         found, unreadable = await read_what_can_be(snapshot)
-        if unreadable and not self.driver.reads_may_fail:
+        if unreadable and not (self.driver.reads_may_fail or self.driver.loses):
             raise OracleError(f"{snapshot.name}: {sorted(unreadable)[:8]} can't be read, and no read ever failed")
         try:
-            version.judge(found, unreadable=unreadable)
+            version.judge(found, unreadable=unreadable if self.driver.reads_may_fail else ())
         except OracleError as error:
-            raise OracleError(f"{snapshot.name}: {error}") from None
+            raise OracleError(f"{snapshot.name}: {error}; unreadable: {sorted(unreadable)[:8]}") from None
 
     # -- load ----------------------------------------------------------------------------------------------------------
 
@@ -296,7 +303,7 @@ class Historian:
             if rng.random() < 0.5 or not snapshot.read_now(offset, length, memoryview(into)):
                 await snapshot.read(offset, length, memoryview(into))
         except TierError:
-            if self.driver.machine.is_off or not self.driver.reads_may_fail:
+            if self.driver.machine.is_off or not (self.driver.reads_may_fail or version.may_be_lost(offset, length)):
                 raise
             self.driver.read_errors += 1
             return

@@ -6,11 +6,16 @@ returned. The operation at which the prefix ends may be there in part, in whole 
 returned), and so may one that a device refused. A resize, another policy, or the mark of being filled,
 is there or not. A block that a device
 lost is an error to its readers, never other bytes.
+
+So is a block that was given up (`Volume.lose`), until it is written or trimmed: that is an operation like any other. In
+a model it holds `LOST`, bytes that nobody writes, and so it does in what is found where a block can't be read. What was
+given up must be found so, and nothing else may be, unless the run has devices that fail.
 """
 
 from __future__ import annotations
 
 import errno
+import random
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +25,8 @@ from tiers.reader import Reader
 
 BLOCK = 4096
 Changes = list[tuple[int, bytes]]
+LOST = random.Random("lost").randbytes(BLOCK)
+"""What a block holds that is an error to its readers: the whole of it, or so much as the volume's end leaves of it."""
 
 
 class OracleError(AssertionError):
@@ -43,7 +50,11 @@ class Op:
             if self.size < len(content):
                 del content[self.size :]
             else:
-                content.extend(bytes(self.size - len(content)))
+                old = len(content)
+                content.extend(bytes(self.size - old))
+                last = old // BLOCK * BLOCK
+                if last < old and content[last:old] == LOST[: old - last]:  # the rest of a lost block is lost as well
+                    content[last : last + BLOCK] = LOST[: len(content) - last]
         for offset, data in self.changes:
             content[offset : offset + len(data)] = data
 
@@ -204,8 +215,18 @@ async def read_all(volume: Reader) -> bytes:
     return bytes(into)
 
 
+def lost_blocks(content: bytes | bytearray, offset: int = 0, length: int | None = None) -> set[int]:
+    """The blocks of a model's content, or those that a range of it touches, that are lost."""
+    end = len(content) if length is None else min(offset + length, len(content))
+    return {
+        at // BLOCK
+        for at in range(offset // BLOCK * BLOCK, end, BLOCK)
+        if content[at : at + BLOCK] == LOST[: len(content) - at]
+    }
+
+
 async def read_what_can_be(volume: Reader) -> tuple[bytes, set[int]]:
-    """The whole volume or snapshot, and which of its blocks are errors."""
+    """The whole volume or snapshot, and which of its blocks are errors: these read as `LOST` here."""
     try:
         return await read_all(volume), set()
     except TierError as error:
@@ -218,6 +239,7 @@ async def read_what_can_be(volume: Reader) -> tuple[bytes, set[int]]:
             await volume.read(at, len(found[at : at + BLOCK]), memoryview(found)[at : at + BLOCK])
         except TierError:
             unreadable.add(at // BLOCK)
+            found[at : at + BLOCK] = LOST[: len(found) - at]
     return bytes(found), unreadable
 
 

@@ -28,10 +28,12 @@ from tests.simulation.historian import Historian
 from tests.simulation.machine import SEGMENT_BYTES, Disk, Machine, PowerCutError
 from tests.simulation.oracle import (
     BLOCK,
+    LOST,
     Changes,
     Model,
     Op,
     OracleError,
+    lost_blocks,
     read_what_can_be,
     require_sound,
 )
@@ -92,6 +94,10 @@ class Driver:
         self.devices_change = False
         """Devices come and go, in good order and otherwise."""
         self.devices_lost = 0
+        self.loses = False
+        """Clients give blocks up."""
+        self.found_lost = 0
+        """Blocks of volumes that were found lost after an open, as they had to be."""
         self.evacuated = 0
         self._device_count = len(machine.media)
         self._crashed = False
@@ -126,27 +132,57 @@ class Driver:
         self._require_remembered_poison(pool)
         for name, model in self.models.items():
             found, unreadable = await read_what_can_be(pool.volume(name))
-            if unreadable and not self.reads_may_fail:
+            if unreadable and not (self.reads_may_fail or self.loses):
                 raise OracleError(f"{name}: blocks {sorted(unreadable)[:8]} can't be read, and no read ever failed")
             try:
                 volume = pool.volume(name)
                 model.judge(
                     found,
                     everything=self.everything,
-                    unreadable=unreadable,
+                    unreadable=unreadable if self.reads_may_fail else (),
                     policy=volume.policy_name,
                     filling=volume.filling,
                 )
             except OracleError as error:
-                raise OracleError(f"{name}: {error}") from None
+                raise OracleError(f"{name}: {error}; unreadable: {sorted(unreadable)[:8]}") from None
+            self.found_lost += len(lost_blocks(model.content)) if self.loses else 0
         if self.historian is not None:
             await self.historian.judge(pool)
         if self.follower is not None:
             self.follower.judge(pool)
         await require_sound(pool, known=self._known_problems())
+        if self.loses and not self.reads_may_fail and pool.status().state == "online":
+            await self._judge_list(pool)
         if self._crashed:
             self.cycles += 1
             self._crashed = False
+
+    async def _judge_list(self, pool: Pool) -> None:
+        """What was given up is on the list of what is lost, and nothing else is; a check has just made that."""
+        listed = await self._listed(pool)
+        for reader in self._readers(pool):
+            lost = lost_blocks(self._content_of(reader))
+            own = listed.get(reader.name, set())
+            seen = set().union(*(listed.get(one.name, set()) for one in _line_of(reader)))
+            # Past the end of a volume nothing is listed, though others look through its map there as well.
+            end = min(one.size_bytes for one in _line_of(reader)) // BLOCK
+            if not own <= lost or not {block for block in lost if block < end} <= seen:
+                raise OracleError(f"{reader.name}: listed as lost {sorted(own)[:9]}, given up {sorted(lost)[:9]}")
+
+    @staticmethod
+    async def _listed(pool: Pool) -> dict[str, set[int]]:
+        listed: dict[str, set[int]] = {}
+        for loss in await pool.losses():
+            blocks = {at // BLOCK for at in range(loss.offset, loss.offset + loss.length, BLOCK)}
+            listed.setdefault(loss.volume, set()).update(blocks)
+        return listed
+
+    def _content_of(self, reader: Volume | Snapshot) -> bytes | bytearray:
+        """What a model knows of a volume or snapshot."""
+        if isinstance(reader, Volume):
+            return self.models[reader.short_name].content
+        assert self.historian is not None
+        return self.historian.versions[reader.name.partition("@")[0].partition("/")[2]][reader.short_name].content
 
     @property
     def reads_may_fail(self) -> bool:
@@ -156,6 +192,8 @@ class Driver:
     def _known_problems(self) -> str:
         """What a check may find, given what was done to the devices."""
         known = ["(?!)"]
+        if self.loses:
+            known.append("lost to a device error")  # exactly which is `_judge_list`'s
         if self.devices_lost:
             known.append("lost to a device error")
             if any(row.state == "lost" for row in self.machine.state.devices):
@@ -204,10 +242,13 @@ class Driver:
         if rng.random() < 0.03:
             await (self._change_mark if self.counter % 2 else self._change_policy)(pool, name, model)
             return
-        kind = rng.choices(
-            ("now", "batch", "write", "zero", "zeroes", "no_hole", "trim", "flush", "read", "resize"),
-            (20, 15, 25, 3, 6, 3, 8, 8, 8, 1),
-        )[0]
+        kinds = {
+            "now": 20, "batch": 15, "write": 25, "zero": 3, "zeroes": 6, "no_hole": 3, "trim": 8, "flush": 8, "read": 8,
+            "resize": 1,
+        }  # fmt: skip
+        if self.loses:
+            kinds["lose"] = 12
+        kind = rng.choices(list(kinds), list(kinds.values()))[0]
         if kind == "flush":
             mark = model.mark
             with self._refusals():
@@ -230,7 +271,11 @@ class Driver:
             if kind in ("trim", "zeroes") and rng.random() < 0.15:
                 offset, length = rng.choice(((0, size), (0, size // 2 or 1), (offset, size - offset)))
             data = self._bytes(length) if kind == "write" else bytes(length)
-            if kind == "trim":
+            if kind == "lose":
+                offset &= ~(BLOCK - 1)
+                length = -(-length // BLOCK) * BLOCK
+                op.changes = [(offset, (LOST * (length // BLOCK))[: size - offset])]
+            elif kind == "trim":
                 start, end = -(-offset // BLOCK) * BLOCK, offset + length
                 end = end if end == size else end // BLOCK * BLOCK
                 op.changes = [(start, bytes(max(0, end - start)))]
@@ -255,6 +300,8 @@ class Driver:
                 await volume.write_zeroes(offset, length, no_hole=kind == "no_hole")
             elif kind == "trim":
                 await volume.trim(offset, length)
+            elif kind == "lose":
+                await volume.lose(offset, length)
             else:
                 mark = model.mark
                 await pool.resize_volume(name, op.size or 0, mirrored=self.follower is not None)
@@ -354,9 +401,12 @@ class Driver:
                 try:
                     await volume.read(at, len(into), memoryview(into))
                 except TierError:
-                    if not self.reads_may_fail:
-                        raise
-                    continue
+                    lost = LOST[: len(into)]
+                    if all(lost != state[at : at + BLOCK] for state in states):
+                        if not self.reads_may_fail:
+                            raise
+                        continue
+                    into[:] = lost
                 if all(into != state[at : at + BLOCK] for state in states):
                     raise OracleError(f"a refused {op.what} left neither old nor new bytes at {at}")
                 seen.append((at, bytes(into)))
@@ -374,11 +424,12 @@ class Driver:
     async def compare(self, volume: Volume, model: Model, offset: int, length: int) -> None:
         """A read returns what was written last."""
         into = bytearray(length)
+        lost = self.loses and lost_blocks(model.content, offset, length)
         try:
             if self.rng.random() < 0.5 or not volume.read_now(offset, length, memoryview(into)):
                 await volume.read(offset, length, memoryview(into))
         except TierError:
-            if self.machine.is_off or not self.reads_may_fail:
+            if self.machine.is_off or not (self.reads_may_fail or lost):
                 raise
             self.read_errors += 1
             return
@@ -535,7 +586,8 @@ class Driver:
                 await pool.checkpoint()
                 expected = {}
                 for reader in self._readers(pool):
-                    expected[reader.name] = await blocks_on(reader, row.index)
+                    lost = lost_blocks(self._content_of(reader)) if self.loses else set()
+                    expected[reader.name] = await blocks_on(reader, row.index) | lost
                 head = pool._engine.log.head.device.index
             if head == row.index or row.index not in [r.index for r in machine.state.devices if r.state == "online"]:
                 return
@@ -590,10 +642,7 @@ class Driver:
         if not pool._engine.space.room_to_move(256):
             await self._grow(pool)  # the others were so full that not even a trim may have room
         pool._engine.space.wanted_slots = 0
-        listed: dict[str, set[int]] = {}
-        for loss in await pool.losses():
-            blocks = {at // BLOCK for at in range(loss.offset, loss.offset + loss.length, BLOCK)}
-            listed.setdefault(loss.volume, set()).update(blocks)
+        listed = await self._listed(pool)
         for reader in self._readers(pool):
             _, unreadable = await read_what_can_be(reader)
             if expected is not None and unreadable != expected[reader.name]:
@@ -789,6 +838,7 @@ class Profile:
     devices: bool = False
     versions: bool = False
     marks: bool = False
+    loses: bool = False
 
 
 PROFILES = {
@@ -799,15 +849,25 @@ PROFILES = {
     "failing": Profile("the same with devices that fail", faults=True, devices=True),
     "versions": Profile("snapshots, clones and rollbacks, over any of these", versions=True),
     "marks": Profile("trackers of what changes, and a record with them, on sound devices", marks=True),
+    "lost": Profile("blocks that are given up, over any of these", loses=True),
 }
 
 
+LOST_BELOW = ("versions", "crashes", "faults", "full", "devices", "failing", "marks")
+
+
 def profile_of(seed: int, name: str) -> Profile:
-    """What a seed of a profile is about: `versions` goes over all others, half of its seeds with sound devices."""
+    """What a seed of a profile is about.
+
+    `versions` goes over all others, half of its seeds with sound devices; `lost` over these, most with snapshots.
+    """
     kind = PROFILES[name]
+    if kind.loses:
+        below = profile_of(seed, random.Random(seed ^ 0x1057).choices(LOST_BELOW, (6, 1, 1, 1, 1, 1, 1))[0])
+        return replace(below, what=f"{kind.what}: {below.what}", loses=True)
     if not kind.versions:
         return kind
-    others = [other for other in PROFILES.values() if not (other.versions or other.marks)]
+    others = [other for other in PROFILES.values() if not (other.versions or other.marks or other.loses)]
     below = random.Random(seed ^ 0x4E125).choices(others, (4, 1, 1, 1, 1))[0]
     return replace(below, what=f"{kind.what}: {below.what}", versions=True)
 
@@ -881,6 +941,7 @@ def search(
     driver = Driver(machine, volume_bytes=random.Random(seed + 1).choice(sizes), faults=faults)
     driver.may_be_full = kind.tight or kind.devices or kind.versions
     driver.devices_change = kind.devices
+    driver.loses = kind.loses
     if kind.versions:
         driver.historian = Historian(driver, seed)
     if kind.marks:
