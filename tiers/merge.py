@@ -806,19 +806,22 @@ class _Keeping:
                 addresses[row][says] = words[:FANOUT][says]
                 checks[row][says] = words[FANOUT:][says]
         below = np.zeros(addresses.shape, bool)
-        """Where the origin has data."""
+        """Where the origin has data, or has lost some."""
+        data_below = np.zeros(addresses.shape, bool)
         if volume.origin is not None:
             for row, index in enumerate(indices):
                 page = await volume.origin.leaf(index)
                 if page is not EMPTY_PAGE:
-                    # What is lost there must stay in sight, like data.
-                    below[row] = np.frombuffer(page, np.uint64)[:FANOUT] != 0
+                    # What is lost there must stay in sight, like data; only it doesn't count as data.
+                    words = np.frombuffer(page, np.uint64)[:FANOUT]
+                    below[row] = words != 0
+                    data_below[row] = words >= FIRST_ADDRESS
             # What was its own once never becomes nothing again: a snapshot may say INHERITED there, and only one entry
             # can take over what the origin has (`_absorb`).
             zeroed = said & (addresses == 0) & (below | (old != 0))
             addresses[zeroed] = ZEROED
         changed = addresses != old
-        data_before = np.where(old == 0, below, old >= FIRST_ADDRESS)
+        data_before = np.where(old == 0, data_below, old >= FIRST_ADDRESS)
         merge.referenced[volume.id] += int(np.count_nonzero(changed & (addresses >= FIRST_ADDRESS)))
         merge.referenced[volume.id] -= int(np.count_nonzero(changed & data_before))
         merge.mapped_in(volume, mapped_count(addresses[changed]) - mapped_count(old[changed]))

@@ -815,6 +815,32 @@ MUTANTS: dict[str, Mutant] = {
         "the call returned, and a crash takes the record back",
         _instead(Pool, "set_mirror", "await self._checkpointer.checkpoint()", "await trio.lowlevel.checkpoint()"),
     ),
+    # What was given up.
+    "a replay that forgets that a block was lost": Mutant(
+        "lost",
+        "what was logged in its place is given to readers",
+        _instead(
+            tiers.recovery,
+            "_apply",
+            "elif op is Op.LOST and subject in engine.volumes:",
+            "elif op is Op.LOST and subject in ():",
+        ),
+    ),
+    "a lost block that was nothing before": Mutant(
+        "lost",
+        "a snapshot doesn't keep it when it is written, so it shows what was written later",
+        _instead(
+            _Keeping,
+            "edit",
+            "await self._keep(self._keeper, indices, changed, old,",
+            "await self._keep(self._keeper, indices, changed & (old != BAD), old,",
+        ),
+    ),
+    "a lost block in a clone's origin that is a hole": Mutant(
+        "lost",
+        "a trim of it in the clone says nothing, and it is lost there still",
+        _instead(_Keeping, "edit", "below[row] = words != 0", "below[row] = words >= FIRST_ADDRESS"),
+    ),
     "a log that rolls without a link": Mutant(
         "promise 1",
         "what follows can't be found again",

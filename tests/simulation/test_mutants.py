@@ -984,6 +984,9 @@ CASES: dict[str, Case] = {
     "a checkpoint that saves the record of the freeze with the trackers of later": Case(set_during_a_checkpoint),
     "a checkpoint that forgets trackers and record": Case(followed),
     "a record that is given before it is durable": Case(followed),
+    "a replay that forgets that a block was lost": Case(lost),
+    "a lost block that was nothing before": Case(lost, 0, VERDICT),
+    "a lost block in a clone's origin that is a hole": Case(lost, 0, VERDICT),
     "a log that rolls without a link": Case(storm, 0, READ_ERROR),
 }
 

@@ -1,6 +1,7 @@
 """Random programs over volumes, snapshots and clones on a simulated machine, and the model that judges them.
 
-A volume or snapshot is a list of stamps, one a block; a block holds its stamp, over and over, or zeros for 0.
+A volume or snapshot is a list of stamps, one a block; a block holds its stamp, over and over, or zeros for 0. One that
+was given up (`Volume.lose`), in programs that do that, has the stamp `LOST`.
 
 One step comes after another here, so the model knows exactly what each version holds, what has changed between two of
 them, and how much a deletion gives back; what clients do meanwhile is in the search (`tests.simulation.historian`).
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import random
 from dataclasses import dataclass, field
 from unittest import mock
@@ -28,6 +30,8 @@ from tiers.record import Kind
 from tiers.snapshot import DIFF_CONTEXT, Snapshot
 
 Stamps = list[int]
+LOST = -1
+"""Reading is an error until it is written."""
 
 
 def block_of(stamp: int) -> bytes:
@@ -46,9 +50,22 @@ class Line:
 async def read_stamps(reader: Reader) -> Stamps:
     """The whole of a volume or snapshot. Asserts that each block is one stamp, over and over."""
     into = bytearray(reader.size_bytes)
-    await reader.read(0, len(into), memoryview(into))
-    stamps = []
+    stamps: Stamps = []
+    lost: set[int] = set()
+    try:
+        await reader.read(0, len(into), memoryview(into))
+    except TierError as error:
+        if error.errno != errno.EIO:
+            raise
+        for at in range(0, len(into), BLOCK_BYTES):
+            try:
+                await reader.read(at, BLOCK_BYTES, memoryview(into)[at : at + BLOCK_BYTES])
+            except TierError:
+                lost.add(at)
     for at in range(0, len(into), BLOCK_BYTES):
+        if at in lost:
+            stamps.append(LOST)
+            continue
         stamp = int.from_bytes(into[at : at + 8], "little")
         assert into[at : at + BLOCK_BYTES] == block_of(stamp), f"block {at // BLOCK_BYTES} of {reader.name} is torn"
         stamps.append(stamp)
@@ -73,6 +90,10 @@ class Versions:
             ),
         )
         self.lines: dict[str, Line] = {}
+        self.known = "(?!)"
+        """Problems that a check may find."""
+        self.found_lost = 0
+        """Blocks that were lost where they had to be, all comparisons together."""
         self.stamp = 0
         self.names = 0
         self.crashes = 0
@@ -84,14 +105,21 @@ class Versions:
         self.before: dict[str, Line] | None = None
         """What was before the step that a crash may have come in."""
 
+    def give_up(self) -> None:
+        """Let blocks be given up, too."""
+        self.kinds += ["lose"] * 4
+        self.known = ": (the block was|[0-9]+ blocks were) lost to a device error$"
+
     @staticmethod
-    def live(seed: int, steps: int) -> Versions:
+    def live(seed: int, steps: int, *, loses: bool = False) -> Versions:
         """The program of a seed: on one device or on two tiers, with small overlays or without.
 
         Every fifth has little room, so that all places are soon used again; in every fifth what is deleted goes leaf by
         leaf.
         """
         versions = Versions(seed, base=seed % 3 != 0, small=seed % 4 != 0, narrow=seed % 5 == 3)
+        if loses:
+            versions.give_up()
         with mock.patch("tiers.merge.DELETED_LEAVES", 1 if seed % 5 == 4 else DELETED_LEAVES):
             versions.machine.run(lambda: versions.run(steps))
         return versions
@@ -99,7 +127,7 @@ class Versions:
     @property
     def torn(self) -> bool:
         """Whether the last step may have happened in part."""
-        return self.seen[-1] in ("write", "trim")
+        return self.seen[-1] in ("write", "trim", "lose")
 
     def name(self, prefix: str) -> str:
         self.names += 1
@@ -213,6 +241,14 @@ class Versions:
         count = min(self.rng.choice((1, 30, 300, len(stamps))), len(stamps) - at)
         stamps[at : at + count] = [0] * count
         await pool.volume(name).trim(at * BLOCK_BYTES, count * BLOCK_BYTES)
+
+    async def do_lose(self, pool: Pool) -> None:
+        name = self.any_line()
+        stamps = self.lines[name].stamps
+        at = self.rng.randrange(len(stamps))
+        count = min(self.rng.choice((1, 1, 2, 17)), len(stamps) - at)
+        stamps[at : at + count] = [LOST] * count
+        await pool.volume(name).lose(at * BLOCK_BYTES, count * BLOCK_BYTES)
 
     async def do_resize(self, pool: Pool) -> None:
         name = self.any_line()
@@ -336,7 +372,13 @@ class Versions:
     async def do_promote(self, pool: Pool) -> None:
         for volume in pool.volumes():
             if volume.origin is not None and not volume.snapshots:
-                await pool.promote(volume.short_name)
+                try:
+                    await pool.promote(volume.short_name)
+                except TierError as error:
+                    # What it has of its origin is lost, and can't be copied.
+                    if error.errno != errno.EIO or LOST not in self.lines[volume.short_name].stamps:
+                        raise
+                    return
                 assert volume.origin is None
                 return
 
@@ -393,7 +435,30 @@ class Versions:
                 assert snapshot.name == f"sim/{name}@{snap}"
                 found = await read_stamps(snapshot)
                 assert found == stamps, _difference(snapshot.name, found, stamps)
-        await require_sound(pool)
+        await require_sound(pool, known=self.known)
+        for name, line in self.lines.items():
+            seen = sum(stamp > 0 for stamp in line.stamps)
+            told = pool.volume(name).shown_blocks
+            assert told == seen, f"{name} has data in {seen} blocks, and says {told}"
+        if self.known != "(?!)":
+            await self.compare_list(pool)
+
+    async def compare_list(self, pool: Pool) -> None:
+        """The list of what is lost, which a check has just made, has what was given up, and nothing else.
+
+        What several versions share is on it once, with the one whose map names it.
+        """
+        listed: dict[str, set[int]] = {}
+        for loss in await pool.losses():
+            first, end = loss.offset // BLOCK_BYTES, (loss.offset + loss.length) // BLOCK_BYTES
+            listed.setdefault(loss.volume, set()).update(range(first, end))
+        everywhere = set().union(*listed.values())
+        for name, line in self.lines.items():
+            for full, stamps in [(name, line.stamps), *((f"{name}@{s}", c) for s, c in line.snapshots.items())]:
+                lost = {block for block, stamp in enumerate(stamps) if stamp == LOST}
+                own = listed.get(f"sim/{full}", set())
+                assert own <= lost <= everywhere, f"{full}: {sorted(own)} are listed as lost, {sorted(lost)} are"
+                self.found_lost += len(lost)
 
     async def empty(self, pool: Pool) -> None:
         """Delete everything, in any order: nothing is left, and nothing is counted."""
