@@ -112,7 +112,7 @@ async def check_pool(engine: "Engine", checkpointer: "Checkpointer", *, full: bo
             report.problem(problem)
     finally:
         checkpointer.let_go()
-    walk.tell_losses()
+    await walk.tell_losses()
     every = 1 if full else SAMPLE_EVERY
     named = [(segment, highest) for segment, highest in walk.named() if segment.device.state != "lost"]
     sealed = [(segment, highest) for segment, highest in named if not segment.open and not segment.damaged][::every]
@@ -166,7 +166,7 @@ async def find_leaks(engine: "Engine", checkpointer: "Checkpointer") -> Leaks | 
                 continue
         if walk.unread:
             return None  # what lies below a page that can't be read now may be there again later
-        walk.tell_losses()
+        await walk.tell_losses()
         excess = moment.live - walk.found
         rows = np.flatnonzero(excess * ~moment.is_copy).tolist()
         return Leaks({int(moment.ids[row]): int(excess[row]) for row in rows}, walk.mapped_too_many)
@@ -430,10 +430,13 @@ class _Walk:
                 if len(ranges) < MAX_RANGES:
                     ranges.add(start, stop)
 
-    def tell_losses(self) -> None:
-        """Report what was lost, range by range, and list it for the pool's status."""
+    async def tell_losses(self) -> None:
+        """Report what was lost, range by range, and list it for the pool's status.
+
+        What is listed and lost stays so: it may have been given up since the moment.
+        """
         losses = self._engine.losses
-        losses.clear()
+        await losses.refresh(self._engine.owners())
         for owner, ranges in self._lost.items():
             blocks = 0
             for start, stop in zip(ranges.starts, ranges.ends, strict=True):

@@ -247,6 +247,7 @@ class Checkpointer:
             hit("checkpoint.walked")
             await self._engine.flusher.flush_all()
             hit("checkpoint.flushed")
+            await self._engine.save_losses()  # what of them is only in the log won't be replayed any more
             marks = await self._marks(frozen, merge)
             self.copies.prepare(len(self._engine.dead) + len(merge.dead), len(frozen.taken) + len(frozen.made), marks)
             change = self._change(frozen, merge)

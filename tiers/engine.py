@@ -109,6 +109,7 @@ class Engine:
         """Map pages that the next checkpoint must write elsewhere: volume -> page keys."""
         self.checkpoint: Callable[[], Awaitable[None]]
         self.reuse: Callable[[list[Segment]], Awaitable[int]]
+        self.save_losses: Callable[[], Awaitable[None]]
         self.temperature = Temperature(self.heat)
         self.migration = Migration(now)
         self.promoter = Promoter(self, judge_of(self.temperature))

@@ -1,9 +1,10 @@
 """What is known to be lost: blocks whose data a device didn't give any more, by volume and byte range.
 
 The truth is in the map, where such a block's entry says BAD; this is the list of them that an operator is shown. It is
-kept up when blocks are given up, made anew by each `terrace pool check`, and asked of the map again before it is shown
+kept up when blocks are given up, completed by each `terrace pool check`, and asked of the map again before it is shown
 (`refresh`): what was written, trimmed or deleted since is no loss any more. It lies in `losses.json` in the pool's
-directory, replaced as a whole; if it is gone the next check makes it anew.
+directory, replaced as a whole, before a checkpoint makes true what a replay would add to it; so a crash takes nothing
+from it. If it is gone the next check makes it anew.
 """
 
 import json
@@ -59,12 +60,6 @@ class Losses:
         self._count -= len(ranges)
         ranges.add(block, block + count)
         self._count += len(ranges)
-        self.changed = True
-
-    def clear(self) -> None:
-        """Forget all: they are about to be listed anew."""
-        self._ranges = {}
-        self._count = 0
         self.changed = True
 
     def listed(self, volumes: "Iterable[Reader]", most: int | None = None) -> list[Loss]:

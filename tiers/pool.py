@@ -272,7 +272,6 @@ class Pool:
             await offload(catalog.lay_ballast)
             await pool.scrubber.load()
             await pool.recorder.load()
-            await offload(pool._engine.losses.load, directory, pool._engine.pool_uuid)
             if give_up_map:
                 await pool._recount()
             if pool._engine.space.read_only is None:
@@ -1253,9 +1252,11 @@ async def _recover(
     checkpointer = Checkpointer(engine)
     engine.checkpoint = checkpointer.checkpoint
     engine.reuse = checkpointer.reuse
+    await offload(engine.losses.load, directory, state.pool_uuid)  # a replay adds to them
     scrubber = Scrubber(engine, ScrubFile(directory, state.pool_uuid))
     recorder = Recorder(engine, HeatFile(directory, state.pool_uuid), host)
     pool = Pool(engine, checkpointer, Cleaner(engine), scrubber, recorder, host, directory, events)
+    engine.save_losses = pool._save_losses
     engine.removed_devices = [row for row in state.devices if row.state == "removed"]
     restore(engine, state)
     hit("recovery.restored")

@@ -542,8 +542,10 @@ async def _apply(engine: "Engine", found: Found, result: Replayed, *, truncate_l
                 engine.remove_volume(volume)
         elif op is Op.BAD and subject in engine.volumes:
             put_moved(engine, [(engine.volumes[subject], block, BAD, 0) for block in range(a, a + b)])
+            engine.losses.add(subject, a, b)
         elif op is Op.LOST and subject in engine.volumes:
             engine.relocate(engine.volumes[subject], a, b, BAD, 0)
+            engine.losses.add(subject, a)
         elif op in (Op.MOVE, Op.RELOCATE):
             count = a & 0xFFFFFFFF
             length = extra_words_of_move(op, count, batch.extra, extra_at)

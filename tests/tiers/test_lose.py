@@ -6,6 +6,7 @@ import errno
 import random
 from pathlib import Path
 from typing import cast
+from unittest import mock
 
 import pytest
 
@@ -13,6 +14,7 @@ from tests.simulation.machine import Disk, Machine
 from tests.tiers.helpers import QUIET, block, fresh_pool, read, run
 from tiers import Pool, Volume
 from tiers.changes import EXTENT_BYTES, ChangedExtents
+from tiers.check import _Walk
 from tiers.extents import LOST_CHECK
 from tiers.layout import BAD, BLOCK_BYTES, MIB
 from tiers.losses import Losses
@@ -175,6 +177,67 @@ def powerless_life(seed: int) -> int:
 
 def test_a_power_cut_leaves_a_block_lost_or_what_it_was_and_never_what_stood_in_for_it() -> None:
     assert sum(powerless_life(seed) for seed in range(30)) > 50
+
+
+def listed_after_a_kill(directory: Path, *, checkpoints: bool) -> list[int]:
+    """Blocks are lost, and the process dies before anybody has asked for the list; what is on it in the next life."""
+    machine = Machine((Disk("fast", 96),), seed=1, settings=QUIET)
+    found: list[int] = []
+
+    async def first() -> None:
+        async with machine.open() as pool:
+            volume = await pool.create_volume("v", 4 * MIB)
+            await volume.lose(0, BLOCK_BYTES)
+            await pool.losses()  # which saves it
+            await volume.lose(3 * BLOCK_BYTES, 2 * BLOCK_BYTES)
+            if checkpoints:
+                await pool.checkpoint()
+            machine.off()
+
+    async def again() -> None:
+        async with machine.open() as pool:
+            found.extend(loss.offset // BLOCK_BYTES for loss in await pool.losses())
+
+    honest = Losses.save
+
+    def save(place: Path, text: bytes) -> None:
+        if not machine.is_off:  # a pool that closes saves the list, and a process that is killed doesn't close it
+            honest(place, text)
+
+    with (
+        mock.patch("tiers.losses.FILE_NAME", str(directory / "losses.json")),
+        mock.patch.object(Losses, "save", staticmethod(save)),
+    ):
+        machine.run(first)
+        machine.kill()
+        machine.run(again)
+    return found
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_what_is_lost_is_on_the_list_after_a_kill_too(tmp_path: Path, checkpoints: bool) -> None:
+    assert listed_after_a_kill(tmp_path, checkpoints=checkpoints) == [0, 3]
+
+
+def test_what_is_lost_during_a_check_stays_on_the_list(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path) as pool:
+            volume = await pool.create_volume("v", 16 * MIB)
+            await volume.lose(0, BLOCK_BYTES)
+            honest = _Walk.run
+
+            async def run_and_lose(walk: _Walk, *, may_give_way: bool) -> None:
+                await honest(walk, may_give_way=may_give_way)
+                await volume.lose(7 * BLOCK_BYTES, BLOCK_BYTES)
+
+            with mock.patch.object(_Walk, "run", run_and_lose):
+                await pool.check(full=True)
+            assert [loss.offset // BLOCK_BYTES for loss in await pool.losses()] == [0, 7]
+            await volume.trim(0, 8 * BLOCK_BYTES)
+            await pool.check(full=True)
+            assert pool.status().losses == []
+
+    run(body)
 
 
 def test_what_is_lost_while_the_list_is_asked_of_the_map_stays_on_the_list() -> None:
