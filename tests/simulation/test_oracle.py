@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.simulation.oracle import Model, Op, OracleError
+from tests.simulation.oracle import BLOCK, LOST, Model, Op, OracleError, lost_blocks
 
 SIZE = 8192
 
@@ -46,6 +46,34 @@ def test_a_refused_operation_may_come_true_only_where_nothing_could_be_put_over_
     gone_on.returned(Op("write", [(0, b"x")]))
     with pytest.raises(OracleError):
         judged(gone_on)
+
+
+def test_a_lost_block_may_be_what_it_was_or_lost_after_a_crash_and_nothing_else() -> None:
+    lose = Op("lose", [(0, LOST)])
+
+    def judged(found: bytes, *, everything: bool = False) -> None:
+        model = Model(SIZE)
+        model.returned(Op("write", [(0, b"x" * BLOCK)]))
+        model.flushed(1)
+        model.returned(lose)
+        model.judge(found, everything=everything)
+
+    rest = bytes(SIZE - BLOCK)
+    judged(b"x" * BLOCK + rest)
+    judged(LOST + rest, everything=True)
+    for found, everything in (
+        (bytes(SIZE), False),
+        (b"lost".ljust(BLOCK, b"\0") + rest, False),
+        (b"x" * BLOCK + rest, True),
+    ):
+        with pytest.raises(OracleError):
+            judged(found, everything=everything)
+
+
+def test_what_a_volume_grows_by_in_a_lost_block_is_lost_as_well() -> None:
+    model = Model.holding(bytes(BLOCK) + LOST[:512])
+    model.returned(Op("resize", size=3 * BLOCK))
+    assert model.content == bytes(BLOCK) + LOST + bytes(BLOCK) and lost_blocks(model.content) == {1}
 
 
 def test_of_several_refused_operations_only_the_first_may_come_true() -> None:

@@ -21,6 +21,11 @@ def test_every_version_stays_what_it_was(seed: int) -> None:
     Versions.live(seed, 50)
 
 
+@pytest.mark.parametrize("seed", [2, 5])
+def test_what_was_given_up_is_lost_in_each_version_that_has_it_and_counts_as_nothing(seed: int) -> None:
+    assert Versions.live(seed, 60, loses=True).found_lost
+
+
 def test_everything_is_done_in_these_programs() -> None:
-    seen = {kind for seed in range(30, 34) for kind in Versions.live(seed, 50).seen}
+    seen = {kind for seed in range(30, 34) for kind in Versions.live(seed, 50, loses=seed == 33).seen}
     assert seen == {name.removeprefix("do_") for name in dir(Versions) if name.startswith("do_")}
