@@ -439,7 +439,8 @@ class Versions:
         for name, line in self.lines.items():
             seen = sum(stamp > 0 for stamp in line.stamps)
             told = pool.volume(name).shown_blocks
-            assert told == seen, f"{name} has data in {seen} blocks, and says {told}"
+            # What a long trim took counts until it is sorted out, in snapshots and clones of that time for ever.
+            assert told >= seen, f"{name} has data in {seen} blocks, and says {told}"
         if self.known != "(?!)":
             await self.compare_list(pool)
 
