@@ -996,7 +996,7 @@ CASES: dict[str, Case] = {
     "a record that is given before it is durable": Case(followed),
     "a replay that forgets that a block was lost": Case(lost),
     "a lost block that was nothing before": Case(given_up, 0, VERDICT),
-    "a lost block in a clone's origin that is a hole": Case(given_up, 0, VERDICT),
+    "a lost block in a clone's origin that is a hole": Case(given_up, 2, VERDICT),
     "a log that rolls without a link": Case(storm, 0, READ_ERROR),
 }
 
