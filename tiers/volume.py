@@ -967,6 +967,8 @@ class Volume(Reader):
         for block in range(offset >> BLOCK_SHIFT, offset + length >> BLOCK_SHIFT):
             charge = await self._admission(block, 1)
             self._require_alive()
+            if block << BLOCK_SHIFT >= self.size_bytes:
+                return  # it was shrunk meanwhile: there are zeros when it grows again
             # As a write, which is the volume's own, and which then is found damaged. Both in one batch: a crash leaves
             # both or none, and nobody ever reads what was written. No checkpoint of trio from here on.
             engine.log_room()

@@ -256,3 +256,16 @@ def test_what_is_lost_while_the_list_is_asked_of_the_map_stays_on_the_list() -> 
         assert [loss.offset for loss in losses.listed([cast(Volume, Asked())])] == [0, 7 * BLOCK_BYTES]
 
     run(body)
+
+
+def test_what_is_behind_the_end_is_not_lost_there(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path) as pool:
+            volume = await pool.create_volume("v", 16 * MIB)
+            await pool.resize_volume("v", 8 * MIB)
+            await volume.lose(8 * MIB - BLOCK_BYTES, 3 * BLOCK_BYTES)
+            await pool.resize_volume("v", 16 * MIB)
+            assert await found(volume, (8 * MIB >> 12) - 1) is None
+            assert await found(volume, 8 * MIB >> 12) == bytes(BLOCK_BYTES)
+
+    run(body)
