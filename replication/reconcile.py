@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import trio
 
-from replication.leg import BLOCK_BYTES, LOST_CHECK, RECENT, RECENT_OLD, Change, Extents, Leg
+from replication.leg import BLOCK_BYTES, EXTENT_BYTES, LOST_CHECK, RECENT, RECENT_OLD, Change, Extents, Leg
 
 log = logging.getLogger("replication.mirror")
 
@@ -33,6 +33,12 @@ PIECE_BYTES = 1 << 20
 COMPARE_BYTES = 16 << 20
 """Of Terrace legs so much is compared at a time: 32 KiB of checks from each side. Clients wait while a primary begins,
 and a disk that was just trimmed as a whole is all recent."""
+
+
+SPARSE_BYTES = 64 << 30
+"""From here on only what is mapped somewhere is compared: asking for that costs less than comparing holes."""
+NBD_MAPPED_BYTES = 1 << 30
+"""A server's answers are gathered for so much at a time."""
 
 
 class UnreadableError(OSError):
@@ -84,6 +90,35 @@ def pieces(extents: Extents, size_bytes: int, piece_bytes: int = PIECE_BYTES) ->
             until = min(stop, (offset // piece_bytes + 1) * piece_bytes)
             yield offset, until - offset
             offset = until
+
+
+def covered_bytes(extents: Extents, size_bytes: int) -> int:
+    """How much of a volume is in the set. A volume of hundreds of TiB may be as a whole, in one run."""
+    return sum(min(offset + length, size_bytes) - offset for offset, length in extents.runs() if offset < size_bytes)
+
+
+async def mapped_of(extents: Extents, legs: Sequence[Leg], size_bytes: int, into: Extents) -> None:
+    """Add to `into` what is in the set and mapped on any of the legs, at least. All else of it is zeros on each.
+
+    Where a leg can't say it, that counts as mapped. Raises LegError for one that has failed.
+    """
+    for leg in legs:
+        longest = NBD_MAPPED_BYTES if leg.info.kind == "nbd" else size_bytes
+        for offset, length in extents.runs():
+            at, stop = offset, min(offset + length, size_bytes)
+            while at < stop:
+                size = min(longest, stop - at)
+                try:
+                    found = await leg.mapped(at, size)
+                except OSError:
+                    if leg.failure is not None:
+                        with told_of(leg):
+                            raise
+                    found = [(at, size)]
+                for start, count in found:
+                    if count:
+                        into.add(start, count)
+                at = max(at + EXTENT_BYTES, sum(found[-1])) if found else at + size
 
 
 def cut(offset: int, length: int, most: int) -> Iterator[tuple[int, int]]:
@@ -166,6 +201,9 @@ async def reconcile(
     for leg in others:
         with told_of(leg):
             extents.update(await leg.changed([RECENT, RECENT_OLD]))
+    if covered_bytes(extents, size_bytes) > SPARSE_BYTES:
+        everything, extents = extents, await source.changed([])
+        await mapped_of(everything, [source, *others], size_bytes, extents)
     legs = _Legs([leg for leg in others if leg.info.id in good], others, forget)
     for offset, length in pieces(extents, size_bytes, COMPARE_BYTES):
         for leg in others:

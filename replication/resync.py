@@ -47,10 +47,13 @@ from replication.leg import (
 from replication.reconcile import (
     COMPARE_BYTES,
     PIECE_BYTES,
+    SPARSE_BYTES,
     UnreadableError,
     check_at,
+    covered_bytes,
     cut,
     differing,
+    mapped_of,
     pieces,
     ungrouped,
 )
@@ -65,6 +68,8 @@ MAX_UNREAD: Final = 1 << 14
 """So many blocks that no leg could read are remembered, to be tried again."""
 MAX_UNREAD_OF_NBD: Final = 1 << 20
 """The same for an NBD server, to which all else is to be copied before it is left out for them."""
+MARKED_BYTES: Final = 1 << 40, 1 << 30, 16 << 20, EXTENT_BYTES
+"""What third legs miss is told for so much at once where there is a hole, else in the next smaller parts."""
 COPY_BYTES: Final = 512 << 10
 """So much is read and submitted at a time: one frame of a leg session."""
 
@@ -208,7 +213,7 @@ class Resync:
         # have been applied.
         await self._site.inflight.settle_all()
         todo = await self._todo()
-        self.progress.total_bytes = sum(length for _, length in pieces(todo, self._site.size_bytes))
+        self.progress.total_bytes = covered_bytes(todo, self._site.size_bytes)
         self.progress.state = "copying"
         self.progress.began = trio.current_time()
         work = self._work(todo)
@@ -258,8 +263,10 @@ class Resync:
             todo.update(await self._target.changed([RECENT, RECENT_OLD, missing_tracker("*")]))
         else:
             todo = await source.changed([])
-            for leg in (source, self._target):
-                await self._add_mapped(leg, todo)
+            todo.add(0, self._site.size_bytes)
+        if not self._known or covered_bytes(todo, self._site.size_bytes) > SPARSE_BYTES:
+            everything, todo = todo, await source.changed([])
+            await mapped_of(everything, [source, self._target], self._site.size_bytes, todo)
         if self._store is not None:
             missing = self._store.empty_extents()
             missing.update(todo)
@@ -267,21 +274,6 @@ class Resync:
                 missing.update(self._store.trackers[name])
             self._store.trackers[name] = missing
         return todo
-
-    async def _add_mapped(self, leg: Leg, todo: Extents) -> None:
-        at, size = 0, self._site.size_bytes
-        while at < size:
-            length = min(1 << 30, size - at)
-            try:
-                found = await leg.mapped(at, length)
-            except OSError as error:
-                if error.errno != errno.ENOTSUP:
-                    raise
-                found = [(at, length)]
-            for start, count in found:
-                if count:
-                    todo.add(start, count)
-            at = max(at + EXTENT_BYTES, found[-1][0] + found[-1][1]) if found else at + length
 
     async def _mark(self) -> None:
         """Let the leg know what third legs miss, as it will be one of those that have to.
@@ -296,18 +288,42 @@ class Resync:
         unknown = await self._source().changed(others)
         for offset, length in list((await self._target.changed(others)).runs()):
             unknown.discard(offset, length)
-        for offset, length in pieces(unknown, site.size_bytes, EXTENT_BYTES):
-            data = memoryview(bytearray(BLOCK_BYTES))
-            is_marked = False
-            while not is_marked:
-                with site.inflight.watching(offset, length) as watch:
-                    await site.inflight.settle(offset, length)
-                    at = offset
-                    while not (is_read := await self._has(at, data)) and at + BLOCK_BYTES < offset + length:
-                        at += BLOCK_BYTES
-                    if not watch.touched:  # where no block of it can be read, nothing there can be made worse
-                        await self._give(at, BLOCK_BYTES, data if is_read else None, lost=not is_read)
-                    is_marked = not watch.resized
+        for offset, length in pieces(unknown, site.size_bytes, MARKED_BYTES[0]):
+            await self._mark_range(offset, length, MARKED_BYTES[1:])
+
+    async def _mark_range(self, offset: int, length: int, smaller: tuple[int, ...]) -> None:
+        """At once where nothing is mapped: a disk that was trimmed as a whole is hundreds of millions of extents."""
+        site = self._site
+        if length <= EXTENT_BYTES:
+            return await self._mark_extent(offset, length)
+        with site.inflight.watching(offset, length) as watch:
+            await site.inflight.settle(offset, length)
+            if await self._is_hole(offset, length) and not watch.touched:
+                return await self._give(offset, length, None)
+        while smaller[0] >= length:
+            smaller = smaller[1:]
+        for at, size in cut(offset, length, smaller[0]):
+            await self._mark_range(at, size, smaller[1:])
+
+    async def _is_hole(self, offset: int, length: int) -> bool:
+        try:
+            found = await self._source().mapped(offset, length)
+        except OSError:
+            return False  # a page of its map
+        return bool(found) and sum(found[-1]) >= offset + length and not any(count for _, count in found)
+
+    async def _mark_extent(self, offset: int, length: int) -> None:
+        site, data = self._site, memoryview(bytearray(BLOCK_BYTES))
+        is_marked = False
+        while not is_marked:
+            with site.inflight.watching(offset, length) as watch:
+                await site.inflight.settle(offset, length)
+                at = offset
+                while not (is_read := await self._has(at, data)) and at + BLOCK_BYTES < offset + length:
+                    at += BLOCK_BYTES
+                if not watch.touched:  # where no block of it can be read, nothing there can be made worse
+                    await self._give(at, BLOCK_BYTES, data if is_read else None, lost=not is_read)
+                is_marked = not watch.resized
 
     # -- copying -----------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from replication.mirror import Mirror
 from replication.reconcile import choose_source
 from replication.resync import ResyncSettings
 from replication.site import MirrorSettings
-from tests.replication.fakes import FakeKeeper, MemoryExtents, trackers_matching
+from tests.replication.fakes import FakeKeeper, MemoryExtents, MemoryLegStore, trackers_matching
 from tests.replication.rig import SIZE, TERM, Rig, Told, run, with_options
 
 
@@ -730,6 +730,35 @@ def test_a_block_that_the_source_of_a_start_cant_read_is_had_from_a_leg_as_good_
         with pytest.raises(BaseExceptionGroup) as refused:
             run(body)
         assert refused.group_contains(OSError, match="can't be read, and no other leg certainly has all", depth=None)
+
+
+def test_of_a_huge_disk_that_was_trimmed_as_a_whole_only_what_is_mapped_is_compared_at_the_start() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        for node in "ab":
+            rig.nodes[node].keeper = FakeKeeper(rig.store(node), f"leg{node}")
+            await rig.nodes[node].keeper.accept(rig.record)
+        rig.store("a").trim_now([(0, rig.record.size_bytes)])
+        rig.store("b").write_now([(9 * EXTENT_BYTES, block(2))])
+        rig.store("a").write_now([(12 * EXTENT_BYTES, block(3))])
+        asked: list[int] = []
+        checks = MemoryLegStore.checks
+
+        async def counted(store: MemoryLegStore, offset: int, length: int) -> bytes:
+            asked.append(offset)
+            return await checks(store, offset, length)
+
+        with (
+            mock.patch.object(MemoryLegStore, "checks", counted),
+            mock.patch("replication.reconcile.SPARSE_BYTES", rig.record.size_bytes - 1),
+            mock.patch("replication.reconcile.COMPARE_BYTES", EXTENT_BYTES),
+        ):
+            async with rig.running():
+                assert rig.store("a").image == rig.store("b").image
+                assert rig.store("b").image[12 * EXTENT_BYTES] == 3 and not rig.store("b").image[9 * EXTENT_BYTES]
+        assert sorted(asked) == [9 * EXTENT_BYTES] * 2 + [12 * EXTENT_BYTES] * 2
+
+    run(body)
 
 
 @pytest.mark.parametrize("intact", ["ab", "", "a"])

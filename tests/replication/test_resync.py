@@ -7,6 +7,7 @@ import math
 import random
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -14,7 +15,7 @@ import trio
 
 from replication.leg import BLOCK_BYTES, EXTENT_BYTES, RECENT, Leg, LegState, missing_tracker
 from replication.members import Member
-from replication.resync import Pace, ResyncSettings
+from replication.resync import Pace, Resync, ResyncSettings
 from replication.site import MirrorSettings
 from replication.verify import VerifyReport, verify
 from tests.replication.fakes import MemoryExtents, trackers_matching
@@ -157,20 +158,16 @@ def test_a_write_that_comes_while_a_block_is_given_up_comes_after_that() -> None
         rig.store("a").image[:] = bytes([5]) * SIZE
         rig.store("a").lost.update((0, 7 * BLOCK_BYTES))
         async with rig.running() as mirror, trio.open_nursery() as writers:
-            read_for_copy = mirror.read_for_copy
-
-            async def read(offset: int, length: int, into: memoryview) -> None:
-                try:
-                    await read_for_copy(offset, length, into)
-                except OSError:
-                    tries[offset] += length == BLOCK_BYTES
-                    if tries[offset] == 2 + len(ResyncSettings().reread_s):  # the last one
-                        writers.start_soon(mirror.write, offset, block(99))
-                        await trio.sleep(0.1)
-                    raise
-
             tries: Counter[int] = Counter()
-            with mock.patch.object(mirror, "read_for_copy", read):
+
+            async def stays(resync: Resync, offset: int) -> bool:
+                tries[offset] += 1
+                if tries[offset] == 1 + len(ResyncSettings().reread_s):  # the last one, before it is given up
+                    writers.start_soon(mirror.write, offset, block(99))
+                    await trio.sleep(0.1)
+                return False
+
+            with mock.patch.object(Resync, "_stays", stays):
                 await rig.whole()
             assert rig.store("b").image[0] == rig.store("a").image[0] == 99
             assert not rig.store("b").lost and not rig.store("a").lost
@@ -241,6 +238,55 @@ def test_a_leg_keeps_what_it_has_where_it_is_only_told_what_third_legs_miss() ->
             await rig.until(lambda: member(rig, "b").state is LegState.UP_TO_DATE)
             assert not rig.store("b").lost and rig.store("b").image[at] == 7
             assert 5 in trackers_matching(rig.store("b"), missing_tracker("legc"))
+
+    run(body)
+
+
+@pytest.mark.parametrize("has_data", [False, True])
+def test_a_leg_is_told_at_once_that_third_legs_miss_a_trim_of_all(has_data: bool) -> None:
+    async def body() -> None:
+        rig = Rig(3)
+        async with rig.running() as mirror:
+            for node in "bc":
+                rig.nodes[node].link.cut()
+            await mirror.trim(0, SIZE)
+            if has_data:
+                await mirror.write(20 * EXTENT_BYTES, block(5))
+            given: list[tuple[int, int]] = []
+            copy_to = mirror.copy_to
+
+            async def counted(member: Member, offset: int, data: Any, *, length: int = 0, lost: bool = False) -> bool:
+                given.append((offset, length))
+                return await copy_to(member, offset, data, length=length, lost=lost)
+
+            with mock.patch.object(mirror, "copy_to", counted):
+                rig.nodes["b"].link.mend()
+                await rig.until(lambda: member(rig, "b").state is LegState.UP_TO_DATE)
+            assert trackers_matching(rig.store("b"), missing_tracker("legc")) == set(range(SIZE // EXTENT_BYTES))
+            assert rig.store("b").image == rig.store("a").image
+            assert len(given) == (3 if has_data else 1)
+
+    run(body)
+
+
+def test_of_what_is_huge_only_what_is_mapped_on_either_side_is_compared() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            await mirror.write(3 * EXTENT_BYTES, block(1))
+            await mirror.write(40 * EXTENT_BYTES, block(2))
+            await mirror.flush()
+            await trio.sleep(5)
+            rig.nodes["b"].link.cut()
+            await mirror.trim(0, SIZE)
+            await mirror.write(20 * EXTENT_BYTES, block(5))
+            with mock.patch("replication.resync.SPARSE_BYTES", SIZE - 1):
+                rig.nodes["b"].link.mend()
+                await rig.whole()
+            progress = member(rig, "b").resync.progress  # type: ignore[union-attr]
+            assert progress.total_bytes == progress.done_bytes == 3 * EXTENT_BYTES
+            assert rig.store("a").image == rig.store("b").image and rig.store("b").image.count(5) == BLOCK_BYTES
+            assert missing_tracker("legb") not in rig.store("a").trackers
 
     run(body)
 

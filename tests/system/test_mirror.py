@@ -404,3 +404,19 @@ def test_only_the_certificate_of_a_peer_gets_what_is_for_peers(pair: Pair) -> No
     ):
         with pytest.raises(OSError, match=said):
             trio.run(ask, given, node)
+
+
+def test_a_mirror_of_hundreds_of_tib_costs_what_is_in_it(pair: Pair) -> None:
+    pair.both_online()
+    body = {"name": "huge", "size": 900 << 40, "mirror": [{"node": "b"}], "timeout_s": 1.0}
+    pair.a.daemon.api("POST", "/v1/pools/p/volumes", body)
+    pair.a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "huge")
+    pair.b.daemon.kill()
+    data = os.urandom(MIB)
+    with pair.a.connect("huge") as client:
+        client.write(800 << 40, data)
+        client.flush()
+        pair.b.daemon.start()
+        pair.a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "huge")
+        assert client.read(800 << 40, MIB) == data
+    pair.a.daemon.cli("volume", "delete", "p/huge", "--yes")
