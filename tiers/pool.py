@@ -325,14 +325,21 @@ class Pool:
         if self._engine.space.read_only is not None:
             return
         try:
+            await self._alone(self._seal_and_checkpoint)
+        except OSError as error:
+            logger.error("closing pool %s: %s; the next open replays its log", self.name, error)
+
+    async def _seal_and_checkpoint(self) -> None:
+        await self._checkpointer.hold()  # until one is done that somebody else has asked for
+        try:
             self._checkpointer.writer.seal()
             self._cleaner.mover.seal_all()
             self._engine.bypass.seal()
             self.evacuator.mover.seal_all()
-            hit("close.sealed")
-            await self._checkpoint_alone()
-        except OSError as error:
-            logger.error("closing pool %s: %s; the next open replays its log", self.name, error)
+        finally:
+            self._checkpointer.let_go()
+        hit("close.sealed")
+        await self._checkpointer.checkpoint()
 
     async def _checkpoint_alone(self) -> None:
         """A checkpoint while the pool's tasks don't run."""

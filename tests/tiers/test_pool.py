@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -29,6 +30,7 @@ from tests.tiers.helpers import (
 )
 from tiers import DeviceSpec, Pool, PoolSettings, TierError
 from tiers.catalog import Catalog
+from tiers.device import FileDevice
 from tiers.label import LABEL_OFFSETS, decode_label
 from tiers.layout import BLOCK_BYTES, MIB, check_of
 
@@ -858,5 +860,31 @@ def test_an_opening_that_is_cancelled_at_any_step_loses_nothing_and_leaves_nothi
             assert scope.cancelled_caught
             cancelled += 1
         assert cancelled > 20
+
+    run(body)
+
+
+def test_a_pool_closes_behind_a_checkpoint_that_somebody_has_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        home = await make_pool(tmp_path)
+        async with trio.open_nursery() as outside, Pool.open(home, settings=QUIET) as pool:
+            volume = await pool.create_volume("v", 1 << 30)
+            for at in range(200):
+                await volume.write(at << 20, block(at))
+            write_behind = FileDevice.write_behind
+
+            async def slowly(device: FileDevice, *about: Any) -> None:
+                await trio.sleep(0.2)
+                await write_behind(device, *about)
+
+            monkeypatch.setattr(FileDevice, "write_behind", slowly)
+            outside.start_soon(pool.checkpoint)
+            while not pool._checkpointer.writer._under_way:
+                await trio.lowlevel.checkpoint()
+        async with Pool.open(home, settings=QUIET) as pool:
+            assert await read(pool.volume("v"), 7 << 20, 4096) == block(7)
+            await assert_sound(pool)
 
     run(body)
