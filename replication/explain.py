@@ -10,6 +10,7 @@ from replication.cluster import VoterState
 from replication.leg import LegState, MirrorState, mirror_state
 from replication.membership import LegInfo, Membership, Term
 from replication.promotion import Refused, SplitBrain
+from replication.unreadable import RESTORE, first_step
 from replication.voters import in_sync_nodes, is_majority, rule_of
 
 GIVE_UP_MAP: Final = "--give-up-map"
@@ -109,10 +110,8 @@ def explain(facts: Facts) -> Explanation:
     headline = _headline(facts, state, legs)
     damage = [f"{text[:1].upper()}{text[1:]}." for text in facts.map_damage.values()]
     if facts.unreadable:
-        damage.append(
-            f"But no leg could read {facts.unreadable}: restore them from a backup, or write them anew (a leg is asked "
-            "again each minute)."
-        )
+        step = first_step(_may_have(facts, legs), facts.unheard)
+        damage.append(f"But no leg {'' if step == RESTORE else 'in sync '}can read {facts.unreadable}: {step}.")
     sentences = [headline, *_about_legs(facts, legs), *damage, _about_arbiter(facts, served)]
     if facts.left_behind is not None:
         sentences.insert(0, f"{facts.name} is not served here: {facts.left_behind.rstrip('.')}.")
@@ -380,6 +379,17 @@ def _about_legs(facts: Facts, legs: Mapping[str, LegState]) -> list[str]:
                 f"{where} may have lost some of the last {voice.recent_bytes} bytes when its machine went down."
             )
     return sentences
+
+
+def _may_have(facts: Facts, legs: Mapping[str, LegState]) -> list[LegInfo]:
+    """Legs that aren't in sync and may have what none that is can read; not one whose writes would be discarded."""
+    found = []
+    for leg in facts.membership.legs:
+        voice = facts.voters.get(leg.node) if leg.kind == "terrace" else None
+        is_mixed = voice is not None and voice.inconsistent
+        if legs[leg.id] in (LegState.OFFLINE, LegState.STALE) and leg.id not in facts.split and not is_mixed:
+            found.append(leg)
+    return found
 
 
 def _resync(progress: Progress) -> str:

@@ -29,6 +29,7 @@ from replication.leg import BLOCK_BYTES, EXTENT_BYTES, LOST_CHECK, Leg, LegState
 from replication.members import Member, readable
 from replication.mirrorreads import Reads
 from replication.site import Gate
+from replication.unreadable import first_step
 
 log = logging.getLogger("replication.mirror")
 
@@ -207,7 +208,8 @@ class Healing:
         """No leg could read the block there."""
         if offset not in self.unmendable and len(self.unmendable) < MAX_UNMENDABLE:
             self.unmendable[offset] = None
-            log.error("%s: no leg can read the block at %d; write it anew, or restore it", self._site.name, offset)
+            step = first_step([m.info for m in self._site.members.values() if m.is_away])
+            log.error("%s: no leg can read the blocks at %d: %s", self._site.name, offset, step)
             self._site.change()
 
     async def _unreadable(self, member: Member, offset: int, length: int) -> list[int]:

@@ -5,6 +5,7 @@ A `Member` is a leg's place in the record. The leg itself comes and goes; what i
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -141,6 +142,12 @@ class Member:
     def is_proof(self) -> bool:
         """It has every acknowledged write and stores records: an NBD server has nowhere to store them."""
         return self.leg is not None and self.state is LegState.UP_TO_DATE and self.info.kind == "terrace"
+
+    @property
+    def is_away(self) -> bool:
+        """It isn't in sync, nor being brought up to date, and what it has is to be kept."""
+        is_split = self.error is not None and self.error.errno == errno.EUCLEAN
+        return self.state in (LegState.OFFLINE, LegState.STALE) and not is_split
 
     def become(self, state: LegState) -> None:
         """With the time."""

@@ -27,6 +27,7 @@ from replication.members import Member, readable
 from replication.nbdleg import checks_of
 from replication.reconcile import UnreadableError
 from replication.site import Gate
+from replication.unreadable import first_step
 
 LEAF_BYTES: Final = 1 << 20
 """So much is told to be data at a time where no map can be read; a leaf of the engine's maps covers it."""
@@ -108,7 +109,8 @@ class Reads:
                     return
                 self._site.nowhere(offset // BLOCK_BYTES * BLOCK_BYTES)
                 what = f"{length:,} bytes at {offset:,}: {bad[0].error}"
-                raise UnreadableError(f"{self._site.name}: no leg can read {what}; write them anew, or restore them")
+                step = first_step([m.info for m in self._site.members.values() if m.is_away])
+                raise UnreadableError(f"{self._site.name}: no leg can read {what}; {step}")
             await trio.lowlevel.checkpoint()
 
     async def read_from(

@@ -22,7 +22,7 @@ import trio
 from replication.damage import Damage, Done, Ranges, heal_told, judge_done, judge_ranges
 from replication.leg import BLOCK_BYTES
 from terrace.localmirror import LocalMirror
-from terrace.mirrorwords import about_map, ranges_in_words
+from terrace.mirrorwords import about_map, about_unreadable
 from terrace.peers import Peers
 from terrace.primary import MirrorPart, ServedMirror, Tell
 from tiers.layout import check_of
@@ -166,10 +166,8 @@ class LegMender:
             return
         self._unmendable.update(fresh)
         name = self._mirror.name
-        self._tell(
-            "damage", name,
-            f"no leg of {name} can read {ranges_in_words(fresh)}: restore them from a backup, or write them anew",
-        )  # fmt: skip
+        silent = {node for node, peer in self._peers.peers.items() if peer.calls is None}
+        self._tell("damage", name, about_unreadable(name, served.status(), fresh, silent))
 
     def _tell_map_damage(self) -> None:
         served = self._mirror.mirror

@@ -5,7 +5,7 @@ All that people read of a mirror at a node that doesn't serve it comes from here
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Final
 
 from replication.cluster import VoterState
@@ -16,6 +16,7 @@ from replication.lineage import are_apart
 from replication.members import LegStatus, MirrorStatus
 from replication.membership import Membership
 from replication.promotion import Refused
+from replication.unreadable import first_step
 from terrace.localmirror import LocalMirror
 from terrace.primary import MirrorPart
 
@@ -36,6 +37,18 @@ def about_map(name: str, here: str, status: MirrorStatus, leg_id: str) -> str:
     others = sum(leg.state is LegState.UP_TO_DATE for leg in legs if leg.info.id != leg_id)
     step = new_leg(name, node, is_primarys=node == here, others=others)
     return f"{map_is_damaged(name, node)}, and nothing is written there: {step}"
+
+
+def about_unreadable(name: str, status: MirrorStatus, offsets: Iterable[int], silent: Collection[str]) -> str:
+    """That no leg can read the blocks at these offsets, in order, with the next step. `silent`: nodes that are away."""
+    out = (LegState.OFFLINE, LegState.STALE)
+    away = [
+        leg.info
+        for leg in status.legs
+        if leg.state in out and not (leg.error is not None and leg.error.startswith("split brain"))
+    ]
+    which = "in sync " if away else ""
+    return f"no leg of {name} {which}can read {ranges_in_words(offsets)}: {first_step(away, silent)}"
 
 
 def map_notice(name: str, here: str, status: MirrorStatus, leg: LegStatus) -> str | None:

@@ -309,8 +309,28 @@ def test_a_mirror_whose_primary_is_gone_and_that_etcd_decides_about() -> None:
 
 def test_what_no_leg_can_read_is_named_though_all_are_up_to_date() -> None:
     state = facts(AB, serving=True, connected=frozenset("ab"), voters=said(AB, "a", "b"), unreadable="bytes 0-4095")
-    assert "But no leg could read bytes 0-4095: restore them from a backup, or write" in explain(state).paragraph
-    assert "no leg could" not in explain(dataclasses.replace(state, unreadable="")).paragraph
+    assert explain(state).paragraph.endswith(
+        " But no leg can read bytes 0-4095: restore them from a backup, or write them anew."
+    )
+    assert "But no leg" not in explain(dataclasses.replace(state, unreadable="")).paragraph
+
+
+def test_a_leg_that_is_away_and_may_have_what_no_other_one_can_read_comes_before_a_backup() -> None:
+    def step(**more: object) -> str:
+        state = facts(ALONE, serving=True, connected=frozenset("a"), unreadable="bytes 0-4095", away_s={"b": 9.0})
+        return explain(dataclasses.replace(state, **more)).paragraph.partition(" But ")[2]  # type: ignore[arg-type]
+
+    restore = "; else restore them from a backup, or write them anew."
+    assert step(unheard={"b": "no route to host"}, voters=said(ALONE, "a")) == (
+        "no leg in sync can read bytes 0-4095: start node b, whose leg may have them" + restore
+    )
+    assert step(voters=said(ALONE, "a", "b"), errors={"b": "the pool p is full"}) == (
+        "no leg in sync can read bytes 0-4095: bring the leg on node b up to date again, which may have them" + restore
+    )
+    nothing = "no leg can read bytes 0-4095: restore them from a backup, or write them anew."
+    inconsistent = said(ALONE, "a") | said(ALONE, "b", inconsistent=True)
+    assert step(voters=inconsistent) == nothing, "a resync was interrupted there"
+    assert step(voters=said(ALONE, "a", "b"), split={"b": "split brain: two histories"}) == nothing
 
 
 def test_a_leg_with_a_damaged_map_is_named_with_the_next_step_though_it_is_up_to_date() -> None:

@@ -12,6 +12,7 @@ class FakePeers:
 
     def __init__(self, **answers: Any) -> None:
         self.node = "a"
+        self.peers: dict[str, Any] = {}
         self.asked: list[tuple[str, str, dict[str, Any]]] = []
         self._answers = answers
 

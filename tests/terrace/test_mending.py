@@ -12,6 +12,8 @@ import pytest
 import trio
 import trio.testing
 
+from replication.leg import LegState, MirrorState
+from replication.members import LegCounters, LegStatus, MirrorStatus
 from terrace.mending import QUIET_S, LegMender, heal_leg, read_block
 from terrace.mirrorwords import ranges_in_words
 from tests.replication.fakes import MemoryExtents
@@ -167,6 +169,40 @@ def test_a_list_of_losses_that_cannot_be_written_down_ends_no_healing() -> None:
             await trio.sleep(30)
             nursery.cancel_scope.cancel()
         assert len(peers.asked) >= 2 and one.damage.extents == 0
+
+    on_a_clock(body)
+
+
+def served_by_a(unmendable: dict[int, None], *, b: LegState = LegState.UP_TO_DATE) -> Any:
+    """The mirror as node a serves it."""
+    record = first_record("ab")
+    states = {"a": LegState.UP_TO_DATE, "b": b}
+    legs = tuple(
+        LegStatus(info, states[info.id], 5.0, info.id == "a", 0, None, None, None, LegCounters())
+        for info in record.legs
+    )
+    status = MirrorStatus(record, MirrorState.ONLINE, legs, None, None, 0, 0, 0, None, 0.0, 0.0, len(unmendable))
+    return SimpleNamespace(
+        status=lambda: status, healing=SimpleNamespace(unmendable=unmendable), size_bytes=record.size_bytes
+    )
+
+
+def test_the_event_of_what_no_leg_can_read_names_the_node_first_that_may_have_it() -> None:
+    async def body() -> None:
+        for b, calls, step in (
+            (LegState.OFFLINE, None, "start node b, whose leg may have them; else restore them"),
+            (LegState.STALE, object(), "bring the leg on node b up to date again, which may have them; else restore"),
+            (LegState.UP_TO_DATE, object(), "restore them from a backup, or write them anew"),
+        ):
+            told: list[str] = []
+            peers = FakePeers()
+            peers.peers = {"b": SimpleNamespace(calls=calls)}
+            mirror = mirror_of(serves=True, mirror=served_by_a({4096: None}, b=b))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(mender(peers, mirror, told).run)
+                await trio.sleep(1)
+                nursery.cancel_scope.cancel()
+            assert len(told) == 1 and "can read bytes 4096-8191: " + step in told[0], told
 
     on_a_clock(body)
 

@@ -26,8 +26,9 @@ def paragraph(error: str | None, **more: Any) -> str:
     )  # fmt: skip
     status = MirrorStatus(ALONE, MirrorState.DEGRADED, legs, None, None, 0, 0, 0, None, 0.0, 0.0, 0, **more)
     part: Any = SimpleNamespace(
-        name="p/v", me="a", mirror=SimpleNamespace(status=lambda: status), serves=True, problem=None, superseded=None,
-        membership=ALONE, is_left_behind=False, is_named_primary=True,
+        name="p/v", me="a", serves=True, problem=None, superseded=None, membership=ALONE, is_left_behind=False,
+        is_named_primary=True,
+        mirror=SimpleNamespace(status=lambda: status, healing=SimpleNamespace(unmendable={})),
     )  # fmt: skip
     voices = {node: VoterState(node, ALONE.term, ALONE) for node in "ab"}
     return explained(
