@@ -7,8 +7,8 @@ of the writes. So it tells the primary, a bounded batch at a time, which reads a
 
 What wasn't healed stays noted, by extents, and is told again: after growing pauses while nobody can heal it, as there
 is no primary, it can't be reached, or this leg isn't in sync; and an hour later where no leg has it, or the map of
-this one is damaged. All is in memory:
-after a restart the next scrub finds it again, and the list of lost blocks is the pool's.
+this one is damaged, but at once where another node has become primary, which couldn't tell operators of it else. All is
+in memory: after a restart the next scrub finds it again, and the list of lost blocks is the pool's.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class Damage:
         self._ask = ask
         self._healed = healed
         self._wake = trio.Event()
+        self._pausing = trio.CancelScope()
         self.problem: OSError | None = None
         """Why it isn't being healed."""
 
@@ -59,6 +60,14 @@ class Damage:
         self._noted.add(offset, length)
         self._meanwhile.add(offset, length)
         self._wake.set()
+
+    def again(self) -> None:
+        """All of it is to be told now, also what couldn't be healed: there is another primary, who doesn't know it."""
+        self._noted.update(self._hopeless)
+        self._meanwhile.update(self._hopeless)
+        self._hopeless.clear()
+        self._wake.set()
+        self._pausing.cancel()
 
     @property
     def extents(self) -> int:
@@ -91,8 +100,9 @@ class Damage:
                 done = await self._ask(batch)
             except OSError as error:
                 self.problem = error
-                await trio.sleep(pause_s)
-                pause_s = min(pause_s * 2, RETRY_MAX_S)
+                with trio.CancelScope() as self._pausing:
+                    await trio.sleep(pause_s)
+                pause_s = RETRY_S if self._pausing.cancelled_caught else min(pause_s * 2, RETRY_MAX_S)
                 continue
             self.problem = None
             pause_s = RETRY_S

@@ -21,6 +21,7 @@ import trio
 
 from replication.damage import Damage, Done, Ranges, heal_told, judge_done, judge_ranges
 from replication.leg import BLOCK_BYTES
+from replication.membership import Term
 from terrace.localmirror import LocalMirror
 from terrace.mirrorwords import about_map, about_unreadable
 from terrace.peers import Peers
@@ -48,6 +49,8 @@ class LegMender:
         self._lost: set[tuple[int, int]] = set()
         """Ranges that were lost with a device, as far as they were noted."""
         self._told = _Counted()
+        self._told_to: tuple[str | None, Term] | None = None
+        """The primary that is told of what can't be read here, and its term."""
         self._served: ServedMirror | None = None
         self._unmendable: set[int] = set()
         self._map_damaged: frozenset[str] = frozenset()
@@ -119,6 +122,9 @@ class LegMender:
     async def _watch(self) -> None:
         looked_at = -LOST_S
         while True:
+            if (begun := self._primary_of()) != self._told_to:
+                self._told_to = begun
+                self.damage.again()
             # It may be ten thousand ranges, of which most were noted already.
             if trio.current_time() - looked_at >= LOST_S:
                 looked_at = trio.current_time()
@@ -127,6 +133,14 @@ class LegMender:
             self._tell_unmendable()
             self._tell_map_damage()
             await trio.sleep(WATCH_S)
+
+    def _primary_of(self) -> tuple[str | None, Term] | None:
+        """Who is primary, and since which term, as far as it is known here."""
+        try:
+            record = self._mirror.membership
+        except OSError:  # it can't be read now
+            return self._told_to
+        return record.primary, record.term
 
     def _note_lost(self) -> None:
         for loss in self._mirror.pool.losses_of(self._mirror.volume):

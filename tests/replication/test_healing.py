@@ -318,6 +318,27 @@ def test_what_is_found_while_a_batch_is_healed_is_told_anew() -> None:
     with_damage(body)
 
 
+def test_another_primary_is_told_at_once_of_what_the_one_before_could_not_heal() -> None:
+    async def body(primary: Primary, damage: Damage) -> None:
+        primary.left = 1
+        damage.note(0, BLOCK_BYTES)
+        await trio.sleep(60)
+        damage.again()
+        await trio.sleep(1)
+        assert len(primary.asked) == 2 and (damage.extents, damage.hopeless) == (0, 1)
+        # Nor does it wait for a pause that grew while nobody was primary.
+        primary.error = OSError(errno.EAGAIN, "there is no primary")
+        damage.again()
+        await trio.sleep(100)
+        primary.error = None
+        asked = len(primary.asked)
+        damage.again()
+        await trio.sleep(0.1)
+        assert len(primary.asked) == asked + 1
+
+    with_damage(body)
+
+
 def test_what_no_leg_has_is_tried_again_an_hour_later_and_not_before() -> None:
     async def body(primary: Primary, damage: Damage) -> None:
         primary.left = 1

@@ -5,15 +5,18 @@ from __future__ import annotations
 import base64
 import errno
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import trio
 import trio.testing
 
+from replication.healing import Outcome
 from replication.leg import LegState, MirrorState
 from replication.members import LegCounters, LegStatus, MirrorStatus
+from replication.membership import Term
 from terrace.mending import QUIET_S, LegMender, heal_leg, read_block
 from terrace.mirrorwords import ranges_in_words
 from tests.replication.fakes import MemoryExtents
@@ -145,6 +148,43 @@ def test_lost_ranges_are_told_to_the_primary_and_are_off_the_list_when_it_has_he
         assert [(node, method) for node, method, _ in peers.asked] == [("a", "leg.damaged")]
         assert peers.asked[0][2]["ranges"] == [[0, 65536], [10 << 16, 65536]]
         assert refreshed == [True]
+
+    on_a_clock(body)
+
+
+def test_a_node_that_becomes_primary_finds_out_at_once_that_what_its_leg_has_lost_can_be_read_nowhere() -> None:
+    async def body() -> None:
+        mirror = mirror_of("b")
+        mirror.pool.losses_of = lambda volume: [SimpleNamespace(offset=4096, length=4096)]
+        peers = FakePeers(a={"done": [[0, 65536, 0, 1]]})
+        peers.node = "b"
+        asked: list[tuple[str, int, int]] = []
+
+        class Healing:
+            unmendable: ClassVar[dict[int, None]] = {}
+
+            async def mend(self, leg_id: str, offset: int, length: int) -> Outcome:
+                await trio.lowlevel.checkpoint()
+                asked.append((leg_id, offset, length))
+                self.unmendable[4096] = None
+                return Outcome(0, ((4096, 4096),))
+
+            def tell(self, leg_id: str, offset: int, blocks: int) -> None: ...
+
+        told: list[str] = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(mender(peers, mirror, told).run)
+            await trio.sleep(60)
+            assert len(peers.asked) == 1 and not asked
+            mirror.membership = replace(mirror.membership, term=Term(9, "9" * 16), primary="b")
+            mirror.mirror, mirror.serves = served_by_a({}), True
+            mirror.mirror.healing = Healing()
+            await trio.sleep(3)
+            nursery.cancel_scope.cancel()
+        assert asked == [("b", 0, 65536)] and len(peers.asked) == 1
+        assert told == [
+            "damage: no leg of p/vol can read bytes 4096-8191: restore them from a backup, or write them anew"
+        ]
 
     on_a_clock(body)
 
