@@ -38,6 +38,9 @@ MAX_BAD: Final = 1024
 MAX_UNMENDABLE: Final = 1024
 AGAIN_S: Final = 60.0
 """So often what no leg could read is tried again."""
+FEW: Final = 32
+FEW_AGAIN_S: Final = 10.0
+"""The same for so few blocks, so that it is soon known that they were written anew."""
 
 
 @dataclass(frozen=True)
@@ -85,19 +88,25 @@ class Healing:
 
     async def run(self) -> None:
         """The task."""
-        again_at = trio.current_time() + AGAIN_S
+        tried_at = trio.current_time()
         while True:
             while self._bad:
                 leg_id, offset, length = next(iter(self._bad))
                 del self._bad[leg_id, offset, length]
                 await self.heal(leg_id, offset, length)
-            with trio.move_on_at(again_at) as waiting:
+            every_s = FEW_AGAIN_S if len(self.unmendable) <= FEW else AGAIN_S
+            with trio.move_on_at(tried_at + every_s) as waiting:
                 await self._site.changed()
             if waiting.cancelled_caught:
-                for offset in list(self.unmendable):
-                    for leg_id in list(self._site.members):
-                        await self.heal(leg_id, offset, BLOCK_BYTES)
-                again_at = trio.current_time() + AGAIN_S
+                await self._try_again()
+                tried_at = trio.current_time()
+
+    async def _try_again(self) -> None:
+        for offset in list(self.unmendable):
+            if offset >= self._site.size_bytes:  # the mirror was shrunk
+                self._readable(offset)
+            for leg_id in list(self._site.members):
+                await self.heal(leg_id, offset, BLOCK_BYTES)
 
     async def heal(self, leg_id: str, offset: int, length: int) -> int:
         """Write anew on one leg the blocks in this range that it can't read; how many. They come from another leg.
@@ -159,8 +168,9 @@ class Healing:
                 self.map_damage.get(member.info.id, {}).pop(at, None)
                 for begin, size in _runs(bad):
                     healed += await self._rewrite(member, begin, size, left)
-            for block in [one for one in self.unmendable if first <= one < last and (one, BLOCK_BYTES) not in left]:
-                del self.unmendable[block]  # or written since
+            if member.is_proof and member.leg is not None and member.leg.failure is None:  # it has answered
+                for block in [one for one in self.unmendable if first <= one < last and (one, BLOCK_BYTES) not in left]:
+                    self._readable(block)  # or written since
         if healed:
             member.counters.healed_blocks += healed
             self.healed_blocks += healed
@@ -211,6 +221,11 @@ class Healing:
             step = first_step([m.info for m in self._site.members.values() if m.is_away])
             log.error("%s: no leg can read the blocks at %d: %s", self._site.name, offset, step)
             self._site.change()
+
+    def _readable(self, offset: int) -> None:
+        """A leg could read the block there, or there is none any more."""
+        self.unmendable.pop(offset, None)
+        self._site.change()  # a leg may have been kept out of sync for it
 
     async def _unreadable(self, member: Member, offset: int, length: int) -> list[int]:
         """Offsets of blocks, in order. Raises _MapDamagedError if the leg's map can't be read there."""

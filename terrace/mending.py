@@ -23,7 +23,7 @@ from replication.damage import Damage, Done, Ranges, heal_told, judge_done, judg
 from replication.leg import BLOCK_BYTES
 from replication.membership import Term
 from terrace.localmirror import LocalMirror
-from terrace.mirrorwords import about_map, about_unreadable
+from terrace.mirrorwords import about_map, about_unreadable, ranges_in_words
 from terrace.peers import Peers
 from terrace.primary import MirrorPart, ServedMirror, Tell
 from tiers.layout import check_of
@@ -172,16 +172,17 @@ class LegMender:
                 )  # fmt: skip
 
     def _tell_unmendable(self) -> None:
-        served = self._mirror.mirror
+        served, name = self._mirror.mirror, self._mirror.name
         if served is None:
             return
-        fresh = sorted(set(served.healing.unmendable) - self._unmendable)
-        if not fresh:
-            return
-        self._unmendable.update(fresh)
-        name = self._mirror.name
-        silent = {node for node, peer in self._peers.peers.items() if peer.calls is None}
-        self._tell("damage", name, about_unreadable(name, served.status(), fresh, silent))
+        now = set(served.healing.unmendable)
+        fresh, again = sorted(now - self._unmendable), sorted(self._unmendable - now)
+        self._unmendable = now
+        if fresh:
+            silent = {node for node, peer in self._peers.peers.items() if peer.calls is None}
+            self._tell("damage", name, about_unreadable(name, served.status(), fresh, silent))
+        if words := ranges_in_words(offset for offset in again if offset < served.size_bytes):
+            self._tell("damage", name, f"{words} of {name} can be read again")
 
     def _tell_map_damage(self) -> None:
         served = self._mirror.mirror

@@ -24,7 +24,7 @@ from replication.damage import (
     judge_done,
     judge_ranges,
 )
-from replication.healing import Healing
+from replication.healing import FEW_AGAIN_S, Healing
 from replication.leg import BLOCK_BYTES, EXTENT_BYTES, LegState
 from replication.verify import VerifyReport, verify
 from tests.replication.fakes import MemoryExtents, run_seeded
@@ -216,6 +216,43 @@ def test_what_no_leg_has_is_left_and_remembered_until_it_is_written() -> None:
             await mirror.write(0, block(1))
             await mirror.healing.mend("legb", 0, EXTENT_BYTES)
             assert sorted(mirror.healing.unmendable) == [7 * BLOCK_BYTES]
+
+    run(body)
+
+
+def test_that_a_block_was_written_anew_or_cut_off_is_known_ten_seconds_later() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            await filled(rig)
+            for node in "ab":
+                rig.store(node).lost.update((0, 7 * BLOCK_BYTES, 2 * EXTENT_BYTES))
+            await mirror.healing.mend("legb", 0, 3 * EXTENT_BYTES)
+            assert len(mirror.healing.unmendable) == 3
+            await mirror.write(0, block(1))
+            await mirror.resize(EXTENT_BYTES)
+            await trio.sleep(FEW_AGAIN_S + 0.5)
+            assert list(mirror.healing.unmendable) == [7 * BLOCK_BYTES]
+
+    run(body)
+
+
+def test_a_leg_that_fails_when_it_is_asked_again_does_not_make_a_block_readable() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            await filled(rig)
+            for node in "ab":
+                rig.store(node).lost.add(0)
+            await mirror.healing.mend("legb", 0, BLOCK_BYTES)
+            rig.store("b").held = trio.Event()
+            rig.nodes["b"].link.delay_s = 5.0
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(mirror.heal, "legb", 0, BLOCK_BYTES)
+                await trio.sleep(0.1)
+                rig.nodes["b"].link.cut(OSError(errno.ECONNRESET, "cut"))
+                rig.store("b").held = None
+            assert list(mirror.healing.unmendable) == [0]
 
     run(body)
 

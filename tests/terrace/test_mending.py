@@ -247,6 +247,26 @@ def test_the_event_of_what_no_leg_can_read_names_the_node_first_that_may_have_it
     on_a_clock(body)
 
 
+def test_that_blocks_can_be_read_again_is_an_event_and_of_those_of_another_term_or_cut_off_nothing_is_said() -> None:
+    async def body() -> None:
+        told: list[str] = []
+        unmendable: dict[int, None] = {0: None, 4096: None, 1 << 30: None}
+        mirror = mirror_of(serves=True, mirror=served_by_a(unmendable))
+        mirror.mirror.size_bytes = 1 << 20
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(mender(FakePeers(), mirror, told).run)
+            await trio.sleep(1)
+            del unmendable[4096], unmendable[1 << 30]
+            await trio.sleep(1)
+            assert told[1:] == ["damage: bytes 4096-8191 of p/vol can be read again"]
+            mirror.mirror = served_by_a({})
+            await trio.sleep(1)
+            nursery.cancel_scope.cancel()
+        assert len(told) == 2
+
+    on_a_clock(body)
+
+
 def test_ranges_are_joined_and_only_the_first_are_named() -> None:
     assert ranges_in_words([0, 4096, 12288]) == "bytes 0-8191, 12288-16383"
     assert ranges_in_words(range(0, 8192 * 8, 8192)).endswith("32768-36863 and 3 more ranges")
