@@ -28,6 +28,8 @@ class Progress:
     """None: it has just begun, or makes no progress."""
     stalled_s: float = 0.0
     """So long it has made no progress."""
+    unread_blocks: int = 0
+    """All else is done: these can be read on no leg, which is tried again for some seconds."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Facts:
     """By leg id: for how long it has been out of reach or out of sync."""
     errors: Mapping[str, str] = field(default_factory=dict)
     """By leg id: why the primary isn't connected to it, as the leg has said, or the way there."""
+    kept_out: Mapping[str, str] = field(default_factory=dict)
+    """By leg id: why it isn't in sync though the primary reaches it, and it has all else."""
     split: Mapping[str, str] = field(default_factory=dict)
     """By leg id: the sentence of its split brain."""
     decision: Refused | SplitBrain | None = None
@@ -344,6 +348,8 @@ def _about_legs(facts: Facts, legs: Mapping[str, LegState]) -> list[str]:
             continue  # that comes first of all
         if leg.id in facts.split:
             sentences.append(f"{where} is left out: {facts.split[leg.id].rstrip('.')}.")
+        elif leg.id in facts.kept_out:
+            sentences.append(f"{where} is kept out of sync: {facts.kept_out[leg.id].rstrip('.')}.")
         elif state is LegState.SYNCING:
             sentences.append(f"{where} is in resync: {_resync(facts.progress[leg.id])}.")
         elif state is LegState.OFFLINE and leg.node == facts.membership.primary and _old(facts) is not None:
@@ -387,12 +393,15 @@ def _may_have(facts: Facts, legs: Mapping[str, LegState]) -> list[LegInfo]:
     for leg in facts.membership.legs:
         voice = facts.voters.get(leg.node) if leg.kind == "terrace" else None
         is_mixed = voice is not None and voice.inconsistent
-        if legs[leg.id] in (LegState.OFFLINE, LegState.STALE) and leg.id not in facts.split and not is_mixed:
+        is_away = legs[leg.id] in (LegState.OFFLINE, LegState.STALE)
+        if is_away and leg.id not in facts.split and leg.id not in facts.kept_out and not is_mixed:
             found.append(leg)
     return found
 
 
 def _resync(progress: Progress) -> str:
+    if progress.unread_blocks:
+        return f"all is done but {progress.unread_blocks} block(s) that no leg could read, which is tried again"
     share = 100 * progress.done_bytes / progress.total_bytes if progress.total_bytes else 100.0
     if progress.stalled_s > 0:
         return f"{share:.0f} %, without progress for {_time(progress.stalled_s)}"

@@ -16,7 +16,9 @@ Such a range is remembered in `map_damage`; the way out is a new leg (`new_leg`)
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -40,7 +42,9 @@ AGAIN_S: Final = 60.0
 """So often what no leg could read is tried again."""
 FEW: Final = 32
 FEW_AGAIN_S: Final = 10.0
-"""The same for so few blocks, so that it is soon known that they were written anew."""
+"""The same for so few blocks, as they may be on a leg that can read them again."""
+WRITTEN_S: Final = 1.0
+"""So long after a write to one of the few it is tried: it may have been written anew."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +99,28 @@ class Healing:
                 del self._bad[leg_id, offset, length]
                 await self.heal(leg_id, offset, length)
             every_s = FEW_AGAIN_S if len(self.unmendable) <= FEW else AGAIN_S
-            with trio.move_on_at(tried_at + every_s) as waiting:
-                await self._site.changed()
-            if waiting.cancelled_caught:
-                await self._try_again()
+            await self._try_again(await self._written_before(tried_at + every_s))
+            if trio.current_time() >= tried_at + every_s:
+                await self._try_again(list(self.unmendable))
                 tried_at = trio.current_time()
 
-    async def _try_again(self) -> None:
-        for offset in list(self.unmendable):
+    async def _written_before(self, due: float) -> list[int]:
+        """Wait until then, or something has changed. Blocks that no leg could read, in extents that were written."""
+        with contextlib.ExitStack() as watched:
+            watches = {
+                offset: watched.enter_context(self._site.inflight.watching(offset, BLOCK_BYTES))
+                for offset in itertools.islice(self.unmendable, FEW)
+            }
+            while True:
+                now = trio.current_time()
+                with trio.move_on_at(min(due, now + WRITTEN_S) if watches else due) as waiting:
+                    await self._site.changed()
+                written = [offset for offset, watch in watches.items() if watch.touched]
+                if written or not waiting.cancelled_caught or trio.current_time() >= due:
+                    return written
+
+    async def _try_again(self, offsets: Iterable[int]) -> None:
+        for offset in offsets:
             if offset >= self._site.size_bytes:  # the mirror was shrunk
                 self._readable(offset)
             for leg_id in list(self._site.members):
@@ -219,7 +237,8 @@ class Healing:
         if offset not in self.unmendable and len(self.unmendable) < MAX_UNMENDABLE:
             self.unmendable[offset] = None
             step = first_step([m.info for m in self._site.members.values() if m.is_away])
-            log.error("%s: no leg can read the blocks at %d: %s", self._site.name, offset, step)
+            until = offset + BLOCK_BYTES - 1
+            log.error("%s: no leg can read bytes %d-%d: %s", self._site.name, offset, until, step)
             self._site.change()
 
     def _readable(self, offset: int) -> None:

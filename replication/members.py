@@ -65,6 +65,9 @@ class LegStatus:
     """Why it isn't connected."""
     resync: Progress | None
     counters: LegCounters
+    kept_out: str | None = None
+    """Why it is not in sync though it is there, and has all else: blocks that no leg can read. Also while that is tried
+    again."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,9 @@ class Member:
         self.ready = False
         """Has all that it missed; a record with it is wanted."""
         self.error: OSError | None = None
+        self.kept_out: OSError | None = None
+        """See `LegStatus`: from the end of a resync until it is in sync, is out for another reason, or is to be
+        tried at once."""
         self.resync: Resync | None = None
         self.latency_s: float | None = None
         self.counters = LegCounters()
@@ -147,7 +153,7 @@ class Member:
     def is_away(self) -> bool:
         """It isn't in sync, nor being brought up to date, and what it has is to be kept."""
         is_split = self.error is not None and self.error.errno == errno.EUCLEAN
-        return self.state in (LegState.OFFLINE, LegState.STALE) and not is_split
+        return self.state in (LegState.OFFLINE, LegState.STALE) and not is_split and self.kept_out is None
 
     def become(self, state: LegState) -> None:
         """With the time."""
@@ -168,6 +174,7 @@ class Member:
             error=self.error.strerror if self.error is not None and leg is None else None,
             resync=None if self.resync is None else self.resync.progress.seen(now),
             counters=self._counted(given),
+            kept_out=self.kept_out.strerror if self.kept_out and self.state is not LegState.UP_TO_DATE else None,
         )
 
 

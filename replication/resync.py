@@ -74,6 +74,10 @@ COPY_BYTES: Final = 512 << 10
 """So much is read and submitted at a time: one frame of a leg session."""
 
 
+class LacksBlocksError(OSError):
+    """All else was brought, but a leg that can't be told that blocks are lost stays out of sync for these."""
+
+
 @dataclass(frozen=True)
 class ResyncSettings:
     """What may be tuned. Rates are bytes a second."""
@@ -107,6 +111,8 @@ class Progress:
     done_bytes: int = 0
     """Compared, and copied where it differed."""
     copied_bytes: int = 0
+    unread_blocks: int = 0
+    """That no leg could read so far, while they are tried again: all else is done."""
     lost_blocks: int = 0
     """That no leg can read: they are lost at this leg, too."""
     retries: int = 0
@@ -429,15 +435,16 @@ class Resync:
         """Blocks that no leg could read: tried again for a while, then given up. Raises OSError for an NBD server."""
         async with self._seeing:
             for pause_s in self._settings.reread_s:
+                self.progress.unread_blocks = len(self._unread)
                 if self._unread:
                     await trio.sleep(pause_s)
                 for at in sorted(self._unread):
                     await self._bring_block(at, gives_up=False)
             if self._unread and self._member.info.kind == "nbd":
                 await self._flush()
-                raise OSError(
+                raise LacksBlocksError(
                     errno.EIO,
-                    f"{len(self._unread):,} block(s), the first at {min(self._unread):,}, can be read on no leg, and "
+                    f"{len(self._unread)} block(s), the first at byte {min(self._unread)}, can be read on no leg, and "
                     "an NBD server can't be told so: write them anew, or restore them, then it is brought up to date",
                 )
             for at in sorted(self._unread):

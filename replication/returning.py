@@ -5,12 +5,16 @@ on (durably), lets it have every new batch, and runs its resync; then the leg is
 
 Each attempt that comes to nothing doubles the wait before the next. Being in sync ends that only when it has lasted: a
 leg whose pool is full may have room for what it missed, and none for what clients write next.
+
+A leg that lacks nothing but blocks that no leg can read, and can't be told that they are lost (`LacksBlocksError`), is
+tried again when some of them can be read or an operator asks for it, and seldom else. Why it is kept out stays known
+while that goes on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 import trio
 
@@ -20,8 +24,11 @@ from replication.leg import Leg, LegState, LegStore
 from replication.members import Connect, LegFacts, Member
 from replication.membership import LegInfo, Membership
 from replication.records import Records
-from replication.resync import Resync, Site
+from replication.resync import LacksBlocksError, Resync, Site
 from replication.site import Gate, MirrorSettings
+
+KEPT_OUT_S: Final = 30.0
+"""So often a leg that is kept out by blocks that no leg can read is tried, where nothing says that they can be."""
 
 
 class Attended(Gate, Site, Protocol):
@@ -84,7 +91,7 @@ class Returning:
             try:
                 leg = await self._connect(member.info, self._site.membership)
             except OSError as error:
-                member.error = error
+                member.error, member.kept_out = error, None
             else:
                 if member.leg is not None or self._site.shut or self._site.members.get(member.info.id) is not member:
                     leg.close()
@@ -92,8 +99,24 @@ class Returning:
                 await self.admit(leg)
                 if member.state is LegState.UP_TO_DATE:
                     continue
+                if member.kept_out is not None:
+                    await self._until_worth_it(member)
+                    delay = settings.retry_s
+                    continue
             await trio.sleep(delay)
             delay = min(delay * 2, settings.retry_max_s)
+
+    async def _until_worth_it(self, member: Member) -> None:
+        """Until a leg that was kept out may get in: some of what no leg could read can be read now, or was written."""
+        known = set(self._site.healing.unmendable)
+        with trio.move_on_after(KEPT_OUT_S):
+            while (
+                member.kept_out is not None
+                and self._site.end is None
+                and self._site.members.get(member.info.id) is member
+                and known <= self._site.healing.unmendable.keys()
+            ):
+                await self._site.changed()
 
     async def admit(self, leg: Leg) -> None:
         """Bring a leg up to date and put it into the record. Returns when it is in sync, or has failed."""
@@ -104,7 +127,7 @@ class Returning:
             size_bytes = self._site.size_bytes
             await fit(leg, size_bytes)
         except OSError as error:
-            member.error = error
+            member.error, member.kept_out = error, None
             leg.close()
             return
         resized = self._site.size_bytes != size_bytes
@@ -130,6 +153,7 @@ class Returning:
                 await member.resync.run()
             except OSError as error:
                 member.resync.progress.state = f"failed: {error.strerror}"
+                member.kept_out = error if isinstance(error, LacksBlocksError) else None
                 if member.leg is leg:
                     self._site.drop(member, error)
             else:
@@ -140,7 +164,9 @@ class Returning:
                         await self._site.changed()
             nursery.cancel_scope.cancel()
         if member.state is LegState.UP_TO_DATE:
-            member.error = None
+            member.error = member.kept_out = None
+        elif member.kept_out is not member.error:
+            member.kept_out = None  # it was lost for another reason
 
     def _local_store(self) -> LegStore | None:
         """The primary's own store, if its leg is in sync."""

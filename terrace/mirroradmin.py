@@ -713,6 +713,9 @@ class MirrorAdmin:
             mirror.compared_in_full.add(leg.id)  # also of one that is away: when it is back
             if member.leg is not None:
                 served.leg_failed(member.leg, OSError(errno.ECANCELED, "an operator wants it compared in full"))
+        if member.kept_out is not None:
+            member.error = member.kept_out = None  # else who follows the resync hears it before it is tried
+            served.change()
 
     async def _discard(self, mirror: MirrorPart, leg: LegInfo) -> None:
         state = await self.mirrors.voter(leg.node).state(mirror.membership.mirror)

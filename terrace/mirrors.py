@@ -1029,9 +1029,11 @@ def _served_legs(status: MirrorStatus, name: str, node: str) -> list[dict[str, A
         if progress is not None:
             shown["to_sync_bytes"] = max(0, progress.total_bytes - progress.done_bytes)
             shown["bytes_per_s"] = progress.rate_bytes_s
-            shown["eta_s"] = progress.eta_s
+            shown["eta_s"] = None if progress.unread_blocks else progress.eta_s
         shown |= {"for_s": leg.for_s, "queued_bytes": leg.queued_bytes, "error": leg.error}
         shown["healed_blocks"] = leg.counters.healed_blocks
+        if leg.kept_out is not None:  # also while that is tried again
+            shown |= {"error": leg.kept_out, "kept_out": True}
         if notice := map_notice(name, node, status, leg):
             shown["map_damage"] = notice
         found.append(shown)

@@ -41,12 +41,8 @@ def about_map(name: str, here: str, status: MirrorStatus, leg_id: str) -> str:
 
 def about_unreadable(name: str, status: MirrorStatus, offsets: Iterable[int], silent: Collection[str]) -> str:
     """That no leg can read the blocks at these offsets, in order, with the next step. `silent`: nodes that are away."""
-    out = (LegState.OFFLINE, LegState.STALE)
-    away = [
-        leg.info
-        for leg in status.legs
-        if leg.state in out and not (leg.error is not None and leg.error.startswith("split brain"))
-    ]
+    not_in_sync = [leg for leg in status.legs if leg.state in (LegState.OFFLINE, LegState.STALE)]
+    away = [leg.info for leg in not_in_sync if leg.kept_out is None and not (leg.error or "").startswith("split brain")]
     which = "in sync " if away else ""
     return f"no leg of {name} {which}can read {ranges_in_words(offsets)}: {first_step(away, silent)}"
 
@@ -122,12 +118,18 @@ def explained(
             is_lost=seen is not None and seen.is_lost,
             is_failing=seen is not None and seen.is_failing,
             progress={
-                leg.info.id: Progress(leg.resync.done_bytes, leg.resync.total_bytes, leg.resync.eta_s)
+                leg.info.id: Progress(
+                    leg.resync.done_bytes,
+                    leg.resync.total_bytes,
+                    leg.resync.eta_s,
+                    unread_blocks=leg.resync.unread_blocks,
+                )
                 for leg in legs
                 if leg.resync is not None and leg.state.value == "Syncing"
             },
             away_s={leg.info.id: leg.for_s for leg in legs if leg.state.value not in ("UpToDate", "Syncing")},
             errors={leg.info.id: leg.error for leg in legs if leg.error is not None},
+            kept_out={leg.info.id: leg.kept_out for leg in legs if leg.kept_out is not None},
             split={
                 leg.info.id: leg.error for leg in legs if leg.error is not None and leg.error.startswith("split brain")
             },

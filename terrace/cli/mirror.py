@@ -503,7 +503,7 @@ def _followed(client: ApiClient, volume: tuple[str, str], node: str) -> dict[str
             leg = _leg(found, node)
             if leg["state"] in _UNTIL:
                 return found
-            if leg["error"] and leg["error"].startswith("split brain"):
+            if leg["error"] and (leg["error"].startswith("split brain") or leg.get("kept_out")):
                 raise click.ClickException(leg["error"])
             if found["role"] != "primary":
                 raise click.ClickException(

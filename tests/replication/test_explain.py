@@ -333,6 +333,22 @@ def test_a_leg_that_is_away_and_may_have_what_no_other_one_can_read_comes_before
     assert step(voters=said(ALONE, "a", "b"), split={"b": "split brain: two histories"}) == nothing
 
 
+def test_a_leg_that_is_kept_out_by_what_no_leg_can_read_is_not_called_out_of_reach_nor_nearly_done() -> None:
+    why = "1 block(s), the first at byte 4096, can be read on no leg: write them anew, then it is brought up to date"
+    going = {"b": Progress(8192, 8192, 0.0)}
+    for more in ({"progress": going, "connected": frozenset("ab")}, {"away_s": {"b": 3.0}, "errors": {"b": why}}):
+        state = facts(ALONE, serving=True, connected=frozenset("a"), kept_out={"b": why}, unreadable="bytes 4096-8191")
+        found = explain(dataclasses.replace(state, **more))  # type: ignore[arg-type]
+        assert found.paragraph.endswith(
+            f"write. The leg on node b is kept out of sync: {why}. But no leg can read bytes 4096-8191: restore them "
+            "from a backup, or write them anew."
+        )
+    # Before that is known, while it is still tried.
+    going = {"b": Progress(8192, 8192, 0.0, unread_blocks=2)}
+    found = explain(facts(ALONE, serving=True, connected=frozenset("ab"), progress=going))
+    assert "is in resync: all is done but 2 block(s) that no leg could read, which is tried again." in found.paragraph
+
+
 def test_a_leg_with_a_damaged_map_is_named_with_the_next_step_though_it_is_up_to_date() -> None:
     damage = {"b": "the map of the leg of fast/vol on node b is damaged: make it anew"}
     found = explain(facts(AB, serving=True, connected=frozenset("ab"), voters=said(AB, "a", "b"), map_damage=damage))

@@ -24,7 +24,7 @@ from replication.damage import (
     judge_done,
     judge_ranges,
 )
-from replication.healing import FEW_AGAIN_S, Healing
+from replication.healing import FEW_AGAIN_S, WRITTEN_S, Healing
 from replication.leg import BLOCK_BYTES, EXTENT_BYTES, LegState
 from replication.verify import VerifyReport, verify
 from tests.replication.fakes import MemoryExtents, run_seeded
@@ -220,7 +220,7 @@ def test_what_no_leg_has_is_left_and_remembered_until_it_is_written() -> None:
     run(body)
 
 
-def test_that_a_block_was_written_anew_or_cut_off_is_known_ten_seconds_later() -> None:
+def test_that_a_block_was_written_anew_is_known_a_second_later_and_that_it_can_be_read_or_was_cut_off_soon() -> None:
     async def body() -> None:
         rig = Rig(2)
         async with rig.running() as mirror:
@@ -229,10 +229,14 @@ def test_that_a_block_was_written_anew_or_cut_off_is_known_ten_seconds_later() -
                 rig.store(node).lost.update((0, 7 * BLOCK_BYTES, 2 * EXTENT_BYTES))
             await mirror.healing.mend("legb", 0, 3 * EXTENT_BYTES)
             assert len(mirror.healing.unmendable) == 3
+            await trio.sleep(FEW_AGAIN_S / 4)
             await mirror.write(0, block(1))
+            await trio.sleep(WRITTEN_S + 0.2)
+            assert sorted(mirror.healing.unmendable) == [7 * BLOCK_BYTES, 2 * EXTENT_BYTES]
+            rig.store("b").lost.discard(7 * BLOCK_BYTES)
             await mirror.resize(EXTENT_BYTES)
-            await trio.sleep(FEW_AGAIN_S + 0.5)
-            assert list(mirror.healing.unmendable) == [7 * BLOCK_BYTES]
+            await trio.sleep(FEW_AGAIN_S)
+            assert not mirror.healing.unmendable and not rig.store("a").lost & {7 * BLOCK_BYTES}
 
     run(body)
 

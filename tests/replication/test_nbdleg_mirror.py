@@ -120,17 +120,24 @@ def test_a_block_that_no_leg_can_read_keeps_only_itself_from_the_server_and_says
         await on.mirror.write(0, os.urandom(4 * EXTENT_BYTES))
         on.rig.store("a").lost.update((4096, 2 * EXTENT_BYTES))
         await on.until(lambda: "on no leg" in str(on.member.error))
-        assert "2 block(s), the first at 4,096, can be read on no leg" in str(on.member.error)
+        assert "2 block(s), the first at byte 4096, can be read on no leg" in str(on.member.error)
         assert on.member.state is LegState.STALE
         assert trackers_matching(on.rig.store("a"), "missing:nbd") >= {0, 2}
         ours, theirs = bytearray(on.rig.store("a").image), bytearray(on.export.data)
         for at in (4096, 2 * EXTENT_BYTES):
             ours[at : at + 4096] = theirs[at : at + 4096] = bytes(4096)
         assert ours == theirs
+        # That is said, and no other round begins, until some of it is written. Then it is said while that is tried.
+        resyncs = on.member.counters.resyncs
+        await trio.sleep(0.5)
+        assert on.member.counters.resyncs == resyncs
         await on.mirror.write(4096, bytes(4096))
+        await on.until(lambda: on.member.state is LegState.SYNCING)
+        assert "2 block(s)" in str(on.mirror.status().legs[-1].kept_out)
         await on.mirror.trim(2 * EXTENT_BYTES, 4096)
         await on.in_sync()
         on.require_equal()
+        assert on.mirror.status().legs[-1].kept_out is None
 
     played(body)
 

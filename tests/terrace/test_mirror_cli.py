@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -77,6 +78,23 @@ def test_the_mirrors_of_a_tie_breaker_are_named_in_its_list(capsys: pytest.Captu
         "This node is a tie-breaker of the mirror of p/db on node a, q/db on node b: `terrace volume mirror show` on a "
         "tells more."
     )
+
+
+@pytest.mark.parametrize("command", [["resync", "p/v", URI], ["add", "p/v", URI, "--wait"]])
+def test_who_waits_for_a_leg_that_is_kept_out_of_sync_gets_the_reason_as_an_error(
+    command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    why = "1 block(s), the first at byte 4096, can be read on no leg, and an NBD server can't be told so"
+    rounds = iter([leg("a", "Stale", uri=URI), leg("a", "Syncing", uri=URI)])
+    last = leg("a", "Syncing", uri=URI, error=why, kept_out=True)
+
+    def get(*path: str) -> dict[str, Any]:
+        return mirror(leg("a", "UpToDate"), next(rounds, last), state="Degraded")
+
+    client = SimpleNamespace(get=get, request=lambda *args, **more: get())
+    monkeypatch.setattr(Context, "connect", lambda self: nullcontext(client))
+    result = CliRunner().invoke(root, ["volume", "mirror", *command])
+    assert result.exit_code == 1 and result.output.splitlines()[-1] == f"Error: {why}"
 
 
 def test_a_resize_says_before_that_a_resync_may_have_to_begin_again(capsys: pytest.CaptureFixture[str]) -> None:

@@ -388,12 +388,15 @@ def test_a_leg_on_an_nbd_server_is_removed_and_resynced_by_any_uri_of_its_export
         served = Served(cast("Any", None))
         served.membership = replace(record, legs=(*record.legs, leg))
         failed: list[Any] = []
-        member = SimpleNamespace(leg=object(), state=LegState.STALE, error=None, is_proof=False)
+        why = OSError(errno.EIO, "1 block(s) can be read on no leg")
+        member = SimpleNamespace(leg=object(), state=LegState.STALE, error=why, kept_out=why, is_proof=False)
         more = cast("Any", served)
+        more.change = lambda: None
         more.members, more.leg_failed = {"n": member}, lambda leg, error: failed.append(leg)
         mirror: Any = SimpleNamespace(name="p/dm", me="a", compared_in_full=set())
         await Admin(served).resync(mirror, uri, discard=False, full=True)
         assert mirror.compared_in_full == {"n"} and failed == [member.leg]
+        assert member.kept_out is member.error is None, "it is tried at once, and what was said before is over"
         more.status = lambda: SimpleNamespace(legs=[])
         with pytest.raises(TierError, match="has the only leg"):  # so it was found
             await Admin(served).remove(mirror, uri, force=True)

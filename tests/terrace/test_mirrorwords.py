@@ -10,6 +10,8 @@ from replication.cluster import VoterState
 from replication.leg import LegState, MirrorState
 from replication.members import LegCounters, LegStatus, MirrorStatus
 from replication.membership import Membership, Options
+from replication.resync import Progress as Resynced
+from terrace.mirrors import _served_legs
 from terrace.mirrorwords import explained, writes_fail
 from tests.replication.stores import first_record
 
@@ -61,3 +63,17 @@ def test_writes_fail_where_the_option_says_so_and_a_leg_in_sync_is_there() -> No
     assert not writes_fail(status(failing, MirrorState.FAULTED, is_lost=True))
     assert not writes_fail(status(ALONE, MirrorState.FAULTED))
     assert not writes_fail(status(failing, MirrorState.ONLINE, waiting=None))
+
+
+def test_why_a_leg_is_kept_out_of_sync_is_in_its_status_in_each_round_of_its_resync() -> None:
+    why = "1 block(s) can be read on no leg"
+    seen = Resynced(total_bytes=8192, done_bytes=8192, unread_blocks=1, eta_s=0.0)
+    for state, error, resync in ((LegState.SYNCING, None, seen), (LegState.STALE, why, None)):
+        legs = (
+            LegStatus(ALONE.legs[0], LegState.UP_TO_DATE, 5.0, True, 0, None, None, None, LegCounters()),
+            LegStatus(ALONE.legs[1], state, 5.0, False, 0, None, error, resync, LegCounters(), kept_out=why),
+        )
+        status = MirrorStatus(ALONE, MirrorState.DEGRADED, legs, None, None, 0, 0, 0, None, 0.0, 0.0, 1)
+        shown = _served_legs(status, "p/v", "a")
+        assert (shown[1]["error"], shown[1]["kept_out"], shown[1]["eta_s"]) == (why, True, None)
+        assert "kept_out" not in shown[0]
