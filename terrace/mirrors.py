@@ -742,6 +742,7 @@ class Mirrors:
                 },
                 **{"state": MirrorState.FAULTED.value, "waiting": None, "problem": error.strerror, "legs": []},
                 "writes_fail": False,
+                "unreadable_blocks": 0,
             }
         served = mirror.mirror
         status = served.status() if served is not None and mirror.serves else None
@@ -768,6 +769,7 @@ class Mirrors:
             "waiting": status.waiting if status is not None else None,
             "writes_fail": status is not None and writes_fail(status),
             "problem": mirror.problem.strerror if mirror.problem is not None else None,
+            "unreadable_blocks": status.unmendable_blocks if status is not None else 0,
             "legs": legs,
         }
 
@@ -885,7 +887,7 @@ class Mirrors:
         return None
 
     def _by_primary(self, own: dict[str, Any], mirror: MirrorPart, theirs: dict[str, Any]) -> dict[str, Any]:
-        found = own | {key: theirs[key] for key in (*_PRIMARYS, "writes_fail")}
+        found = own | {key: theirs[key] for key in (*_PRIMARYS, "writes_fail", "unreadable_blocks")}
         if isinstance(mirror, LocalMirror):
             for shown in found["legs"]:
                 if shown["id"] == mirror.me:  # what this node has mended by itself, it alone knows
@@ -986,8 +988,12 @@ def _judge_status(theirs: Any, *, explain: bool) -> dict[str, Any]:
         raise OSError(errno.EPROTO, "there are no legs of a mirror in that")
     if type(theirs["term"]) is not int or type(theirs["epoch"]) is not int:
         raise OSError(errno.EPROTO, "there is no term of a mirror in that")
-    # A primary of an older release doesn't say it.
-    return {key: theirs[key] for key in wanted} | {"writes_fail": theirs.get("writes_fail") is True}
+    # A primary of an older release says neither.
+    blocks = theirs.get("unreadable_blocks")
+    return {key: theirs[key] for key in wanted} | {
+        "writes_fail": theirs.get("writes_fail") is True,
+        "unreadable_blocks": blocks if type(blocks) is int else 0,
+    }
 
 
 def _record_status(record: Membership) -> dict[str, Any]:

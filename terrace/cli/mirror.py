@@ -91,9 +91,16 @@ def show_mirrors(found: list[dict[str, Any]]) -> None:
     )
     for one in found:
         waiting = one["waiting"] and f"writes {_wait(one)}: {one['waiting']}"
-        for sentence in filter(None, (one["problem"], waiting, *_why_out(one))):
+        for sentence in filter(None, (one["problem"], waiting, unreadable(one), *_why_out(one))):
             click.echo()
             say(f"{one['volume']}: {sentence}")
+
+
+def unreadable(one: dict[str, Any]) -> str | None:
+    """That blocks can be read on no leg, however well all else is, and which command names them; None for none."""
+    count = one.get("unreadable_blocks")  # a daemon of an older release doesn't say it
+    blocks = f"{count} blocks" if count != 1 else "one block"
+    return f"no leg can read {blocks}: see `terrace volume mirror explain {one['volume']}`" if count else None
 
 
 def _wait(one: dict[str, Any]) -> str:
@@ -148,6 +155,7 @@ def _show(found: dict[str, Any], output: str) -> None:
             *([("Next primary", found["token"])] if found["token"] else []),
             *([(f"Writes {_wait(found)}", found["waiting"])] if found["waiting"] else []),
             *([("Problem", found["problem"])] if found["problem"] else []),
+            *([("Damage", damage)] if (damage := unreadable(found)) else []),
             ("Id", found["mirror"]),
         ]
     )

@@ -7,9 +7,9 @@ from typing import Any
 import click
 
 from terrace.cli.context import Context, pass_context
-from terrace.cli.mirror import place_of
+from terrace.cli.mirror import place_of, unreadable
 from terrace.cli.node import show_nodes
-from terrace.cli.output import duration, output_option, show_facts, show_json, show_table
+from terrace.cli.output import duration, output_option, say, show_facts, show_json, show_table
 from terrace.cli.pool import show_pools
 from terrace.sizes import format_size
 
@@ -88,6 +88,9 @@ def show_status_of_mirrors(mirrors: list[dict[str, Any]]) -> None:
         rows.append((one["volume"], one["state"], one["role"], one["primary"] or "none", first))
         rows += [("", "", "", "", leg) for leg in others]
     show_table(("Mirror", "State", "Here", "Primary", "Legs"), rows, spare=("Primary",))
+    for one in mirrors:
+        if damage := unreadable(one):
+            say(f"{one['volume']}: {damage}")
 
 
 def _legs(mirror: dict[str, Any]) -> list[str]:

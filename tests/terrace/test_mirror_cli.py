@@ -125,6 +125,20 @@ def test_what_waits_below_quorum_and_what_fails_is_called_so(
     ]
 
 
+def test_what_no_leg_can_read_is_in_every_command_that_shows_the_mirror_though_all_legs_are_up_to_date(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = mirror(leg("a", "UpToDate"), leg("b", "UpToDate"), unreadable_blocks=3)
+    said = "no leg can read 3 blocks: see `terrace volume mirror explain p/v`"
+    for show in (show_mirrors, show_status_of_mirrors):
+        show([found])
+        assert capsys.readouterr().out.splitlines()[-1] == f"p/v: {said}"
+        show([found | {"unreadable_blocks": 0}, mirror(volume="p/w")])
+        assert "can read" not in capsys.readouterr().out
+    _show(found, "table")
+    assert any(line.split(None, 1) == ["Damage", said] for line in capsys.readouterr().out.splitlines())
+
+
 def test_a_leg_on_an_nbd_server_is_found_by_any_uri_of_its_export() -> None:
     found = mirror(leg("a", "UpToDate"), leg("a", "Stale", uri="nbd://nas/db"))
     for uri in ("nbd://nas/db", "nbd://nas:10809/db"):

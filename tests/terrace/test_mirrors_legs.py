@@ -512,6 +512,8 @@ def test_what_is_no_status_of_a_primary_is_not_shown_as_one() -> None:
     legs = [_leg(LegInfo("l", "a", "p/v"), "UpToDate")]
     good: dict[str, Any] = dict.fromkeys(_PRIMARYS) | {"role": "primary", "legs": legs, "term": 1, "epoch": 0}
     assert _judge_status(good, explain=False)["legs"] == legs
+    for count, shown in ((3, 3), (None, 0), ("x", 0)):  # a primary of an older release doesn't say it
+        assert _judge_status(good | {"unreadable_blocks": count}, explain=False)["unreadable_blocks"] == shown
     said = good | {"headline": "It is.", "text": "It is. So it is."}
     assert _judge_status(said, explain=True)["text"] == "It is. So it is."
     bad: list[Any] = [None, [], {}, good | {"role": "secondary"}, good | {"legs": None}, good | {"legs": [{}]}]
