@@ -100,7 +100,7 @@ def unreadable(one: dict[str, Any]) -> str | None:
     """That blocks can be read on no leg, however well all else is, and which command names them; None for none."""
     count = one.get("unreadable_blocks")  # a daemon of an older release doesn't say it
     blocks = f"{count} blocks" if count != 1 else "one block"
-    return f"no leg can read {blocks}: see `terrace volume mirror explain {one['volume']}`" if count else None
+    return f"no leg in sync can read {blocks}: see `terrace volume mirror explain {one['volume']}`" if count else None
 
 
 def _wait(one: dict[str, Any]) -> str:

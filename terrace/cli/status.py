@@ -90,6 +90,7 @@ def show_status_of_mirrors(mirrors: list[dict[str, Any]]) -> None:
     show_table(("Mirror", "State", "Here", "Primary", "Legs"), rows, spare=("Primary",))
     for one in mirrors:
         if damage := unreadable(one):
+            click.echo()
             say(f"{one['volume']}: {damage}")
 
 

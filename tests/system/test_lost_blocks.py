@@ -25,6 +25,10 @@ def rot(node: Node, block: bytes) -> None:
     flip(path, held.find(block) + 1000)
 
 
+def explained(node: Node) -> str:
+    return str(node.daemon.api("GET", "/v1/pools/p/volumes/v/mirror/explain")["text"])
+
+
 def test_a_leg_that_comes_back_is_up_to_date_without_what_the_primary_can_read_no_more(pair: Pair) -> None:
     a, b = pair.a, pair.b
     b.daemon.kill()
@@ -39,6 +43,14 @@ def test_a_leg_that_comes_back_is_up_to_date_without_what_the_primary_can_read_n
     a.wait_for({"a": "UpToDate", "b": "UpToDate"})
     until(lambda: any("no leg of p/v can read bytes 0-4095, 65536-69631" in text for text in a.events()))
     until(lambda: any("stays, the state of this leg before its resync" in text for text in b.events()))
+    # Who is primary next says so too, before anybody reads there.
+    lost = "can read bytes 0-4095, 65536-69631: restore them from a backup, or write them anew"
+    a.daemon.cli("volume", "mirror", "demote", "p/v", "--to", "b")
+    until(lambda: any(f"no leg of p/v {lost}" in text for text in b.events()))
+    assert f"But no leg {lost}" in explained(b)
+    assert "no leg in sync can read 2 blocks" in b.daemon.cli("volume", "mirror", "show", "p/v").stdout
+    b.daemon.cli("volume", "mirror", "demote", "p/v", "--to", "a")
+    until(lambda: f"But no leg {lost}" in explained(a))
     repair = a.daemon.cli("volume", "mirror", "verify", "p/v", "--full", "--repair", status=1)
     assert "16384 bytes can't be read, 0 of them are healed" in " ".join(repair.stdout.split())
     assert "the block was lost" in b.daemon.cli("pool", "check", "p", "--full", status=1).stdout
@@ -53,6 +65,9 @@ def test_a_leg_that_comes_back_is_up_to_date_without_what_the_primary_can_read_n
             client.write(at, new[at : at + 4096])
         client.flush()
         assert client.read(0, MIB) == new
+    until(lambda: "can read" not in explained(a), 5.0)
+    for at in LOST:
+        until(lambda at=at: any(f"{at}-{at + 4095}" in text for text in a.events() if "read again" in text), 5.0)  # type: ignore[misc]
     assert "equal." in a.daemon.cli("volume", "mirror", "verify", "p/v", "--full").stdout
     for node in (a, b):
         assert "is sound" in node.daemon.cli("pool", "check", "p", "--full").stdout

@@ -129,7 +129,7 @@ def test_what_no_leg_can_read_is_in_every_command_that_shows_the_mirror_though_a
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     found = mirror(leg("a", "UpToDate"), leg("b", "UpToDate"), unreadable_blocks=3)
-    said = "no leg can read 3 blocks: see `terrace volume mirror explain p/v`"
+    said = "no leg in sync can read 3 blocks: see `terrace volume mirror explain p/v`"
     for show in (show_mirrors, show_status_of_mirrors):
         show([found])
         assert capsys.readouterr().out.splitlines()[-1] == f"p/v: {said}"
