@@ -142,6 +142,18 @@ def test_a_block_that_no_leg_can_read_keeps_only_itself_from_the_server_and_says
     played(body)
 
 
+def test_a_block_is_not_called_readable_because_a_server_in_sync_has_something_there() -> None:
+    async def body(on: Scene) -> None:
+        await on.mirror.write(0, os.urandom(EXTENT_BYTES))
+        on.rig.store("a").lost.add(4096)
+        await on.mirror.heal("lega", 0, EXTENT_BYTES)
+        assert list(on.mirror.healing.unmendable) == [4096], "no checksum proves what the server has"
+        await on.mirror.heal("nbd", 0, EXTENT_BYTES)
+        assert list(on.mirror.healing.unmendable) == [4096]
+
+    played(body)
+
+
 def test_a_block_that_is_written_while_nobody_could_read_it_keeps_the_server_out_no_more() -> None:
     async def body(on: Scene) -> None:
         await on.mirror.write(0, os.urandom(8 * EXTENT_BYTES))
