@@ -114,7 +114,8 @@ def explain(facts: Facts) -> Explanation:
     headline = _headline(facts, state, legs)
     damage = [f"{text[:1].upper()}{text[1:]}." for text in facts.map_damage.values()]
     if facts.unreadable:
-        step = first_step(_may_have(facts, legs), facts.unheard)
+        away = _may_have(facts, legs, LegState.OFFLINE, LegState.STALE)
+        step = first_step(away, facts.unheard, _may_have(facts, legs, LegState.SYNCING))
         damage.append(f"But no leg {'' if step == RESTORE else 'in sync '}can read {facts.unreadable}: {step}.")
     sentences = [headline, *_about_legs(facts, legs), *damage, _about_arbiter(facts, served)]
     if facts.left_behind is not None:
@@ -387,14 +388,15 @@ def _about_legs(facts: Facts, legs: Mapping[str, LegState]) -> list[str]:
     return sentences
 
 
-def _may_have(facts: Facts, legs: Mapping[str, LegState]) -> list[LegInfo]:
-    """Legs that aren't in sync and may have what none that is can read; not one whose writes would be discarded."""
+def _may_have(facts: Facts, legs: Mapping[str, LegState], *states: LegState) -> list[LegInfo]:
+    """Legs in one of these states that may have what none in sync can read; not one whose writes would be discarded."""
     found = []
     for leg in facts.membership.legs:
+        state = legs[leg.id]
         voice = facts.voters.get(leg.node) if leg.kind == "terrace" else None
-        is_mixed = voice is not None and voice.inconsistent
-        is_away = legs[leg.id] in (LegState.OFFLINE, LegState.STALE)
-        if is_away and leg.id not in facts.split and leg.id not in facts.kept_out and not is_mixed:
+        # A server in resync is most often there for just these blocks. An interrupted resync may have begun with them.
+        is_hopeless = leg.kind == "nbd" if state is LegState.SYNCING else voice is not None and voice.inconsistent
+        if state in states and leg.id not in facts.split and leg.id not in facts.kept_out and not is_hopeless:
             found.append(leg)
     return found
 

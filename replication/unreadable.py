@@ -13,8 +13,12 @@ from replication.membership import LegInfo
 RESTORE = "restore them from a backup, or write them anew"
 
 
-def first_step(away: Sequence[LegInfo], silent: Collection[str] = ()) -> str:
-    """What to do about such blocks. `away`: legs out of sync that may have them; `silent`: nodes that don't answer."""
+def first_step(away: Sequence[LegInfo], silent: Collection[str] = (), syncing: Sequence[LegInfo] = ()) -> str:
+    """What to do about such blocks.
+
+    `away`: legs that aren't in sync and may have them; `silent`: nodes that don't answer; `syncing`: legs in resync,
+    which keep such a block where the checksum of one in sync proves it.
+    """
     steps = []
     stopped = list(dict.fromkeys(leg.node for leg in away if leg.kind == "terrace" and leg.node in silent))
     if stopped:
@@ -26,6 +30,9 @@ def first_step(away: Sequence[LegInfo], silent: Collection[str] = ()) -> str:
     ]
     if others:
         steps.append(f"bring the {_legs(len(others))} {_and(others)} up to date again, which may have them")
+    if syncing:
+        nodes = [f"on node {leg.node}" for leg in syncing]
+        steps.append(f"wait for the resync of the {_legs(len(nodes))} {_and(nodes)}, which may have them")
     return f"{' and '.join(steps)}; else {RESTORE}" if steps else RESTORE
 
 

@@ -41,10 +41,11 @@ def about_map(name: str, here: str, status: MirrorStatus, leg_id: str) -> str:
 
 def about_unreadable(name: str, status: MirrorStatus, offsets: Iterable[int], silent: Collection[str]) -> str:
     """That no leg can read the blocks at these offsets, in order, with the next step. `silent`: nodes that are away."""
-    not_in_sync = [leg for leg in status.legs if leg.state in (LegState.OFFLINE, LegState.STALE)]
-    away = [leg.info for leg in not_in_sync if leg.kept_out is None and not (leg.error or "").startswith("split brain")]
-    which = "in sync " if away else ""
-    return f"no leg of {name} {which}can read {ranges_in_words(offsets)}: {first_step(away, silent)}"
+    may_have = [leg for leg in status.legs if leg.kept_out is None and not (leg.error or "").startswith("split brain")]
+    away = [leg.info for leg in may_have if leg.state in (LegState.OFFLINE, LegState.STALE)]
+    syncing = [leg.info for leg in may_have if leg.state is LegState.SYNCING and leg.info.kind == "terrace"]
+    which = "in sync " if away or syncing else ""
+    return f"no leg of {name} {which}can read {ranges_in_words(offsets)}: {first_step(away, silent, syncing)}"
 
 
 def map_notice(name: str, here: str, status: MirrorStatus, leg: LegStatus) -> str | None:

@@ -327,9 +327,15 @@ def test_a_leg_that_is_away_and_may_have_what_no_other_one_can_read_comes_before
     assert step(voters=said(ALONE, "a", "b"), errors={"b": "the pool p is full"}) == (
         "no leg in sync can read bytes 0-4095: bring the leg on node b up to date again, which may have them" + restore
     )
+    syncing = {"progress": {"b": Progress(1, 2, 3.0)}, "connected": frozenset("ab")}
+    for inconsistent in (True, False):
+        assert step(voters=said(ALONE, "a", "b", inconsistent=inconsistent), **syncing) == (
+            "no leg in sync can read bytes 0-4095: wait for the resync of the leg on node b, which may have them"
+            + restore
+        )
     nothing = "no leg can read bytes 0-4095: restore them from a backup, or write them anew."
-    inconsistent = said(ALONE, "a") | said(ALONE, "b", inconsistent=True)
-    assert step(voters=inconsistent) == nothing, "a resync was interrupted there"
+    interrupted = said(ALONE, "a") | said(ALONE, "b", inconsistent=True)
+    assert step(voters=interrupted) == nothing, "a resync was interrupted there"
     assert step(voters=said(ALONE, "a", "b"), split={"b": "split brain: two histories"}) == nothing
 
 

@@ -41,7 +41,7 @@ def test_a_leg_that_comes_back_is_up_to_date_without_what_the_primary_can_read_n
         rot(a, new[at : at + 4096])
     b.daemon.start()
     a.wait_for({"a": "UpToDate", "b": "UpToDate"})
-    until(lambda: any("no leg of p/v can read bytes 0-4095, 65536-69631" in text for text in a.events()))
+    until(lambda: any("can read bytes 0-4095, 65536-69631: wait for the resync of" in text for text in a.events()))
     until(lambda: any("stays, the state of this leg before its resync" in text for text in b.events()))
     # Who is primary next says so too, before anybody reads there.
     lost = "can read bytes 0-4095, 65536-69631: restore them from a backup, or write them anew"

@@ -232,6 +232,7 @@ def test_the_event_of_what_no_leg_can_read_names_the_node_first_that_may_have_it
         for b, calls, step in (
             (LegState.OFFLINE, None, "start node b, whose leg may have them; else restore them"),
             (LegState.STALE, object(), "bring the leg on node b up to date again, which may have them; else restore"),
+            (LegState.SYNCING, object(), "wait for the resync of the leg on node b, which may have them; else restore"),
             (LegState.UP_TO_DATE, object(), "restore them from a backup, or write them anew"),
         ):
             told: list[str] = []
