@@ -406,7 +406,7 @@ class _Walk:
             indices: list[int] = []
             for address, check, index in part:
                 try:
-                    pages += await read_pages(segments, [(address, check)], f"of {name}, level {level}, index {index}")
+                    pages += await read_pages(segments, [(address, check)], f"of {name}, level {level}", [index])
                     indices.append(index)
                 except OSError as error:
                     self.unread += 1

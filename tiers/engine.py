@@ -74,7 +74,7 @@ class Engine:
         self.settings = settings
         self.offload = offload
         self.preadv = preadv
-        self.segments = SegmentTable(devices)
+        self.segments = SegmentTable(devices, pool_name)
         self.segments.clock = trio.current_time
         self.log = Log(self.segments, pool_uuid, incarnation, seq, prev_check)
         self.removed_devices: list[DeviceRow] = []

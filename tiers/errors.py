@@ -27,10 +27,11 @@ class NoRoomError(TierError):
 class DamagedPageError(TierError):
     """EIO: a page of a map fails its checksum."""
 
-    def __init__(self, damage: str) -> None:
+    def __init__(self, pool_name: str, damage: str) -> None:
         super().__init__(
             errno.EIO,
-            f"{damage}: `terrace pool check` tells which others do, and with --give-up-map gives up what they name",
+            f"{damage}: `terrace pool check {pool_name}` tells which others do, and with --give-up-map gives up what "
+            "they name",
         )
         self.damage = damage
         """What is wrong, without what can be done."""

@@ -174,7 +174,7 @@ class MapTree:
         return entries
 
     async def _read_pages(self, entries: Sequence[tuple[int, int]], level: int, indices: Sequence[int]) -> list[Page]:
-        pages = await read_pages(self._segments, entries, f"of {self.name}, level {level}, index {indices[0]}...")
+        pages = await read_pages(self._segments, entries, f"of {self.name}, level {level}", indices)
         return [EMPTY_PAGE if page is None else page for page in pages]
 
     # -- changing (the checkpoint's) -----------------------------------------------------------------------------
@@ -239,12 +239,18 @@ class MapTree:
         self._cache.detach(self)
 
 
-async def read_pages(segments: SegmentTable, entries: Sequence[tuple[int, int]], what: str) -> list[Page | None]:
+async def read_pages(
+    segments: SegmentTable, entries: Sequence[tuple[int, int]], what: str, indices: Sequence[int] | None = None
+) -> list[Page | None]:
     """Read and verify the pages at these (address, check) entries; None for an entry that is a hole.
 
     A page that was given up with its device, or whose entry says BAD, is BAD_PAGE. Raises TierError EIO naming the
-    device and offset of a page that fails its check.
+    device and offset of a page that fails its check: `what` they all are, and where `indices` are given its own.
     """
+
+    def named(i: int) -> str:
+        return what if indices is None else f"{what}, index {indices[i]}"
+
     by_device: dict[int, list[int]] = {}
     pages: list[Page | None] = [None] * len(entries)
     for i, (address, _) in enumerate(entries):
@@ -255,7 +261,8 @@ async def read_pages(segments: SegmentTable, entries: Sequence[tuple[int, int]],
             if segment is None:
                 raise TierError(
                     errno.EIO,
-                    f"a map page {what} lies in segment {address >> 24}, which is not in use: run `terrace pool check`",
+                    f"a map page {named(i)} lies in segment {address >> 24}, which is not in use: run `terrace pool check "
+                    f"{segments.pool_name}`",
                 )
             if segment.device.state == "lost":
                 pages[i] = BAD_PAGE
@@ -273,7 +280,9 @@ async def read_pages(segments: SegmentTable, entries: Sequence[tuple[int, int]],
             for i, (offset, _), block in zip(positions, ranges, blocks, strict=True):
                 if check_of(block) != entries[i][1]:
                     segments.count_damage(entries[i][0])
-                    raise DamagedPageError(f"a map page {what} on {device.path} at {offset} fails its checksum")
+                    raise DamagedPageError(
+                        segments.pool_name, f"a map page {named(i)} on {device.path} at {offset} fails its checksum"
+                    )
                 pages[i] = page_of(block)
     finally:
         for place in places.values():

@@ -123,8 +123,10 @@ class Segment:
 class SegmentTable:
     """All segments in use, by id, and the free places of each device."""
 
-    def __init__(self, devices: list[Device]) -> None:
+    def __init__(self, devices: list[Device], pool_name: str = "POOL") -> None:
         self.devices = devices
+        self.pool_name = pool_name
+        """For what is said of its damage."""
         self.by_id: dict[int, Segment] = {}
         self.next_id = 1
         self.clock: Callable[[], float] = lambda: 0.0

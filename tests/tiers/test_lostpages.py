@@ -107,6 +107,18 @@ def test_what_lay_below_the_page_is_lost_all_else_is_there_and_the_pool_takes_wr
     run(body)
 
 
+def test_a_damaged_page_among_several_is_named_by_its_own_index_with_a_command_that_can_be_run(tmp_path: Path) -> None:
+    async def body() -> None:
+        home = await make_pool(tmp_path)
+        await damage(home, 0, 1, write=False)
+        async with Pool.open(home, settings=QUIET) as pool:
+            error = await refusal(lambda: pool.volume("v").tree.load(0, [0, 1]))
+            assert str(error).startswith("a map page of p/v, level 0, index 1 on ")
+            assert " fails its checksum: `terrace pool check p` tells which others do, and with" in str(error)
+
+    run(body)
+
+
 def test_what_the_lost_pages_named_is_free_again(tmp_path: Path) -> None:
     async def body() -> None:
         home = await make_pool(tmp_path)
