@@ -182,11 +182,11 @@ async def take_back(engine: Engine, checkpointer: Checkpointer, leaks: Leaks) ->
         checkpointer.let_go()
 
 
-def in_words(pool_name: str, given_up: Counter[str], *, recounted: bool) -> str:
+def in_words(pool_name: str, given_up: Counter[str], *, recounted: bool, most_names: int = 20) -> str:
     """For the operator: what was given up."""
     if given_up:
-        which = ", ".join(f"{count} of {name}" for name, count in sorted(given_up.items())[:20])
-        more = f" and of {len(given_up) - 20} more" if len(given_up) > 20 else ""
+        which = ", ".join(f"{count} of {name}" for name, count in sorted(given_up.items())[:most_names])
+        more = f" and of {len(given_up) - most_names} more" if len(given_up) > most_names else ""
         text = f"{given_up.total()} damaged map page(s) were given up, {which}{more}, with all that lay below them"
     else:
         text = "all its map pages can be read, none was given up"

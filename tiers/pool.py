@@ -209,6 +209,7 @@ class Pool:
         self.evacuator = Evacuator(engine, checkpointer, cleaner, events)
         self._packer = Packer(engine)
         self._directory = directory
+        self._events = events
         self._ddl = trio.Lock()
         self._growth = trio.Lock()  # of its own: it is what helps where a delete waits for room
         self.replayed_batches = 0
@@ -351,6 +352,11 @@ class Pool:
         if engine.space.read_only is not None:
             text = f"no map page was given up: {engine.space.read_only}"
         else:
+            if self._lost_pages:  # before anything else may fail: the checkpoint that gave them up is committed
+                told = lostpages.in_words(self.name, self._lost_pages, recounted=True, most_names=5)
+                self._events(
+                    "pool", self.name, f"pool {self.name}: {told}: `terrace pool check {self.name}` lists what is lost"
+                )
             is_done = await self._alone(partial(lostpages.recount, engine, self._checkpointer))
             await self._save_losses()
             text = lostpages.in_words(self.name, self._lost_pages, recounted=is_done)

@@ -83,7 +83,11 @@ def test_what_lay_below_the_page_is_lost_all_else_is_there_and_the_pool_takes_wr
                 assert "restart" not in str(error), "one next step"
                 report = await pool.check(True)
                 assert any("fails its checksum" in problem for problem in report.problems)
-        async with Pool.open(home, settings=QUIET, give_up_map=True) as pool:
+        told: list[tuple[str, str, str]] = []
+        opening = Pool.open(home, settings=QUIET, give_up_map=True, events=lambda *event: told.append(event))
+        async with opening as pool:
+            text = "1 damaged map page(s) were given up, 1 of p/v, with all that lay below them"
+            assert told == [("pool", "p", f"pool p: {text}: `terrace pool check p` lists what is lost")]
             assert pool.status().state == "online"
             assert pool.given_up == "1 damaged map page(s) were given up, 1 of p/v, with all that lay below them"
             expected = whole(lost)
@@ -168,8 +172,10 @@ def test_a_sound_pool_loses_nothing(tmp_path: Path) -> None:
         home = await make_pool(tmp_path)
         async with Pool.open(home, settings=QUIET) as pool:
             await filled(pool)
-        async with Pool.open(home, settings=QUIET, give_up_map=True) as pool:
-            assert pool.given_up == "all its map pages can be read, none was given up"
+        told: list[str] = []
+        opening = Pool.open(home, settings=QUIET, give_up_map=True, events=lambda *event: told.append(event[2]))
+        async with opening as pool:
+            assert pool.given_up == "all its map pages can be read, none was given up" and told == []
             assert await blocks_of(pool.volume("v")) == whole()
             await assert_sound(pool)
 
@@ -231,13 +237,15 @@ def test_a_crash_before_the_counts_are_made_anew_costs_space_until_that_is_done_
     async def body() -> None:
         home = await make_pool(tmp_path)
         await damage(home, 0, 0, write=False)
+        told: list[str] = []
 
         async def crash(*args: object) -> bool:
             raise OSError(errno.EIO, "here")
 
         with mock.patch.object(lostpages, "recount", crash), pytest.raises(OSError, match="here"):
-            async with Pool.open(home, settings=QUIET, give_up_map=True):
+            async with Pool.open(home, settings=QUIET, give_up_map=True, events=lambda *event: told.append(event[2])):
                 pass
+        assert len(told) == 1 and "1 of p/v," in told[0], "it was given up, whatever comes after"
         async with Pool.open(home, settings=QUIET) as pool:
             report = await pool.check(True)
             assert any("are counted as live" in problem for problem in report.problems)
