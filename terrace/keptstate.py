@@ -9,7 +9,8 @@ fills up while it is there, goes on without, with an event: that a leg becomes w
 no such state.
 
 Where the leg has lost blocks, as no leg could read them when it was resynced, the snapshot may be all that is left of
-these. Then it stays, until they are written or healed, or the pool needs the space.
+these. Then it stays, until they are written or healed, or the pool needs the space; an event says so, and another one
+when it goes.
 """
 
 from __future__ import annotations
@@ -85,6 +86,8 @@ class KeptState:
         self._has_lost = has_lost
         self._stays = False
         """That it does, for what was lost, was told."""
+        self._stay: set[str] = set()
+        """Short names of those that did, or may have before the start: that they go is told."""
         self._looked_at = -RETRY_S
         self._stirred = trio.Event()
         self._refused = ""
@@ -147,27 +150,30 @@ class KeptState:
 
     async def run(self) -> NoReturn:
         """The task: delete it when it has served, or when the pool needs the space."""
+        if not self._is_inconsistent():
+            # What one of these stayed for may have been written while nobody looked, and then it goes now.
+            self._stay = {one.short_name for one in self._of_before(self.found())}
         while True:
             stirred, pause_s = self._stirred, TICK_S
             if self._is_inconsistent():
                 self._is_early = False
-            if found := self.found():
+            found = self.found()
+            self._stay.intersection_update(one.short_name for one in found)
+            if found:
                 if not self._is_inconsistent():
-                    stays = [] if self._is_short() else [one for one in found if await self._has_lost(one)][:MAX_KEPT]
+                    is_short = self._is_short()
+                    stays = [] if is_short else [one for one in found if await self._has_lost(one)][:MAX_KEPT]
                     self._tell_stays(stays)
-                    # Each attempt to begin takes one, and only the newest is of now.
-                    over = [one for one in (found[:-1] if self._is_early else found) if one not in stays]
-                    if not await self._delete(over) or stays:
+                    over = [one for one in self._of_before(found) if one not in stays]
+                    gone = await self._delete(over)
+                    self._tell_gone([one for one in gone if one.short_name in self._stay], is_short=is_short)
+                    if len(gone) < len(over) or stays:
                         pause_s = RETRY_S
                 elif self._is_short():
-                    if await self._delete(found):
-                        self._tell(
-                            "leg",
-                            self._volume.name,
-                            f"{found[-1].name}, the state of this leg before its resync, was given up: pool "
-                            f"{self._pool.name} is nearly full",
-                        )
-                    else:
+                    gone = await self._delete(found)
+                    told = [one for one in gone if one is found[-1] or one.short_name in self._stay]
+                    self._tell_gone(told, is_short=True)
+                    if len(gone) < len(found):
                         pause_s = RETRY_S
                 elif trio.current_time() - self._looked_at >= RETRY_S:
                     self._looked_at = trio.current_time()
@@ -177,28 +183,45 @@ class KeptState:
             else:
                 await stirred.wait()
 
+    def _of_before(self, found: list[Snapshot]) -> list[Snapshot]:
+        """Each attempt to begin takes one, and only the newest is of now."""
+        return found[:-1] if self._is_early else found
+
     def _tell_stays(self, stays: list[Snapshot]) -> None:
         was, self._stays = self._stays, bool(stays)
+        self._stay.update(one.short_name for one in stays)
         if stays and not was:
-            oldest = stays[0]
+            name, pool = stays[0].name, self._pool.name
             self._tell(
                 "leg",
                 self._volume.name,
-                f"{oldest.name} stays, the state of this leg before its resync: it may have what no leg could read; "
-                f"`terrace volume clone {oldest.name} {self._pool.name}/NAME` makes a volume of it",
+                f"{name} stays, the state of this leg before its resync: it may have what no leg could read. It is "
+                f"deleted when that is written anew or healed, or pool {pool} is nearly full: `terrace snapshot hold "
+                f"--local {name}` keeps it, `terrace volume clone {name} {pool}/NAME` makes a volume of it",
             )
+
+    def _tell_gone(self, gone: list[Snapshot], *, is_short: bool) -> None:
+        for one in gone:
+            if is_short:
+                also = ", though it may have had what no leg could read" if one.short_name in self._stay else ""
+                what = f"{one.name}, the state of this leg before its resync, was given up{also}: pool "
+                what += f"{self._pool.name} is nearly full"
+            else:
+                what = f"{one.name}, the state of this leg before its resync, is deleted: the leg lacks nothing any "
+                what += "more that it may have had"
+            self._tell("leg", self._volume.name, what)
 
     def _is_short(self) -> bool:
         used, capacity = self._pool.use()
         return capacity - used < capacity * LOW_SHARE
 
-    async def _delete(self, found: list[Snapshot]) -> bool:
-        """Whether none is left. One that somebody holds or reads stays until that ends."""
+    async def _delete(self, found: list[Snapshot]) -> list[Snapshot]:
+        """Those that are gone. One that somebody holds or reads stays until that ends."""
         free = [one for one in found if not one.held and not one.open_count]
         if free:
             try:
                 await self._pool.delete_snapshots([(self._volume.short_name, one.short_name) for one in free])
             except OSError as error:
                 log.warning("%s can't be deleted: %s", free[-1].name, error)
-                return False
-        return len(free) == len(found)
+                return []
+        return free

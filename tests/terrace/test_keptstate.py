@@ -180,9 +180,13 @@ def test_one_that_is_left_by_a_crash_goes_at_the_next_start_and_one_in_use_when_
         async with scene.running():
             await trio.sleep(60)
             assert len(scene.pool.taken) == 3
+            assert scene.told == []
             scene.pool.taken[0].open_count = 0
             await trio.sleep(60)
             assert [one.short_name for one in scene.pool.taken] == ["mine", "resync-notours"]
+            assert len(scene.told) == 1 and " is deleted: the leg lacks nothing any more" in scene.told[0], (
+                "it may have stayed for what was lost, which was written meanwhile"
+            )
 
     run(main)
 
@@ -280,11 +284,22 @@ def test_it_stays_while_the_leg_lacks_what_no_leg_could_read_and_the_pool_has_ro
                         oldest = scene.pool.taken[0].short_name
                 assert len(scene.pool.taken) == 4 and scene.pool.taken[0].short_name == oldest
                 assert len(scene.told) == 1 and f"p/v@{oldest} stays" in scene.told[0]
+                assert "deleted when that is written anew or healed, or pool p is nearly full: " in scene.told[0]
+                assert f"`terrace snapshot hold --local p/v@{oldest}` keeps it" in scene.told[0]
+                kept = [one.name for one in scene.pool.taken]
+                scene.pool.taken[0].held = True  # as that command does
                 if ends_by == "healed":
                     lost = 0
                 else:
                     scene.pool.free = 4
                 await trio.sleep(20)
+                assert [one.short_name for one in scene.pool.taken] == [oldest]
+                scene.pool.taken[0].held = False
+                await trio.sleep(20)
                 assert scene.pool.taken == []
+                gone = scene.told[1:]
+                assert [text.split(",")[0] for text in gone] == [*kept[1:], f"p/v@{oldest}"], "each once, when it goes"
+                why = "the leg lacks nothing any more" if ends_by == "healed" else "no leg could read: pool p is nearly"
+                assert all(why in text for text in gone)
 
     run(main)
