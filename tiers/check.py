@@ -32,7 +32,7 @@ import trio
 from tiers.device import read_what_can_be_read
 from tiers.frames import INDEX_BITS, MAX_FRAME_BLOCKS
 from tiers.layout import BAD, BLOCK_BYTES, BLOCK_SHIFT, FIRST_ADDRESS, SLOT_BITS, SLOT_MASK
-from tiers.losses import MAX_RANGES
+from tiers.losses import MAX_RANGES, lost_in_words
 from tiers.maptree import FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL, read_pages
 from tiers.merge import Owner
 from tiers.overlay import RangeSet
@@ -442,11 +442,12 @@ class _Walk:
             for start, stop in zip(ranges.starts, ranges.ends, strict=True):
                 losses.add(owner.id, start, stop - start)
                 blocks += stop - start
-                what = "the block was" if stop - start == 1 else f"{stop - start} blocks were"
-                self._report.problem(f"{owner.name} at byte {start << BLOCK_SHIFT}: {what} lost to a device error")
+                self._report.problem(
+                    f"{owner.name} at byte {start << BLOCK_SHIFT}: {lost_in_words(owner, stop - start)}"
+                )
             if blocks < self._lost_blocks.get(owner, 0):
                 more = self._lost_blocks[owner] - blocks
-                self._report.problem(f"{owner.name}: {more} more blocks were lost to a device error")
+                self._report.problem(f"{owner.name}: {lost_in_words(owner, more, 'more ')}")
 
     def _place(self, addresses: U64, name: str, *, is_map: bool, is_dead: bool) -> None:
         """Count addresses by segment; each must lie in the written part of one of the right kind, and be unique.

@@ -14,6 +14,7 @@ import trio
 from tiers.errors import TierError
 from tiers.failpoint import hit
 from tiers.layout import BAD, BLOCK_MASK, BLOCK_SHIFT, FIRST_ADDRESS
+from tiers.losses import lost_in_words
 from tiers.maptree import FANOUT, FANOUT_BITS, FANOUT_MASK
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ async def _shared_run(volume: "Volume", block: int, stop: int) -> tuple[int, int
         if address == BAD and not volume.owns_now(at):
             raise TierError(
                 errno.EIO,
-                f"{volume.name} at byte {at << BLOCK_SHIFT}: the block was lost to a device error, so it can't be "
-                "copied: write or trim it first",
+                f"{volume.name} at byte {at << BLOCK_SHIFT}: {lost_in_words(volume)}; it can't be copied: write or "
+                "trim it first",
             )
         shared = address >= FIRST_ADDRESS and not volume.owns_now(at)
         if shared and start is None:

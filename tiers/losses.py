@@ -1,4 +1,4 @@
-"""What is known to be lost: blocks whose data a device didn't give any more, by volume and byte range.
+"""What is known to be lost: blocks whose data can't be had any more, by volume and byte range.
 
 The truth is in the map, where such a block's entry says BAD; this is the list of them that an operator is shown. It is
 kept up when blocks are given up, completed by each `terrace pool check`, and asked of the map again before it is shown
@@ -38,6 +38,19 @@ class Loss:
     volume: str
     offset: int
     length: int
+
+
+def lost_in_words(reader: "Reader", count: int = 1, more: str = "") -> str:
+    """That so many blocks of a volume or snapshot are lost, and how that may have come: "the block was lost ...".
+
+    `more`: stands before "blocks". Which of two causes it was isn't kept: a leg also loses what no other leg could read
+    when it was brought up to date (`Volume.lose`), while all its devices are well.
+    """
+    what = "the block" if count == 1 and not more else f"{count} {more}block{'s' * (count != 1)}"
+    if not reader.of_mirror:
+        return f"{what} {'was' if count == 1 else 'were'} lost to a device error"
+    are, them = ("is", "it") if count == 1 else ("are", "them")
+    return f"{what} {are} lost: a device had an error, or no leg of a mirror could read {them}"
 
 
 class Losses:

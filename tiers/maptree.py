@@ -261,8 +261,8 @@ async def read_pages(
             if segment is None:
                 raise TierError(
                     errno.EIO,
-                    f"a map page {named(i)} lies in segment {address >> 24}, which is not in use: run `terrace pool check "
-                    f"{segments.pool_name}`",
+                    f"a map page {named(i)} lies in segment {address >> 24}, which is not in use: run `terrace pool "
+                    f"check {segments.pool_name}`",
                 )
             if segment.device.state == "lost":
                 pages[i] = BAD_PAGE

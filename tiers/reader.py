@@ -35,6 +35,7 @@ from tiers.layout import (
     check_of,
 )
 from tiers.limits import Limits, operations_of
+from tiers.losses import lost_in_words
 from tiers.maptree import FANOUT, FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL, MapTree, Page
 from tiers.overlay import Entry
 from tiers.policy import Placement
@@ -96,6 +97,11 @@ class Reader:
     @property
     def placement(self) -> Placement:
         """Where its policy wants its blocks."""
+        raise NotImplementedError
+
+    @property
+    def of_mirror(self) -> bool:
+        """Whether what it shows is a leg's, or has been handed down from one: its losses may be others' then."""
         raise NotImplementedError
 
     @property
@@ -487,7 +493,7 @@ class Reader:
         )
 
     def _bad(self, block: int) -> TierError:
-        return TierError(errno.EIO, f"{self.name} at byte {block << BLOCK_SHIFT}: the block was lost to a device error")
+        return TierError(errno.EIO, f"{self.name} at byte {block << BLOCK_SHIFT}: {lost_in_words(self)}")
 
     async def cache(self, offset: int, length: int) -> None:
         """Bring the range into the page cache: read what is mapped of it, a piece at a time."""

@@ -146,6 +146,11 @@ class Snapshot(Reader):
         """Of those, the ones that would be given back with it, when that was counted last; None if it has changed."""
 
     @property
+    def of_mirror(self) -> bool:
+        """Whether it is a leg's, or has been handed down from one."""
+        return self.volume.of_mirror
+
+    @property
     def shown_blocks(self) -> int:
         """Blocks with data that its clients see."""
         return self.referenced_blocks

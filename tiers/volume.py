@@ -156,6 +156,16 @@ class Volume(Reader):
         return self.policy.placement
 
     @property
+    def of_mirror(self) -> bool:
+        """Whether it is a leg, or has been handed down from one."""
+        if self.mirror_record or (self.origin is not None and self.origin.of_mirror):
+            return True
+        heir = self.heir
+        while heir is not None and not heir.mirror_record:
+            heir = heir.heir
+        return heir is not None
+
+    @property
     def has_history(self) -> bool:
         """Whether what is overwritten may have to be kept for a snapshot."""
         return bool(self.snapshots) or self.taking is not None

@@ -23,7 +23,7 @@ import trio
 
 from tests.simulation.machine import Disk, Machine, PowerCutError
 from tests.simulation.medium import SECTOR, Medium
-from tests.simulation.oracle import BLOCK, Model, Op, OracleError, read_all, require_sound
+from tests.simulation.oracle import BLOCK, LOST_PROBLEM, Model, Op, OracleError, read_all, require_sound
 from tiers import Pool, PoolSettings, TierError, Volume
 from tiers.layout import BAD, LABEL_AREA_BYTES, SLOT_BITS
 from tiers.maptree import FANOUT_BITS, FANOUT_MASK, ROOT_LEVEL
@@ -417,7 +417,7 @@ async def _require_named(scene: Scene, pool: Pool, lost: dict[int, set[Place]]) 
     for problem in report.problems:
         is_due = _name_of_any(scene, due, f"{problem}:") or any(part in problem for part in uncounted)
         require(
-            is_due or problem.endswith((" lost to a device error", "a damaged header and can't be cleaned")),
+            is_due or re.search(LOST_PROBLEM, problem) or problem.endswith("a damaged header and can't be cleaned"),
             f"nothing is damaged there, but the check says: {problem}",
         )
 
@@ -648,7 +648,7 @@ def map_damage(seed: int) -> int:
                     require(await read_all(pool.volume("w")) == scene.neighbour, "another volume has suffered")
                     report = await pool.check(full=True)
                     for problem in report.problems:
-                        require(problem.endswith("lost to a device error"), f"the pool isn't sound: {problem}")
+                        require(re.search(LOST_PROBLEM, problem), f"the pool isn't sound: {problem}")
             except PowerCutError:
                 scene.restart(power_cut=True)
             else:

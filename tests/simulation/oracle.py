@@ -243,6 +243,13 @@ async def read_what_can_be(volume: Reader) -> tuple[bytes, set[int]]:
     return bytes(found), unreadable
 
 
+LOST_PROBLEM = (
+    r"lost to a device error$|(block is|blocks are) lost: a device had an error, or no leg of a mirror could read "
+    r"(it|them)$"
+)
+"""How a problem of a check ends that says which blocks are lost (`tiers.losses.lost_in_words`)."""
+
+
 async def require_sound(pool: Pool, *, known: str = "(?!)") -> None:
     """`pool check --full` finds nothing, but for problems that `known` matches."""
     report = await pool.check(full=True)

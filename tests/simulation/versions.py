@@ -19,7 +19,7 @@ from unittest import mock
 import trio
 
 from tests.simulation.machine import Disk, Machine, PowerCutError
-from tests.simulation.oracle import require_sound
+from tests.simulation.oracle import LOST_PROBLEM, require_sound
 from tiers import Pool, PoolSettings, TierError
 from tiers.layout import BLOCK_BYTES
 from tiers.merge import DELETED_LEAVES
@@ -108,7 +108,7 @@ class Versions:
     def give_up(self) -> None:
         """Let blocks be given up, too."""
         self.kinds += ["lose"] * 4
-        self.known = ": (the block was|[0-9]+ blocks were) lost to a device error$"
+        self.known = LOST_PROBLEM
 
     @staticmethod
     def live(seed: int, steps: int, *, loses: bool = False) -> Versions:

@@ -29,6 +29,7 @@ from tests.simulation.machine import SEGMENT_BYTES, Disk, Machine, PowerCutError
 from tests.simulation.oracle import (
     BLOCK,
     LOST,
+    LOST_PROBLEM,
     Changes,
     Model,
     Op,
@@ -193,14 +194,14 @@ class Driver:
         """What a check may find, given what was done to the devices."""
         known = ["(?!)"]
         if self.loses:
-            known.append("lost to a device error")  # exactly which is `_judge_list`'s
+            known.append(LOST_PROBLEM)  # exactly which is `_judge_list`'s
         if self.devices_lost:
-            known.append("lost to a device error")
+            known.append(LOST_PROBLEM)
             if any(row.state == "lost" for row in self.machine.state.devices):
                 known.append("given up as lost|which is not in use|are counted as live|the catalog counts")
         if self.faults.read_spells:
             # A page of the dead list that can't be read is given up, with what lies below it.
-            known.append("lost to a device error|are counted as live|the catalog counts")
+            known.append(f"{LOST_PROBLEM}|are counted as live|the catalog counts")
         if self.poisoned:
             known.append(" is poisoned: ")
         return "|".join(known)
@@ -656,7 +657,7 @@ class Driver:
             if not own <= unreadable or not {block for block in unreadable if block < end} <= most:
                 raise OracleError(f"{reader.name}: listed as lost {sorted(own)[:9]}, lost {sorted(unreadable)[:9]}")
         if not self.faults.read_spells:
-            await require_sound(pool, known="lost to a device error")
+            await require_sound(pool, known=LOST_PROBLEM)
 
     def _readers(self, pool: Pool) -> list[Volume | Snapshot]:
         """All volumes and snapshots."""

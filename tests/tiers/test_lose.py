@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+from functools import partial
 from pathlib import Path
 from typing import cast
 from unittest import mock
@@ -11,7 +12,7 @@ from unittest import mock
 import pytest
 
 from tests.simulation.machine import Disk, Machine
-from tests.tiers.helpers import QUIET, block, fresh_pool, read, run
+from tests.tiers.helpers import QUIET, block, fresh_pool, read, refusal, run
 from tiers import Pool, Volume
 from tiers.changes import EXTENT_BYTES, ChangedExtents
 from tiers.check import _Walk
@@ -67,6 +68,34 @@ def test_a_lost_block_is_an_error_until_it_is_written_and_snapshots_and_clones_k
             assert await found(volume, 1) == block(70) and await found(volume, 2) == bytes(BLOCK_BYTES)
             assert await found(later, 1) is None and await found(later, 2) is None
             assert await found(snapshot, 1) == block(1)
+
+    run(body)
+
+
+def test_a_loss_of_a_mirrors_leg_isnt_laid_on_a_device_for_certain_nor_that_of_its_snapshots_and_clones(
+    tmp_path: Path,
+) -> None:
+    async def body() -> None:
+        async with fresh_pool(tmp_path) as pool:
+            leg = await pool.create_volume("leg", MIB)
+            plain = await pool.create_volume("plain", MIB)
+            await pool.set_mirror(leg, b"a leg's record", {})
+            for volume in (leg, plain):
+                await volume.write(0, b"".join(map(block, range(8))))
+                await volume.lose(BLOCK_BYTES, 2 * BLOCK_BYTES)
+            await pool.take_snapshots([("leg", "s")])
+            clone = await pool.clone("leg", "s", "clone")
+            either = ": a device had an error, or no leg of a mirror could read "
+            for reader in (leg, pool.snapshot("leg", "s"), clone):
+                error = await refusal(partial(read, reader, BLOCK_BYTES, BLOCK_BYTES))
+                assert str(error) == f"{reader.name} at byte {BLOCK_BYTES}: the block is lost{either}it"
+            error = await refusal(lambda: read(plain, BLOCK_BYTES, BLOCK_BYTES))
+            assert str(error) == f"p/plain at byte {BLOCK_BYTES}: the block was lost to a device error"
+            await pool.checkpoint()
+            assert sorted((await pool.check(True)).problems) == [
+                f"p/leg at byte {BLOCK_BYTES}: 2 blocks are lost{either}them",
+                f"p/plain at byte {BLOCK_BYTES}: 2 blocks were lost to a device error",
+            ]
 
     run(body)
 
