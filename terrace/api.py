@@ -404,7 +404,8 @@ class Api:
         return JSONResponse(list(map(plain, await self._events.wait(after, wait_s))))
 
     async def show_scrub(self, request: Request) -> Response:
-        return JSONResponse(plain(self._pools.pool(request.path_params["pool"]).scrubber.status()))
+        with self._pools.using(request.path_params["pool"]) as pool:
+            return JSONResponse(await _scrub_of(pool))
 
     async def scrub_pool(self, request: Request) -> Response:
         body = await read_body(request, ScrubBody)
@@ -412,10 +413,10 @@ class Api:
             raise TierError(errno.EINVAL, f"rate: it is for starting a scrub; to {body.action} one takes none")
         with self._pools.using(request.path_params["pool"]) as pool:
             if body.action == "start":
-                status = await pool.scrubber.start(body.rate)
+                await pool.scrubber.start(body.rate)
             else:
-                status = await (pool.scrubber.pause() if body.action == "pause" else pool.scrubber.stop())
-            return JSONResponse(plain(status))
+                await (pool.scrubber.pause() if body.action == "pause" else pool.scrubber.stop())
+            return JSONResponse(await _scrub_of(pool))
 
     async def list_exports(self, request: Request) -> Response:
         with self._pools.using(request.path_params["pool"]) as pool:
@@ -650,6 +651,16 @@ def _snapshot_named(request: Request) -> tuple[str, str, str]:
     """Pool, volume and snapshot of the path."""
     pool, volume, snapshot = (request.path_params[part] for part in ("pool", "volume", "snapshot"))
     return pool, volume, snapshot
+
+
+async def _scrub_of(pool: Pool) -> dict[str, Any]:
+    """The newest scrub, and how much is lost: nothing of that is on the media any more, so no scrub finds it."""
+    status = pool.scrubber.status()
+    if status.state != "running":  # while it is this is asked for all the time, and what was known last will do
+        await pool.losses()
+    lost = [{"volume": name, "blocks": blocks} for name, blocks in pool.lost_blocks().items()]
+    found: dict[str, Any] = plain(status)
+    return found | {"lost": lost}
 
 
 async def _evacuations(pool: Pool) -> dict[str, Any]:

@@ -1001,6 +1001,13 @@ class Pool:
         losses = self._engine.losses
         return losses.listed([volume]) if losses else []
 
+    def lost_blocks(self) -> dict[str, int]:
+        """How many blocks of which volumes and snapshots are lost, by name, as it was known last."""
+        found: dict[str, int] = {}
+        for loss in self._engine.losses.listed(self._engine.owners()):
+            found[loss.volume] = found.get(loss.volume, 0) + (loss.length + BLOCK_BYTES - 1) // BLOCK_BYTES
+        return found
+
     async def _save_losses(self) -> None:
         engine = self._engine
         if engine.losses.changed:

@@ -279,7 +279,8 @@ class Scrubber:
             run.done_bytes,
             run.active_s,
             (f"{run.errors} errors: `terrace pool scrub {name} --status` names them" if run.errors else "no errors")
-            + (f", {run.repaired} damaged blocks were repaired from another copy" if run.repaired else ""),
+            + (f", {run.repaired} damaged blocks were repaired from another copy" if run.repaired else "")
+            + (f"; blocks are lost already: `terrace pool check {name}` names them" if self._engine.losses else ""),
         )
         await self._save()
 

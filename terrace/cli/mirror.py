@@ -467,19 +467,24 @@ def _what_is_left(name: str, report: dict[str, Any], *, full: bool, repair: bool
     again = f"`terrace volume mirror verify {name} --full --repair`"
     differs = report["differing_bytes"] > report["repaired_bytes"]
     unreadable = report["unreadable_bytes"] - report["healed_bytes"]
+    pool = name.partition("/")[0]
+    where = (
+        f"on each node `terrace pool scrub {pool}` names what is damaged there, `terrace pool check {pool}` what is "
+    )
+    where += "lost"
     if differs:
         if not full:
             again = again.replace(" --full", "")
         way_out = f"the legs of {name} are not equal: {again} writes what the primary's leg has"
-        return way_out + ("; what can't be read `terrace pool scrub` names" if unreadable else "")
+        return way_out + (f"; {where}" if unreadable else "")
     if full and repair:
         return (
             f"{unreadable} bytes of {name} can't be read, and no other leg had them: write them anew or restore them; "
-            "what is damaged `terrace pool scrub` names"
+            f"{where}"
         )
     return (
         f"{unreadable} bytes of {name} can't be read, and nothing that can be differs: {again} has them from another "
-        "leg where one can read them; what is damaged `terrace pool scrub` names"
+        f"leg where one can read them; {where}"
     )
 
 

@@ -15,7 +15,7 @@ from terrace.cli.evacuate import brief as brief_evacuation
 from terrace.cli.evacuate import evacuate
 from terrace.cli.mirrorbrief import brief as brief_mirror
 from terrace.cli.output import count, output_option, patience, percent, show_facts, show_json, show_table
-from terrace.cli.scrub import brief, scrub_facts, show_scrub, verdict
+from terrace.cli.scrub import brief, is_well, scrub_facts, show_scrub, verdict
 from terrace.sizes import format_size
 
 if TYPE_CHECKING:
@@ -474,7 +474,7 @@ def scrub(
     """Read all live data and verify it: start, resume, follow or halt a scrub.
 
     The daemon does it in the background and goes on after a restart. With --wait and --status the exit status is 1 if
-    errors are known.
+    errors are known, or blocks that are lost.
     """
     if status + pause + stop > 1 or ((wait or rate is not None) and (pause or stop)) or (rate is not None and status):
         raise click.UsageError("--status, --pause and --stop stand alone; --wait and --rate are for starting a scrub")
@@ -511,8 +511,8 @@ def scrub(
             f"The scrub of pool {name} {told.get(before, 'goes on')}; terrace pool scrub {name} --status follows it."
         )
     if wait:
-        return 0 if found["state"] == "finished" and not found["errors"] else 1
-    return 1 if status and found["errors"] else 0
+        return 0 if found["state"] == "finished" and is_well(found) else 1
+    return 0 if not status or is_well(found) else 1
 
 
 def _follow(client: ApiClient, name: str, found: dict[str, Any]) -> dict[str, Any]:

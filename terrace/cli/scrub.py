@@ -8,8 +8,11 @@ from typing import Any
 
 import click
 
-from terrace.cli.output import duration, percent, show_facts, show_table
+from terrace.cli.output import count, duration, percent, show_facts, show_table
 from terrace.sizes import format_size
+
+_MOST_LOST = 20
+"""So many volumes and snapshots that have lost something are named."""
 
 _HALTED = {
     "paused": "paused",
@@ -65,6 +68,7 @@ def show_scrub(name: str, found: dict[str, Any]) -> None:
     """All that is known of a pool's newest scrub."""
     if found["state"] == "never":
         click.echo(f"Pool {name} was never scrubbed; terrace pool scrub {name} starts it.")
+        _show_lost(name, found)
         return
     rows: list[tuple[str, object]] = [("Pool", name), ("State", _state(found))]
     rows.append(("Started", _when(found["started_at"])))
@@ -90,6 +94,30 @@ def show_scrub(name: str, found: dict[str, Any]) -> None:
         ],
     )
     show_damage(found)
+    _show_lost(name, found)
+
+
+def is_well(found: dict[str, Any]) -> bool:
+    """Whether neither errors nor losses are known."""
+    return not found["errors"] and not found["lost"]
+
+
+def _show_lost(name: str, found: dict[str, Any]) -> None:
+    if found["lost"]:
+        click.echo(f"\nLost: {_lost(name, found)}.")
+
+
+def _lost(name: str, found: dict[str, Any]) -> str:
+    """How much of what: a scrub doesn't find what isn't there any more."""
+    lost = found["lost"]
+    which = [f"{count(one['blocks'], 'block')} of {one['volume']}" for one in lost[:_MOST_LOST]]
+    if len(lost) > len(which):
+        blocks = sum(one["blocks"] for one in lost[_MOST_LOST:])
+        which.append(f"{count(blocks, 'block')} of {len(lost) - len(which)} more")
+    return (
+        f"{', '.join(which)}, which `terrace pool check {name}` names; they read as EIO until they are written or "
+        "trimmed"
+    )
 
 
 def show_damage(found: dict[str, Any]) -> None:
@@ -130,6 +158,9 @@ def verdict(name: str, found: dict[str, Any]) -> str:
         return f"The scrub of pool {name} is stopped: {format_size(found['done_bytes'])} verified, {_errors(found)}."
     if found["state"] != "finished":
         return f"The scrub of pool {name} is {sentence(found)}."
+    if found["lost"]:
+        scrubbed = "Of what is there: " + _result(found["last"])
+        return f"Pool {name} has lost {_lost(name, found)}. {scrubbed}."
     verb = "is sound" if not found["errors"] else "is damaged"
     return f"Pool {name} {verb}: {_result(found['last'])}."
 

@@ -53,10 +53,16 @@ def test_a_leg_that_comes_back_is_up_to_date_without_what_the_primary_can_read_n
     until(lambda: f"But no leg {lost}" in explained(a))
     repair = a.daemon.cli("volume", "mirror", "verify", "p/v", "--full", "--repair", status=1)
     assert "16384 bytes can't be read, 0 of them are healed" in " ".join(repair.stdout.split())
-    assert "the block was lost" in b.daemon.cli("pool", "check", "p", "--full", status=1).stdout
+    # Only b's scrub: on a the blocks are damaged, and there still.
+    scrubbed = b.daemon.cli("pool", "scrub", "p", "--wait", status=1).stdout
+    assert scrubbed.startswith("Pool p has lost 2 blocks of p/v, which `terrace pool check p` names;"), scrubbed
+    checked = b.daemon.cli("pool", "check", "p", "--full", status=1).stdout
+    assert "the block is lost: a device had an error, or no leg of a mirror could read it" in checked
     (kept,) = [one["snapshot"] for one in b.daemon.api("GET", "/v1/pools/p/snapshots")]
     with Connection(b.daemon.socket, f"p/v@{kept}") as client:
         assert client.read(0, len(DATA)) == DATA
+    b.daemon.cli("snapshot", "hold", "--local", f"p/v@{kept}")  # as the event says
+    assert [one["held"] for one in b.daemon.api("GET", "/v1/pools/p/snapshots")] == [True]
     with a.connect() as client:
         assert client.read(4096, LOST[1] - 4096) == new[4096 : LOST[1]]
         for at in LOST:

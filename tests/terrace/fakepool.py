@@ -374,6 +374,10 @@ class FakePool:
         await trio.lowlevel.checkpoint()
         return []
 
+    def lost_blocks(self) -> dict[str, int]:
+        lost = self._directory / "lost"
+        return json.loads(lost.read_text()) if lost.exists() else {}
+
     def use(self) -> tuple[int, int]:
         status = self.status()
         return status.used_bytes, status.capacity_bytes

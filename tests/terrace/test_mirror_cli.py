@@ -174,6 +174,20 @@ def test_what_a_full_verify_could_not_repair_is_to_be_written_anew_or_restored()
     assert "write them anew or restore them" in left and "--repair" not in left
 
 
+@pytest.mark.parametrize("differing", [0, 1])
+@pytest.mark.parametrize("full", [False, True])
+def test_where_something_can_not_be_read_it_is_said_what_names_the_damaged_and_what_the_lost(
+    differing: int, full: bool
+) -> None:
+    report = {"differing_bytes": differing, "repaired_bytes": 0, "unreadable_bytes": 4096, "healed_bytes": 0}
+    left = _what_is_left("p/dm", report, full=full, repair=full)
+    assert left.endswith(
+        "; on each node `terrace pool scrub p` names what is damaged there, `terrace pool check p` what is lost"
+    )
+    if differing:
+        assert "each node" not in _what_is_left("p/dm", report | {"unreadable_bytes": 0}, full=full, repair=full)
+
+
 class _Verified:
     """A control API with what a verify found: 4 KiB each, in `runs` of 3 neighbours, on nodes b and c."""
 

@@ -136,7 +136,7 @@ def test_a_scrub_is_started_watched_paused_resumed_and_stopped_over_the_api(scru
     assert (damage["volume"], damage["offset"], damage["length"]) == ("s/v", 0, 4096)
     assert (damage["device"], damage["device_offset"]) == (f"{scrubbed.home}/s.device", MIB)
     (pool,) = (pool for pool in scrubbed.api("GET", "/v1/status")["pools"] if pool["name"] == "s")
-    assert pool["scrub"] == finished
+    assert pool["scrub"] | {"lost": []} == finished
 
 
 @pytest.mark.parametrize(
@@ -197,6 +197,30 @@ def test_the_command_starts_follows_and_tells(scrubbed: FakeDaemon) -> None:
     assert said("--status", status=1) == found
     assert "just now, 1 error" in terrace(scrubbed, "list").stdout
     assert json.loads(said("--status", "-o", "json", status=1))["errors"] == 1
+
+
+def test_a_scrub_without_errors_of_a_pool_that_has_lost_blocks_does_not_call_it_sound(scrubbed: FakeDaemon) -> None:
+    def said(*arguments: str) -> str:
+        result = terrace(scrubbed, "scrub", "s", *arguments)
+        assert result.exit_code == 1, result.output
+        assert "is sound" not in result.stdout
+        return result.stdout
+
+    lost = scrubbed.directory("s") / "lost"
+    lost.write_text(json.dumps({"s/v": 1, "s/v@daily": 3}))
+    which = "1 block of s/v, 3 blocks of s/v@daily, which `terrace pool check s` names; they read as EIO until "
+    assert f"Lost: {which}" in said("--status"), "no scrub is needed for that"
+    verdict = said("--wait")
+    assert verdict.startswith(
+        f"Pool s has lost {which}they are written or trimmed. Of what is there: no errors in 4 MiB"
+    )
+    assert f"Lost: {which}" in said("--status")
+    (scrubbed.directory("s") / "rot").write_text("v")
+    assert "1 error in 4 MiB" in (shown := said("--wait")) and f"Lost: {which}" in shown
+    found = json.loads(said("--status", "-o", "json"))
+    assert found["lost"] == [{"volume": "s/v", "blocks": 1}, {"volume": "s/v@daily", "blocks": 3}]
+    lost.write_text(json.dumps({f"s/v@{i:02}": 2 for i in range(22)}))
+    assert "2 blocks of s/v@19, 4 blocks of 2 more, which" in said("--status")
 
 
 @pytest.mark.parametrize(

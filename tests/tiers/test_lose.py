@@ -92,6 +92,7 @@ def test_a_loss_of_a_mirrors_leg_isnt_laid_on_a_device_for_certain_nor_that_of_i
             error = await refusal(lambda: read(plain, BLOCK_BYTES, BLOCK_BYTES))
             assert str(error) == f"p/plain at byte {BLOCK_BYTES}: the block was lost to a device error"
             await pool.checkpoint()
+            assert pool.lost_blocks() == {"p/leg": 2, "p/plain": 2}
             assert sorted((await pool.check(True)).problems) == [
                 f"p/leg at byte {BLOCK_BYTES}: 2 blocks are lost{either}them",
                 f"p/plain at byte {BLOCK_BYTES}: 2 blocks were lost to a device error",
