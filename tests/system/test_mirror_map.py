@@ -140,11 +140,13 @@ def test_a_pool_that_gives_up_the_page_takes_writes_again_and_its_leg_is_healed(
         assert "`terrace pool check p --give-up-map` gives up" in said, said
         assert "mirror remove" not in said and "mirror demote" not in said and "restart" not in said, "one next step"
         said = here.daemon.cli("pool", "check", "p", status=1).stdout
-        assert "fails its checksum" in said and "--give-up-map" in said
+        assert "fails its checksum: `terrace pool check p` tells which others do, and with --give-up-map" in said
         assert "--yes" in here.daemon.cli("pool", "check", "p", "--give-up-map", status=2).stderr
         said = here.daemon.cli("pool", "check", "p", "--give-up-map", "--yes", status=1).stdout
         assert "1 damaged map page(s) were given up, 1 of p/v" in said
-        assert "blocks were lost" in said
+        assert "blocks are lost: a device had an error, or no leg of a mirror could read them" in said
+        told = "pool p: 1 damaged map page(s) were given up, 1 of p/v, with all that lay below them: "
+        assert any(text.startswith(told) for text in here.events())
         a.wait_for({"a": "UpToDate", "b": "UpToDate"})
         assert "is damaged" not in a.daemon.cli("volume", "mirror", "explain", "p/v").stdout
         until(lambda here=here: not here.daemon.api("GET", "/v1/pools/p")["losses"])
