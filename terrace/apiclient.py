@@ -22,6 +22,8 @@ from urllib.parse import quote
 
 import httpx
 
+from terrace.lastchange import LastChange
+
 _SILENCE_S = 20.0
 """Silence after which a request asks whether the daemon lives."""
 _SLOW_S = 1.0
@@ -53,10 +55,20 @@ class StoppedWaitingError(KeyboardInterrupt):
 class ApiClient:
     """A blocking client for one daemon. Every method raises ApiError."""
 
-    def __init__(self, api_socket: Path, *, slow: Callable[[tuple[str, ...]], None] | None = None) -> None:
-        """`slow` is called, once, with the path of a request that changes something and takes more than a second."""
+    def __init__(
+        self,
+        api_socket: Path,
+        *,
+        slow: Callable[[tuple[str, ...]], None] | None = None,
+        change: LastChange | None = None,
+    ) -> None:
+        """`slow` is called, once, with the path of a request that changes something and takes more than a second.
+
+        `change` is told of each request that changes something.
+        """
         self._socket = api_socket
         self._slow = slow
+        self._change = change or LastChange()
         # A look before the first request, for httpx doesn't keep the errno that tells why it could not connect.
         self._pid = 0
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -93,12 +105,20 @@ class ApiClient:
         """The decoded answer to METHOD /v1/PATH; None where there is none. Parts of `path` are quoted."""
         changes = method != "GET" and not (isinstance(body, dict) and body.get("dry_run"))
         url = _url(path)
+        if changes:
+            self._change.begins(path)
         try:
             response = self._patiently(
                 lambda: self._http.request(method, url, json=body, params=query), path if changes else None
             )
         except httpx.HTTPError as error:
+            if changes:
+                self._change.failed()
             raise self._lost(error) from None
+        if changes and response.is_error:
+            self._change.failed()
+        elif changes:
+            self._change.succeeded()
         if response.is_error:
             raise refusal(response.content)
         return response.json() if response.content else None
@@ -144,8 +164,8 @@ class ApiClient:
             except Exception as error:
                 outcome.put(error)
 
-        threading.Thread(target=run, daemon=True).start()
         try:
+            threading.Thread(target=run, daemon=True).start()
             result = self._outcome(outcome, change)
         except KeyboardInterrupt:
             if change is None:

@@ -4,6 +4,7 @@ Tables by default, the API's JSON with `-o json`. Errors are one line on standar
 when the command itself was wrong.
 """
 
+import signal
 import sys
 
 from terrace.stdio import fill_standard_streams
@@ -19,4 +20,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print("Error: stopped", file=sys.stderr)
         sys.exit(1)
-    root()
+    try:
+        root()
+    finally:
+        # What is to be said is said. A second interrupt, as from `timeout -s INT`, would change the exit status.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -15,12 +15,15 @@ from terrace.sizes import parse_size
 
 if TYPE_CHECKING:
     from terrace.apiclient import ApiClient
+    from terrace.lastchange import LastChange
 
 
 class Context:
     """The home that is meant; connects when first asked."""
 
-    def __init__(self, home: str | None) -> None:
+    def __init__(self, home: str | None, change: LastChange | None = None) -> None:
+        """`change` is told what is asked for."""
+        self._change = change
         self.home: Home = find_home(home)
         self.chosen = bool(home or os.environ.get("TERRACE_HOME"))
         """Somebody said which, so it isn't the default."""
@@ -30,7 +33,7 @@ class Context:
         from terrace.apiclient import ApiClient
         from terrace.cli.waiting import tell_slow
 
-        return ApiClient(self.home.api_socket, slow=tell_slow)
+        return ApiClient(self.home.api_socket, slow=tell_slow, change=self._change)
 
 
 pass_context = click.make_pass_decorator(Context)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, Final
 
@@ -13,6 +16,7 @@ import click
 
 from terrace.cli.context import Context
 from terrace.cli.output import complain
+from terrace.lastchange import LastChange
 
 _HOMES: Final = {
     "attach": "attach",
@@ -51,10 +55,23 @@ class Root(click.Group):
         return command
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *rest: Any, **options: Any) -> Any:
-        options["standalone_mode"] = False
+        change = LastChange()
+        options |= {"standalone_mode": False, "obj": change}
+        try:
+            status = self._status(super().main, args, prog_name or "terrace", *rest, **options)
+        except (click.Abort, KeyboardInterrupt) as stop:
+            # Also a second interrupt, that came while the first one was seen to.
+            with _deaf():
+                _flush()
+                complain(_stopped(stop, change))
+            status = 1
+        sys.exit(status)
+
+    def _status(self, run: Callable[..., Any], *args: Any, **options: Any) -> int:
+        """The exit status; what is to be said is said. Raises click.Abort, KeyboardInterrupt."""
         failure: OSError | None = None
         try:
-            result = super().main(args, prog_name or "terrace", *rest, **options)
+            result = run(*args, **options)
             status = result if isinstance(result, int) else 0
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()
@@ -66,31 +83,54 @@ class Root(click.Group):
         except click.ClickException as error:
             complain(error.format_message())
             status = 1
-        except click.Abort as abort:
-            complain(_stopped(abort))
-            status = 1
         except OSError as error:
             failure, status = error, 1
-        try:
-            sys.stdout.flush()
-        except OSError as error:
-            # The interpreter must not try to flush the rest. Whoever closed a pipe has enough of our output.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            failure, status = error, 1
+        if (unwritten := _flush()) is not None:
+            failure, status = unwritten, 1
         if failure is not None and failure.errno != errno.EPIPE:
             # All that has no sentence of its own, nor a file, is our output.
             bare = type(failure) is OSError and failure.filename is None
             complain(f"writing to standard output: {failure.strerror}" if bare else str(failure))
-        sys.exit(status)
+        return status
 
 
-def _stopped(abort: click.Abort) -> str:
+def _flush() -> OSError | None:
+    """What keeps our output from being written."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # The interpreter must not try to flush the rest. Whoever closed a pipe has enough of our output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error
+    return None
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """No interrupt comes in there."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _stopped(stop: BaseException, change: LastChange) -> str:
     """What is said of Ctrl-C."""
     from terrace.apiclient import StoppedWaitingError
-    from terrace.cli.waiting import stopped_waiting
+    from terrace.cli.waiting import stopped_afterwards, stopped_waiting
 
-    cause = abort.__cause__
-    return stopped_waiting(cause.path) if isinstance(cause, StoppedWaitingError) else "stopped"
+    error: BaseException | None = stop
+    while error is not None:
+        if isinstance(error, StoppedWaitingError):
+            return stopped_waiting(error.path)
+        error = error.__cause__ or error.__context__
+    if change.path is None:
+        return "stopped"
+    return stopped_afterwards(change.path) if change.is_answered else stopped_waiting(change.path)
 
 
 @click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -103,4 +143,4 @@ def root(context: click.Context, home: str | None) -> None:
     Sizes are powers of 1024: 512, 64M, 10G, 1.5T. Volumes are named POOL/VOL and snapshots
     POOL/VOL@SNAP, over NBD too.
     """
-    context.obj = Context(home)
+    context.obj = Context(home, context.obj)

@@ -28,9 +28,17 @@ def where_to_look(path: tuple[str, ...]) -> str:
 
 def stopped_waiting(path: tuple[str, ...]) -> str:
     """Of a request that was sent and whose answer didn't come."""
+    return f"stopped waiting: what was asked for may still be done; {_see(path)}"
+
+
+def stopped_afterwards(path: tuple[str, ...]) -> str:
+    """Of a command that was interrupted when the daemon had said already that it is done."""
+    return f"stopped, after what was asked for was done; {_see(path)}"
+
+
+def _see(path: tuple[str, ...]) -> str:
     look = where_to_look(path)
-    see = f"see `{look}`" if path[4:5] == ("mirror",) else f"see the state with `{look}`"
-    return f"stopped waiting: what was asked for may still be done; {see}"
+    return f"see `{look}`" if path[4:5] == ("mirror",) else f"see the state with `{look}`"
 
 
 def tell_slow(path: tuple[str, ...]) -> None:
