@@ -226,6 +226,11 @@ def _headline(facts: Facts, state: MirrorState, legs: Mapping[str, LegState]) ->
         primary = here or record.primary
         count = sum(one is LegState.UP_TO_DATE for one in legs.values())
         have = f"all {len(legs)} legs" if state is MirrorState.ONLINE else f"{count} of {len(legs)} legs"
+        if len(legs) == count == 1:  # its creation was broken off, or the other legs were removed while it was in use
+            return (
+                f"{who}: node {primary} is primary, and its only leg has every acknowledged write, so nothing is "
+                f"mirrored: `terrace volume mirror add {facts.name} NODE` gives it another leg.{_held(facts)}"
+            )
         return f"{who}: node {primary} is primary, and {have} have every acknowledged write.{_held(facts)}"
     if facts.deposed is not None:
         return (

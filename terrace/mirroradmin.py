@@ -100,6 +100,7 @@ class MirrorAdmin:
     async def _create(
         self, pool: Pool, name: str, size_bytes: int, policy: str, places: Sequence[Place], options: Options
     ) -> LocalMirror:
+        self._require_not_begun(pool, name, places)
         volume = await pool.create_volume(name, size_bytes, policy)
         mirror: LocalMirror | None = None
         try:
@@ -115,6 +116,24 @@ class MirrorAdmin:
                     await self.mirrors.forget_at_arbiter(record)
             raise
         return mirror
+
+    def _require_not_begun(self, pool: Pool, name: str, places: Sequence[Place]) -> None:
+        """Raises TierError EEXIST, with the way on, where there is that mirror with fewer legs than it is to have."""
+        volume = next((one for one in pool.volumes() if one.short_name == name), None)
+        mirror = self.mirrors.of(volume) if volume is not None else None
+        if mirror is None or mirror.accepted is None:
+            return
+        legs = mirror.accepted.legs
+        missing = [place for place in places if not any(_is_same(leg, place) for leg in legs)]
+        if len(legs) > len(places) or not missing:
+            return
+        steps = " and ".join(f"`terrace volume mirror add {mirror.name} {_written(place)}`" for place in missing)
+        raise TierError(
+            errno.EEXIST,
+            f"there is a volume {mirror.name} already, a mirror with a leg on {', '.join(leg.place for leg in legs)} "
+            f"and none on {_nodes(missing)}: if its creation was broken off, go on with {steps}; else choose another "
+            "name, or delete it first",
+        )
 
     async def add(
         self, pool: Pool, volume: Volume, place: Place, options: Options, *, arbiter: Arbiters | None = None
@@ -1043,6 +1062,11 @@ def _plain(membership: Membership) -> Any:
 
 def _nodes(places: Sequence[Place]) -> str:
     return ", ".join(place.node for place in places)
+
+
+def _written(place: Place) -> str:
+    """As the command line has it."""
+    return f"{place.node}/{place.pool}" if place.pool else place.node
 
 
 def _is_same(leg: LegInfo, place: Place) -> bool:

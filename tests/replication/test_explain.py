@@ -39,6 +39,15 @@ def test_healthy() -> None:
     assert explain(facts(AB, voters=voters)).paragraph == found.paragraph
 
 
+def test_a_mirror_of_one_leg_mirrors_nothing_and_what_gives_it_another_is_said() -> None:
+    alone = dataclasses.replace(AB, legs=AB.legs[:1], in_sync=frozenset("a"))
+    found = explain(facts(alone, serving=True, connected=frozenset("a"), voters=said(alone, "a")))
+    assert found.paragraph == (
+        "fast/vol is Online: node a is primary, and its only leg has every acknowledged write, so nothing is mirrored: "
+        "`terrace volume mirror add fast/vol NODE` gives it another leg."
+    )
+
+
 def test_a_leg_that_is_away() -> None:
     found = explain(
         facts(

@@ -451,3 +451,27 @@ def test_the_event_of_a_verify_says_that_legs_differ_only_where_they_do() -> Non
     assert _found_by_verify("p/dm", VerifyReport(differing_bytes=4096)) == (
         "the legs of p/dm are not equal: 4096 bytes differ, 0 of them were repaired"
     )
+
+
+def test_a_creation_that_was_broken_off_names_the_commands_that_add_the_legs_that_it_lacks() -> None:
+    admin = Admin(Served(cast("Any", None)))
+    volume: Any = SimpleNamespace(name="fast/vol", short_name="vol")
+    mirror = SimpleNamespace(name="fast/vol", accepted=first_record("a"))
+    cast("Any", admin.mirrors).of = lambda one: mirror if one is volume else None
+    pool: Any = SimpleNamespace(name="fast", volumes=lambda: [volume])
+    with pytest.raises(TierError) as refused:
+        admin._require_not_begun(pool, "vol", [Place("b"), Place("c", "slow")])
+    assert refused.value.errno == errno.EEXIST and refused.value.strerror == (
+        "there is a volume fast/vol already, a mirror with a leg on a and none on b, c: if its creation was broken "
+        "off, go on with `terrace volume mirror add fast/vol b` and `terrace volume mirror add fast/vol c/slow`; else "
+        "choose another name, or delete it first"
+    )
+    mirror.accepted = first_record("ab")
+    with pytest.raises(
+        TierError, match=r"a leg on a, b and none on c: .* go on with `terrace volume mirror add .* c`;"
+    ):
+        admin._require_not_begun(pool, "vol", [Place("b"), Place("c")])
+    # The pool has its own sentence for these.
+    admin._require_not_begun(pool, "vol", [Place("b")])
+    admin._require_not_begun(pool, "vol", [Place("c")])
+    admin._require_not_begun(pool, "other", [Place("b"), Place("c")])
