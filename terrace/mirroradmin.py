@@ -365,11 +365,7 @@ class MirrorAdmin:
                 why = error.strerror if isinstance(error, OSError) else f"no answer in {DELETE_S:g} s"
                 # Where nobody has answered it may have some, as the volume that it is a copy of.
                 has_some = snapshots or (isinstance(error, OSError) and error.errno == errno.ENOTEMPTY)
-                more = " --snapshots" if has_some else ""
-                left.append(
-                    f"{leg.export} on node {leg.node} is still there ({why}); on that node: terrace volume delete "
-                    f"{leg.export} --force{more}"
-                )
+                left.append(_still_there(leg.node, leg.export, str(why), snapshots=has_some))
 
         left += [f"the data on {leg.export}, which is no leg any more" for leg in legs if leg.kind == "nbd"]
         async with trio.open_nursery() as nursery:
@@ -389,10 +385,7 @@ class MirrorAdmin:
                 elif whole:
                     await self.mirrors.own_voter.forget(record.mirror)
             except OSError as error:
-                left.append(
-                    f"node {node} couldn't be told that it is no tie-breaker any more ({error.strerror}): it keeps a "
-                    "small file for it, which does no harm"
-                )
+                left.append(_not_told(node, str(error.strerror)))
         return left
 
     async def remove(self, mirror: MirrorPart, node: str, *, force: bool) -> dict[str, Any]:
@@ -424,7 +417,17 @@ class MirrorAdmin:
                 mirror.is_gone(node)
                 self.mirrors.tell("mirror", mirror.name, f"node {node}, once primary of {mirror.name}, is gone")
             elif not is_uri(node) and node != self.mirrors.node:
-                done |= await self._delete_left_over(mirror, membership, node, snapshots=force)
+                names = {
+                    there: name
+                    for one in await self.mirrors.removed.of(_identity(mirror))
+                    for there, name in one.names.items()
+                    if one.record.mirror == membership.mirror
+                }
+                done |= await self._delete_left_over(
+                    mirror.name, membership, node, name=names.get(node, ""), snapshots=force
+                )
+                if not done["left"]:
+                    await self.mirrors.removed.drop(_identity(mirror), membership.mirror, [node])
             return done | await self._ended_if_alone(mirror, served, done["left"], node)
         if node == self.mirrors.node:
             raise TierError(
@@ -454,7 +457,11 @@ class MirrorAdmin:
         await served.reconfigure(legs=legs, voters=tuple(dict.fromkeys((*nodes_of(legs), *tie_breakers))))
         # Without a leg here it isn't known what only that one has: it stays, and is told as left.
         snapshots = force or isinstance(mirror, LocalMirror)
+        names = {leg.node: leg.export for leg in going if leg.kind == "terrace"}
+        await self.mirrors.removed.add(_identity(mirror), served.membership, names)
         left = await self._delete_legs(going, served.membership, snapshots=snapshots)
+        if not left:
+            await self.mirrors.removed.drop(_identity(mirror), membership.mirror, names)
         self.mirrors.tell("mirror", mirror.name, f"the leg of {mirror.name} on {_named(Place(node))} was removed")
         done |= {"removed": [leg.export for leg in going]}
         return done | await self._ended_if_alone(mirror, served, left, node)
@@ -470,16 +477,24 @@ class MirrorAdmin:
         if len(record.legs) > 1 or not isinstance(mirror, LocalMirror) or mirror.stood_for.open_count:
             return {"left": left, "mirrored": True}
         tie_breakers = [voter for voter in record.voters if voter not in nodes_of(record.legs)]
+        identity = _identity(mirror)
+        # The record is nowhere else once the volume is a plain one, and what is left elsewhere obeys no other.
+        await self.mirrors.removed.add(identity, record, dict.fromkeys(tie_breakers, ""))
         await self.mirrors.dissolve(mirror)
         left = left + await self.mirrors.forget_at_arbiter(record)
         forget = [*tie_breakers, *([] if is_uri(removed) or removed in tie_breakers else [removed])]
-        await self._forget_at((*forget, self.mirrors.node), record, whole=True)
+        for node in (*forget, self.mirrors.node):
+            if not await self._forget_at([node], record, whole=True) and node in tie_breakers:
+                await self.mirrors.removed.drop(identity, record.mirror, [node])
         return {"left": left, "mirrored": False}
 
     async def _delete_left_over(
-        self, mirror: MirrorPart, record: Membership, node: str, *, snapshots: bool
+        self, mirror: str, record: Membership, node: str, *, name: str, snapshots: bool, whole: bool = False
     ) -> dict[str, Any]:
-        """What a node has of a leg that the record has no more: its removal was broken off. {removed} or {left}."""
+        """What a node has of a leg that the record has no more, or as a tie-breaker: its removal was broken off.
+
+        `name`: of the volume there, if known; `whole`: the mirror has ended. {removed, voter} or {left}.
+        """
         order = {"membership": _plain(record), "leg": "", "whole": False, "snapshots": snapshots}
         try:
             with trio.fail_after(DELETE_S):
@@ -487,18 +502,50 @@ class MirrorAdmin:
         except (OSError, trio.TooSlowError) as error:
             if isinstance(error, OSError) and error.errno == errno.EINVAL:
                 return {}  # of a release that is asked for a leg by its id only
-            why = error.strerror if isinstance(error, OSError) else f"no answer in {DELETE_S:g} s"
-            return {"left": [f"what node {node} may have of a leg of {mirror.name}, which is none any more ({why})"]}
+            why = str(error.strerror) if isinstance(error, OSError) else f"no answer in {DELETE_S:g} s"
+            if name:
+                return {"left": [_still_there(node, name, why, snapshots=True)]}
+            return {
+                "left": [
+                    f"what node {node} may have of a leg of {mirror}, which is none any more ({why}): `terrace volume "
+                    "mirror list` on that node names it, with the command that deletes it"
+                ]
+            }
         deleted = answer.get("deleted") if isinstance(answer, dict) else None
-        return {"removed": [deleted] if isinstance(deleted, str) else []}
+        order = {"membership": _plain(record), "whole": whole}
+        try:
+            told = await self.mirrors.peers.call(node, "mirror.forget", order, FIND_S)
+        except OSError as error:
+            return {
+                "removed": [deleted] if isinstance(deleted, str) else [],
+                "left": [_not_told(node, str(error.strerror))],
+            }
+        forgotten = isinstance(told, dict) and told.get("forgotten") is True
+        return {"removed": [deleted] if isinstance(deleted, str) else [], "voter": forgotten and deleted is None}
 
-    def nothing_to_remove(self, volume: Volume, node: str) -> dict[str, Any]:
-        """As `remove`, of a volume that isn't mirrored, as after the last removal. Raises TierError ENOENT."""
+    async def nothing_to_remove(self, pool: Pool, volume: Volume, node: str) -> dict[str, Any]:
+        """As `remove`, of a volume that isn't mirrored, as after the last removal. Raises TierError ENOENT.
+
+        What `node` has kept, as it was away then, goes: of no other mirror than those that this very volume has had.
+        """
         if not is_uri(node) and node != self.mirrors.node and node not in self.mirrors.peers.peers:
             raise TierError(
                 errno.ENOENT, f"{volume.name} is not mirrored, and {node} is no node that this one knows either"
             )
-        return {"removed": [], "left": [], "mirrored": False, "voter": False}
+        done: dict[str, Any] = {"removed": [], "left": [], "mirrored": False, "voter": False}
+        identity = _volume_identity(pool, volume)
+        for one in await self.mirrors.removed.of(identity):
+            if node not in one.names:
+                continue
+            found = await self._delete_left_over(
+                volume.name, one.record, node, name=one.names[node], snapshots=True, whole=True
+            )
+            done["removed"] += found.get("removed", [])
+            done["left"] += found.get("left", [])
+            done["voter"] = done["voter"] or found.get("voter", False)
+            if not found.get("left"):
+                await self.mirrors.removed.drop(identity, one.record.mirror, [node])
+        return done
 
     def _require_known(self, mirror: MirrorPart, membership: Membership, node: str) -> None:
         """What has no leg any more is no error, as it may be asked for again; but it must be one that could have had
@@ -1062,6 +1109,27 @@ def _plain(membership: Membership) -> Any:
 
 def _nodes(places: Sequence[Place]) -> str:
     return ", ".join(place.node for place in places)
+
+
+def _still_there(node: str, export: str, why: str, *, snapshots: bool) -> str:
+    more = " --snapshots" if snapshots else ""
+    return f"{export} on node {node} is still there ({why}); on that node: terrace volume delete {export} --force{more}"
+
+
+def _not_told(node: str, why: str) -> str:
+    return (
+        f"node {node} couldn't be told that it is no tie-breaker any more ({why}): it keeps a small file for it, which "
+        "does no harm; the same command tells it again"
+    )
+
+
+def _identity(mirror: MirrorPart) -> str:
+    """For `RemovedLegs`: a volume of that name that is made later is another one."""
+    return _volume_identity(mirror.pool, mirror.volume) if isinstance(mirror, LocalMirror) else f"none/{mirror.name}"
+
+
+def _volume_identity(pool: Pool, volume: Volume) -> str:
+    return f"{pool.uuid}/{volume.family}"
 
 
 def _written(place: Place) -> str:

@@ -200,7 +200,7 @@ class MirrorApi:
         with self._pools.using(request.path_params["pool"]) as pool:
             volume = pool.volume(request.path_params["volume"])
             if not volume.mirror_record:
-                return JSONResponse(self._admin.nothing_to_remove(volume, node))
+                return JSONResponse(await self._admin.nothing_to_remove(pool, volume, node))
             return JSONResponse(await self._admin.remove(self._one(request), node, force=force))
 
     def _diskless(self, request: Request) -> DisklessMirror | None:

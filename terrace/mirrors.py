@@ -41,6 +41,7 @@ from terrace.oneatatime import OneAtATime
 from terrace.peers import Handler, Peers, Socket
 from terrace.pools import Pools
 from terrace.primary import ASK_S, MirrorPart, ServedMirror, boot_id, nodes_of, nodes_of_mirror
+from terrace.removedlegs import RemovedLegs
 from terrace.tiebreakers import is_called, said_of, votes_of
 from tiers import Pool, TierError, Volume
 
@@ -91,6 +92,7 @@ class Mirrors:
         self.boot = boot_id()
         self.keep_before_resync = keep_before_resync
         self.own_voter = KeptVoter(peers.node, home, self._keepers, is_primary=self._is_primary)
+        self.removed = RemovedLegs(home)
         self.drop_clients: Callable[[str], int] = lambda export: 0
         self._mirrors: dict[Volume, LocalMirror] = {}
         self._broken: dict[Volume, OSError] = {}
@@ -545,7 +547,10 @@ class Mirrors:
         return Known(f"the leg {mirror.name} on node {self.node}", own.promised, own.accepted, own.me)
 
     async def _forget_mirror(self, node: str, params: dict[str, Any]) -> Any:
-        """By order of its primary: this node, which has no leg, is no tie-breaker any more, or the mirror is gone."""
+        """By order of its primary: this node, which has no leg, is no tie-breaker any more, or the mirror is gone.
+
+        Returns {forgotten}: whether it had been one.
+        """
         order, whole = _membership(params), params.get("whole") is True
         if self.by_mirror(order.mirror):
             raise OSError(errno.EBUSY, f"node {self.node} has a leg of mirror {order.mirror}")
@@ -553,14 +558,15 @@ class Mirrors:
             said = await self.own_voter.state(order.mirror)
         except OSError as error:
             if error.errno == errno.ENOENT:
-                return {}
+                return {"forgotten": False}
             raise
+        had_a_say = said.accepted is not None and self.node in said.accepted.voters
         judge_order(Order(node, order), Known(f"the voter on node {self.node}", said.promised, said.accepted))
         if whole:
             await self.own_voter.forget(order.mirror)
         elif self.node not in order.voters:
             await self.own_voter.retire(order)
-        return {}
+        return {"forgotten": had_a_say and (whole or self.node not in order.voters)}
 
     async def delete_local(self, mirror: LocalMirror, *, snapshots: bool = False) -> None:
         """The leg's volume, whatever others may say."""

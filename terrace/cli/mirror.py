@@ -289,6 +289,8 @@ def remove(context: Context, volume: tuple[str, str], node: str, force: bool, ye
     name = f"{volume[0]}/{volume[1]}"
     if done.get("voter"):
         click.echo(f"Node {node} is no voter of {name} any more.")
+    elif not done["removed"] and done["left"]:
+        click.echo(f"{name} {'has no leg on ' + node if done['mirrored'] else 'is not mirrored'}.")
     elif not done["removed"]:
         click.echo(f"{name} {'has no leg on ' + node if done['mirrored'] else 'is not mirrored'}: nothing was removed.")
     else:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,12 +17,29 @@ import trio.testing
 
 from replication.leg import LegState
 from replication.members import Member
-from replication.membership import LegInfo, Membership, Options, Term
+from replication.membership import LegInfo, Membership, Options, Term, decode
 from replication.verify import VerifyReport
 from terrace.diskless import DisklessMirror
 from terrace.mirroradmin import MirrorAdmin, Place, _found_by_verify, _last_record
+from terrace.removedlegs import Removed, RemovedLegs
 from tests.replication.stores import first_record
 from tiers import TierError
+
+
+class InMemory(RemovedLegs):
+    """Without a file."""
+
+    def __init__(self) -> None:
+        super().__init__(Path("/nowhere"))
+        self.removed: list[Removed] = []
+
+    async def _read(self) -> list[Removed]:
+        await trio.lowlevel.checkpoint()
+        return self.removed
+
+    async def _write(self, removed: list[Removed]) -> None:
+        await trio.lowlevel.checkpoint()
+        self.removed = removed
 
 
 class Served:
@@ -53,7 +72,10 @@ class Admin(MirrorAdmin):
             return {"export": "fast/vol"}
 
         mirrors: Any = SimpleNamespace(
-            node="a", peers=SimpleNamespace(call=call), tell=lambda kind, subject, text: self.told.append(text)
+            removed=InMemory(),
+            node="a",
+            peers=SimpleNamespace(call=call),
+            tell=lambda kind, subject, text: self.told.append(text),
         )
         super().__init__(mirrors, lambda name: [], cast("Any", None))
         self._served: Any = served
@@ -320,12 +342,13 @@ def test_a_node_that_can_have_no_leg_is_not_removed_and_the_legs_are_named() -> 
         assert refused.value.errno == errno.ENOENT
         done = await admin.remove(mirror, "c", force=False)
         assert done == {"removed": [], "left": [], "mirrored": True, "voter": False}, "it may have been done before"
-        assert admin.asked == ["leg.delete"], "or broken off"
+        assert admin.asked == ["leg.delete", "mirror.forget"], "or broken off"
         for answer, result in (
             ({"deleted": "p/dm"}, {"removed": ["p/dm"]}),
             (OSError(errno.EINVAL, "leg is missing"), {}),
             (OSError(errno.ENOTCONN, "away"), {"left": ["what node c may have of a leg of p/dm, which is none any more "
-                                                        "(away)"]}),
+                                                        "(away): `terrace volume mirror list` on that node names it, "
+                                                        "with the command that deletes it"]}),
         ):  # fmt: skip
 
             async def call(node: str, method: str, params: Any, timeout_s: float, said: Any = answer) -> Any:
@@ -341,15 +364,60 @@ def test_a_node_that_can_have_no_leg_is_not_removed_and_the_legs_are_named() -> 
 
 
 def test_a_removal_that_is_asked_for_again_after_the_last_one_says_that_the_volume_is_not_mirrored() -> None:
-    admin = Admin(Served(cast("Any", None)))
-    cast("Any", admin.mirrors.peers).peers = {"b": None}
-    volume: Any = SimpleNamespace(name="p/dm")
-    for node in ("a", "b", "nbd://nas/export"):
-        done = admin.nothing_to_remove(volume, node)
-        assert done == {"removed": [], "left": [], "mirrored": False, "voter": False}
-    with pytest.raises(TierError, match="p/dm is not mirrored, and zz is no node that this one knows either") as found:
-        admin.nothing_to_remove(volume, "zz")
-    assert found.value.errno == errno.ENOENT
+    async def main() -> None:
+        admin = Admin(Served(cast("Any", None)))
+        cast("Any", admin.mirrors.peers).peers = {"b": None}
+        volume: Any = SimpleNamespace(name="p/dm", family=7)
+        pool: Any = SimpleNamespace(uuid="u")
+        for node in ("a", "b", "nbd://nas/export"):
+            done = await admin.nothing_to_remove(pool, volume, node)
+            assert done == {"removed": [], "left": [], "mirrored": False, "voter": False} and admin.asked == []
+        with pytest.raises(TierError, match="p/dm is not mirrored, and zz is no node that this one knows") as found:
+            await admin.nothing_to_remove(pool, volume, "zz")
+        assert found.value.errno == errno.ENOENT
+
+    trio.run(main)
+
+
+def test_what_a_node_kept_of_a_mirror_that_has_ended_goes_at_the_repetition_for_that_very_volume_only() -> None:
+    async def main() -> None:
+        admin = Admin(Served(cast("Any", None)))
+        asked: list[tuple[str, str, dict[str, Any]]] = []
+        is_away = True
+
+        async def call(node: str, method: str, params: dict[str, Any], timeout_s: float = 0.0) -> Any:
+            await trio.lowlevel.checkpoint()
+            if is_away:
+                raise OSError(errno.ENOTCONN, "away")
+            asked.append((node, method, params))
+            return {"deleted": "p/dm", "forgotten": True} if node == "b" else {"deleted": None, "forgotten": True}
+
+        peers = cast("Any", admin.mirrors.peers)
+        peers.peers, peers.call = {"b": None, "c": None}, call
+        record = first_record("a")
+        await admin.mirrors.removed.add("u/7", record, {"b": "p/dm"})
+        last = record.next_epoch()
+        await admin.mirrors.removed.add("u/7", last, {"c": ""})
+        pool: Any = SimpleNamespace(uuid="u")
+        same_name: Any = SimpleNamespace(name="p/dm", family=8)
+        volume: Any = SimpleNamespace(name="p/dm", family=7)
+        nothing = {"removed": [], "left": [], "mirrored": False, "voter": False}
+        assert await admin.nothing_to_remove(pool, same_name, "b") == nothing
+        left = ["p/dm on node b is still there (away); on that node: terrace volume delete p/dm --force --snapshots"]
+        for _ in range(2):
+            assert await admin.nothing_to_remove(pool, volume, "b") == nothing | {"left": left}
+        is_away = False
+        assert await admin.nothing_to_remove(pool, volume, "b") == nothing | {"removed": ["p/dm"]}
+        assert await admin.nothing_to_remove(pool, volume, "c") == nothing | {"voter": True}
+        assert [(node, method) for node, method, _ in asked] == [
+            (node, method) for node in "bc" for method in ("leg.delete", "mirror.forget")
+        ]
+        for _, _, params in asked:
+            assert decode(json.dumps(params["membership"]).encode()) == last, "the newest, which all obey"
+        assert asked[0][2]["leg"] == "" and asked[0][2]["whole"] is False, "no leg that the record has"
+        assert await admin.nothing_to_remove(pool, volume, "b") == nothing and len(asked) == 4
+
+    trio.run(main)
 
 
 def test_who_is_not_the_primary_asks_no_other_node_whether_it_could_be() -> None:
