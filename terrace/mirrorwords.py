@@ -11,7 +11,7 @@ from typing import Any, Final
 from replication.cluster import VoterState
 from replication.explain import GIVE_UP_MAP, Explanation, Facts, Progress, explain
 from replication.healing import map_is_damaged, new_leg
-from replication.leg import BLOCK_BYTES, LegState, MirrorState
+from replication.leg import BLOCK_BYTES, RECENT, LegState, MirrorState
 from replication.lineage import are_apart
 from replication.members import LegStatus, MirrorStatus
 from replication.membership import Membership
@@ -154,19 +154,33 @@ def removed_here(mirror: MirrorPart, theirs: Mapping[str, Any]) -> str | None:
     """That the primary, which says `theirs`, has removed the leg here from the mirror in the absence of this node."""
     if not isinstance(mirror, LocalMirror) or any(leg["id"] == mirror.me for leg in theirs["legs"]):
         return None
-    own = mirror.membership
-    if mirror.keeper.record.inconsistent and not own.has(mirror.me):
+    own, primary = mirror.membership, theirs["primary"]
+    # Only the primary by a record that counts has sessions with a leg: one that has had none may never have been one.
+    never_was = mirror.keeper.record.inconsistent and not _took_part(mirror)
+    again = f"`terrace volume mirror add` on node {primary} makes it again, or `{_deletion(mirror)}` deletes it here"
+    if never_was and not own.has(mirror.me):
         return (
-            f"the leg here is none of the mirror's: it is just being made, or that was broken off, and then `terrace "
-            f"volume mirror add` on node {theirs['primary']} makes it again, or `{_deletion(mirror)}` deletes it here"
+            "the leg here is none of the mirror's: it is just being made, or that was broken off, or it was removed "
+            f"before it got anything, and then {again}"
         )
     is_older = (own.term.number, own.epoch) < (theirs["term"], theirs["epoch"])
     if not is_older and own.has(mirror.me):
         return None
+    if never_was:
+        return (
+            f"the leg here is left over, and never got anything: it was being added, and that was broken off, or node "
+            f"{primary} has removed it while it couldn't be reached; {again}"
+        )
     return (
-        f"the leg here is left over: node {theirs['primary']} has removed it from the mirror while it couldn't be "
-        f"reached; `{_deletion(mirror)}` deletes it here"
+        f"the leg here is left over: node {primary} has removed it from the mirror while it couldn't be reached; "
+        f"`{_deletion(mirror)}` deletes it here"
     )
+
+
+def _took_part(mirror: LocalMirror) -> bool:
+    """Whether the leg here has ever had a session with a primary, or been one."""
+    own = mirror.keeper.record
+    return own.boot is not None or own.position is not None or RECENT in mirror.keeper.store.trackers
 
 
 def _deletion(mirror: MirrorPart) -> str:

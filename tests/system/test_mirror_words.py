@@ -63,7 +63,7 @@ def test_while_the_primary_can_not_be_asked_all_commands_say_the_same_and_from_w
     a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "k")
 
 
-def test_a_leg_that_was_removed_while_its_node_was_away_says_there_that_it_is_left_over_and_how_it_goes(
+def test_a_leg_that_was_removed_while_its_node_was_away_says_there_that_it_is_left_over_and_goes_if_asked_again(
     pair: Pair,
 ) -> None:
     a, b = pair.a, pair.b
@@ -72,13 +72,21 @@ def test_a_leg_that_was_removed_while_its_node_was_away_says_there_that_it_is_le
     done = a.daemon.api("DELETE", "/v1/pools/p/volumes/o/mirror/legs/b?force=1")
     (left,) = done["left"]
     assert left.endswith("on that node: terrace volume delete p/o --force --snapshots")
+    a.daemon.kill()
+    a.daemon.start()
+    again = a.daemon.cli("volume", "mirror", "remove", "p/o", "b", "--yes").stdout
+    assert again.startswith("p/o is not mirrored.\nLeft: p/o on node b is still there (")
+    assert again.endswith("on that node: terrace volume delete p/o --force --snapshots\n")
     b.daemon.start()
     pair.both_online()
     until(lambda: "left over" in str(b.mirror("o")["problem"]))
     text = b.daemon.api("GET", "/v1/pools/p/volumes/o/mirror/explain")["text"]
     assert text.startswith("p/o is Unknown: node a has none of this mirror any more, so the leg here is left over")
     assert "`terrace volume delete p/o --force` then deletes it here" in text
-    b.daemon.api("DELETE", "/v1/pools/p/volumes/o?force=1&snapshots=1")
+    gone = {"left": [], "mirrored": False, "voter": False}
+    assert a.daemon.api("DELETE", "/v1/pools/p/volumes/o/mirror/legs/b") == gone | {"removed": ["p/o"]}
+    assert a.daemon.api("DELETE", "/v1/pools/p/volumes/o/mirror/legs/b") == gone | {"removed": []}
+    assert not any(one["name"] == "p/o" for one in b.daemon.api("GET", "/v1/pools/p/volumes"))
     a.daemon.api("DELETE", "/v1/pools/p/volumes/o")
 
 

@@ -369,8 +369,10 @@ def test_a_leg_that_a_later_record_does_not_have_is_left_over_and_one_that_is_be
     async def main() -> None:
         pool, record = OnePool(), first_record("abc")
 
-        async def status(accepted: Membership, epoch: int, legs: str, *, is_new: bool = False) -> Any:
-            own = LegRecord("b", promised=record.term, accepted=accepted, inconsistent=is_new)
+        async def status(
+            accepted: Membership, epoch: int, legs: str, *, is_new: bool = False, boot: str | None = None
+        ) -> Any:
+            own = LegRecord("b", promised=record.term, accepted=accepted, inconsistent=is_new, boot=boot)
             pool.volume.mirror_record = own.encode()
             pool.volume.snapshots = 0
             found = mirrors(pool, tmp_path)
@@ -392,6 +394,13 @@ def test_a_leg_that_a_later_record_does_not_have_is_left_over_and_one_that_is_be
         being_made = await status(first_record("ac"), record.epoch, "ac", is_new=True)
         assert being_made.startswith("the leg here is none of the mirror's: it is just being made, or that was broken")
         assert await status(first_record("ac"), record.epoch, "abc", is_new=True) is None
+        # Its primary was killed while it added it: by the record here it was a leg, which may never have counted.
+        either = await status(record, record.epoch + 1, "ac", is_new=True)
+        assert "it was being added, and that was broken off, or node a has removed it while" in either
+        assert "`terrace volume mirror add` on node a makes it again" in either
+        # It was in resync, which only a record that counts begins.
+        for accepted, epoch in ((record, record.epoch + 1), (first_record("ac"), record.epoch)):
+            assert await status(accepted, epoch, "ac", is_new=True, boot="b1") == said
 
     trio.run(main)
 
