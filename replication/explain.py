@@ -101,6 +101,8 @@ class Explanation:
     old: str | None
     """That all this is what was known when the primary was heard last, and when that was, or that nobody else has any
     of it any more; None: neither."""
+    left_over: bool = False
+    """The leg here is all that is left of the mirror."""
 
 
 def explain(facts: Facts) -> Explanation:
@@ -120,7 +122,9 @@ def explain(facts: Facts) -> Explanation:
     sentences = [headline, *_about_legs(facts, legs), *damage, _about_arbiter(facts, served)]
     if facts.left_behind is not None:
         sentences.insert(0, f"{facts.name} is not served here: {facts.left_behind.rstrip('.')}.")
-    return Explanation(legs, state, " ".join(one for one in sentences if one), headline, old)
+    return Explanation(
+        legs, state, " ".join(one for one in sentences if one), headline, old, _orphaned(facts) is not None
+    )
 
 
 def last_leg_on(node: str, legs: Iterable[tuple[str, LegState]]) -> str | None:

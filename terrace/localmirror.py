@@ -48,6 +48,8 @@ class LocalMirror(MirrorPart):
         )
         self.keeper.before_overwritten = self.kept.take
         self.keeper.whole_again = self.kept.served
+        self.heard_left_over = False
+        """By what was asked of other nodes last, the leg here is none of the mirror any more."""
         self._site = LocalSite(self.keeper)
         self.replica = Replica(self.keeper, self._site.let_go)
         self._begin_as_before()

@@ -36,7 +36,16 @@ from terrace.diskless import DisklessMirror
 from terrace.disklessmirrors import DisklessMirrors
 from terrace.localmirror import LocalMirror
 from terrace.mending import LegMender, heal_leg, read_block
-from terrace.mirrorwords import explained, known_record, map_notice, newest_record, removed_here, writes_fail
+from terrace.mirrorwords import (
+    explained,
+    is_being_made,
+    is_left_over,
+    known_record,
+    map_notice,
+    newest_record,
+    removed_here,
+    writes_fail,
+)
 from terrace.oneatatime import OneAtATime
 from terrace.peers import Handler, Peers, Socket
 from terrace.pools import Pools
@@ -731,6 +740,7 @@ class Mirrors:
             "node": self.node,
             "size_bytes": mirror.size_bytes,
             "diskless": isinstance(mirror, DisklessMirror),
+            "left_over": is_left_over(mirror),
         }
         try:
             membership = known_record(mirror)
@@ -901,14 +911,19 @@ class Mirrors:
         # That this node was deposed, or left behind, is its own problem: the primary has none.
         if own["diskless"] or mirror.is_left_behind or mirror.is_named_primary:
             found["problem"] = own["problem"] or found["problem"]
-        if not mirror.is_left_behind and (removed := removed_here(mirror, theirs)) is not None:
+        removed = removed_here(mirror, theirs)
+        if isinstance(mirror, LocalMirror):
+            mirror.heard_left_over = removed is not None and not is_being_made(mirror)
+        if not mirror.is_left_behind and removed is not None:
             found["problem"] = removed
-        return found
+        return found | {"left_over": is_left_over(mirror)}
 
     def _without_primary(
         self, own: dict[str, Any], mirror: MirrorPart, voices: Mapping[str, VoterState], found: Explanation
     ) -> dict[str, Any]:
         """The same that `explained` says."""
+        if isinstance(mirror, LocalMirror) and found.left_over:
+            mirror.heard_left_over = True
         record = newest_record(mirror, voices)
         legs = [self._leg_of_record(mirror, record, leg) for leg in record.legs]
         for shown in legs:
@@ -922,7 +937,8 @@ class Mirrors:
             problem = (
                 f"{problem.rstrip('.')}. {_capital(found.old)}" if mirror.is_left_behind and problem else found.old
             )
-        return own | shown_record | {"state": found.state.value, "legs": legs, "problem": problem}
+        shown = {"state": found.state.value, "legs": legs, "problem": problem, "left_over": is_left_over(mirror)}
+        return own | shown_record | shown
 
     async def statuses(self) -> list[dict[str, Any]]:
         """Of all mirrors here, asked for at once, by name."""

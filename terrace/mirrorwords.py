@@ -177,6 +177,21 @@ def removed_here(mirror: MirrorPart, theirs: Mapping[str, Any]) -> str | None:
     )
 
 
+def is_left_over(mirror: MirrorPart) -> bool:
+    """Whether the leg here is none of the mirror any more, as far as is known here without asking anybody."""
+    if not isinstance(mirror, LocalMirror) or mirror.serves or mirror.accepted is None:
+        return False
+    own = mirror.keeper.record
+    is_out = not known_record(mirror).has(mirror.me)
+    # Else it may just be being made.
+    return mirror.heard_left_over or (is_out and (_took_part(mirror) or not own.inconsistent))
+
+
+def is_being_made(mirror: MirrorPart) -> bool:
+    """Whether the leg here may be just being made: it has never been one by the record here."""
+    return isinstance(mirror, LocalMirror) and not mirror.membership.has(mirror.me) and not _took_part(mirror)
+
+
 def _took_part(mirror: LocalMirror) -> bool:
     """Whether the leg here has ever had a session with a primary, or been one."""
     own = mirror.keeper.record

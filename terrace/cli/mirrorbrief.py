@@ -15,6 +15,8 @@ def brief(found: dict[str, Any] | None) -> str:
         return "starting"
     if found["diskless"]:
         return f"no leg here, served by {found['primary'] or 'nobody'}"
+    if found.get("left_over"):  # which a daemon of an older release doesn't say
+        return "left-over leg"
     return f"leg of {found['primary']}" if found["primary"] else "leg, no primary"
 
 

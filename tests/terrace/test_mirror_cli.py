@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from terrace.api import Api
 from terrace.cli.context import Context
 from terrace.cli.mirror import _leg, _show, _what_is_left, show_mirrors, show_votes
+from terrace.cli.mirrorbrief import brief
 from terrace.cli.pool import _lost_legs, _show_report, shown_mapped
 from terrace.cli.root import root
 from terrace.cli.status import show_status_of_mirrors
@@ -355,3 +356,9 @@ def test_a_drain_that_is_refused_says_of_no_mirror_that_it_was_demoted(monkeypat
     result = CliRunner().invoke(root, ["node", "drain", "a"])
     assert result.exit_code == 1
     assert "p/v would be demoted." in result.output and "p/v is demoted" not in result.output
+
+
+def test_a_leg_that_is_left_over_is_called_so_in_the_table_of_volumes() -> None:
+    leg = {"role": "secondary", "diskless": False, "primary": "a", "state": "Unknown"}
+    assert brief(leg) == brief(leg | {"left_over": False}) == "leg of a"
+    assert brief(leg | {"left_over": True}) == "left-over leg"

@@ -376,13 +376,28 @@ def test_a_leg_that_a_later_record_does_not_have_is_left_over_and_one_that_is_be
             pool.volume.mirror_record = own.encode()
             pool.volume.snapshots = 0
             found = mirrors(pool, tmp_path)
-            theirs = {"primary": "a", "term": 1, "epoch": epoch, "legs": [{"id": leg, "node": leg} for leg in legs]}
+            theirs = {
+                "primary": "a",
+                "term": 1,
+                "epoch": epoch,
+                "legs": [{"id": leg, "node": leg, "healed_blocks": 0} for leg in legs],
+            }
             async with trio.open_nursery() as nursery:
                 await nursery.start(found.run)
                 mirror = found.adopt(pool, pool.volume)  # type: ignore[arg-type]
                 nursery.cancel_scope.cancel()
             assert mirror is not None
-            return removed_here(mirror, theirs)
+            knows = accepted.has("b") is False and (boot is not None or not is_new)
+            assert found.local_status(mirror)["left_over"] is knows, "without asking"
+            said = removed_here(mirror, theirs)
+            asked = found._by_primary(
+                found.local_status(mirror),
+                mirror,
+                dict.fromkeys(_PRIMARYS) | theirs | {"writes_fail": False, "legs": theirs["legs"]},
+            )
+            assert asked["left_over"] is (said is not None and "left over" in said)
+            assert found.local_status(mirror)["left_over"] is asked["left_over"], "as was heard last"
+            return said
 
         said = await status(record, record.epoch + 1, "ac")
         assert said.startswith("the leg here is left over: node a has removed it from the mirror")
