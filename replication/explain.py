@@ -130,13 +130,19 @@ def explain(facts: Facts) -> Explanation:
 def last_leg_on(node: str, legs: Iterable[tuple[str, LegState]]) -> str | None:
     """Why a node must not be taken down for one mirror's sake: it has the last leg that is worth something, or may.
 
-    `legs`: each leg's node and state. None: the others have all.
+    `legs`: each leg's node and state, without those on NBD servers, of which none can be promoted. None: the others
+    have all.
     """
     states = list(legs)
     good = {where for where, state in states if state is LegState.UP_TO_DATE}
     if good == {node}:
         syncing = sorted(where for where, state in states if state is LegState.SYNCING)
         until = f" ({_and(syncing)} {_is(syncing)} in resync)" if syncing else ""
+        if {where for where, _ in states} == {node}:  # no resync is to be waited for
+            return (
+                "no other node has a leg that could be promoted: add one (`terrace volume mirror add`), or delete the "
+                "volume"
+            )
         return f"its only leg that is up to date is here{until}: wait for a resync, add a leg elsewhere, or remove it"
     if not good and (node, LegState.UNPROVEN) in states:
         return "no leg of it is up to date, and the one here may have all writes: start the nodes that have the others"

@@ -928,7 +928,9 @@ class MirrorAdmin:
             good = [leg["node"] for leg in legs if leg["state"] == LegState.UP_TO_DATE.value]
             last = last_leg_on(node, ((leg["node"], _leg_state(leg["state"])) for leg in legs))
             if last is not None:
-                refused.append(f"{mirror.name}: {last}")
+                # What is out for a reason of its own isn't back by waiting.
+                why = [f"the leg on node {leg['node']} is out: {leg['error']}" for leg in legs if leg["error"]]
+                refused.append("; ".join([f"{mirror.name}: {last}", *why]))
             elif mirror.is_primary or mirror.starting:
                 users = self._clients(mirror.name)
                 if mirror.stood_for.open_count:

@@ -166,9 +166,11 @@ def drain(context: Context, name: str, to: str | None, dry_run: bool, output: st
     if output == "json":
         show_json(plan)
     else:
-        for one in plan["demote"]:
-            click.echo(f"{one} {'would be' if plan['dry_run'] or plan['refused'] else 'is'} demoted.")
+        # Where it is refused nothing is done, and what would have been is only of interest to who has asked for that.
+        for one in plan["demote"] if dry_run or not plan["refused"] else []:
+            click.echo(f"{one} {'would be' if dry_run else 'is'} demoted.")
         if not plan["refused"]:
             click.echo(f"Node {name} {'would be' if dry_run and plan['demote'] else 'is'} ready to be taken down.")
     if plan["refused"]:
-        raise click.ClickException(f"{name} can't be taken down: " + "; ".join(plan["refused"]))
+        unchanged = "" if dry_run else ", and nothing has changed"
+        raise click.ClickException(f"{name} can't be taken down{unchanged}: " + "; ".join(plan["refused"]))

@@ -272,6 +272,9 @@ def test_a_node_with_the_last_good_leg_is_not_drained() -> None:
     assert last_leg_on("a", [("a", good), ("b", syncing), ("c", stale)]) == (
         "its only leg that is up to date is here (b is in resync): wait for a resync, add a leg elsewhere, or remove it"
     )
+    assert last_leg_on("a", [("a", good)]) == (
+        "no other node has a leg that could be promoted: add one (`terrace volume mirror add`), or delete the volume"
+    ), "there is no resync to wait for"
     assert last_leg_on("b", [("a", unproven), ("b", stale)]) is None
     may_have_all = last_leg_on("a", [("a", unproven), ("b", stale)])
     assert may_have_all is not None and "the one here may have all writes" in may_have_all

@@ -83,6 +83,7 @@ def test_a_leg_that_was_removed_while_its_node_was_away_says_there_that_it_is_le
     text = b.daemon.api("GET", "/v1/pools/p/volumes/o/mirror/explain")["text"]
     assert text.startswith("p/o is Unknown: node a has none of this mirror any more, so the leg here is left over")
     assert "`terrace volume delete p/o --force` then deletes it here" in text
+    assert "left-over leg" in b.daemon.cli("volume", "list", "p").stdout
     gone = {"left": [], "mirrored": False, "voter": False}
     assert a.daemon.api("DELETE", "/v1/pools/p/volumes/o/mirror/legs/b") == gone | {"removed": ["p/o"]}
     assert a.daemon.api("DELETE", "/v1/pools/p/volumes/o/mirror/legs/b") == gone | {"removed": []}

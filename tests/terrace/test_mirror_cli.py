@@ -351,11 +351,17 @@ class _Refusing:
         return {"node": "a", "demote": ["p/v"], "refused": refused, "dry_run": body["dry_run"]}
 
 
-def test_a_drain_that_is_refused_says_of_no_mirror_that_it_was_demoted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drain_that_is_refused_says_that_nothing_has_changed_and_a_dry_run_what_would_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(Context, "connect", lambda self: _Refusing())
     result = CliRunner().invoke(root, ["node", "drain", "a"])
     assert result.exit_code == 1
-    assert "p/v would be demoted." in result.output and "p/v is demoted" not in result.output
+    assert "demoted" not in result.output
+    assert "Error: a can't be taken down, and nothing has changed: p/w: its only leg" in result.output
+    result = CliRunner().invoke(root, ["node", "drain", "a", "--dry-run"])
+    assert result.exit_code == 1
+    assert "p/v would be demoted." in result.output and "a can't be taken down: p/w: its only leg" in result.output
 
 
 def test_a_leg_that_is_left_over_is_called_so_in_the_table_of_volumes() -> None:
