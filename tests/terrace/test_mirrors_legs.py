@@ -230,7 +230,8 @@ def test_a_node_isnt_drained_of_the_last_leg_that_is_worth_something(states: dic
     async def status(mirror: Any) -> dict[str, Any]:
         await trio.lowlevel.checkpoint()
         kinds = {"nas": "nbd"}
-        return {"legs": [{"node": node, "state": states[node], "kind": kinds.get(node, "terrace")} for node in states]}
+        legs = [{"node": node, "state": states[node], "kind": kinds.get(node, "terrace")} for node in states]
+        return {"legs": [leg | {"error": "full" if leg["state"] == "Stale" else None} for leg in legs]}
 
     here: Any = SimpleNamespace(
         node="b", status=status, all=lambda: [SimpleNamespace(name="fast/vol", is_primary=False, starting=False)]
@@ -240,6 +241,8 @@ def test_a_node_isnt_drained_of_the_last_leg_that_is_worth_something(states: dic
         plan = await MirrorAdmin(here, lambda name: [], cast("Any", None)).drain("b", to=None, dry_run=True)
         assert len(plan["refused"]) == (says is not None)
         assert says is None or plan["refused"][0].startswith(says)
+        if says is not None and "Stale" in states.values():
+            assert plan["refused"][0].endswith("; the leg on node a is out: full"), "waiting doesn't help"
 
     trio.run(main)
 

@@ -17,6 +17,7 @@ from replication.membership import LegInfo, Membership, Options
 from terrace.mirroradmin import MirrorAdmin, Place
 from terrace.sameexports import SameExports
 from tests.replication.stores import first_record
+from tests.terrace.test_mirroradmin import InMemory
 from tiers import TierError
 
 
@@ -83,6 +84,7 @@ class Admin(MirrorAdmin):
 
         mirrors: Any = SimpleNamespace(
             node="a",
+            removed=InMemory(),
             peers=SimpleNamespace(call=call, peer=lambda name: None, peers={}),
             tell=lambda kind, subject, text: None,
             all=lambda: list(self.parts.values()),
