@@ -396,7 +396,9 @@ def test_a_leg_that_a_later_record_does_not_have_is_left_over_and_one_that_is_be
             asked = found._by_primary(
                 found.local_status(mirror),
                 mirror,
-                dict.fromkeys(_PRIMARYS) | theirs | {"writes_fail": False, "legs": theirs["legs"]},
+                dict.fromkeys(_PRIMARYS)
+                | theirs
+                | {"writes_fail": False, "unreadable_blocks": 0, "legs": theirs["legs"]},
             )
             assert asked["left_over"] is (said is not None and "left over" in said)
             assert found.local_status(mirror)["left_over"] is asked["left_over"], "as was heard last"
