@@ -102,7 +102,8 @@ def life(seed: int) -> None:
     run(body)
 
 
-SEEDS = range(1006, 1012)
+SEEDS = (*range(1006, 1010), 1094, 1107)
+"""The last two catch the worker below."""
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -113,6 +114,6 @@ def test_legs_that_come_and_go_are_equal_and_have_what_was_acknowledged(seed: in
 def test_a_worker_that_leaves_what_was_touched_undone_is_caught() -> None:
     wrong = _instead(Resync, "_worker", "if not again:", "if True:")
     with wrong(), pytest.raises(BaseExceptionGroup) as caught:
-        for seed in SEEDS:
+        for seed in SEEDS[-2:]:
             life(seed)
     assert caught.value.subgroup(AssertionError) is not None
