@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -101,6 +102,25 @@ def test_a_loss_of_a_mirrors_leg_isnt_laid_on_a_device_for_certain_nor_that_of_i
     run(body)
 
 
+def live_on(
+    machine: Machine, work: Callable[[Pool, Volume], Awaitable[None]], end: Callable[[], object], times: int
+) -> None:
+    """A process makes the volume and works, and so does one after each end."""
+
+    async def first() -> None:
+        async with machine.open() as pool:
+            await work(pool, await pool.create_volume("v", 4 * MIB))
+
+    async def again() -> None:
+        async with machine.open() as pool:
+            await work(pool, pool.volume("v"))
+
+    machine.run(first)
+    for _ in range(times):
+        end()
+        machine.run(again)
+
+
 def life(seed: int) -> int:
     """Writes, trims, losses, snapshots and checkpoints, and between them the process dies; how many losses survived."""
     machine = Machine((Disk("fast", 96),), seed=seed, settings=QUIET)
@@ -135,18 +155,7 @@ def life(seed: int) -> int:
                 await pool.take_snapshots([("v", kept[-1][0])])
         machine.off()
 
-    async def first() -> None:
-        async with machine.open() as pool:
-            await work(pool, await pool.create_volume("v", 4 * MIB))
-
-    async def again() -> None:
-        async with machine.open() as pool:
-            await work(pool, pool.volume("v"))
-
-    machine.run(first)
-    for _ in range(4):
-        machine.kill()
-        machine.run(again)
+    live_on(machine, work, machine.kill, 4)
     return survived
 
 
@@ -190,18 +199,7 @@ def powerless_life(seed: int) -> int:
                 await pool.take_snapshots([("v", f"s{rng.random()}")])
         machine.off()
 
-    async def first() -> None:
-        async with machine.open() as pool:
-            await work(pool, await pool.create_volume("v", 4 * MIB))
-
-    async def again() -> None:
-        async with machine.open() as pool:
-            await work(pool, pool.volume("v"))
-
-    machine.run(first)
-    for _ in range(5):
-        machine.power_cut()
-        machine.run(again)
+    live_on(machine, work, machine.power_cut, 5)
     return found_lost
 
 
