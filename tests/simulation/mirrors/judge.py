@@ -80,8 +80,11 @@ class Judge:
 
     # -- writes --------------------------------------------------------------------------------------------------------
 
-    def submitted(self, place: int, changes: Sequence[Change]) -> list[int]:
-        """A batch has got its place. Returns the sectors that it makes new."""
+    def submitted(self, place: int, changes: Sequence[Change], *, is_judged: bool = True) -> list[int]:
+        """A batch has got its place. Returns the sectors that it makes new.
+
+        All zeros have one number: those of a side that isn't judged, after a force, are not what is found on the other.
+        """
         fresh: list[int] = []
         for change in changes:
             for at in range(change.offset, change.offset + change.length, SECTOR):
@@ -90,7 +93,8 @@ class Judge:
                 if change.data is not None:
                     number = int.from_bytes(change.data[at - change.offset : at - change.offset + 8], "little")
                 if number == 0:
-                    sector.numbers[0] = place
+                    if is_judged:
+                        sector.numbers[0] = place
                     if change.data is None:
                         fresh.append(at // SECTOR)
                 elif number not in sector.numbers:

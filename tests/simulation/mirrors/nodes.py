@@ -235,7 +235,7 @@ class WatchedMirror(ServedMirror):
     def submit(self, changes: list[Change], extents: Any, wide: Any, size: int, done: Done) -> None:
         life, judge = self.life, self.life.judge
         place = place_of(self.membership.term.number, self.sequence + 1)
-        fresh = judge.submitted(place, changes)
+        fresh = judge.submitted(place, changes, is_judged=life.branch is None or life.is_judged(self))
         writers = {leg.info.id for leg in self.writers}
         losses = life.losses()
 
