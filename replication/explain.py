@@ -10,7 +10,7 @@ from replication.cluster import VoterState
 from replication.leg import LegState, MirrorState, mirror_state
 from replication.membership import LegInfo, Membership, Term
 from replication.promotion import Refused, SplitBrain
-from replication.unreadable import RESTORE, first_step
+from replication.unreadable import RESTORE, each, first_step
 from replication.voters import in_sync_nodes, is_majority, rule_of
 
 GIVE_UP_MAP: Final = "--give-up-map"
@@ -137,7 +137,7 @@ def last_leg_on(node: str, legs: Iterable[tuple[str, LegState]]) -> str | None:
     good = {where for where, state in states if state is LegState.UP_TO_DATE}
     if good == {node}:
         syncing = sorted(where for where, state in states if state is LegState.SYNCING)
-        until = f" ({_and(syncing)} {_is(syncing)} in resync)" if syncing else ""
+        until = f" ({each(syncing)} {_is(syncing)} in resync)" if syncing else ""
         if {where for where, _ in states} == {node}:  # no resync is to be waited for
             return (
                 "no other node has a leg that could be promoted: add one (`terrace volume mirror add`), or delete the "
@@ -188,7 +188,7 @@ def _orphaned(facts: Facts) -> str | None:
             f"mirror promote {facts.name} --force` serves it"
         )
     return (
-        f"node {_and(nodes)} {have} none of this mirror any more, so the leg here is left over: it was removed, or the "
+        f"node {each(nodes)} {have} none of this mirror any more, so the leg here is left over: it was removed, or the "
         f"volume deleted, while it couldn't be reached. See there that what is wanted is there (`terrace volume list`)"
         f": `{facts.delete_here}` then deletes it here{last}"
     )
@@ -301,9 +301,9 @@ def _token(record: Membership) -> str:
     if record.token is not None:
         return (
             f"Node {record.token} holds the token: `terrace volume mirror promote` there works without the others. Any "
-            f"other node must hear {_and(sorted(in_sync_nodes(record)))} first."
+            f"other node must hear {each(sorted(in_sync_nodes(record)))} first."
         )
-    return f"No node holds a token: `terrace volume mirror promote` must hear {_and(sorted(in_sync_nodes(record)))}."
+    return f"No node holds a token: `terrace volume mirror promote` must hear {each(sorted(in_sync_nodes(record)))}."
 
 
 def _unproven(facts: Facts) -> str:
@@ -321,8 +321,8 @@ def _unproven(facts: Facts) -> str:
         return f"{_ANY_IN_SYNC} once the lease of the last one is over"
     if silent:
         return (
-            f"whether {_and([node for node in needed if node not in silent] or ['what can be heard'])} "
-            f"has every acknowledged write can't be proven without {_and(silent)}: start {_and(silent)} or mend "
+            f"whether {each([node for node in needed if node not in silent] or ['what can be heard'])} "
+            f"has every acknowledged write can't be proven without {each(silent)}: start {each(silent)} or mend "
             "the way there, or `terrace volume mirror promote --force`, which may lose writes"
         )
     return "all nodes with a leg in sync can be heard: `terrace volume mirror promote` on one of them makes it primary"
@@ -332,7 +332,7 @@ def _quorum_change(facts: Facts) -> str:
     voters = facts.membership.voters
     silent = [node for node in voters if node in facts.unheard or node not in facts.voters]
     if rule_of(facts.membership) == "etcd":
-        back = f", or {_and(silent)} can be heard again" if silent else ""
+        back = f", or {each(silent)} can be heard again" if silent else ""
         return f"It goes on when etcd answers{f' ({facts.arbiter})' if facts.arbiter is not None else ''}{back}."
     have, need = len(voters) - len(silent), len(voters) // 2 + 1
     if have >= need or not silent:
@@ -429,10 +429,6 @@ def _time(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _and(names: list[str]) -> str:
-    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
 
 
 def _or(names: list[str]) -> str:

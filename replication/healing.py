@@ -123,6 +123,7 @@ class Healing:
         for offset in offsets:
             if offset >= self._site.size_bytes:  # the mirror was shrunk
                 self._readable(offset)
+                continue
             for leg_id in list(self._site.members):
                 await self.heal(leg_id, offset, BLOCK_BYTES)
 

@@ -22,17 +22,17 @@ def first_step(away: Sequence[LegInfo], silent: Collection[str] = (), syncing: S
     steps = []
     stopped = list(dict.fromkeys(leg.node for leg in away if leg.kind == "terrace" and leg.node in silent))
     if stopped:
-        steps.append(f"start node {_and(stopped)}, whose {_legs(len(stopped))} may have them")
+        steps.append(f"start node {each(stopped)}, whose {_legs(len(stopped))} may have them")
     others = [
         leg.export if leg.kind == "nbd" else f"on node {leg.node}"
         for leg in away
         if leg.kind == "nbd" or leg.node not in silent
     ]
     if others:
-        steps.append(f"bring the {_legs(len(others))} {_and(others)} up to date again, which may have them")
+        steps.append(f"bring the {_legs(len(others))} {each(others)} up to date again, which may have them")
     if syncing:
         nodes = [f"on node {leg.node}" for leg in syncing]
-        steps.append(f"wait for the resync of the {_legs(len(nodes))} {_and(nodes)}, which may have them")
+        steps.append(f"wait for the resync of the {_legs(len(nodes))} {each(nodes)}, which may have them")
     return f"{' and '.join(steps)}; else {RESTORE}" if steps else RESTORE
 
 
@@ -40,5 +40,6 @@ def _legs(count: int) -> str:
     return "leg" if count == 1 else "legs"
 
 
-def _and(names: list[str]) -> str:
+def each(names: list[str]) -> str:
+    """As people write them all: a, b and c."""
     return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)

@@ -75,7 +75,7 @@ LONG_TRIM_BLOCKS = 16 * FANOUT
 """From here on what snapshots keep of an unmapped range takes more map pages than the weight of a range stands for."""
 LOST_BLOCK = b"lost".ljust(BLOCK_BYTES, b"\0")
 """What is logged in place of a block that is lost. Nobody is ever given it."""
-LOST_CHECK = check_of(LOST_BLOCK)
+LOST_BLOCK_CHECK = check_of(LOST_BLOCK)
 MAX_TRIMS = 160
 """So many operations fit a header of one slot."""
 
@@ -986,9 +986,9 @@ class Volume(Reader):
             address = head.id << SLOT_BITS | head.used + header_slots_for(2, 1)
             ops = [self._write_word, block, 1]
             lost = [Op.LOST << 56 | self.id, block, address]
-            logged_at = engine.log.append(ops + lost, [LOST_CHECK], [LOST_BLOCK])
+            logged_at = engine.log.append(ops + lost, [LOST_BLOCK_CHECK], [LOST_BLOCK])
             assert logged_at == address
-            self.apply_batch(ops, [LOST_CHECK], address)
+            self.apply_batch(ops, [LOST_BLOCK_CHECK], address)
             engine.relocate(self, block, address, BAD, 0)
             engine.losses.add(self.id, block)
             engine.space.active_charge += charge

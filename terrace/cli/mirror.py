@@ -472,8 +472,8 @@ def _what_is_left(name: str, report: dict[str, Any], *, full: bool, repair: bool
     pool = name.partition("/")[0]
     where = (
         f"on each node `terrace pool scrub {pool}` names what is damaged there, `terrace pool check {pool}` what is "
+        "lost"
     )
-    where += "lost"
     if differs:
         if not full:
             again = again.replace(" --full", "")
