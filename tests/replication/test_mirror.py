@@ -26,6 +26,13 @@ def block(value: int, blocks: int = 1) -> memoryview:
     return memoryview(bytes([value]) * (BLOCK_BYTES * blocks))
 
 
+async def make_leg_stores(rig: Rig) -> None:
+    """The stores of legs in sync, with their trackers, before it runs: what is written to them then is recent."""
+    for node in "ab":
+        rig.nodes[node].keeper = FakeKeeper(rig.store(node), f"leg{node}")
+        await rig.nodes[node].keeper.accept(rig.record)
+
+
 async def read(rig: Rig, offset: int, length: int) -> bytes:
     into = memoryview(bytearray(length))
     if not rig.mirror.read_now(offset, length, into):
@@ -667,9 +674,7 @@ def test_a_block_that_the_source_cant_read_is_taken_from_another_leg_that_is_as_
 def test_legs_that_differ_after_a_crash_are_equal_before_anything_is_served() -> None:
     async def body() -> None:
         rig = Rig(2)
-        for node in "ab":
-            rig.nodes[node].keeper = FakeKeeper(rig.store(node), f"leg{node}")
-            await rig.nodes[node].keeper.accept(rig.record)
+        await make_leg_stores(rig)
         rig.store("a").write_now([(0, block(1))])
         rig.store("b").write_now([(9 * EXTENT_BYTES, block(2))])
         async with rig.running():
@@ -684,9 +689,8 @@ def test_a_start_asks_little_of_the_legs_where_a_whole_disk_was_written_lately_a
     async def body() -> None:
         size = 64 << 20
         rig = Rig(2, size=size)
+        await make_leg_stores(rig)
         for node in "ab":
-            rig.nodes[node].keeper = FakeKeeper(rig.store(node), f"leg{node}")
-            await rig.nodes[node].keeper.accept(rig.record)
             rig.store(node).trim_now([(0, size)])
         rig.store("a").write_now([(3 << 20, block(1, 3 << 8))])
         rig.store("b").write_now([(40 << 20, block(2, 3 << 8))])
@@ -712,9 +716,7 @@ def test_a_block_that_the_source_of_a_start_cant_read_is_had_from_a_leg_as_good_
     async def body() -> None:
         rig = Rig(2)
         rig.intact = intact
-        for node in "ab":
-            rig.nodes[node].keeper = FakeKeeper(rig.store(node), f"leg{node}")
-            await rig.nodes[node].keeper.accept(rig.record)
+        await make_leg_stores(rig)
         rig.store("a").write_now([(0, block(1, 2))])
         rig.store("b").write_now([(0, block(2, 3))])
         rig.store("a").bad = {0}
@@ -735,9 +737,7 @@ def test_a_block_that_the_source_of_a_start_cant_read_is_had_from_a_leg_as_good_
 def test_of_a_huge_disk_that_was_trimmed_as_a_whole_only_what_is_mapped_is_compared_at_the_start() -> None:
     async def body() -> None:
         rig = Rig(2)
-        for node in "ab":
-            rig.nodes[node].keeper = FakeKeeper(rig.store(node), f"leg{node}")
-            await rig.nodes[node].keeper.accept(rig.record)
+        await make_leg_stores(rig)
         rig.store("a").trim_now([(0, rig.record.size_bytes)])
         rig.store("b").write_now([(9 * EXTENT_BYTES, block(2))])
         rig.store("a").write_now([(12 * EXTENT_BYTES, block(3))])
@@ -766,9 +766,7 @@ def test_a_block_that_no_leg_in_sync_can_read_keeps_nothing_else_from_being_serv
     async def body() -> None:
         rig = Rig(2)
         rig.intact = intact
-        for node in "ab":
-            rig.nodes[node].keeper = FakeKeeper(rig.store(node), f"leg{node}")
-            await rig.nodes[node].keeper.accept(rig.record)
+        await make_leg_stores(rig)
         rig.store("a").write_now([(0, block(1, 3))])
         rig.store("b").write_now([(0, block(2, 4))])
         rig.store("a").lost = {0, 2 * BLOCK_BYTES}
