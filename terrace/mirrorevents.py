@@ -6,7 +6,8 @@ quorum, what is told after `LOSS_S` is that it is out of reach, and later nothin
 
 A leg that is tried again and fails again, as one whose pool is full, has one event until it fails for another reason:
 what comes back is told when it has lasted. That is at once for a leg in sync, a moment for a resync; and longer for
-both where the leg was lost again, for the same reason, soon after it had been back.
+both where the leg was lost again, for the same reason, soon after it had been back. So it is with a leg that was lost
+and is tried again before anybody has looked.
 
 That a mirror is `Faulted` is told when that has lasted for `FAULTED_S`: with new voters, as at its beginning, the
 primary has no lease before a majority has answered once. A clean demotion is told as one, and a daemon's stop not at
@@ -55,7 +56,7 @@ class MirrorEvents:
         self._repeats: set[str] = set()
         """Legs that were lost again for the same reason, soon after they had been back."""
         self._back_at: dict[str, float] = {}
-        """Of legs that are back, or are tried again, and whose loss is what was told last: since when."""
+        """Of legs that are back, or are tried again, where that isn't told yet: since when."""
         self._split: set[str] = set()
         self._state: MirrorState | None = None
         self._faulted_at: float | None = None
@@ -99,8 +100,8 @@ class MirrorEvents:
         if status.state is MirrorState.DEGRADED:
             if self._state is MirrorState.ONLINE and wanting <= self._new:
                 return changes  # it has got a leg, which can't be up to date yet: nothing that it had is missing
-            if wanting and wanting <= self._lost_at.keys():
-                return changes  # the loss comes first
+            if wanting and wanting <= self._lost_at.keys() | self._back_at.keys():
+                return changes  # what is told of these legs comes first
         if status.state is MirrorState.ONLINE and any(leg.info.id in self._back_at for leg in status.legs):
             return changes  # it is told with the leg
         if status.state is not MirrorState.FAULTED:
@@ -165,7 +166,11 @@ class MirrorEvents:
                 is_as_before = self._note_loss(leg, now)
                 if before in _OUT and not is_as_before:
                     before = LegState.SYNCING  # it was, though that wasn't told
-        elif before in _OUT and not self._has_lasted(leg_id, state, now):
+        elif state is before:
+            self._back_at.pop(leg_id, None)
+        elif (before in _OUT or (before, state) == (LegState.UP_TO_DATE, LegState.SYNCING)) and not self._has_lasted(
+            leg_id, state, now
+        ):
             return
         if state is before:
             return

@@ -122,6 +122,26 @@ def test_a_leg_that_is_tried_again_and_fails_again_is_one_event_until_the_reason
     assert told.looked(status(), 5.0) == back, "a loss for another reason isn't told as repeated"
 
 
+def test_a_leg_that_was_lost_and_is_tried_again_before_anybody_looks_is_told_when_that_fails_or_has_lasted() -> None:
+    told = Told()
+    told.begun(status())
+    assert told.looked(status(SYNCING, counts=False)) == []
+    assert told.looked(status(STALE, counts=False, error="full")) == [
+        "the leg of p/v on node b is Stale: full",
+        "mirror p/v is Degraded",
+    ]
+    told = Told()
+    told.begun(status())
+    assert told.looked(status(SYNCING, counts=False)) == []
+    assert told.looked(status()) == []
+    assert told.looked(status(SYNCING, counts=False), RESYNC_S) == []
+    assert told.looked(status(SYNCING, counts=False), RESYNC_S + 0.1) == [
+        "the leg of p/v on node b is Syncing",
+        "mirror p/v is Degraded",
+    ]
+    assert told.looked(status()) == ["the leg of p/v on node b is UpToDate", "mirror p/v is Online"]
+
+
 def test_a_leg_that_is_lost_each_time_that_it_is_in_sync_is_soon_told_no_more_until_it_has_come_to_stay() -> None:
     told = Told()
     told.begun(status())
