@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from tiers.bypass import LEAST_BYTES
-from tiers.changes import ChangedExtents
+from tiers.changes import ChangedExtents, Marking
 from tiers.errors import NoRoomError, TierError
 from tiers.extents import load_ahead
 from tiers.kept import KeptLeaves
@@ -125,6 +125,7 @@ class Volume(Reader):
         """The id of the first volume of that name: a rollback makes another one, which takes name and family over."""
         self.trackers: dict[str, ChangedExtents] = {}
         """By name; every change is added to each of them in the step in which it is logged. See `Pool.set_mirror`."""
+        self._marking = Marking()
         self.mirror_record = b""
         """What `Pool.set_mirror` was given last: the engine doesn't know what it means."""
         self.elsewhere: Elsewhere | None = None
@@ -674,10 +675,7 @@ class Volume(Reader):
 
     def mark(self, ops: Sequence[int]) -> None:
         """Add the blocks that these operations of a batch change to each tracker."""
-        for tracker in self.trackers.values():
-            add = tracker.add
-            for i in range(0, len(ops), OP_WORDS):
-                add(ops[i + 1] << BLOCK_SHIFT, ops[i + 2] << BLOCK_SHIFT)
+        self._marking.mark(self.trackers, ops)
 
     def freeze_marks(self) -> tuple[bytes, dict[str, ChangedExtents]]:
         """The record and copies of the trackers, which are about to be saved. No checkpoint of trio in here."""

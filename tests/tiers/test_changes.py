@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tiers import TierError
@@ -19,6 +19,7 @@ from tiers.changes import (
     MAX_TRACKERS,
     PAGE_BITS,
     ChangedExtents,
+    Marking,
     decode_trackers,
     encode_trackers,
     require_trackers,
@@ -114,6 +115,59 @@ def test_copies_go_different_ways(todo: list[tuple[int, str, int, int]]) -> None
             sets[which].update(sets[other])
             models[which] |= models[other]
     assert [extents_of(one) for one in sets] == models
+
+
+marked_steps = st.lists(
+    st.tuples(
+        st.sampled_from("abc"),
+        st.sampled_from(("mark", "mark", "mark", "add", "discard", "update", "clear", "new", "copy", "leave")),
+        st.integers(0, 40),
+        st.integers(1, 40),
+    ),
+    max_size=30,
+)
+
+
+BOTH = [("a", "new", 0, 1), ("b", "new", 0, 1), ("a", "mark", 0, 1)]
+"""Then a has nothing that b hasn't."""
+
+
+@settings(max_examples=500, deadline=None)
+@given(marked_steps)
+@example([*BOTH, ("a", "add", 32, 1), ("a", "mark", 32, 1)])
+@example([*BOTH, ("b", "clear", 0, 1), ("a", "mark", 0, 1)])
+@example([*BOTH, ("c", "new", 0, 1), ("a", "mark", 0, 1)])
+def test_what_is_marked_is_in_each_tracker_whatever_was_done_to_one_of_them(
+    todo: list[tuple[str, str, int, int]],
+) -> None:
+    """Blocks, not extents: a few extents only, so that they are met again."""
+    marking, trackers, models = Marking(), dict[str, ChangedExtents](), dict[str, set[int]]()
+    for name, kind, block, count in todo:
+        offset, length = block * 4096, count * 4096
+        if kind == "mark":
+            marking.mark(trackers, [1, block, count, 0, block + 90, 1])
+            for model in models.values():
+                model.update(touched(offset, length), touched(offset + 90 * 4096, 4096))
+        elif name not in trackers or kind == "new":
+            trackers[name], models[name] = ChangedExtents(), set()
+        elif kind == "add":
+            trackers[name].add(offset, length)
+            models[name].update(touched(offset, length))
+        elif kind == "discard":
+            trackers[name].discard(offset, length)
+            models[name].difference_update(within(offset, length))
+        elif kind == "update":
+            for other, more in trackers.items():
+                trackers[name].update(more)
+                models[name] |= models[other]
+        elif kind == "clear":
+            trackers[name].clear()
+            models[name].clear()
+        elif kind == "copy":
+            trackers[name] = trackers[name].copy()
+        else:
+            del trackers[name], models[name]
+    assert {name: extents_of(tracker) for name, tracker in trackers.items()} == models
 
 
 @settings(max_examples=300, deadline=None)
