@@ -89,6 +89,11 @@ class Records:
         """Legs that a record calls in sync, or may."""
         return self._site.membership.in_sync.union(*(attempt.in_sync for attempt in self.attempts))
 
+    @property
+    def largest_bytes(self) -> int:
+        """The size of the mirror, or what it may become by a record that isn't known to count: no leg has less."""
+        return max(record.size_bytes for record in (self._site.membership, *self.attempts))
+
     def _desired(self) -> Membership | None:
         """The record that says what is; None: the newest one does."""
         if self._site.lost or self._site.end is not None or not self._site.started.is_set():

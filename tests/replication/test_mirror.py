@@ -634,6 +634,36 @@ def test_a_leg_that_was_away_during_a_resize_has_the_right_size_when_it_is_in_sy
     run(body)
 
 
+def test_a_leg_that_comes_back_has_the_size_of_a_resize_that_was_given_up_and_counts_later() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            rig.nodes["b"].link.cut()
+            await mirror.write(0, block(1))
+            commit, goes_on = rig.cluster.commit, trio.Event()
+
+            async def slow(new: Membership, *, expected: Membership) -> None:
+                if new.size_bytes != expected.size_bytes:
+                    await goes_on.wait()
+                await commit(new, expected=expected)
+
+            rig.cluster.commit = slow  # type: ignore[method-assign]
+            rig.store("b").image[SIZE:] = block(7)  # a shrink that was given up has left it there
+            with trio.move_on_after(0.2) as given_up:
+                await mirror.resize(2 * SIZE)
+            assert given_up.cancelled_caught and mirror.size_bytes == SIZE
+            rig.nodes["b"].link.mend()
+            await rig.until(lambda: rig.state("b") is LegState.SYNCING)
+            goes_on.set()
+            await rig.whole()
+            assert mirror.size_bytes == rig.store("a").size_bytes == rig.store("b").size_bytes == 2 * SIZE
+            await mirror.write(2 * SIZE - BLOCK_BYTES, block(2))
+            assert rig.store("a").image == rig.store("b").image
+            assert rig.state("b") is LegState.UP_TO_DATE
+
+    run(body)
+
+
 def test_a_block_that_one_leg_cant_read_is_answered_by_another_and_written_anew() -> None:
     async def body() -> None:
         rig = Rig(2)

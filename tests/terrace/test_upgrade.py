@@ -394,7 +394,8 @@ def test_an_operation_under_way_is_in_the_way_unless_forced(daemon: FakeDaemon) 
 
 def test_an_operation_that_begins_while_the_next_one_is_loaded_is_in_the_way_too(own: FakeDaemon) -> None:
     client, before = Client(own), pid_of(own)
-    (own.directory("p") / "slow-check").write_text("3")
+    slow = own.directory("p") / "slow-check"
+    slow.write_text("60")
     own.api("POST", "/v1/upgrade", {})
     successor = successor_of(own)
     successor.suspend()
@@ -403,6 +404,7 @@ def test_an_operation_that_begins_while_the_next_one_is_loaded_is_in_the_way_too
     successor.resume()
     told = until(lambda: (now := own.api("GET", "/v1/upgrade"))["state"] == "idle" and now)
     assert told["pid"] == before and "operations are running on p" in told["error"]
+    slow.unlink()
     assert list(stream)[-1]["report"]["ok"]
     client.goes_on()
     own.upgrade()
