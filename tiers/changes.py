@@ -325,19 +325,24 @@ class Marking:
     haven't: what is in it is in all. It does so until a tracker comes or goes, or is changed in another way (`edits`).
     """
 
-    __slots__ = ("_edits", "_least", "_others", "_trackers")
+    __slots__ = ("_least", "_others", "_seen")
 
     def __init__(self) -> None:
-        self._trackers: list[ChangedExtents] = []
-        self._edits: list[int] = []
-        """Of each, when it was looked at all of them last."""
+        self._seen: list[tuple[ChangedExtents, int]] = []
+        """All of them, and their edits, as they were when it was looked last."""
         self._least: ChangedExtents | None = None
         self._others: list[ChangedExtents] = []
 
     def mark(self, trackers: Mapping[str, ChangedExtents], ops: Sequence[int]) -> None:
         """Add the blocks that these operations of a batch change (`tiers.record`) to each of `trackers`."""
-        if not self._is_as_before(trackers):
+        seen = self._seen
+        if len(trackers) != len(seen):
             self._look(trackers)
+        else:
+            for tracker, (before, edits) in zip(trackers.values(), seen):  # noqa: B905 - each batch pays for it
+                if tracker is not before or tracker.edits != edits:
+                    self._look(trackers)
+                    break
         least, others = self._least, self._others
         for i in range(0, len(ops), OP_WORDS):
             offset, length = ops[i + 1] << BLOCK_SHIFT, ops[i + 2] << BLOCK_SHIFT
@@ -345,19 +350,10 @@ class Marking:
                 for tracker in others:
                     tracker.mark(offset, length)
 
-    def _is_as_before(self, trackers: Mapping[str, ChangedExtents]) -> bool:
-        if len(trackers) != len(self._trackers):
-            return False
-        return all(
-            tracker is before and tracker.edits == edits
-            for tracker, before, edits in zip(trackers.values(), self._trackers, self._edits, strict=True)
-        )
-
     def _look(self, trackers: Mapping[str, ChangedExtents]) -> None:
-        self._trackers = list(trackers.values())
-        self._edits = [tracker.edits for tracker in self._trackers]
-        self._least = next((tracker for tracker in self._trackers if not tracker), None)
-        self._others = [tracker for tracker in self._trackers if tracker is not self._least]
+        self._seen = [(tracker, tracker.edits) for tracker in trackers.values()]
+        self._least = next((tracker for tracker in trackers.values() if not tracker), None)
+        self._others = [tracker for tracker in trackers.values() if tracker is not self._least]
 
 
 def _bad(why: str) -> TierError:
