@@ -194,7 +194,12 @@ MUTANTS: Final[dict[str, Plant]] = {
         "if self.trackers and sys._getframe(1).f_code.co_name in ('_append', 'shrink_logged'):",
         sys=sys,
     ),
-    "zeros aren't marked": _instead(Volume, "mark", "add(ops[i + 1]", "ops[i] == self._write_word and add(ops[i + 1]"),
+    "zeros aren't marked": _instead(
+        Volume,
+        "mark",
+        "self.trackers, ops)",
+        "self.trackers, [w for i in range(0, len(ops), 3) if ops[i] == self._write_word for w in ops[i : i + 3]])",
+    ),
 }
 
 CAUGHT_BY: Final[dict[str, tuple[int, ...]]] = {
