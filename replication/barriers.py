@@ -101,6 +101,7 @@ class Barriers:
         Raises OSError ENOSPC, and nothing has changed, where an NBD server has no room for it.
         """
         async with self.barrier():
+            await self._records.size_decided()
             self._site.inflight.resized()
             before = self._site.size_bytes
             grows = size_bytes > before
@@ -119,6 +120,8 @@ class Barriers:
 
             if grows:
                 await self._on_all("resize", connected, grow)
+                for member in connected:
+                    member.fitted_bytes = size_bytes
                 if any(member.info.kind == "nbd" for member in self._site.members.values()):
                     await self._miss(before, size_bytes, connected)
             await self._records.reconfigure(size_bytes=size_bytes)

@@ -113,6 +113,8 @@ class Member:
         self.since = now
         self.ready = False
         """Has all that it missed; a record with it is wanted."""
+        self.fitted_bytes = 0
+        """While it is brought up to date: the size that it was given."""
         self.error: OSError | None = None
         self.kept_out: OSError | None = None
         """See `LegStatus`: from the end of a resync until it is in sync, is out for another reason, or is to be

@@ -740,7 +740,7 @@ class Mirror:
             self.breaks += 1
             self._doom(OSError(errno.EIO, f"{self.name}: it has begun anew, without a leg that is known to have this"))
         others = [leg for leg in legs if leg is not source]
-        size_bytes = self.records.largest_bytes
+        size_bytes = max(record.size_bytes for record in (self.membership, *self.records.attempts))
         for leg in legs:
             with told_of(leg):
                 await fit(leg, size_bytes)

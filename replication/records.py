@@ -89,10 +89,11 @@ class Records:
         """Legs that a record calls in sync, or may."""
         return self._site.membership.in_sync.union(*(attempt.in_sync for attempt in self.attempts))
 
-    @property
-    def largest_bytes(self) -> int:
-        """The size of the mirror, or what it may become by a record that isn't known to count: no leg has less."""
-        return max(record.size_bytes for record in (self._site.membership, *self.attempts))
+    async def size_decided(self) -> None:
+        """Until no record that isn't known to count has another size: a resize that was given up, perhaps."""
+        while any(attempt.size_bytes != self._site.membership.size_bytes for attempt in self.attempts):
+            self._site.check()
+            await self._site.changed()
 
     def _desired(self) -> Membership | None:
         """The record that says what is; None: the newest one does."""
@@ -232,6 +233,9 @@ class Records:
         if all(getattr(record, name) == value for name, value in self.wanted.items()):
             self.wanted = {}
         for member in self._site.members.values():
+            if member.leg is not None and member.state is LegState.SYNCING and member.fitted_bytes < record.size_bytes:
+                # It has come back since the resize, which was given up, and what is new wasn't brought to it.
+                self._site.leg_failed(member.leg, OSError(errno.EAGAIN, "the mirror has grown meanwhile"))
             if member.info.id in record.in_sync and member.ready and member.leg is not None:
                 member.ready = False
                 member.become(LegState.UP_TO_DATE)

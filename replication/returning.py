@@ -124,18 +124,17 @@ class Returning:
         try:
             known = (await self._facts(leg.info, self._site.membership)).known
             await leg.accept(self._site.membership, inconsistent=True)
-            sizes = self._sizes()
-            for size_bytes in sizes:
-                await fit(leg, size_bytes)
+            size_bytes = self._site.size_bytes
+            await fit(leg, size_bytes)
         except OSError as error:
             member.error, member.kept_out = error, None
             leg.close()
             return
-        resized = self._sizes() != sizes
+        resized = self._site.size_bytes != size_bytes
         if member.leg is not None or self._site.shut or self._site.lost or self._site.end is not None or resized:
             leg.close()
             return
-        member.leg = leg
+        member.leg, member.fitted_bytes = leg, size_bytes
         self._site.healing.opened_anew(member)
         member.abandoned = abandoned = trio.Event()
         member.counters.resyncs += 1
@@ -168,13 +167,6 @@ class Returning:
             member.error = member.kept_out = None
         elif member.kept_out is not member.error:
             member.kept_out = None  # it was lost for another reason
-
-    def _sizes(self) -> tuple[int, ...]:
-        """What a leg is given, one after the other: behind the first there are zeros then.
-
-        A resize that was given up may come to count while the leg is being brought up to date.
-        """
-        return tuple(sorted({self._site.size_bytes, self._records.largest_bytes}))
 
     def _local_store(self) -> LegStore | None:
         """The primary's own store, if its leg is in sync."""

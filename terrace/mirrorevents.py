@@ -6,8 +6,8 @@ quorum, what is told after `LOSS_S` is that it is out of reach, and later nothin
 
 A leg that is tried again and fails again, as one whose pool is full, has one event until it fails for another reason:
 what comes back is told when it has lasted. That is at once for a leg in sync, a moment for a resync; and longer for
-both where the leg was lost again, for the same reason, soon after it had been back. So it is with a leg that was lost
-and is tried again before anybody has looked.
+both where the leg was lost again, for the same reason, soon after it had been back. A leg that was lost and is tried
+again before anybody has looked is told as lost if that fails within `RESYNC_S`, and else as what it is.
 
 That a mirror is `Faulted` is told when that has lasted for `FAULTED_S`: with new voters, as at its beginning, the
 primary has no lease before a majority has answered once. A clean demotion is told as one, and a daemon's stop not at
@@ -56,7 +56,9 @@ class MirrorEvents:
         self._repeats: set[str] = set()
         """Legs that were lost again for the same reason, soon after they had been back."""
         self._back_at: dict[str, float] = {}
-        """Of legs that are back, or are tried again, where that isn't told yet: since when."""
+        """Of legs that are back, or are tried again, and whose loss is what was told last: since when."""
+        self._unseen: dict[str, float] = {}
+        """Of legs that were up to date when it was looked last and are being resynced, where that isn't told yet."""
         self._split: set[str] = set()
         self._state: MirrorState | None = None
         self._faulted_at: float | None = None
@@ -68,7 +70,7 @@ class MirrorEvents:
     def begun(self, name: str, status: MirrorStatus, now: float) -> Changes:
         """This node is primary from now on."""
         self._seen, self._told, self._lost_at = {}, {}, {}
-        self._lost_by, self._back_at, self._repeats = {}, {}, set()
+        self._lost_by, self._back_at, self._unseen, self._repeats = {}, {}, {}, set()
         self._faulted_at, self._has_ended = None, False
         term = status.membership.term.number
         began = ("mirror", f"node {self._node} is primary of {name}, term {term}")
@@ -96,17 +98,19 @@ class MirrorEvents:
         for leg in status.legs:
             in_sync = leg.info.id in status.membership.in_sync
             self._look_at_leg(changes, name, leg, in_sync, now, first=first)
+        if status.state is not MirrorState.FAULTED:
+            self._faulted_at = None
         wanting = {leg.info.id for leg in status.legs if leg.state is not LegState.UP_TO_DATE}
         if status.state is MirrorState.DEGRADED:
             if self._state is MirrorState.ONLINE and wanting <= self._new:
                 return changes  # it has got a leg, which can't be up to date yet: nothing that it had is missing
-            if wanting and wanting <= self._lost_at.keys() | self._back_at.keys():
+            if wanting and wanting <= self._lost_at.keys():
+                return changes  # the loss comes first
+            if self._state is MirrorState.ONLINE and wanting and wanting <= self._lost_at.keys() | self._unseen.keys():
                 return changes  # what is told of these legs comes first
         if status.state is MirrorState.ONLINE and any(leg.info.id in self._back_at for leg in status.legs):
             return changes  # it is told with the leg
-        if status.state is not MirrorState.FAULTED:
-            self._faulted_at = None
-        elif status.state is not self._state:
+        if status.state is MirrorState.FAULTED and status.state is not self._state:
             self._faulted_at = now if self._faulted_at is None else self._faulted_at
             if now - self._faulted_at < FAULTED_S:
                 return changes
@@ -118,7 +122,7 @@ class MirrorEvents:
     def _drop_removed(self, legs: set[str]) -> None:
         """What is known of others than these, which come and go for as long as this node is primary."""
         for leg_id in self._seen.keys() - legs:
-            for known in (self._seen, self._told, self._lost_at, self._lost_by, self._back_at):
+            for known in (self._seen, self._told, self._lost_at, self._lost_by, self._back_at, self._unseen):
                 known.pop(leg_id, None)
         self._repeats &= legs
         self._split &= legs
@@ -166,12 +170,16 @@ class MirrorEvents:
                 is_as_before = self._note_loss(leg, now)
                 if before in _OUT and not is_as_before:
                     before = LegState.SYNCING  # it was, though that wasn't told
-        elif state is before:
-            self._back_at.pop(leg_id, None)
-        elif (before in _OUT or (before, state) == (LegState.UP_TO_DATE, LegState.SYNCING)) and not self._has_lasted(
-            leg_id, state, now
-        ):
+        elif before in _OUT and not self._has_lasted(leg_id, state, now):
             return
+        where = f"the leg of {name} on {'' if leg.info.kind == 'nbd' else 'node '}{leg.info.place}"
+        if (before, state) == (LegState.UP_TO_DATE, LegState.SYNCING):
+            if now - self._unseen.setdefault(leg_id, now) < RESYNC_S:
+                return
+        elif leg_id in self._unseen and state is before:  # it was up to date again sooner: it was lost all the same
+            changes.events.append(("leg", f"{where} is {LegState.SYNCING.value}"))
+            before = LegState.SYNCING
+        self._unseen.pop(leg_id, None)
         if state is before:
             return
         self._told[leg_id] = state
@@ -183,7 +191,6 @@ class MirrorEvents:
             return  # nothing has changed: it is well, or has just been added
         if split or (before, state) == (LegState.OFFLINE, LegState.STALE):
             return  # it has an event of its own; the same loss
-        where = f"the leg of {name} on {'' if leg.info.kind == 'nbd' else 'node '}{leg.info.place}"
         why = f": {leg.error}" if leg.error else ""
         changes.events.append(("leg", f"{where} is {state.value}{why}"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import replace
@@ -50,6 +51,18 @@ class Rig:
     def store(self, node: str) -> MemoryLegStore:
         """Of a node."""
         return self.nodes[node].store
+
+    def hold_resizes(self) -> dict[int, trio.Event]:
+        """From now on a record with another size, in bytes, waits until its event here is set."""
+        commit, goes_on = self.cluster.commit, collections.defaultdict[int, trio.Event](trio.Event)
+
+        async def held(new: Membership, *, expected: Membership) -> None:
+            if new.size_bytes != expected.size_bytes:
+                await goes_on[new.size_bytes].wait()
+            await commit(new, expected=expected)
+
+        self.cluster.commit = held  # type: ignore[method-assign]
+        return goes_on
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Mirror]:

@@ -640,26 +640,48 @@ def test_a_leg_that_comes_back_has_the_size_of_a_resize_that_was_given_up_and_co
         async with rig.running() as mirror:
             rig.nodes["b"].link.cut()
             await mirror.write(0, block(1))
-            commit, goes_on = rig.cluster.commit, trio.Event()
-
-            async def slow(new: Membership, *, expected: Membership) -> None:
-                if new.size_bytes != expected.size_bytes:
-                    await goes_on.wait()
-                await commit(new, expected=expected)
-
-            rig.cluster.commit = slow  # type: ignore[method-assign]
+            goes_on = rig.hold_resizes()
             rig.store("b").image[SIZE:] = block(7)  # a shrink that was given up has left it there
             with trio.move_on_after(0.2) as given_up:
                 await mirror.resize(2 * SIZE)
             assert given_up.cancelled_caught and mirror.size_bytes == SIZE
             rig.nodes["b"].link.mend()
             await rig.until(lambda: rig.state("b") is LegState.SYNCING)
-            goes_on.set()
+            goes_on[2 * SIZE].set()
             await rig.whole()
             assert mirror.size_bytes == rig.store("a").size_bytes == rig.store("b").size_bytes == 2 * SIZE
             await mirror.write(2 * SIZE - BLOCK_BYTES, block(2))
             assert rig.store("a").image == rig.store("b").image
             assert rig.state("b") is LegState.UP_TO_DATE
+
+    run(body)
+
+
+def test_a_resize_begins_when_it_is_known_what_came_of_one_that_was_given_up() -> None:
+    """Else a leg that is there keeps what lies behind the end of a shrink that counts after all."""
+
+    async def body() -> None:
+        rig = Rig(2, size=2 * SIZE)
+        async with rig.running() as mirror:
+            await mirror.write(SIZE, block(9))
+            rig.nodes["b"].link.cut()
+            await mirror.write(0, block(1))
+            goes_on = rig.hold_resizes()
+            for size_bytes in (SIZE, 3 * SIZE):
+                with trio.move_on_after(0.2) as given_up:
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(mirror.resize, size_bytes)
+                        if size_bytes > SIZE:
+                            await trio.sleep(0.1)
+                            goes_on[SIZE].set()
+                assert given_up.cancelled_caught
+            assert mirror.size_bytes == SIZE
+            rig.nodes["b"].link.mend()
+            await rig.until(lambda: rig.state("b") is LegState.SYNCING)
+            goes_on[3 * SIZE].set()
+            await rig.whole()
+            assert mirror.size_bytes == 3 * SIZE
+            assert rig.store("a").image == rig.store("b").image == bytes(block(1)) + bytes(3 * SIZE - BLOCK_BYTES)
 
     run(body)
 

@@ -334,6 +334,31 @@ def test_a_snapshot_leaves_the_leg_in_and_a_growth_needs_room_on_the_server() ->
     played(body)
 
 
+def test_what_an_export_has_behind_the_end_is_zeros_when_a_growth_that_was_given_up_counts() -> None:
+    """The server is back before that, and brought up to date at the old size."""
+
+    async def main() -> None:
+        export = MemoryExport("", size_bytes=2 * SIZE)
+        async with serving(export) as served:
+            rig = Rig(1)
+            with_server(rig, served.uri(""))
+            async with rig.running() as mirror:
+                member = mirror.members["nbd"]
+                await rig.until(lambda: member.state is LegState.UP_TO_DATE)
+                export.data[SIZE:] = b"\7" * SIZE
+                export.allocated[:] = b"\1" * len(export.allocated)
+                goes_on = rig.hold_resizes()
+                with trio.move_on_after(0.5) as given_up:
+                    await mirror.resize(2 * SIZE)
+                assert given_up.cancelled_caught and mirror.size_bytes == SIZE
+                await rig.until(lambda: member.state is LegState.SYNCING and member.ready)
+                goes_on[2 * SIZE].set()
+                await rig.until(lambda: member.state is LegState.UP_TO_DATE and mirror.size_bytes == 2 * SIZE)
+                assert rig.store("a").image == export.data
+
+    run(main)
+
+
 @pytest.mark.parametrize("is_away", [False, True])
 def test_what_an_export_has_behind_the_end_is_zeros_when_the_mirror_has_grown(is_away: bool) -> None:
     async def main() -> None:

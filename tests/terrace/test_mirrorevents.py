@@ -132,14 +132,29 @@ def test_a_leg_that_was_lost_and_is_tried_again_before_anybody_looks_is_told_whe
     ]
     told = Told()
     told.begun(status())
+    syncing = "the leg of p/v on node b is Syncing"
+    for _ in range(3):
+        assert told.looked(status(SYNCING, counts=False), RESYNC_S) == []
+        back = told.looked(status(), RESYNC_S / 2)
+        assert back == [syncing, "the leg of p/v on node b is UpToDate"], "each loss is told"
     assert told.looked(status(SYNCING, counts=False)) == []
-    assert told.looked(status()) == []
-    assert told.looked(status(SYNCING, counts=False), RESYNC_S) == []
-    assert told.looked(status(SYNCING, counts=False), RESYNC_S + 0.1) == [
-        "the leg of p/v on node b is Syncing",
-        "mirror p/v is Degraded",
-    ]
+    lasts = told.looked(status(SYNCING, counts=False), RESYNC_S + 0.1)
+    assert lasts == [syncing, "mirror p/v is Degraded"]
     assert told.looked(status()) == ["the leg of p/v on node b is UpToDate", "mirror p/v is Online"]
+
+
+def test_a_leg_that_is_tried_again_before_anybody_looks_holds_nothing_else_up() -> None:
+    faulted = dataclasses.replace(status(SYNCING, counts=False), state=MirrorState.FAULTED)
+    told = Told()
+    told.begun(status())
+    assert told.looked(faulted) == []
+    assert told.looked(status(SYNCING, counts=False), RESYNC_S - 0.1) == []
+    assert told.looked(faulted, 0.01) == [], "out of service for a moment, twice"
+    told = Told()
+    told.begun(status())
+    assert told.looked(faulted) == []
+    assert "mirror p/v is Faulted" in told.looked(faulted, FAULTED_S + 0.1)
+    assert told.looked(status(SYNCING, counts=False)) == ["mirror p/v is Degraded"]
 
 
 def test_a_leg_that_is_lost_each_time_that_it_is_in_sync_is_soon_told_no_more_until_it_has_come_to_stay() -> None:
