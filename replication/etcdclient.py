@@ -225,17 +225,20 @@ def _is_token_stale(text: str) -> bool:
 def _said(error: httpx.HTTPError) -> str:
     if isinstance(error, httpx.TimeoutException):
         return "silent"
+    causes: list[BaseException] = []  # httpx wraps what the network said, and repeats its words or says nothing itself
     found: BaseException | None = error
-    while found is not None:  # httpx wraps what the network said, and says nothing itself
-        if isinstance(found, ssl.SSLError) and "ALERT" in (found.reason or ""):
-            return f"TLS: it doesn't take our certificate, or wants one ({found.reason})"
-        if isinstance(found, trio.ClosedResourceError):
-            return "silent"  # the client was given up, by another request that it had not answered in time
-        if isinstance(found, ssl.SSLError):
-            return f"TLS: {getattr(found, 'verify_message', '') or found.reason or found}"
-        if str(found):
-            return str(found)
+    while found is not None:
+        causes.append(found)
         found = found.__cause__ or found.__context__
+    if any(isinstance(cause, trio.ClosedResourceError) for cause in causes):
+        return "silent"  # the client was given up, by another request that it had not answered in time
+    for cause in causes:
+        if isinstance(cause, ssl.SSLError):
+            if "ALERT" in (cause.reason or ""):
+                return f"TLS: it doesn't take our certificate, or wants one ({cause.reason})"
+            return f"TLS: {getattr(cause, 'verify_message', '') or cause.reason or cause}"
+        if str(cause):
+            return str(cause)
     return type(error).__name__
 
 

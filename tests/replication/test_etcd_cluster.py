@@ -325,6 +325,31 @@ def test_what_answers_but_is_no_etcd_is_said(tmp_path: Path) -> None:
     trio.run(main)
 
 
+def test_a_call_whose_client_is_given_up_by_another_call_says_that_etcd_is_silent() -> None:
+    async def main() -> None:
+        async def silent(stream: trio.SocketStream) -> None:
+            await trio.sleep_forever()
+
+        async def refused(etcd: Etcd, after_s: float) -> None:
+            await trio.sleep(after_s)
+            with pytest.raises(OSError, match=r"has not answered within 1 s \(http://127\.0\.0\.1:\d+: silent\)"):
+                await etcd.call("kv/range", {"key": "AA=="})
+            ended.append(after_s)
+
+        ended: list[float] = []
+        async with trio.open_nursery() as nursery:
+            listeners = await nursery.start(trio.serve_tcp, silent, 0)
+            port = listeners[0].socket.getsockname()[1]
+            async with Etcd([f"http://127.0.0.1:{port}"], timeout_s=1) as etcd, trio.open_nursery() as calls:
+                # The first gives the client up while the second waits for an answer, for the last time.
+                for after_s in (0.0, 0.15):
+                    calls.start_soon(refused, etcd, after_s)
+            nursery.cancel_scope.cancel()
+        assert ended == [0.0, 0.15]
+
+    trio.run(main)
+
+
 def test_tls_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     bad = tmp_path / "ca.pem"
     bad.write_text("no certificate")

@@ -29,12 +29,6 @@ class Trio(Pair):
 
     etcd: EtcdServer
 
-    def both_online(self) -> None:
-        for node in (self.a, self.b):
-            if not node.daemon.alive():
-                node.daemon.start()
-        super().both_online()
-
     def make(self, volume: str, **more: Any) -> None:
         self.both_online()
         body = {"name": volume, "size": SIZE, "mirror": [{"node": "b"}], "arbiter": "etcd", **TIMES, **more}

@@ -84,6 +84,7 @@ class Pair:
         for node in (self.a, self.b):
             if not node.daemon.alive():  # a test that has failed may have left it so
                 node.daemon.start()
+        for node in (self.a, self.b):
             deadline_s = time.monotonic() + 10
             while any(one["state"] != "Online" for one in node.daemon.api("GET", "/v1/nodes")):
                 assert time.monotonic() < deadline_s, node.daemon.api("GET", "/v1/nodes")
