@@ -69,7 +69,7 @@ import trio
 
 from nbd import wire
 from nbd.counters import Counters
-from nbd.export import AcknowledgesLater, Client, Export, Exports, OffersContexts
+from nbd.export import AcknowledgesLater, Client, Export, Exports, LendsReads, OffersContexts
 from nbd.later import Batch, Later
 from nbd.outbox import Outbox
 from nbd.reception import Reception, tell_lost
@@ -180,6 +180,7 @@ class Connection:
         self._workshop = workshop
         self._session = Session()
         self._export: Export
+        self._lender: LendsReads | None = None
         self._later: Later | None = None
         self._context: Context  # of the main task, by which exports tell clients apart
         self._nursery: trio.Nursery
@@ -286,6 +287,8 @@ class Connection:
             self.drain(LEAST_PARTING_S)
         does = "goes on with" if resumed else "attached to"
         log.info("%s: %s %s%s", self.peer, does, export.name, self._reception.secured_how)
+        if isinstance(export, LendsReads):
+            self._lender = export
         if isinstance(export, AcknowledgesLater):
             self._later = Later(export, self._acknowledged)
             self._context = copy_context()
@@ -626,7 +629,7 @@ class Connection:
         request_bytes, unpack, unpack_all, magic, read_head, write_head, header = form_of(session)
         write_fua_head = write_head | wire.FUA_BIT
         write_heads = (write_head, write_fua_head)
-        read_now = export.read_now
+        lender = self._lender
         pack_simple, simple_head = wire.SIMPLE_REPLY.pack_into, wire.SIMPLE_HEAD
         pack_data, data_head = wire.DATA_CHUNK.pack_into, wire.DATA_HEAD
         pack_extended, extended_head = wire.EXTENDED_DATA_CHUNK.pack_into, wire.EXTENDED_DATA_HEAD
@@ -655,6 +658,9 @@ class Connection:
                 if used and used + length > BATCH_BYTES:
                     after = _After.FULL
                     break
+                lent = lender.lend_reads() if lender is not None else None
+                read_now = lent or export.read_now
+                reads_before, bytes_before = reads, read_bytes
                 whole = (end - position) // request_bytes * request_bytes
                 for head, cookie, offset, length in unpack_all(inbox[position : position + whole]):
                     if (
@@ -668,11 +674,13 @@ class Connection:
                     try:
                         done = read_now(offset, length, arena[data : data + length])
                     except OSError as error:
-                        reply = self._failed(cookie, offset, error)
-                        arena[used : used + len(reply)] = reply
-                        used += len(reply)
-                        position += request_bytes
-                        continue
+                        if lent is None:
+                            reply = self._failed(cookie, offset, error)
+                            arena[used : used + len(reply)] = reply
+                            used += len(reply)
+                            position += request_bytes
+                            continue
+                        done = False
                     if not done:
                         if not self._has_room(length):
                             after = _After.NO_ROOM
@@ -691,6 +699,9 @@ class Connection:
                     position += request_bytes
                     reads += 1
                     read_bytes += length
+                if lent is not None:
+                    assert lender is not None
+                    lender.took_reads(reads - reads_before, read_bytes - bytes_before)
                 if after is _After.NO_ROOM:
                     break
                 continue

@@ -155,6 +155,25 @@ class TellsHoles(Protocol):
         """
 
 
+ReadNow = Callable[[int, int, memoryview], bool]
+"""Offset, length, into: as ``Export.read_now``."""
+
+
+@runtime_checkable
+class LendsReads(Protocol):
+    """What an ``Export`` has besides, if what ``read_now`` looks at before it reads is the same for many reads."""
+
+    def lend_reads(self) -> ReadNow | None:
+        """What reads in place of ``read_now``, for as long as there is no checkpoint and no other call of the export.
+
+        An OSError from it means what False does: ask ``read_now`` and ``read``, which may know another way. None: it
+        can't be lent now.
+        """
+
+    def took_reads(self, reads: int, read_bytes: int) -> None:
+        """So much was read by what was lent."""
+
+
 @runtime_checkable
 class AcknowledgesLater(Protocol):
     """What an ``Export`` has besides, if its writes wait for something far away, such as other hosts.

@@ -441,10 +441,25 @@ class Mirror:
                 return False
         except OSError:
             return False  # `read` sees to it: it may be answered by another leg
-        counters = self._local_counters
-        counters.reads += 1
-        counters.read_bytes += length
+        self.took_reads(1, length)
         return True
+
+    def lend_reads(self) -> Callable[[int, int, memoryview], bool] | None:
+        """See `nbd.export.LendsReads`: the local leg's store, while no batch is in flight.
+
+        Nothing is written before the next checkpoint, so what is read is what was there at this moment, when this node
+        may serve: the lease need not be looked at again for each read.
+        """
+        leg = self.reader
+        if self.inflight.batches or leg is None or leg.failure is not None or not self.may_serve():
+            return None
+        return self._read_here
+
+    def took_reads(self, reads: int, read_bytes: int) -> None:
+        """Clients have read so much of the local leg."""
+        counters = self._local_counters
+        counters.reads += reads
+        counters.read_bytes += read_bytes
 
     async def read(self, offset: int, length: int, into: memoryview) -> None:
         """Read; what was read is on all legs when this returns."""

@@ -41,6 +41,7 @@ MUTANTS: dict[str, Plant] = {
         Resync, "run", "await self._site.inflight.settle_all()", "pass"
     ),
     "reads don't wait": _instead(InFlight, "settle_for_client", "extents_of(offset, length)", "0, 0"),
+    "reads are lent beside batches in flight": _instead(Mirror, "lend_reads", "self.inflight.batches or ", ""),
     "extents leave the tracker before the flush": _instead(Resync, "_flush", "await self._target.flush()", "pass"),
     "what was written recently is forgotten when a leg is excluded": _instead(
         LegKeeper, "_recent", "for one in (RECENT, RECENT_OLD, name):", "for one in (name,):"

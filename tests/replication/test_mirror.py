@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import trio
 
+from nbd.export import LendsReads
 from nbd.wire import STATE_HOLE, STATE_ZERO
 from replication.leg import BLOCK_BYTES, EXTENT_BYTES, RECENT, Leg, LegState, MirrorState, missing_tracker
 from replication.members import LegFacts
@@ -19,6 +20,7 @@ from replication.reconcile import choose_source
 from replication.resync import ResyncSettings
 from replication.site import MirrorSettings
 from tests.replication.fakes import FakeKeeper, MemoryExtents, MemoryLegStore, trackers_matching
+from tests.replication.reads import read_as_clients_do
 from tests.replication.rig import SIZE, TERM, Rig, Told, run, with_options
 
 
@@ -35,8 +37,7 @@ async def make_leg_stores(rig: Rig) -> None:
 
 async def read(rig: Rig, offset: int, length: int) -> bytes:
     into = memoryview(bytearray(length))
-    if not rig.mirror.read_now(offset, length, into):
-        await rig.mirror.read(offset, length, into)
+    await read_as_clients_do(rig.mirror, offset, into)
     return bytes(into)
 
 
@@ -77,11 +78,35 @@ def test_a_read_that_overlaps_a_write_in_flight_waits_for_it() -> None:
             into = memoryview(bytearray(BLOCK_BYTES))
             assert not mirror.read_now(EXTENT_BYTES - BLOCK_BYTES, BLOCK_BYTES, into)
             assert mirror.read_now(EXTENT_BYTES, BLOCK_BYTES, into)
+            assert mirror.lend_reads() is None
             with trio.move_on_after(0.3) as scope:
                 await mirror.read(0, BLOCK_BYTES, into)
             assert scope.cancelled_caught
             rig.nodes["b"].link.resume()
             assert await read(rig, 0, BLOCK_BYTES) == bytes(block(1))
+
+    run(body)
+
+
+def test_reads_are_lent_while_this_node_may_serve_and_its_leg_is_in_sync() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            await mirror.write(0, block(1))
+            into = memoryview(bytearray(BLOCK_BYTES))
+            assert isinstance(mirror, LendsReads)
+            lent = mirror.lend_reads()
+            assert lent is not None and lent(0, BLOCK_BYTES, into) and into == block(1)
+            mirror.took_reads(3, 3 * BLOCK_BYTES)
+            counted = next(leg.counters for leg in mirror.status().legs if leg.is_local)
+            assert (counted.reads, counted.read_bytes) == (3, 3 * BLOCK_BYTES)
+            with mock.patch.object(mirror, "may_serve", lambda: False):
+                assert mirror.lend_reads() is None
+            leg = mirror.members["lega"].leg
+            assert leg is not None
+            mirror.leg_failed(leg, OSError(errno.EIO, "it is broken"))
+            assert mirror.lend_reads() is None
+            assert await read(rig, 0, BLOCK_BYTES) == bytes(block(1))  # by the other one
 
     run(body)
 

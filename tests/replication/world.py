@@ -39,6 +39,7 @@ from replication.mirror import Mirror
 from replication.resync import ResyncSettings
 from replication.site import MirrorSettings
 from tests.replication.fakes import FakeCluster, FakeLink, FakeNode, MemoryLegStore, RealKeeper, trackers_matching
+from tests.replication.reads import read_as_clients_do
 
 SECTOR = 512
 SIZE = 8 * EXTENT_BYTES
@@ -241,8 +242,7 @@ class World:
         elif kind < 0.92:
             floors = [max(s.acknowledged, s.read) for s in self.sectors[first : first + count]]
             into = memoryview(bytearray(length))
-            if not mirror.read_now(offset, length, into):
-                await mirror.read(offset, length, into)
+            await read_as_clients_do(mirror, offset, into)
             for index in range(count):
                 number = int.from_bytes(into[index * SECTOR : index * SECTOR + 8], "little")
                 place = self.judge(first + index, number, "a read", floors[index])

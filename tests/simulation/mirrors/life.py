@@ -34,6 +34,7 @@ from replication.snapshots import take_at_once
 from replication.verify import verify
 from replication.voters import rule_of
 from terrace.localmirror import LocalMirror
+from tests.replication.reads import read_as_clients_do
 from tests.simulation.mirrors.judge import SECTOR, Judge, ViolationError, place_of
 from tests.simulation.mirrors.network import Network
 from tests.simulation.mirrors.nodes import Node, WatchedMirror, make_leg, surroundings
@@ -296,8 +297,7 @@ class Life:
         floors = self.judge.floors(first, count)
         losses = *self.losses(), self.counts["resizing"]
         into = memoryview(bytearray(count * SECTOR))
-        if not mirror.read_now(first * SECTOR, len(into), into):
-            await mirror.read(first * SECTOR, len(into), into)
+        await read_as_clients_do(mirror, first * SECTOR, into)
         if losses != (*self.losses(), self.counts["resizing"]):
             return
         if mirror.process.is_alive and self.is_judged(mirror):
