@@ -8,17 +8,20 @@ from __future__ import annotations
 import contextlib
 import errno
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 import trio
 
 from replication.commonflush import CommonFlush
 from replication.inflight import InFlight
-from replication.leg import Change, Leg, LegState
+from replication.leg import BLOCK_BYTES, Change, Leg, LegState
 from replication.members import Member
 from replication.reconcile import submitted
 from replication.records import Records
 from replication.site import Gate
+
+LEAST_PATIENCE_S: Final = 5.0
+"""So long at least, and twice the timeout of a leg, the record of a resize may take while clients wait for it."""
 
 
 class Barred(Gate, Protocol):
@@ -95,38 +98,87 @@ class Barriers:
             self._site.check()
             await self._site.changed()
 
+    @property
+    def _patience_s(self) -> float:
+        return max(2 * self._site.membership.options.timeout_s, LEAST_PATIENCE_S)
+
+    async def size_decided(self) -> None:
+        """Until it is known what came of a resize that was given up. Clients go on meanwhile, unless it was a shrink.
+
+        Raises EBUSY where that takes long.
+        """
+        with trio.move_on_after(self._patience_s):
+            await self._records.size_decided()
+        self._require_size_decided()
+
+    def _require_size_decided(self) -> None:
+        if not self._records.is_size_decided():
+            raise OSError(
+                errno.EBUSY,
+                f"{self._site.name}: it isn't known yet whether another resize, which was given up, has come to count"
+                f"{self._records.problem_in_words()}. Nothing has changed: resize it again later",
+            )
+
     async def resize(self, size_bytes: int) -> None:
         """A leg is never smaller than the record says: it grows before, and shrinks after it is written.
 
-        Raises OSError ENOSPC, and nothing has changed, where an NBD server has no room for it.
+        Raises OSError. ENOSPC: an NBD server has no room for it. EBUSY: see `size_decided`, which is to be waited for
+        first. So far nothing has changed. ETIMEDOUT: the record isn't known to count within a while, and may do so
+        later; clients don't wait for that.
         """
+        if size_bytes <= 0 or size_bytes % BLOCK_BYTES:  # each leg would refuse what the record says
+            raise OSError(errno.EINVAL, f"{self._site.name}: a mirror can't have {size_bytes} bytes: whole blocks only")
         async with self.barrier():
-            await self._records.size_decided()
+            await self._whole()
+            self._require_size_decided()
+            name, before, patience_s = self._site.name, self._site.size_bytes, self._patience_s
             self._site.inflight.resized()
-            before = self._site.size_bytes
-            grows = size_bytes > before
-            for member in list(self._site.members.values()):
-                if grows and member.info.kind == "nbd" and member.leg is not None:
-                    await member.leg.resize(size_bytes)  # it can't resize anything, but says whether there is room
-            connected = [
-                m
-                for m in self._site.members.values()
-                if m.state in (LegState.UP_TO_DATE, LegState.SYNCING) and m.info.kind == "terrace"
-            ]
-
-            async def grow(leg: Leg) -> None:
-                await fit(leg, before)  # a shrink that was given up has left what must not be seen again
-                await leg.resize(size_bytes)
-
-            if grows:
-                await self._on_all("resize", connected, grow)
-                for member in connected:
-                    member.fitted_bytes = size_bytes
-                if any(member.info.kind == "nbd" for member in self._site.members.values()):
-                    await self._miss(before, size_bytes, connected)
-            await self._records.reconfigure(size_bytes=size_bytes)
-            if not grows:
+            if size_bytes > before:
+                await self._grow(before, size_bytes)
+            with trio.move_on_after(patience_s):
+                await self._records.reconfigure(size_bytes=size_bytes)
+            if self._site.size_bytes != size_bytes:
+                raise OSError(
+                    errno.ETIMEDOUT,
+                    f"{name}: that it has {size_bytes} bytes isn't known to count after {patience_s:g} s"
+                    f"{self._records.problem_in_words()}. It may come to count later: see `terrace volume mirror show "
+                    f"{name}`, and resize it again",
+                )
+            if size_bytes < before and (connected := self._connected()):  # the others are made to fit when they return
                 await self._on_all("resize", connected, lambda leg: leg.resize(size_bytes))
+
+    async def _whole(self) -> None:
+        """Until no leg is gone that a record calls in sync: in a barrier, where that takes no time as a rule."""
+        while self._site.lost or self._site.excluding:
+            self._site.check()
+            if self._site.failing is not None:
+                raise OSError(self._site.failing.errno, self._site.failing.strerror)
+            await self._site.changed()
+
+    def _connected(self) -> list[Member]:
+        """The legs, but those on NBD servers, that are written to."""
+        return [
+            m
+            for m in self._site.members.values()
+            if m.leg is not None and m.state in (LegState.UP_TO_DATE, LegState.SYNCING) and m.info.kind == "terrace"
+        ]
+
+    async def _grow(self, before: int, size_bytes: int) -> None:
+        """All legs, ahead of the record."""
+        for member in list(self._site.members.values()):
+            if member.info.kind == "nbd" and member.leg is not None:
+                await member.leg.resize(size_bytes)  # it can't resize anything, but says whether there is room
+        connected = self._connected()
+
+        async def grow(leg: Leg) -> None:
+            await fit(leg, before)  # a shrink that was given up has left what must not be seen again
+            await leg.resize(size_bytes)
+
+        await self._on_all("resize", connected, grow)
+        for member in connected:
+            member.fitted_bytes = size_bytes
+        if any(member.info.kind == "nbd" for member in self._site.members.values()):
+            await self._miss(before, size_bytes, connected)
 
     async def _miss(self, before: int, size_bytes: int, members: list[Member]) -> None:
         """Let legs on NBD servers be brought what is new, zeros, as something that they missed.

@@ -221,6 +221,7 @@ def _judge_types(found: Membership) -> None:
     sound = (
         all(type(text) is str for text in texts)
         and all(type(number) is int for number in numbers)
+        and found.size_bytes > 0
         and all(one is None or type(one) is str for one in optional)
         and all(word in ("no", "fenced", "apart") for word in words)
         and all(type(flag) is bool for flag in flags)

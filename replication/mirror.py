@@ -194,7 +194,12 @@ class Mirror:
     def change(self) -> None:
         """Something has: decide anew whether the gate is open, and wake all that wait."""
         self.shut = bool(
-            self.lost or self.excluding or self.barriers.held or self.end is not None or not self.started.is_set()
+            self.lost
+            or self.excluding
+            or self.barriers.held
+            or self.end is not None
+            or not self.started.is_set()
+            or self.records.may_be_smaller()
         )
         self._undecided = self._undecided and bool(self.excluding)
         self.reader = None
@@ -844,8 +849,12 @@ class Mirror:
         """No batch is in flight, and none begins."""
         return self.barriers.barrier()
 
+    async def size_decided(self) -> None:
+        """Before a resize is judged: see `Barriers.size_decided`."""
+        await self.barriers.size_decided()
+
     async def resize(self, size_bytes: int) -> None:
-        """A leg is never smaller than the record says: it grows before, and shrinks after it is written."""
+        """See `Barriers.resize`."""
         await self.barriers.resize(size_bytes)
 
     async def demote(self, token: str | None = None) -> None:
@@ -896,10 +905,12 @@ class Mirror:
             waiting = "no leg in sync is connected"
         elif self.excluding:
             places = ", ".join(sorted(self.members[leg_id].info.place for leg_id in self.excluding))
-            why = f": {self.records.problem.strerror}" if self.records.problem is not None else ""
-            waiting = f"a record without the leg on {places} doesn't count yet{why}"
+            waiting = f"a record without the leg on {places} doesn't count yet{self.records.problem_in_words()}"
         elif self.barriers.held:
-            waiting = "a snapshot or a resize is being made"
+            waiting = f"a snapshot or a resize is being made{self.records.problem_in_words()}"
+        elif self.records.may_be_smaller():
+            why = self.records.problem_in_words()
+            waiting = f"whether it is smaller, by a resize that was given up, isn't known yet{why}"
         elif self.end is None:
             waiting = lapsed
         slow = None

@@ -89,11 +89,27 @@ class Records:
         """Legs that a record calls in sync, or may."""
         return self._site.membership.in_sync.union(*(attempt.in_sync for attempt in self.attempts))
 
+    def is_size_decided(self) -> bool:
+        """No record that isn't known to count has another size: of a resize that was given up, perhaps."""
+        return all(attempt.size_bytes == self._site.membership.size_bytes for attempt in self.attempts)
+
+    def may_be_smaller(self) -> bool:
+        """A record that isn't known to count is of a smaller size.
+
+        Who goes on by it cuts off what is behind that, so nothing may be acknowledged there: it is a shrink that was
+        given up, or the record that was to undo a growth that has come to count first.
+        """
+        return any(attempt.size_bytes < self._site.membership.size_bytes for attempt in self.attempts)
+
     async def size_decided(self) -> None:
-        """Until no record that isn't known to count has another size: a resize that was given up, perhaps."""
-        while any(attempt.size_bytes != self._site.membership.size_bytes for attempt in self.attempts):
+        """Until it is."""
+        while not self.is_size_decided():
             self._site.check()
             await self._site.changed()
+
+    def problem_in_words(self) -> str:
+        """Why the last record isn't known to count, behind a sentence; empty where there is no problem."""
+        return "" if self.problem is None else f": {self.problem.strerror}"
 
     def _desired(self) -> Membership | None:
         """The record that says what is; None: the newest one does."""
@@ -200,7 +216,8 @@ class Records:
         # While it waits for the record nothing is written or flushed that could tell that these have failed.
         if isinstance(error, NotStoredError) and self._site.legs_unable(error.unable):
             return True  # the next one, without them, is wanted at once
-        if self._site.membership.options.below_quorum == "fail" and self._site.excluding:
+        waits = bool(self._site.excluding) or self.may_be_smaller()
+        if self._site.membership.options.below_quorum == "fail" and waits:
             self._site.failing = OSError(errno.EIO, f"{self._site.name}: below quorum: {error.strerror}")
             self._site.fail_parked()
             self._site.change()
@@ -254,8 +271,9 @@ class Records:
         # Also by those that were tried later: who goes on by one of them may do so with a leg that is gone here.
         self._site.excluding = {one for one in self.required() if one in members and members[one].leg is None}
         if not self._site.excluding:
-            self._site.failing = None
             self._site.release(None)
+            if not self.may_be_smaller():
+                self._site.failing = None
         self._site.change()
 
     def refuse(self, name: str, error: OSError) -> None:

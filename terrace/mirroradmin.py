@@ -42,7 +42,7 @@ from terrace.oneatatime import OneAtATime
 from terrace.primary import ASK_S, MirrorPart, ServedMirror, nodes_of, nodes_of_mirror
 from terrace.sameexports import SameExports
 from terrace.snapshots import Clients, named
-from tiers import Pool, TierError, Volume
+from tiers import Pool, TierError, Volume, validate_volume_size
 
 CREATE_S: Final = 60.0
 DELETE_S: Final = 30.0
@@ -89,7 +89,7 @@ class MirrorAdmin:
         self, pool: Pool, name: str, size_bytes: int, policy: str, places: Sequence[Place], options: Options
     ) -> LocalMirror:
         """A new volume with a leg at each place. When it fails nothing is left behind, but what a record may have."""
-        require_whole_blocks(f"{pool.name}/{name}", size_bytes)
+        require_mirror_size(f"{pool.name}/{name}", size_bytes)
         await self._judge_places(places)
         await self._require_arbiter(options, f"{pool.name}/{name}", "made")
         async with self._one_at_a_time.changing(f"{pool.name}/{name}"):
@@ -201,7 +201,7 @@ class MirrorAdmin:
     async def _add_first(self, pool: Pool, volume: Volume, place: Place, options: Options) -> LocalMirror:
         if volume.filling:
             raise TierError(errno.EBUSY, f"{volume.name} is not complete; mirror it once what fills it has ended")
-        require_whole_blocks(volume.name, volume.size_bytes)
+        require_mirror_size(volume.name, volume.size_bytes)
         if theirs := [one.name for one in pool.snapshots(volume.short_name) if is_kept_state(one.short_name)]:
             raise TierError(
                 errno.EEXIST,
@@ -809,27 +809,25 @@ class MirrorAdmin:
 
     async def resize(self, mirror: MirrorPart, size_bytes: int) -> None:
         """Give all legs another size. Raises TierError ENOSPC for growing where the pool of a leg refuses it."""
-        require_whole_blocks(mirror.name, size_bytes)
-        was_bytes = mirror.size_bytes
+        require_mirror_size(mirror.name, size_bytes)
+        was_bytes = (await self.served(mirror)).size_bytes
         # Beside changes of its legs: it is another field of the record.
         async with self._one_at_a_time.changing(f"the size of {mirror.name}"):
-            if mirror.size_bytes not in (was_bytes, size_bytes):
+            served = await self.served(mirror)
+            await served.size_decided()
+            if served.size_bytes not in (was_bytes, size_bytes):
                 # It was judged by the size that it had: what was to grow it would shrink it now.
                 raise TierError(
                     errno.EBUSY,
-                    f"{mirror.name} has got another size meanwhile, {mirror.size_bytes} bytes: resize it again if that "
+                    f"{mirror.name} has got another size meanwhile, {served.size_bytes} bytes: resize it again if that "
                     "isn't what it is to have",
                 )
-            await self._resize(mirror, size_bytes)
-
-    async def _resize(self, mirror: MirrorPart, size_bytes: int) -> None:
-        served = await self.served(mirror)
-        if size_bytes < mirror.size_bytes:
-            # The leg here would refuse it when the others have done it already.
-            self.require_unused(mirror.stood_for, "shrink")
-        else:
-            await self._require_growth(mirror, served, size_bytes)
-        await served.resize(size_bytes)
+            if size_bytes < served.size_bytes:
+                # The leg here would refuse it when the others have done it already.
+                self.require_unused(mirror.stood_for, "shrink")
+            else:
+                await self._require_growth(mirror, served, size_bytes)
+            await served.resize(size_bytes)
 
     async def _require_growth(self, mirror: MirrorPart, served: ServedMirror, size_bytes: int) -> None:
         """A leg that couldn't grow with the others would be left behind, and never come back at its size."""
@@ -1150,8 +1148,12 @@ def _named(place: Place) -> str:
     return place.node if place.is_nbd else f"node {place.node}"
 
 
-def require_whole_blocks(name: str, size_bytes: int) -> None:
-    """A leg gets whole blocks only. Raises TierError EINVAL for a size that ends within one."""
+def require_mirror_size(name: str, size_bytes: int) -> None:
+    """Raises TierError EINVAL for a size that no volume may have, or that ends within a block: a leg gets whole ones.
+
+    Legs refuse both, and a record of such a size would leave none of them good.
+    """
+    validate_volume_size(size_bytes)
     if size_bytes % BLOCK_BYTES:
         above = -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
         raise TierError(

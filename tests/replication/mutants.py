@@ -30,9 +30,7 @@ MUTANTS: dict[str, Plant] = {
     "acknowledges before a record without the leg counts": _instead(
         Mirror, "_completed", "elif self.excluding:", "elif False:"
     ),
-    "goes on writing while a leg is being excluded": _instead(
-        Mirror, "change", "self.lost or self.excluding or", "self.lost or"
-    ),
+    "goes on writing while a leg is being excluded": _instead(Mirror, "change", "or self.excluding\n", "or False\n"),
     "resync ignores what was touched": _instead(Resync, "_copy", "if watch.touched:", "if False:"),
     "resync reads while older batches are in flight": _instead(
         Resync, "_copy", "await site.inflight.settle(offset, length)", "pass"
@@ -41,6 +39,9 @@ MUTANTS: dict[str, Plant] = {
         Resync, "run", "await self._site.inflight.settle_all()", "pass"
     ),
     "reads don't wait": _instead(InFlight, "settle_for_client", "extents_of(offset, length)", "0, 0"),
+    "what a resize that was given up may cut off is written": _instead(
+        Mirror, "change", "or self.records.may_be_smaller()", ""
+    ),
     "reads are lent beside batches in flight": _instead(Mirror, "lend_reads", "self.inflight.batches or ", ""),
     "extents leave the tracker before the flush": _instead(Resync, "_flush", "await self._target.flush()", "pass"),
     "what was written recently is forgotten when a leg is excluded": _instead(

@@ -38,6 +38,7 @@ def changed(path: list[Any], value: Any) -> bytes:
         (["primary"], 7),
         (["epoch"], 0.5),
         (["size_bytes"], None),
+        (["size_bytes"], 0),
     ],
 )
 def test_a_record_with_a_value_of_another_kind_is_refused_with_a_sentence(path: list[Any], value: Any) -> None:

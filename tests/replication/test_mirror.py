@@ -692,21 +692,175 @@ def test_a_resize_begins_when_it_is_known_what_came_of_one_that_was_given_up() -
             rig.nodes["b"].link.cut()
             await mirror.write(0, block(1))
             goes_on = rig.hold_resizes()
-            for size_bytes in (SIZE, 3 * SIZE):
-                with trio.move_on_after(0.2) as given_up:
-                    async with trio.open_nursery() as nursery:
-                        nursery.start_soon(mirror.resize, size_bytes)
-                        if size_bytes > SIZE:
-                            await trio.sleep(0.1)
-                            goes_on[SIZE].set()
-                assert given_up.cancelled_caught
+            with trio.move_on_after(0.2) as given_up:
+                await mirror.resize(SIZE)
+            assert given_up.cancelled_caught
+            with pytest.raises(OSError, match="isn't known yet whether another resize") as refused, trio.fail_after(9):
+                await mirror.size_decided()
+            assert refused.value.errno == errno.EBUSY and mirror.size_bytes == 2 * SIZE
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(mirror.size_decided)
+                await trio.sleep(0.1)
+                goes_on[SIZE].set()
             assert mirror.size_bytes == SIZE
+            with trio.move_on_after(0.2) as given_up:
+                await mirror.resize(3 * SIZE)
+            assert given_up.cancelled_caught and mirror.size_bytes == SIZE
             rig.nodes["b"].link.mend()
             await rig.until(lambda: rig.state("b") is LegState.SYNCING)
             goes_on[3 * SIZE].set()
             await rig.whole()
             assert mirror.size_bytes == 3 * SIZE
             assert rig.store("a").image == rig.store("b").image == bytes(block(1)) + bytes(3 * SIZE - BLOCK_BYTES)
+
+    run(body)
+
+
+@pytest.mark.parametrize("option", ["suspend", "fail"])
+def test_clients_do_not_wait_for_long_for_a_resize_whose_record_can_not_count(option: str) -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        with_options(rig, below_quorum=option)
+        async with rig.running() as mirror:
+            rig.cluster.quorum = False
+            async with trio.open_nursery() as nursery:
+
+                async def grow() -> None:
+                    with pytest.raises(
+                        OSError, match=r"isn't known to count after 5 s: too few voters.* resize"
+                    ) as late:
+                        await mirror.resize(2 * SIZE)
+                    assert late.value.errno == errno.ETIMEDOUT
+
+                nursery.start_soon(grow)
+                await trio.sleep(1)
+                assert mirror.status().waiting == "a snapshot or a resize is being made: too few voters answer"
+                with trio.fail_after(5):
+                    await mirror.write(SIZE - BLOCK_BYTES, block(3))
+            assert mirror.size_bytes == SIZE
+            with pytest.raises(OSError, match="isn't known yet whether another resize") as refused:
+                await mirror.resize(3 * SIZE)
+            assert refused.value.errno == errno.EBUSY
+            await mirror.write(0, block(4))  # clients go on
+            rig.cluster.quorum = True
+            await mirror.size_decided()
+            await mirror.resize(3 * SIZE)
+            assert mirror.size_bytes == rig.store("a").size_bytes == rig.store("b").size_bytes == 3 * SIZE
+
+    run(body)
+
+
+@pytest.mark.parametrize("option", ["suspend", "fail"])
+def test_nothing_is_acknowledged_that_a_shrink_that_was_given_up_may_cut_off(option: str) -> None:
+    """Its record is stored somewhere, perhaps: who is primary next goes on by it."""
+
+    async def body() -> None:
+        rig = Rig(2)
+        with_options(rig, below_quorum=option)
+        async with rig.running() as mirror:
+            rig.cluster.quorum = False
+            with pytest.raises(OSError, match="isn't known to count"):
+                await mirror.resize(SIZE // 2)
+            outcomes: list[OSError | None] = []
+
+            async def write() -> None:
+                try:
+                    await mirror.write(SIZE - BLOCK_BYTES, block(3))
+                except OSError as error:
+                    outcomes.append(error)
+                else:
+                    outcomes.append(None)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(write)
+                await trio.sleep(10)
+                failed = [error for error in outcomes if error is not None]
+                assert len(outcomes) == len(failed) == (option == "fail")
+                waiting = mirror.status().waiting
+                assert waiting is not None and waiting.startswith(
+                    "whether it is smaller, by a resize that was given up"
+                )
+                assert waiting.endswith(": too few voters answer")
+                rig.cluster.quorum = True
+            await rig.until(lambda: mirror.status().waiting is None)
+            assert mirror.size_bytes == rig.cluster.truth.size_bytes == SIZE  # the record after it says so
+            await write()
+            assert outcomes[-1] is None and mirror.status().waiting is None
+
+    run(body)
+
+
+def test_nothing_is_acknowledged_behind_the_end_that_a_record_after_a_growth_that_counts_may_have() -> None:
+    """The growth was given up, and the record after it, of the old size, is stored somewhere, perhaps."""
+
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            commit, goes_on = rig.cluster.commit, trio.Event()
+            growths: list[Membership] = []
+
+            async def commits(new: Membership, *, expected: Membership) -> None:
+                if new.size_bytes > SIZE and not growths:
+                    growths.append(new)
+                    await trio.sleep_forever()
+                if rig.cluster.truth not in growths:
+                    rig.cluster.truth = growths[0]  # it counts after all, which this one finds out
+                    raise OSError(errno.ESTALE, "another record is newer")
+                await goes_on.wait()
+                await commit(new, expected=expected)
+
+            rig.cluster.commit = commits  # type: ignore[method-assign]
+            with trio.move_on_after(0.2):
+                await mirror.resize(2 * SIZE)
+            mirror.records.interrupt()
+            await rig.until(lambda: mirror.size_bytes == 2 * SIZE)
+            told = Told()
+            assert not mirror.write_later([(SIZE, block(3))], told)
+            with trio.move_on_after(30) as waited:
+                await mirror.write(SIZE, block(3))
+            assert waited.cancelled_caught
+            goes_on.set()
+            with trio.fail_after(5):
+                await mirror.write(SIZE, block(3))
+            assert mirror.size_bytes == rig.cluster.truth.size_bytes == 2 * SIZE
+
+    run(body)
+
+
+def test_a_resize_waits_for_a_mirror_that_begins_anew_while_its_barrier_waits() -> None:
+    async def body() -> None:
+        for size_bytes in (SIZE // 2, 2 * SIZE):
+            rig = Rig(2)
+            async with rig.running() as mirror:
+                rig.nodes["b"].link.stall()
+                told = Told()
+                assert mirror.write_later([(0, block(1))], told)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(mirror.resize, size_bytes)
+                    await trio.sleep(0.1)
+                    for node in "ba":
+                        leg = mirror.members[f"leg{node}"].leg
+                        assert leg is not None
+                        mirror.leg_failed(leg, OSError(errno.EIO, "it is broken for a moment"))
+                    assert mirror.lost
+                    rig.nodes["b"].link.resume()
+                await rig.whole()
+                assert mirror.size_bytes == size_bytes
+                assert rig.store("a").size_bytes == rig.store("b").size_bytes == size_bytes
+
+    run(body)
+
+
+def test_a_size_that_no_leg_may_have_is_refused_before_any_record_says_so() -> None:
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            record = mirror.membership
+            for size_bytes in (0, -BLOCK_BYTES, SIZE - 512):
+                with pytest.raises(OSError, match="whole blocks only") as refused:
+                    await mirror.resize(size_bytes)
+                assert refused.value.errno == errno.EINVAL
+            assert mirror.membership == record == rig.cluster.truth
 
     run(body)
 

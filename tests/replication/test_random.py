@@ -71,6 +71,9 @@ SINGLE: dict[str, Callable[[], None]] = {
         test_resync.test_what_the_source_has_yet_to_apply_is_waited_for_before_it_is_copied
     ),
     "reads don't wait": test_mirror.test_a_read_that_overlaps_a_write_in_flight_waits_for_it,
+    "what a resize that was given up may cut off is written": (
+        test_mirror.test_nothing_is_acknowledged_behind_the_end_that_a_record_after_a_growth_that_counts_may_have
+    ),
     "reads are lent beside batches in flight": test_mirror.test_a_read_that_overlaps_a_write_in_flight_waits_for_it,
     "extents leave the tracker before the flush": (
         test_resync.test_an_extent_is_missing_until_the_leg_has_made_it_durable

@@ -187,6 +187,10 @@ def test_a_mirror_that_can_not_grow_on_one_leg_names_it_and_keeps_it(pair: Pair)
     )
     assert refused.endswith("; or go on without that leg: `terrace volume mirror remove p/g b`\n")
     assert a.legs("g") == {"a": "UpToDate", "b": "UpToDate"} and a.mirror("g")["size_bytes"] == SIZE
+    for size in ("0", "1025T"):
+        refused = a.daemon.cli("volume", "resize", "p/g", size, "--shrink", status=1).stderr
+        assert refused.startswith("Error: a volume can't have "), refused
+    assert a.legs("g") == {"a": "UpToDate", "b": "UpToDate"} and a.mirror("g")["size_bytes"] == SIZE
     assert "40 MiB" in a.daemon.cli("volume", "resize", "p/g", "40M").stdout
     a.daemon.cli("volume", "mirror", "demote", "p/g", "--to", "b")
     told = [text for text in a.events() if "p/g" in text]

@@ -29,12 +29,23 @@ class Served:
         self.records = SimpleNamespace(attempts=[])
         self.ended = trio.Event()
         self._wanted: dict[str, Any] = {}
+        self.given_up: Membership | None = None
+        """The record of a resize that was given up, and counts when it is waited for."""
+
+    @property
+    def size_bytes(self) -> int:
+        return self.membership.size_bytes
 
     async def reconfigure(self, **changes: Any) -> None:
         self._wanted |= changes
         while not all(getattr(self.membership, name) == value for name, value in changes.items()):
             await trio.sleep(1)
             self.membership = self.membership.next_epoch(**self._wanted)
+
+    async def size_decided(self) -> None:
+        await trio.lowlevel.checkpoint()
+        if self.given_up is not None:
+            self.membership, self.given_up = self.given_up, None
 
     async def resize(self, size_bytes: int) -> None:
         await self.reconfigure(size_bytes=size_bytes)
@@ -251,6 +262,18 @@ def test_what_was_to_grow_a_mirror_does_not_shrink_it_after_another_one_has_grow
         (refused,) = [end for end in ends if end is not None]
         assert refused.errno == errno.EBUSY and f"another size meanwhile, {part.size_bytes} bytes" in str(refused)
         assert await at_once(*(lambda: admin.resize(part, 4 * size) for _ in range(2))) == [None, None]
+
+    both(what)
+
+
+def test_what_was_to_grow_a_mirror_does_not_shrink_it_after_a_growth_that_was_given_up_has_come_to_count() -> None:
+    async def what(admin: Admin) -> None:
+        part = admin.part()
+        size = part.size_bytes
+        part.served.given_up = part.membership.next_epoch(size_bytes=4 * size)
+        with pytest.raises(OSError, match=f"another size meanwhile, {4 * size} bytes") as refused:
+            await admin.resize(part, 2 * size)
+        assert refused.value.errno == errno.EBUSY and part.size_bytes == 4 * size
 
     both(what)
 

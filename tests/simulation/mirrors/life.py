@@ -393,6 +393,7 @@ class Life:
     async def resize(self, mirror: WatchedMirror, size_bytes: int) -> None:
         """Raises OSError."""
         self.trace(f"operator: resize to {size_bytes >> 16} extents")
+        await mirror.size_decided()
         self.counts["resizing"] += 1
         smaller = min(size_bytes, self.judge.size_bytes)
         self.judge.resizing(smaller)
