@@ -323,7 +323,7 @@ def _unproven(facts: Facts) -> str:
         return (
             f"whether {each([node for node in needed if node not in silent] or ['what can be heard'])} "
             f"has every acknowledged write can't be proven without {each(silent)}: start {each(silent)} or mend "
-            "the way there, or `terrace volume mirror promote --force`, which may lose writes"
+            f"the way there, or `terrace volume mirror promote {facts.name} --force`, which may lose writes"
         )
     return "all nodes with a leg in sync can be heard: `terrace volume mirror promote` on one of them makes it primary"
 

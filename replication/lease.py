@@ -106,6 +106,11 @@ class PrimaryLease:
         return newest[majority - 1] + self._lease_s if len(newest) >= majority else float("-inf")
 
     @property
+    def has_begun(self) -> bool:
+        """A majority has answered once."""
+        return self.until != float("-inf")
+
+    @property
     def left_s(self) -> float:
         """How long it may still serve."""
         return self.until - self._clock()

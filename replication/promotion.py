@@ -431,7 +431,7 @@ async def promote(
     would_promise = {node: state for node, state in states.items() if node not in busy}
     would = decide(me, term, would_promise, unheard | busy, arbiter=truth, force=force)
     if not isinstance(would, Promote):
-        return _while_alive(would, busy)
+        return _while_alive(would, busy, states)
     _judge_own(me, own, would.expected)
     if not force:
         await cluster.judge_candidate(mirror)
@@ -452,7 +452,8 @@ async def promote(
     truth = await _arbiters(cluster, mirror) if arbiter else None
     decision = decide(me, term, promised, told, arbiter=truth, force=force)
     if not isinstance(decision, Promote):
-        return _while_alive(decision, {node: told[node] for node in failures if failures[node].errno == errno.EBUSY})
+        busy = {node: told[node] for node in failures if failures[node].errno == errno.EBUSY}
+        return _while_alive(decision, busy, states)
     _judge_own(me, own, decision.expected)
     await cluster.commit(decision.membership, expected=decision.expected)
     return decision
@@ -472,13 +473,16 @@ def _judge_own(me: str, own: Term | None, *records: Membership) -> None:
             raise OSError(errno.ESTALE, f"others have gone on: there is the record {record.term.number}.{record.epoch}")
 
 
-def _while_alive(refused: Refused | SplitBrain, busy: Mapping[str, str]) -> Refused | SplitBrain:
+def _while_alive(
+    refused: Refused | SplitBrain, busy: Mapping[str, str], states: Mapping[str, VoterState]
+) -> Refused | SplitBrain:
     """With the next step where nodes have answered, and promise nothing: none that would end a primary that is well."""
     if not busy or not isinstance(refused, Refused):
         return refused
+    lease_s = max((one.accepted.options.lease_s for one in states.values() if one.accepted is not None), default=0.0)
     return Refused(
         f"a primary is alive, or was a moment ago, and nobody else may be one meanwhile{_because(busy)}: demote it "
-        "there, or ask again when it has been silent for longer than its lease",
+        f"there, or ask again when it has been silent for longer than its lease, {lease_s:g} s",
         refused.must_hear | frozenset(busy),
     )
 

@@ -211,7 +211,10 @@ class Records:
                     return True
                 self._site.depose(error)
                 return False
-        log.warning("%s: the record of which legs are in sync can't be written: %s", self._site.name, error)
+        # Tried each second or so, perhaps for days: said once, and again when it is for another reason.
+        is_known = self.problem is not None and self.problem.errno == error.errno
+        level = logging.DEBUG if is_known else logging.WARNING
+        log.log(level, "%s: the record of which legs are in sync can't be written: %s", self._site.name, error)
         self.problem = error
         # While it waits for the record nothing is written or flushed that could tell that these have failed.
         if isinstance(error, NotStoredError) and self._site.legs_unable(error.unable):
@@ -243,6 +246,8 @@ class Records:
 
     def _adopt(self, record: Membership) -> None:
         """It counts."""
+        if self.problem is not None:
+            log.warning("%s: a record of which legs are in sync counts again", self._site.name)
         self._site.membership, self.problem = record, None
         self.outdated = False
         # What was tried later may be stored somewhere: the next record has to come after it.

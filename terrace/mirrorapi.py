@@ -215,7 +215,13 @@ class MirrorApi:
             return await self._status(made)
         if body.name is not None:
             raise TierError(errno.EINVAL, "name: it goes with from, for a node that has no leg of the mirror")
-        mirror = self._one(request)
+        try:
+            mirror = self._one(request)
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            sentence = f"{error.strerror}; a node without a leg of a mirror is told who has one: --from NODE"
+            raise TierError(errno.ENOENT, sentence) from None
         if body.dry_run:
             return JSONResponse({"may_lose": await self._admin.what_force_loses(mirror)})
         await self._admin.promote(mirror, force=body.force)

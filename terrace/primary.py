@@ -600,7 +600,8 @@ class MirrorPart(abc.ABC):
         if not self.serves or self._may_serve():
             return None
         if self._held is None:
-            return "a majority of the voters has not answered this node lately"
+            when = "lately" if self._lease.has_begun else "yet"
+            return f"a majority of the voters has not answered this node {when}"
         problem = self._held.problem
         why = f": {problem.strerror}" if problem is not None else ""
         return f"neither etcd nor all nodes with a leg in sync have answered this node lately{why}"

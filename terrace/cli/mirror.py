@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from terrace.apiclient import ApiClient, ApiError
 from terrace.cli.context import VOLUME, Context, confirm, pass_context
 from terrace.cli.node import LEG, LEG_PLACE, NODE
 from terrace.cli.output import duration, output_option, patience, say, show_facts, show_json, show_table
 from terrace.sizes import format_size
-
-if TYPE_CHECKING:
-    from terrace.apiclient import ApiClient
 
 NONE = "There are no mirrors; terrace volume create POOL/VOL SIZE --mirror NODE makes one."
 _FIRST_POLL_S = 0.02
@@ -265,6 +263,14 @@ def _how_a_new_leg_is(name: str, leg: dict[str, Any]) -> str:
     return f"which is being filled ({leg['state']}); `terrace volume mirror show {name}` tells how far it is"
 
 
+def _may_have_leg(client: ApiClient, volume: tuple[str, str], node: str) -> bool:
+    """Whether something could be lost by its removal; a wrong name is answered without a question."""
+    try:
+        return any(leg["node"] == node for leg in client.get(*_path(volume))["legs"])
+    except ApiError:
+        return True
+
+
 @mirror.command()
 @_mirror_argument
 @click.argument("node", type=LEG, metavar="NODE|URI")
@@ -278,7 +284,7 @@ def remove(context: Context, volume: tuple[str, str], node: str, force: bool, ye
     Of an NBD server's leg, by its URI, the data stay where they are.
     """
     with context.connect() as client:
-        if "://" not in node:
+        if "://" not in node and _may_have_leg(client, volume, node):
             confirm(f"Delete the copy of {volume[0]}/{volume[1]} on node {node} for good?", yes=yes)
         query = {"force": "1"} if force else None
         with patience(f"Removing the leg on {node}"):

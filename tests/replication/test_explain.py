@@ -133,7 +133,7 @@ def test_unproven() -> None:
     assert found.paragraph == (
         "fast/vol is Unknown: its primary, node a, can't be asked (no route to host): this is what was known "
         "last, from before terraced was started. Whether b has every acknowledged write can't be proven without a: "
-        "start a or mend the way there, or `terrace volume mirror promote --force`, which may lose writes."
+        "start a or mend the way there, or `terrace volume mirror promote fast/vol --force`, which may lose writes."
     )
     heard = explain(facts(AB, voters=said(AB, "a", "b")))
     assert heard.state is MirrorState.FAULTED and heard.old is None

@@ -242,6 +242,12 @@ def test_a_removal_says_what_is_so_however_often_it_is_asked_for_and_leaves_no_p
     a, b = pair.a, pair.b
     pair.create("r")
     kept = len(list((b.daemon.home / "voters").glob("*.json")))
+    refused = a.daemon.cli("volume", "mirror", "remove", "p/r", "qq", status=1).stderr  # no question: nothing is lost
+    assert refused.startswith("Error: p/r has no leg on qq, which is no node that this one knows either")
+    refused = a.daemon.cli("volume", "mirror", "remove", "p/r", "b", status=2).stderr
+    assert "this loses data" in refused and a.legs("r") == {"a": "UpToDate", "b": "UpToDate"}
+    refused = a.daemon.cli("volume", "mirror", "promote", "p/none", status=1).stderr
+    assert " ".join(refused.split()).endswith("a node without a leg of a mirror is told who has one: --from NODE")
     done = {"left": [], "mirrored": False, "voter": False}
     assert a.daemon.api("DELETE", "/v1/pools/p/volumes/r/mirror/legs/b") == done | {"removed": ["p/r"]}
     assert a.daemon.api("DELETE", "/v1/pools/p/volumes/r/mirror/legs/b") == done | {"removed": []}
