@@ -21,7 +21,7 @@ from replication.records import Records
 from replication.site import Gate
 
 LEAST_PATIENCE_S: Final = 5.0
-"""So long at least, and twice the timeout of a leg, the record of a resize may take while clients wait for it."""
+"""So long at least, and thrice the timeout of a leg, a resize may take while clients wait for it."""
 
 
 class Barred(Gate, Protocol):
@@ -29,6 +29,8 @@ class Barred(Gate, Protocol):
 
     inflight: InFlight
     sequence: int
+    losses: int
+    """How often no leg in sync was connected."""
 
     @property
     def size_bytes(self) -> int: ...
@@ -100,7 +102,7 @@ class Barriers:
 
     @property
     def _patience_s(self) -> float:
-        return max(2 * self._site.membership.options.timeout_s, LEAST_PATIENCE_S)
+        return max(3 * self._site.membership.options.timeout_s, LEAST_PATIENCE_S)
 
     async def size_decided(self) -> None:
         """Until it is known what came of a resize that was given up. Clients go on meanwhile, unless it was a shrink.
@@ -122,33 +124,46 @@ class Barriers:
     async def resize(self, size_bytes: int) -> None:
         """A leg is never smaller than the record says: it grows before, and shrinks after it is written.
 
-        Raises OSError. ENOSPC: an NBD server has no room for it. EBUSY: see `size_decided`, which is to be waited for
-        first. So far nothing has changed. ETIMEDOUT: the record isn't known to count within a while, and may do so
-        later; clients don't wait for that.
+        Raises OSError. EINVAL: no mirror can have that. ENOSPC: an NBD server has no room for it. EBUSY: see
+        `size_decided`, which is to be waited for first. So far nothing has changed. ETIMEDOUT: it takes too long, as
+        clients wait for it. If its record was tried it may come to count later, and after a shrink nothing is written
+        until that is known.
         """
+        name = self._site.name
         if size_bytes <= 0 or size_bytes % BLOCK_BYTES:  # each leg would refuse what the record says
-            raise OSError(errno.EINVAL, f"{self._site.name}: a mirror can't have {size_bytes} bytes: whole blocks only")
+            raise OSError(errno.EINVAL, f"{name}: a mirror can't have {size_bytes} bytes: whole blocks only")
         async with self.barrier():
-            await self._whole()
             self._require_size_decided()
-            name, before, patience_s = self._site.name, self._site.size_bytes, self._patience_s
+            before, patience_s = self._site.size_bytes, self._patience_s
+            with trio.move_on_after(patience_s):
+                await self._resize(size_bytes)
+            if self._site.size_bytes == size_bytes:
+                return  # a leg that isn't as small yet is made so when it returns
+            what = f"{name} hasn't {size_bytes} bytes after {patience_s:g} s{self._records.problem_in_words()}"
+            if self._records.is_size_decided():
+                raise OSError(errno.ETIMEDOUT, f"{what}. It has {before} bytes as before: resize it again")
+            writes = "" if size_bytes > before else ", and nothing is written to it until that is known"
+            raise OSError(
+                errno.ETIMEDOUT,
+                f"{what}. It may get them later{writes}: see `terrace volume mirror show {name}`, and resize it again",
+            )
+
+    async def _resize(self, size_bytes: int) -> None:
+        while True:
+            # What begins anew before the record is wanted makes its legs fit the old one.
+            await self._whole()
+            losses, before = self._site.losses, self._site.size_bytes
             self._site.inflight.resized()
             if size_bytes > before:
                 await self._grow(before, size_bytes)
-            with trio.move_on_after(patience_s):
-                await self._records.reconfigure(size_bytes=size_bytes)
-            if self._site.size_bytes != size_bytes:
-                raise OSError(
-                    errno.ETIMEDOUT,
-                    f"{name}: that it has {size_bytes} bytes isn't known to count after {patience_s:g} s"
-                    f"{self._records.problem_in_words()}. It may come to count later: see `terrace volume mirror show "
-                    f"{name}`, and resize it again",
-                )
-            if size_bytes < before and (connected := self._connected()):  # the others are made to fit when they return
-                await self._on_all("resize", connected, lambda leg: leg.resize(size_bytes))
+            if losses == self._site.losses:
+                break
+        await self._records.reconfigure(size_bytes=size_bytes)
+        if size_bytes <= before and (connected := self._connected()):
+            await self._on_all("resize", connected, lambda leg: leg.resize(size_bytes))
 
     async def _whole(self) -> None:
-        """Until no leg is gone that a record calls in sync: in a barrier, where that takes no time as a rule."""
+        """Until no leg is gone that a record calls in sync."""
         while self._site.lost or self._site.excluding:
             self._site.check()
             if self._site.failing is not None:
@@ -216,7 +231,7 @@ class Barriers:
                 self._site.depose(OSError(errno.ESTALE, "it was demoted"))
 
     async def stop(self) -> None:
-        """End without a new record, everything durable: this node goes on later."""
+        """End without a new record, everything durable unless writes wait just now: this node goes on later."""
         if self._site.end is None and not self._site.shut:
             await self._flushes.flush()
             async with self.barrier():

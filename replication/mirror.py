@@ -263,7 +263,7 @@ class Mirror:
             return False
         changes = []
         extents: set[int] = set()
-        size = 0
+        size, end = 0, self.membership.size_bytes
         for offset, data in writes:
             length = len(data)
             if (offset | length) & MASK:
@@ -275,6 +275,8 @@ class Mirror:
                 extents.add(first)
             else:
                 extents.update(range(first, last + 1))
+            if offset + length > end:
+                return False  # the mirror was shrunk since it was judged: `write` says so
             changes.append(Change(offset, length, data))
         held = self.locks.held
         if held and not extents.isdisjoint(held):
@@ -292,6 +294,8 @@ class Mirror:
         changes = []
         for offset, length in ranges:
             start, stop = -(-offset // BLOCK_BYTES) * BLOCK_BYTES, (offset + length) & ~MASK
+            if stop > self.membership.size_bytes:
+                return False  # see `write_later`
             if start < stop:
                 changes.append(Change(start, stop - start, None))
         if not changes or not self.has_room(0):
@@ -738,7 +742,8 @@ class Mirror:
         self._undecided = bool(self.excluding)
         self.started.set()
         if not self.excluding:
-            self.failing = None
+            if not self.records.may_be_smaller():
+                self.failing = None
             self.release(None)  # what was parked is on all of them
         self.change()
 

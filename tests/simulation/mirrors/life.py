@@ -657,8 +657,11 @@ class Life:
             return
         if not any(data) or node.process is None or local is not node.process.local:
             return
-        if not all(one.mirror is not None and one.mirror.status().state is MirrorState.ONLINE for one in whole):
-            return
+        for one in whole:
+            if one.mirror is None or one.mirror.status().state is not MirrorState.ONLINE:
+                return
+            if one.mirror.inflight.overlaps(offset, BLOCK_BYTES):
+                return  # another leg may not have it yet, and be left out without it
         medium, at = node.machine.media[0], -1
         while (at := medium.cache.find(bytes(data), at + 1)) >= 0:
             medium.flip(at + self.rng.randrange(BLOCK_BYTES), self.rng.randrange(8))
