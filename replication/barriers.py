@@ -138,7 +138,7 @@ class Barriers:
             with trio.move_on_after(patience_s):
                 await self._resize(size_bytes)
             if self._site.size_bytes == size_bytes:
-                return  # a leg that isn't as small yet is made so when it returns
+                return  # who isn't as small yet is cut by the next growth, or is brought zeros
             what = f"{name} hasn't {size_bytes} bytes after {patience_s:g} s{self._records.problem_in_words()}"
             if self._records.is_size_decided():
                 raise OSError(errno.ETIMEDOUT, f"{what}. It has {before} bytes as before: resize it again")
@@ -192,14 +192,15 @@ class Barriers:
         await self._on_all("resize", connected, grow)
         for member in connected:
             member.fitted_bytes = size_bytes
-        if any(member.info.kind == "nbd" for member in self._site.members.values()):
+        connected = self._connected()
+        if 0 < len(connected) < len(self._site.members):
             await self._miss(before, size_bytes, connected)
 
     async def _miss(self, before: int, size_bytes: int, members: list[Member]) -> None:
-        """Let legs on NBD servers be brought what is new, zeros, as something that they missed.
+        """Let legs that are away, or on NBD servers, be brought what is new, zeros, as something that they missed.
 
-        What an export has behind the mirror's end is anything: it was larger, or the mirror was once. It may take hours
-        to set that right, so clients don't wait for it.
+        What such a leg has behind the mirror's end is anything: an export may be larger, or a shrink passed it by.
+        It may take hours to set that right, so clients don't wait for it.
         """
         sequence = self._site.sequence = self._site.sequence + 1
 

@@ -104,7 +104,8 @@ async def verify(
 def _members(mirror: Mirror) -> list[Member]:
     members = mirror.readable()
     if len(members) < 2:
-        raise OSError(errno.ENOTCONN, f"{mirror.name}: there are no two legs in sync to compare")
+        why = f"`terrace volume mirror explain {mirror.name}` says which leg is out, and why"
+        raise OSError(errno.ENOTCONN, f"{mirror.name}: there are no two legs in sync to compare; {why}")
     return members
 
 

@@ -1153,7 +1153,6 @@ def require_mirror_size(name: str, size_bytes: int) -> None:
 
     Legs refuse both, and a record of such a size would leave none of them good.
     """
-    validate_volume_size(size_bytes)
     if size_bytes % BLOCK_BYTES:
         above = -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
         raise TierError(
@@ -1161,6 +1160,7 @@ def require_mirror_size(name: str, size_bytes: int) -> None:
             f"{name} can't be mirrored with {size_bytes} bytes: the size of a mirror is a multiple of {BLOCK_BYTES}, "
             f"such as {above}",
         )
+    validate_volume_size(size_bytes)
 
 
 def _with_others(legs: int) -> str:

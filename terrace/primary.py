@@ -95,6 +95,9 @@ class MirrorPart(abc.ABC):
         self.starting = False
         """It is being found out whether this node may be primary."""
         self.problem: OSError | None = None
+        self._refused: OSError | None = None
+        """What it was refused with when it was to be primary last, and in which term."""
+        self._refused_in = 0
         """Why it isn't, where it should be."""
         self.compared_in_full: set[str] = set()
         """Legs, by id, whose writes were discarded: what differs there is known to nobody."""
@@ -293,10 +296,17 @@ class MirrorPart(abc.ABC):
                 await trio.sleep(0.02)
         raise self.refusal()
 
+    @property
+    def problem_now(self) -> OSError | None:
+        """Why it can't be served here; not why it couldn't be before there was a record of a later term here."""
+        accepted = self.accepted
+        is_past = self.problem is self._refused and accepted is not None and accepted.term.number > self._refused_in
+        return None if is_past and not self.is_left_behind else self.problem
+
     def refusal(self) -> OSError:
         """Why clients may not have it here."""
-        if self.problem is not None:
-            return OSError(errno.EBUSY, f"{self.name} can't be served: {self.problem.strerror}")
+        if (problem := self.problem_now) is not None:
+            return OSError(errno.EBUSY, f"{self.name} can't be served: {problem.strerror}")
         accepted = self.accepted
         primary = accepted.primary if accepted is not None else None
         if primary is None:
@@ -409,7 +419,9 @@ class MirrorPart(abc.ABC):
                 self.problem = None
                 await self._serve(membership)
             except* OSError as group:
-                self.problem = _first(group)
+                accepted = self.accepted
+                self.problem = self._refused = _first(group)
+                self._refused_in = accepted.term.number if accepted is not None else 0
         self._scope = None
         mirror, self.mirror = self.mirror, None
         self._stirred.set()

@@ -945,6 +945,36 @@ def test_what_was_judged_by_the_size_before_a_shrink_is_not_written_behind_the_e
     run(body)
 
 
+def test_what_a_leg_kept_of_a_shrink_that_passed_it_by_is_gone_when_it_is_back_after_a_growth() -> None:
+    """The shrink was given up and counted later, so nobody cut that leg; it was away when the mirror grew again."""
+
+    async def body() -> None:
+        rig = Rig(2)
+        async with rig.running() as mirror:
+            await mirror.write(SIZE - BLOCK_BYTES, block(7))
+            await mirror.flush()
+            goes_on = rig.hold_resizes()
+            with trio.move_on_after(0.2):
+                await mirror.resize(SIZE // 2)
+            for event in (goes_on[SIZE // 2], goes_on[SIZE]):
+                event.set()
+            await rig.until(lambda: mirror.size_bytes == SIZE // 2)
+            leg = mirror.members["lega"].leg
+            assert leg is not None
+            mirror.leg_failed(leg, OSError(errno.EIO, "gone"))
+            await rig.whole()
+            assert (rig.store("a").size_bytes, rig.store("b").size_bytes) == (SIZE // 2, SIZE)
+            await trio.sleep(5)  # what is recent is forgotten
+            rig.nodes["b"].link.cut()
+            await mirror.write(0, block(1))
+            await mirror.resize(SIZE)
+            rig.nodes["b"].link.mend()
+            await rig.whole()
+            assert rig.store("a").image == rig.store("b").image
+
+    run(body)
+
+
 def test_a_size_that_no_leg_may_have_is_refused_before_any_record_says_so() -> None:
     async def body() -> None:
         rig = Rig(2)

@@ -128,6 +128,23 @@ def test_the_losing_side_of_a_split_brain_says_so_first_and_shows_who_is_primary
     assert told(b, "l")["text"] == told(a, "l")["text"]
 
 
+def test_what_a_node_was_refused_with_before_it_followed_another_primary_is_said_no_more(pair: Pair) -> None:
+    a, b = pair.a, pair.b
+    pair.create("h")
+    a.daemon.kill()
+    b.ask("promote", "h", force=True)
+    a.daemon.start()
+    pair.both_online()
+    b.wait_for({"a": "UpToDate", "b": "UpToDate"}, "h")
+    b.ask("demote", "h")
+    until(lambda: a.mirror("h")["primary"] is None)
+    found = told(a, "h")
+    assert (found["problem"], found["role"]) == (None, "secondary"), found
+    assert "p/h:" not in a.daemon.cli("volume", "mirror", "list").stdout
+    a.ask("promote", "h")
+    a.wait_for({"a": "UpToDate", "b": "UpToDate"}, "h")
+
+
 def test_a_leg_that_is_lost_is_one_event(pair: Pair) -> None:
     a, b = pair.a, pair.b
     pair.create("o", timeout_s=4.0)  # on a busy machine a leg is silent for a second without being lost
