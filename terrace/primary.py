@@ -96,8 +96,8 @@ class MirrorPart(abc.ABC):
         """It is being found out whether this node may be primary."""
         self.problem: OSError | None = None
         self._refused: OSError | None = None
-        """What it was refused with when it was to be primary last, and in which term."""
-        self._refused_in = 0
+        self._refused_by: Membership | None = None
+        """What it was refused with when it was to be primary last, and the record that was here then."""
         """Why it isn't, where it should be."""
         self.compared_in_full: set[str] = set()
         """Legs, by id, whose writes were discarded: what differs there is known to nobody."""
@@ -298,9 +298,11 @@ class MirrorPart(abc.ABC):
 
     @property
     def problem_now(self) -> OSError | None:
-        """Why it can't be served here; not why it couldn't be before there was a record of a later term here."""
-        accepted = self.accepted
-        is_past = self.problem is self._refused and accepted is not None and accepted.term.number > self._refused_in
+        """Why it can't be served here; not why it couldn't be before there was a later record here."""
+        accepted, before = self.accepted, self._refused_by
+        is_past = (
+            self.problem is self._refused and accepted is not None and (before is None or accepted.place > before.place)
+        )
         return None if is_past and not self.is_left_behind else self.problem
 
     def refusal(self) -> OSError:
@@ -419,9 +421,8 @@ class MirrorPart(abc.ABC):
                 self.problem = None
                 await self._serve(membership)
             except* OSError as group:
-                accepted = self.accepted
                 self.problem = self._refused = _first(group)
-                self._refused_in = accepted.term.number if accepted is not None else 0
+                self._refused_by = self.accepted
         self._scope = None
         mirror, self.mirror = self.mirror, None
         self._stirred.set()
