@@ -96,6 +96,10 @@ class Barriers:
             raise failures[0][1] if failures else OSError(errno.EIO, f"{self._site.name}: no leg is there to {what}")
         for leg, error in failures:
             self._site.leg_failed(leg, error)
+        await self._excluded()
+
+    async def _excluded(self) -> None:
+        """Until a record without the legs that are gone counts; or none is left, and all begins anew."""
         while self._site.excluding and not self._site.lost:
             self._site.check()
             await self._site.changed()
@@ -213,9 +217,7 @@ class Barriers:
         for member in list(self._site.members.values()):
             if member.info.kind == "nbd" and member.leg is not None:
                 self._site.leg_failed(member.leg, grown)
-        while self._site.excluding and not self._site.lost:
-            self._site.check()
-            await self._site.changed()
+        await self._excluded()
         for _ in range(2):  # else it would all be compared before anything is served, if this node went down now
             await self._flushes.round()
 

@@ -774,7 +774,8 @@ class Mirrors:
         if role == "secondary" and isinstance(mirror, DisklessMirror):
             role = "none"
         state = status.state if status is not None else MirrorState.UNKNOWN
-        if mirror.problem_now is not None and not mirror.serves:
+        problem = mirror.problem_now
+        if problem is not None and not mirror.serves:
             state = MirrorState.FAULTED
         return found | {
             "mirror": membership.mirror,
@@ -784,7 +785,7 @@ class Mirrors:
             "state": state.value,
             "waiting": status.waiting if status is not None else None,
             "writes_fail": status is not None and writes_fail(status),
-            "problem": problem.strerror if (problem := mirror.problem_now) is not None else None,
+            "problem": problem.strerror if problem is not None else None,
             "unreadable_blocks": status.unmendable_blocks if status is not None else 0,
             "legs": legs,
         }

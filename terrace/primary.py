@@ -95,10 +95,11 @@ class MirrorPart(abc.ABC):
         self.starting = False
         """It is being found out whether this node may be primary."""
         self.problem: OSError | None = None
-        self._refused: OSError | None = None
-        self._refused_by: Membership | None = None
-        """What it was refused with when it was to be primary last, and the record that was here then."""
         """Why it isn't, where it should be."""
+        self._refused: OSError | None = None
+        """What it was refused with when it was to be primary last."""
+        self._refused_by: Membership | None = None
+        """The record that was here then."""
         self.compared_in_full: set[str] = set()
         """Legs, by id, whose writes were discarded: what differs there is known to nobody."""
         self.nbd_sites: dict[str, NbdSite] = {}
